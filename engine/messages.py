@@ -1,0 +1,338 @@
+"""What crosses the border between the server process and the engine process.
+
+The only module of the engine that the server imports: plain msgspec structs, no arrays, no jax.
+Arrays travel as raw little-endian bytes beside their dtype and shape. Directories are keys below the
+data directory (`ckpt.paths`), chosen by the server, never by a client.
+
+The server sends one stream of `ToEngine` messages; the engine answers each request exactly once, with
+`Done` or `Failed`, and may send `Status` at any time. Operations of one model arrive in seq_id order and
+take effect in the order of arrival.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DType = Literal["float32", "int64", "int32"]
+
+
+class Tensor(msgspec.Struct, frozen=True, array_like=True):
+    """A dense array: raw little-endian, row-major bytes."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Datum(msgspec.Struct, frozen=True, array_like=True):
+    """One training sequence.
+
+    `tokens` is int32[N]. `inputs` are the loss function's per-token tensors, each of N rows; position i of
+    the tokens predicts `target_tokens[i]`. Sparse client tensors are already dense here.
+    """
+
+    tokens: bytes
+    inputs: dict[str, Tensor]
+
+
+class LoraSpec(msgspec.Struct, frozen=True):
+    """Which matrices carry an adapter. The product is scaled by alpha / rank."""
+
+    rank: int
+    alpha: float
+    seed: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class AdamParams(msgspec.Struct, frozen=True):
+    """One AdamW step: decoupled weight decay, clipping by global norm (0 = off)."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How to draw tokens.
+
+    `stop_tokens` None means the model's own end-of-sequence tokens; an empty list means none at all.
+    `max_tokens` None means up to the model's context length. `temperature` 0 is greedy. `top_k` -1 is off.
+    """
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop_strings: list[str] = []
+    stop_tokens: list[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class SamplerRef(msgspec.Struct, frozen=True):
+    """The immutable weights of a sampler: a base model, and the adapter (or full weights) on top of it.
+
+    `weights` is a directory key of exported sampler weights; `snapshot` names weights that a
+    `SaveSampler` without a directory kept in the engine's memory. Neither: the base model itself.
+    """
+
+    base_model: str
+    weights: str | None = None
+    snapshot: str | None = None
+
+
+# --- operations -----------------------------------------------------------------------------------------
+
+
+class _Request(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class CreateModel(_Request, frozen=True):
+    """A fresh model, or, with `checkpoint`, one that starts from a saved training state.
+
+    `lora` None trains the full weights. `optimizer_state` False takes only the checkpoint's weights.
+    """
+
+    model_id: str
+    base_model: str
+    lora: LoraSpec | None
+    optimizer: str = "adamw"
+    grad_normalization: Literal["sum", "token_mean"] = "sum"
+    checkpoint: str | None = None
+    optimizer_state: bool = True
+
+
+class ForwardBackward(_Request, frozen=True):
+    """Loss and log-probs; unless `forward_only`, gradients are added to the model's accumulator."""
+
+    model_id: str
+    data: list[Datum]
+    loss_fn: str
+    loss_config: dict[str, float] = {}
+    forward_only: bool = False
+
+
+class OptimStep(_Request, frozen=True):
+    model_id: str
+    params: AdamParams
+
+
+class SaveState(_Request, frozen=True):
+    """Training state (weights, optimizer, accumulated gradients, step, configuration) into `directory`."""
+
+    model_id: str
+    directory: str
+
+
+class LoadState(_Request, frozen=True):
+    """Replace the model's weights, and with `optimizer_state` its optimizer, by those of `directory`."""
+
+    model_id: str
+    directory: str
+    optimizer_state: bool
+
+
+class SaveSampler(_Request, frozen=True):
+    """Freeze the current weights for sampling.
+
+    Into `directory` as PEFT (or merged, for full-weight models) safetensors, complete on disk before the
+    answer; or, without a directory, in memory under the name `snapshot`. One of the two is given.
+    """
+
+    model_id: str
+    directory: str | None = None
+    snapshot: str | None = None
+
+
+class Sample(_Request, frozen=True):
+    sampler: SamplerRef
+    prompt: bytes  # int32[prompt_len]
+    num_samples: int
+    params: SamplingParams
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+
+
+class DeleteModel(_Request, frozen=True):
+    """Drop a model's training state from the engine."""
+
+    model_id: str
+
+
+class Cancel(_Request, frozen=True):
+    """Stop the work of another request; that one then fails with category `user`."""
+
+    target: str
+
+
+class ReleaseSnapshot(_Request, frozen=True):
+    """Forget the in-memory sampler weights of that name."""
+
+    snapshot: str
+
+
+class Stop(_Request, frozen=True):
+    """Finish what is running and queued, write what is pending, answer, exit 0."""
+
+
+ToEngine = (
+    CreateModel
+    | ForwardBackward
+    | OptimStep
+    | SaveState
+    | LoadState
+    | SaveSampler
+    | Sample
+    | DeleteModel
+    | Cancel
+    | ReleaseSnapshot
+    | Stop
+)
+
+# --- answers --------------------------------------------------------------------------------------------
+
+
+class ModelCreated(msgspec.Struct, frozen=True, tag=True):
+    lora: LoraSpec | None
+    step: int = 0
+
+
+class ForwardBackwardOutput(msgspec.Struct, frozen=True, tag=True):
+    """Per datum, in the client's order, float32 log-probs shaped like its `target_tokens`."""
+
+    logprobs: list[Tensor]
+    metrics: dict[str, float]
+
+
+class OptimStepOutput(msgspec.Struct, frozen=True, tag=True):
+    metrics: dict[str, float]
+
+
+class StateSaved(msgspec.Struct, frozen=True, tag=True):
+    size_bytes: int
+
+
+class StateLoaded(msgspec.Struct, frozen=True, tag=True):
+    step: int
+
+
+class SamplerSaved(msgspec.Struct, frozen=True, tag=True):
+    size_bytes: int
+
+
+class SampledSequence(msgspec.Struct, frozen=True):
+    """Tokens int32[n] with the completing stop included, and float32[n] log-probs of the tempered
+    distribution. `topk_*` are row-major [n, k] (see `TopK`)."""
+
+    tokens: bytes
+    logprobs: bytes
+    stop_reason: Literal["stop", "length"]
+    topk: TopK | None = None
+
+
+class TopK(msgspec.Struct, frozen=True):
+    """The k most likely tokens per row: int32 and float32 [length, k]; an empty cell is (0, -99999.0)."""
+
+    token_ids: bytes
+    logprobs: bytes
+    k: int
+    length: int
+
+
+class SampleOutput(msgspec.Struct, frozen=True, tag=True):
+    sequences: list[SampledSequence]
+    prompt_logprobs: bytes | None = None  # float32[prompt_len], NaN at 0
+    topk_prompt_logprobs: TopK | None = None
+    prompt_cache_hit_tokens: int = 0
+
+
+class Nothing(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a request that has no result."""
+
+
+Output = (
+    ModelCreated
+    | ForwardBackwardOutput
+    | OptimStepOutput
+    | StateSaved
+    | StateLoaded
+    | SamplerSaved
+    | SampleOutput
+    | Nothing
+)
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """`device_seconds` is the time the request held the accelerator."""
+
+    request_id: str
+    output: Output
+    device_seconds: float = 0.0
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """`user`: the request was wrong and its message says how. `server`: ours, with an id to find in the log."""
+
+    request_id: str
+    message: str
+    category: Literal["user", "server"]
+
+
+class Status(msgspec.Struct, frozen=True, tag=True):
+    """What the engine is doing, for logs and health: loading, compiling, ready, stopping."""
+
+    phase: Literal["loading", "compiling", "ready", "stopping"]
+    text: str
+
+
+FromEngine = Done | Failed | Status
+
+# --- start ----------------------------------------------------------------------------------------------
+
+
+class BaseModel(msgspec.Struct, frozen=True):
+    """A base model by the name clients use, and the Hugging Face folder it is loaded from."""
+
+    name: str
+    path: str
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """Everything the engine is started with; sent as JSON on its standard input."""
+
+    address: str  # ZeroMQ endpoint that the server has bound
+    data_dir: str
+    cache_dir: str
+    base_models: list[BaseModel]
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    mesh: dict[str, int] = {}  # data, fsdp, tensor; empty: one device
+    max_rank: int = 128
+    full_weight: bool = False
+    max_sequence_length: int | None = None  # None: the model's own limit
+    kv_cache_tokens: int | None = None  # None: derived from the device
+    log_level: str = "info"
+
+
+_to_engine_encoder = msgspec.msgpack.Encoder()
+_to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+_from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    return _to_engine_encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    return _to_engine_decoder.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    return _from_engine_decoder.decode(data)
