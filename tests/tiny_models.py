@@ -1,0 +1,203 @@
+"""Tiny random models of every family, written as Hugging Face folders without torch.
+
+    from tiny_models import write_model
+    folder = write_model(tmp_path / "m", "qwen3")
+
+Each folder has config.json, generation_config.json, safetensors (several files with an index when
+`shards` > 1) and a small real byte-level BPE tokenizer with chat special tokens and a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+VOCAB_SIZE = 320
+BOS, EOS = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = ["<|endoftext|>", BOS, EOS]  # ids 0, 1, 2, as SmolLM2 has them
+EOS_ID = 2
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": EOS_ID,
+    "tie_word_embeddings": True,
+}
+
+VARIANTS: dict[str, dict] = {
+    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    "llama3": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": False,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen2_untied": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "tie_word_embeddings": False,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 16,  # not hidden / heads
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def hf_config(variant: str = "llama", **overrides) -> dict:
+    """The config.json of a variant (`VARIANTS`), with `overrides` on top."""
+    return _COMMON | VARIANTS[variant] | {"torch_dtype": "float32"} | overrides
+
+
+def write_model(
+    folder: Path,
+    variant: str = "llama",
+    *,
+    shards: int = 1,
+    dtype: str = "float32",
+    seed: int = 0,
+    tokenizer: bool = True,
+    **overrides,
+) -> Path:
+    """Write a random model of `variant` (a key of `VARIANTS`) into `folder` and return it.
+
+    `overrides` go into config.json (HF names). `dtype`: float32, float16 or bfloat16, of the files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = hf_config(variant, **overrides)
+    config["torch_dtype"] = dtype
+    _write_json(folder / "config.json", config)
+    _write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": config["eos_token_id"], "pad_token_id": EOS_ID},
+    )
+    _write_weights(folder, random_weights(config, seed), shards, dtype)
+    if tokenizer:
+        write_tokenizer(folder)
+    return folder
+
+
+def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
+    """HF-named float32 weights of about unit activations; norms and biases are random too."""
+    rng = np.random.default_rng(seed)
+    D, F = config["hidden_size"], config["intermediate_size"]
+    N, K = config["num_attention_heads"], config["num_key_value_heads"]
+    H = config.get("head_dim") or D // N
+
+    def linear(out: int, into: int) -> np.ndarray:
+        return (rng.standard_normal((out, into)) / np.sqrt(into)).astype(np.float32)
+
+    def norm(size: int) -> np.ndarray:
+        return (1 + 0.2 * rng.standard_normal(size)).astype(np.float32)
+
+    weights = {"model.embed_tokens.weight": rng.standard_normal((config["vocab_size"], D)).astype(np.float32)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        for name, heads in (("q_proj", N), ("k_proj", K), ("v_proj", K)):
+            weights[f"{at}self_attn.{name}.weight"] = linear(heads * H, D)
+            if config["model_type"] == "qwen2":
+                bias = 0.3 * rng.standard_normal(heads * H)
+                weights[f"{at}self_attn.{name}.bias"] = bias.astype(np.float32)
+        weights[f"{at}self_attn.o_proj.weight"] = linear(D, N * H)
+        if config["model_type"] == "qwen3":
+            weights[f"{at}self_attn.q_norm.weight"] = norm(H)
+            weights[f"{at}self_attn.k_norm.weight"] = norm(H)
+        weights[f"{at}mlp.gate_proj.weight"] = linear(F, D)
+        weights[f"{at}mlp.up_proj.weight"] = linear(F, D)
+        weights[f"{at}mlp.down_proj.weight"] = linear(D, F)
+        weights[f"{at}input_layernorm.weight"] = norm(D)
+        weights[f"{at}post_attention_layernorm.weight"] = norm(D)
+    weights["model.norm.weight"] = norm(D)
+    if config["tie_word_embeddings"]:
+        # so that logits of a unit-norm hidden state are of order one
+        weights["model.embed_tokens.weight"] /= np.sqrt(D).astype(np.float32)
+    else:
+        weights["lm_head.weight"] = linear(config["vocab_size"], D)
+    return weights
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer (any text round-trips) trained on a few sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the tinsmith makes what the tinker mends with; a user asks and an assistant answers. " * 4
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": EOS,
+            "unk_token": SPECIAL_TOKENS[0],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 512,
+            "chat_template": _CHAT_TEMPLATE,
+        },
+    )
+
+
+def _write_weights(folder: Path, weights: dict[str, np.ndarray], shards: int, dtype: str) -> None:
+    kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    weights = {name: w.astype(kind) for name, w in weights.items()}
+    metadata = {"format": "pt"}
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata)
+        return
+    names = sorted(weights)
+    files = {f"model-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)}
+    for file, held in files.items():
+        save_file({name: weights[name] for name in held}, folder / file, metadata)
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {
+            "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+            "weight_map": {name: file for file, held in files.items() for name in held},
+        },
+    )
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2))
