@@ -1,0 +1,144 @@
+"""Training state on disk: a pytree of arrays and its JSON metadata, one atomic Orbax checkpoint.
+
+    saving = save(directory, {"weights": ..., "optimizer": ...}, {"step": 3})  # returns after the host copy
+    saving.result()                                                            # durable; its size in bytes
+    metadata = read_metadata(directory)
+    arrays = restore(directory, {"weights": abstract_weights})                 # leaves the optimizer on disk
+
+Orbax writes into a temporary directory and renames it, so a directory that exists under its own name is
+complete. Arrays are stored whole, whatever their sharding was, and come back in the sharding asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+FORMAT_VERSION = 1
+
+PyTree = Any
+
+# Waiting for the file system, not computing: a few saves of different models at once.
+_writers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
+
+
+def save(directory: Path, arrays: PyTree, metadata: dict[str, Any]) -> Future[int]:
+    """Start writing a checkpoint, and return once the arrays may change or be donated.
+
+    The future's result is the checkpoint's size in bytes, given when it is complete and flushed to disk under
+    its own name. A directory of that name is replaced: the same save, asked for again after a crash.
+    """
+    directory = Path(directory).absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(directory)
+    # A checkpointer does one save at a time and blocks on the next: every save has its own.
+    checkpointer = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(
+            arrays=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
+        )
+    )
+    checkpointer.save(
+        directory,
+        ocp.args.Composite(
+            arrays=ocp.args.PyTreeSave(arrays),
+            metadata=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **metadata}),
+        ),
+        force=True,
+    )
+
+    def finish() -> int:
+        with checkpointer:
+            checkpointer.wait_until_finished()
+        flush(directory)
+        return size_bytes(directory)
+
+    return _writers.submit(finish)
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a whole checkpoint of a format that we can read is there."""
+    return (Path(directory) / "metadata" / "metadata").is_file() and (Path(directory) / "arrays").is_dir()
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """The JSON metadata of a complete checkpoint.
+
+    Raises FileNotFoundError where there is none, ValueError if a later version of Tinsmith wrote it.
+    """
+    directory = Path(directory).absolute()
+    if not is_complete(directory):
+        raise FileNotFoundError(f"no complete training state in {directory.name}")
+    metadata = json.loads((directory / "metadata" / "metadata").read_text())
+    if metadata["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"training state {directory.name} has format {metadata['format_version']}; "
+            f"this version reads up to {FORMAT_VERSION}"
+        )
+    return metadata
+
+
+def restore(directory: Path, abstract: PyTree) -> PyTree:
+    """The arrays of a checkpoint, in the structure, dtypes and shardings of `abstract`.
+
+    `abstract` holds arrays or `jax.ShapeDtypeStruct`s; a subtree that it leaves out stays on disk. Raises
+    ValueError if a leaf is missing or its shape differs.
+    """
+    directory = Path(directory).absolute()
+    read_metadata(directory)
+    abstract = jax.tree.map(_with_sharding, abstract)
+    with ocp.PyTreeCheckpointer() as reader:
+        _check_shapes(abstract, reader.metadata(directory / "arrays").item_metadata.tree)
+        return reader.restore(
+            directory / "arrays",
+            ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
+
+
+def size_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+
+
+def flush(directory: Path) -> None:
+    """Force a finished directory, its files and its own name to the disk."""
+    for path in [*Path(directory).rglob("*"), Path(directory), Path(directory).parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """What a process that died while it wrote this checkpoint has left."""
+    for path in directory.parent.glob(directory.name + ".orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
+
+
+def _check_shapes(abstract: PyTree, stored: PyTree) -> None:
+    shapes = {
+        jax.tree_util.keystr(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        name = jax.tree_util.keystr(path)
+        if shapes.get(name) != leaf.shape:
+            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            raise ValueError(f"training state: {name} {found}; expected shape {leaf.shape}")
