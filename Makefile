@@ -1,0 +1,69 @@
+# Everything needs only Python 3.11 or newer, make and a package index. `make help` lists the targets.
+
+PYTHON ?= python3
+# `make PYTHON=python3.12 …` gets an environment of its own, so that two lanes do not disturb each other.
+ifeq ($(origin PYTHON), file)
+VENV := .venv
+else
+VENV := .venv-$(notdir $(PYTHON))
+endif
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := torch==2.13.0
+VERSION := import sys; print('%d.%d' % sys.version_info[:2])
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install demo test lint format bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with everything that the demo and the tests need
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Tinsmith needs Python 3.11 or newer; '$(PYTHON)' is missing or older. Say which one: make PYTHON=python3.12"; exit 1; }
+	@echo "==> $(VENV) from $$($(PYTHON) --version)"
+	@$(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$($(PYTHON) -c "$(VERSION)")')" \
+	  2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	  echo "==> torch for the CPU (the tests compare with it; Tinsmith itself never imports it)"; \
+	  $(PIP) install -q $(TORCH) || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
+	else \
+	  echo "==> No torch for this Python: the tests that compare with it will be skipped"; \
+	fi
+	@echo "==> $$(grep -c == requirements.lock) pinned packages (a minute or so)"
+	@$(PIP) install -q --no-deps -r requirements.lock
+	@echo "==> tinsmith, editable"
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "==> Installed."
+
+demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (under 5 minutes)
+	@$(BIN)/python demo/sft.py
+
+test: lint ## lint, types, import arrows, and all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## training speed beside transformers + PEFT on torch
+	$(BIN)/python bench/train.py
+
+lock: ## pin the newest packages that fit pyproject.toml (needs uv)
+	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal --all-extras --upgrade \
+	  --python-version 3.11 --override /dev/stdin --no-header --no-annotate --no-emit-index-url --quiet \
+	  | grep -v "sys_platform == 'never'" > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean: ## remove environments and caches (downloaded models stay in ~/.cache/tinsmith)
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
