@@ -1,0 +1,235 @@
+"""The decoder: a stack of equal blocks, scanned.
+
+`build` describes it once, without arrays: `graph` (hashable, static in every jit) and the abstract base
+weights, a plain nested dict. `trunk` is the training forward. The sampler drives the same blocks one by one
+with its own `attend`, so that both compute the same numbers.
+
+The base, with [L, ...] leaves below "layers":
+
+    {"embed_tokens": {"weight": [V, D]},
+     "layers": {"input_layernorm": {"weight"}, "q_proj": {"weight": [L, in, out], "bias": [L, out]}, ...,
+                "q_norm": {"weight": [L, H]}, ...},
+     "norm": {"weight": [D]},
+     "lm_head": {"weight": [D, V]}}           # absent when tied
+
+Letters: B rows, T tokens, D hidden, N query heads, K kv heads, H head dim, F ff, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from .attention import attention
+from .config import ModelConfig
+from .lora import LayerLora, LoraStack
+from .rope import Rotation, rotate, rotation
+from .sharding import LogicalAxes, constrain
+
+Base = dict[str, Any]
+Attend = Callable[[Array, Array, Array], Array]
+"""(q [B T N H], k [B T K H], v [B T K H]), q and k already rotated -> [B T N H]."""
+
+REMAT_POLICIES: dict[str, Callable] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward keeps of a block: the products with weights, or only its input ("none" keeps all)."""
+
+_RESIDUAL: LogicalAxes = ("rows", "tokens", "hidden")
+_LINEAR_AXES: dict[str, LogicalAxes] = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "ff"),
+    "up_proj": ("embed", "ff"),
+    "down_proj": ("ff", "embed"),
+}
+
+
+class Linear(nnx.Module):
+    """x W + b, W [in, out]."""
+
+    def __init__(self, into: int, out: int, axes: LogicalAxes, bias: bool, dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.weight = nnx.Param(init(rngs.params(), (into, out), dtype), logical_axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out,), dtype), logical_axes=axes[1:]) if bias else None
+
+    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        y_BTO = x_BTI @ self.weight[...]
+        return y_BTO if self.bias is None else y_BTO + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, [V, D]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        table = init(rngs.params(), (vocab_size, hidden_size), dtype)
+        self.weight = nnx.Param(table, logical_axes=("vocab", "embed"))
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[...][tokens_BT]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis (arXiv:1910.07467); the statistics in float32."""
+
+    def __init__(self, size: int, axis: str, eps: float, dtype: Any):
+        self.weight = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x32 = x.astype(jnp.float32)
+        scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return scaled.astype(x.dtype) * self.weight[...]
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        for name, (into, out) in config.linears.items():
+            bias = config.attention_bias and name in ("q_proj", "k_proj", "v_proj")
+            setattr(self, name, Linear(into, out, _LINEAR_AXES[name], bias, dtype, rngs))
+        D, H, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, "hidden", eps, dtype)
+        self.post_attention_layernorm = RMSNorm(D, "hidden", eps, dtype)
+        self.q_norm = RMSNorm(H, "head_dim", eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(H, "head_dim", eps, dtype) if config.qk_norm else None
+        self.head_dim = H
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], at: Rotation, attend: Attend, lora: LayerLora | None = None
+    ) -> Float[Array, "B T D"]:
+        """One layer of the residual stream. `attend` gets rotated q and k and may keep k and v in a cache."""
+        B, T, _ = x_BTD.shape
+
+        def linear(name: str, x: Array) -> Array:
+            y = getattr(self, name)(x)
+            return y if lora is None else lora.add(name, x, y)
+
+        y = self.input_layernorm(x_BTD)
+        q, k, v = (linear(n, y).reshape(B, T, -1, self.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
+        x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), _RESIDUAL)
+        y = self.post_attention_layernorm(x_BTD)
+        y_BTF = jax.nn.silu(linear("gate_proj", y)) * linear("up_proj", y)
+        return constrain(x_BTD + linear("down_proj", y_BTF), _RESIDUAL)
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks stacked on a leading axis, final norm, and a head of its own where not tied."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(V, D, dtype, rngs)
+        self.layers = nnx.vmap(lambda keys: Block(config, dtype, keys))(rngs.split(config.num_layers))
+        self.norm = RMSNorm(D, "hidden", config.rms_norm_eps, dtype)
+        self.lm_head = None if config.tie_embeddings else Linear(D, V, ("embed", "vocab"), False, dtype, rngs)
+        self.config = config
+
+    def block(self, layer: int | Array) -> Block:
+        """Layer number `layer` (traced or not) as a block of its own."""
+        graph, stacked = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda w: w[layer], stacked))
+
+    def rotation(self, position_BT: Int[Array, "B T"]) -> Rotation:
+        """The rope angles that `Block` wants."""
+        return rotation(self.config, position_BT)
+
+
+def build(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Base]:
+    """Describe the decoder without making arrays: (graph, abstract base of ShapeDtypeStructs).
+
+    `graph` is hashable and equal for equal configs: pass it as a static argument of jit, and inside it
+    `nnx.merge(graph, base)` gives the `Decoder`.
+    """
+    graph, state = nnx.split(_abstract(config, dtype))
+    return graph, nnx.to_pure_dict(state)
+
+
+def logical_axes(config: ModelConfig) -> Base:
+    """The base's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf."""
+    _, state = nnx.split(_abstract(config, jnp.float32))
+
+    def axes(path: tuple, variable: nnx.Variable) -> LogicalAxes:
+        stacked = ("layers",) if path[0].key == "layers" else ()
+        return stacked + variable.get_metadata("logical_axes")
+
+    named = jax.tree_util.tree_map_with_path(axes, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return nnx.to_pure_dict(named)
+
+
+def random_base(config: ModelConfig, dtype: Any, seed: int = 0) -> Base:
+    """Random weights, for tests and benchmarks of shapes that nobody has trained."""
+
+    def make(key: Array) -> Base:
+        return nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(key)))[1])
+
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def _abstract(config: ModelConfig, dtype: Any) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0)))
+
+
+def trunk(
+    graph: nnx.GraphDef,
+    base: Base,
+    tokens_BT: Int[Array, "B T"],
+    position_BT: Int[Array, "B T"],
+    start_BT: Int[Array, "B T"],
+    lora: LoraStack | None = None,
+    row_adapter_B: Int[Array, " B"] | None = None,
+    remat: str | bool = "none",
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm, in the base's dtype; differentiable in `base` and `lora`.
+
+    `position_BT` counts from the start of each token's own sequence; `start_BT` is the first key in the row
+    that token t sees (`attention`); padding may point at itself. A sliding window is folded in here.
+    `lora` is `lora.stack_adapters`' result and `row_adapter_B` each row's index in it (ignored for one
+    adapter). `remat`: "none", "dots" or "full" (False and True are "none" and "full"), see REMAT_POLICIES.
+    """
+    model = nnx.merge(graph, base)
+    config = model.config
+    start_BT = visible_from(config, start_BT)
+    at = model.rotation(position_BT)
+    block_graph, stacked = nnx.split(model.layers)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return attention(q, k, v, start_BT, config.head_dim**-0.5)
+
+    def step(x_BTD: Array, layer: tuple) -> tuple[Array, None]:
+        weights, pairs = layer
+        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
+        return nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora), None
+
+    remat = {False: "none", True: "full"}.get(remat, remat)
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_BTD = constrain(model.embed_tokens(tokens_BT), _RESIDUAL)
+    x_BTD, _ = jax.lax.scan(step, x_BTD, (stacked, {} if lora is None else lora["layers"]))
+    return model.norm(x_BTD)
+
+
+def visible_from(config: ModelConfig, start_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """`start_BT` moved forward by the model's sliding window, if it has one."""
+    if config.sliding_window is None:
+        return start_BT
+    return jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - config.sliding_window + 1)
+
+
+def unembed(base: Base) -> Float[Array, "V D"]:
+    """The head as [V, D]: the embedding when tied, else lm_head transposed (XLA folds that into the dot)."""
+    if "lm_head" in base:
+        return base["lm_head"]["weight"].T
+    return base["embed_tokens"]["weight"]

@@ -1,0 +1,122 @@
+"""LoRA adapters (arXiv:2106.09685) as plain float32 pytrees beside the frozen base.
+
+One adapter:
+
+    {"layers": {"q_proj": {"a": [L, in, R], "b": [L, R, out]}, ...},
+     "unembed": {"a": [D, R], "b": [R, V]}}
+
+with the keys that are trained. R is padded to a bucket, so that few programs are compiled: the padded columns
+of `a` and rows of `b` start at zero, get zero gradients and stay zero. The delta of a matrix is
+(alpha / rank) x A B with the true rank.
+
+Letters: B rows, T tokens, D hidden, V vocab, R padded rank, L layers, n adapters of a device batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .config import ModelConfig
+
+Adapter = dict[str, Any]
+LoraStack = dict[str, Any]
+
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+RANK_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
+
+
+def pad_rank(rank: int) -> int:
+    """The smallest bucket that holds `rank`. Raises ValueError outside 1..512."""
+    for bucket in RANK_BUCKETS:
+        if 0 < rank <= bucket:
+            return bucket
+    raise ValueError(f"rank must be between 1 and {RANK_BUCKETS[-1]}, not {rank}")
+
+
+def init_lora(
+    config: ModelConfig,
+    seed: int,
+    rank: int,
+    *,
+    train_attn: bool = True,
+    train_mlp: bool = True,
+    train_unembed: bool = True,
+    padded_rank: int | None = None,
+) -> Adapter:
+    """A fresh adapter, in host memory: A uniform in +-1/sqrt(fan_in), B zero, so the delta is zero.
+
+    That is PEFT's default, `kaiming_uniform_(A, a=sqrt(5))`. Numpy float32 arrays: the same seed gives the
+    same adapter whatever the backend or the mesh; put them on devices as you like.
+    """
+    padded_rank = pad_rank(rank) if padded_rank is None else padded_rank
+    names = (ATTENTION_LINEARS if train_attn else ()) + (MLP_LINEARS if train_mlp else ())
+    streams = np.random.SeedSequence(seed % 2**64).spawn(len(config.linears) + 1)
+    rngs = dict(zip((*config.linears, "unembed"), map(np.random.default_rng, streams), strict=True))
+
+    def pair(name: str, layers: tuple[int, ...], into: int, out: int) -> dict[str, np.ndarray]:
+        a = np.zeros((*layers, into, padded_rank), np.float32)
+        bound = 1 / np.sqrt(into)
+        a[..., :rank] = rngs[name].uniform(-bound, bound, (*layers, into, rank))
+        return {"a": a, "b": np.zeros((*layers, padded_rank, out), np.float32)}
+
+    adapter: Adapter = {"layers": {n: pair(n, (config.num_layers,), *config.linears[n]) for n in names}}
+    if train_unembed:
+        adapter["unembed"] = pair("unembed", (), config.hidden_size, config.vocab_size)
+    return adapter
+
+
+def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -> LoraStack:
+    """Adapters of equal keys and padded rank side by side, for one device batch; differentiable.
+
+    `scale_n` is alpha / rank of each. Gives {"layers": {name: {"a": [L, n, in, R], "b": [L, n, R, out]}},
+    "unembed": {"a": [n, D, R], "b": [n, R, V]}, "scale": [n]}.
+    """
+    stack: LoraStack = {
+        "layers": jax.tree.map(lambda *x: jnp.stack(x, axis=1), *[a["layers"] for a in adapters]),
+        "scale": scale_n,
+    }
+    if "unembed" in adapters[0]:
+        stack["unembed"] = jax.tree.map(lambda *x: jnp.stack(x), *[a["unembed"] for a in adapters])
+    return stack
+
+
+class LayerLora(NamedTuple):
+    """One layer's slice of a stack: what the scan hands to a block."""
+
+    pairs: dict[str, dict[str, Array]]
+    scale_n: Float[Array, " n"]
+    row_adapter_B: Int[Array, " B"] | None
+
+    def add(self, name: str, x_BTI: Array, y_BTO: Array) -> Array:
+        """y plus the delta of matrix `name` at x, or y itself where that matrix has no adapter."""
+        if name not in self.pairs:
+            return y_BTO
+        return y_BTO + delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B)
+
+
+def delta(
+    x_BTI: Float[Array, "B T I"],
+    pair: dict[str, Array],
+    scale_n: Float[Array, " n"],
+    row_adapter_B: Int[Array, " B"] | None,
+) -> Float[Array, "B T O"]:
+    """scale x A B, each row with its own adapter: `pair` is {"a": [n, I, R], "b": [n, R, O]}.
+
+    One adapter is a plain product and ignores `row_adapter_B`. A and B are cast to x's dtype here, at
+    use: the adapter itself stays float32.
+    """
+    a, b = pair["a"], pair["b"]
+    if a.shape[0] == 1:
+        low_BTR = (x_BTI @ a[0].astype(x_BTI.dtype)) * scale_n[0].astype(x_BTI.dtype)
+        return low_BTR @ b[0].astype(x_BTI.dtype)
+    a_BIR, b_BRO = a[row_adapter_B].astype(x_BTI.dtype), b[row_adapter_B].astype(x_BTI.dtype)
+    low_BTR = jnp.einsum("bti,bir->btr", x_BTI, a_BIR) * scale_n[row_adapter_B, None, None].astype(
+        x_BTI.dtype
+    )
+    return jnp.einsum("btr,bro->bto", low_BTR, b_BRO)

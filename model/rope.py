@@ -1,0 +1,55 @@
+"""Rotary position embedding (arXiv:2104.09864), in the half-split form of Hugging Face.
+
+Letters: B rows, T tokens, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .config import ModelConfig
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles: computed once per forward, used by every layer."""
+
+    cos_BTH: Float[Array, "B T 1 half"]
+    sin_BTH: Float[Array, "B T 1 half"]
+
+
+def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
+    """theta^(-2i/H), stretched as `config.rope_scaling` says.
+
+    llama3's rule: transformers, `modeling_rope_utils._compute_llama3_parameters`.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32)
+    wavelength = 2 * math.pi / frequencies
+    cycles = scaling.original_max_position / wavelength
+    # 0 where the wave is longer than the old context allows, 1 where it is short, linear between
+    kept = (cycles - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+
+
+def rotation(config: ModelConfig, position_BT: Int[Array, "B T"]) -> Rotation:
+    """The angles of tokens at `position_BT` (counted from the start of their own sequence), in float32."""
+    angle = position_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], at: Rotation) -> Float[Array, "B T N H"]:
+    """Turn each pair (x[i], x[i + H/2]) by its angle; float32 inside, the dtype of x outside."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * at.cos_BTH - b * at.sin_BTH, b * at.cos_BTH + a * at.sin_BTH], axis=-1)
+    return turned.astype(x_BTNH.dtype)

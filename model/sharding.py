@@ -1,0 +1,96 @@
+"""Where arrays live: one mesh, one table from logical to mesh axes.
+
+Every parameter names its axes (`decoder.logical_axes`), and activations name theirs where they are
+constrained. A new way to shard is an edit of RULES.
+
+Mesh axes: `data` (copies of the weights, rows of the batch), `fsdp` (weights and rows cut alike), `tensor`
+(heads, hidden units of the MLP and the vocabulary). `expert` is reserved for mixtures of experts: a mesh
+without it ignores its rule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "tokens": (),
+    "layers": (),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "ff": ("tensor",),
+    "experts": ("expert",),
+    "hidden": (),
+}
+"""Logical axis -> mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation."""
+
+LogicalAxes = tuple[str, ...]
+
+
+def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
+    """A mesh of all local and remote devices: {"fsdp": 4, "tensor": 2}; an axis left out has size 1.
+
+    None is one device. Raises ValueError when the sizes are not those of the machine.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1) | (axes or {})
+    if unknown := set(sizes) - set(MESH_AXES):
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}; known: {', '.join(MESH_AXES)}")
+    needed, devices = math.prod(sizes.values()), jax.devices()
+    if needed > len(devices) or (axes and needed != len(devices)):
+        raise ValueError(f"the mesh {sizes} needs {needed} devices, and there are {len(devices)}")
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:needed])
+
+
+def partition_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: Any) -> PartitionSpec:
+    """The rules applied to one array. Mesh axes that do not divide a dimension are left out of it."""
+    cut: list[tuple[str, ...] | None] = []
+    for size, logical in zip(shape, axes, strict=True):
+        names: tuple[str, ...] = ()
+        for name in RULES[logical]:
+            ways = mesh.shape.get(name, 1)
+            if ways > 1 and size % ways == 0:
+                names, size = (*names, name), size // ways
+        cut.append(names or None)
+    return PartitionSpec(*cut)
+
+
+def shardings_for(abstract: Any, logical: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `abstract` (arrays or ShapeDtypeStructs).
+
+    `logical` is the same tree with a tuple of logical axis names at each leaf (`decoder.logical_axes`).
+    """
+
+    def leaf(x: Any, axes: LogicalAxes) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(x.shape, axes, mesh))
+
+    return jax.tree.map(leaf, abstract, logical)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of adapters, gradients, optimizer state and scalars: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a batch array of `shape` whose first axis is rows."""
+    axes = ("rows", *("tokens",) * (len(shape) - 1))
+    return NamedSharding(mesh, partition_spec(shape, axes, mesh))
+
+
+def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Pin an activation to the rules, inside a program compiled under `jax.set_mesh`; elsewhere x itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
