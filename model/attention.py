@@ -22,24 +22,33 @@ _SMALLEST_BLOCK = 64
 
 def attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
     start_BT: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T + mask) v, grouped heads, softmax in float32.
 
+    There may be more keys than queries: the queries are then the last T of the S positions (a prompt continued
+    after cached keys), and `start_BT` counts from the first key.
+
     The queries are cut into a few blocks and each block sees only the keys up to its own end, which saves
     nearly half of the dense product's work above the diagonal.
     """
     T = q_BTNH.shape[1]
+    first = k_BSKH.shape[1] - T
     size = max(_SMALLEST_BLOCK, -(-T // _QUERY_BLOCKS))
     blocks = []
     for begin in range(0, T, size):
         end = min(begin + size, T)
         blocks.append(
             _attend_block(
-                q_BTNH[:, begin:end], k_BTKH[:, :end], v_BTKH[:, :end], start_BT[:, begin:end], begin, scale
+                q_BTNH[:, begin:end],
+                k_BSKH[:, : first + end],
+                v_BSKH[:, : first + end],
+                start_BT[:, begin:end],
+                first + begin,
+                scale,
             )
         )
     return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]

@@ -1,0 +1,299 @@
+"""The sampler's three programs: prefill a chunk of prompts, score prompt tokens, decode a few tokens.
+
+They run the trainer's own blocks (`decoder.Block`) with an `attend` that reads and writes pages of keys and
+values, so that sampler and trainer compute the same log-probs. Shapes depend only on the bucket of
+sequences, of context pages and of prefilled tokens; everything else is traced.
+
+Axis letters: S sequences, T tokens of a prefill row, D hidden, N query heads, K kv heads, G = N / K, H head
+dim, V vocabulary, L layers, P pages of a table, C context positions, M tokens decoded by one call, E stop
+tokens looked at.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from . import kv_cache, token_sampling
+from .attention import MASKED, attention
+from .decoder import Base, Decoder, visible_from
+from .kv_cache import Pages
+from .lora import LayerLora, LoraStack, delta
+from .token_sampling import SamplingRows
+
+
+class PrefillRow(NamedTuple):
+    """One row of prompt tokens: several whole prompts, or a piece of one that continues `table`'s pages.
+
+    `start` is the first token of the row that belongs to the same prompt. `page`, `offset` say where each
+    token's key and value go (page 0 for padding). `table` is right-aligned: its last `context` positions are
+    the prompt's beginning, already cached (a multiple of the page size; only for a row of one prompt).
+    """
+
+    tokens: Int[Array, " T"]
+    position: Int[Array, " T"]
+    start: Int[Array, " T"]
+    page: Int[Array, " T"]
+    offset: Int[Array, " T"]
+    table: Int[Array, " P"]
+    context: Int[Array, ""]
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="pages")
+def prefill(
+    graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, row: PrefillRow
+) -> tuple[Pages, Float[Array, "T D"]]:
+    """Run prompt tokens through the trunk, keep their keys and values, return the final hidden states.
+
+    `lora` holds one adapter."""
+    model = nnx.merge(graph, base)
+    config = model.config
+    C = row.table.shape[0] * pages.page_size
+    T = row.tokens.shape[0]
+    # Keys are the context's C positions, then the row's own; a token sees from its prompt's first key on.
+    first_key = jnp.where(row.context > 0, C - row.context, C + row.start)
+    own_index = C + jnp.arange(T)
+    first_key_BT = first_key[None]
+    if config.sliding_window is not None:
+        first_key_BT = jnp.maximum(first_key_BT, own_index - config.sliding_window + 1)
+    at = model.rotation(row.position[None])
+    block_graph, stacked = nnx.split(model.layers)
+
+    def step(x_BTD: Array, layer: tuple) -> tuple[Array, tuple]:
+        weights, pairs, index = layer
+        kept = []
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            kept.extend((k[0], v[0]))
+            if C:
+                context_k, context_v = kv_cache.read_layer(pages, index, row.table[None])
+                k = jnp.concatenate([context_k.swapaxes(1, 2), k], axis=1)
+                v = jnp.concatenate([context_v.swapaxes(1, 2), v], axis=1)
+            return attention(q, k, v, first_key_BT, config.head_dim**-0.5)
+
+        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
+        x_BTD = nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora)
+        return x_BTD, tuple(kept)
+
+    x_BTD = model.embed_tokens(row.tokens[None])
+    layers = (stacked, {} if lora is None else lora["layers"], jnp.arange(config.num_layers))
+    x_BTD, (k_LTKH, v_LTKH) = jax.lax.scan(step, x_BTD, layers)
+    pages = kv_cache.write(pages, k_LTKH.swapaxes(0, 1), v_LTKH.swapaxes(0, 1), row.page, row.offset)
+    return pages, model.norm(x_BTD)[0]
+
+
+class PromptScores(NamedTuple):
+    """Log-probs (temperature 1) of given next tokens, and the most likely ones where asked for."""
+
+    logprobs: Float[Array, " T"]
+    top_tokens: Int[Array, "T top"]
+    top_logprobs: Float[Array, "T top"]
+
+
+_SCORED_AT_ONCE = 64
+
+
+@partial(jax.jit, static_argnames="graph")
+def score(
+    graph: nnx.GraphDef,
+    base: Base,
+    lora: LoraStack | None,
+    hidden_TD: Float[Array, "T D"],
+    next_T: Int[Array, " T"],
+    want_top: Bool[Array, ""],
+) -> PromptScores:
+    """log p(next token | the tokens up to here) from prefill's hidden states, a few tokens' logits at a time."""
+    model = nnx.merge(graph, base)
+    T = hidden_TD.shape[0]
+    size = min(_SCORED_AT_ONCE, T)
+
+    def some(piece: tuple[Array, Array]) -> PromptScores:
+        hidden, next_ = piece
+        z = logits(model, base, lora, hidden[None], None)[0]
+        log_normalizer = jax.nn.logsumexp(z, axis=-1)
+        top = min(token_sampling.TOP_K, z.shape[-1])
+        top_z, top_tokens = jax.lax.cond(
+            want_top,
+            lambda: tuple(jax.lax.top_k(z, top)),
+            lambda: (jnp.zeros((size, top), z.dtype), jnp.zeros((size, top), jnp.int32)),
+        )
+        chosen = jnp.take_along_axis(z, next_[:, None], axis=-1)[:, 0]
+        return PromptScores(
+            chosen - log_normalizer, top_tokens.astype(jnp.int32), top_z - log_normalizer[:, None]
+        )
+
+    pieces = (hidden_TD.reshape(T // size, size, -1), next_T.reshape(T // size, size))
+    return jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), jax.lax.map(some, pieces))
+
+
+class DecodeRows(NamedTuple):
+    """One row per sequence. `last_token` is not in the cache yet; it stands at `position`, after `position`
+    cached tokens. `budget` is how many tokens the sequence may still get (0 for an empty row)."""
+
+    last_token: Int[Array, " S"]
+    position: Int[Array, " S"]
+    table: Int[Array, "S P"]
+    adapter: Int[Array, " S"]
+    budget: Int[Array, " S"]
+    stop_tokens: Int[Array, "S E"]
+    sampling: SamplingRows
+
+
+class Decoded(NamedTuple):
+    """`steps` tokens per row were drawn; what lies beyond, or after a row's end, means nothing."""
+
+    steps: Int[Array, ""]
+    tokens: Int[Array, "M S"]
+    logprobs: Float[Array, "M S"]
+    top_tokens: Int[Array, "M S top"]
+    top_logprobs: Float[Array, "M S top"]
+
+
+@partial(jax.jit, static_argnames=("graph", "max_steps"), donate_argnames="pages")
+def decode(
+    graph: nnx.GraphDef,
+    base: Base,
+    pages: Pages,
+    lora: LoraStack | None,
+    rows: DecodeRows,
+    want_top: Bool[Array, ""],
+    max_steps: int,
+) -> tuple[Pages, Decoded]:
+    """Draw up to `max_steps` tokens for every row, fewer if all rows end earlier.
+
+    The context is read from the pages once; the tokens decoded here keep their keys and values beside it, and
+    are written to the pages together at the end. A row ends when its budget is spent or one of `stop_tokens`
+    (-1 is none) was drawn.
+    """
+    model = nnx.merge(graph, base)
+    config = model.config
+    S, V = rows.last_token.shape[0], config.vocab_size
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    dtype = pages.k.dtype
+    # Cut into layers outside of the loop over tokens, where XLA would do it again for every token.
+    blocks = [model.block(layer) for layer in range(L)]
+    contexts = [kv_cache.read_layer(pages, layer, rows.table) for layer in range(L)]
+    pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else None for layer in range(L)]
+    sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
+    M, top = max_steps, min(token_sampling.TOP_K, V)
+
+    def going(state: tuple) -> Array:
+        step, alive, *_ = state
+        return (step < M) & alive.any()
+
+    def one_token(state: tuple) -> tuple:
+        step, alive, token, recent, out = state
+        position = rows.position + step
+        at = model.rotation(position[:, None])
+        x = model.embed_tokens(token[:, None])
+        kept = []
+        for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
+
+            def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
+                now = tuple(
+                    jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, step, 0))
+                    for old, new in zip(layer_recent, (k, v), strict=True)
+                )
+                kept.append(now)
+                return _attend_cached(
+                    q, context, now, rows.position, step, config.sliding_window, config.head_dim**-0.5
+                )
+
+            x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter) if lora else None)
+        z = logits(model, base, lora, model.norm(x), rows.adapter)[:, 0]
+        drawn = sample(z, position=position + 1)
+        out = jax.tree.map(lambda all_, new: all_.at[step].set(new), out, tuple(drawn))
+        alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
+        return step + 1, alive, drawn.tokens, tuple(kept), out
+
+    recent = tuple((jnp.zeros((S, K, M, H), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
+    out = (
+        jnp.zeros((M, S), jnp.int32),
+        jnp.zeros((M, S), jnp.float32),
+        jnp.zeros((M, S, top), jnp.int32),
+        jnp.zeros((M, S, top), jnp.float32),
+    )
+    start = (jnp.int32(0), rows.budget > 0, rows.last_token, recent, out)
+    steps, _, _, recent, out = jax.lax.while_loop(going, one_token, start)
+    return _append(pages, rows, recent), Decoded(steps, *out)
+
+
+def logits(
+    model: Decoder,
+    base: Base,
+    lora: LoraStack | None,
+    hidden_BTD: Float[Array, "B T D"],
+    row_adapter_B: Int[Array, " B"] | None,
+) -> Float[Array, "B T V"]:
+    """Float32 logits, with the adapter on the head where there is one."""
+    if "lm_head" in base:
+        z = jnp.einsum(
+            "btd,dv->btv", hidden_BTD, base["lm_head"]["weight"], preferred_element_type=jnp.float32
+        )
+    else:
+        z = jnp.einsum(
+            "btd,vd->btv", hidden_BTD, base["embed_tokens"]["weight"], preferred_element_type=jnp.float32
+        )
+    if lora is not None and "unembed" in lora:
+        z = z + delta(hidden_BTD.astype(jnp.float32), lora["unembed"], lora["scale"], row_adapter_B)
+    return z
+
+
+def _attend_cached(
+    q: Float[Array, "S 1 N H"],
+    context: tuple[Float[Array, "S K C H"], Float[Array, "S K C H"]],
+    recent: tuple[Float[Array, "S K M H"], Float[Array, "S K M H"]],
+    context_length: Int[Array, " S"],
+    step: Int[Array, ""],
+    window: int | None,
+    scale: float,
+) -> Float[Array, "S 1 N H"]:
+    """One query per sequence over its cached context and the tokens of this call up to and with `step`."""
+    S, _, N, H = q.shape
+    (context_k, context_v), (recent_k, recent_v) = context, recent
+    K, C, M = context_k.shape[1], context_k.shape[2], recent_k.shape[2]
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(S, K, N // K, H)
+
+    def scores(keys: Array, position: Array, visible: Array) -> Array:
+        if window is not None:
+            visible &= position > (context_length + step)[:, None] - window
+        found = jnp.einsum("skgh,skch->skgc", q, keys).astype(jnp.float32)
+        return jnp.where(visible[:, None, None], found, MASKED)
+
+    context_position = jnp.arange(C)[None]
+    recent_step = jnp.broadcast_to(jnp.arange(M), (S, M))
+    z = jnp.concatenate(
+        [
+            scores(context_k, context_position, context_position < context_length[:, None]),
+            scores(recent_k, context_length[:, None] + recent_step, recent_step <= step),
+        ],
+        axis=-1,
+    )
+    p = jax.nn.softmax(z, axis=-1).astype(context_v.dtype)
+    mixed = jnp.einsum("skgc,skch->skgh", p[..., :C], context_v)
+    mixed += jnp.einsum("skgc,skch->skgh", p[..., C:], recent_v)
+    return mixed.reshape(S, 1, N, H)
+
+
+def _append(pages: Pages, rows: DecodeRows, recent: Any) -> Pages:
+    """Write this call's keys and values to the pages; what has no page in the table goes to page 0."""
+    S, P = rows.table.shape
+    M = recent[0][0].shape[2]
+    position = rows.position[:, None] + jnp.arange(M)
+    column = position // pages.page_size
+    page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
+    page = jnp.where(column < P, page, 0).reshape(-1)
+
+    def tokens_first(which: int) -> Array:
+        stacked = jnp.stack([layer[which] for layer in recent])  # [L S K M H]
+        L, _, K, _, H = stacked.shape
+        return stacked.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)
+
+    return kv_cache.write(
+        pages, tokens_first(0), tokens_first(1), page, (position % pages.page_size).reshape(-1)
+    )

@@ -1,0 +1,191 @@
+"""Drawing tokens from logits: temperature, top-k, top-p, and reproducible counter-based randomness.
+
+Nothing here sorts the vocabulary. Filters become one threshold on the logits per row (from the 64 largest
+logits where these suffice, else by an exact bisection over float32 bit patterns), and a token is drawn by
+inverting the cumulative distribution in two levels: first a block of the vocabulary, then a token in it.
+
+Axis letters: S sequences, V vocabulary, K most likely tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+TOP_K = 64  # most likely tokens looked at before the exact bisection is needed; also the most ever reported
+_BLOCK = 256  # tokens per block of the two-level inverse CDF
+
+
+class SamplingRows(NamedTuple):
+    """One row of parameters per sequence; all traced, so no value of them compiles anything.
+
+    `temperature` 0 is greedy, `top_k` < 1 and `top_p` >= 1 are off. `seed` is 64 bits as (high, low); with
+    `sample_index` and the token's position it determines the draw, whatever else shares the batch.
+    """
+
+    temperature: Float[Array, " S"]
+    top_k: Int[Array, " S"]
+    top_p: Float[Array, " S"]
+    seed: UInt32[Array, "S 2"]
+    sample_index: Int[Array, " S"]
+
+
+class Drawn(NamedTuple):
+    """Tokens, their log-probs under the tempered distribution, and that distribution's top tokens (only
+    filled where asked for)."""
+
+    tokens: Int[Array, " S"]
+    logprobs: Float[Array, " S"]
+    top_tokens: Int[Array, "S K"]
+    top_logprobs: Float[Array, "S K"]
+
+
+def sample_tokens(
+    logits: Float[Array, "S V"],
+    rows: SamplingRows,
+    position: Int[Array, " S"],
+    want_top: Bool[Array, ""],
+) -> Drawn:
+    """Draw one token per row of float32 logits.
+
+    p = softmax(logits / temperature), restricted first to the top_k largest, then to the smallest set of
+    tokens whose renormalised mass reaches top_p (ties at either border are kept), drawn by inverse CDF.
+    Log-probs are of the tempered distribution before top-k and top-p; at temperature 0 the token is the
+    argmax and its log-prob is of the untempered distribution (temperature 1).
+
+    `position` is the index of the drawn token in its sequence: the counter of the random draw.
+    """
+    greedy = rows.temperature <= 0.0
+    z = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
+    highest = z.max(-1, keepdims=True)
+    log_normalizer = highest[:, 0] + jnp.log(jnp.exp(z - highest).sum(-1))
+
+    filtered = ~greedy & ((rows.top_k > 0) | (rows.top_p < 1.0))
+    K = min(TOP_K, z.shape[-1])
+    top_z, top_tokens = jax.lax.cond(
+        want_top | filtered.any(),
+        lambda: tuple(jax.lax.top_k(z, K)),
+        lambda: (jnp.zeros((z.shape[0], K), z.dtype), jnp.zeros((z.shape[0], K), jnp.int32)),
+    )
+    threshold = jax.lax.cond(
+        filtered.any(),
+        lambda: jnp.where(filtered, keep_threshold(z, top_z, rows.top_k, rows.top_p), -jnp.inf),
+        lambda: jnp.full(z.shape[:1], -jnp.inf, z.dtype),
+    )
+    weights = jnp.where(z >= threshold[:, None], jnp.exp(z - highest), 0.0)
+    drawn = invert_cdf(weights, uniforms(rows.seed, rows.sample_index, position))
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    return Drawn(
+        tokens=tokens,
+        logprobs=jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0] - log_normalizer,
+        top_tokens=top_tokens.astype(jnp.int32),
+        top_logprobs=top_z - log_normalizer[:, None],
+    )
+
+
+def uniforms(
+    seed: UInt32[Array, "S 2"], sample_index: Int[Array, " S"], position: Int[Array, " S"]
+) -> Float[Array, "S 2"]:
+    """Two uniforms in [0, 1) per row: threefry keyed by the seed, counted by sample index and position."""
+
+    def one(seed_2, index, position_):
+        key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, index), position_), (2,))
+
+    return jax.vmap(one)(seed, sample_index, position)
+
+
+def invert_cdf(weights: Float[Array, "S V"], u: Float[Array, "S 2"]) -> Int[Array, " S"]:
+    """Index v with probability weights[v] / sum(weights), from two uniforms; never one of weight zero.
+
+    The first uniform picks a block of the vocabulary by its mass, the second a token within it: two short
+    cumulative sums, and a finer resolution than one float32 uniform over the whole vocabulary would have.
+    """
+    S, V = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(S, -1, _BLOCK)
+    block = _pick(blocks.sum(-1), u[:, 0])
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _pick(within, u[:, 1])
+
+
+def _pick(mass: Float[Array, "S M"], u: Float[Array, " S"]) -> Int[Array, " S"]:
+    cumulative = jnp.cumsum(mass, axis=-1)
+    below = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1)
+    picked = jnp.minimum(below, mass.shape[-1] - 1)
+    # Rounding of the cumulative sums may point at an entry of no mass.
+    empty = jnp.take_along_axis(mass, picked[:, None], axis=-1)[:, 0] <= 0.0
+    return jnp.where(empty, jnp.argmax(mass, axis=-1), picked)
+
+
+def keep_threshold(
+    z: Float[Array, "S V"], top_z: Float[Array, "S K"], top_k: Int[Array, " S"], top_p: Float[Array, " S"]
+) -> Float[Array, " S"]:
+    """The smallest logit that top_k, then top_p keep: tokens with z below it are removed.
+
+    `top_z` are the K largest logits in descending order. Where they do not decide (top_k > K, or top_p's mass
+    not reached within them), all rows are bisected instead.
+    """
+    V, K = z.shape[-1], top_z.shape[-1]
+    k = jnp.where((top_k < 1) | (top_k > V), V, top_k)
+    p = jnp.minimum(top_p, 1.0)
+    highest = top_z[:, :1]
+
+    k_within = k <= K
+    k_threshold = jnp.take_along_axis(top_z, jnp.minimum(k, K)[:, None] - 1, axis=-1)
+    k_threshold = jnp.where(k_within[:, None], k_threshold, -jnp.inf)
+    top_weights = jnp.where(top_z >= k_threshold, jnp.exp(top_z - highest), 0.0)
+    # Ties of the k-th logit may lie beyond the K largest: take the mass from all of z.
+    k_mass = jnp.where(z >= k_threshold, jnp.exp(z - highest), 0.0).sum(-1, keepdims=True)
+    before = jnp.cumsum(top_weights, axis=-1) - top_weights
+    kept = (before < p[:, None] * k_mass) & (top_z >= k_threshold)
+    last = jnp.maximum(kept.sum(-1, keepdims=True), 1) - 1
+    p_threshold = jnp.take_along_axis(top_z, last, axis=-1)
+    decided = k_within | (k == V) & ((p >= 1.0) | (kept.sum(-1) < K))
+    quick = jnp.where(p >= 1.0, k_threshold[:, 0], p_threshold[:, 0])
+
+    return jax.lax.cond(
+        decided.all(),
+        lambda: quick,
+        lambda: _bisected_threshold(z, k, p),
+    )
+
+
+def _bisected_threshold(
+    z: Float[Array, "S V"], k: Int[Array, " S"], p: Float[Array, " S"]
+) -> Float[Array, " S"]:
+    """`keep_threshold` for any k and p, by two bisections over the 2^32 ordered float32 values."""
+    weights = jnp.exp(z - z.max(-1, keepdims=True))
+    k_threshold = _largest_threshold(lambda t: (z >= t).sum(-1) >= k, z)
+    k_mass = jnp.where(z >= k_threshold[:, None], weights, 0.0).sum(-1)
+    wanted = p * k_mass
+    p_threshold = _largest_threshold(lambda t: jnp.where(z >= t, weights, 0.0).sum(-1) >= wanted, z)
+    return jnp.maximum(k_threshold, jnp.where(p >= 1.0, k_threshold, p_threshold))
+
+
+def _largest_threshold(enough, z: Float[Array, "S V"]) -> Float[Array, " S"]:
+    """The largest float32 t per row with enough(t), where enough is monotone and true at -inf."""
+
+    def halve(_, bounds):
+        low, high = bounds  # enough(low), not enough(high), as ordered integers
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        fine = enough(_ordered_to_float(middle)[:, None])
+        return jnp.where(fine, middle, low), jnp.where(fine, high, middle)
+
+    S = z.shape[0]
+    low = jnp.full((S,), _NEGATIVE_INFINITY, jnp.int32)
+    high = jnp.full((S,), _POSITIVE_INFINITY, jnp.int32)
+    return _ordered_to_float(jax.lax.fori_loop(0, 32, halve, (low, high))[0])
+
+
+# Signed integers in the order of the floats: a positive float's bits are that; a negative float's magnitude
+# bits are inverted.
+_POSITIVE_INFINITY = 0x7F800000
+_NEGATIVE_INFINITY = -0x7F800001
+
+
+def _ordered_to_float(ordered: Int[Array, " S"]) -> Float[Array, " S"]:
+    bits = jnp.where(ordered >= 0, ordered, ordered ^ jnp.int32(0x7FFFFFFF))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
