@@ -1,0 +1,7 @@
+"""Errors that the engine tells its clients."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The request was wrong. The message names what (datum index, field) and what would be right."""
