@@ -12,7 +12,6 @@ complete. Arrays are stored whole, whatever their sharding was, and come back in
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from .atomic import flush, size_bytes
 
 FORMAT_VERSION = 1
 
@@ -104,21 +105,6 @@ def restore(directory: Path, abstract: PyTree) -> PyTree:
                 partial_restore=True,
             ),
         )
-
-
-def size_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
-
-
-def flush(directory: Path) -> None:
-    """Force a finished directory, its files and its own name to the disk."""
-    for path in [*Path(directory).rglob("*"), Path(directory), Path(directory).parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove_unfinished(directory: Path) -> None:

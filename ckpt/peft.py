@@ -1,0 +1,154 @@
+"""Adapters as PEFT writes them: `adapter_model.safetensors` and `adapter_config.json`.
+
+`save_adapter` writes what `peft.PeftModel.from_pretrained` loads, with the true rank (the padding that the
+trainer's rank buckets add is cut off) and every target module named. `load_adapter` reads it back, and reads
+adapters that PEFT itself has written.
+
+The adapter of the unembedding is PEFT's LoRA on `lm_head`. It is a bypass beside the matrix, so it is right
+for models with tied embeddings too as long as it stays an adapter; merging it into such a model
+(`merge_and_unload`) would change the input embedding as well, unless the two are untied first.
+
+Axes: L layers, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ..model.config import ModelConfig
+from ..model.families import FAMILIES
+from ..model.lora import Adapter
+from .atomic import atomic_directory, size_bytes
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+# Features of PEFT that change the function which the matrices A and B stand for.
+_UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter read from disk, in host memory: {"layers": {name: {"a": [L, in, R], "b": [L, R, out]}},
+    "unembed": {"a": [D, R], "b": [R, V]}}, with padded columns of zeros. Its scale is alpha / rank."""
+
+    adapter: Adapter
+    rank: int
+    alpha: float
+    base_model: str
+
+
+def save_adapter(
+    directory: Path, adapter: Adapter, config: ModelConfig, *, rank: int, alpha: float, base_model: str
+) -> int:
+    """Write an adapter (arrays in host or device memory, rank padded or not); the directory appears whole.
+
+    Returns its size in bytes.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for module, layer, name in _modules(adapter, config):
+        pair = adapter["unembed"] if name == "unembed" else adapter["layers"][name]
+        a_IR, b_RO = (np.asarray(pair[side] if layer is None else pair[side][layer]) for side in "ab")
+        tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_IR[:, :rank].T)
+        tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b_RO[:rank].T)
+    targets = {module.rsplit(".", 1)[-1] for module, _, _ in _modules(adapter, config)}
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    with atomic_directory(directory) as writing:
+        save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
+        (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
+        size = size_bytes(writing)
+    return size
+
+
+def is_adapter(directory: Path) -> bool:
+    return (Path(directory) / CONFIG_FILE).is_file() and (Path(directory) / ADAPTER_FILE).is_file()
+
+
+def load_adapter(directory: Path, config: ModelConfig, *, padded_rank: int | None = None) -> SavedAdapter:
+    """Read an adapter into host memory, its rank padded with zeros to `padded_rank`.
+
+    A layer that a module's adapter leaves out gets zeros. Raises FileNotFoundError where there is no adapter;
+    ValueError if it is not one for this model, or uses what a plain LoRA has not (DoRA, a rank per module,
+    biases, modules saved whole).
+    """
+    directory = Path(directory)
+    if not is_adapter(directory):
+        raise FileNotFoundError(f"no PEFT adapter in {directory.name}")
+    adapter_config = json.loads((directory / CONFIG_FILE).read_text())
+    refused = [key for key in _UNSUPPORTED if adapter_config.get(key)]
+    if adapter_config.get("bias", "none") != "none":
+        refused.append("bias")
+    if refused:
+        raise ValueError(
+            f"PEFT adapter {directory.name} uses {', '.join(refused)}; only plain LoRA is supported"
+        )
+    rank = int(adapter_config["r"])
+    padded_rank = rank if padded_rank is None else padded_rank
+    alpha = float(adapter_config["lora_alpha"]) * (
+        math.sqrt(rank) if adapter_config.get("use_rslora") else 1.0
+    )
+
+    linears = {**config.linears, "unembed": (config.hidden_size, config.vocab_size)}
+    tensors = load_file(directory / ADAPTER_FILE)
+    adapter: Adapter = {"layers": {}}
+    for module, layer, name in _modules(None, config):
+        into, out = linears[name]
+        for side, shape in (("a", (into, rank)), ("b", (rank, out))):
+            tensor = tensors.pop(f"{module}.lora_{side.upper()}.weight", None)
+            if tensor is None:
+                continue
+            if tensor.T.shape != shape:
+                raise ValueError(
+                    f"PEFT adapter {directory.name}: {module}.lora_{side.upper()} has shape {tensor.shape}; "
+                    f"expected {shape[::-1]}"
+                )
+            padded = (into, padded_rank) if side == "a" else (padded_rank, out)
+            pair = adapter["layers"] if layer is not None else adapter
+            stored = pair.setdefault(name, {}).setdefault(
+                side, np.zeros(padded if layer is None else (config.num_layers, *padded), np.float32)
+            )
+            (stored if layer is None else stored[layer])[: shape[0], : shape[1]] = tensor.T
+    if tensors:
+        raise ValueError(f"PEFT adapter {directory.name}: the model has no place for {min(tensors)}")
+    return SavedAdapter(adapter, rank, alpha, adapter_config.get("base_model_name_or_path") or "")
+
+
+def _modules(adapter: Adapter | None, config: ModelConfig) -> list[tuple[str, int | None, str]]:
+    """(PEFT's name of a module, its layer or None, our name) of what an adapter holds, or (None) may hold."""
+    names = FAMILIES[config.family].TENSORS
+    modules: list[tuple[str, int | None, str]] = []
+    for name in config.linears if adapter is None else adapter["layers"]:
+        pattern = "base_model.model." + names[f"layers.{name}.weight"].removesuffix(".weight")
+        modules += [(pattern.format(layer=layer), layer, name) for layer in range(config.num_layers)]
+    if adapter is None or "unembed" in adapter:
+        modules.append(
+            ("base_model.model." + names["lm_head.weight"].removesuffix(".weight"), None, "unembed")
+        )
+    return modules

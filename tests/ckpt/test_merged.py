@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pytest
+from tinsmith.ckpt.merged import save_merged
+from tinsmith.model.config import read_config
+from tinsmith.model.families import is_transposed, tensor_names
+
+from tests.tiny_models import VARIANTS, hf_config, random_weights, write_model
+
+
+def our_base(config, weights):
+    """The base pytree of Hugging Face weights, stacked by hand."""
+    base = {}
+    for ours, theirs in tensor_names(config).items():
+        layers = range(config.num_layers) if "{layer}" in theirs else [None]
+        arrays = [weights[theirs.format(layer=layer)] for layer in layers]
+        arrays = [array.T if is_transposed(ours) else array for array in arrays]
+        *parents, leaf = ours.split(".")
+        at = base
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[leaf] = np.stack(arrays) if "{layer}" in theirs else arrays[0]
+    return base
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+def test_the_folder_holds_the_weights_under_their_own_names(tmp_path, variant, shard_bytes):
+    from safetensors.numpy import load_file
+
+    folder = write_model(tmp_path / "base", variant)
+    config = read_config(folder)
+    weights = random_weights(hf_config(variant), seed=7)
+    size = save_merged(
+        tmp_path / "out", our_base(config, weights), config, base_folder=folder, shard_bytes=shard_bytes
+    )
+    assert size == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) == 1) == (shard_bytes == 1 << 30)
+    found = {name: array for file in files for name, array in load_file(file).items()}
+    assert found.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert read_config(tmp_path / "out") == config
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_loads_it_with_equal_log_probs(tmp_path, variant):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "base", variant)
+    trained = write_model(tmp_path / "trained", variant, seed=7)
+    config = read_config(folder)
+    base = our_base(config, random_weights(hf_config(variant), seed=7))
+    out = tmp_path / "out"
+    save_merged(out, base, config, base_folder=folder, shard_bytes=20_000)
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
+    with torch.no_grad():
+        models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out, trained)]
+        found, expected = (torch.log_softmax(model(tokens).logits, -1) for model in models)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)

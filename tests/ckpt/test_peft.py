@@ -1,0 +1,167 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tinsmith.ckpt import peft
+from tinsmith.model.config import read_config
+from tinsmith.model.lora import init_lora, pad_rank
+
+from tests.tiny_models import VARIANTS, write_model
+
+RANK, ALPHA = 5, 12.0
+
+
+def random_adapter(config, rank=RANK, **which):
+    """Not fresh: B is random too (its padded rows stay zero)."""
+    adapter = init_lora(config, seed=3, rank=rank, **which)
+    rng = np.random.default_rng(1)
+    for pair in [*adapter["layers"].values(), *([adapter["unembed"]] if "unembed" in adapter else [])]:
+        b = pair["b"]
+        b[..., :rank, :] = rng.normal(size=(*b.shape[:-2], rank, b.shape[-1])) * 0.3
+    return adapter
+
+
+def save(directory, config, alpha=ALPHA):
+    peft.save_adapter(directory, random_adapter(config), config, rank=RANK, alpha=alpha, base_model="tiny")
+
+
+def leaves(tree, path=""):
+    if isinstance(tree, dict):
+        return {k: v for key, sub in tree.items() for k, v in leaves(sub, f"{path}/{key}").items()}
+    return {path: tree}
+
+
+@pytest.mark.parametrize(
+    "which",
+    [{}, {"train_unembed": False}, {"train_attn": False}, {"train_mlp": False, "train_attn": False}],
+    ids=lambda which: "-".join(which) or "all",
+)
+def test_an_adapter_survives_the_disk(tmp_path, which):
+    config = read_config(write_model(tmp_path / "base", "qwen3", tokenizer=False))
+    adapter = random_adapter(config, **which)
+    size = peft.save_adapter(tmp_path / "a", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    assert size == sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    saved = peft.load_adapter(tmp_path / "a", config, padded_rank=pad_rank(RANK))
+    assert (saved.rank, saved.alpha, saved.base_model) == (RANK, ALPHA, "tiny")
+    before, after = leaves(adapter), leaves(saved.adapter)
+    assert before.keys() == after.keys()
+    for path, array in before.items():
+        np.testing.assert_array_equal(array, after[path])
+
+
+def test_files_hold_the_true_rank_and_name_every_target(tmp_path):
+    config = read_config(write_model(tmp_path / "base", tokenizer=False))
+    peft.save_adapter(
+        tmp_path / "a", random_adapter(config), config, rank=RANK, alpha=ALPHA, base_model="tiny"
+    )
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["r"] == RANK
+    assert written["target_modules"] == sorted([*config.linears, "lm_head"])
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in tensors.values()} == {RANK}
+    assert len(tensors) == 2 * (7 * config.num_layers + 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_a_failed_write_leaves_nothing_and_a_second_write_replaces_the_first(tmp_path, monkeypatch):
+    config = read_config(write_model(tmp_path / "base", tokenizer=False))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.json, "dumps", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(tmp_path / "out" / "a", config)
+    assert list((tmp_path / "out").iterdir()) == []
+    save(tmp_path / "out" / "a", config, 1.0)
+    save(tmp_path / "out" / "a", config, 2.0)
+    assert peft.load_adapter(tmp_path / "out" / "a", config).alpha == 2.0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path):
+    config = read_config(write_model(tmp_path / "base", tokenizer=False))
+    with pytest.raises(FileNotFoundError, match="no PEFT adapter in a"):
+        peft.load_adapter(tmp_path / "a", config)
+    peft.save_adapter(
+        tmp_path / "a", random_adapter(config), config, rank=RANK, alpha=ALPHA, base_model="tiny"
+    )
+
+    other = read_config(write_model(tmp_path / "other", tokenizer=False, hidden_size=64))
+    with pytest.raises(ValueError, match=r"q_proj.lora_A has shape \(5, 32\); expected \(5, 64\)"):
+        peft.load_adapter(tmp_path / "a", other)
+
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"base_model.model.model.norm.weight": np.zeros(3, np.float32)}, file)
+    with pytest.raises(ValueError, match=r"no place for base_model.model.model.norm.weight"):
+        peft.load_adapter(tmp_path / "a", config)
+    save_file(tensors, file)
+
+    config_file = tmp_path / "a" / "adapter_config.json"
+    written = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(written | {"use_dora": True, "bias": "all"}))
+    with pytest.raises(ValueError, match="uses use_dora, bias; only plain LoRA"):
+        peft.load_adapter(tmp_path / "a", config)
+    config_file.write_text(json.dumps(written | {"use_rslora": True}))
+    assert peft.load_adapter(tmp_path / "a", config).alpha / RANK == pytest.approx(ALPHA / np.sqrt(RANK))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("train_unembed", [True, False])
+def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, train_unembed):
+    torch = pytest.importorskip("torch")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "base", variant)
+    config = read_config(folder)
+    adapter = random_adapter(config, train_unembed=train_unembed)
+    peft.save_adapter(tmp_path / "a", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "a")
+        found = torch.log_softmax(loaded(tokens).logits, -1)
+
+        # The formula: W + (alpha / r) A B in every matrix; logits get (alpha / r) h A B on top.
+        model = base()
+        scale = ALPHA / RANK
+        for name, pair in adapter["layers"].items():
+            for index, layer in enumerate(model.model.layers):
+                block = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+                delta = scale * pair["a"][index] @ pair["b"][index]
+                getattr(block, name).weight += torch.tensor(delta.T)
+        hidden = model.model(tokens).last_hidden_state
+        logits = model.lm_head(hidden)
+        if train_unembed:
+            logits += scale * hidden @ torch.tensor(adapter["unembed"]["a"] @ adapter["unembed"]["b"])
+        expected = torch.log_softmax(logits, -1)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
+    assert (expected - torch.log_softmax(base()(tokens).logits, -1)).abs().max() > 0.1
+
+
+@pytest.mark.reference
+def test_an_adapter_that_peft_wrote_is_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "base", "llama")
+    config = read_config(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(base, lora)
+    model.save_pretrained(tmp_path / "a")
+    saved = peft.load_adapter(tmp_path / "a", config, padded_rank=8)
+    assert (saved.rank, saved.alpha) == (4, 8.0)
+    assert saved.adapter["layers"].keys() == {"q_proj", "down_proj"}
+    module = model.base_model.model.model.layers[1].mlp.down_proj
+    found = saved.adapter["layers"]["down_proj"]
+    np.testing.assert_array_equal(found["a"][1, :, :4], module.lora_A["default"].weight.detach().numpy().T)
+    np.testing.assert_array_equal(found["b"][1, :4], module.lora_B["default"].weight.detach().numpy().T)
+    assert not found["a"][..., 4:].any()
+    assert not found["b"][:, 4:].any()
