@@ -1,0 +1,66 @@
+"""Run by test_sharding in a process with 8 devices: `compare_meshes.py VARIANT fsdp=8 data=2,fsdp=4 ...`."""
+
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tinsmith.model import config as config_lib
+from tinsmith.model import decoder, load, lora, sharding
+from tiny_models import write_model
+
+variant, *meshes = sys.argv[1:]
+folder = write_model(
+    tempfile.mkdtemp(), variant, num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64
+)
+config = config_lib.read_config(folder)
+graph, _ = decoder.build(config, jnp.float32)
+rng = np.random.default_rng(0)
+B, T = 8, 96
+tokens = rng.integers(0, config.vocab_size, (B, T)).astype(np.int32)
+start = np.broadcast_to(np.where(np.arange(T) < 40, 0, 40), (B, T)).astype(np.int32)
+position = np.arange(T, dtype=np.int32) - start
+cotangent = rng.standard_normal((B, T, config.hidden_size)).astype(np.float32)
+row_adapter = (np.arange(B) % 2).astype(np.int32)
+adapters = tuple(lora.init_lora(config, seed, 8, train_unembed=False) for seed in range(2))
+for adapter in adapters:
+    for pair in adapter["layers"].values():
+        pair["b"][...] = 0.1 * rng.standard_normal(pair["b"].shape)
+
+
+@jax.jit
+def outputs_and_gradients(base, adapters, batch):
+    def hidden(base, adapters):
+        stack = lora.stack_adapters(adapters, jnp.asarray([4.0, 0.5]))
+        return decoder.trunk(
+            graph, base, batch["tokens"], batch["position"], batch["start"], stack, batch["rows"], "full"
+        )
+
+    out, pull = jax.vjp(hidden, base, adapters)
+    return out, *pull(batch["cotangent"])
+
+
+def run(mesh):
+    batch = {
+        "tokens": tokens, "position": position, "start": start, "rows": row_adapter, "cotangent": cotangent
+    }  # fmt: skip
+    with jax.set_mesh(mesh):
+        base = load.load_base(folder, config, jnp.float32, mesh)
+        batch = {k: jax.device_put(x, sharding.rows_sharding(mesh, x.shape)) for k, x in batch.items()}
+        on_device = jax.device_put(adapters, sharding.replicated(mesh))
+        result = outputs_and_gradients(base, on_device, batch)
+    return base, jax.tree.map(np.asarray, result)
+
+
+_, (expected, *expected_grads) = run(sharding.make_mesh())
+for text in meshes:
+    axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    base, (out, *grads) = run(sharding.make_mesh(axes))
+    held = base["layers"]["up_proj"]["weight"].addressable_shards[0].data.size
+    whole = base["layers"]["up_proj"]["weight"].size
+    assert held == whole // (axes.get("fsdp", 1) * axes.get("tensor", 1)), "the weights are not cut"
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
+    print(text, "equal")

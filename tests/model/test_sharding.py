@@ -1,0 +1,48 @@
+"""A mesh changes no number: trunk outputs and gradients on 8 virtual CPU devices equal one device's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+from tinsmith.model import sharding
+
+MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8", "data=8"]
+
+
+@pytest.mark.parametrize("variant", ["llama3", "qwen3"])
+def test_meshes_of_8_devices_equal_one_device(variant):
+    """Each mesh in a process of its own kind of machine: XLA's device count is fixed at start."""
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    script = Path(__file__).with_name("compare_meshes.py")
+    ran = subprocess.run(
+        [sys.executable, str(script), variant, *MESHES], env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+    assert ran.stdout.count("equal") == len(MESHES)
+    assert "rematerialization" not in ran.stderr
+
+
+def test_axes_that_do_not_divide_a_dimension_stay_whole():
+    mesh = AbstractMesh((2, 2, 2), sharding.MESH_AXES)
+    spec = sharding.partition_spec((320, 33), ("vocab", "embed"), mesh)
+    assert spec == PartitionSpec(("tensor",), None)
+    assert sharding.partition_spec((6, 10), ("rows", "tokens"), mesh) == PartitionSpec(("data",), None)
+
+
+def test_every_mesh_axis_of_the_rules_is_known():
+    assert {axis for axes in sharding.RULES.values() for axis in axes} <= {*sharding.MESH_AXES, "expert"}
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(ValueError, match=rf"needs 64 devices, and there are {jax.device_count()}"):
+        sharding.make_mesh({"fsdp": 64})
+    with pytest.raises(ValueError, match="unknown mesh axes"):
+        sharding.make_mesh({"fdsp": 1})
