@@ -35,7 +35,7 @@ class Unit:
 class Scheduler:
     """Operations wait in the order of arrival of their model; models take turns in a ring.
 
-    Operations of equal `batch_key` may share a device batch (None: runs alone) of up to `batch_tokens` tokens:
+    Operations of equal `batch_key` may share a device batch (None: runs alone) of at most `batch_tokens`:
     sharing pays while batches are small.
     """
 

@@ -1,0 +1,75 @@
+"""JAX's persistent compilation cache, and a log line for every program that is compiled."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax import monitoring
+
+log = logging.getLogger(__name__)
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_WORTH_A_LINE_SECONDS = 0.1
+"""Programs that compile faster are the one-line conversions around the real ones; the debug log has them."""
+
+
+def use_cache(cache_dir: Path) -> Path:
+    """Keep compiled programs below `cache_dir`, in a folder for this machine's kind; returns that folder.
+
+    JAX's own key has the program, its options and jaxlib's version. What it lacks is the CPU's instruction
+    set: a program compiled for another CPU may not run here, when machines share a cache directory.
+    """
+    folder = Path(cache_dir) / "xla" / f"jax-{jax.__version__}-{jax.default_backend()}-{_cpu()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def log_compilations(on_compile: Callable[[str, float], None] | None = None) -> None:
+    """From now on log the name and seconds of every compiled program, and whether the cache had it.
+
+    `on_compile(name, seconds)` is called as well, in the thread that compiled. JAX's listeners last as long
+    as the process: call this once.
+    """
+    current = threading.local()
+
+    def on_event(event: str, **_) -> None:
+        if event == _CACHE_HIT:
+            current.from_cache = True
+
+    def on_duration(event: str, seconds: float, **details) -> None:
+        if event != _COMPILED:
+            return
+        name = details.get("fun_name", "a program")
+        from_cache, current.from_cache = getattr(current, "from_cache", False), False
+        log.log(
+            logging.INFO if seconds >= _WORTH_A_LINE_SECONDS else logging.DEBUG,
+            "%s %s in %.2f s",
+            "read from the compilation cache:" if from_cache else "compiled",
+            name,
+            seconds,
+        )
+        if on_compile is not None:
+            on_compile(name, seconds)
+
+    monitoring.register_event_listener(on_event)
+    monitoring.register_event_duration_secs_listener(on_duration)
+
+
+def _cpu() -> str:
+    """The machine type and a hash of its instruction set's flags, where the system tells them."""
+    flags = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

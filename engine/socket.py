@@ -1,0 +1,121 @@
+"""The engine's end of the socket to the server, in a thread of its own.
+
+Messages are received while the device computes, and answers leave while the loop is already at the next work.
+Nobody sleeps and looks again: the thread waits on the socket, on a wake-up descriptor, and on the life of the
+server's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket as os_socket
+import threading
+from typing import Any
+
+import msgspec
+import zmq
+
+from . import messages
+
+log = logging.getLogger(__name__)
+
+PARENT_CHECK_SECONDS = 1.0
+"""How often to look for the parent where the system cannot wait for a process by descriptor."""
+
+
+class Socket:
+    """`inbox` has the messages of the server, in order, and whatever else `post` puts there."""
+
+    def __init__(self, address: str):
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._wake_reader, self._wake_writer = os_socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._context = zmq.Context()
+        self._dealer = self._context.socket(zmq.DEALER)
+        self._dealer.set_hwm(0)  # nothing is dropped, nobody blocks: the server bounds what is on its way
+        self._dealer.connect(address)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="socket", daemon=True)
+        self._thread.start()
+
+    def send(self, message: messages.FromEngine) -> None:
+        """Queue a message for the server; returns at once. Of any thread."""
+        self._outbox.put(messages.encode(message))
+        self._wake()
+
+    def post(self, event: Any) -> None:
+        """Put an event of our own among the received messages. Of any thread, and of signal handlers."""
+        self.inbox.put(event)
+
+    def close(self, patience_seconds: float = 10.0) -> None:
+        """Send what is queued, as far as the server reads it within the patience, and end the thread."""
+        self._closing.set()
+        self._wake()
+        self._thread.join()
+        self._dealer.close(linger=int(1000 * patience_seconds))
+        self._context.term()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # so many wake-ups are unread that one more adds nothing
+            self._wake_writer.send(b"\0")
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._dealer, zmq.POLLIN)
+        poller.register(self._wake_reader, zmq.POLLIN)
+        parent = os.getppid()
+        parent_descriptor = _process_descriptor(parent)
+        if parent_descriptor is not None:
+            poller.register(parent_descriptor, zmq.POLLIN)
+        timeout_ms = None if parent_descriptor is not None else 1000 * PARENT_CHECK_SECONDS
+        while True:
+            ready = dict(poller.poll(timeout_ms))
+            if parent_descriptor in ready or os.getppid() != parent:
+                # Nobody is left to answer to, and a new server may want the accelerator now. What is being
+                # written stays under a temporary name.
+                log.error("the server has ended; the engine ends too")
+                os._exit(1)
+            if self._dealer in ready:
+                self._receive()
+            if self._wake_reader.fileno() in ready:
+                self._drain_wake_ups()
+            closing = self._closing.is_set()
+            self._send_queued()
+            if closing:
+                return
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                frame = self._dealer.recv_multipart(zmq.NOBLOCK)[-1]
+            except zmq.Again:
+                return
+            try:
+                self.inbox.put(messages.decode_to_engine(frame))
+            except msgspec.MsgspecError:
+                log.exception("the server sent %d bytes that are not a message", len(frame))
+
+    def _send_queued(self) -> None:
+        while True:
+            try:
+                self._dealer.send(self._outbox.get_nowait(), copy=False)
+            except queue.Empty:
+                return
+
+    def _drain_wake_ups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_reader.recv(4096):
+                pass
+
+
+def _process_descriptor(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends (Linux), or None."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
