@@ -1,20 +1,42 @@
 """Continuous batching: many requests share decode steps, joining and leaving between short chunks.
 
-A request is first prefilled once, in chunks, whatever its number of samples; its samples then share the
+A request is prefilled once, in chunks, whatever its number of samples; its samples then share the full
 pages of the prompt and join the running set. `step` runs one unit of work (a prefill chunk or a decode chunk
-of a few tokens), so that the engine can look at its socket and train in between.
+of a few tokens), so that the engine can look at its socket and train in between. When memory is short the
+newest request loses its pages and is prefilled again later; its random draws depend on its seed and the token's
+position only, so it goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..model import decode, kv_cache
 from ..model.config import ModelConfig
+from ..model.token_sampling import TOP_K, SamplingRows
 from . import messages
+from .errors import UserError
+from .page_pool import PagePool
+from .sampler_weights import AdapterStacks, Weights
+from .sequence import Generation, Prompt, Sequence, TopTable, seed_words
+from .stop import StopRule, implicit_stop_tokens
 from .tokenizer import TokenBytes
 
 PyTree = Any
+
+SLOT_BUCKETS = (1, 4, 16, 64)
+_CONTEXT_BUCKETS = (256, 1024, 4096, 16384, 65536, 262144)
+_STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
+_COPIED_AT_ONCE = 16
 
 
 class Sampler:
@@ -41,9 +63,38 @@ class Sampler:
         on_compile: Callable[[str, float], None] | None = None,
     ):
         """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
-        `max_sequence_length` is the longest prompt + sample (None: the model's). `on_compile(name, seconds)` is
-        called after a program was compiled."""
-        raise NotImplementedError
+        `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
+        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time.
+        """
+        self._graph, self._base, self._config = graph, base, config
+        self._token_bytes = token_bytes
+        self._mesh = mesh
+        self._dtype = base["embed_tokens"]["weight"].dtype
+        self._max_length = max_sequence_length or config.max_sequence_length
+        self._max_slots = max_slots
+        self._page_size = page_size
+        self._prefill_buckets = [t for t in (64, 256, 1024) if t < prefill_tokens] + [prefill_tokens]
+        self._decode_steps = decode_steps
+        self._on_compile = on_compile or (lambda name, seconds: None)
+        self._compiled: set[str] = set()
+
+        tokens = kv_cache_tokens or default_kv_cache_tokens(config, self._dtype, self._max_length)
+        self._num_pages = 1 + max(1, tokens // page_size)
+        self._pool = PagePool(self._num_pages, page_size)
+        self._pages: kv_cache.Pages | None = None  # made when first needed
+
+        self._weights: dict[str | None, Weights] = {None: Weights()}
+        self._stacks = AdapterStacks(None if mesh is None else _replicated(mesh))
+        self._arrivals = 0
+        self._turns = 0
+        self._generations: dict[str, Generation] = {}
+        self._waiting: list[Prompt] = []  # oldest request first
+        self._prefilling: deque[Prompt] = deque()  # have their pages
+        self._cached: deque[Prompt] = deque()  # hold pages for samples that do not run yet
+        self._running: list[Sequence] = []
+        self._prefilled_last = False
+
+    # --- weights -----------------------------------------------------------------------------------------
 
     def register(
         self, key: str, adapter: PyTree | None = None, *, scale: float = 1.0, base: PyTree | None = None
@@ -51,34 +102,466 @@ class Sampler:
         """Make weights known under `key`: an adapter (`model.lora`; scale = alpha / true rank) on the shared
         base, or the full weights `base`. The arrays are copied: what training does to its own later has no
         effect. Registering a known key raises ValueError."""
-        raise NotImplementedError
+        if key in self._weights:
+            raise ValueError(f"sampler weights {key!r} are already registered")
+        copied = jax.tree.map(lambda x: jnp.array(x, copy=True), {"adapter": adapter, "base": base})
+        if self._mesh is not None and adapter is not None:
+            copied["adapter"] = jax.device_put(copied["adapter"], _replicated(self._mesh))
+        self._weights[key] = Weights(scale=scale, **copied)
 
     def release(self, key: str) -> None:
         """Forget the weights of `key` (unknown: nothing happens). Requests already added still finish."""
-        raise NotImplementedError
+        if (weights := self._weights.pop(key, None)) is not None:
+            self._stacks.forget(weights)
 
     def __contains__(self, key: str) -> bool:
         """Whether weights are registered under `key`."""
-        raise NotImplementedError
+        return key in self._weights
+
+    # --- requests ----------------------------------------------------------------------------------------
 
     def add(self, request: messages.Sample, key: str | None = None) -> None:
         """Queue a request for the weights `key` (None: the base model). `request.sampler` is not read.
 
         Raises UserError if the request cannot be served (empty or too long a prompt, a token outside the
         vocabulary, bad parameters), KeyError if `key` is not registered."""
-        raise NotImplementedError
+        weights = self._weights[key]
+        prompt = np.frombuffer(request.prompt, np.int32)
+        self._check(request, prompt)
+        params = request.params
+        longest = min(self._max_length, self._pool.capacity)
+        # The last token sampled is never fed back, so it needs no position of its own.
+        room = longest + 1 - len(prompt)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        stop_tokens = implicit_stop_tokens(
+            params.stop_tokens, params.stop_strings, self._config.eos_token_ids
+        )
+        generation = Generation(
+            request=request,
+            weights=weights,
+            arrival=self._arrivals,
+            prompt=prompt,
+            seed=seed_words(params.seed),
+            prompt_logprobs=np.full(len(prompt), np.nan, np.float32) if request.prompt_logprobs else None,
+            prompt_top=TopTable(request.topk_prompt_logprobs, len(prompt))
+            if request.topk_prompt_logprobs > 0
+            else None,
+        )
+        self._arrivals += 1
+        sequences = (
+            Sequence(
+                generation,
+                index,
+                StopRule(stop_tokens, params.stop_strings, max_tokens, self._token_bytes),
+                prompt.tolist(),
+            )
+            for index in range(request.num_samples)
+        )
+        self._generations[request.request_id] = generation
+        self._waiting.append(Prompt(generation, deque(sequences), prompt))
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request and free its slots and memory at once; False if it is not here (any more)."""
-        raise NotImplementedError
+        generation = self._generations.pop(request_id, None)
+        if generation is None:
+            return False
+        for prompts in (self._prefilling, self._cached):
+            for prompt in [p for p in prompts if p.generation is generation]:
+                self._pool.release(prompt.pages)
+                prompts.remove(prompt)
+        self._waiting = [p for p in self._waiting if p.generation is not generation]
+        for sequence in [s for s in self._running if s.generation is generation]:
+            self._pool.release(sequence.pages)
+            self._running.remove(sequence)
+        return True
 
     @property
     def has_work(self) -> bool:
-        raise NotImplementedError
+        return bool(self._generations)
 
     def step(self) -> list[messages.Done | messages.Failed]:
         """Run one unit of work and return the answers of the requests that it finished, in no special order.
 
-        A request whose weights give non-finite log-probs is answered with Failed (category user); any other
-        exception is a fault of ours and leaves the sampler unusable."""
-        raise NotImplementedError
+        Prefill and decode chunks alternate where there is both. A request whose weights give non-finite
+        log-probs is answered with Failed (category user); any other exception is a fault of ours and leaves
+        the sampler unusable."""
+        if not self.has_work:
+            return []
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            if self._pages is None:
+                self._pages = self._make_pages()
+            self._admit()
+            self._start_sequences()
+            if self._prefilling and not (self._running and self._prefilled_last):
+                self._prefilled_last = True
+                return self._prefill()
+            self._prefilled_last = False
+            return self._decode()
+
+    # --- memory ------------------------------------------------------------------------------------------
+
+    def _make_pages(self) -> kv_cache.Pages:
+        sharding = None
+        if self._mesh is not None:
+            ways = self._mesh.shape["tensor"]
+            heads = "tensor" if self._config.num_kv_heads % ways == 0 else None
+            spec = jax.sharding.PartitionSpec(None, None, heads, None, None)
+            sharding = jax.sharding.NamedSharding(self._mesh, spec)
+        return kv_cache.make_pages(self._config, self._num_pages, self._page_size, self._dtype, sharding)
+
+    def _pages_for(self, positions: int) -> int:
+        return -(-positions // self._page_size)
+
+    def _admit(self) -> None:
+        """Give the oldest waiting prompts their pages, as far as there are any."""
+        while self._waiting:
+            prompt = self._waiting[0]
+            held = self._find_cached(prompt)
+            self._pool.share(held)
+            missing = self._pages_for(prompt.target) - len(held)
+            # Leave a page for each running sequence, or what is admitted would lose its pages at once.
+            enough = self._pool.num_free >= missing + len(self._running)
+            fresh = self._pool.allocate(missing) if enough else None
+            if fresh is None:
+                self._pool.release(held)
+                return
+            prompt.pages, prompt.num_cached = held + fresh, len(held) * self._page_size
+            prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, prompt.num_cached)
+            self._waiting.pop(0)
+            (self._cached if prompt.is_cached else self._prefilling).append(prompt)
+
+    def _find_cached(self, prompt: Prompt) -> list[int]:
+        if prompt.is_scored:
+            return []
+        return self._pool.find(prompt.generation.weights.id, prompt.tokens[: prompt.target])
+
+    def _start_sequences(self) -> None:
+        """Let samples of cached prompts run, as far as there are slots and pages."""
+        copies: list[tuple[int, int]] = []
+        while self._cached and len(self._running) < self._max_slots:
+            prompt = self._cached[0]
+            shared, partial = divmod(prompt.target, self._page_size)
+            if len(prompt.sequences) == 1:
+                pages = prompt.pages
+                self._cached.popleft()
+            else:
+                own = self._pool.allocate(1) if partial else []
+                if own is None and self._running:
+                    break
+                if own is None:  # one sample may take them all; the others are prefilled again after it
+                    pages = prompt.pages
+                    self._cached.popleft()
+                    rest = deque(list(prompt.sequences)[1:])
+                    self._wait(Prompt(prompt.generation, rest, prompt.tokens))
+                else:
+                    copies += zip(prompt.pages[shared:], own, strict=True)
+                    pages = prompt.pages[:shared] + own
+                    self._pool.share(pages[:shared])
+            sequence = prompt.sequences.popleft()
+            sequence.pages = pages
+            self._running.append(sequence)
+        for begin in range(0, len(copies), _COPIED_AT_ONCE):
+            piece = copies[begin : begin + _COPIED_AT_ONCE]
+            piece += [(0, 0)] * (_COPIED_AT_ONCE - len(piece))
+            source, target = (np.array(pages, np.int32) for pages in zip(*piece, strict=True))
+            self._pages = kv_cache.copy_pages(self._pages, source, target)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence pages for its next chunk; False if it had to give way itself."""
+        while True:
+            missing = self._pages_for(self._positions_after_chunk(sequence)) - len(sequence.pages)
+            pages = self._pool.allocate(max(missing, 0))
+            if pages is not None:
+                sequence.pages += pages
+                return True
+            if self._preempt_newest() is sequence:
+                return False
+
+    def _positions_after_chunk(self, sequence: Sequence) -> int:
+        return sequence.num_cached + min(self._decode_steps, sequence.stop.remaining)
+
+    def _preempt_newest(self) -> Sequence | Prompt:
+        """Take the pages of the newest request's newest holder; it will be prefilled again."""
+        holders = [*self._prefilling, *self._cached, *self._running]
+        newest = max(holders, key=lambda h: (h.generation.arrival, getattr(h, "index", -1)))
+        self._pool.release(newest.pages)
+        if isinstance(newest, Sequence):
+            self._running.remove(newest)
+            newest.pages = []
+            tokens = np.array(newest.tokens, np.int32)
+            self._wait(Prompt(newest.generation, deque([newest]), tokens))
+        else:
+            (self._prefilling if newest in self._prefilling else self._cached).remove(newest)
+            newest.pages, newest.num_cached = [], 0
+            self._wait(newest)
+        return newest
+
+    def _wait(self, prompt: Prompt) -> None:
+        bisect.insort(self._waiting, prompt, key=lambda p: p.generation.arrival)
+
+    # --- units of work -----------------------------------------------------------------------------------
+
+    def _prefill(self) -> list[messages.Done | messages.Failed]:
+        """One row of prompt tokens: whole short prompts side by side, or a piece of a long one."""
+        began = time.monotonic()
+        first = self._prefilling[0]
+        pieces = [(first, min(first.target - first.num_cached, self._prefill_buckets[-1]))]
+        used = pieces[0][1]
+        if first.num_cached == 0 and used == first.target:
+            for prompt in list(self._prefilling)[1:]:
+                fits = used + prompt.target <= self._prefill_buckets[-1]
+                if fits and prompt.num_cached == 0 and prompt.generation.weights is first.generation.weights:
+                    pieces.append((prompt, prompt.target))
+                    used += prompt.target
+        weights = first.generation.weights
+        row = self._prefill_row(pieces, _bucket(self._prefill_buckets, used))
+        stack, _ = self._stacks.of([weights])
+        base = weights.base or self._base
+        name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
+        with self._timed(name):
+            self._pages, hidden = decode.prefill(self._graph, base, self._pages, stack, row)
+            hidden.block_until_ready()
+        if any(prompt.is_scored for prompt, _ in pieces):
+            self._score(pieces, hidden, base, stack)
+        seconds = (time.monotonic() - began) / len(pieces)
+        failed = []
+        for prompt, count in pieces:
+            prompt.num_cached += count
+            prompt.generation.device_seconds += seconds
+            if prompt.is_cached:
+                self._prefilling.remove(prompt)
+                self._cached.append(prompt)
+                self._publish(prompt.generation, prompt.tokens[: prompt.target], prompt.pages)
+            scores = prompt.generation.prompt_logprobs
+            if (
+                prompt.is_scored
+                and scores is not None
+                and not np.isfinite(scores[1 : prompt.num_cached + 1]).all()
+            ):
+                failed.append(self._fail_not_finite(prompt.generation))
+        return failed
+
+    def _prefill_row(self, pieces: list[tuple[Prompt, int]], size: int) -> decode.PrefillRow:
+        tokens, position, page, offset = (np.zeros(size, np.int32) for _ in range(4))
+        start = np.arange(size, dtype=np.int32)  # padding sees itself
+        context = pieces[0][0].num_cached
+        at = 0
+        for prompt, count in pieces:
+            here = slice(at, at + count)
+            position[here] = prompt.num_cached + np.arange(count)
+            tokens[here] = prompt.tokens[prompt.num_cached : prompt.num_cached + count]
+            start[here] = at
+            page[here] = np.array(prompt.pages, np.int32)[position[here] // self._page_size]
+            offset[here] = position[here] % self._page_size
+            at += count
+        used = context // self._page_size
+        table = np.zeros(self._context_pages(context) if context else 0, np.int32)
+        table[len(table) - used :] = pieces[0][0].pages[:used]
+        return decode.PrefillRow(tokens, position, start, page, offset, table, np.int32(context))
+
+    def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, base: PyTree, stack: PyTree) -> None:
+        """Log-probs of the prompt tokens that follow this row's tokens."""
+        following = np.zeros(hidden.shape[0], np.int32)
+        at = 0
+        for prompt, count in pieces:
+            following[at : at + count] = prompt.tokens[prompt.num_cached + 1 : prompt.num_cached + 1 + count]
+            at += count
+        want_top = any(prompt.generation.prompt_top is not None for prompt, _ in pieces)
+        with self._timed(f"score {len(following)} tokens{_kind(stack)}"):
+            scores = jax.device_get(
+                decode.score(self._graph, base, stack, hidden, following, np.bool_(want_top))
+            )
+        at = 0
+        for prompt, count in pieces:
+            generation, first = prompt.generation, prompt.num_cached + 1
+            rows = slice(at, at + count)
+            if prompt.is_scored and generation.prompt_logprobs is not None:
+                generation.prompt_logprobs[first : first + count] = scores.logprobs[rows]
+            if prompt.is_scored and generation.prompt_top is not None:
+                generation.prompt_top.set(first, scores.top_tokens[rows], scores.top_logprobs[rows])
+            at += count
+
+    def _decode(self) -> list[messages.Done | messages.Failed]:
+        """A few tokens for running sequences that share base weights."""
+        began = time.monotonic()
+        chosen = self._next_batch()
+        for sequence in chosen:
+            if sequence in self._running:  # it may have given way to an older one meanwhile
+                self._grow(sequence)
+        chosen = [sequence for sequence in chosen if sequence in self._running]
+        if not chosen:
+            return []
+        self._turns += 1
+        rows, stack, want_top = self._decode_rows(chosen)
+        base = chosen[0].generation.weights.base or self._base
+        S, P = rows.table.shape
+        with self._timed(f"decode {S} slots over {P * self._page_size}{_kind(stack)}"):
+            self._pages, decoded = decode.decode(
+                self._graph, base, self._pages, stack, rows, want_top, self._decode_steps
+            )
+            decoded = jax.device_get(decoded)
+        seconds = (time.monotonic() - began) / len(chosen)
+        answers: list[messages.Done | messages.Failed] = []
+        for row, sequence in enumerate(chosen):
+            sequence.last_turn = self._turns
+            generation = sequence.generation
+            generation.device_seconds += seconds
+            if generation.request.request_id not in self._generations:
+                continue  # another sample of it failed just now
+            reason = self._take(sequence, row, decoded)
+            if reason is None:
+                continue
+            if reason == "not finite":
+                answers.append(self._fail_not_finite(generation))
+                continue
+            self._running.remove(sequence)
+            self._publish(generation, sequence.tokens[: sequence.num_cached], sequence.pages)
+            self._pool.release(sequence.pages)
+            sequence.end(reason)
+            if generation.is_finished:
+                del self._generations[generation.request.request_id]
+                answers.append(generation.answer())
+        return answers
+
+    def _next_batch(self) -> list[Sequence]:
+        """The sequences to decode now: those that waited longest first, all over the same base weights."""
+        oldest = min(self._running, key=lambda s: s.last_turn, default=None)
+        if oldest is None:
+            return []
+        base = oldest.generation.weights.base
+        return [s for s in self._running if s.generation.weights.base is base]
+
+    def _decode_rows(self, chosen: list[Sequence]) -> tuple[decode.DecodeRows, PyTree, np.bool_]:
+        S = _bucket(SLOT_BUCKETS, len(chosen))
+        P = self._context_pages(max(self._positions_after_chunk(s) for s in chosen))
+
+        def column(dtype: Any, values: list, *shape: int) -> np.ndarray:
+            array = np.zeros((S, *shape), dtype)
+            array[: len(values)] = np.array(values, dtype).reshape(len(values), *shape)
+            return array
+
+        table = np.zeros((S, P), np.int32)
+        stop_tokens = np.full((S, _STOP_TOKENS), -1, np.int32)
+        for row, sequence in enumerate(chosen):
+            pages = sequence.pages[:P]
+            table[row, : len(pages)] = pages
+            some = list(sequence.stop.stop_tokens)[:_STOP_TOKENS]
+            stop_tokens[row, : len(some)] = some
+        stack, adapter = self._stacks.of([s.generation.weights for s in chosen])
+        params = [s.generation.request.params for s in chosen]
+        sampling = SamplingRows(
+            temperature=column(np.float32, [p.temperature for p in params]),
+            top_k=column(np.int32, [p.top_k if p.temperature > 0 else -1 for p in params]),
+            top_p=column(np.float32, [p.top_p if p.temperature > 0 else 1.0 for p in params]),
+            seed=column(np.uint32, [s.generation.seed for s in chosen], 2),
+            sample_index=column(np.int32, [s.index for s in chosen]),
+        )
+        rows = decode.DecodeRows(
+            last_token=column(np.int32, [s.tokens[-1] for s in chosen]),
+            position=column(np.int32, [s.num_cached for s in chosen]),
+            table=table,
+            adapter=column(np.int32, adapter),
+            budget=column(np.int32, [s.stop.remaining for s in chosen]),
+            stop_tokens=stop_tokens,
+            sampling=sampling,
+        )
+        want_top = any(s.generation.request.topk_sample_logprobs > 0 for s in chosen)
+        return rows, stack, np.bool_(want_top)
+
+    def _take(self, sequence: Sequence, row: int, decoded: Any) -> str | None:
+        """Append the row's tokens up to its end; why it ended, if it did."""
+        for step in range(int(decoded.steps)):
+            token, logprob = int(decoded.tokens[step, row]), float(decoded.logprobs[step, row])
+            if not np.isfinite(logprob):
+                return "not finite"
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            if sequence.generation.request.topk_sample_logprobs > 0:
+                sequence.top.append((decoded.top_tokens[step, row], decoded.top_logprobs[step, row]))
+            if (reason := sequence.stop.after(token)) is not None:
+                return reason
+        return None
+
+    def _publish(self, generation: Generation, tokens: Any, pages: list[int]) -> None:
+        self._pool.publish(generation.weights.id, tokens, pages)
+
+    def _fail_not_finite(self, generation: Generation) -> messages.Failed:
+        self.cancel(generation.request.request_id)
+        return messages.Failed(
+            request_id=generation.request.request_id,
+            message="the sampler's weights give log-probs that are not finite (NaN or infinite); "
+            "sample from an earlier checkpoint, or train with a lower learning rate",
+            category="user",
+        )
+
+    # --- shapes ------------------------------------------------------------------------------------------
+
+    def _context_pages(self, positions: int) -> int:
+        """Table columns for so many cached positions: the bucket's, at most the model's longest."""
+        longest = min(self._max_length, self._pool.capacity)
+        return self._pages_for(min(_bucket(_CONTEXT_BUCKETS, positions), longest))
+
+    @contextlib.contextmanager
+    def _timed(self, program: str) -> Any:
+        began = time.monotonic()
+        yield
+        if program not in self._compiled:
+            self._compiled.add(program)
+            self._on_compile(program, time.monotonic() - began)
+
+    def _check(self, request: messages.Sample, prompt: np.ndarray) -> None:
+        params, V = request.params, self._config.vocab_size
+        if request.request_id in self._generations:
+            raise ValueError(f"request {request.request_id} is already running")
+        if len(prompt) == 0:
+            raise UserError("prompt: it has no tokens; at least one is needed")
+        wrong = np.flatnonzero((prompt < 0) | (prompt >= V))
+        if len(wrong):
+            raise UserError(
+                f"prompt: token {prompt[wrong[0]]} at position {wrong[0]} is not in the vocabulary (0..{V - 1})"
+            )
+        longest = min(self._max_length, self._pool.capacity)
+        if len(prompt) > longest:
+            raise UserError(f"prompt: {len(prompt)} tokens; this server takes at most {longest}")
+        if request.num_samples < 1:
+            raise UserError(f"num_samples: {request.num_samples}; it must be at least 1")
+        if params.max_tokens is not None and params.max_tokens < 1:
+            raise UserError(f"max_tokens: {params.max_tokens}; it must be at least 1")
+        if not 0.0 <= params.temperature < float("inf"):
+            raise UserError(f"temperature: {params.temperature}; it must be 0 (greedy) or positive")
+        if not 0.0 < params.top_p <= 1.0:
+            raise UserError(f"top_p: {params.top_p}; it must be above 0 and at most 1")
+        if params.top_k < -1:
+            raise UserError(f"top_k: {params.top_k}; it must be positive, or -1 for off")
+        for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+            if not 0 <= getattr(request, name) <= TOP_K:
+                raise UserError(f"{name}: {getattr(request, name)}; it must be between 0 and {TOP_K}")
+        if params.stop_strings and self._token_bytes is None:
+            raise UserError("stop: this model has no tokenizer on the server; give stop token ids instead")
+
+
+def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
+    """A quarter of an accelerator's memory, or 1 GiB on the CPU; at least one sequence of full length up to
+    16384 tokens."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    budget = 2**30 if limit is None else limit // 4
+    return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
+
+
+def _replicated(mesh: Any) -> Any:
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _bucket(buckets: Any, size: int) -> int:
+    return next((bucket for bucket in buckets if bucket >= size), buckets[-1])
+
+
+def _kind(stack: PyTree | None) -> str:
+    """The part of a program's name that tells its adapters' shapes."""
+    if stack is None:
+        return ""
+    n = len(stack["scale"])
+    ranks = sorted({leaf["a"].shape[-1] for leaf in stack["layers"].values()})
+    names = "+".join([*stack["layers"], *(["unembed"] if "unembed" in stack else [])])
+    return f", {n} adapter{'s' if n > 1 else ''} of rank {ranks} on {names}"

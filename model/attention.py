@@ -29,8 +29,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T + mask) v, grouped heads, softmax in float32.
 
-    There may be more keys than queries: the queries are then the last T of the S positions (a prompt continued
-    after cached keys), and `start_BT` counts from the first key.
+    There may be more keys than queries: the queries are then the last T of the S positions (a prompt
+    continued after cached keys), and `start_BT` counts from the first key.
 
     The queries are cut into a few blocks and each block sees only the keys up to its own end, which saves
     nearly half of the dense product's work above the diagonal.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
 from .attention import MASKED, attention
-from .decoder import Base, Decoder, visible_from
+from .decoder import Base, Decoder
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack, delta
 from .token_sampling import SamplingRows
@@ -107,7 +107,7 @@ def score(
     next_T: Int[Array, " T"],
     want_top: Bool[Array, ""],
 ) -> PromptScores:
-    """log p(next token | the tokens up to here) from prefill's hidden states, a few tokens' logits at a time."""
+    """log p(next token | tokens so far) from prefill's hidden states, a few tokens' logits at a time."""
     model = nnx.merge(graph, base)
     T = hidden_TD.shape[0]
     size = min(_SCORED_AT_ONCE, T)

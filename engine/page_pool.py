@@ -1,0 +1,85 @@
+"""Who owns which page of the KV cache, and which pages hold the beginning of a prompt seen before.
+
+Host side only: page numbers, reference counts and hashes; `model.kv_cache` has the arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class PagePool:
+    """Pages 1..num_pages-1 (page 0 takes what padding writes) with reference counts.
+
+    A full page may be published under the tokens up to its end and the weights that computed it. It stays
+    findable after its last owner let go, until the page is needed: least recently released first.
+    """
+
+    def __init__(self, num_pages: int, page_size: int):
+        self.page_size = page_size
+        self.capacity = (num_pages - 1) * page_size  # tokens
+        self._owners = [0] * num_pages
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_pages))
+        self._page_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one owner each, or None if there are not so many."""
+        if count > len(self._free):
+            return None
+        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            self._owners[page] = 1
+            if (digest := self._hash_of.pop(page, None)) is not None:
+                del self._page_of[digest]
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more owner for each page."""
+        for page in pages:
+            if self._owners[page] == 0:
+                del self._free[page]
+            self._owners[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """One owner fewer for each page."""
+        # A prompt's later pages are of no use without its earlier ones: forget them first.
+        for page in reversed(list(pages)):
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free[page] = None
+                if page not in self._hash_of:
+                    self._free.move_to_end(page, last=False)
+
+    def find(self, weights_id: int, tokens: Sequence[int]) -> list[int]:
+        """The published pages that hold the longest beginning of `tokens`; share them before use."""
+        found = []
+        for digest in self._digests(weights_id, tokens):
+            if (page := self._page_of.get(digest)) is None:
+                break
+            found.append(page)
+        return found
+
+    def publish(self, weights_id: int, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Make the full pages of `tokens`, held in `pages` in order, findable."""
+        for digest, page in zip(self._digests(weights_id, tokens), pages, strict=False):
+            if digest not in self._page_of and page not in self._hash_of:
+                self._page_of[digest] = page
+                self._hash_of[page] = digest
+
+    def _digests(self, weights_id: int, tokens: Sequence[int]) -> Iterable[bytes]:
+        """A hash per full page, of everything up to its end."""
+        data = np.asarray(tokens, np.int32)
+        digest = weights_id.to_bytes(8, "little")
+        for end in range(self.page_size, len(data) + 1, self.page_size):
+            page = data[end - self.page_size : end].tobytes()
+            digest = hashlib.blake2b(digest + page, digest_size=16).digest()
+            yield digest

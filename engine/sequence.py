@@ -1,0 +1,135 @@
+"""One sample request on its way: what was asked, its prompt's state, its sequences, its answer."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import messages
+from .sampler_weights import Weights
+from .stop import StopRule
+
+NO_LOGPROB = -99999.0  # the log-prob in an empty cell of a top-k table
+
+
+class TopTable:
+    """Top-k rows of one prompt or sample; a row not set is empty cells."""
+
+    def __init__(self, k: int, rows: int):
+        self._tokens = np.zeros((rows, k), np.int32)
+        self._logprobs = np.full((rows, k), NO_LOGPROB, np.float32)
+
+    def set(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Rows from `first_row` on; of more than k columns the first k are taken."""
+        k = min(self._tokens.shape[1], tokens.shape[1])
+        self._tokens[first_row : first_row + len(tokens), :k] = tokens[:, :k]
+        self._logprobs[first_row : first_row + len(tokens), :k] = logprobs[:, :k]
+
+    def message(self) -> messages.TopK:
+        length, k = self._tokens.shape
+        return messages.TopK(
+            token_ids=self._tokens.tobytes(), logprobs=self._logprobs.tobytes(), k=k, length=length
+        )
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request. `arrival` orders requests: the newest gives way when memory is short."""
+
+    request: messages.Sample
+    weights: Weights
+    arrival: int
+    prompt: np.ndarray  # int32[prompt_len]
+    seed: tuple[int, int]  # high and low 32 bits
+    prompt_logprobs: np.ndarray | None = None  # float32[prompt_len]
+    prompt_top: TopTable | None = None
+    cache_hit_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    device_seconds: float = 0.0
+    finished: dict[int, messages.SampledSequence] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.finished) == self.request.num_samples
+
+    def answer(self) -> messages.Done:
+        return messages.Done(
+            request_id=self.request.request_id,
+            output=messages.SampleOutput(
+                sequences=[self.finished[i] for i in range(self.request.num_samples)],
+                prompt_logprobs=None if self.prompt_logprobs is None else self.prompt_logprobs.tobytes(),
+                topk_prompt_logprobs=None if self.prompt_top is None else self.prompt_top.message(),
+                prompt_cache_hit_tokens=self.cache_hit_tokens,
+            ),
+            device_seconds=self.device_seconds,
+        )
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample. All of its tokens but the last are in the cache whenever it runs."""
+
+    generation: Generation
+    index: int  # among the request's samples
+    stop: StopRule
+    tokens: list[int]  # prompt and sample
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    last_turn: int = 0  # number of the decode chunk that it was last in
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.tokens) - 1
+
+    def end(self, reason: str) -> None:
+        """Hand the sample to the request."""
+        k = self.generation.request.topk_sample_logprobs
+        table = None
+        if k > 0:
+            table = TopTable(k, len(self.logprobs))
+            for row, (tokens, logprobs) in enumerate(self.top):
+                table.set(row, tokens[None], logprobs[None])
+        self.generation.finished[self.index] = messages.SampledSequence(
+            tokens=np.asarray(self.tokens[len(self.generation.prompt) :], np.int32).tobytes(),
+            logprobs=np.asarray(self.logprobs, np.float32).tobytes(),
+            stop_reason=reason,
+            topk=None if table is None else table.message(),
+        )
+
+
+@dataclass(eq=False)
+class Prompt:
+    """Tokens to be cached for sequences that wait for them: a request's prompt, or, for a sequence that lost
+    its pages to an older request, its prompt and what it has generated."""
+
+    generation: Generation
+    sequences: deque[Sequence]
+    tokens: np.ndarray  # the last one is not cached: the first decode step runs it
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+
+    @property
+    def target(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether every token must run through the trunk, cached or not, for its log-prob."""
+        generation = self.generation
+        asked = generation.prompt_logprobs is not None or generation.prompt_top is not None
+        return asked and self.tokens is generation.prompt
+
+    @property
+    def is_cached(self) -> bool:
+        return self.num_cached == self.target
+
+
+def seed_words(seed: int | None) -> tuple[int, int]:
+    """A client's seed (any integer, taken modulo 2^64), or fresh entropy, as two 32-bit words."""
+    bits = secrets.randbits(64) if seed is None else seed % 2**64
+    return bits >> 32, bits & 0xFFFFFFFF
