@@ -28,14 +28,14 @@ $(STAMP): requirements.lock pyproject.toml
 	  2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 	  echo "==> torch for the CPU (the tests compare with it; Tinsmith itself never imports it)"; \
-	  $(PIP) install -q $(TORCH) || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
+	  $(PIP) install -qq $(TORCH) || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
 	else \
 	  echo "==> No torch for this Python: the tests that compare with it will be skipped"; \
 	fi
 	@echo "==> $$(grep -c == requirements.lock) pinned packages (a minute or so)"
-	@$(PIP) install -q --no-deps -r requirements.lock
+	@$(PIP) install -qq --no-deps -r requirements.lock
 	@echo "==> tinsmith, editable"
-	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@$(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "==> Installed."
 
