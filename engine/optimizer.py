@@ -1,0 +1,63 @@
+"""One AdamW step on a pytree of float32 weights.
+
+Hyper-parameters are traced scalars, so a new learning rate compiles nothing, and the state holds none of
+them: it is `optax.ScaleByAdamState` alone (count, mu, nu).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+AdamState = optax.ScaleByAdamState
+
+
+class AdamHyperparameters(NamedTuple):
+    """Float32 scalars. `grad_scale` multiplies the gradients first; `grad_clip_norm` 0 is off."""
+
+    learning_rate: Float[Array, ""]
+    beta1: Float[Array, ""]
+    beta2: Float[Array, ""]
+    eps: Float[Array, ""]
+    weight_decay: Float[Array, ""]
+    grad_clip_norm: Float[Array, ""]
+    grad_scale: Float[Array, ""]
+
+
+class StepNorms(NamedTuple):
+    """Global norms of one step; `gradient` is before clipping, `weights` after the step."""
+
+    gradient: Float[Array, ""]
+    update: Float[Array, ""]
+    weights: Float[Array, ""]
+
+
+def step(
+    weights: Any, state: AdamState, gradients: Any, hyper: AdamHyperparameters
+) -> tuple[Any, AdamState, Any, StepNorms]:
+    """New weights, new state, zeros in the gradients' buffers, and the norms.
+
+    Clipping by global norm (`optax.clip_by_global_norm`), then Adam (arXiv:1412.6980) with decoupled weight
+    decay (arXiv:1711.05101): w - lr · (m̂ / (√v̂ + eps) + decay · w). If the gradient's or the update's norm
+    is not finite, weights and state come back as they were.
+    """
+    gradients = jax.tree.map(lambda g: g * hyper.grad_scale, gradients)
+    norm = optax.global_norm(gradients)
+    limit = jnp.where(hyper.grad_clip_norm > 0, hyper.grad_clip_norm, jnp.inf)
+    shrink = jnp.where(norm > limit, limit / norm, 1.0)
+    clipped = jax.tree.map(lambda g: g * shrink, gradients)
+    adam = optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps)
+    directions, new_state = adam.update(clipped, state)
+    updates = jax.tree.map(
+        lambda u, w: -hyper.learning_rate * (u + hyper.weight_decay * w), directions, weights
+    )
+    update_norm = optax.global_norm(updates)
+    finite = jnp.isfinite(norm) & jnp.isfinite(update_norm)
+    new_weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), weights, updates)
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    norms = StepNorms(norm, update_norm, optax.global_norm(new_weights))
+    return new_weights, new_state, jax.tree.map(jnp.zeros_like, gradients), norms

@@ -1,0 +1,227 @@
+"""Datums of any lengths into rows of few fixed shapes.
+
+A row [T] holds whole datums one after the other; a micro-batch is B rows of equal T. Programs are compiled
+per (T, B), so both come from one small table that depends on the model and the device, never on the data.
+Pure NumPy, no arrays on devices.
+
+Axis letters: B rows, T tokens in a row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+ROW_MULTIPLE_OF = 8  # row lengths are rounded up to this
+MANY_ROWS = 4096  # micro-batches of at least so many tokens hold several rows
+SHORTEST_ROW, SHORTEST_ROW_OF_MANY = 128, 512
+
+
+@dataclass(frozen=True)
+class ShapeTable:
+    """The shapes (T, B) that micro-batches may have, and what they cost, in units of one token's products."""
+
+    rows: dict[int, tuple[int, ...]]  # T, ascending -> allowed B, ascending
+    micro_batch_tokens: int
+    attention_length: int = 4096  # a row of this length spends as much in attention as in all products
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(length, count) for length, counts in self.rows.items() for count in counts]
+
+    @property
+    def max_length(self) -> int:
+        return max(self.rows)
+
+    def cost(self, length: int, rows: int) -> float:
+        """Products and attention of one micro-batch, and a price per dispatch."""
+        return rows * length * (1 + length / self.attention_length) + self.micro_batch_tokens / 32
+
+    def smallest_row(self, length: int) -> int:
+        return next(row for row in self.rows if row >= length)
+
+
+def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1) -> ShapeTable:
+    """A table for datums of up to `max_length` tokens; micro-batches of about `micro_batch_tokens`.
+
+    Large micro-batches (an accelerator's) have rows at steps of 4, and of each 1, 4, 16, ... rows. Small ones
+    (a CPU's) are one row each, and up to the micro-batch's own length the ladder of row lengths is fine, for
+    there a dispatch costs nothing beside its tokens. The number of rows is a multiple of `row_multiple`, the
+    number of devices that share them. 6 to 8 shapes in all.
+    """
+    many = micro_batch_tokens // row_multiple >= MANY_ROWS
+    if many:
+        lengths = _ladder(SHORTEST_ROW_OF_MANY, max_length, 4.0)
+    else:
+        fine = min(max_length, micro_batch_tokens)
+        steps = 5 if fine == max_length else 3
+        lengths = _ladder(SHORTEST_ROW, fine, max(1.0, fine / SHORTEST_ROW) ** (1 / steps))
+        lengths |= _ladder(fine, max_length, 4.0)
+    table = {}
+    for length in sorted(lengths):
+        counts = [row_multiple]
+        while many and 4 * counts[-1] * length <= micro_batch_tokens:
+            counts.append(4 * counts[-1])
+        table[length] = tuple(counts)
+    return ShapeTable(table, micro_batch_tokens)
+
+
+def _ladder(first: int, last: int, ratio: float) -> set[int]:
+    """Lengths from `first` to `last`, equal steps of at most `ratio`, rounded up to ROW_MULTIPLE_OF."""
+    first = min(first, last)
+    steps = int(np.ceil(np.log(last / first) / np.log(ratio) - 1e-6)) if last > first else 0
+    exact = [first * (last / first) ** (step / steps) for step in range(steps + 1)] if steps else [last]
+    return {-(-int(np.ceil(length - 1e-6)) // ROW_MULTIPLE_OF) * ROW_MULTIPLE_OF for length in exact}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where in a row a datum lies."""
+
+    datum: int
+    offset: int
+    length: int
+
+
+@dataclass
+class Row:
+    """Datums of one group, in a row of `length` tokens."""
+
+    length: int
+    group: int
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """At most `num_rows` rows of `length` tokens; the missing ones are padding."""
+
+    length: int
+    num_rows: int
+    rows: tuple[Row, ...]
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups that have rows here, in order of first appearance."""
+        return tuple(dict.fromkeys(row.group for row in self.rows))
+
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """`position` and `start` int32[B, T]: each token's place in its datum, and the first key it may see.
+
+        Every padding token is a sequence of its own.
+        """
+        position = np.zeros((self.num_rows, self.length), np.int32)
+        start = np.tile(np.arange(self.length, dtype=np.int32), (self.num_rows, 1))
+        for at, row in enumerate(self.rows):
+            for s in row.segments:
+                position[at, s.offset : s.offset + s.length] = np.arange(s.length)
+                start[at, s.offset : s.offset + s.length] = s.offset
+        return position, start
+
+    def lay(self, values: Sequence[np.ndarray], trailing: tuple[int, ...], dtype: type) -> np.ndarray:
+        """[B, T, *trailing]: `values[datum]` [N, <= trailing] (or empty) in each datum's place, else zero."""
+        out = np.zeros((self.num_rows, self.length, *trailing), dtype)
+        for at, row in enumerate(self.rows):
+            for s in row.segments:
+                value = values[s.datum]
+                if not value.size:
+                    continue
+                corner = tuple(slice(size) for size in value.shape[1:])
+                out[(at, slice(s.offset, s.offset + s.length), *corner)] = value
+        return out
+
+    def pick(self, array: np.ndarray) -> dict[int, np.ndarray]:
+        """The inverse of `lay`: of `array` [B, T, ...], each datum's part."""
+        return {
+            s.datum: array[at, s.offset : s.offset + s.length]
+            for at, row in enumerate(self.rows)
+            for s in row.segments
+        }
+
+
+def pack(
+    lengths: Sequence[int], groups: Sequence[int], table: ShapeTable, max_groups: int = 8
+) -> list[MicroBatch]:
+    """Every datum, by its index, in exactly one row of its group; micro-batches in no particular order.
+
+    Best-fit decreasing: the longest datum first, into the fullest row that still has room. Which row length
+    is opened for datums that would fit in several is tried out, and the cheapest packing taken. A micro-batch
+    holds rows of at most `max_groups` groups.
+
+    Raises ValueError for a datum that is empty or longer than the table's longest row.
+    """
+    if lengths and not 0 < min(lengths) <= max(lengths) <= table.max_length:
+        raise ValueError(f"datum lengths must be 1 to {table.max_length}")
+    openings = [length for length in table.rows if length <= table.micro_batch_tokens] or [min(table.rows)]
+    packings = [
+        _micro_batches(_rows(lengths, groups, table, opening), table, max_groups) for opening in openings
+    ]
+    return min(packings, key=lambda packing: sum(table.cost(m.length, m.num_rows) for m in packing))
+
+
+def computed_tokens(packing: Sequence[MicroBatch]) -> int:
+    """Tokens that the programs compute, padding included."""
+    return sum(m.length * m.num_rows for m in packing)
+
+
+def _rows(lengths: Sequence[int], groups: Sequence[int], table: ShapeTable, opening: int) -> list[Row]:
+    rows: list[Row] = []
+    room: dict[int, list[tuple[int, int]]] = {}  # group -> (free tokens, row), ascending
+    for datum in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length, group = lengths[datum], groups[datum]
+        free = room.setdefault(group, [])
+        at = bisect_left(free, (length, -1))
+        if at < len(free):
+            left, index = free.pop(at)
+        else:
+            left, index = max(opening, table.smallest_row(length)), len(rows)
+            rows.append(Row(left, group))
+        row = rows[index]
+        row.segments.append(Segment(datum, row.length - left, length))
+        if left > length:
+            insort(free, (left - length, index))
+    for row in rows:
+        row.length = table.smallest_row(row.used)
+    return rows
+
+
+def _micro_batches(rows: list[Row], table: ShapeTable, max_groups: int) -> list[MicroBatch]:
+    batches: list[MicroBatch] = []
+    for length, counts in table.rows.items():
+        of_length = sorted((row for row in rows if row.length == length), key=lambda row: row.group)
+        while of_length:
+            size = _first_batch(len(of_length), counts, length, table.micro_batch_tokens)
+            taken, seen = [], set()
+            for row in of_length[:size]:
+                seen.add(row.group)
+                if len(seen) > max_groups:
+                    break
+                taken.append(row)
+            of_length = of_length[len(taken) :]
+            batches.append(MicroBatch(length, size, tuple(taken)))
+    return batches
+
+
+def _first_batch(rows: int, counts: tuple[int, ...], length: int, micro_batch_tokens: int) -> int:
+    """Of how many rows the next micro-batch of the cheapest way to run `rows` rows of `length` is."""
+    dispatch = micro_batch_tokens / 32 / length
+
+    @cache
+    def cheapest(left: int) -> tuple[float, int]:
+        if left <= 0:
+            return 0.0, 0
+        return min((count + dispatch + cheapest(left - count)[0], count) for count in counts)
+
+    if rows > 4 * counts[-1]:
+        return counts[-1]
+    return max(
+        count for count in counts if count + dispatch + cheapest(rows - count)[0] <= cheapest(rows)[0] + 1e-9
+    )

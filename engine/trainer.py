@@ -1,0 +1,349 @@
+"""Loss, gradients and optimizer steps of any number of models over one frozen base.
+
+The trainer holds the base and the compiled programs; a model is its `TrainingState`. A `Run` (`training_run`)
+is one device batch of jobs of one or several models, a micro-batch per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ..losses import MAX_CONFIG
+from ..model import decoder, sharding
+from ..model.config import ModelConfig
+from ..model.lora import init_lora, pad_rank
+from . import optimizer, train_step, validation
+from .errors import UserError
+from .messages import AdamParams, ForwardBackward, LoraSpec
+from .packing import shape_table
+from .programs import OnCompile, Programs
+from .train_step import Batch, Outputs, Static
+from .training_run import Job, JobOutput, Run
+from .training_state import GradNormalization, TrainingState
+
+
+class Trainer:
+    """Forward, backward and AdamW over one base model; see `start`, `forward_backward` and `optim_step`."""
+
+    def __init__(
+        self,
+        graph: Any,
+        base: decoder.Base,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        max_sequence_length: int | None = None,
+        micro_batch_tokens: int | None = None,
+        chunk_tokens: int | None = None,
+        remat: str | None = None,
+        on_compile: OnCompile | None = None,
+    ):
+        """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
+
+        `micro_batch_tokens` are computed at once (default 1024 on a CPU, 8192 per device elsewhere), and of
+        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full".
+        `on_compile(name, seconds)` hears of every compilation.
+        """
+        self.config = config
+        self.mesh = mesh or sharding.make_mesh(None)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        row_devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.max_sequence_length = min(
+            config.max_sequence_length, max_sequence_length or config.max_sequence_length
+        )
+        self.shapes = shape_table(
+            self.max_sequence_length,
+            micro_batch_tokens or (1024 if on_cpu else 8192 * row_devices),
+            row_devices,
+        )
+        self.programs = Programs(self.mesh, on_compile)
+        self._base = base
+        self._dtype = base["embed_tokens"]["weight"].dtype
+        self._static = Static(
+            graph,
+            self._dtype,
+            remat or ("none" if on_cpu else "full"),
+            chunk_tokens or (256 if on_cpu else 1024),
+            False,
+        )
+        self._replicated = sharding.replicated(self.mesh)
+        self._base_shardings = sharding.shardings_for(base, decoder.logical_axes(config), self.mesh)
+        self._zeros: dict[Any, list[Any]] = {}
+
+    # --- models -----------------------------------------------------------------------------------------
+
+    def create(self, lora: LoraSpec | None, grad_normalization: GradNormalization = "sum") -> TrainingState:
+        """A fresh model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base."""
+        if lora is None:
+            weights = jax.tree.map(
+                lambda w, s: jax.device_put(jnp.array(w, jnp.float32, copy=True), s),
+                self._base,
+                self._base_shardings,
+            )
+        else:
+            weights = jax.device_put(self._init(lora), self._replicated)
+        state = TrainingState(lora, weights, None, grad_normalization=grad_normalization)
+        state.optimizer = self.fresh_optimizer(state)
+        return state
+
+    def fresh_optimizer(self, state: TrainingState) -> Any:
+        """Zero moments for the state's weights."""
+        count = jax.device_put(np.int32(0), self._replicated)
+        return optimizer.AdamState(count, self._new_zeros(state.weights), self._new_zeros(state.weights))
+
+    def abstract_weights(self, lora: LoraSpec | None) -> Any:
+        """Shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
+        if lora is None:
+            shapes, shardings = self._base, self._base_shardings
+        else:
+            shapes = jax.eval_shape(lambda: self._init(lora))
+            shardings = jax.tree.map(lambda _: self._replicated, shapes)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
+        )
+
+    def abstract_arrays(self, lora: LoraSpec | None, has_gradients: bool) -> dict[str, Any]:
+        """The tree of `TrainingState.arrays`, as a checkpoint is restored into."""
+        weights = self.abstract_weights(lora)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+        arrays = {"weights": weights, "optimizer": {"count": count, "mu": weights, "nu": weights}}
+        return arrays | {"gradients": weights} if has_gradients else arrays
+
+    # --- operations -------------------------------------------------------------------------------------
+
+    def job(self, state: TrainingState, operation: ForwardBackward) -> Job:
+        """The operation, checked against the model. Raises UserError."""
+        loss, config = validation.check_loss(operation.loss_fn, operation.loss_config)
+        data = validation.check_data(operation.data, loss, self.config.vocab_size, self.max_sequence_length)
+        return Job(state, data, loss, config, operation.forward_only)
+
+    def start(self, jobs: Sequence[Job]) -> Run:
+        """Pack the jobs into micro-batches; nothing runs until `Run.step`.
+
+        Until the run has ended, no other operation on its models may run.
+        """
+        return Run(self, jobs)
+
+    def forward_backward(self, jobs: Sequence[Job]) -> list[JobOutput | UserError]:
+        """Run the jobs to the end: of each its output, or what was wrong with it."""
+        run = self.start(jobs)
+        while not run.step():
+            pass
+        return run.results
+
+    def optim_step(self, state: TrainingState, params: AdamParams) -> dict[str, float]:
+        """One AdamW step with the accumulated gradients, which are then dropped; the step's metrics.
+
+        Without any gradient since the last step, gradients are zero; but if all computations of gradients
+        since then have failed, so does the step. Raises UserError for that, for parameters out of range and
+        for a norm that is not finite; the weights are then as before.
+        """
+        validation.check_adam(params)
+        if state.gradients is None and state.failed_since_step:
+            raise UserError(
+                "nothing to step with: every forward_backward since the last optim_step has failed; "
+                "repeat one that succeeds first"
+            )
+        gradients = self.zeros(state) if state.gradients is None else state.gradients
+        mean = state.grad_normalization == "token_mean"
+        hyper = optimizer.AdamHyperparameters(
+            **{name: np.float32(getattr(params, name)) for name in params.__struct_fields__},
+            grad_scale=np.float32(1 / max(1, state.valid_tokens) if mean else 1),
+        )
+        hyper = jax.device_put(hyper, self._replicated)
+        arguments = (state.weights, state.optimizer, gradients, hyper)
+        key = self.structure(state)
+        weights = self._shardings(state)
+        count = self._replicated
+        program = self.programs.get(
+            ("optim_step", key),
+            f"optim_step {_describe(key)}",
+            optimizer.step,
+            arguments,
+            donate=(0, 1, 2),
+            out_shardings=(weights, optimizer.AdamState(count, weights, weights), weights, self._replicated),
+        )
+        state.weights, state.optimizer, zeros, norms = program(*arguments)
+        state.gradients, state.valid_tokens = None, 0
+        self.recycle(state, zeros)
+        norms = jax.device_get(norms)
+        if not all(np.isfinite(norm) for norm in norms):
+            state.failed_since_step = 1
+            raise UserError(
+                f"the step is not finite (gradient norm {norms.gradient}, update norm {norms.update}): "
+                "the weights are as before and the accumulated gradients are dropped; "
+                "lower the learning rate or the loss's weights"
+            )
+        state.failed_since_step = 0
+        state.step += 1
+        return {
+            "grad_norm": float(norms.gradient),
+            "update_norm": float(norms.update),
+            "weight_norm": float(norms.weights),
+            "learning_rate": params.learning_rate,
+            "step": float(state.step),
+        }
+
+    def warm_up(self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        """Compile what one model of this kind needs for micro-batches of `shapes` (T, B); all by default."""
+        weights = self.abstract_weights(lora)
+        key = structure(lora)
+        for length, rows in self.shapes.shapes if shapes is None else shapes:
+            batch = self._abstract_batch(rows, length)
+            self._gradient_program(key, (weights,), (weights,), batch, False)
+
+    # --- device work of a run ---------------------------------------------------------------------------
+
+    def structure(self, state: TrainingState) -> Any:
+        """What adapters must have in common to share a batch; None for full weights."""
+        return structure(state.lora)
+
+    def put(self, batch: Batch) -> Batch:
+        """A micro-batch of NumPy arrays, on the mesh."""
+        return jax.device_put(
+            batch, jax.tree.map(lambda x: sharding.rows_sharding(self.mesh, x.shape), batch)
+        )
+
+    def run_gradients(
+        self, states: Sequence[TrainingState], gradients: tuple, batch: Batch, sequence_level: bool
+    ) -> tuple[tuple, Outputs]:
+        """Each state's `gradients` (donated) plus those of the micro-batch, and its outputs."""
+        weights = tuple(state.weights for state in states)
+        key = self.structure(states[0])
+        program = self._gradient_program(key, weights, gradients, batch, sequence_level)
+        if key is None:
+            total, outputs = program(weights[0], gradients[0], batch)
+            return (total,), outputs
+        return program(self._base, weights, self._scales(states), gradients, batch)
+
+    def run_forward(self, states: Sequence[TrainingState], batch: Batch, sequence_level: bool) -> Outputs:
+        """The outputs alone."""
+        weights = tuple(state.weights for state in states)
+        key = self.structure(states[0])
+        static = self._static._replace(sequence_level=sequence_level)
+        if key is None:
+            function, arguments = train_step.forward_weights, (weights[0], batch)
+        else:
+            function = train_step.forward_adapters
+            arguments = (self._base, weights, self._scales(states), batch)
+        name = f"forward {_describe(key, batch, len(states), sequence_level)}"
+        program = self.programs.get(
+            name, name, partial(function, static), arguments, out_shardings=self._replicated
+        )
+        return program(*arguments)
+
+    def zeros(self, state: TrainingState) -> Any:
+        """A zero tree like the state's gradients, for the caller to keep or to `recycle`."""
+        pool = self._zeros.setdefault(self.structure(state), [])
+        return pool.pop() if pool else self._new_zeros(state.weights)
+
+    def recycle(self, state: TrainingState, zeros: Any) -> None:
+        """Keep a tree of zeros for the next run. Full weights are too large to keep idle."""
+        if state.lora is not None:
+            self._zeros.setdefault(self.structure(state), []).append(zeros)
+
+    def accumulate(self, state: TrainingState, gradients: Any) -> bool:
+        """Add a run's gradients to the state's; False, and nothing added, where the sum is not finite."""
+        total = self.zeros(state) if state.gradients is None else state.gradients
+        key, pin = self.structure(state), self._shardings(state)
+        program = self.programs.get(
+            ("accumulate", key),
+            f"accumulate {_describe(key)}",
+            train_step.accumulate,
+            (total, gradients),
+            donate=(0, 1),
+            out_shardings=(pin, pin, self._replicated),
+        )
+        total, zeros, finite = program(total, gradients)
+        self.recycle(state, zeros)
+        finite = bool(finite)
+        if finite or state.gradients is not None:
+            state.gradients = total
+        else:
+            self.recycle(state, total)
+        return finite
+
+    def _gradient_program(self, key, weights: tuple, gradients: tuple, batch: Batch, sequence_level: bool):
+        static = self._static._replace(sequence_level=sequence_level)
+        name = f"forward_backward {_describe(key, batch, len(weights), sequence_level)}"
+        if key is None:
+            function = train_step.forward_backward_weights
+            arguments = (weights[0], gradients[0], batch)
+            donate, pin = (1,), self._base_shardings
+        else:
+            function = train_step.forward_backward_adapters
+            scales = jax.ShapeDtypeStruct((len(weights),), jnp.float32, sharding=self._replicated)
+            arguments = (self._base, weights, scales, gradients, batch)
+            donate, pin = (3,), self._replicated
+        return self.programs.get(
+            name,
+            name,
+            partial(function, static),
+            arguments,
+            donate=donate,
+            out_shardings=(pin, self._replicated),
+        )
+
+    def _scales(self, states: Sequence[TrainingState]) -> jax.Array:
+        return jax.device_put(np.array([s.scale for s in states], np.float32), self._replicated)
+
+    def _shardings(self, state: TrainingState) -> Any:
+        return self._base_shardings if state.lora is None else self._replicated
+
+    def _new_zeros(self, like: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), like)
+
+    def _init(self, lora: LoraSpec) -> Any:
+        return init_lora(
+            self.config,
+            lora.seed,
+            lora.rank,
+            train_attn=lora.train_attn,
+            train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed,
+        )
+
+    def _abstract_batch(self, rows: int, length: int) -> Batch:
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows_sharding(self.mesh, shape))
+
+        per_token = partial(array, jnp.int32, rows, length)
+        inputs = {name: array(jnp.float32, rows, length, 1) for name in train_step.BATCH_INPUTS}
+        return Batch(
+            tokens=per_token(),
+            position=per_token(),
+            start=per_token(),
+            real=array(jnp.bool_, rows, length, 1),
+            targets=per_token(1),
+            inputs=inputs,
+            adapter=array(jnp.int32, rows),
+            loss=array(jnp.int32, rows),
+            config=array(jnp.float32, rows, MAX_CONFIG),
+        )
+
+
+def structure(lora: LoraSpec | None) -> tuple | None:
+    """What decides the shapes of an adapter, the base model being given; None for full weights."""
+    if lora is None:
+        return None
+    return pad_rank(lora.rank), lora.train_attn, lora.train_mlp, lora.train_unembed
+
+
+def _describe(key: tuple | None, batch: Batch | None = None, n: int = 1, sequence_level: bool = False) -> str:
+    """A program's parameters for the log."""
+    if key is None:
+        text = "full weights"
+    else:
+        parts = [name for name, on in zip(("attn", "mlp", "unembed"), key[1:], strict=True) if on]
+        text = f"rank {key[0]} {'+'.join(parts)}"
+    if batch is not None:
+        rows, length, targets = batch.targets.shape
+        text += f" {rows}x{length}" + (f" {targets} targets" if targets > 1 else "")
+    return text + (f" {n} models" if n > 1 else "") + (" sequence-level" if sequence_level else "")

@@ -1,0 +1,233 @@
+"""One device batch of training jobs: packed, run a micro-batch at a time, answered in the clients' order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..losses import MAX_CONFIG, Loss
+from .errors import UserError
+from .packing import MicroBatch, pack
+from .train_step import BATCH_INPUTS, LOSS_INDEX, SEQUENCE_INPUTS, Batch, Outputs
+from .training_state import TrainingState
+from .validation import TrainingDatum
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+MODELS_PER_BATCH = (1, 2, 4, 8)
+IN_FLIGHT = 2  # micro-batches dispatched and not yet read back
+
+
+class NonFiniteError(UserError):
+    """The loss or its gradient is NaN or infinite; nothing was accumulated."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked forward or forward_backward of one model."""
+
+    state: TrainingState
+    data: list[TrainingDatum]
+    loss: Loss
+    config: tuple[float, ...]
+    forward_only: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(datum.tokens) for datum in self.data)
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens that the loss weighs."""
+        return sum(int((datum.inputs[self.loss.valid] != 0).any(-1).sum()) for datum in self.data)
+
+
+@dataclass(frozen=True)
+class JobOutput:
+    """Per datum, in the client's order, float32 log-probs shaped like its target_tokens; and the metrics."""
+
+    logprobs: list[np.ndarray]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Datums that can share a micro-batch."""
+
+    structure: Any  # of the adapters; with full weights, of one job only
+    forward_only: bool
+    sequence_level: bool
+    targets: int  # per token, bucketed
+
+
+class Run:
+    """See `Trainer.start`. `results`, of each job its output or error, is there once `step` has said True."""
+
+    def __init__(self, trainer: Trainer, jobs: Sequence[Job]):
+        self._trainer = trainer
+        self._jobs = list(jobs)
+        self._gradients: dict[int, Any] = {}
+        self._losses = np.zeros(len(jobs))
+        self._logprobs: list[list[Any]] = [[None] * len(job.data) for job in jobs]
+        self._waiting = deque(self._plan())
+        self._in_flight: deque[tuple[list[tuple[int, int]], MicroBatch, Outputs]] = deque()
+        self.micro_batches = len(self._waiting)
+        self.results: list[JobOutput | UserError] = []
+
+    def step(self) -> bool:
+        """Dispatch one micro-batch, and read back an earlier one; whether the run has ended."""
+        if self._waiting:
+            self._dispatch(*self._waiting.popleft())
+            if len(self._in_flight) < IN_FLIGHT and self._waiting:
+                return False
+        if self._in_flight:
+            self._read_back(*self._in_flight.popleft())
+        if self._waiting or self._in_flight:
+            return False
+        self.results = [self._finish(index) for index in range(len(self._jobs))]
+        return True
+
+    def _plan(self) -> list[tuple[_Kind, list[tuple[int, int]], MicroBatch]]:
+        """(kind, [(job, datum)] by the packing's numbers, micro-batch) of every micro-batch."""
+        kinds: dict[_Kind, list[tuple[int, int]]] = {}
+        for job_index, job in enumerate(self._jobs):
+            full_weights = job.state.lora is None
+            structure = ("full", job_index) if full_weights else self._trainer.structure(job.state)
+            for index, datum in enumerate(job.data):
+                targets = _bucket_targets(datum.targets.shape[1])
+                kind = _Kind(structure, job.forward_only, job.loss.sequence_level, targets)
+                kinds.setdefault(kind, []).append((job_index, index))
+        plan = []
+        for kind, members in kinds.items():
+            lengths = [len(self._jobs[job].data[index].tokens) for job, index in members]
+            packed = pack(lengths, [job for job, _ in members], self._trainer.shapes, MODELS_PER_BATCH[-1])
+            plan += [(kind, members, micro_batch) for micro_batch in packed]
+        return plan
+
+    def _dispatch(self, kind: _Kind, members: list[tuple[int, int]], micro_batch: MicroBatch) -> None:
+        jobs = micro_batch.groups
+        n = next(size for size in MODELS_PER_BATCH if size >= len(jobs))
+        states = [self._jobs[job].state for job in jobs]
+        states += states[:1] * (n - len(jobs))  # no row points at these
+        batch = self._trainer.put(self._batch(kind, members, micro_batch))
+        if kind.forward_only:
+            outputs = self._trainer.run_forward(states, batch, kind.sequence_level)
+        else:
+            gradients = [self._gradients.pop(job, None) for job in jobs] + [None] * (n - len(jobs))
+            gradients = tuple(
+                self._trainer.zeros(state) if gradient is None else gradient
+                for gradient, state in zip(gradients, states, strict=True)
+            )
+            gradients, outputs = self._trainer.run_gradients(states, gradients, batch, kind.sequence_level)
+            self._gradients.update(zip(jobs, gradients, strict=False))
+            for unused in gradients[len(jobs) :]:
+                self._trainer.recycle(states[0], unused)
+        self._in_flight.append((members, micro_batch, outputs))
+
+    def _batch(self, kind: _Kind, members: list[tuple[int, int]], micro_batch: MicroBatch) -> Batch:
+        data = [self._jobs[job].data[index] for job, index in members]
+        shape = (kind.targets,)
+        position, start = micro_batch.positions()
+        names = BATCH_INPUTS + (SEQUENCE_INPUTS if kind.sequence_level else ())
+        absent = np.zeros((0, 0), np.float32)
+        inputs = {}
+        for name in names:
+            if any(name in datum.inputs for datum in data):
+                values = [datum.inputs.get(name, absent) for datum in data]
+                inputs[name] = micro_batch.lay(values, shape, np.float32)
+            else:
+                inputs[name] = np.zeros((*position.shape, *shape), np.float32)
+        adapter = np.zeros(micro_batch.num_rows, np.int32)
+        loss = np.zeros(micro_batch.num_rows, np.int32)
+        config = np.zeros((micro_batch.num_rows, MAX_CONFIG), np.float32)
+        for at, row in enumerate(micro_batch.rows):
+            job = self._jobs[row.group]
+            adapter[at] = micro_batch.groups.index(row.group)
+            loss[at] = LOSS_INDEX[job.loss.name]
+            config[at, : len(job.config)] = job.config
+        return Batch(
+            tokens=micro_batch.lay([datum.tokens for datum in data], (), np.int32),
+            position=position,
+            start=start,
+            real=micro_batch.lay([np.ones(datum.targets.shape, bool) for datum in data], shape, np.bool_),
+            targets=micro_batch.lay([datum.targets for datum in data], shape, np.int32),
+            inputs=inputs,
+            adapter=adapter,
+            loss=loss,
+            config=config,
+        )
+
+    def _read_back(self, members: list[tuple[int, int]], micro_batch: MicroBatch, outputs: Outputs) -> None:
+        logprobs, losses = (np.asarray(array) for array in outputs)
+        for at, row in enumerate(micro_batch.rows):
+            self._losses[row.group] += losses[at]
+        for number, values in micro_batch.pick(logprobs).items():
+            job, index = members[number]
+            shape = self._jobs[job].data[index].shape
+            targets = 1 if len(shape) == 1 else shape[1]
+            self._logprobs[job][index] = values[:, :targets].reshape(shape)
+
+    def _finish(self, index: int) -> JobOutput | UserError:
+        job, gradients = self._jobs[index], self._gradients.pop(index, None)
+        error = self._check(index)
+        if gradients is not None:
+            if error is None and not self._trainer.accumulate(job.state, gradients):
+                error = NonFiniteError(
+                    "the gradient is not finite; nothing was accumulated. "
+                    "Look for extreme weights, advantages or probability ratios, or a diverged model"
+                )
+            if error is None:
+                job.state.valid_tokens += job.valid_tokens
+            else:
+                job.state.failed_since_step += 1
+        return error or JobOutput(self._logprobs[index], self._metrics(index))
+
+    def _check(self, index: int) -> NonFiniteError | None:
+        if np.isfinite(self._losses[index]):
+            return None
+        for at, logprobs in enumerate(self._logprobs[index]):
+            if not np.isfinite(logprobs).all():
+                return NonFiniteError(
+                    f"datum {at}: log-probs are not finite; nothing was accumulated. The model has diverged"
+                )
+        return NonFiniteError(
+            f"the loss is {self._losses[index]}; nothing was accumulated. "
+            "Look for extreme weights, advantages or probability ratios"
+        )
+
+    def _metrics(self, index: int) -> dict[str, float]:
+        """Each key has one colon, and the reduction after it by which a client combines chunks."""
+        job = self._jobs[index]
+        metrics = {
+            "loss:sum": float(self._losses[index]),
+            "tokens:sum": float(job.tokens),
+            "valid_tokens:sum": float(job.valid_tokens),
+        }
+        if "logprobs" in job.loss.required_inputs:
+            difference = np.concatenate(
+                [
+                    (logprobs.reshape(datum.targets.shape) - datum.inputs["logprobs"])[
+                        datum.inputs[job.loss.valid] != 0
+                    ]
+                    for logprobs, datum in zip(self._logprobs[index], job.data, strict=True)
+                ]
+            )
+            # an estimate of the divergence of the sampler from the learner: the mean log-ratio's negative
+            metrics["kl_sampled:sum"] = float(-difference.sum(dtype=np.float64))
+            if len(difference):
+                ratio = np.exp(difference, dtype=np.float64)
+                metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
+        return metrics
+
+
+def _bucket_targets(targets: int) -> int:
+    """1, 4, 16, 64, ...: few shapes for any number of targets per token."""
+    bucket = 1
+    while bucket < targets:
+        bucket *= 4
+    return bucket

@@ -1,0 +1,65 @@
+"""What one model in training consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .messages import LoraSpec
+from .optimizer import AdamState
+
+GradNormalization = Literal["sum", "token_mean"]
+
+
+@dataclass
+class TrainingState:
+    """The trained weights (an adapter, or with `lora` None all of them), float32, and what their steps need.
+
+    `gradients` is None until something is accumulated. `valid_tokens` counts the accumulated tokens that the
+    loss weighs (what `token_mean` divides by). `failed_since_step` counts gradient computations that failed.
+    """
+
+    lora: LoraSpec | None
+    weights: Any
+    optimizer: AdamState
+    gradients: Any | None = None
+    step: int = 0
+    valid_tokens: int = 0
+    failed_since_step: int = 0
+    grad_normalization: GradNormalization = "sum"
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's product is multiplied by: alpha / rank."""
+        return 1.0 if self.lora is None else self.lora.alpha / self.lora.rank
+
+    def arrays(self) -> dict[str, Any]:
+        """All arrays, as a checkpoint holds them; `gradients` only where there are any."""
+        arrays = {"weights": self.weights, "optimizer": self.optimizer._asdict()}
+        return arrays if self.gradients is None else arrays | {"gradients": self.gradients}
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything else, for JSON."""
+        lora = self.lora and {name: getattr(self.lora, name) for name in self.lora.__struct_fields__}
+        return {
+            "lora": lora,
+            "step": self.step,
+            "valid_tokens": self.valid_tokens,
+            "failed_since_step": self.failed_since_step,
+            "grad_normalization": self.grad_normalization,
+            "has_gradients": self.gradients is not None,
+        }
+
+    @classmethod
+    def from_checkpoint(cls, arrays: dict[str, Any], metadata: dict[str, Any]) -> TrainingState:
+        """The inverse of `arrays` and `metadata`."""
+        metadata = dict(metadata)
+        has_gradients = metadata.pop("has_gradients")
+        lora = metadata.pop("lora")
+        return cls(
+            lora=None if lora is None else LoraSpec(**lora),
+            weights=arrays["weights"],
+            optimizer=AdamState(**arrays["optimizer"]),
+            gradients=arrays["gradients"] if has_gradients else None,
+            **metadata,
+        )

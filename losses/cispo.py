@@ -1,0 +1,33 @@
+"""Clipped importance-sampling policy optimisation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .loss import Loss
+
+
+def cispo(
+    logprobs: Float[Array, "*N"],
+    sampled_logprobs: Float[Array, "*N"],
+    advantages: Float[Array, "*N"],
+    clip_low_threshold: Float[Array, ""] | float,
+    clip_high_threshold: Float[Array, ""] | float,
+) -> Float[Array, "*N"]:
+    """-sg(clip(r, low, high)) · logprobs · A, r = exp(logprobs - sampled_logprobs), sg = no gradient.
+
+    The clipped ratio only weighs a token; unlike in PPO no token loses its gradient. Source: MiniMax-M1
+    (arXiv:2506.13585), eq. 4; thresholds as in the Tinker documentation.
+    """
+    ratio = jnp.exp(logprobs - sampled_logprobs)
+    clipped = jnp.clip(ratio, clip_low_threshold, clip_high_threshold)
+    return -jax.lax.stop_gradient(clipped) * logprobs * advantages
+
+
+LOSS = Loss(
+    "cispo",
+    cispo,
+    inputs=("logprobs", "advantages"),
+    config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+    valid="advantages",
+)

@@ -1,0 +1,167 @@
+"""Every loss and its gradient against formulas written again in NumPy, and finite differences."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tinsmith.losses import MAX_CONFIG, REGISTRY, loss_and_slope
+from tinsmith.losses.gspo import sequence_log_ratio
+
+RNG = np.random.default_rng(0)
+N = 200
+LOGPROBS = -RNG.exponential(1.0, N)
+INPUTS = {
+    "weights": RNG.normal(size=N),
+    "logprobs": LOGPROBS + RNG.normal(size=N) * 0.4,
+    "advantages": RNG.normal(size=N),
+    "sequence_log_ratio": np.repeat(RNG.normal(size=4) * 5e-4, N // 4),
+}
+
+
+def ratio(lp, i):
+    return np.exp(lp - i["logprobs"])
+
+
+def clip(x, low, high):
+    return np.maximum(np.minimum(x, high), low)
+
+
+def numpy_ppo(lp, i, low, high):
+    r = ratio(lp, i)
+    return -np.minimum(r * i["advantages"], clip(r, low, high) * i["advantages"])
+
+
+# Of each loss: its value, and d loss / d logprob worked out by hand.
+FORMULAS = {
+    "cross_entropy": (lambda lp, i: -i["weights"] * lp, lambda lp, i: -i["weights"]),
+    "importance_sampling": (
+        lambda lp, i: -ratio(lp, i) * i["advantages"],
+        lambda lp, i: -ratio(lp, i) * i["advantages"],
+    ),
+    "ppo": (
+        numpy_ppo,
+        # the gradient is that of r·A, unless the clipped branch is the smaller
+        lambda lp, i, low, high: np.where(
+            (ratio(lp, i) * i["advantages"]) <= clip(ratio(lp, i), low, high) * i["advantages"],
+            -ratio(lp, i) * i["advantages"],
+            0.0,
+        ),
+    ),
+    "cispo": (
+        lambda lp, i, low, high: -clip(ratio(lp, i), low, high) * lp * i["advantages"],
+        lambda lp, i, low, high: -clip(ratio(lp, i), low, high) * i["advantages"],
+    ),
+    "dro": (
+        lambda lp, i, beta: -(lp * i["advantages"] - beta / 2 * (lp - i["logprobs"]) ** 2),
+        lambda lp, i, beta: -(i["advantages"] - beta * (lp - i["logprobs"])),
+    ),
+    "gspo": (
+        lambda lp, i, low, high: (
+            -np.minimum(
+                np.exp(i["sequence_log_ratio"]) * i["advantages"],
+                clip(np.exp(i["sequence_log_ratio"]), low, high) * i["advantages"],
+            )
+        ),
+        lambda lp, i, low, high: np.where(
+            np.exp(i["sequence_log_ratio"]) * i["advantages"]
+            <= clip(np.exp(i["sequence_log_ratio"]), low, high) * i["advantages"],
+            -np.exp(i["sequence_log_ratio"]) * i["advantages"],
+            0.0,
+        ),
+    ),
+}
+CONFIGS = {
+    "ppo": {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1},
+    "cispo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3},
+    "dro": {"beta": 0.3},
+    "gspo": {"clip_low_threshold": 0.9995, "clip_high_threshold": 1.0002},
+}
+
+
+def run(name, logprobs, config):
+    losses = tuple(REGISTRY.values())
+    values = np.zeros(MAX_CONFIG, np.float32)
+    values[: len(config)] = list(config.values())
+    as_column = lambda x: jnp.asarray(x, jnp.float32)[:, None]  # noqa: E731
+    index = jnp.int32(list(REGISTRY).index(name))
+    inputs = {key: as_column(value) for key, value in INPUTS.items()}
+    loss, slope = loss_and_slope(losses, index, as_column(logprobs), inputs, jnp.asarray(values))
+    return np.asarray(loss)[:, 0], np.asarray(slope)[:, 0]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("default", [True, False])
+def test_loss_and_slope_follow_the_formula(name, default):
+    config = REGISTRY[name].config if default else {**REGISTRY[name].config, **CONFIGS.get(name, {})}
+    value, derivative = FORMULAS[name]
+    loss, slope = run(name, LOGPROBS, config)
+    np.testing.assert_allclose(loss, value(LOGPROBS, INPUTS, *config.values()), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, derivative(LOGPROBS, INPUTS, *config.values()), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "dro"])
+def test_slope_is_the_finite_difference(name):
+    """Of the losses without a stopped gradient."""
+    config = REGISTRY[name].config
+    value, _ = FORMULAS[name]
+    step = 1e-6
+    up, down = (value(LOGPROBS + s, INPUTS, *config.values()) for s in (step, -step))
+    _, slope = run(name, LOGPROBS, config)
+    near_the_clip = np.abs(slope - (up - down) / (2 * step)) > 1e-3
+    assert near_the_clip.mean() < 0.01
+    np.testing.assert_allclose(
+        slope[~near_the_clip], ((up - down) / (2 * step))[~near_the_clip], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_defaults_are_the_documented_ones():
+    assert dict(REGISTRY["ppo"].config) == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert dict(REGISTRY["cispo"].config) == {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+    assert dict(REGISTRY["dro"].config) == {"beta": 0.05}
+    assert REGISTRY["gspo"].config["clip_low_threshold"] == pytest.approx(1 - 3e-4)
+    assert REGISTRY["gspo"].config["clip_high_threshold"] == pytest.approx(1 + 4e-4)
+    assert REGISTRY["gspo"].required_inputs == (
+        "target_tokens",
+        "logprobs",
+        "advantages",
+        "sequence_ratio_mask",
+    )
+
+
+def test_the_sequence_ratio_is_a_mean_over_each_sequences_mask():
+    lengths = [5, 3, 4]  # packed in one row of 14, two tokens of padding
+    segment = np.concatenate([[0] * 5, [5] * 3, [8] * 4, [12, 13]])[None].astype(np.int32)
+    lp, q = RNG.normal(size=(2, 1, 14)).astype(np.float32)
+    mask = (RNG.random((1, 14)) < 0.6).astype(np.float32)
+    mask[0, 5:8] = 0  # a sequence without any counted token
+    got = np.asarray(sequence_log_ratio(*map(jnp.asarray, (lp, q, mask, segment))))[0]
+    begin = 0
+    for length in lengths:
+        at = slice(begin, begin + length)
+        counted = mask[0, at] != 0
+        want = (lp - q)[0, at][counted].mean() if counted.any() else 0.0
+        np.testing.assert_allclose(got[at], want, rtol=1e-5, atol=1e-6)
+        begin += length
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", REGISTRY)
+def test_slopes_equal_torch_autograd(name):
+    torch = pytest.importorskip("torch")
+    lp = torch.tensor(LOGPROBS, requires_grad=True)
+    i = {key: torch.tensor(value) for key, value in INPUTS.items()}
+    r = torch.exp(lp - i["logprobs"])
+    s = torch.exp(i["sequence_log_ratio"] + lp - lp.detach())
+    A = i["advantages"]
+    config = list(REGISTRY[name].config.values())
+    loss = {
+        "cross_entropy": lambda: -i["weights"] * lp,
+        "importance_sampling": lambda: -r * A,
+        "ppo": lambda low, high: -torch.minimum(r * A, r.clamp(low, high) * A),
+        "cispo": lambda low, high: -r.clamp(low, high).detach() * lp * A,
+        "dro": lambda beta: -(lp * A - 0.5 * beta * (lp - i["logprobs"]) ** 2),
+        "gspo": lambda low, high: -torch.minimum(s * A, s.clamp(low, high) * A),
+    }[name](*config)
+    loss.sum().backward()
+    got_loss, slope = run(name, LOGPROBS, REGISTRY[name].config)
+    np.testing.assert_allclose(got_loss, loss.detach().numpy(), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, lp.grad.numpy(), rtol=2e-5, atol=1e-6)
