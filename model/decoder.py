@@ -75,7 +75,8 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(table, logical_axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens_BT]
+        # gathered over fsdp first: a row of the batch and a column of the table cannot share that mesh axis
+        return constrain(self.weight[...], ("vocab", "hidden"))[tokens_BT]
 
 
 class RMSNorm(nnx.Module):

@@ -35,14 +35,15 @@ def test_equals_a_loop_with_segments_and_windows(T, window):
     start = np.stack([np.where(i >= T // 3, T // 3, 0), np.zeros(T, int)])
     if window:
         start = np.maximum(start, i - window + 1)
-    got = attention(*map(jnp.asarray, (q, k, v, start)), 0.3)
+    got = jax.jit(attention, static_argnums=4)(q, k, v, start, 0.3)
     np.testing.assert_allclose(got, loop_attention(q, k, v, start, 0.3), atol=2e-5)
 
 
 def test_a_row_that_sees_no_key_gives_finite_values_and_gradients():
     q, k, v = map(jnp.asarray, arrays(1, 70, 2, 1, 8))
     start = jnp.full((1, 70), 1000)
-    value, grads = jax.value_and_grad(lambda *x: attention(*x, start, 0.3).sum(), argnums=(0, 1, 2))(q, k, v)
+    total = jax.value_and_grad(lambda *x: attention(*x, start, 0.3).sum(), argnums=(0, 1, 2))
+    value, grads = jax.jit(total)(q, k, v)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in grads)
 
@@ -59,7 +60,10 @@ def test_gradients_equal_those_of_a_dense_softmax():
         probs = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf))
         return jnp.einsum("bnqs,bsnh->bqnh", probs, jnp.repeat(v, 2, 2))
 
-    ours = jax.vjp(lambda *x: attention(*x, start, 0.3), q, k, v)[1](cotangent)
-    reference = jax.vjp(dense, q, k, v)[1](cotangent)
-    for a, b in zip(ours, reference, strict=True):
+    @jax.jit
+    def gradients(q, k, v):
+        ours = jax.vjp(lambda *x: attention(*x, start, 0.3), q, k, v)[1](cotangent)
+        return ours, jax.vjp(dense, q, k, v)[1](cotangent)
+
+    for a, b in zip(*gradients(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

@@ -1,0 +1,149 @@
+"""Drawing tokens: distributions against exact ones, filters against a sorted reference, seeds."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinsmith.model import token_sampling
+from tinsmith.model.token_sampling import SamplingRows, sample_tokens
+
+
+def rows_of(S, *, temperature=1.0, top_k=-1, top_p=1.0, seed=0, first_index=0):
+    return SamplingRows(
+        temperature=jnp.full(S, temperature, jnp.float32),
+        top_k=jnp.full(S, top_k, jnp.int32),
+        top_p=jnp.full(S, top_p, jnp.float32),
+        seed=jnp.tile(jnp.array([[seed >> 32, seed & 0xFFFFFFFF]], jnp.uint32), (S, 1)),
+        sample_index=jnp.arange(first_index, first_index + S, dtype=jnp.int32),
+    )
+
+
+def draw(z, rows, position=0, want_top=False):
+    S = z.shape[0]
+    return jax.jit(sample_tokens)(z, rows, jnp.full(S, position, jnp.int32), jnp.bool_(want_top))
+
+
+def filtered_distribution(z, temperature, top_k, top_p):
+    """What top_k, then top_p leave of softmax(z / temperature): one token at a time, by sorting."""
+    z = z.astype(np.float64) / temperature
+    order = np.argsort(-z, kind="stable")
+    if top_k > 0:
+        order = order[:top_k]
+    p = np.exp(z[order] - z.max())
+    p /= p.sum()
+    kept, mass = [], 0.0
+    for token, probability in zip(order, p, strict=True):
+        if mass >= top_p and kept:
+            break
+        kept.append(token)
+        mass += probability
+    out = np.zeros(len(z))
+    out[kept] = np.exp(z[kept] - z.max())
+    return out / out.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, -1, 1.0), (0.6, -1, 1.0), (1.7, 5, 1.0), (1.0, -1, 0.8), (0.9, 100, 0.9), (1.3, 120, 0.97)],
+)
+def test_frequencies_are_those_of_the_exact_distribution(temperature, top_k, top_p):
+    V, draws = 300, 60_000
+    z = np.random.default_rng(3).normal(size=V).astype(np.float32) * 2
+    expected = filtered_distribution(z, temperature, top_k, top_p)
+    rows = rows_of(draws, temperature=temperature, top_k=top_k, top_p=top_p, seed=17)
+    tokens = np.asarray(draw(jnp.broadcast_to(z, (draws, V)), rows).tokens)
+    counts = np.bincount(tokens, minlength=V)
+    assert not counts[expected == 0].any(), "a token was drawn that the filters remove"
+    # Pearson's chi-square over the cells with enough expectation; z-score of the statistic below 5
+    cells = expected * draws >= 5
+    observed = np.append(counts[cells], draws - counts[cells].sum())
+    wanted = np.append(expected[cells], 1 - expected[cells].sum()) * draws
+    observed, wanted = observed[wanted > 1], wanted[wanted > 1]
+    chi2, freedom = ((observed - wanted) ** 2 / wanted).sum(), len(wanted) - 1
+    assert (chi2 - freedom) / np.sqrt(2 * freedom) < 5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    spread=st.floats(0.01, 8.0),
+    top_k=st.integers(-1, 160),
+    top_p=st.floats(0.01, 1.0),
+)
+def test_the_threshold_keeps_what_sorting_keeps(seed, spread, top_k, top_p):
+    z = (np.random.default_rng(seed).normal(size=(2, 150)) * spread).astype(np.float32)
+    K = min(token_sampling.TOP_K, z.shape[1])
+    threshold = np.asarray(
+        jax.jit(token_sampling.keep_threshold)(
+            jnp.asarray(z),
+            jax.lax.top_k(jnp.asarray(z), K)[0],
+            jnp.full(2, top_k, jnp.int32),
+            jnp.full(2, top_p, jnp.float32),
+        )
+    )
+    for row in range(2):
+        # rounding decides where the mass meets top_p almost exactly: either side of it is right
+        least = filtered_distribution(z[row], 1.0, top_k, min(top_p, 1.0) - 1e-5) > 0
+        most = filtered_distribution(z[row], 1.0, top_k, min(top_p + 1e-5, 1.0)) > 0
+        kept = z[row] >= threshold[row]
+        assert (kept >= least).all()
+        if top_p < 1.0:
+            assert (kept <= most).all()
+
+
+def test_greedy_takes_the_argmax_whatever_the_filters_and_reports_the_untempered_logprob():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 90)), jnp.float32)
+    drawn = draw(z, rows_of(4, temperature=0.0, top_k=3, top_p=0.1))
+    np.testing.assert_array_equal(drawn.tokens, np.argmax(z, -1))
+    np.testing.assert_allclose(drawn.logprobs, np.max(jax.nn.log_softmax(z), -1), atol=1e-6)
+
+
+def test_logprobs_are_of_the_tempered_distribution_before_the_filters():
+    z = jnp.asarray(np.random.default_rng(1).normal(size=(8, 200)) * 3, jnp.float32)
+    drawn = draw(z, rows_of(8, temperature=0.7, top_k=4), want_top=True)
+    reference = np.asarray(jax.nn.log_softmax(z / 0.7))
+    np.testing.assert_allclose(drawn.logprobs, reference[np.arange(8), drawn.tokens], atol=1e-5)
+    np.testing.assert_array_equal(drawn.top_tokens[:, 0], reference.argmax(-1))
+    np.testing.assert_allclose(
+        drawn.top_logprobs, -np.sort(-reference)[:, : drawn.top_logprobs.shape[1]], atol=1e-5
+    )
+
+
+def test_one_rows_draw_depends_on_its_own_seed_index_and_position_only():
+    z = jnp.asarray(np.random.default_rng(2).normal(size=500), jnp.float32)
+    alone = draw(z[None], rows_of(1, seed=2**63 + 5, first_index=3), position=11).tokens[0]
+    among = draw(jnp.broadcast_to(z, (6, 500)), rows_of(6, seed=2**63 + 5), position=11).tokens
+    assert among[3] == alone
+    many = draw(jnp.broadcast_to(z, (64, 500)), rows_of(64, seed=9), position=0).tokens
+    assert len(set(np.asarray(many).tolist())) > 30, "samples of one seed are drawn independently"
+    high_bits = draw(jnp.broadcast_to(z, (64, 500)), rows_of(64, seed=9 + 2**32), position=0).tokens
+    assert (np.asarray(high_bits) != np.asarray(many)).mean() > 0.5, "all 64 bits of the seed count"
+
+
+def test_tokens_of_no_probability_are_never_drawn():
+    V = 1000
+    z = np.full(V, -np.inf, np.float32)
+    z[[0, 255, 256, 700]] = 0.0
+    drawn = draw(jnp.broadcast_to(jnp.asarray(z), (5000, V)), rows_of(5000, seed=1)).tokens
+    assert set(np.asarray(drawn).tolist()) == {0, 255, 256, 700}
+    extremes = token_sampling.invert_cdf(
+        jnp.exp(jnp.broadcast_to(jnp.asarray(z), (2, V))), jnp.array([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]])
+    )
+    np.testing.assert_array_equal(extremes, [0, 700])
+
+
+def test_new_parameters_compile_nothing():
+    z = jnp.zeros((2, 64), jnp.float32)
+    function = jax.jit(lambda *arguments: sample_tokens(*arguments))
+    for temperature, top_k, top_p in [(1.0, -1, 1.0), (0.0, 4, 0.5), (0.3, 100, 1.0), (2.0, -1, 0.2)]:
+        function(
+            z,
+            rows_of(2, temperature=temperature, top_k=top_k, top_p=top_p),
+            jnp.zeros(2, int),
+            jnp.bool_(False),
+        )
+    assert function._cache_size() == 1
