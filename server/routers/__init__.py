@@ -1,0 +1,30 @@
+"""The HTTP routes, a few lines each: body in, one call to the backend, answer out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from ..backend import Backend
+from ..operations import Operation
+
+
+def _backend(request: Request) -> Backend:
+    return request.app.state.backend
+
+
+def _owner(request: Request) -> str:
+    return request.state.owner
+
+
+BackendOf = Annotated[Backend, Depends(_backend)]
+Owner = Annotated[str, Depends(_owner)]
+
+
+def future(operation: Operation) -> dict[str, str]:
+    """The answer to the submit of an operation."""
+    body = {"request_id": operation.request_id}
+    if operation.model_id:
+        body["model_id"] = operation.model_id
+    return body

@@ -1,0 +1,81 @@
+"""What stands behind the routers, put together once per application."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from .auth import ApiKeys
+from .base_models import BaseModel
+from .checkpoints import Checkpoints
+from .engine_process import EngineProcess
+from .errors import BadRequest
+from .ledger import tenancy
+from .ledger.ledger import Ledger
+from .operations import Operations
+from .runs import Runs
+from .samplers import Samplers
+from .sessions import Sessions
+from .settings import Settings
+
+log = logging.getLogger("tinsmith.server")
+
+
+@dataclass
+class Backend:
+    settings: Settings
+    base_models: dict[str, BaseModel]
+    keys: ApiKeys
+    ledger: Ledger = field(init=False)
+    engine: EngineProcess = field(init=False)
+    operations: Operations = field(init=False)
+    runs: Runs = field(init=False)
+    sessions: Sessions = field(init=False)
+    samplers: Samplers = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+    stopped: bool = False
+    _draining: bool = False
+
+    async def start(self) -> None:
+        """Opens the ledger, starts the engine without waiting for it, takes up what was unfinished."""
+        settings = self.settings
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self.ledger = Ledger(settings.ledger_url)
+        self.engine = EngineProcess(
+            settings.engine_config([model.message for model in self.base_models.values()]),
+            lambda answer: self.operations.on_answer(answer),
+        )
+        self.operations = Operations(self.ledger, self.engine)
+        self.runs = Runs(self.ledger, self.engine, self.operations, settings)
+        self.sessions = Sessions(self.ledger, self.runs)
+        self.samplers = Samplers(self.ledger)
+        self.checkpoints = Checkpoints(self.ledger, settings.data_dir)
+        for owner in self.keys.owners:
+            await self.ledger.write(lambda connection, owner=owner: tenancy.ensure_tenant(connection, owner))
+        await self.engine.start()
+        await self.runs.resume()
+
+    async def drain(self) -> None:
+        """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""
+        self._draining = True
+        if self.engine.ready.is_set():
+            log.info("finishing the work that is queued and saving the models")
+            self.engine.refuse_submits()
+            await self.runs.save_all()
+        await self.engine.stop(self.settings.stop_patience_seconds)
+        await self.operations.settle()
+        self.stopped = True
+        self.operations.wake_all()
+
+    async def close(self) -> None:
+        if not self._draining:
+            await self.drain()
+        self.ledger.close()
+
+    def base_model(self, name: str) -> BaseModel:
+        """Raises BadRequest naming those there are."""
+        try:
+            return self.base_models[name]
+        except KeyError:
+            known = ", ".join(sorted(self.base_models)) or "none"
+            raise BadRequest(f"base_model: unknown model {name!r}; this server has: {known}") from None

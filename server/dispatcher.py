@@ -1,0 +1,100 @@
+"""The order of a model's operations: released strictly by seq_id, each once.
+
+Clients number the operations of a model 1, 2, 3, … and may send them out of order; what arrives early is
+held. A number that never arrives (the client gave up on its submit) would hold everything after it for
+ever, so a gap is waited for `gap_grace_seconds`, longer than a client keeps resending, and then the held
+operations are given up, because running them without the missing one would train something else than was
+asked for. A number that was refused at its submit is no gap: it is recorded, and its successors run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+
+class Sequenced(Protocol):
+    """An operation of a model. `settled`: it had its answer before its turn and is not to be run."""
+
+    model_id: str
+    seq_id: int
+
+    @property
+    def settled(self) -> bool: ...
+
+
+Op = TypeVar("Op", bound=Sequenced)
+
+
+@dataclass
+class Lane(Generic[Op]):
+    """One model's place in its sequence."""
+
+    next_seq: int
+    held: dict[int, Op] = field(default_factory=dict)
+    gap_timer: asyncio.TimerHandle | None = None
+
+
+class Dispatcher(Generic[Op]):
+    """Calls `release(operation)` in order, and `give_up(operations, missing_seq)` when a gap stays open."""
+
+    def __init__(
+        self,
+        release: Callable[[Op], None],
+        give_up: Callable[[list[Op], int], None],
+        gap_grace_seconds: float,
+    ):
+        self._release = release
+        self._give_up = give_up
+        self._gap_grace_seconds = gap_grace_seconds
+        self._lanes: dict[Hashable, Lane[Op]] = {}
+
+    def open(self, model_id: str, next_seq: int) -> None:
+        """The model's operations before `next_seq` had their turn."""
+        self._lanes.setdefault(model_id, Lane(next_seq))
+
+    def close(self, model_id: str) -> None:
+        lane = self._lanes.pop(model_id, None)
+        if lane is not None and lane.gap_timer is not None:
+            lane.gap_timer.cancel()
+
+    def next_seq(self, model_id: str) -> int:
+        """The number whose turn it is."""
+        return self._lanes[model_id].next_seq
+
+    def unused_seq(self, model_id: str) -> int:
+        """A number after all that have arrived, for clients that do not number their operations."""
+        lane = self._lanes[model_id]
+        return max(lane.held, default=lane.next_seq - 1) + 1
+
+    def add(self, operation: Op) -> None:
+        """An operation has arrived. One whose number had its turn already is not run again."""
+        lane = self._lanes[operation.model_id]
+        if operation.seq_id < lane.next_seq:
+            return
+        lane.held.setdefault(operation.seq_id, operation)
+        self._advance(operation.model_id, lane)
+
+    def _advance(self, model_id: str, lane: Lane[Op]) -> None:
+        started_at = lane.next_seq
+        while (operation := lane.held.pop(lane.next_seq, None)) is not None:
+            lane.next_seq += 1
+            if not operation.settled:
+                self._release(operation)
+        moved = lane.next_seq != started_at
+        if lane.gap_timer is not None and (moved or not lane.held):
+            lane.gap_timer.cancel()
+            lane.gap_timer = None
+        if lane.held and lane.gap_timer is None:
+            loop = asyncio.get_running_loop()
+            lane.gap_timer = loop.call_later(self._gap_grace_seconds, self._gap_stayed_open, model_id)
+
+    def _gap_stayed_open(self, model_id: str) -> None:
+        lane = self._lanes[model_id]
+        lane.gap_timer = None
+        missing = lane.next_seq
+        lane.next_seq = max(lane.held) + 1
+        given_up = [lane.held.pop(seq_id) for seq_id in sorted(lane.held)]
+        self._give_up([operation for operation in given_up if not operation.settled], missing)

@@ -1,0 +1,193 @@
+"""The engine's process and the socket to it.
+
+The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
+configuration on standard input. Messages go out in the order of `send` and are kept until the engine reads
+them, so it may still be loading. When the process ends without having been asked to, it is dead: nothing is
+sent any more, and what was on its way stays unanswered in the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ..engine import messages
+from .errors import Unavailable
+
+log = logging.getLogger("tinsmith.engine_process")
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """On Linux, an engine whose server was killed must not keep the accelerator."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+class EngineProcess:
+    """One engine at a time. `on_answer` gets every Done and Failed that `request` is not waiting for."""
+
+    def __init__(
+        self,
+        config: messages.EngineConfig,
+        on_answer: Callable[[messages.Done | messages.Failed], None],
+        module: str = "tinsmith.engine",
+    ):
+        self._config = config
+        self._module = module
+        self._on_answer = on_answer
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._requests: dict[str, asyncio.Future[messages.Done | messages.Failed]] = {}
+        self._tasks: list[asyncio.Task] = []
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self.phase = "starting"  # then those of messages.Status, `dead` or `stopped`
+        self.text = "starting the engine"
+        self.ready = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.death: str | None = None
+
+    async def start(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="tinsmith-")  # readable by this user only
+        address = f"ipc://{self._directory}/engine"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            self._module,
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the server, which then stops the engine in order
+            preexec_fn=_die_with_parent(),
+        )
+        config = msgspec.structs.replace(self._config, address=address)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(config))
+            self._process.stdin.write_eof()
+        except (BrokenPipeError, ConnectionResetError):
+            log.debug("the engine ended before it read its configuration")
+        self._tasks = [
+            asyncio.create_task(self._send_forever()),
+            asyncio.create_task(self._receive_forever()),
+            asyncio.create_task(self._watch()),
+        ]
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.is_set()
+
+    def require_alive(self) -> None:
+        """Raises Unavailable when nothing can be submitted."""
+        if self.death is not None:
+            raise Unavailable(f"the engine is not running ({self.death}); try again later")
+        if self._stopping:
+            raise Unavailable("the server is stopping; try again later")
+
+    def send(self, message: bytes) -> None:
+        """An encoded message; dropped if the engine is dead, since the ledger still has it."""
+        if self.alive:
+            self._outbox.put_nowait(message)
+
+    async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
+        """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""
+        if not self.alive:
+            raise Unavailable("the engine is not running")
+        answer: asyncio.Future = asyncio.get_running_loop().create_future()
+        self._requests[message.request_id] = answer
+        self.send(messages.encode(message))
+        return await answer
+
+    def refuse_submits(self) -> None:
+        """From now on `require_alive` raises; what was accepted still runs."""
+        self._stopping = True
+
+    async def stop(self, patience_seconds: float) -> None:
+        """Lets the engine finish what it has, then ends it. Idle or not yet loaded, it ends at once."""
+        self._stopping = True
+        if self._process is not None and self.alive:
+            if self.ready.is_set():
+                self.send(messages.encode(messages.Stop(request_id="stop")))
+                try:
+                    await asyncio.wait_for(self.ended.wait(), patience_seconds)
+                except TimeoutError:
+                    log.warning("the engine did not finish within %.0f s; ending it", patience_seconds)
+            if self.alive:
+                self._process.kill()
+                await self.ended.wait()
+        await self._close()
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._context.term()
+        shutil.rmtree(Path(self._directory), ignore_errors=True)
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._socket.send(await self._outbox.get(), copy=False)
+
+    async def _receive_forever(self) -> None:
+        while True:
+            frame = await self._socket.recv()
+            try:
+                message = messages.decode_from_engine(frame)
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                log.exception("the engine sent %d bytes that are not a message", len(frame))
+                continue
+            if isinstance(message, messages.Status):
+                self._note(message)
+            elif (answer := self._requests.pop(message.request_id, None)) is not None:
+                if not answer.done():
+                    answer.set_result(message)
+            else:
+                self._on_answer(message)
+
+    def _note(self, status: messages.Status) -> None:
+        self.phase, self.text = status.phase, status.text
+        log.info("engine: %s: %s", status.phase, status.text)
+        if status.phase == "ready":
+            self.ready.set()
+
+    async def _watch(self) -> None:
+        assert self._process is not None
+        started_at = time.monotonic()
+        code = await self._process.wait()
+        # Answers that were sent before the end are still in the socket.
+        await asyncio.sleep(0)
+        self.ready.clear()
+        self.ended.set()
+        if self._stopping:
+            self.phase, self.text = "stopped", "the engine has ended"
+        else:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            self.death = f"it ended with {how} after {time.monotonic() - started_at:.0f} s"
+            self.phase, self.text = "dead", self.death
+            log.error("the engine is dead: %s", self.death)
+        for answer in self._requests.values():
+            if not answer.done():
+                answer.set_exception(Unavailable("the engine is not running"))
+        self._requests.clear()

@@ -1,0 +1,134 @@
+"""What can go wrong, as exceptions, and the one place that turns them into HTTP answers.
+
+Every error body has the same keys in all dialects: `detail` and `error` (the message), `category`
+(`user` or `server`), `status_code` and `path`.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("tinsmith.server")
+
+
+class ApiError(Exception):
+    """An error that the client is told about, with the status it is told with."""
+
+    status = 500
+    category = "server"
+    headers: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message = message
+
+
+class BadRequest(ApiError):
+    """The request is wrong and would be wrong every time; the message says what would be right."""
+
+    status = 400
+    category = "user"
+
+
+class Unauthorized(ApiError):
+    status = 401
+    category = "user"
+
+
+class NotFound(ApiError):
+    """No such thing, or none of the caller's own: the two look alike on purpose."""
+
+    status = 404
+    category = "user"
+
+
+class Gone(ApiError):
+    """It was there once, or never; it will not come back."""
+
+    status = 410
+    category = "user"
+
+
+class TooLarge(ApiError):
+    status = 413
+    category = "user"
+
+
+class Unavailable(ApiError):
+    """The request was right and can be sent again after `Retry-After`."""
+
+    status = 503
+    headers = {"Retry-After": "5"}  # noqa: RUF012
+
+
+class StorageFull(ApiError):
+    status = 507
+    headers = {"Retry-After": "30"}  # noqa: RUF012
+
+
+def internal_error(what: str, error: BaseException) -> str:
+    """Logs an error of our own; returns the message for the client, with the id that finds it in the log."""
+    error_id = uuid.uuid4().hex[:12]
+    log.error("%s failed, error id %s", what, error_id, exc_info=error)
+    return f"internal error {error_id}: the server's log has the cause under this id"
+
+
+def error_response(
+    request_path: str, status: int, message: str, category: str, headers: dict | None = None
+) -> Response:
+    """The one error body. A 5xx of a submit is retried by clients, a 4xx is final."""
+    body = {
+        "detail": message,
+        "error": message,
+        "category": category,
+        "status_code": status,
+        "path": request_path,
+    }
+    return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
+
+
+def describe(errors: list[dict[str, Any]]) -> str:
+    """Pydantic's errors in one line: `lora_config.rank: Input should be ...; ...`."""
+    parts = []
+    for error in errors[:5]:
+        where = ".".join(str(part) for part in error["loc"] if part != "body")
+        parts.append(f"{where}: {error['msg']}" if where else error["msg"])
+    return "; ".join(parts) or "invalid request"
+
+
+def install(app: FastAPI) -> None:
+    """Renders every exception of `app` as above."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(request: Request, error: ApiError) -> Response:
+        return error_response(request.url.path, error.status, error.message, error.category, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+        message = describe(list(error.errors()))
+        # A sequenced operation that is refused still uses up its number (see dispatcher.py).
+        if isinstance(error.body, dict):
+            await request.app.state.backend.operations.consume(
+                request.state.owner, error.body.get("model_id"), error.body.get("seq_id"), message
+            )
+        return error_response(request.url.path, 422, message, "user")
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> Response:
+        category = "user" if error.status_code < 500 else "server"
+        return error_response(
+            request.url.path, error.status_code, str(error.detail), category, dict(error.headers or {})
+        )
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        message = internal_error(f"{request.method} {request.url.path}", error)
+        return error_response(request.url.path, 500, message, "server")

@@ -1,0 +1,86 @@
+"""Rows of checkpoints. Only complete ones are found and listed; a name is taken once it is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, func, insert, or_, select, update
+
+from ...ckpt.paths import CheckpointUri
+from .schema import checkpoints
+
+
+def _named(uri: CheckpointUri) -> ColumnElement[bool]:
+    return (
+        (checkpoints.c.run_id == uri.run)
+        & (checkpoints.c.segment == uri.segment)
+        & (checkpoints.c.name == uri.name)
+    )
+
+
+def _alive() -> ColumnElement[bool]:
+    return (checkpoints.c.state == "complete") & or_(
+        checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > time.time()
+    )
+
+
+def find(connection: Connection, uri: CheckpointUri) -> Row | None:
+    """The complete, unexpired checkpoint of that name."""
+    return connection.execute(select(checkpoints).where(_named(uri), _alive())).first()
+
+
+def is_taken(connection: Connection, uri: CheckpointUri) -> bool:
+    """Whether a checkpoint of that name exists or is being written."""
+    pending = checkpoints.c.state == "pending"
+    query = select(checkpoints.c.id).where(_named(uri), or_(pending, _alive()))
+    return connection.execute(query).first() is not None
+
+
+def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
+    connection.execute(
+        insert(checkpoints).values(
+            run_id=uri.run,
+            segment=uri.segment,
+            name=uri.name,
+            state="pending",
+            public=False,
+            created_at=time.time(),
+            **values,
+        )
+    )
+
+
+def settle(connection: Connection, operation_id: str, size_bytes: int | None) -> None:
+    """The save succeeded (its size) or failed (None). An older one of the same name makes way."""
+    row = connection.execute(select(checkpoints).where(checkpoints.c.operation_id == operation_id)).first()
+    if row is None or row.state != "pending":
+        return
+    if size_bytes is None:
+        connection.execute(update(checkpoints).where(checkpoints.c.id == row.id).values(state="failed"))
+        return
+    older = _named(CheckpointUri(row.run_id, row.segment, row.name)) & (checkpoints.c.state == "complete")
+    connection.execute(update(checkpoints).where(older).values(state="deleted"))
+    connection.execute(
+        update(checkpoints)
+        .where(checkpoints.c.id == row.id)
+        .values(state="complete", size_bytes=size_bytes, created_at=time.time())
+    )
+
+
+def of_run(connection: Connection, run_id: str) -> Sequence[Row]:
+    query = select(checkpoints).where(checkpoints.c.run_id == run_id, _alive())
+    return connection.execute(query.order_by(checkpoints.c.created_at.desc())).all()
+
+
+def of_owner(connection: Connection, owner: str, limit: int, offset: int) -> tuple[Sequence[Row], int]:
+    """A page of the owner's checkpoints, newest first, and how many there are."""
+    mine = (checkpoints.c.owner == owner) & _alive()
+    query = select(checkpoints).where(mine).order_by(checkpoints.c.created_at.desc())
+    page = connection.execute(query.limit(limit).offset(offset)).all()
+    return page, connection.execute(select(func.count()).where(mine)).scalar() or 0
+
+
+def change(connection: Connection, checkpoint: int, **values: Any) -> None:
+    connection.execute(update(checkpoints).where(checkpoints.c.id == checkpoint).values(**values))

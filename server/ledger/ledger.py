@@ -1,0 +1,144 @@
+"""One writer thread that commits in groups, and readers beside it.
+
+The event loop never waits for a disk: `write` hands a function over a connection to the writer thread and
+returns a future; whatever is waiting when the thread gets to it is committed together, each function in its
+own savepoint, and the futures resolve after the commit. Functions run in the order of the `write` calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
+
+from ..errors import StorageFull, Unavailable
+
+log = logging.getLogger("tinsmith.ledger")
+T = TypeVar("T")
+_GROUP = 256  # functions in one commit, at most
+
+
+def _connect(url: str) -> Engine:
+    engine = create_engine(url)
+    if engine.dialect.name != "sqlite":
+        return engine
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say so, below
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+class Ledger:
+    """The database at `url`. Raises what the driver raises when it cannot be opened or migrated."""
+
+    def __init__(self, url: str):
+        self._engine = _connect(url)
+        self._migrate()
+        self._changes: queue.SimpleQueue = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
+        self._writer.start()
+
+    def _migrate(self) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self._engine.connect().execution_options(writes=True) as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+
+    def write(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
+        """Queues `change` and returns at once; the future resolves when it is on disk.
+
+        An exception of `change` undoes only `change`. If the commit fails the future raises StorageFull or
+        Unavailable, and nothing of it was written.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+        self._changes.put((change, done, loop))
+        return done
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Runs `query` in a thread of its own, beside the writer."""
+        return await asyncio.to_thread(self.read_now, query)
+
+    def read_now(self, query: Callable[[Connection], T]) -> T:
+        """As `read`, in the caller's thread: for start-up."""
+        with self._engine.connect() as connection:
+            return query(connection)
+
+    def close(self) -> None:
+        """Writes what is queued, then stops."""
+        self._changes.put(None)
+        self._writer.join()
+        self._engine.dispose()
+
+    def _write_forever(self) -> None:
+        while (first := self._changes.get()) is not None:
+            group = [first]
+            last = False
+            while len(group) < _GROUP and not self._changes.empty():
+                change = self._changes.get()
+                if change is None:
+                    last = True
+                    break
+                group.append(change)
+            self._commit(group)
+            if last:
+                return
+
+    def _commit(self, group: list[tuple]) -> None:
+        outcomes: list[tuple[asyncio.Future, Any, BaseException | None]] = []
+        try:
+            with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+                for change, done, _loop in group:
+                    try:
+                        with connection.begin_nested():
+                            outcomes.append((done, change(connection), None))
+                    except DBAPIError as error:
+                        if error.connection_invalidated or "full" in str(error.orig):
+                            raise
+                        outcomes.append((done, None, error))
+                    except Exception as error:
+                        outcomes.append((done, None, error))
+        except Exception as error:
+            log.exception("the ledger could not be written")
+            outcomes = [(done, None, _unwritable(error)) for _change, done, _loop in group]
+        try:
+            group[0][2].call_soon_threadsafe(_resolve, outcomes)
+        except RuntimeError:  # the event loop is closed: nobody waits any more
+            log.debug("the event loop is closed")
+
+
+def _unwritable(error: Exception) -> Exception:
+    if "full" in str(error) or "No space" in str(error):
+        return StorageFull("the server's disk is full; nothing was accepted, try again later")
+    return Unavailable("the ledger cannot be written at the moment; nothing was accepted, try again")
+
+
+def _resolve(outcomes: list[tuple[asyncio.Future, Any, BaseException | None]]) -> None:
+    for done, value, error in outcomes:
+        if done.cancelled():
+            continue
+        if error is None:
+            done.set_result(value)
+        else:
+            done.set_exception(error)

@@ -1,0 +1,133 @@
+"""The tables. Times are seconds since 1970; every resource has an owner from the first day.
+
+The migrations in `migrations/versions` make these; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+
+metadata = MetaData()
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("created_at", Float, nullable=False),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String(192), primary_key=True),
+    Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("tags", JSON, nullable=False),
+    Column("user_metadata", JSON, nullable=False),
+    Column("sdk_version", Text),
+    Column("project_id", Text),
+    Column("display_name", Text),
+    Column("created_at", Float, nullable=False),
+    Column("last_heartbeat_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Column("finish_reason", String(32)),
+    Column("finish_detail", Text),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("id", String(192), primary_key=True),
+    Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("session_id", String(192), ForeignKey("sessions.id"), nullable=False, index=True),
+    Column("base_model", Text, nullable=False),
+    Column("lora", JSON),  # null: full weights
+    Column("optimizer", JSON, nullable=False),
+    Column("user_metadata", JSON, nullable=False),
+    Column("state", String(16), nullable=False),  # creating, ready, failed, finished
+    Column("creation", LargeBinary, nullable=False),  # the CreateModel message
+    # Operations up to here have been answered, or given up; the next one has the number after it.
+    Column("executed_seq", BigInteger, nullable=False),
+    # The newest saved training state, and the operation it was taken after.
+    Column("snapshot", Text),
+    Column("snapshot_seq", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_request_at", Float, nullable=False),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("id", String(192), primary_key=True),
+    Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("session_id", String(192), ForeignKey("sessions.id"), nullable=False, index=True),
+    Column("base_model", Text, nullable=False),
+    Column("model_path", Text),
+    Column("directory", Text),  # of the weights; null: the base model itself
+    Column("created_at", Float, nullable=False),
+)
+
+operations = Table(
+    "operations",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(128), ForeignKey("tenants.id"), nullable=False),
+    # What makes two submits the same operation; null: nothing does.
+    Column("natural_key", Text, unique=True),
+    Column("kind", String(32), nullable=False),
+    Column("model_id", String(192)),
+    Column("seq_id", BigInteger),
+    Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
+    Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
+    Column("payload", LargeBinary),  # the message to the engine, kept while a replay may need it
+    Column("answer", LargeBinary),  # the engine's Done or Failed
+    Column("device_seconds", Float),
+    Column("accepted_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Index("operations_of_model", "model_id", "seq_id"),
+    Index("operations_in_state", "state", "accepted_at"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("run_id", String(192), nullable=False),
+    Column("segment", String(32), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("operation_id", String(64), nullable=False, index=True),
+    Column("directory", Text, nullable=False, unique=True),
+    Column("state", String(16), nullable=False),  # pending, complete, failed, deleted
+    Column("base_model", Text, nullable=False),
+    Column("lora", JSON),
+    Column("optimizer", JSON, nullable=False),
+    Column("size_bytes", BigInteger),
+    Column("user_metadata", JSON),
+    Column("public", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Index(
+        "one_complete_checkpoint_per_name",
+        "run_id",
+        "segment",
+        "name",
+        unique=True,
+        sqlite_where=text("state = 'complete'"),
+        postgresql_where=text("state = 'complete'"),
+    ),
+)

@@ -1,0 +1,82 @@
+"""Rows of tenants, sessions, models and samplers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from .schema import models, samplers, sessions, tenants
+
+
+def ensure_tenant(connection: Connection, tenant: str) -> None:
+    if connection.execute(select(tenants.c.id).where(tenants.c.id == tenant)).first() is None:
+        connection.execute(insert(tenants).values(id=tenant, created_at=time.time()))
+
+
+def add_session(connection: Connection, **values: Any) -> None:
+    now = time.time()
+    connection.execute(insert(sessions).values(created_at=now, last_heartbeat_at=now, **values))
+
+
+def find_session(connection: Connection, session_id: str) -> Row | None:
+    return connection.execute(select(sessions).where(sessions.c.id == session_id)).first()
+
+
+def list_sessions(connection: Connection, owner: str, limit: int, offset: int) -> Sequence[str]:
+    query = select(sessions.c.id).where(sessions.c.owner == owner).order_by(sessions.c.created_at.desc())
+    return connection.execute(query.limit(limit).offset(offset)).scalars().all()
+
+
+def heartbeat(connection: Connection, session_id: str, at: float) -> None:
+    connection.execute(update(sessions).where(sessions.c.id == session_id).values(last_heartbeat_at=at))
+
+
+def finish_session(connection: Connection, session_id: str, reason: str, detail: str | None) -> None:
+    connection.execute(
+        update(sessions)
+        .where(sessions.c.id == session_id, sessions.c.finished_at.is_(None))
+        .values(finished_at=time.time(), finish_reason=reason, finish_detail=detail)
+    )
+
+
+def add_model(connection: Connection, **values: Any) -> None:
+    now = time.time()
+    connection.execute(
+        insert(models).values(created_at=now, last_request_at=now, executed_seq=0, snapshot_seq=0, **values)
+    )
+
+
+def find_model(connection: Connection, model_id: str) -> Row | None:
+    return connection.execute(select(models).where(models.c.id == model_id)).first()
+
+
+def update_model(connection: Connection, model_id: str, **values: Any) -> None:
+    connection.execute(update(models).where(models.c.id == model_id).values(**values))
+
+
+def models_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
+    query = select(models).where(models.c.session_id == session_id).order_by(models.c.created_at)
+    return connection.execute(query).all()
+
+
+def list_models(connection: Connection, owner: str, limit: int, offset: int) -> tuple[Sequence[Row], int]:
+    """A page of the owner's training runs, newest first, and how many there are."""
+    mine = models.c.owner == owner
+    query = select(models).where(mine).order_by(models.c.last_request_at.desc()).limit(limit).offset(offset)
+    return connection.execute(query).all(), connection.execute(select(func.count()).where(mine)).scalar() or 0
+
+
+def add_sampler(connection: Connection, **values: Any) -> None:
+    connection.execute(insert(samplers).values(created_at=time.time(), **values))
+
+
+def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
+    return connection.execute(select(samplers).where(samplers.c.id == sampler_id)).first()
+
+
+def samplers_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
+    query = select(samplers).where(samplers.c.session_id == session_id).order_by(samplers.c.created_at)
+    return connection.execute(query).all()

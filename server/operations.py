@@ -1,0 +1,342 @@
+"""Accepted operations and their answers.
+
+`accept` writes an operation into the ledger before anything else happens to it; a second submit with the
+same natural key finds the first. The answer of the engine is written before anybody sees it. Polls wait on
+an event and are answered from memory; older answers come from the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from ..engine import messages
+from .dispatcher import Dispatcher
+from .engine_process import EngineProcess
+from .errors import ApiError, BadRequest
+from .ledger import checkpoints as checkpoint_rows
+from .ledger import operations as rows
+from .ledger import tenancy
+from .ledger.ledger import Ledger
+
+log = logging.getLogger("tinsmith.operations")
+
+Answer = messages.Done | messages.Failed
+# Operations that change a model: a replay after the newest snapshot needs them again.
+REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights"})
+_REMEMBERED_BYTES = 256 << 20  # of answers kept in memory
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One accepted request. `answer` is None until it is finished."""
+
+    request_id: str
+    owner: str
+    kind: str
+    model_id: str
+    seq_id: int
+    reply: dict[str, Any]
+    payload: bytes | None
+    answer: Answer | None = None
+    rejected: bool = False
+    answering: bool = False
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def settled(self) -> bool:
+        return self.answer is not None
+
+    @property
+    def sequenced(self) -> bool:
+        return self.seq_id > 0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a router asks for.
+
+    `message` builds the engine's message from the request id. `also` writes further rows in the same
+    transaction, and may return a failure, which is then the answer. Sequenced operations have a model and a
+    seq_id from 1; the others have seq_id 0 and run at once.
+    """
+
+    owner: str
+    kind: str
+    natural_key: str | None
+    message: Callable[[str], messages.ToEngine]
+    reply: dict[str, Any] = field(default_factory=dict)
+    model_id: str = ""
+    seq_id: int = 0
+    also: Callable[[Connection, str], messages.Failed | None] | None = None
+
+
+def natural_key(model_id: str, seq_id: int) -> str:
+    return f"model/{model_id}/{seq_id}"
+
+
+class Operations:
+    """All operations of the server. `dispatcher` is set once it exists; it releases what is sequenced."""
+
+    dispatcher: Dispatcher[Operation]
+
+    def __init__(self, ledger: Ledger, engine: EngineProcess):
+        self._ledger = ledger
+        self._engine = engine
+        self._pending: dict[str, Operation] = {}
+        self._remembered: OrderedDict[str, Operation] = OrderedDict()
+        self._remembered_bytes = 0
+        self._tasks: set[asyncio.Task] = set()
+
+    # --- submits
+
+    async def accept(self, submission: Submission) -> Operation:
+        """The operation of this submission, new or the first one of its natural key.
+
+        Raises BadRequest if that first one was refused, or its turn was given up; Unavailable without engine.
+        """
+        self._engine.require_alive()
+        # Shielded: a client that hangs up between the commit and the dispatch must not lose the operation.
+        task = asyncio.ensure_future(self._accept(submission))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _accept(self, submission: Submission) -> Operation:
+        request_id = f"req_{uuid.uuid4().hex}"
+        payload = messages.encode(submission.message(request_id))
+        operation = Operation(
+            request_id,
+            submission.owner,
+            submission.kind,
+            submission.model_id,
+            submission.seq_id,
+            submission.reply,
+            payload,
+        )
+        self._pending[request_id] = operation
+        sequenced = operation.sequenced
+        past = sequenced and operation.seq_id < self.dispatcher.next_seq(operation.model_id)
+
+        def change(connection: Connection) -> Row | messages.Failed | None:
+            if submission.natural_key is not None:
+                first = rows.find_by_natural_key(connection, submission.natural_key)
+                if first is not None:
+                    return first
+            if past:
+                raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
+            failure = submission.also(connection, request_id) if submission.also else None
+            rows.add(
+                connection,
+                id=request_id,
+                owner=operation.owner,
+                natural_key=submission.natural_key,
+                kind=operation.kind,
+                model_id=operation.model_id or None,
+                seq_id=operation.seq_id if sequenced else None,
+                reply=operation.reply,
+                state="failed" if failure else "accepted",
+                payload=None if failure else payload,
+                answer=messages.encode(failure) if failure else None,
+            )
+            return failure
+
+        try:
+            result = await self._ledger.write(change)
+        except BaseException:
+            del self._pending[request_id]
+            raise
+        if isinstance(result, messages.Failed):
+            operation.answer = result
+            self._remember(operation)
+        elif result is not None:
+            del self._pending[request_id]
+            return self._first(result)
+        if sequenced:
+            self.dispatcher.add(operation)
+        elif not operation.settled:
+            self._engine.send(payload)
+        return operation
+
+    def _first(self, row: Row) -> Operation:
+        operation = self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
+        if operation.rejected and operation.answer is not None:
+            assert isinstance(operation.answer, messages.Failed)
+            raise BadRequest(operation.answer.message)
+        return operation
+
+    async def consume(self, owner: str, model_id: Any, seq_id: Any, message: str) -> None:
+        """A submit is refused: its number is used up, so that the operations after it run."""
+        if not isinstance(model_id, str) or not isinstance(seq_id, int) or not 0 < seq_id < 1 << 62:
+            return
+        try:
+            if not await self._may_consume(owner, model_id, seq_id):
+                return
+        except ApiError:
+            return
+        request_id = f"req_{uuid.uuid4().hex}"
+        failure = messages.Failed(request_id, message, "user")
+        operation = Operation(
+            request_id, owner, "refused", model_id, seq_id, {}, None, failure, rejected=True
+        )
+
+        def change(connection: Connection) -> bool:
+            key = natural_key(model_id, seq_id)
+            if rows.find_by_natural_key(connection, key) is not None:
+                return False
+            rows.add(
+                connection,
+                id=request_id,
+                owner=owner,
+                natural_key=key,
+                kind=operation.kind,
+                model_id=model_id,
+                seq_id=seq_id,
+                reply={},
+                state="rejected",
+                answer=messages.encode(failure),
+            )
+            return True
+
+        if await self._ledger.write(change):
+            operation.finished.set()
+            self.dispatcher.add(operation)
+
+    may_consume: Callable[[str, str], Any]  # set by Runs: raises ApiError for a model that is not the owner's
+
+    async def _may_consume(self, owner: str, model_id: str, seq_id: int) -> bool:
+        await self.may_consume(owner, model_id)
+        return seq_id >= self.dispatcher.next_seq(model_id)
+
+    # --- answers
+
+    def on_answer(self, answer: Answer) -> None:
+        """The engine's answer. Those to replays of finished operations are dropped."""
+        operation = self._pending.get(answer.request_id)
+        if operation is None or operation.answering:
+            return
+        operation.answering = True
+        task = asyncio.ensure_future(self._finish(operation, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, operation: Operation, answer: Answer) -> None:
+        encoded = messages.encode(answer)
+
+        def change(connection: Connection) -> None:
+            done = isinstance(answer, messages.Done)
+            rows.finish(
+                connection,
+                operation.request_id,
+                "done" if done else "failed",
+                encoded,
+                answer.device_seconds if isinstance(answer, messages.Done) else 0.0,
+                keep_payload=done and operation.kind in REPLAYED,
+            )
+            if operation.sequenced:
+                rows.advance(connection, operation.model_id, operation.seq_id)
+            _settle(connection, operation, answer)
+
+        while True:
+            try:
+                await self._ledger.write(change)
+                break
+            except ApiError as error:
+                log.error(
+                    "the answer of %s is kept in memory until it can be written: %s", operation.kind, error
+                )
+                await asyncio.sleep(1)
+        operation.answer = answer
+        operation.payload = None
+        self._remember(operation)
+
+    def _remember(self, operation: Operation) -> None:
+        self._pending.pop(operation.request_id, None)
+        self._remembered[operation.request_id] = operation
+        self._remembered_bytes += _size(operation.answer)
+        operation.finished.set()
+        while self._remembered_bytes > _REMEMBERED_BYTES and len(self._remembered) > 1:
+            _id, oldest = self._remembered.popitem(last=False)
+            self._remembered_bytes -= _size(oldest.answer)
+
+    def fail(self, operations: list[Operation], message: str, category: str = "user") -> None:
+        for operation in operations:
+            self.on_answer(messages.Failed(operation.request_id, message, category))  # type: ignore[arg-type]
+
+    # --- polls
+
+    async def find(self, owner: str, request_id: str) -> Operation | None:
+        """The owner's operation of that id, in whatever state."""
+        operation = self._pending.get(request_id) or self._remembered.get(request_id)
+        if operation is None:
+            row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
+            if row is None:
+                return None
+            # It may have been loaded, or have come to its answer, in the meantime.
+            operation = (
+                self._pending.get(request_id) or self._remembered.get(request_id) or self._from_row(row)
+            )
+        return operation if operation.owner == owner else None
+
+    def wake_all(self) -> None:
+        """Lets every poll answer that its operation is still pending."""
+        for operation in self._pending.values():
+            operation.finished.set()
+
+    def _from_row(self, row: Row) -> Operation:
+        operation = Operation(
+            row.id,
+            row.owner,
+            row.kind,
+            row.model_id or "",
+            row.seq_id or 0,
+            row.reply,
+            row.payload,
+            rejected=row.state == "rejected",
+        )
+        if row.answer is not None:
+            answer = messages.decode_from_engine(row.answer)
+            assert not isinstance(answer, messages.Status)
+            operation.answer = answer
+            operation.finished.set()
+        else:
+            self._pending[row.id] = operation
+        return operation
+
+    def load(self, row: Row) -> Operation:
+        """The operation of a row, one object per operation."""
+        return self._pending.get(row.id) or self._from_row(row)
+
+    async def settle(self) -> None:
+        """Waits until every answer received so far is written."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _size(answer: Answer | None) -> int:
+    """Roughly the bytes of an answer in memory."""
+    output = answer.output if isinstance(answer, messages.Done) else None
+    if isinstance(output, messages.ForwardBackwardOutput):
+        return 512 + sum(len(tensor.data) for tensor in output.logprobs)
+    if isinstance(output, messages.SampleOutput):
+        return 512 + sum(2 * len(sequence.tokens) for sequence in output.sequences)
+    return 512
+
+
+def _settle(connection: Connection, operation: Operation, answer: Answer) -> None:
+    """What else an answer means for the ledger."""
+    output = answer.output if isinstance(answer, messages.Done) else None
+    if isinstance(output, messages.StateSaved | messages.SamplerSaved):
+        checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
+    elif operation.kind in ("save_weights", "save_weights_for_sampler"):
+        checkpoint_rows.settle(connection, operation.request_id, None)
+    elif operation.kind == "create_model":
+        state = "failed" if output is None else "ready"
+        tenancy.update_model(connection, operation.model_id, state=state)

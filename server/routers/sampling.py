@@ -1,0 +1,94 @@
+"""Sampling sessions and samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from ...engine import messages
+from ..errors import BadRequest
+from ..operations import Submission
+from ..wire import requests
+from . import Backend, BackendOf, Owner, future
+
+router = APIRouter(prefix="/api/v1", tags=["sampling"])
+
+_TOPK_LIMIT = 128
+
+
+async def _weights(
+    backend: Backend, owner: str, base_model: str | None, model_path: str | None
+) -> tuple[str, str | None]:
+    """The base model's name, and the directory of the weights on top of it, if any."""
+    if model_path is None:
+        if base_model is None:
+            raise BadRequest("give base_model or model_path")
+        return backend.base_model(base_model).name, None
+    checkpoint = await backend.checkpoints.find_sampleable(owner, model_path)
+    if base_model is not None and base_model != checkpoint.base_model:
+        raise BadRequest(f"base_model: {model_path!r} was trained from {checkpoint.base_model!r}")
+    return backend.base_model(checkpoint.base_model).name, checkpoint.directory
+
+
+@router.post("/create_sampling_session")
+async def create_sampling_session(
+    body: requests.CreateSamplingSession, backend: BackendOf, owner: Owner
+) -> dict[str, str]:
+    await backend.sessions.require_active(owner, body.session_id)
+    base_model, directory = await _weights(backend, owner, body.base_model, body.model_path)
+    sampler = await backend.samplers.create(
+        owner, body.session_id, body.sampling_session_seq_id, base_model, body.model_path, directory
+    )
+    return {"type": "create_sampling_session", "sampling_session_id": sampler.id}
+
+
+@router.get("/samplers/{sampler_id}")
+async def get_sampler(sampler_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    sampler = await backend.samplers.find(owner, sampler_id)
+    return {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+
+
+@router.post("/asample")
+async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    if body.sampling_session_id is not None:
+        sampler = (await backend.samplers.find(owner, body.sampling_session_id)).ref
+    else:
+        base_model, directory = await _weights(backend, owner, body.base_model, body.model_path)
+        sampler = messages.SamplerRef(base_model, weights=directory)
+    model = backend.base_model(sampler.base_model)
+    _check(body, backend)
+    prompt = requests.prompt_tokens(body.prompt, model.vocab_size, model.max_sequence_length - 1)
+    key = None
+    if body.sampling_session_id is not None and body.seq_id is not None:
+        key = f"sample/{body.sampling_session_id}/{body.seq_id}"
+
+    def message(request_id: str) -> messages.Sample:
+        return messages.Sample(
+            request_id=request_id,
+            sampler=sampler,
+            prompt=prompt,
+            num_samples=body.num_samples,
+            params=body.sampling_params.message(),
+            prompt_logprobs=bool(body.prompt_logprobs),
+            topk_prompt_logprobs=body.topk_prompt_logprobs,
+            topk_sample_logprobs=body.topk_sample_logprobs,
+        )
+
+    operation = await backend.operations.accept(Submission(owner, "sample", key, message))
+    # Derived from the request id, so that a resubmission is told the same.
+    ids = [f"{operation.request_id}:{index}" for index in range(body.num_samples)]
+    return future(operation) | {"sample_sequence_ids": ids}
+
+
+def _check(body: requests.Sample, backend: Backend) -> None:
+    if body.num_samples > backend.settings.max_samples:
+        raise BadRequest(
+            f"num_samples: {body.num_samples} is over the limit of {backend.settings.max_samples}"
+        )
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if getattr(body, name) > _TOPK_LIMIT:
+            raise BadRequest(f"{name}: {getattr(body, name)} is over the limit of {_TOPK_LIMIT}")
+    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
+        if getattr(body, name):
+            raise BadRequest(f"{name}: not supported by this server")

@@ -1,0 +1,88 @@
+"""What clients ask of the server itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import prometheus_client
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ... import __version__
+from . import BackendOf, Owner
+
+router = APIRouter(tags=["service"])
+
+# Flags that make older SDKs speak the protobuf wire; newer ones ignore them.
+CLIENT_CONFIG = {
+    "parallel_fwdbwd_chunks": True,
+    "proto_compress_fwdbwd": False,
+    "proto_write_fwdbwd": True,
+    "fwd_via_fwdbwd": True,
+    "create_model_via_load_weights": True,
+}
+
+
+@router.post("/api/v1/client/config")
+async def client_config(_owner: Owner) -> dict[str, Any]:
+    return CLIENT_CONFIG
+
+
+@router.post("/api/v1/client/dynamic_config")
+async def dynamic_config(_owner: Owner) -> dict[str, Any]:
+    return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
+
+
+@router.get("/api/v1/get_server_capabilities")
+async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
+    return {
+        "supported_models": [
+            {
+                "model_name": model.name,
+                "max_context_length": model.max_sequence_length,
+                "trainable": True,
+                "sampleable": True,
+                "supports_lora": True,
+            }
+            for model in backend.base_models.values()
+        ],
+        "features": ["lora", "gradient_accumulation", "checkpointing", "sampling"]
+        + (["full_weight"] if backend.settings.full_weight else []),
+        "version": __version__,
+    }
+
+
+@router.get("/healthz")
+@router.get("/api/v1/healthz")
+async def healthz() -> dict[str, str]:
+    """Whether the server answers; `/health` says how the engine is."""
+    return {"status": "ok"}
+
+
+@router.get("/health")
+@router.get("/api/v1/health")
+async def health(backend: BackendOf) -> Response:
+    """200 while the engine lives or loads, 503 when it is dead."""
+    engine = backend.engine
+    dead = engine.death is not None
+    body = {
+        "status": "unhealthy" if dead else "healthy",
+        "version": __version__,
+        "engine": {"phase": engine.phase, "text": engine.text, "ready": engine.ready.is_set()},
+    }
+    return Response(orjson.dumps(body), 503 if dead else 200, media_type="application/json")
+
+
+@router.post("/api/v1/telemetry")
+async def telemetry(_owner: Owner) -> dict[str, str]:
+    """Clients report their own events; nothing is kept."""
+    return {"status": "accepted"}
+
+
+@router.get("/metrics")
+async def metrics(request: Request, _owner: Owner) -> Response:
+    return Response(
+        prometheus_client.generate_latest(request.app.state.metrics.registry),
+        media_type=prometheus_client.CONTENT_TYPE_LATEST,
+    )

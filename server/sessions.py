@@ -1,0 +1,70 @@
+"""Sessions: what a client opens first, and what its models and samplers belong to."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from sqlalchemy import Row
+
+from .errors import BadRequest, Gone, NotFound
+from .ledger import tenancy
+from .ledger.ledger import Ledger
+from .runs import Runs
+
+_HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
+
+
+class Sessions:
+    def __init__(self, ledger: Ledger, runs: Runs):
+        self._ledger = ledger
+        self._runs = runs
+        self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
+
+    async def create(self, owner: str, fields: dict[str, Any]) -> str:
+        session_id = uuid.uuid4().hex
+        await self._ledger.write(
+            lambda connection: tenancy.add_session(connection, id=session_id, owner=owner, **fields)
+        )
+        self._active[session_id] = (owner, time.time())
+        return session_id
+
+    async def find(self, owner: str, session_id: str) -> Row:
+        """Raises NotFound for what does not exist or is not the owner's."""
+        row = await self._ledger.read(lambda connection: tenancy.find_session(connection, session_id))
+        if row is None or row.owner != owner:
+            raise NotFound(f"unknown session {session_id!r}: create one with create_session")
+        return row
+
+    async def require_active(self, owner: str, session_id: str) -> None:
+        """Raises NotFound, or BadRequest for a session that has finished."""
+        if self._active.get(session_id, (None,))[0] == owner:
+            return
+        row = await self.find(owner, session_id)
+        if row.finished_at is not None:
+            raise BadRequest(f"session {session_id!r} has finished; create a new one")
+        self._active[session_id] = (owner, row.last_heartbeat_at)
+
+    async def heartbeat(self, owner: str, session_id: str) -> None:
+        """Raises Gone for a session that has finished: the client then stops sending."""
+        try:
+            await self.require_active(owner, session_id)
+        except BadRequest as error:
+            raise Gone(error.message) from None
+        now = time.time()
+        if now - self._active[session_id][1] >= _HEARTBEAT_WRITTEN_EVERY:
+            self._active[session_id] = (owner, now)
+            await self._ledger.write(lambda connection: tenancy.heartbeat(connection, session_id, now))
+
+    async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
+        """Ends the session; its models leave the engine, its checkpoints and samplers stay."""
+        await self.find(owner, session_id)
+        self._active.pop(session_id, None)
+        await self._ledger.write(
+            lambda connection: tenancy.finish_session(connection, session_id, reason, detail)
+        )
+        for row in await self._ledger.read(
+            lambda connection: tenancy.models_of_session(connection, session_id)
+        ):
+            await self._runs.finish(await self._runs.find(owner, row.id))

@@ -1,0 +1,120 @@
+"""What an operator can set: by option, or by environment (`TINSMITH_` and the name in capitals)."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from ..engine import messages
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def default_cache_dir() -> Path:
+    return Path.home() / ".cache" / "tinsmith"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TINSMITH_", extra="forbid")
+
+    # Base models: a folder, a hub id, or NAME=one of them. In the environment separated by commas.
+    model: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    data_dir: Path = Path("tinsmith-data")
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    database_url: str | None = None  # None: SQLite in data_dir
+    api_key: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    api_key_file: Path | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    mesh: Annotated[dict[str, int], NoDecode] = Field(default_factory=dict)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_rank: int = Field(128, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    full_weight: bool = False
+    max_sequence_length: int | None = Field(None, ge=2)
+    kv_cache_tokens: int | None = Field(None, ge=1)
+
+    max_body_bytes: int = Field(256 << 20, ge=1 << 10)
+    max_datums: int = Field(16_384, ge=1)
+    max_samples: int = Field(1024, ge=1)
+    long_poll_seconds: float = Field(25.0, ge=0, le=30)
+    # Longer than the six minutes for which the SDK resends a submit.
+    gap_grace_seconds: float = Field(400.0, gt=0)
+    # A model's state is saved after that many operations or bytes of them, so that few need to be kept.
+    snapshot_operations: int = Field(2000, ge=1)
+    snapshot_bytes: int = Field(1 << 30, ge=1)
+    stop_patience_seconds: float = Field(600.0, gt=0)
+
+    @field_validator("model", "api_key", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: object) -> object:
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
+
+    @field_validator("mesh", mode="before")
+    @classmethod
+    def _axes(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        axes: dict[str, int] = {}
+        for part in filter(None, (part.strip() for part in value.split(","))):
+            name, _, size = part.partition("=")
+            if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
+                raise ValueError(
+                    f"mesh: {part!r}; write data=2,fsdp=4,tensor=1 with any of {', '.join(MESH_AXES)}"
+                )
+            axes[name] = int(size)
+        return axes
+
+    @model_validator(mode="after")
+    def _keys_beyond_loopback(self) -> Settings:
+        if not self.is_loopback and not self.api_keys:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and no API key is set. "
+                "Set one with --api-key tml-... (or --api-key-file), or bind to 127.0.0.1"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def api_keys(self) -> list[str]:
+        """Those given and those in the file, one a line, `#` for comments."""
+        keys = list(self.api_key)
+        if self.api_key_file is not None:
+            lines = (line.strip() for line in self.api_key_file.read_text().splitlines())
+            keys += [line for line in lines if line and not line.startswith("#")]
+        return keys
+
+    @property
+    def ledger_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
+
+    def engine_config(self, base_models: list[messages.BaseModel]) -> messages.EngineConfig:
+        return messages.EngineConfig(
+            address="",  # the socket's owner fills it in
+            data_dir=str(self.data_dir.resolve()),
+            cache_dir=str(self.cache_dir.resolve()),
+            base_models=base_models,
+            dtype=self.dtype,
+            mesh=self.mesh,
+            max_rank=self.max_rank,
+            full_weight=self.full_weight,
+            max_sequence_length=self.max_sequence_length,
+            kv_cache_tokens=self.kv_cache_tokens,
+            log_level=self.log_level,
+        )

@@ -1,0 +1,134 @@
+"""`ForwardBackwardRequest` bodies into the fields of `messages.ForwardBackward`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import zstandard
+from google.protobuf.message import DecodeError
+
+from ...engine import messages
+from ..errors import BadRequest, TooLarge
+from . import tinsmith_wire_pb2 as pb
+from .tensors import dense_tensor
+
+
+@dataclass(frozen=True)
+class ForwardBackwardBody:
+    """A decoded and checked body."""
+
+    model_id: str
+    seq_id: int
+    data: list[messages.Datum]
+    loss_fn: str
+    loss_config: dict[str, float]
+    forward_only: bool
+
+
+def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """The body behind its `Content-Encoding`; at most `max_bytes` of it."""
+    if encoding in ("", "identity"):
+        return body
+    if encoding != "zstd":
+        raise BadRequest(f"unsupported Content-Encoding {encoding!r}; use zstd or none")
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
+            decompressed = reader.read(max_bytes + 1)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise BadRequest(f"the body is not valid zstd: {error}") from None
+    if len(decompressed) > max_bytes:
+        raise TooLarge(f"the decompressed body is over the limit of {max_bytes} bytes")
+    return decompressed
+
+
+def peek(body: bytes) -> tuple[str | None, int | None]:
+    """model_id and seq_id of a body that may be damaged further on: they are its first two fields."""
+    model_id, seq_id, at = None, None, 0
+    if body[:1] == b"\x0a" and len(body) > 2 and body[1] < 0x80:  # field 1, length-delimited
+        at = 2 + body[1]
+        try:
+            model_id = body[2:at].decode()
+        except UnicodeDecodeError:
+            return None, None
+    if body[at : at + 1] == b"\x10":  # field 2, varint
+        value = 0
+        for shift, byte in enumerate(body[at + 1 : at + 6]):
+            value |= (byte & 0x7F) << (7 * shift)
+            if byte < 0x80:
+                seq_id = value
+                break
+    return model_id, seq_id
+
+
+def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
+    """Raises BadRequest naming datum and field."""
+    try:
+        request = pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        raise BadRequest(
+            f"the body of {len(body)} bytes is not a ForwardBackwardRequest: truncated or not protobuf"
+        ) from None
+    if len(request.data) > max_datums:
+        raise BadRequest(f"data: {len(request.data)} datums are over the limit of {max_datums} per request")
+    if not request.data:
+        raise BadRequest("data: empty; send at least one datum")
+    if not request.loss_fn:
+        raise BadRequest("loss_fn: missing; name a loss, for example 'cross_entropy'")
+    return ForwardBackwardBody(
+        model_id=request.model_id,
+        seq_id=request.seq_id,
+        data=[_datum(datum, index) for index, datum in enumerate(request.data)],
+        loss_fn=request.loss_fn,
+        loss_config=_loss_config(request),
+        forward_only=request.forward_only,
+    )
+
+
+def _datum(datum: pb.Datum, index: int) -> messages.Datum:
+    pieces = []
+    for chunk_index, chunk in enumerate(datum.model_input):
+        kind = chunk.WhichOneof("chunk")
+        where = f"datum {index}: model_input chunk {chunk_index}"
+        if kind is None:
+            raise BadRequest(f"{where}: empty; send encoded_text")
+        if kind != "encoded_text":
+            raise BadRequest(f"{where}: {kind} is not supported by this server's models; send encoded_text")
+        if len(chunk.encoded_text.tokens) % 4:
+            raise BadRequest(f"{where}: {len(chunk.encoded_text.tokens)} bytes are not whole int32 tokens")
+        pieces.append(chunk.encoded_text.tokens)
+    tokens = b"".join(pieces)
+    return checked_datum(
+        tokens,
+        {
+            name: dense_tensor(tensor, f"datum {index}: {name}")
+            for name, tensor in datum.loss_fn_inputs.items()
+        },
+        index,
+    )
+
+
+def checked_datum(tokens: bytes, inputs: dict[str, messages.Tensor], index: int) -> messages.Datum:
+    """Every input has one row per token."""
+    length = len(tokens) // 4
+    if length == 0:
+        raise BadRequest(f"datum {index}: model_input: no tokens; send at least one")
+    for name, tensor in inputs.items():
+        if tensor.shape[0] != length:
+            raise BadRequest(
+                f"datum {index}: {name}: {tensor.shape[0]} rows for {length} tokens of model_input; "
+                "position i of the input belongs to token i, so both have the same length"
+            )
+    return messages.Datum(tokens, inputs)
+
+
+def _loss_config(request: pb.ForwardBackwardRequest) -> dict[str, float]:
+    config = dict(request.loss_fn_config)
+    for key, value in request.loss_fn_config_v2.items():
+        if value.WhichOneof("value") != "number":
+            raise BadRequest(f"loss_fn_config: {key}: must be a number")
+        config[key] = value.number
+    for key, number in config.items():
+        if not math.isfinite(number):
+            raise BadRequest(f"loss_fn_config: {key}: {number} is not a finite number")
+    return config

@@ -1,0 +1,224 @@
+"""JSON bodies, as the union of what clients send. Unknown keys are ignored.
+
+Where two spellings mean the same, both are taken (`AliasChoices`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
+
+from ...engine import messages
+from ..errors import BadRequest
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=192)]
+SeqId = Annotated[StrictInt, Field(ge=0, lt=1 << 62)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
+
+
+class CreateSession(Body):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str | None = None
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionHeartbeat(Body):
+    session_id: Id
+
+
+class FinishReason(Body):
+    type: Literal["success", "errored", "interrupted"] = "success"
+
+
+class FinishSession(Body):
+    reason: FinishReason = FinishReason()
+    detail: str | None = None
+
+
+class LoraConfig(Body):
+    rank: StrictInt = Field(32, ge=0, validation_alias=AliasChoices("rank", "lora_rank"))
+    seed: StrictInt | None = None
+    train_unembed: StrictBool = True
+    train_mlp: StrictBool = True
+    train_attn: StrictBool = True
+
+
+class OptimizerConfig(Body):
+    model_config = ConfigDict(extra="allow")
+    type: str = "adamw"
+
+
+class CreateModel(Body):
+    session_id: Id
+    model_seq_id: SeqId
+    base_model: str
+    lora_config: LoraConfig | None = None
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+    user_metadata: dict[str, Any] | None = None
+
+
+class GetInfo(Body):
+    model_id: Id
+
+
+class AdamParams(Body):
+    learning_rate: Finite = Field(1e-4, ge=0)
+    beta1: Finite = Field(0.9, ge=0, lt=1)
+    beta2: Finite = Field(0.95, ge=0, lt=1)
+    eps: Finite = Field(1e-12, ge=0)
+    weight_decay: Finite = Field(0.0, ge=0)
+    grad_clip_norm: Finite = Field(0.0, ge=0)
+
+
+class Sequenced(Body):
+    """An operation of a model. Without a seq_id it comes after all that have arrived."""
+
+    model_id: Id
+    seq_id: Annotated[StrictInt, Field(ge=1, lt=1 << 31)] | None = None
+
+
+class OptimStep(Sequenced):
+    adam_params: AdamParams | None = None
+    optimizer_params: dict[str, Any] | None = None
+
+
+UserMetadata = dict[str, str]
+
+
+class SaveWeights(Sequenced):
+    path: str | None = Field(None, validation_alias=AliasChoices("path", "name"))
+    ttl_seconds: StrictInt | None = None
+    overwrite: StrictBool = False
+    user_metadata: UserMetadata | None = None
+
+
+class SaveWeightsForSampler(SaveWeights):
+    sampling_session_seq_id: SeqId | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+
+
+class LoadWeights(Body):
+    """Into a model that exists (`model_id`, `seq_id`), or as a new one (`session_id`, `model_seq_id`)."""
+
+    path: str
+    model_id: Id | None = None
+    seq_id: Annotated[StrictInt, Field(ge=1, lt=1 << 31)] | None = None
+    session_id: Id | None = None
+    model_seq_id: SeqId | None = None
+    optimizer: StrictBool = True
+    base_model: str | None = None
+    optimizer_config: OptimizerConfig | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+class CreateSamplingSession(Body):
+    session_id: Id
+    sampling_session_seq_id: SeqId
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class Chunk(Body):
+    type: str = "encoded_text"
+    tokens: list[StrictInt] | None = None
+
+
+class Prompt(Body):
+    chunks: list[Chunk] | None = None
+    tokens: list[StrictInt] | None = None
+    input_ids: list[StrictInt] | None = None
+
+
+class SamplingParams(Body):
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    seed: StrictInt | None = None
+    stop: str | list[str] | list[StrictInt] | None = None
+    temperature: Finite = Field(1.0, ge=0)
+    top_k: StrictInt = Field(-1, ge=-1)
+    top_p: Finite = Field(1.0, gt=0, le=1)
+
+    def message(self) -> messages.SamplingParams:
+        stop_strings: list[str] = []
+        stop_tokens: list[int] | None = None  # absent: the model's own
+        if isinstance(self.stop, str):
+            stop_strings = [self.stop]
+        elif self.stop is not None:
+            stop_strings = [stop for stop in self.stop if isinstance(stop, str)]
+            stop_tokens = [stop for stop in self.stop if isinstance(stop, int)]
+            if stop_strings:
+                stop_tokens = None
+        return messages.SamplingParams(
+            max_tokens=self.max_tokens,
+            # Any integer is a seed; the engine's are non-negative and fit 63 bits.
+            seed=None if self.seed is None else self.seed % ((1 << 63) - 1),
+            stop_strings=stop_strings,
+            stop_tokens=stop_tokens,
+            temperature=self.temperature,
+            top_k=-1 if self.top_k == 0 else self.top_k,
+            top_p=self.top_p,
+        )
+
+
+class Sample(Body):
+    prompt: Prompt
+    num_samples: StrictInt = Field(1, ge=1)
+    sampling_params: SamplingParams = SamplingParams()
+    sampling_session_id: Id | None = None
+    seq_id: SeqId | None = None
+    base_model: str | None = None
+    model_path: str | None = None
+    prompt_logprobs: StrictBool | None = False
+    topk_prompt_logprobs: StrictInt = Field(0, ge=0)
+    topk_sample_logprobs: StrictInt = Field(0, ge=0)
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: StrictInt | None = None
+    prompt_logprobs_last_n: StrictInt | None = None
+
+
+class RetrieveFuture(Body):
+    request_id: str = Field(max_length=192)
+    allow_metadata_only: bool = False
+
+
+class CancelFuture(Body):
+    request_id: str = Field(max_length=192)
+
+
+class WeightsInfo(Body):
+    tinker_path: str = Field(validation_alias=AliasChoices("tinker_path", "path"))
+
+
+class Ttl(Body):
+    ttl_seconds: StrictInt | None = None
+
+
+def prompt_tokens(prompt: Prompt, vocab_size: int, max_length: int) -> bytes:
+    """int32 tokens. Raises BadRequest naming the chunk."""
+    tokens: list[int] = []
+    if prompt.chunks is not None:
+        for index, chunk in enumerate(prompt.chunks):
+            if chunk.type != "encoded_text" or chunk.tokens is None:
+                raise BadRequest(
+                    f"prompt: chunk {index}: {chunk.type} is not supported here; send encoded_text"
+                )
+            tokens += chunk.tokens
+    else:
+        tokens = prompt.tokens or prompt.input_ids or []
+    if not tokens:
+        raise BadRequest("prompt: no tokens; send at least one")
+    if len(tokens) > max_length:
+        raise BadRequest(f"prompt: {len(tokens)} tokens are over the model's limit of {max_length}")
+    for position, token in enumerate(tokens):
+        if not 0 <= token < (vocab_size or 1 << 31):
+            raise BadRequest(
+                f"prompt: token {token} at position {position} is outside the vocabulary [0, {vocab_size})"
+            )
+    return np.asarray(tokens, "<i4").tobytes()
