@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
-from ..model.lora import Adapter
+from ..model.lora import Adapter, pad_rank
 from .atomic import atomic_directory, size_bytes
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -38,6 +38,10 @@ _UNSUPPORTED = (
     "fan_in_fan_out",
     "trainable_token_indices",
 )
+
+
+class AdapterError(ValueError):
+    """The directory holds an adapter that the model cannot use; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,11 @@ def is_adapter(directory: Path) -> bool:
     return (Path(directory) / CONFIG_FILE).is_file() and (Path(directory) / ADAPTER_FILE).is_file()
 
 
-def load_adapter(directory: Path, config: ModelConfig, *, padded_rank: int | None = None) -> SavedAdapter:
-    """Read an adapter into host memory, its rank padded with zeros to `padded_rank`.
+def load_adapter(directory: Path, config: ModelConfig) -> SavedAdapter:
+    """Read an adapter into host memory, its rank padded with zeros to its bucket (`lora.pad_rank`).
 
     A layer that a module's adapter leaves out gets zeros. Raises FileNotFoundError where there is no adapter;
-    ValueError if it is not one for this model, or uses what a plain LoRA has not (DoRA, a rank per module,
+    AdapterError if it is not one for this model, or uses what a plain LoRA has not (DoRA, a rank per module,
     biases, modules saved whole).
     """
     directory = Path(directory)
@@ -106,11 +110,11 @@ def load_adapter(directory: Path, config: ModelConfig, *, padded_rank: int | Non
     if adapter_config.get("bias", "none") != "none":
         refused.append("bias")
     if refused:
-        raise ValueError(
+        raise AdapterError(
             f"PEFT adapter {directory.name} uses {', '.join(refused)}; only plain LoRA is supported"
         )
     rank = int(adapter_config["r"])
-    padded_rank = rank if padded_rank is None else padded_rank
+    padded_rank = pad_rank(rank)
     alpha = float(adapter_config["lora_alpha"]) * (
         math.sqrt(rank) if adapter_config.get("use_rslora") else 1.0
     )
@@ -125,7 +129,7 @@ def load_adapter(directory: Path, config: ModelConfig, *, padded_rank: int | Non
             if tensor is None:
                 continue
             if tensor.T.shape != shape:
-                raise ValueError(
+                raise AdapterError(
                     f"PEFT adapter {directory.name}: {module}.lora_{side.upper()} has shape {tensor.shape}; "
                     f"expected {shape[::-1]}"
                 )
@@ -136,7 +140,7 @@ def load_adapter(directory: Path, config: ModelConfig, *, padded_rank: int | Non
             )
             (stored if layer is None else stored[layer])[: shape[0], : shape[1]] = tensor.T
     if tensors:
-        raise ValueError(f"PEFT adapter {directory.name}: the model has no place for {min(tensors)}")
+        raise AdapterError(f"PEFT adapter {directory.name}: the model has no place for {min(tensors)}")
     return SavedAdapter(adapter, rank, alpha, adapter_config.get("base_model_name_or_path") or "")
 
 

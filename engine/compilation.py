@@ -6,7 +6,6 @@ import hashlib
 import logging
 import platform
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,8 +15,7 @@ log = logging.getLogger(__name__)
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
-_WORTH_A_LINE_SECONDS = 0.1
-"""Programs that compile faster are the one-line conversions around the real ones; the debug log has them."""
+_WORTH_A_LINE_SECONDS = 1.0
 
 
 def use_cache(cache_dir: Path) -> Path:
@@ -34,12 +32,14 @@ def use_cache(cache_dir: Path) -> Path:
     return folder
 
 
-def log_compilations(on_compile: Callable[[str, float], None] | None = None) -> None:
-    """From now on log the name and seconds of every compiled program, and whether the cache had it.
+def log_compiled(name: str, seconds: float) -> None:
+    """The line for a program of ours: what `on_compile` of the trainer and the sampler report."""
+    log.info("compiled %s in %.2f s", name, seconds)
 
-    `on_compile(name, seconds)` is called as well, in the thread that compiled. JAX's listeners last as long
-    as the process: call this once.
-    """
+
+def log_all_compilations() -> None:
+    """From now on the debug log has every program that JAX compiles or finds in the cache; the ordinary log, those
+    that take seconds. JAX's listeners last as long as the process: call this once."""
     current = threading.local()
 
     def on_event(event: str, **_) -> None:
@@ -47,19 +47,11 @@ def log_compilations(on_compile: Callable[[str, float], None] | None = None) -> 
             current.from_cache = True
 
     def on_duration(event: str, seconds: float, **details) -> None:
-        if event != _COMPILED:
-            return
-        name = details.get("fun_name", "a program")
-        from_cache, current.from_cache = getattr(current, "from_cache", False), False
-        log.log(
-            logging.INFO if seconds >= _WORTH_A_LINE_SECONDS else logging.DEBUG,
-            "%s %s in %.2f s",
-            "read from the compilation cache:" if from_cache else "compiled",
-            name,
-            seconds,
-        )
-        if on_compile is not None:
-            on_compile(name, seconds)
+        if event == _COMPILED:
+            from_cache, current.from_cache = getattr(current, "from_cache", False), False
+            level = logging.INFO if seconds >= _WORTH_A_LINE_SECONDS else logging.DEBUG
+            how = "read from the cache" if from_cache else "compiled by XLA"
+            log.log(level, "%s: %s in %.2f s", details.get("fun_name", "a program"), how, seconds)
 
     monitoring.register_event_listener(on_event)
     monitoring.register_event_duration_secs_listener(on_duration)

@@ -26,10 +26,15 @@ ModelOperation = (
 
 @dataclass(eq=False)
 class Unit:
-    """Operations that run together. `progress` is the work under way, a `next` per turn; None: not begun."""
+    """Operations that run together. `progress` is the work under way, a `next` per turn; None: not begun.
+
+    `seconds` it had in earlier turns; the present one began at `turn_began` (of `time.perf_counter`).
+    """
 
     operations: list[ModelOperation]
     progress: Iterator[None] | None = None
+    seconds: float = 0.0
+    turn_began: float = 0.0
 
 
 class Scheduler:
@@ -95,16 +100,12 @@ class Scheduler:
         operations, key, tokens = [first], self._batch_key(first), batch_tokens(first)
         if key is not None:
             for model_id in self._ring:
-                if model_id in self._running:
+                if model_id == leader or model_id in self._running:
                     continue
-                for operation in self._queues[model_id]:
-                    if operation is first:
-                        continue
-                    joined = tokens + batch_tokens(operation)
-                    if self._batch_key(operation) != key or joined > self._batch_tokens:
-                        break
-                    operations.append(operation)
-                    tokens = joined
+                head = self._queues[model_id][0]
+                if self._batch_key(head) == key and tokens + batch_tokens(head) <= self._batch_tokens:
+                    operations.append(head)
+                    tokens += batch_tokens(head)
         unit = Unit(operations)
         for operation in operations:
             self._running[operation.model_id] = unit

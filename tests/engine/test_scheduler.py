@@ -136,7 +136,7 @@ def test_small_batches_of_several_models_share_the_device_and_steps_do_not():
     for operation in operations:
         scheduler.add(operation)
     unit = scheduler.next()
-    assert [operation.request_id for operation in unit.operations] == ["1", "2", "4"]
+    assert [operation.request_id for operation in unit.operations] == ["1", "4", "6"]
     assert scheduler.next() is unit  # a1's turn
     assert [operation.request_id for operation in scheduler.next().operations] == ["5"]
 

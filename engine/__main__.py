@@ -1,0 +1,77 @@
+"""`python -m tinsmith.engine`: the process that owns the accelerator.
+
+Reads an EngineConfig as JSON on standard input, connects to the server's socket, loads the base models, and
+runs operations until it is stopped (a Stop message or SIGTERM: what is queued is finished first) or until the
+server is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import msgspec
+
+from ..model.sharding import make_mesh
+from . import base_models, compilation, messages
+from .loop import Engine
+from .socket import Socket
+
+log = logging.getLogger("tinsmith.engine")
+
+
+def main() -> int:
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=messages.EngineConfig)
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        force=True,  # absl, which Orbax imports, has installed its own
+    )
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    socket = Socket(config.address)
+    # Ctrl-C reaches the whole process group; the server then stops the engine in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: socket.post(messages.Stop(request_id="")))
+    try:
+        try:
+            engine = load(config, socket)
+        except (OSError, ValueError) as error:  # a folder, a model or a mesh that cannot be
+            log.error("cannot start: %s", error)
+            return 1
+        engine.run()
+    finally:
+        socket.close()
+    log.info("stopped")
+    return 0
+
+
+def load(config: messages.EngineConfig, socket: Socket) -> Engine:
+    """The engine with its base models on the devices; the server hears of the progress."""
+
+    def tell(phase: str, text: str) -> None:
+        log.info("%s", text)
+        socket.send(messages.Status(phase, text))
+
+    began = time.perf_counter()
+    tell("loading", "starting JAX")
+    compilation.log_all_compilations()
+    cache = compilation.use_cache(Path(config.cache_dir))
+    mesh = make_mesh(config.mesh or None)
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    log.info("JAX %s on %s; compiled programs are kept in %s", jax.__version__, devices, cache)
+    bases = {}
+    for number, declared in enumerate(config.base_models, start=1):
+        tell("loading", f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
+        bases[declared.name] = base_models.load(declared, config, mesh)
+    engine = Engine(config, bases, socket)
+    tell("ready", f"ready after {time.perf_counter() - began:.1f} s with {', '.join(bases)} on {devices}")
+    return engine
+
+
+if __name__ == "__main__":
+    sys.exit(main())

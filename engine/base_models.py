@@ -1,0 +1,98 @@
+"""The base models that the engine has loaded: weights on the devices, a trainer and a sampler over them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ..model import decoder
+from ..model.config import ModelConfig, read_config
+from ..model.load import find_model, load_base
+from . import messages
+from .compilation import log_compiled
+from .sampler import Sampler
+from .sampler_cache import SamplerCache
+from .tokenizer import TokenBytes
+from .trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class BaseModel:
+    """A loaded base model. All models in training and all samplers on it share its weights."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    mesh: Mesh
+    dtype: Any
+    graph: Any
+    weights: decoder.Base
+    trainer: Trainer
+    samplers: SamplerCache
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype of base weights and activations; "auto" is float32 on CPUs and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh) -> BaseModel:
+    """Read a base model onto the mesh.
+
+    Raises FileNotFoundError, UnsupportedModelError or WeightsError for what cannot be loaded.
+    """
+    began = time.perf_counter()
+    folder = find_model(declared.path)
+    config = read_config(folder)
+    dtype = compute_dtype(engine.dtype)
+    graph, _ = decoder.build(config, dtype)
+    weights = load_base(folder, config, dtype, mesh)
+    limit = min(config.max_sequence_length, engine.max_sequence_length or config.max_sequence_length)
+    trainer = Trainer(graph, weights, config, mesh, max_sequence_length=limit, on_compile=log_compiled)
+
+    token_bytes = _token_bytes(folder)
+
+    def new_sampler() -> Sampler:
+        return Sampler(
+            graph,
+            weights,
+            config,
+            token_bytes=token_bytes,
+            mesh=mesh if mesh.size > 1 else None,
+            kv_cache_tokens=engine.kv_cache_tokens,
+            max_sequence_length=limit,
+            on_compile=log_compiled,
+        )
+
+    samplers = SamplerCache(new_sampler, config, Path(engine.data_dir), dtype, mesh)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    log.info(
+        "%s: %s, %d layers, %.1f MB as %s, up to %d tokens; loaded in %.1f s",
+        declared.name,
+        config.family,
+        config.num_layers,
+        size / 1e6,
+        dtype.name,
+        limit,
+        time.perf_counter() - began,
+    )
+    return BaseModel(declared.name, folder, config, mesh, dtype, graph, weights, trainer, samplers)
+
+
+def _token_bytes(folder: Path) -> TokenBytes | None:
+    try:
+        return TokenBytes.from_folder(folder)
+    except FileNotFoundError:
+        log.warning("%s has no tokenizer.json: stop strings cannot be used with it", folder.name)
+        return None

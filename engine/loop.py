@@ -1,0 +1,290 @@
+"""The engine's loop: receive, schedule, run one unit of work, answer.
+
+One thread computes. Each pass looks at the socket, gives one turn to training (a micro-batch, or a whole
+short operation) and one to the sampler of each base model (a prefill or decode chunk), so that neither waits
+long for the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+import uuid
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import messages
+from .base_models import BaseModel
+from .errors import UserError
+from .models import Models, Writing
+from .scheduler import ModelOperation, Scheduler, Unit, batch_tokens
+from .socket import Socket
+from .training_run import Job, JobOutput
+
+log = logging.getLogger(__name__)
+
+Request = messages.ToEngine
+CheckedOperation = tuple[messages.ForwardBackward, Job]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Among the received messages: an answer that waited for the disk has been sent."""
+
+
+class Engine:
+    """Answers every request exactly once, with Done or Failed."""
+
+    def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel], socket: Socket):
+        self._socket = socket
+        self._bases = bases
+        self._models = Models(config, bases)
+        micro_batch = max(base.trainer.shapes.micro_batch_tokens for base in bases.values())
+        self._scheduler = Scheduler(self._batch_key, micro_batch)
+        self._sampling: dict[str, tuple[BaseModel, messages.Sample]] = {}
+        self._writing = 0
+        self._stops: list[messages.Stop] = []
+
+    def run(self) -> None:
+        """Until a Stop, and then until all that was asked for is done and on disk."""
+        while self._busy or self._writing or not self._stops:
+            self._receive()
+            if unit := self._scheduler.next():
+                self._train(unit)
+            for base in self._bases.values():
+                if base.samplers.sampler.has_work:
+                    self._sample(base)
+        for stop in self._stops:
+            self._answer(stop, messages.Nothing())
+
+    # --- receive ------------------------------------------------------------------------------------------
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._scheduler or self._sampling)
+
+    def _receive(self) -> None:
+        """Take what has arrived; wait for something when there is nothing else to do."""
+        while True:
+            may_wait = not self._busy and (self._writing or not self._stops)
+            try:
+                self._accept(self._socket.inbox.get(block=bool(may_wait)))
+            except queue.Empty:
+                return
+
+    def _accept(self, request: Request | Written) -> None:
+        match request:
+            case messages.Sample():
+                self._add_sample(request)
+            case messages.Cancel():
+                self._cancel(request)
+            case messages.ReleaseSnapshot():
+                for base in self._bases.values():
+                    base.samplers.release_snapshot(request.snapshot)
+                self._answer(request, messages.Nothing())
+            case messages.Stop():
+                self._socket.send(messages.Status("stopping", "finishing what is running and queued"))
+                self._stops.append(request)
+            case Written():
+                self._writing -= 1
+            case _:
+                self._scheduler.add(request)
+
+    def _cancel(self, request: messages.Cancel) -> None:
+        cancelled: Request | None = self._scheduler.cancel(request.target)
+        if request.target in self._sampling:
+            base, cancelled = self._sampling.pop(request.target)
+            base.samplers.sampler.cancel(request.target)
+        if cancelled is not None:
+            self._answer(cancelled, UserError("cancelled"))
+        self._answer(request, messages.Nothing())
+
+    # --- train --------------------------------------------------------------------------------------------
+
+    def _batch_key(self, operation: ModelOperation) -> Hashable | None:
+        """Adapters of one shape on one base can share a device batch; full weights cannot."""
+        model = self._models.get(operation.model_id)
+        if not isinstance(operation, messages.ForwardBackward) or model is None or model.state.lora is None:
+            return None
+        return model.base.name, model.base.trainer.structure(model.state), operation.forward_only
+
+    def _train(self, unit: Unit) -> None:
+        """Give a unit one turn."""
+        unit.turn_began = time.perf_counter()
+        if unit.progress is None:
+            first = unit.operations[0]
+            is_batch = isinstance(first, messages.ForwardBackward)
+            unit.progress = self._forward_backward(unit) if is_batch else self._run(unit, first)
+        next(unit.progress, None)
+        unit.seconds += time.perf_counter() - unit.turn_began
+
+    def _run(self, unit: Unit, operation: ModelOperation) -> Iterator[None]:
+        """An operation of one turn."""
+        try:
+            outcome = self._models.run(operation)
+        except Exception as error:
+            outcome = error
+        self._finish(unit, operation, outcome)
+        yield
+
+    def _forward_backward(self, unit: Unit) -> Iterator[None]:
+        """A micro-batch per turn, of all the unit's operations together."""
+        batch: list[CheckedOperation] = []
+        for operation in list(unit.operations):
+            try:
+                batch.append((operation, self._models.job(operation)))
+            except Exception as error:
+                self._finish(unit, operation, error)
+        gradients = [job.state.gradients for _, job in batch]
+        try:
+            yield from self._compute(unit, batch)
+        except Exception as error:
+            if len(batch) > 1:
+                log.exception("a batch of %d models failed; each is tried alone", len(batch))
+            for (operation, job), before in zip(batch, gradients, strict=True):
+                if len(batch) > 1 and job.state.gradients is before:
+                    yield from self._compute_alone(unit, operation, job)
+                else:
+                    self._fail_forward_backward(unit, operation, job, error)
+
+    def _compute(self, unit: Unit, batch: list[CheckedOperation]) -> Iterator[None]:
+        if not batch:
+            return
+        trainer = self._models.find(batch[0][0].model_id).base.trainer
+        run = trainer.start([job for _, job in batch])
+        while not run.step():
+            yield
+        for (operation, _), result in zip(batch, run.results, strict=True):
+            is_output = isinstance(result, JobOutput)
+            self._finish(unit, operation, _forward_backward_output(result) if is_output else result)
+
+    def _compute_alone(self, unit: Unit, operation: messages.ForwardBackward, job: Job) -> Iterator[None]:
+        try:
+            yield from self._compute(unit, [(operation, job)])
+        except Exception as error:
+            self._fail_forward_backward(unit, operation, job, error)
+
+    def _fail_forward_backward(
+        self, unit: Unit, operation: messages.ForwardBackward, job: Job, error: Exception
+    ) -> None:
+        job.state.failed_since_step += not operation.forward_only
+        self._finish(unit, operation, error)
+
+    def _finish(
+        self, unit: Unit, operation: ModelOperation, outcome: messages.Output | Writing | Exception
+    ) -> None:
+        """Answer an operation, at once or when it is on disk; what waits behind it may run."""
+        self._scheduler.finish(operation)
+        seconds = unit.seconds + time.perf_counter() - unit.turn_began
+        if not isinstance(outcome, Writing):
+            self._answer(operation, outcome, seconds)
+            return
+
+        def answer(size: Future[int]) -> None:  # in the thread that wrote
+            error = size.exception()
+            self._answer(operation, error or outcome.output(size.result()), seconds)
+            self._socket.post(Written())
+
+        self._writing += 1
+        outcome.size_bytes.add_done_callback(answer)
+
+    # --- sample -------------------------------------------------------------------------------------------
+
+    def _add_sample(self, request: messages.Sample) -> None:
+        try:
+            base = self._models.base(request.sampler.base_model)
+            base.samplers.add(request)
+        except Exception as error:
+            self._answer(request, error)
+        else:
+            self._sampling[request.request_id] = base, request
+
+    def _sample(self, base: BaseModel) -> None:
+        """Give the sampler one turn. One that fails has lost its requests, and begins anew."""
+        try:
+            answers = base.samplers.sampler.step()
+        except Exception as error:
+            lost = [request for of, request in self._sampling.values() if of is base]
+            for request in lost:
+                del self._sampling[request.request_id]
+                self._answer(request, error)
+            base.samplers.restart()
+            return
+        for answer in answers:
+            _, request = self._sampling.pop(answer.request_id)
+            self._socket.send(answer)
+            self._log(request, answer)
+
+    # --- answer -------------------------------------------------------------------------------------------
+
+    def _answer(
+        self, request: Request, outcome: messages.Output | BaseException, seconds: float = 0.0
+    ) -> None:
+        """Done, or Failed: with what the user did wrong, or with the id of an error that the log explains."""
+        answer: messages.Done | messages.Failed
+        match outcome:
+            case UserError():
+                answer = messages.Failed(request.request_id, str(outcome), "user")
+            case BaseException():
+                error_id = uuid.uuid4().hex[:8]
+                log.error("error %s in %s", error_id, _described(request), exc_info=outcome)
+                reason = (
+                    "the device is out of memory"
+                    if "RESOURCE_EXHAUSTED" in str(outcome)
+                    else "internal error"
+                )
+                answer = messages.Failed(
+                    request.request_id, f"{reason} (error {error_id} in the server's log)", "server"
+                )
+            case _:
+                answer = messages.Done(request.request_id, outcome, seconds)
+        self._socket.send(answer)
+        self._log(request, answer)
+
+    def _log(self, request: Request, answer: messages.Done | messages.Failed) -> None:
+        if isinstance(answer, messages.Failed):
+            log.warning("%s: failed (%s): %s", _described(request), answer.category, answer.message)
+        else:
+            log.info("%s: %s in %.3f s", _described(request), _result(answer.output), answer.device_seconds)
+
+
+def _forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:
+    logprobs = [
+        messages.Tensor("float32", logprobs.shape, np.ascontiguousarray(logprobs, "<f4").tobytes())
+        for logprobs in result.logprobs
+    ]
+    return messages.ForwardBackwardOutput(logprobs, result.metrics)
+
+
+def _described(request: Request) -> str:
+    """A request in a log line: whose, and what."""
+    match request:
+        case messages.ForwardBackward():
+            name = "forward" if request.forward_only else "forward_backward"
+            return f"{request.model_id}: {name} of {len(request.data)} datums, {batch_tokens(request)} tokens"
+        case messages.Sample():
+            of = request.sampler.weights or request.sampler.snapshot or request.sampler.base_model
+            return f"{of}: sample {request.num_samples} after {len(request.prompt) // 4} tokens"
+        case messages.SaveState() | messages.LoadState() | messages.SaveSampler():
+            return f"{request.model_id}: {type(request).__name__} {request.directory or 'in memory'}"
+        case _:
+            of = getattr(request, "model_id", None)
+            return f"{of}: {type(request).__name__}" if of else type(request).__name__
+
+
+def _result(output: messages.Output) -> str:
+    match output:
+        case messages.ForwardBackwardOutput():
+            return f"loss {output.metrics['loss:sum']:.6g}"
+        case messages.OptimStepOutput():
+            return f"step {output.metrics['step']:.0f}, grad norm {output.metrics['grad_norm']:.4g}"
+        case messages.SampleOutput():
+            return f"{sum(len(sequence.tokens) for sequence in output.sequences) // 4} tokens"
+        case messages.StateSaved() | messages.SamplerSaved():
+            return f"{output.size_bytes / 1e6:.1f} MB"
+        case _:
+            return "done"

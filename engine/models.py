@@ -1,0 +1,243 @@
+"""The models in training, and what each operation does to one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import msgspec
+import numpy as np
+
+from ..ckpt import merged, paths, peft, training_state
+from . import messages
+from .base_models import BaseModel
+from .errors import UserError
+from .scheduler import ModelOperation
+from .training_run import Job
+from .training_state import TrainingState
+
+OPTIMIZERS = ("adamw",)
+
+
+@dataclass
+class Model:
+    """A model in training on its base."""
+
+    base: BaseModel
+    state: TrainingState
+
+
+@dataclass(frozen=True)
+class Writing:
+    """An answer that waits for the disk: `output(size_bytes)` when `size_bytes` is there."""
+
+    size_bytes: Future[int]
+    output: Callable[[int], messages.Output]
+
+
+class Models:
+    """Executes operations one at a time; `ForwardBackward`s are checked here and run by the trainer."""
+
+    def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel]):
+        self._config = config
+        self._bases = bases
+        self._models: dict[str, Model] = {}
+        self._writing: dict[str, Future[int]] = {}
+        self._writers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="export")
+
+    def base(self, name: str) -> BaseModel:
+        """Raises UserError for a base model that is not loaded."""
+        if name not in self._bases:
+            raise UserError(f"unknown base model {name!r}; this server has: {', '.join(self._bases)}")
+        return self._bases[name]
+
+    def get(self, model_id: str) -> Model | None:
+        return self._models.get(model_id)
+
+    def find(self, model_id: str) -> Model:
+        """Raises UserError for a model that is not here."""
+        if model_id not in self._models:
+            raise UserError(f"unknown model {model_id!r}: it was not created, or it was deleted")
+        return self._models[model_id]
+
+    def job(self, operation: messages.ForwardBackward) -> Job:
+        """The operation checked against its model. Raises UserError; a later optim_step knows of it."""
+        model = self.find(operation.model_id)
+        try:
+            return model.base.trainer.job(model.state, operation)
+        except UserError:
+            if not operation.forward_only:
+                model.state.failed_since_step += 1
+            raise
+
+    def run(self, operation: ModelOperation) -> messages.Output | Writing:
+        """Any operation but a ForwardBackward. When it raises UserError, the model is as it was before."""
+        match operation:
+            case messages.CreateModel():
+                return self._create(operation)
+            case messages.OptimStep():
+                model = self.find(operation.model_id)
+                return messages.OptimStepOutput(model.base.trainer.optim_step(model.state, operation.params))
+            case messages.SaveState():
+                return self._save_state(operation)
+            case messages.LoadState():
+                return self._load_state(operation)
+            case messages.SaveSampler():
+                return self._save_sampler(operation)
+            case messages.DeleteModel():
+                self.find(operation.model_id)
+                del self._models[operation.model_id]
+                return messages.Nothing()
+        raise TypeError(f"{type(operation).__name__} is not an operation on one model")
+
+    # --- creation and checkpoints -------------------------------------------------------------------------
+
+    def _create(self, operation: messages.CreateModel) -> messages.ModelCreated:
+        base = self.base(operation.base_model)
+        if operation.model_id in self._models:
+            raise UserError(f"model {operation.model_id!r} exists already")
+        if operation.optimizer not in OPTIMIZERS:
+            raise UserError(f"unknown optimizer {operation.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        if operation.checkpoint is None:
+            self._check_lora(operation.lora)
+            state = base.trainer.create(operation.lora, operation.grad_normalization)
+        else:
+            state = self._restore(base, operation.checkpoint, operation.optimizer_state)
+            self._check_lora(state.lora)
+            if operation.lora is not None and _shape(operation.lora) != _shape(state.lora):
+                raise UserError(
+                    f"the checkpoint was trained with {_described(state.lora)}, "
+                    f"not with {_described(operation.lora)}"
+                )
+            state.grad_normalization = operation.grad_normalization
+        self._models[operation.model_id] = Model(base, state)
+        return messages.ModelCreated(lora=state.lora, step=state.step)
+
+    def _check_lora(self, lora: messages.LoraSpec | None) -> None:
+        if lora is None:
+            if not self._config.full_weight:
+                raise UserError(
+                    "full-weight training is not enabled on this server; give a lora_config with a rank"
+                )
+            return
+        if not 1 <= lora.rank <= self._config.max_rank:
+            raise UserError(f"lora rank {lora.rank}: it must be between 1 and {self._config.max_rank}")
+        if not (math.isfinite(lora.alpha) and lora.alpha > 0):
+            raise UserError(f"lora alpha {lora.alpha}: it must be a positive number")
+        if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+            raise UserError("nothing would be trained: set train_attn, train_mlp or train_unembed")
+
+    def _load_state(self, operation: messages.LoadState) -> messages.StateLoaded:
+        model = self.find(operation.model_id)
+        state = self._restore(model.base, operation.directory, operation.optimizer_state)
+        if _shape(state.lora) != _shape(model.state.lora):
+            raise UserError(
+                f"the checkpoint was trained with {_described(state.lora)}, this model with "
+                f"{_described(model.state.lora)}: create a model from the checkpoint instead"
+            )
+        state.grad_normalization = model.state.grad_normalization
+        model.state = state
+        return messages.StateLoaded(state.step)
+
+    def _restore(self, base: BaseModel, key: str, optimizer_state: bool) -> TrainingState:
+        """The state that a SaveState wrote, or a fresh one with its weights, or those of a sampler's adapter."""
+        if key in self._writing:
+            self._writing[key].exception()
+        directory = paths.resolve(self._config.data_dir, key)
+        if peft.is_adapter(directory):
+            if optimizer_state:
+                raise UserError("sampler weights have no optimizer state: load them without it")
+            return self._restore_adapter(base, directory)
+        if not training_state.is_complete(directory):
+            raise UserError("the checkpoint is not there (any more)")
+        metadata = training_state.read_metadata(directory)
+        if metadata.pop("base_model") != base.name:
+            raise UserError(f"the checkpoint is of another base model than {base.name!r}")
+        metadata.pop("format_version")
+        lora = metadata["lora"] and msgspec.convert(metadata["lora"], messages.LoraSpec)
+        trainer = base.trainer
+        if optimizer_state:
+            arrays = training_state.restore(
+                directory, trainer.abstract_arrays(lora, metadata["has_gradients"])
+            )
+            return TrainingState.from_checkpoint(arrays, metadata)
+        weights = training_state.restore(directory, {"weights": trainer.abstract_weights(lora)})["weights"]
+        return self._fresh(base, lora, weights)
+
+    def _restore_adapter(self, base: BaseModel, directory: Path) -> TrainingState:
+        try:
+            saved = peft.load_adapter(directory, base.config)
+        except peft.AdapterError as error:
+            raise UserError(str(error)) from error
+        layers = saved.adapter["layers"]
+        lora = messages.LoraSpec(
+            saved.rank,
+            saved.alpha,
+            seed=0,
+            train_attn="q_proj" in layers,
+            train_mlp="up_proj" in layers,
+            train_unembed="unembed" in saved.adapter,
+        )
+        abstract = base.trainer.abstract_weights(lora)
+        if jax.tree.structure(abstract) != jax.tree.structure(saved.adapter):
+            raise UserError(
+                "the adapter leaves out some matrices of attention or MLP; it cannot be trained on"
+            )
+        weights = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), saved.adapter, abstract)
+        return self._fresh(base, lora, weights)
+
+    def _fresh(self, base: BaseModel, lora: messages.LoraSpec | None, weights) -> TrainingState:
+        state = TrainingState(lora, weights, None)
+        state.optimizer = base.trainer.fresh_optimizer(state)
+        return state
+
+    # --- what goes to disk --------------------------------------------------------------------------------
+
+    def _save_state(self, operation: messages.SaveState) -> Writing:
+        model = self.find(operation.model_id)
+        directory = paths.resolve(self._config.data_dir, operation.directory)
+        metadata = {"base_model": model.base.name, **model.state.metadata()}
+        size = training_state.save(directory, model.state.arrays(), metadata)
+        return Writing(self._track(operation.directory, size), messages.StateSaved)
+
+    def _save_sampler(self, operation: messages.SaveSampler) -> messages.Output | Writing:
+        model = self.find(operation.model_id)
+        if operation.directory is None:
+            if operation.snapshot is None:
+                raise UserError("save_weights_for_sampler: neither a directory nor a snapshot was given")
+            size = model.base.samplers.add_snapshot(operation.snapshot, model.state)
+            return messages.SamplerSaved(size)
+        directory = paths.resolve(self._config.data_dir, operation.directory)
+        base, lora = model.base, model.state.lora
+        # A copy, not a view: the next step writes into the arrays' memory while a thread writes the files.
+        weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), model.state.weights)
+
+        def write() -> int:
+            if lora is None:
+                return merged.save_merged(directory, weights, base.config, base_folder=base.folder)
+            return peft.save_adapter(
+                directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
+            )
+
+        return Writing(self._track(operation.directory, self._writers.submit(write)), messages.SamplerSaved)
+
+    def _track(self, key: str, size: Future[int]) -> Future[int]:
+        self._writing[key] = size
+        size.add_done_callback(lambda _: self._writing.pop(key, None))
+        return size
+
+
+def _shape(lora: messages.LoraSpec | None) -> tuple | None:
+    """What two adapters must have in common to take each other's weights."""
+    return lora and (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
+
+
+def _described(lora: messages.LoraSpec | None) -> str:
+    if lora is None:
+        return "full weights"
+    trained = [name for name in ("attn", "mlp", "unembed") if getattr(lora, f"train_{name}")]
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(trained)}"
