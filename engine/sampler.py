@@ -3,14 +3,15 @@
 A request is prefilled once, in chunks, whatever its number of samples; its samples then share the full
 pages of the prompt and join the running set. `step` runs one unit of work (a prefill chunk or a decode chunk
 of a few tokens), so that the engine can look at its socket and train in between. When memory is short the
-newest request loses its pages and is prefilled again later; its random draws depend on its seed and the token's
-position only, so it goes on as if nothing had happened.
+newest request loses its pages and is prefilled again later; its random draws depend on its seed and the
+token's position only, so it goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Sampler:
         `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
         multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time.
         """
-        self._graph, self._base, self._config = graph, base, config
+        self._graph, self._config = graph, config
         self._token_bytes = token_bytes
         self._mesh = mesh
         self._dtype = base["embed_tokens"]["weight"].dtype
@@ -83,7 +84,7 @@ class Sampler:
         self._pool = PagePool(self._num_pages, page_size)
         self._pages: kv_cache.Pages | None = None  # made when first needed
 
-        self._weights: dict[str | None, Weights] = {None: Weights()}
+        self._weights: dict[str | None, Weights] = {None: Weights(base, decode.by_layer(base))}
         self._stacks = AdapterStacks(None if mesh is None else _replicated(mesh))
         self._arrivals = 0
         self._turns = 0
@@ -104,10 +105,16 @@ class Sampler:
         effect. Registering a known key raises ValueError."""
         if key in self._weights:
             raise ValueError(f"sampler weights {key!r} are already registered")
-        copied = jax.tree.map(lambda x: jnp.array(x, copy=True), {"adapter": adapter, "base": base})
-        if self._mesh is not None and adapter is not None:
-            copied["adapter"] = jax.device_put(copied["adapter"], _replicated(self._mesh))
-        self._weights[key] = Weights(scale=scale, **copied)
+        copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
+        if base is not None:
+            own = copy(base)
+            self._weights[key] = Weights(own, decode.by_layer(own))
+            return
+        shared = self._weights[None]
+        adapter = copy(adapter)
+        if self._mesh is not None:
+            adapter = jax.device_put(adapter, _replicated(self._mesh))
+        self._weights[key] = Weights(shared.base, shared.base_by_layer, adapter, scale)
 
     def release(self, key: str) -> None:
         """Forget the weights of `key` (unknown: nothing happens). Requests already added still finish."""
@@ -316,13 +323,12 @@ class Sampler:
         weights = first.generation.weights
         row = self._prefill_row(pieces, _bucket(self._prefill_buckets, used))
         stack, _ = self._stacks.of([weights])
-        base = weights.base or self._base
         name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
         with self._timed(name):
-            self._pages, hidden = decode.prefill(self._graph, base, self._pages, stack, row)
+            self._pages, hidden = decode.prefill(self._graph, weights.base, self._pages, stack, row)
             hidden.block_until_ready()
         if any(prompt.is_scored for prompt, _ in pieces):
-            self._score(pieces, hidden, base, stack)
+            self._score(pieces, hidden, stack)
         seconds = (time.monotonic() - began) / len(pieces)
         failed = []
         for prompt, count in pieces:
@@ -359,7 +365,7 @@ class Sampler:
         table[len(table) - used :] = pieces[0][0].pages[:used]
         return decode.PrefillRow(tokens, position, start, page, offset, table, np.int32(context))
 
-    def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, base: PyTree, stack: PyTree) -> None:
+    def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, stack: PyTree) -> None:
         """Log-probs of the prompt tokens that follow this row's tokens."""
         following = np.zeros(hidden.shape[0], np.int32)
         at = 0
@@ -369,7 +375,14 @@ class Sampler:
         want_top = any(prompt.generation.prompt_top is not None for prompt, _ in pieces)
         with self._timed(f"score {len(following)} tokens{_kind(stack)}"):
             scores = jax.device_get(
-                decode.score(self._graph, base, stack, hidden, following, np.bool_(want_top))
+                decode.score(
+                    self._graph,
+                    pieces[0][0].generation.weights.base,
+                    stack,
+                    hidden,
+                    following,
+                    np.bool_(want_top),
+                )
             )
         at = 0
         for prompt, count in pieces:
@@ -393,7 +406,7 @@ class Sampler:
             return []
         self._turns += 1
         rows, stack, want_top = self._decode_rows(chosen)
-        base = chosen[0].generation.weights.base or self._base
+        base = chosen[0].generation.weights.base_by_layer
         S, P = rows.table.shape
         with self._timed(f"decode {S} slots over {P * self._page_size}{_kind(stack)}"):
             self._pages, decoded = decode.decode(
@@ -518,7 +531,7 @@ class Sampler:
         wrong = np.flatnonzero((prompt < 0) | (prompt >= V))
         if len(wrong):
             raise UserError(
-                f"prompt: token {prompt[wrong[0]]} at position {wrong[0]} is not in the vocabulary (0..{V - 1})"
+                f"prompt: token {prompt[wrong[0]]} at position {wrong[0]} is outside of 0..{V - 1}"
             )
         longest = min(self._max_length, self._pool.capacity)
         if len(prompt) > longest:

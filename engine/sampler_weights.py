@@ -21,11 +21,15 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What a request samples from: the shared base (both None), an adapter on it, or full weights."""
+    """What a request samples from: base weights, shared or its own, and an adapter on them.
 
+    `base_by_layer` is `decode.by_layer` of `base`.
+    """
+
+    base: PyTree
+    base_by_layer: PyTree
     adapter: PyTree | None = None
     scale: float = 1.0
-    base: PyTree | None = None
     id: int = field(default_factory=lambda: next(_numbers))
 
 

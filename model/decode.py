@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -154,6 +155,24 @@ class Decoded(NamedTuple):
     top_logprobs: Float[Array, "M S top"]
 
 
+def by_layer(base: Base) -> Base:
+    """`base` with "layers" as a tuple of one tree per layer, which is how `decode` likes it best.
+
+    On one CPU device these are views of the stacked arrays, so that a decode step reads each weight where it
+    lies; cutting layers out of a stack inside a program copies them. Elsewhere `base` itself.
+    """
+    leaves = jax.tree.leaves(base["layers"])
+    if not all(len(leaf.devices()) == 1 and leaf.device.platform == "cpu" for leaf in leaves):
+        return base
+    stacked = jax.tree.map(np.asarray, base["layers"])
+    device = leaves[0].device
+    layers = tuple(
+        jax.tree.map(lambda w, at=layer: jax.device_put(w[at], device, may_alias=True), stacked)
+        for layer in range(leaves[0].shape[0])
+    )
+    return base | {"layers": layers}
+
+
 @partial(jax.jit, static_argnames=("graph", "max_steps"), donate_argnames="pages")
 def decode(
     graph: nnx.GraphDef,
@@ -168,15 +187,20 @@ def decode(
 
     The context is read from the pages once; the tokens decoded here keep their keys and values beside it, and
     are written to the pages together at the end. A row ends when its budget is spent or one of `stop_tokens`
-    (-1 is none) was drawn.
+    (-1 is none) was drawn. `base` may come from `by_layer`.
     """
-    model = nnx.merge(graph, base)
+    # Cut into layers outside of the loop over tokens, where XLA would do it again for every token.
+    layers = base["layers"]
+    if isinstance(layers, dict):
+        num_layers = jax.tree.leaves(layers)[0].shape[0]
+        layers = [jax.tree.map(lambda w, at=layer: w[at], layers) for layer in range(num_layers)]
+    models = [nnx.merge(graph, base | {"layers": layer}) for layer in layers]
+    blocks = [model.layers for model in models]
+    model = models[0]
     config = model.config
     S, V = rows.last_token.shape[0], config.vocab_size
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     dtype = pages.k.dtype
-    # Cut into layers outside of the loop over tokens, where XLA would do it again for every token.
-    blocks = [model.block(layer) for layer in range(L)]
     contexts = [kv_cache.read_layer(pages, layer, rows.table) for layer in range(L)]
     pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else None for layer in range(L)]
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
