@@ -46,7 +46,7 @@ def step(
     is not finite, weights and state come back as they were.
     """
     gradients = jax.tree.map(lambda g: g * hyper.grad_scale, gradients)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     limit = jnp.where(hyper.grad_clip_norm > 0, hyper.grad_clip_norm, jnp.inf)
     shrink = jnp.where(norm > limit, limit / norm, 1.0)
     clipped = jax.tree.map(lambda g: g * shrink, gradients)
@@ -55,9 +55,9 @@ def step(
     updates = jax.tree.map(
         lambda u, w: -hyper.learning_rate * (u + hyper.weight_decay * w), directions, weights
     )
-    update_norm = optax.global_norm(updates)
+    update_norm = optax.tree.norm(updates)
     finite = jnp.isfinite(norm) & jnp.isfinite(update_norm)
     new_weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), weights, updates)
     new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
-    norms = StepNorms(norm, update_norm, optax.global_norm(new_weights))
+    norms = StepNorms(norm, update_norm, optax.tree.norm(new_weights))
     return new_weights, new_state, jax.tree.map(jnp.zeros_like, gradients), norms

@@ -1,0 +1,122 @@
+"""LoRA gradients and weights after five Adam steps, beside PEFT on torch."""
+
+import numpy as np
+import pytest
+from engine_training import datum, lora, make_trainer, relative, run, with_random_b
+from tinsmith.engine.messages import AdamParams
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.reference
+
+LINEARS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+}
+LENGTHS = [31, 7, 18, 3, 29]
+ADAM = AdamParams(learning_rate=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, grad_clip_norm=5.0)
+
+
+def sequences():
+    rng = np.random.default_rng(3)
+    return [(rng.integers(0, 320, n + 1), rng.normal(size=n).astype(np.float32)) for n in LENGTHS]
+
+
+def peft_model(folder, state):
+    """The same base and the same adapter in PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    targets = [*LINEARS, "lm_head"]
+    config = LoraConfig(r=state.lora.rank, lora_alpha=state.lora.alpha, target_modules=targets)
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for ours, theirs in pairs(state.weights, model, state.lora.rank):
+            theirs.copy_(torch.tensor(ours))
+    return model
+
+
+def pairs(tree, model, rank):
+    """(ours transposed to torch's layout and cut to the true rank, PEFT's parameter) of every matrix."""
+    parameters = dict(model.named_parameters())
+
+    def both(at, pair, layer=...):
+        a = np.asarray(pair["a"])[layer][:, :rank].T
+        b = np.asarray(pair["b"])[layer][:rank].T
+        yield a.copy(), parameters[f"{at}.lora_A.default.weight"]
+        yield b.copy(), parameters[f"{at}.lora_B.default.weight"]
+
+    for name, module in LINEARS.items():
+        for layer in range(tree["layers"][name]["a"].shape[0]):
+            yield from both(
+                f"base_model.model.model.layers.{layer}.{module}.{name}", tree["layers"][name], layer
+            )
+    yield from both("base_model.model.lm_head", tree["unembed"])
+
+
+def torch_backward(model, data):
+    for tokens, weights in data:
+        logits = model(torch.tensor(tokens[None, :-1])).logits[0]
+        logprobs = torch.log_softmax(logits, -1).gather(-1, torch.tensor(tokens[1:, None]))[:, 0]
+        (-(torch.tensor(weights) * logprobs).sum()).backward()
+    return logprobs.detach().numpy()
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama3", "qwen2", "qwen3"])
+def test_lora_training_equals_peft(tmp_path, variant):
+    trainer = make_trainer(tmp_path / "model", variant)
+    rank = 5  # padded to 8
+    packed, unpacked = (with_random_b(trainer.create(lora(rank))) for _ in range(2))
+    model = peft_model(tmp_path / "model", packed)
+    adam = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=ADAM.learning_rate,
+        betas=(ADAM.beta1, ADAM.beta2),
+        eps=ADAM.eps,
+        weight_decay=ADAM.weight_decay,
+    )
+    data = sequences()
+    ours = [datum(tokens[:-1], target_tokens=tokens[1:], weights=weights) for tokens, weights in data]
+    for step in range(5):
+        output = run(trainer, packed, ours)
+        for one in ours:
+            run(trainer, unpacked, [one])
+        want = torch_backward(model, data)
+        if step == 0:
+            np.testing.assert_allclose(output.logprobs[-1], want, atol=1e-4)
+            for state in (packed, unpacked):
+                for got, parameter in pairs(state.gradients, model, rank):
+                    assert relative(got, parameter.grad.numpy()) < 1e-3
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM.grad_clip_norm)
+        adam.step()
+        adam.zero_grad()
+        for state in (packed, unpacked):
+            metrics = trainer.optim_step(state, ADAM)
+            assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    for state in (packed, unpacked):
+        for got, parameter in pairs(state.weights, model, rank):
+            assert relative(got, parameter.detach().numpy()) < 1e-3
+    assert len(trainer.compiled) == 3  # forward_backward of one shape, accumulate, optim_step
+
+
+def test_full_weight_training_equals_torch(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer = make_trainer(tmp_path / "model", "llama")
+    state = trainer.create(None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+    data = sequences()
+    ours = [datum(tokens[:-1], target_tokens=tokens[1:], weights=weights) for tokens, weights in data]
+    for _ in range(3):
+        run(trainer, state, ours)
+        torch_backward(model, data)
+        adam.step()
+        adam.zero_grad()
+        trainer.optim_step(state, AdamParams(1e-3, 0.9, 0.95, 1e-8, 0.01))
+    theirs = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    assert relative(state.weights["embed_tokens"]["weight"], theirs["model.embed_tokens.weight"]) < 1e-3
+    assert relative(state.weights["norm"]["weight"], theirs["model.norm.weight"]) < 1e-3
+    for name, module in LINEARS.items():
+        want = np.stack([theirs[f"model.layers.{layer}.{module}.{name}.weight"].T for layer in range(3)])
+        assert relative(state.weights["layers"][name]["weight"], want) < 1e-3
