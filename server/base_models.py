@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def smollm2_folder(cache_dir: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder; converted from its GGUF file the first time."""
     from ..ckpt.smollm2 import obtain
 
-    return obtain(cache_dir)
+    return obtain(cache_dir, lambda text: print(text, file=sys.stderr))
 
 
 def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:

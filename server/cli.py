@@ -109,7 +109,7 @@ def serve(
             resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
         ]
         listener = listen(settings.host, settings.port)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
     _introduce(settings, base_models, listener.getsockname()[1])
     run(settings, base_models, listener)
@@ -155,9 +155,13 @@ def models_get(
     from .base_models import SMOLLM2, smollm2_folder
     from .settings import default_cache_dir
 
+    cache_dir = cache_dir or default_cache_dir()
     if name != SMOLLM2:
         _fail(f"unknown model {name!r}; there is {SMOLLM2}. Others are given to serve as folder or hub id")
-    typer.echo(smollm2_folder(cache_dir or default_cache_dir()))
+    try:
+        typer.echo(smollm2_folder(cache_dir))
+    except RuntimeError as error:
+        _fail(str(error))
 
 
 @models.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "tinsmith"
+    return Path(os.environ.get("TINSMITH_CACHE_DIR") or "~/.cache/tinsmith").expanduser()
 
 
 class Settings(BaseSettings):

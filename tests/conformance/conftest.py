@@ -1,0 +1,84 @@
+"""One server process for all tests that leave it alive and well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tinker")
+
+import tinker
+from conformance.server_process import ServerProcess, Wire
+from tiny_models import write_model
+
+ALICE, BOB = "tml-alice", "tml-bob"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_model(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def make_server(
+    tiny_model: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ServerProcess]]:
+    """Servers of a module's own, each with a data directory of its own; killed afterwards."""
+    servers: list[ServerProcess] = []
+
+    def make(*options: str, **environment: str) -> ServerProcess:
+        data_dir = tmp_path_factory.mktemp("server") / "data"
+        servers.append(ServerProcess(tiny_model, data_dir, cache_dir, *options, **environment))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_model: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """Keys of alice and bob; ranks up to 16; gaps are waited for two seconds."""
+    running = ServerProcess(
+        tiny_model,
+        tmp_path_factory.mktemp("server") / "data",
+        cache_dir,
+        *("--api-key", f"alice={ALICE}", "--api-key", f"bob={BOB}", "--max-rank", "16"),
+        TINSMITH_GAP_GRACE_SECONDS="2",
+        TINSMITH_LONG_POLL_SECONDS="5",
+        TINSMITH_MAX_BODY_BYTES=str(8 << 20),
+    )
+    running.start()
+    yield running
+    code = running.stop()
+    assert code == 0, running.log
+
+
+@pytest.fixture
+def wire(server: ServerProcess) -> Iterator[Wire]:
+    alice = Wire(server.url, ALICE)
+    yield alice
+    alice.http.close()
+
+
+@pytest.fixture
+def service(server: ServerProcess) -> Iterator[tinker.ServiceClient]:
+    client = tinker.ServiceClient(base_url=server.url, api_key=ALICE)
+    yield client
+    client.close("success").result()
+
+
+@pytest.fixture
+def training(service: tinker.ServiceClient) -> tinker.TrainingClient:
+    return service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()

@@ -1,0 +1,79 @@
+"""The server answers whatever becomes of the engine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import psutil
+from conformance.server_process import ServerProcess, Wire, datum
+
+
+def milliseconds(call) -> float:
+    started = time.perf_counter()
+    assert call().status_code < 500
+    return 1000 * (time.perf_counter() - started)
+
+
+def test_a_dead_engine_is_503_for_submits_and_408_for_polls(make_server) -> None:
+    server: ServerProcess = make_server(TINSMITH_LONG_POLL_SECONDS="1").start()
+    wire = Wire(server.url, "tml-local")
+    model = wire.model()
+    finished = wire.forward_backward(model, 1)
+    wire.result(finished)
+    server.engine.suspend()  # so that the next operation is still unanswered when it dies
+    pending = wire.forward_backward(model, 2)
+    assert pending.status_code == 200
+    server.engine.kill()
+    deadline = time.monotonic() + 10
+    while (health := server.health())["engine"]["phase"] != "dead" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert health["status"] == "unhealthy"
+    assert wire.http.get("/api/v1/healthz").json() == {"status": "ok"}
+
+    refused = wire.optim_step(model, 3)
+    assert refused.status_code == 503
+    assert float(refused.headers["retry-after"]) > 0
+    assert refused.json()["category"] == "server"
+    assert wire.poll(pending.json()["request_id"]).status_code == 408
+    assert wire.poll(finished.json()["request_id"]).status_code == 200
+    assert server.stop() == 0
+
+    server.start()
+    assert "metrics" in wire.result(pending)
+    assert "metrics" in wire.result(wire.optim_step(model, 3))
+    assert server.stop() == 0
+
+
+def test_the_server_answers_while_the_engine_loads_and_computes(make_server) -> None:
+    server: ServerProcess = make_server(TINSMITH_LONG_POLL_SECONDS="1").start(wait_for_engine=False)
+    wire = Wire(server.url, "tml-local")
+    session = wire.session()
+    created = wire.post(
+        "create_model", session_id=session, model_seq_id=0, base_model="tiny", lora_config={"rank": 4}
+    )
+    assert created.status_code == 200, "accepted before the engine is ready"
+    model = created.json()["model_id"]
+    long = [datum(tokens=[5 + i % 200] * 500, targets=[6] * 500) for i in range(64)]
+    submits = [wire.forward_backward(model, 1 + i, long) for i in range(3)]
+    took = []
+    while wire.poll(submits[-1].json()["request_id"]).status_code == 408 and len(took) < 600:
+        took += [milliseconds(lambda: wire.http.get("/api/v1/healthz")) for _ in range(20)]
+    if took:
+        assert statistics.median(took) < 20, took
+    assert "metrics" in wire.result(submits[-1])
+    assert server.stop() == 0
+
+
+def test_the_server_process_holds_no_array_library(server: ServerProcess) -> None:
+    assert server.process is not None
+    mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
+    assert not [path for path in mapped if "jaxlib" in path or "torch" in path]
+    engine = {mapping.path for mapping in server.engine.memory_maps()}
+    assert [path for path in engine if "jaxlib" in path], "the engine's maps can be read"
+
+
+def test_metrics(server: ServerProcess, wire: Wire) -> None:
+    wire.session()
+    text = wire.http.get("/metrics").text
+    assert 'tinsmith_request_seconds_count{route="/api/v1/create_session",status="200"}' in text
