@@ -35,10 +35,9 @@ def running_server(model: str, progress: Callable[[str], object] = print) -> Ite
             )
         try:
             yield _wait_until_ready(server, log, progress)
-        except BaseException:
-            if server.poll() is not None:
-                raise RuntimeError(_died(server, log)) from None
+        except BaseException as error:
             server.kill()
+            error.add_note(f"The end of the server's log:\n{_tail(log)}")
             raise
         server.send_signal(signal.SIGTERM)
         try:
@@ -47,7 +46,7 @@ def running_server(model: str, progress: Callable[[str], object] = print) -> Ite
             server.kill()
             raise RuntimeError(f"the server did not stop within {STOP_SECONDS} s of SIGTERM") from None
         if server.returncode != 0:
-            raise RuntimeError(_died(server, log))
+            raise RuntimeError(f"the server stopped with exit code {server.returncode}:\n{_tail(log)}")
 
 
 def _wait_until_ready(server: subprocess.Popen, log: Path, progress: Callable[[str], object]) -> str:
@@ -64,7 +63,7 @@ def _wait_until_ready(server: subprocess.Popen, log: Path, progress: Callable[[s
             told = engine["text"]
             progress(f"  {told}")
         time.sleep(0.2)
-    raise RuntimeError(_died(server, log))
+    raise RuntimeError(f"the server stopped with exit code {server.returncode} before it was ready")
 
 
 def _health(url: str) -> dict:
@@ -77,6 +76,5 @@ def _health(url: str) -> dict:
         return {"engine": {"ready": False, "text": "opening the data directory"}}
 
 
-def _died(server: subprocess.Popen, log: Path) -> str:
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    return f"the server stopped with exit code {server.returncode}; the end of its log:\n{tail}"
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-30:])

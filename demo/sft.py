@@ -6,6 +6,7 @@ three questions answered before and after, and stops the server. Exits 0 only if
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -137,13 +138,15 @@ def main() -> int:
         "--check-reference", action="store_true", help="also compare the first loss with transformers (torch)"
     )
     options = parser.parse_args()
+    # SIGTERM ends us like any other exception, so that the server is not left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(highlight=False)
     began = time.monotonic()
 
     with running_server(MODEL, console.print) as url:
         console.print(f"Ready after {time.monotonic() - began:.0f} s: {url}")
         service = tinker.ServiceClient(base_url=url, api_key="tml-demo")
-        client = service.create_lora_training_client(base_model=MODEL, rank=RANK)
+        client = service.create_lora_training_client(base_model=MODEL, rank=RANK).result()
         tokenizer = client.get_tokenizer()
         data = [datum(tokenizer, c) for c in read("tinsmith.jsonl")]
         held_out = read("held_out.jsonl")
@@ -151,7 +154,8 @@ def main() -> int:
         questions = held_out[:3]
 
         console.print("Sampling from the untrained model …")
-        before = sample(service.create_sampling_client(base_model=MODEL), tokenizer, questions)
+        # a fresh adapter changes nothing: these are the base model's answers
+        before = sample(client.save_weights_and_get_sampling_client().result(), tokenizer, questions)
         held_out_before = mean_nll(client.forward(held_out_data, "cross_entropy").result(), held_out_data)
 
         console.print(f"Training a rank {RANK} adapter on {len(data)} conversations, {BATCH} a step")
@@ -160,7 +164,7 @@ def main() -> int:
         training_seconds = time.monotonic() - training_began
 
         held_out_after = mean_nll(client.forward(held_out_data, "cross_entropy").result(), held_out_data)
-        after = sample(client.save_weights_and_get_sampling_client(), tokenizer, questions)
+        after = sample(client.save_weights_and_get_sampling_client().result(), tokenizer, questions)
         service.close("success").result()
 
     show(console, [c["messages"][0]["content"] for c in questions], before, after)

@@ -56,7 +56,7 @@ def test_the_first_loss_is_that_of_transformers(sft: ModuleType) -> None:
 
     with running_server(sft.MODEL) as url:
         service = tinker.ServiceClient(base_url=url, api_key="tml-test")
-        client = service.create_lora_training_client(base_model=sft.MODEL, rank=sft.RANK)
+        client = service.create_lora_training_client(base_model=sft.MODEL, rank=sft.RANK).result()
         tokenizer = client.get_tokenizer()
         batch = [
             sft.datum(tokenizer, conversation) for conversation in sft.read("tinsmith.jsonl")[: sft.BATCH]
