@@ -69,7 +69,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
             weights,
             config,
             token_bytes=token_bytes,
-            mesh=mesh if mesh.size > 1 else None,
+            mesh=mesh,
             kv_cache_tokens=engine.kv_cache_tokens,
             max_sequence_length=limit,
             on_compile=log_compiled,

@@ -38,8 +38,8 @@ def log_compiled(name: str, seconds: float) -> None:
 
 
 def log_all_compilations() -> None:
-    """From now on the debug log has every program that JAX compiles or finds in the cache; the ordinary log, those
-    that take seconds. JAX's listeners last as long as the process: call this once."""
+    """From now on the debug log has every program that JAX compiles or finds in the cache; the ordinary log,
+    those that take seconds. JAX's listeners last as long as the process: call this once."""
     current = threading.local()
 
     def on_event(event: str, **_) -> None:

@@ -144,7 +144,7 @@ class Models:
         return messages.StateLoaded(state.step)
 
     def _restore(self, base: BaseModel, key: str, optimizer_state: bool) -> TrainingState:
-        """The state that a SaveState wrote, or a fresh one with its weights, or those of a sampler's adapter."""
+        """The state that a SaveState wrote; or a fresh one with its weights, or with those of an adapter."""
         if key in self._writing:
             self._writing[key].exception()
         directory = paths.resolve(self._config.data_dir, key)

@@ -63,7 +63,7 @@ class SamplerCache:
         self.sampler.release(_snapshot_key(name))
 
     def restart(self) -> None:
-        """A new sampler in place of one that failed: no requests, no snapshots; directories are read again."""
+        """A new sampler in place of one that failed: no requests, no snapshots; directories stay on disk."""
         self.sampler = self._new_sampler()
         self._sizes.clear()
 

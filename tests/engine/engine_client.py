@@ -15,6 +15,10 @@ import zmq
 from tinsmith.engine import messages
 
 
+CACHE = Path(__file__).parents[2] / ".cache" / "tests"
+"""Compiled programs, kept from one test process to the next."""
+
+
 class EngineClient:
     """Starts `python -m tinsmith.engine`; `ask` sends a request and returns its answer."""
 
@@ -29,7 +33,7 @@ class EngineClient:
             **{
                 "address": address,
                 "data_dir": str(self.folder / "data"),
-                "cache_dir": str(model_folder.parent / "cache"),
+                "cache_dir": str(CACHE),
                 "base_models": [messages.BaseModel("tiny", str(model_folder))],
                 "kv_cache_tokens": 2048,
                 **config,
