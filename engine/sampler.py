@@ -362,7 +362,7 @@ class Sampler:
             at += count
         used = context // self._page_size
         table = np.zeros(self._context_pages(context) if context else 0, np.int32)
-        table[len(table) - used :] = pieces[0][0].pages[:used]
+        table[:used] = pieces[0][0].pages[:used]
         return decode.PrefillRow(tokens, position, start, page, offset, table, np.int32(context))
 
     def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, stack: PyTree) -> None:

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
 from .attention import MASKED, attention
-from .decoder import Base, Decoder
+from .config import ModelConfig
+from .decoder import Base, Decoder, visible_from
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack, delta
 from .token_sampling import SamplingRows
@@ -32,8 +33,8 @@ class PrefillRow(NamedTuple):
     """One row of prompt tokens: several whole prompts, or a piece of one that continues `table`'s pages.
 
     `start` is the first token of the row that belongs to the same prompt. `page`, `offset` say where each
-    token's key and value go (page 0 for padding). `table` is right-aligned: its last `context` positions are
-    the prompt's beginning, already cached (a multiple of the page size; only for a row of one prompt).
+    token's key and value go (page 0 for padding). The first `context` positions of `table` are the prompt's
+    beginning, already cached (only for a row of one prompt; else the table is empty).
     """
 
     tokens: Int[Array, " T"]
@@ -54,14 +55,7 @@ def prefill(
     `lora` holds one adapter."""
     model = nnx.merge(graph, base)
     config = model.config
-    C = row.table.shape[0] * pages.page_size
-    T = row.tokens.shape[0]
-    # Keys are the context's C positions, then the row's own; a token sees from its prompt's first key on.
-    first_key = jnp.where(row.context > 0, C - row.context, C + row.start)
-    own_index = C + jnp.arange(T)
-    first_key_BT = first_key[None]
-    if config.sliding_window is not None:
-        first_key_BT = jnp.maximum(first_key_BT, own_index - config.sliding_window + 1)
+    context_visible, own_visible = _visible_in_prompt(config, row, pages.page_size)
     at = model.rotation(row.position[None])
     block_graph, stacked = nnx.split(model.layers)
 
@@ -71,11 +65,11 @@ def prefill(
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             kept.extend((k[0], v[0]))
-            if C:
-                context_k, context_v = kv_cache.read_layer(pages, index, row.table[None])
-                k = jnp.concatenate([context_k.swapaxes(1, 2), k], axis=1)
-                v = jnp.concatenate([context_v.swapaxes(1, 2), v], axis=1)
-            return attention(q, k, v, first_key_BT, config.head_dim**-0.5)
+            if not len(row.table):
+                return attention(q, k, v, visible_from(config, row.start[None]), config.head_dim**-0.5)
+            context = kv_cache.read_layer(pages, index, row.table[None])
+            parts = [(*context, context_visible), (k.swapaxes(1, 2), v.swapaxes(1, 2), own_visible)]
+            return _attend_parts(q, parts, config.head_dim**-0.5)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
         x_BTD = nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora)
@@ -86,6 +80,19 @@ def prefill(
     x_BTD, (k_LTKH, v_LTKH) = jax.lax.scan(step, x_BTD, layers)
     pages = kv_cache.write(pages, k_LTKH.swapaxes(0, 1), v_LTKH.swapaxes(0, 1), row.page, row.offset)
     return pages, model.norm(x_BTD)[0]
+
+
+def _visible_in_prompt(
+    config: ModelConfig, row: PrefillRow, page_size: int
+) -> tuple[Bool[Array, "1 T C"], Bool[Array, "1 T T"]]:
+    """Which positions of the cached beginning, and which of the row, each token of the row sees."""
+    context, own = jnp.arange(row.table.shape[0] * page_size), jnp.arange(row.tokens.shape[0])
+    first = jnp.zeros_like(row.position)
+    if config.sliding_window is not None:
+        first = row.position - config.sliding_window + 1
+    context_visible = (context < row.context) & (context >= first[:, None])
+    own_visible = (own <= own[:, None]) & (row.position >= first[:, None]) & (own >= row.start[:, None])
+    return context_visible[None], own_visible[None]
 
 
 class PromptScores(NamedTuple):
@@ -215,6 +222,7 @@ def decode(
         position = rows.position + step
         at = model.rotation(position[:, None])
         x = model.embed_tokens(token[:, None])
+        context_visible, recent_visible = _visible(config, rows, step, M, pages.page_size)
         kept = []
         for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
 
@@ -224,9 +232,8 @@ def decode(
                     for old, new in zip(layer_recent, (k, v), strict=True)
                 )
                 kept.append(now)
-                return _attend_cached(
-                    q, context, now, rows.position, step, config.sliding_window, config.head_dim**-0.5
-                )
+                parts = [(*context, context_visible), (*now, recent_visible)]
+                return _attend_parts(q, parts, config.head_dim**-0.5)
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter) if lora else None)
         z = logits(model, base, lora, model.norm(x), rows.adapter)[:, 0]
@@ -268,40 +275,50 @@ def logits(
     return z
 
 
-def _attend_cached(
-    q: Float[Array, "S 1 N H"],
-    context: tuple[Float[Array, "S K C H"], Float[Array, "S K C H"]],
-    recent: tuple[Float[Array, "S K M H"], Float[Array, "S K M H"]],
-    context_length: Int[Array, " S"],
-    step: Int[Array, ""],
-    window: int | None,
-    scale: float,
-) -> Float[Array, "S 1 N H"]:
-    """One query per sequence over its cached context and the tokens of this call up to and with `step`."""
-    S, _, N, H = q.shape
-    (context_k, context_v), (recent_k, recent_v) = context, recent
-    K, C, M = context_k.shape[1], context_k.shape[2], recent_k.shape[2]
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(S, K, N // K, H)
+def _visible(
+    config: ModelConfig, rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int
+) -> tuple[Bool[Array, "S 1 C"], Bool[Array, "S 1 M"]]:
+    """Which cached positions, and which of this call's M, a token of step `step` sees."""
+    S, P = rows.table.shape
+    length = rows.position[:, None, None]
+    context = jnp.arange(P * page_size)
+    recent = jnp.broadcast_to(jnp.arange(M), (S, 1, M))
+    context_visible, recent_visible = context < length, recent <= step
+    if config.sliding_window is not None:
+        first = length + step - config.sliding_window + 1
+        context_visible &= context >= first
+        recent_visible &= length + recent >= first
+    return context_visible, recent_visible
 
-    def scores(keys: Array, position: Array, visible: Array) -> Array:
-        if window is not None:
-            visible &= position > (context_length + step)[:, None] - window
-        found = jnp.einsum("skgh,skch->skgc", q, keys).astype(jnp.float32)
+
+def _attend_parts(
+    q_STNH: Float[Array, "S T N H"],
+    parts: list[tuple[Array, Array, Array]],
+    scale: float,
+) -> Float[Array, "S T N H"]:
+    """softmax(scale * q k^T) v over keys that lie in several arrays; softmax in float32.
+
+    A part is (k [S K C H], v [S K C H], visible [S T C]).
+    """
+    S, T, N, H = q_STNH.shape
+    K = parts[0][0].shape[1]
+    q = (q_STNH * jnp.asarray(scale, q_STNH.dtype)).reshape(S, T, K, N // K, H)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(S, K, N // K * T, H)
+
+    def scores(keys: Array, visible: Array) -> Array:
+        found = jnp.einsum("skqh,skch->skqc", q, keys).astype(jnp.float32)
+        found = found.reshape(S, K, N // K, T, keys.shape[2])
         return jnp.where(visible[:, None, None], found, MASKED)
 
-    context_position = jnp.arange(C)[None]
-    recent_step = jnp.broadcast_to(jnp.arange(M), (S, M))
-    z = jnp.concatenate(
-        [
-            scores(context_k, context_position, context_position < context_length[:, None]),
-            scores(recent_k, context_length[:, None] + recent_step, recent_step <= step),
-        ],
-        axis=-1,
+    found = [scores(k, visible) for k, _, visible in parts]
+    highest = jnp.stack([z.max(-1) for z in found]).max(0)[..., None]
+    weights = [jnp.exp(z - highest) for z in found]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    mixed = sum(
+        jnp.einsum("skqc,skch->skqh", (w / total).astype(v.dtype).reshape(S, K, N // K * T, -1), v)
+        for w, (_, v, _) in zip(weights, parts, strict=True)
     )
-    p = jax.nn.softmax(z, axis=-1).astype(context_v.dtype)
-    mixed = jnp.einsum("skgc,skch->skgh", p[..., :C], context_v)
-    mixed += jnp.einsum("skgc,skch->skgh", p[..., C:], recent_v)
-    return mixed.reshape(S, 1, N, H)
+    return mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
 
 
 def _append(pages: Pages, rows: DecodeRows, recent: Any) -> Pages:

@@ -1,0 +1,321 @@
+"""The sampler: log-probs, stops, sharing, memory, cancelling; everything against the request run alone or
+against one pass of the trainer's trunk."""
+
+import jax
+import numpy as np
+import pytest
+from engine_sampling import (
+    full_forward_logprobs,
+    load_tiny,
+    make_sampler,
+    random_adapter,
+    request,
+    run_all,
+    sample,
+    sequences,
+)
+from tinsmith.engine import messages
+from tinsmith.engine.errors import UserError
+from tinsmith.model import decode
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def adapters(model):
+    return {"a": random_adapter(model.config, 1), "b": random_adapter(model.config, 2, train_unembed=False)}
+
+
+@pytest.fixture
+def sampler(model, adapters):
+    sampler = make_sampler(model)
+    for key, adapter in adapters.items():
+        sampler.register(key, adapter, scale=2.0)
+    return sampler
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng(seed).integers(3, 320, length)
+
+
+def check_logprobs(model, prompt, sampled, temperature=1.0, adapter=None):
+    reference = full_forward_logprobs(model, [*prompt, *sampled.tokens], temperature, adapter, 2.0)
+    rows = len(prompt) - 1 + np.arange(len(sampled.tokens))
+    np.testing.assert_allclose(sampled.logprobs, reference[rows, sampled.tokens], atol=1e-4)
+
+
+def test_logprobs_over_512_tokens_are_those_of_one_full_forward(model, sampler, adapters):
+    prompt = prompt_of(100)
+    for key in (None, "a"):
+        asked = request(key, prompt, logprobs=True, max_tokens=512, temperature=0.8, stop_tokens=[], seed=4)
+        output = sample(sampler, asked, key)
+        (sampled,) = sequences(output)
+        assert len(sampled.tokens) == 512
+        assert sampled.stop_reason == "length"
+        check_logprobs(model, prompt, sampled, 0.8, adapters.get(key))
+        reference = full_forward_logprobs(model, prompt, 1.0, adapters.get(key), 2.0)
+        scores = np.frombuffer(output.prompt_logprobs, np.float32)
+        assert np.isnan(scores[0])
+        np.testing.assert_allclose(scores[1:], reference[np.arange(99), prompt[1:]], atol=1e-4)
+
+
+def random_requests(rng, count):
+    """Requests of any kind, and the weights each samples from."""
+    for i in range(count):
+        length = int(rng.choice([1, 2, 16, 17, 33, rng.integers(1, 200)]))
+        prompt = prompt_of(length, seed=int(rng.integers(4)))  # some share their beginnings
+        yield (
+            request(
+                i,
+                prompt,
+                int(rng.integers(1, 5)),
+                logprobs=bool(rng.integers(2)),
+                topk=int(rng.choice([0, 3])),
+                max_tokens=int(rng.integers(1, 60)),
+                seed=int(rng.integers(0, 2**63)),
+                temperature=float(rng.choice([0.0, 0.7, 1.0, 1.5])),
+                top_k=int(rng.choice([-1, 5, 100])),
+                top_p=float(rng.choice([1.0, 0.9])),
+                stop_tokens=None if rng.integers(2) else [int(t) for t in rng.integers(0, 320, 12)],
+                stop_strings=["a", "th"] if rng.integers(4) == 0 else [],
+            ),
+            rng.choice([None, "a", "b"]),
+        )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_request_in_a_crowd_is_the_request_alone(model, adapters, seed):
+    rng = np.random.default_rng(seed)
+    asked = list(random_requests(rng, 12))
+    # few pages: some requests lose theirs and are prefilled again
+    crowd = make_sampler(model, kv_cache_tokens=512, max_slots=16)
+    alone = make_sampler(model)
+    for sampler in (crowd, alone):
+        for key, adapter in adapters.items():
+            sampler.register(key, adapter, scale=2.0)
+    answers = {}
+    for one, key in asked:
+        crowd.add(one, key)
+        for answer in crowd.step():
+            answers[answer.request_id] = answer.output
+    answers |= run_all(crowd)
+    assert crowd._pool.num_free == 512 // 16, "every page came back"
+    for one, key in asked:
+        expected = sample(alone, one, key)
+        for ours, theirs in zip(sequences(answers[one.request_id]), sequences(expected), strict=True):
+            assert ours.tokens == theirs.tokens
+            assert ours.stop_reason == theirs.stop_reason
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+        if one.prompt_logprobs:
+            np.testing.assert_allclose(
+                np.frombuffer(answers[one.request_id].prompt_logprobs, np.float32),
+                np.frombuffer(expected.prompt_logprobs, np.float32),
+                atol=1e-4,
+            )
+
+
+def test_samples_of_one_seed_differ_and_come_again(sampler):
+    asked = request(0, prompt_of(20), 16, seed=2**70 + 3, max_tokens=8, stop_tokens=[])
+    first, second = (sequences(sample(sampler, asked)) for _ in range(2))
+    assert [s.tokens for s in first] == [s.tokens for s in second]
+    assert len({tuple(s.tokens) for s in first}) == 16
+    unseeded = [
+        sequences(sample(sampler, request(i, prompt_of(20), max_tokens=8, stop_tokens=[])))[0].tokens
+        for i in range(2)
+    ]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_stop_rules(model, sampler):
+    prompt = prompt_of(10)
+    asked = {"temperature": 0.0, "max_tokens": 40}
+    (free,) = sequences(sample(sampler, request(0, prompt, **asked, stop_tokens=[])))
+    assert len(free.tokens) == 40
+    # the 6th token as a stop: included, with its log-prob
+    sixth = free.tokens[5]
+    first_at = free.tokens.index(sixth) + 1
+    (stopped,) = sequences(sample(sampler, request(1, prompt, **asked, stop_tokens=[sixth])))
+    assert stopped.tokens == free.tokens[:first_at]
+    assert stopped.stop_reason == "stop"
+    np.testing.assert_allclose(stopped.logprobs, free.logprobs[:first_at], atol=1e-5)
+    # more stop tokens than the device looks at
+    many = [*[t for t in range(320) if t not in free.tokens][:20], sixth]
+    (stopped,) = sequences(sample(sampler, request(2, prompt, **asked, stop_tokens=many)))
+    assert stopped.tokens == free.tokens[:first_at]
+    # the length limit itself
+    (cut,) = sequences(sample(sampler, request(3, prompt, temperature=0.0, max_tokens=1, stop_tokens=[])))
+    assert (cut.tokens, cut.stop_reason) == (free.tokens[:1], "length")
+
+
+def test_the_models_own_end_is_the_implicit_stop_unless_stops_are_given(model, adapters):
+    config = model.config
+    eos = config.eos_token_ids[0]
+    adapter = random_adapter(config, 3)
+    adapter["unembed"]["b"][:, eos] = 0
+    sampler = make_sampler(model)
+    lengths = {}
+    for name, stops in (
+        ("implicit", {}),
+        ("none", {"stop_tokens": []}),
+        ("strings", {"stop_strings": ["never said"]}),
+    ):
+        asked = request(name, prompt_of(5), 32, seed=1, max_tokens=120, **stops)
+        lengths[name] = sequences(sample(sampler, asked))
+    ended = [s for s in lengths["implicit"] if s.stop_reason == "stop"]
+    assert ended, "of 32 samples of 120 random tokens of 320 some must end"
+    assert all(s.tokens[-1] == eos and eos not in s.tokens[:-1] for s in ended)
+    for name in ("none", "strings"):
+        assert all(len(s.tokens) == 120 and s.stop_reason == "length" for s in lengths[name])
+        assert any(eos in s.tokens for s in lengths[name])
+
+
+def test_absent_max_tokens_goes_up_to_the_context_limit(model):
+    sampler = make_sampler(model, max_sequence_length=60)
+    output = sample(sampler, request(0, prompt_of(30), 2, stop_tokens=[]))
+    for sampled in sequences(output):
+        assert sampled.stop_reason == "length"
+        # the last token needs no place in the context
+        assert 30 + len(sampled.tokens) - 1 == 60
+
+
+def test_compute_logprobs_of_a_prompt_as_long_as_the_limit(model):
+    sampler = make_sampler(model, max_sequence_length=300, kv_cache_tokens=304)
+    prompt = prompt_of(300)
+    output = sample(sampler, request(0, prompt, logprobs=True, topk_prompt=4, max_tokens=1))
+    reference = full_forward_logprobs(model, prompt)
+    scores = np.frombuffer(output.prompt_logprobs, np.float32)
+    np.testing.assert_allclose(scores[1:], reference[np.arange(299), prompt[1:]], atol=1e-4)
+    top = output.topk_prompt_logprobs
+    tokens = np.frombuffer(top.token_ids, np.int32).reshape(300, 4)
+    logprobs = np.frombuffer(top.logprobs, np.float32).reshape(300, 4)
+    assert (tokens[0] == 0).all()
+    assert (logprobs[0] == -99999.0).all()
+    np.testing.assert_allclose(logprobs[1:], -np.sort(-reference[:-1], axis=-1)[:, :4], atol=1e-4)
+    chosen = np.take_along_axis(reference[:-1], tokens[1:], axis=-1)
+    np.testing.assert_allclose(chosen, logprobs[1:], atol=1e-4)
+
+
+def test_topk_of_the_sampled_tokens(model, sampler):
+    prompt = prompt_of(12)
+    output = sample(
+        sampler, request(0, prompt, topk=3, max_tokens=5, temperature=0.5, stop_tokens=[], seed=1)
+    )
+    (sampled,) = sequences(output)
+    reference = full_forward_logprobs(model, [*prompt, *sampled.tokens], 0.5)[11:16]
+    top = output.sequences[0].topk
+    assert (top.k, top.length) == (3, 5)
+    np.testing.assert_allclose(
+        np.frombuffer(top.logprobs, np.float32).reshape(5, 3), -np.sort(-reference, -1)[:, :3], atol=1e-4
+    )
+
+
+def test_cancelled_requests_leave_at_once_and_disturb_nobody(sampler):
+    kept = request("kept", prompt_of(40), 3, seed=5, max_tokens=60, stop_tokens=[])
+    expected = sequences(sample(sampler, kept))
+    free = sampler._pool.num_free
+    sampler.add(kept)
+    for i in range(3):
+        sampler.add(request(i, prompt_of(90, seed=i), 4, max_tokens=200, stop_tokens=[]))
+    for i in range(3):  # waiting, prefilling, running
+        sampler.step()
+        sampler.step()
+        assert sampler.cancel(str(i))
+        assert not sampler.cancel(str(i))
+    answers = run_all(sampler)
+    assert list(answers) == ["kept"]
+    assert [s.tokens for s in sequences(answers["kept"])] == [s.tokens for s in expected]
+    assert sampler._pool.num_free == free
+
+
+def test_a_second_turn_finds_the_first_in_the_cache(model, sampler, adapters):
+    first = request(0, prompt_of(50), max_tokens=30, seed=1, stop_tokens=[])
+    (sampled,) = sequences(sample(sampler, first, "a"))
+    prompt = [*prompt_of(50), *sampled.tokens, *prompt_of(9, seed=5)]
+    second = request(1, prompt, max_tokens=10, seed=2, stop_tokens=[])
+    output = sample(sampler, second, "a")
+    assert output.prompt_cache_hit_tokens == 64  # whole pages of the 79 cached tokens
+    check_logprobs(model, prompt, sequences(output)[0], adapter=adapters["a"])
+    assert sample(sampler, second, "b").prompt_cache_hit_tokens == 0, "other weights, other keys and values"
+
+
+def test_registered_weights_do_not_change_with_their_source(model, sampler):
+    adapter = random_adapter(model.config, 7)
+    asked = request(0, prompt_of(8), seed=3, max_tokens=10, stop_tokens=[])
+    sampler.register("snapshot", adapter, scale=1.0)
+    before = sequences(sample(sampler, asked, "snapshot"))[0]
+    for leaf in jax.tree.leaves(adapter):
+        leaf[...] = 0
+    assert sequences(sample(sampler, asked, "snapshot"))[0].tokens == before.tokens
+    with pytest.raises(ValueError, match="already registered"):
+        sampler.register("snapshot", adapter)
+    sampler.release("snapshot")
+    assert "snapshot" not in sampler
+    with pytest.raises(KeyError):
+        sampler.add(asked, "snapshot")
+
+
+def test_full_weights_sample_beside_adapters(model, sampler):
+    own = jax.tree.map(lambda w: w * 0.9, model.base)
+    sampler.register("full", base=own)
+    asked = request("full", prompt_of(20), seed=3, max_tokens=12, stop_tokens=[])
+    sampler.add(asked, "full")
+    sampler.add(request("other", prompt_of(20), seed=3, max_tokens=12, stop_tokens=[]), "a")
+    answers = run_all(sampler)
+    check_logprobs(model._replace(base=own), prompt_of(20), sequences(answers["full"])[0])
+
+
+def test_weights_that_are_not_finite_fail_their_request_alone(model, sampler):
+    broken = random_adapter(model.config, 4)
+    broken["layers"]["up_proj"]["a"][...] = np.nan
+    sampler.register("broken", broken)
+    sampler.add(request("broken", prompt_of(5), 3, max_tokens=5), "broken")
+    sampler.add(request("fine", prompt_of(5), max_tokens=5, stop_tokens=[]), "a")
+    answers = run_all(sampler)
+    assert isinstance(answers["broken"], messages.Failed)
+    assert answers["broken"].category == "user"
+    assert len(sequences(answers["fine"])[0].tokens) == 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"prompt": []}, "prompt: it has no tokens"),
+        ({"prompt": [5, 320]}, "token 320 at position 1"),
+        ({"prompt": [-1]}, "token -1 at position 0"),
+        ({"prompt": [3] * 1025}, "1025 tokens"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"topk": 65}, "topk_sample_logprobs"),
+        ({"topk_prompt": -1}, "topk_prompt_logprobs"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(sampler, wrong, text):
+    with pytest.raises(UserError, match=text):
+        sampler.add(request(0, **({"prompt": [4, 5]} | wrong)))
+    assert not sampler.has_work
+
+
+def test_random_requests_compile_nothing_after_warm_up(model, adapters):
+    rng = np.random.default_rng(5)
+    sampler = make_sampler(model, max_slots=4)
+    for key, adapter in adapters.items():
+        sampler.register(key, adapter, scale=2.0)
+
+    def some_requests(count):
+        for asked, key in random_requests(rng, count):
+            sampler.add(asked, key)
+        run_all(sampler)
+
+    some_requests(30)
+    programs = (decode.prefill, decode.decode, decode.score)
+    before = [program._cache_size() for program in programs]
+    some_requests(60)
+    assert [program._cache_size() for program in programs] == before

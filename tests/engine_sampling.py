@@ -1,0 +1,111 @@
+"""What the sampler's tests share: a tiny model, a sampler over it, requests, and brute-force log-probs.
+
+The caller writes the model; the sampler is small enough that requests fight for slots and pages.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tinsmith.engine import messages
+from tinsmith.engine.sampler import Sampler
+from tinsmith.engine.tokenizer import TokenBytes
+from tinsmith.model import config as config_lib
+from tinsmith.model import decoder, load, lora
+from tiny_models import write_model
+
+
+class Model(NamedTuple):
+    folder: object
+    config: config_lib.ModelConfig
+    graph: object
+    base: dict
+
+
+def load_tiny(folder, variant="llama", **overrides) -> Model:
+    folder = write_model(folder, variant, **{"num_hidden_layers": 2, **overrides})
+    config = config_lib.read_config(folder)
+    graph, _ = decoder.build(config, jnp.float32)
+    return Model(folder, config, graph, load.load_base(folder, config, jnp.float32))
+
+
+def random_adapter(config, seed=0, rank=8, **which):
+    """An adapter with a B that is not zero."""
+    adapter = lora.init_lora(config, seed, rank, **which)
+    rng = np.random.default_rng(seed)
+    for pair in [*adapter["layers"].values(), *([adapter["unembed"]] if "unembed" in adapter else [])]:
+        pair["b"][..., :rank, :] = rng.normal(size=pair["b"][..., :rank, :].shape) * 0.1
+    return adapter
+
+
+def make_sampler(model: Model, **options) -> Sampler:
+    options = {"kv_cache_tokens": 2048, "page_size": 16, "prefill_tokens": 64, "decode_steps": 8} | options
+    tokenizer = TokenBytes.from_folder(model.folder)
+    return Sampler(model.graph, model.base, model.config, token_bytes=tokenizer, **options)
+
+
+def request(request_id, prompt, num_samples=1, *, logprobs=False, topk_prompt=0, topk=0, **params):
+    return messages.Sample(
+        request_id=str(request_id),
+        sampler=messages.SamplerRef("tiny"),
+        prompt=np.asarray(prompt, np.int32).tobytes(),
+        num_samples=num_samples,
+        params=messages.SamplingParams(**params),
+        prompt_logprobs=logprobs,
+        topk_prompt_logprobs=topk_prompt,
+        topk_sample_logprobs=topk,
+    )
+
+
+class Sampled(NamedTuple):
+    tokens: list[int]
+    logprobs: np.ndarray
+    stop_reason: str
+
+
+def run_all(sampler: Sampler) -> dict[str, messages.SampleOutput | messages.Failed]:
+    """Step until nothing is left; answers by request id."""
+    answers = {}
+    while sampler.has_work:
+        for answer in sampler.step():
+            assert answer.request_id not in answers, "answered twice"
+            answers[answer.request_id] = answer.output if isinstance(answer, messages.Done) else answer
+    return answers
+
+
+def sample(sampler: Sampler, asked: messages.Sample, key=None) -> messages.SampleOutput:
+    sampler.add(asked, key)
+    return run_all(sampler)[asked.request_id]
+
+
+def sequences(output: messages.SampleOutput) -> list[Sampled]:
+    return [
+        Sampled(
+            np.frombuffer(s.tokens, np.int32).tolist(), np.frombuffer(s.logprobs, np.float32), s.stop_reason
+        )
+        for s in output.sequences
+    ]
+
+
+def full_forward_logprobs(model: Model, tokens, temperature=1.0, adapter=None, scale=1.0) -> np.ndarray:
+    """[len(tokens), V] log-probs of every next token, by one pass of the trainer's trunk."""
+    T = len(tokens)
+    padded = np.zeros((1, -(-T // 128) * 128), np.int32)
+    padded[0, :T] = tokens
+    position = np.arange(padded.shape[1], dtype=np.int32)[None]
+    stack = None if adapter is None else lora.stack_adapters((adapter,), jnp.asarray([scale]))
+    z = _logits(model.graph, model.base, padded, position, stack)[0, :T]
+    return np.asarray(jax.nn.log_softmax(z / temperature))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graph, base, tokens, position, stack):
+    hidden = decoder.trunk(graph, base, tokens, position, jnp.zeros_like(position), stack, None)
+    z = hidden @ decoder.unembed(base).T
+    if stack is not None and "unembed" in stack:
+        z = z + lora.delta(hidden, stack["unembed"], stack["scale"], None)
+    return z
