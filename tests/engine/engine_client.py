@@ -14,7 +14,6 @@ import numpy as np
 import zmq
 from tinsmith.engine import messages
 
-
 CACHE = Path(__file__).parents[2] / ".cache" / "tests"
 """Compiled programs, kept from one test process to the next."""
 
