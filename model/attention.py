@@ -4,14 +4,16 @@ One mask serves packing, padding and sliding windows: `start[b, t]`, the first k
 sees. Key j is visible to query i iff start[b, i] <= j <= i.
 
 Letters: B rows, T tokens, N query heads, K kv heads, G = N / K query heads per kv head, H head dim,
-Q queries of one block, S keys that a block sees.
+Q queries of one block, S keys that a block sees, M = G Q.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
 """Finite, so that a row without any visible key gives a mean of values rather than NaN."""
@@ -22,53 +24,104 @@ _SMALLEST_BLOCK = 64
 
 def attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
     start_BT: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale * q k^T + mask) v, grouped heads, softmax in float32.
-
-    There may be more keys than queries: the queries are then the last T of the S positions (a prompt
-    continued after cached keys), and `start_BT` counts from the first key.
+    """softmax(scale * q k^T + mask) v, grouped heads, scores and softmax in float32.
 
     The queries are cut into a few blocks and each block sees only the keys up to its own end, which saves
-    nearly half of the dense product's work above the diagonal.
+    nearly half of the work above the diagonal. The backward computes the scores again instead of keeping
+    them.
     """
-    T = q_BTNH.shape[1]
-    first = k_BSKH.shape[1] - T
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q_BKGTH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    out_BKGTH = _attend(q_BKGTH, k_BKTH, v_BKTH, start_BT)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def _attend(
+    q_BKGTH: Float[Array, "B K G T H"],
+    k_BKTH: Float[Array, "B K T H"],
+    v_BKTH: Float[Array, "B K T H"],
+    start_BT: Int[Array, "B T"],
+) -> Float[Array, "B K G T H"]:
+    return _attend_forward(q_BKGTH, k_BKTH, v_BKTH, start_BT)[0]
+
+
+def _attend_forward(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, start_BT: Array) -> tuple[Array, tuple]:
+    """The output, and what the backward needs: the inputs, the output and each query's log-sum-exp."""
+    B, K, G, T, H = q_BKGTH.shape
+    outs, lses = [], []
+    for begin, end in _blocks(T):
+        Q = end - begin
+        q_BKMH = q_BKGTH[:, :, :, begin:end].reshape(B, K, G * Q, H)
+        scores_BKMS = _dot("bkmh,bksh->bkms", q_BKMH, k_BKTH[:, :, :end])
+        visible_BQS = _visible(start_BT, begin, end)
+        scores = jnp.where(visible_BQS[:, None, None], scores_BKMS.reshape(B, K, G, Q, end), MASKED)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        weights_BKMS = weights.astype(v_BKTH.dtype).reshape(B, K, G * Q, end)
+        out_BKMH = _dot("bkms,bksh->bkmh", weights_BKMS, v_BKTH[:, :, :end])
+        outs.append((out_BKMH.reshape(B, K, G, Q, H) / total).astype(q_BKGTH.dtype))
+        lses.append((top + jnp.log(total))[..., 0])
+    out_BKGTH, lse_BKGT = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    return out_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, start_BT, out_BKGTH, lse_BKGT)
+
+
+def _attend_backward(kept: tuple, dout_BKGTH: Array) -> tuple[Array, Array, Array, None]:
+    """FlashAttention's backward (arXiv:2205.14135, appendix B), keys before queries.
+
+    With scores as [S, M] every large operand of every product lies as it was made: no [T, T] transposes.
+    """
+    q_BKGTH, k_BKTH, v_BKTH, start_BT, out_BKGTH, lse_BKGT = kept
+    B, K, G, T, H = q_BKGTH.shape
+    dtype = q_BKGTH.dtype
+    pull_BKGT = (dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(-1)
+    dk = jnp.zeros(k_BKTH.shape, jnp.float32)
+    dv = jnp.zeros(v_BKTH.shape, jnp.float32)
+    dqs = []
+    for begin, end in _blocks(T):
+        Q = end - begin
+        M = G * Q
+        q_BKMH = q_BKGTH[:, :, :, begin:end].reshape(B, K, M, H)
+        dout_BKMH = dout_BKGTH[:, :, :, begin:end].reshape(B, K, M, H)
+        lse_BK1M = lse_BKGT[..., begin:end].reshape(B, K, 1, M)
+        pull_BK1M = pull_BKGT[..., begin:end].reshape(B, K, 1, M)
+        k_BKSH, v_BKSH = k_BKTH[:, :, :end], v_BKTH[:, :, :end]
+        visible_BSQ = _visible(start_BT, begin, end).swapaxes(1, 2)
+        visible_B1SM = jnp.tile(visible_BSQ, (1, 1, G))[:, None]
+        scores_BKSM = _dot("bksh,bkmh->bksm", k_BKSH, q_BKMH)
+        probs_BKSM = jnp.where(visible_B1SM, jnp.exp(scores_BKSM - lse_BK1M), 0.0)
+        dprobs_BKSM = _dot("bksh,bkmh->bksm", v_BKSH, dout_BKMH)
+        dscores_BKSM = (probs_BKSM * (dprobs_BKSM - pull_BK1M)).astype(dtype)
+        dv = dv.at[:, :, :end].add(_dot("bksm,bkmh->bksh", probs_BKSM.astype(dtype), dout_BKMH))
+        dk = dk.at[:, :, :end].add(_dot("bksm,bkmh->bksh", dscores_BKSM, q_BKMH))
+        dq_BKHM = _dot("bkhs,bksm->bkhm", k_BKSH.swapaxes(2, 3), dscores_BKSM)
+        dqs.append(dq_BKHM.swapaxes(2, 3).reshape(B, K, G, Q, H))
+    return jnp.concatenate(dqs, axis=3).astype(dtype), dk.astype(dtype), dv.astype(dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(T: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each block of queries."""
     size = max(_SMALLEST_BLOCK, -(-T // _QUERY_BLOCKS))
-    blocks = []
     for begin in range(0, T, size):
-        end = min(begin + size, T)
-        blocks.append(
-            _attend_block(
-                q_BTNH[:, begin:end],
-                k_BSKH[:, : first + end],
-                v_BSKH[:, : first + end],
-                start_BT[:, begin:end],
-                first + begin,
-                scale,
-            )
-        )
-    return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+        yield begin, min(begin + size, T)
 
 
-def _attend_block(
-    q_BQNH: Float[Array, "B Q N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    start_BQ: Int[Array, "B Q"],
-    first_query: int,
-    scale: float,
-) -> Float[Array, "B Q N H"]:
-    B, Q, N, H = q_BQNH.shape
-    S, K = k_BSKH.shape[1:3]
-    query = first_query + jnp.arange(Q)
-    key = jnp.arange(S)
-    visible_BQS = (key >= start_BQ[:, :, None]) & (key <= query[:, None])
-    q_BQKGH = (q_BQNH * jnp.asarray(scale, q_BQNH.dtype)).reshape(B, Q, K, N // K, H)
-    scores_BKGQS = jnp.einsum("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH).astype(jnp.float32)
-    scores_BKGQS = jnp.where(visible_BQS[:, None, None], scores_BKGQS, MASKED)
-    probs_BKGQS = jax.nn.softmax(scores_BKGQS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgqs,bskh->bqkgh", probs_BKGQS, v_BSKH).reshape(B, Q, N, H)
+def _visible(start_BT: Int[Array, "B T"], begin: int, end: int) -> Bool[Array, "B Q S"]:
+    key = jnp.arange(end)
+    return (key >= start_BT[:, begin:end, None]) & (key <= jnp.arange(begin, end)[:, None])
+
+
+def _dot(equation: str, a: Array, b: Array) -> Array:
+    """einsum with float32 sums: safe here, where no autodiff sees it."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

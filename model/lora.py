@@ -113,10 +113,34 @@ def delta(
     """
     a, b = pair["a"], pair["b"]
     if a.shape[0] == 1:
-        low_BTR = (x_BTI @ a[0].astype(x_BTI.dtype)) * scale_n[0].astype(x_BTI.dtype)
-        return low_BTR @ b[0].astype(x_BTI.dtype)
-    a_BIR, b_BRO = a[row_adapter_B].astype(x_BTI.dtype), b[row_adapter_B].astype(x_BTI.dtype)
-    low_BTR = jnp.einsum("bti,bir->btr", x_BTI, a_BIR) * scale_n[row_adapter_B, None, None].astype(
-        x_BTI.dtype
-    )
-    return jnp.einsum("btr,bro->bto", low_BTR, b_BRO)
+        scale = scale_n[0].astype(x_BTI.dtype)
+        return product(product(x_BTI, a[0]) * scale, b[0])
+    scale_B11 = scale_n[row_adapter_B, None, None].astype(x_BTI.dtype)
+    return product(product(x_BTI, a[row_adapter_B]) * scale_B11, b[row_adapter_B])
+
+
+@jax.custom_vjp
+def product(x_BTI: Float[Array, "B T I"], w: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
+    """x w in x's dtype, `w` one float32 matrix or one per row; w's gradient is summed in float32."""
+    return x_BTI @ w.astype(x_BTI.dtype)
+
+
+def _product_forward(x_BTI: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(x_BTI, w), (x_BTI, w)
+
+
+def _product_backward(kept: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
+    x_BTI, w = kept
+    dx_BTI = dy_BTO @ w.astype(dy_BTO.dtype).swapaxes(-1, -2)
+    rows = "b" if w.ndim == 3 else ""
+    # The left operand of a sum over tokens is transposed in memory on the CPU: let it be the narrow one.
+    # Autodiff would transpose the wide one, and compute what made it anew in that order.
+    if x_BTI.shape[-1] <= dy_BTO.shape[-1]:
+        dw = jnp.einsum(f"bti,bto->{rows}io", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
+    else:
+        dw = jnp.einsum(f"bto,bti->{rows}oi", dy_BTO, x_BTI, preferred_element_type=jnp.float32)
+        dw = dw.swapaxes(-1, -2)
+    return dx_BTI, dw.astype(w.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
