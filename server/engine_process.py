@@ -168,7 +168,7 @@ class EngineProcess:
 
     def _note(self, status: messages.Status) -> None:
         self.phase, self.text = status.phase, status.text
-        log.info("engine: %s: %s", status.phase, status.text)
+        log.debug("engine: %s: %s", status.phase, status.text)  # it logs them itself
         if status.phase == "ready":
             self.ready.set()
 

@@ -25,6 +25,7 @@ from ..errors import StorageFull, Unavailable
 
 log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")
+BUSY_MILLISECONDS = 10_000  # how long another process may hold the database before a write fails
 _GROUP = 256  # functions in one commit, at most
 
 
@@ -36,7 +37,12 @@ def _connect(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say so, below
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"busy_timeout={BUSY_MILLISECONDS}",
+            "foreign_keys=ON",
+        ):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -114,10 +114,19 @@ class Wire:
         return self.result(created)["model_id"]
 
     def forward_backward(
-        self, model: str, seq_id: int, datums: list[pb.Datum] | None = None, loss: str = "cross_entropy", **fields
+        self,
+        model: str,
+        seq_id: int,
+        datums: list[pb.Datum] | None = None,
+        loss: str = "cross_entropy",
+        **fields,
     ) -> httpx.Response:
         request = pb.ForwardBackwardRequest(
-            model_id=model, seq_id=seq_id, loss_fn=loss, data=[datum()] if datums is None else datums, **fields
+            model_id=model,
+            seq_id=seq_id,
+            loss_fn=loss,
+            data=[datum()] if datums is None else datums,
+            **fields,
         )
         return self.post_protobuf(request.SerializeToString())
 

@@ -204,7 +204,13 @@ def test_samples_that_cannot_be(wire: Wire) -> None:
 def test_wrong_keys(server: ServerProcess) -> None:
     for key in (None, "", "tml-wrong", "tml-alic", "alice"):
         stranger = Wire(server.url, key)
-        for path in ("client/config", "create_session", "retrieve_future", "forward_backward", "no/such/route"):
+        for path in (
+            "client/config",
+            "create_session",
+            "retrieve_future",
+            "forward_backward",
+            "no/such/route",
+        ):
             answer = stranger.post(path)
             assert answer.status_code == 401, (key, path)
             assert "key" in answer.json()["error"]
@@ -217,7 +223,9 @@ def test_wrong_keys(server: ServerProcess) -> None:
 def test_another_keys_ids_do_not_exist(server: ServerProcess, model: Model) -> None:
     wire, bob = model.wire, Wire(server.url, BOB)
     saved = wire.result(wire.post("save_weights", model_id=model.id, seq_id=model.number(), path="mine"))
-    named = wire.result(wire.post("save_weights_for_sampler", model_id=model.id, seq_id=model.number(), path="mine"))
+    named = wire.result(
+        wire.post("save_weights_for_sampler", model_id=model.id, seq_id=model.number(), path="mine")
+    )
     request = wire.forward_backward(model.id, model.number(), forward_only=True).json()["request_id"]
     session = model.id.partition(":")[0]
     assert bob.poll(request).status_code == bob.poll("req_unknown").status_code == 410
@@ -227,7 +235,9 @@ def test_another_keys_ids_do_not_exist(server: ServerProcess, model: Model) -> N
         bob.post("get_info", model_id=model.id),
         bob.post("save_weights", model_id=model.id, seq_id=100, path="theirs"),
         bob.post("session_heartbeat", session_id=session),
-        bob.post("create_model", session_id=session, model_seq_id=5, base_model="tiny", lora_config={"rank": 4}),
+        bob.post(
+            "create_model", session_id=session, model_seq_id=5, base_model="tiny", lora_config={"rank": 4}
+        ),
         bob.post("load_weights", session_id=bob.session(), model_seq_id=0, path=saved["path"]),
         bob.post("weights_info", tinker_path=saved["path"]),
         bob.post(

@@ -63,7 +63,12 @@ def test_a_sampler_scores_tokens_as_the_trainer_does(
     path = training.save_weights_for_sampler("trained").result().path
     tokens = data[0].model_input.to_ints()
     rows = logprobs(training.forward(data, "cross_entropy").result())[0]
-    scored = service.create_sampling_client(model_path=path).result().compute_logprobs(data[0].model_input).result()
+    scored = (
+        service.create_sampling_client(model_path=path)
+        .result()
+        .compute_logprobs(data[0].model_input)
+        .result()
+    )
     assert len(scored) == len(tokens)
     # Position i of the datum predicts target i, which is token i + 1 of the prompt.
     np.testing.assert_allclose(scored[1:], rows[:-1], atol=1e-4)

@@ -108,7 +108,9 @@ def test_an_operation_that_fails_says_why_and_harms_nothing(training: tinker.Tra
     before = training.forward(data, "cross_entropy").result().metrics["loss:sum"]
     with pytest.raises(tinker.RequestFailedError, match="no_such_loss"):
         training.forward_backward(data, "no_such_loss").result()
-    assert training.forward(data, "cross_entropy").result().metrics["loss:sum"] == pytest.approx(before, rel=1e-5)
+    assert training.forward(data, "cross_entropy").result().metrics["loss:sum"] == pytest.approx(
+        before, rel=1e-5
+    )
 
 
 def test_zstd_bodies(training: tinker.TrainingClient) -> None:
