@@ -23,12 +23,12 @@ import numpy as np
 
 from ..model import decode, kv_cache
 from ..model.config import ModelConfig
-from ..model.token_sampling import TOP_K, SamplingRows
+from ..model.token_sampling import TOP_K, SamplingRows, uniforms
 from . import messages
 from .errors import UserError
 from .page_pool import PagePool
 from .sampler_weights import AdapterStacks, Weights
-from .sequence import Generation, Prompt, Sequence, TopTable, seed_words
+from .sequence import Generation, Prompt, Sequence, TopTable, seed_of
 from .stop import StopRule, implicit_stop_tokens
 from .tokenizer import TokenBytes
 
@@ -148,7 +148,7 @@ class Sampler:
             weights=weights,
             arrival=self._arrivals,
             prompt=prompt,
-            seed=seed_words(params.seed),
+            seed=seed_of(params.seed),
             prompt_logprobs=np.full(len(prompt), np.nan, np.float32) if request.prompt_logprobs else None,
             prompt_top=TopTable(request.topk_prompt_logprobs, len(prompt))
             if request.topk_prompt_logprobs > 0
@@ -409,9 +409,7 @@ class Sampler:
         base = chosen[0].generation.weights.base_by_layer
         S, P = rows.table.shape
         with self._timed(f"decode {S} slots over {P * self._page_size}{_kind(stack)}"):
-            self._pages, decoded = decode.decode(
-                self._graph, base, self._pages, stack, rows, want_top, self._decode_steps
-            )
+            self._pages, decoded = decode.decode(self._graph, base, self._pages, stack, rows, want_top)
             decoded = jax.device_get(decoded)
         seconds = (time.monotonic() - began) / len(chosen)
         answers: list[messages.Done | messages.Failed] = []
@@ -455,7 +453,11 @@ class Sampler:
 
         table = np.zeros((S, P), np.int32)
         stop_tokens = np.full((S, _STOP_TOKENS), -1, np.int32)
+        u = np.zeros((self._decode_steps, S, 2), np.float32)
         for row, sequence in enumerate(chosen):
+            u[:, row] = uniforms(
+                sequence.generation.seed, sequence.index, len(sequence.tokens), self._decode_steps
+            )
             pages = sequence.pages[:P]
             table[row, : len(pages)] = pages
             some = list(sequence.stop.stop_tokens)[:_STOP_TOKENS]
@@ -466,8 +468,6 @@ class Sampler:
             temperature=column(np.float32, [p.temperature for p in params]),
             top_k=column(np.int32, [p.top_k if p.temperature > 0 else -1 for p in params]),
             top_p=column(np.float32, [p.top_p if p.temperature > 0 else 1.0 for p in params]),
-            seed=column(np.uint32, [s.generation.seed for s in chosen], 2),
-            sample_index=column(np.int32, [s.index for s in chosen]),
         )
         rows = decode.DecodeRows(
             last_token=column(np.int32, [s.tokens[-1] for s in chosen]),
@@ -477,6 +477,7 @@ class Sampler:
             budget=column(np.int32, [s.stop.remaining for s in chosen]),
             stop_tokens=stop_tokens,
             sampling=sampling,
+            u=u,
         )
         want_top = any(s.generation.request.topk_sample_logprobs > 0 for s in chosen)
         return rows, stack, np.bool_(want_top)

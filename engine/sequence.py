@@ -44,7 +44,7 @@ class Generation:
     weights: Weights
     arrival: int
     prompt: np.ndarray  # int32[prompt_len]
-    seed: tuple[int, int]  # high and low 32 bits
+    seed: int  # 64 bits
     prompt_logprobs: np.ndarray | None = None  # float32[prompt_len]
     prompt_top: TopTable | None = None
     cache_hit_tokens: int = 0
@@ -129,7 +129,6 @@ class Prompt:
         return self.num_cached == self.target
 
 
-def seed_words(seed: int | None) -> tuple[int, int]:
-    """A client's seed (any integer, taken modulo 2^64), or fresh entropy, as two 32-bit words."""
-    bits = secrets.randbits(64) if seed is None else seed % 2**64
-    return bits >> 32, bits & 0xFFFFFFFF
+def seed_of(seed: int | None) -> int:
+    """A client's seed (any integer, taken modulo 2^64), or fresh entropy."""
+    return secrets.randbits(64) if seed is None else seed % 2**64

@@ -141,7 +141,8 @@ def score(
 
 class DecodeRows(NamedTuple):
     """One row per sequence. `last_token` is not in the cache yet; it stands at `position`, after `position`
-    cached tokens. `budget` is how many tokens the sequence may still get (0 for an empty row)."""
+    cached tokens. `budget` is how many tokens the sequence may still get (0 for an empty row). `u` are the
+    uniforms of each step's draw (`token_sampling.uniforms`)."""
 
     last_token: Int[Array, " S"]
     position: Int[Array, " S"]
@@ -150,6 +151,7 @@ class DecodeRows(NamedTuple):
     budget: Int[Array, " S"]
     stop_tokens: Int[Array, "S E"]
     sampling: SamplingRows
+    u: Float[Array, "M S 2"]
 
 
 class Decoded(NamedTuple):
@@ -180,7 +182,7 @@ def by_layer(base: Base) -> Base:
     return base | {"layers": layers}
 
 
-@partial(jax.jit, static_argnames=("graph", "max_steps"), donate_argnames="pages")
+@partial(jax.jit, static_argnames="graph", donate_argnames="pages")
 def decode(
     graph: nnx.GraphDef,
     base: Base,
@@ -188,9 +190,8 @@ def decode(
     lora: LoraStack | None,
     rows: DecodeRows,
     want_top: Bool[Array, ""],
-    max_steps: int,
 ) -> tuple[Pages, Decoded]:
-    """Draw up to `max_steps` tokens for every row, fewer if all rows end earlier.
+    """Draw up to M tokens for every row, fewer if all rows end earlier.
 
     The context is read from the pages once; the tokens decoded here keep their keys and values beside it, and
     are written to the pages together at the end. A row ends when its budget is spent or one of `stop_tokens`
@@ -211,7 +212,7 @@ def decode(
     contexts = [kv_cache.read_layer(pages, layer, rows.table) for layer in range(L)]
     pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else None for layer in range(L)]
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
-    M, top = max_steps, min(token_sampling.TOP_K, V)
+    M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
 
     def going(state: tuple) -> Array:
         step, alive, *_ = state
@@ -237,7 +238,7 @@ def decode(
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter) if lora else None)
         z = logits(model, base, lora, model.norm(x), rows.adapter)[:, 0]
-        drawn = sample(z, position=position + 1)
+        drawn = sample(z, u=rows.u[step])
         out = jax.tree.map(lambda all_, new: all_.at[step].set(new), out, tuple(drawn))
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), out

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 TOP_K = 64  # most likely tokens looked at before the exact bisection is needed; also the most ever reported
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
@@ -22,15 +23,12 @@ _BLOCK = 256  # tokens per block of the two-level inverse CDF
 class SamplingRows(NamedTuple):
     """One row of parameters per sequence; all traced, so no value of them compiles anything.
 
-    `temperature` 0 is greedy, `top_k` < 1 and `top_p` >= 1 are off. `seed` is 64 bits as (high, low); with
-    `sample_index` and the token's position it determines the draw, whatever else shares the batch.
+    `temperature` 0 is greedy, `top_k` < 1 and `top_p` >= 1 are off.
     """
 
     temperature: Float[Array, " S"]
     top_k: Int[Array, " S"]
     top_p: Float[Array, " S"]
-    seed: UInt32[Array, "S 2"]
-    sample_index: Int[Array, " S"]
 
 
 class Drawn(NamedTuple):
@@ -46,17 +44,15 @@ class Drawn(NamedTuple):
 def sample_tokens(
     logits: Float[Array, "S V"],
     rows: SamplingRows,
-    position: Int[Array, " S"],
+    u: Float[Array, "S 2"],
     want_top: Bool[Array, ""],
 ) -> Drawn:
-    """Draw one token per row of float32 logits.
+    """Draw one token per row of float32 logits, from two uniforms in [0, 1) each.
 
     p = softmax(logits / temperature), restricted first to the top_k largest, then to the smallest set of
     tokens whose renormalised mass reaches top_p (ties at either border are kept), drawn by inverse CDF.
     Log-probs are of the tempered distribution before top-k and top-p; at temperature 0 the token is the
     argmax and its log-prob is of the untempered distribution (temperature 1).
-
-    `position` is the index of the drawn token in its sequence: the counter of the random draw.
     """
     greedy = rows.temperature <= 0.0
     z = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
@@ -76,7 +72,7 @@ def sample_tokens(
         lambda: jnp.full(z.shape[:1], -jnp.inf, z.dtype),
     )
     weights = jnp.where(z >= threshold[:, None], jnp.exp(z - highest), 0.0)
-    drawn = invert_cdf(weights, uniforms(rows.seed, rows.sample_index, position))
+    drawn = invert_cdf(weights, u)
     tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
     return Drawn(
         tokens=tokens,
@@ -86,16 +82,16 @@ def sample_tokens(
     )
 
 
-def uniforms(
-    seed: UInt32[Array, "S 2"], sample_index: Int[Array, " S"], position: Int[Array, " S"]
-) -> Float[Array, "S 2"]:
-    """Two uniforms in [0, 1) per row: threefry keyed by the seed, counted by sample index and position."""
+def uniforms(seed: int, sample_index: int, position: int, count: int) -> Float[np.ndarray, "count 2"]:
+    """The uniforms in [0, 1) for `count` tokens of one sample from `position` on, made on the host.
 
-    def one(seed_2, index, position_):
-        key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, index), position_), (2,))
-
-    return jax.vmap(one)(seed, sample_index, position)
+    Philox keyed by the 64-bit seed and the sample's index, counted by the token's position in its sequence:
+    a token's draw depends on these three alone, not on what shares its batch or how decoding is cut into
+    chunks, nor on the backend.
+    """
+    bits = np.random.Philox(key=seed | sample_index << 64, counter=position).random_raw(4 * count)
+    # 24 bits, so that the largest value is still below 1 in float32
+    return (bits.reshape(count, 4)[:, :2] >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 def invert_cdf(weights: Float[Array, "S V"], u: Float[Array, "S 2"]) -> Int[Array, " S"]:

@@ -12,19 +12,17 @@ from tinsmith.model import token_sampling
 from tinsmith.model.token_sampling import SamplingRows, sample_tokens
 
 
-def rows_of(S, *, temperature=1.0, top_k=-1, top_p=1.0, seed=0, first_index=0):
+def rows_of(S, *, temperature=1.0, top_k=-1, top_p=1.0):
     return SamplingRows(
         temperature=jnp.full(S, temperature, jnp.float32),
         top_k=jnp.full(S, top_k, jnp.int32),
         top_p=jnp.full(S, top_p, jnp.float32),
-        seed=jnp.tile(jnp.array([[seed >> 32, seed & 0xFFFFFFFF]], jnp.uint32), (S, 1)),
-        sample_index=jnp.arange(first_index, first_index + S, dtype=jnp.int32),
     )
 
 
-def draw(z, rows, position=0, want_top=False):
-    S = z.shape[0]
-    return jax.jit(sample_tokens)(z, rows, jnp.full(S, position, jnp.int32), jnp.bool_(want_top))
+def draw(z, rows, seed=0, want_top=False):
+    u = token_sampling.uniforms(seed, 0, 0, z.shape[0])
+    return jax.jit(sample_tokens)(z, rows, u, jnp.bool_(want_top))
 
 
 def filtered_distribution(z, temperature, top_k, top_p):
@@ -54,8 +52,8 @@ def test_frequencies_are_those_of_the_exact_distribution(temperature, top_k, top
     V, draws = 300, 60_000
     z = np.random.default_rng(3).normal(size=V).astype(np.float32) * 2
     expected = filtered_distribution(z, temperature, top_k, top_p)
-    rows = rows_of(draws, temperature=temperature, top_k=top_k, top_p=top_p, seed=17)
-    tokens = np.asarray(draw(jnp.broadcast_to(z, (draws, V)), rows).tokens)
+    rows = rows_of(draws, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = np.asarray(draw(jnp.broadcast_to(z, (draws, V)), rows, seed=17).tokens)
     counts = np.bincount(tokens, minlength=V)
     assert not counts[expected == 0].any(), "a token was drawn that the filters remove"
     # Pearson's chi-square over the cells with enough expectation; z-score of the statistic below 5
@@ -113,22 +111,26 @@ def test_logprobs_are_of_the_tempered_distribution_before_the_filters():
     )
 
 
-def test_one_rows_draw_depends_on_its_own_seed_index_and_position_only():
-    z = jnp.asarray(np.random.default_rng(2).normal(size=500), jnp.float32)
-    alone = draw(z[None], rows_of(1, seed=2**63 + 5, first_index=3), position=11).tokens[0]
-    among = draw(jnp.broadcast_to(z, (6, 500)), rows_of(6, seed=2**63 + 5), position=11).tokens
-    assert among[3] == alone
-    many = draw(jnp.broadcast_to(z, (64, 500)), rows_of(64, seed=9), position=0).tokens
-    assert len(set(np.asarray(many).tolist())) > 30, "samples of one seed are drawn independently"
-    high_bits = draw(jnp.broadcast_to(z, (64, 500)), rows_of(64, seed=9 + 2**32), position=0).tokens
-    assert (np.asarray(high_bits) != np.asarray(many)).mean() > 0.5, "all 64 bits of the seed count"
+def test_a_draw_depends_on_seed_sample_and_position_alone():
+    whole = token_sampling.uniforms(2**63 + 5, 3, 10, 40)
+    pieces = [token_sampling.uniforms(2**63 + 5, 3, 10 + at, 8) for at in range(0, 40, 8)]
+    np.testing.assert_array_equal(whole, np.concatenate(pieces))
+    for other in [(2**63 + 5, 4, 10), (2**63 + 6, 3, 10), (5, 3, 10), (2**63 + 5, 3, 11)]:
+        assert (token_sampling.uniforms(*other, 40) != whole).any(axis=1).all(), other
+    assert whole.dtype == np.float32
+    many = token_sampling.uniforms(1, 0, 0, 100_000)
+    assert many.min() >= 0
+    assert many.max() < 1
+    counts = np.histogram2d(many[:, 0], many[:, 1], bins=8, range=[[0, 1], [0, 1]])[0]
+    chi2 = ((counts - 1562.5) ** 2 / 1562.5).sum()
+    assert chi2 < 63 + 5 * np.sqrt(2 * 63), "uniform, and the two independent of each other"
 
 
 def test_tokens_of_no_probability_are_never_drawn():
     V = 1000
     z = np.full(V, -np.inf, np.float32)
     z[[0, 255, 256, 700]] = 0.0
-    drawn = draw(jnp.broadcast_to(jnp.asarray(z), (5000, V)), rows_of(5000, seed=1)).tokens
+    drawn = draw(jnp.broadcast_to(jnp.asarray(z), (5000, V)), rows_of(5000)).tokens
     assert set(np.asarray(drawn).tolist()) == {0, 255, 256, 700}
     extremes = token_sampling.invert_cdf(
         jnp.exp(jnp.broadcast_to(jnp.asarray(z), (2, V))), jnp.array([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]])
@@ -143,7 +145,7 @@ def test_new_parameters_compile_nothing():
         function(
             z,
             rows_of(2, temperature=temperature, top_k=top_k, top_p=top_p),
-            jnp.zeros(2, int),
+            jnp.full((2, 2), 0.5),
             jnp.bool_(False),
         )
     assert function._cache_size() == 1
