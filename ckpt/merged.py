@@ -49,7 +49,7 @@ def save_merged(
     tensors = _tensors(base, config)
     files = _shards(tensors, shard_bytes)
     with atomic_directory(directory) as writing:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(files):
             file = (
                 f"model-{index + 1:05d}-of-{len(files):05d}.safetensors" if files[1:] else "model.safetensors"

@@ -46,12 +46,12 @@ def log_all_compilations() -> None:
         if event == _CACHE_HIT:
             current.from_cache = True
 
-    def on_duration(event: str, seconds: float, **details) -> None:
+    def on_duration(event: str, duration_secs: float, **details) -> None:
         if event == _COMPILED:
             from_cache, current.from_cache = getattr(current, "from_cache", False), False
-            level = logging.INFO if seconds >= _WORTH_A_LINE_SECONDS else logging.DEBUG
+            level = logging.INFO if duration_secs >= _WORTH_A_LINE_SECONDS else logging.DEBUG
             how = "read from the cache" if from_cache else "compiled by XLA"
-            log.log(level, "%s: %s in %.2f s", details.get("fun_name", "a program"), how, seconds)
+            log.log(level, "%s: %s in %.2f s", details.get("fun_name", "a program"), how, duration_secs)
 
     monitoring.register_event_listener(on_event)
     monitoring.register_event_duration_secs_listener(on_duration)

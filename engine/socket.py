@@ -22,7 +22,7 @@ from . import messages
 
 log = logging.getLogger(__name__)
 
-PARENT_CHECK_SECONDS = 1.0
+PARENT_CHECK_MS = 1000
 """How often to look for the parent where the system cannot wait for a process by descriptor."""
 
 
@@ -72,7 +72,7 @@ class Socket:
         parent_descriptor = _process_descriptor(parent)
         if parent_descriptor is not None:
             poller.register(parent_descriptor, zmq.POLLIN)
-        timeout_ms = None if parent_descriptor is not None else 1000 * PARENT_CHECK_SECONDS
+        timeout_ms = None if parent_descriptor is not None else PARENT_CHECK_MS
         while True:
             ready = dict(poller.poll(timeout_ms))
             if parent_descriptor in ready or os.getppid() != parent:
