@@ -1,0 +1,39 @@
+"""Run by test_sampler_mesh in a process with 8 devices: `sample_on_meshes.py fsdp=8 data=2,fsdp=4 ...`."""
+
+import sys
+import tempfile
+
+import jax.numpy as jnp
+import numpy as np
+from engine_sampling import load_tiny, make_sampler, random_adapter, request, run_all, sequences
+from tinsmith.model import load, sharding
+
+folder = tempfile.mkdtemp()
+model = load_tiny(folder, "qwen3", num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64)
+adapter = random_adapter(model.config, 1)
+
+
+def sampled(axes):
+    mesh = sharding.make_mesh(axes)
+    base = load.load_base(folder, model.config, jnp.float32, mesh)
+    sampler = make_sampler(model._replace(base=base), mesh=mesh, max_slots=4)
+    sampler.register("a", adapter, scale=2.0)
+    for i, key in enumerate([None, "a", "a"]):
+        prompt = np.random.default_rng(i).integers(3, 320, (5, 20, 100)[i])
+        asked = request(i, prompt, logprobs=True, max_tokens=20, seed=i, stop_tokens=[])
+        sampler.add(asked, key)
+    answers = run_all(sampler)
+    return [
+        (sequences(answers[str(i)])[0], np.frombuffer(answers[str(i)].prompt_logprobs, np.float32)[1:])
+        for i in range(3)
+    ]
+
+
+expected = sampled(None)
+for text in sys.argv[1:]:
+    axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    for (ours, prompt_ours), (theirs, prompt_theirs) in zip(sampled(axes), expected, strict=True):
+        assert ours.tokens == theirs.tokens, text
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+        np.testing.assert_allclose(prompt_ours, prompt_theirs, atol=1e-5)
+    print(text, "equal")

@@ -1,0 +1,19 @@
+"""Sampling on 8 virtual devices is sampling on one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_samples_are_the_same_on_every_mesh():
+    meshes = ["data=2,fsdp=2,tensor=2"]
+    script = Path(__file__).with_name("sample_on_meshes.py")
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(script.parents[1]),
+    }
+    ran = subprocess.run([sys.executable, str(script), *meshes], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+    assert ran.stdout.count("equal") == len(meshes)

@@ -1,0 +1,58 @@
+"""Greedy samples are transformers' `generate`, for every family, with an adapter and without."""
+
+import numpy as np
+import pytest
+from engine_sampling import load_tiny, make_sampler, random_adapter, request, run_all, sequences
+from tiny_models import VARIANTS
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.reference
+
+NEW_TOKENS = 40
+SCALE = 2.0
+
+
+def generate(model, prompt, adapter=None):
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    if adapter is not None:
+        merge(hf, adapter)
+    with torch.no_grad():
+        out = hf.generate(
+            torch.tensor(prompt[None]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def merge(hf, adapter):
+    """W += scale A B, for every matrix (torch stores W transposed)."""
+
+    def add(weight, a, b):
+        weight.data += torch.tensor(SCALE * (a @ b).T)
+
+    for name, pair in adapter["layers"].items():
+        for layer, block in enumerate(hf.model.layers):
+            part = block.self_attn if name[0] in "qkvo" else block.mlp
+            add(getattr(part, name).weight, pair["a"][layer], pair["b"][layer])
+    if "unembed" in adapter:
+        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone())  # no longer the embedding
+        add(hf.lm_head.weight, adapter["unembed"]["a"], adapter["unembed"]["b"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_are_those_of_generate(tmp_path, variant):
+    model = load_tiny(tmp_path, variant)
+    sampler = make_sampler(model, max_slots=4)
+    adapter = random_adapter(model.config, 1)
+    sampler.register("a", adapter, scale=SCALE)
+    prompts = [np.random.default_rng(i).integers(3, 320, n) for i, n in enumerate([1, 90])]
+    for i, prompt in enumerate(prompts):
+        for key in (None, "a"):
+            asked = request(f"{i} {key}", prompt, temperature=0.0, max_tokens=NEW_TOKENS, stop_tokens=[])
+            sampler.add(asked, key)
+    answers = run_all(sampler)
+    for i, prompt in enumerate(prompts):
+        for key in (None, "a"):
+            (ours,) = sequences(answers[f"{i} {key}"])
+            assert ours.tokens == generate(model, prompt, adapter if key else None), (i, key)
