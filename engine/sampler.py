@@ -23,6 +23,7 @@ import numpy as np
 
 from ..model import decode, kv_cache
 from ..model.config import ModelConfig
+from ..model.sharding import replicated
 from ..model.token_sampling import TOP_K, SamplingRows, uniforms
 from . import messages
 from .errors import UserError
@@ -85,7 +86,7 @@ class Sampler:
         self._pages: kv_cache.Pages | None = None  # made when first needed
 
         self._weights: dict[str | None, Weights] = {None: Weights(base, decode.by_layer(base))}
-        self._stacks = AdapterStacks(None if mesh is None else _replicated(mesh))
+        self._stacks = AdapterStacks(None if mesh is None else replicated(mesh))
         self._arrivals = 0
         self._turns = 0
         self._generations: dict[str, Generation] = {}
@@ -113,7 +114,7 @@ class Sampler:
         shared = self._weights[None]
         adapter = copy(adapter)
         if self._mesh is not None:
-            adapter = jax.device_put(adapter, _replicated(self._mesh))
+            adapter = jax.device_put(adapter, replicated(self._mesh))
         self._weights[key] = Weights(shared.base, shared.base_by_layer, adapter, scale)
 
     def release(self, key: str) -> None:
@@ -208,13 +209,7 @@ class Sampler:
     # --- memory ------------------------------------------------------------------------------------------
 
     def _make_pages(self) -> kv_cache.Pages:
-        sharding = None
-        if self._mesh is not None:
-            ways = self._mesh.shape["tensor"]
-            heads = "tensor" if self._config.num_kv_heads % ways == 0 else None
-            spec = jax.sharding.PartitionSpec(None, None, heads, None, None)
-            sharding = jax.sharding.NamedSharding(self._mesh, spec)
-        return kv_cache.make_pages(self._config, self._num_pages, self._page_size, self._dtype, sharding)
+        return kv_cache.make_pages(self._config, self._num_pages, self._page_size, self._dtype, self._mesh)
 
     def _pages_for(self, positions: int) -> int:
         return -(-positions // self._page_size)
@@ -561,10 +556,6 @@ def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) ->
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     budget = 2**30 if limit is None else limit // 4
     return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
-
-
-def _replicated(mesh: Any) -> Any:
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def _bucket(buckets: Any, size: int) -> int:

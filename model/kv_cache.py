@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from .config import ModelConfig
+from .sharding import LogicalAxes, constrain, partition_spec
+
+_AXES: LogicalAxes = ("layers", "tokens", "kv_heads", "tokens", "head_dim")
 
 
 class Pages(NamedTuple):
@@ -37,10 +41,11 @@ def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
 
 
 def make_pages(
-    config: ModelConfig, num_pages: int, page_size: int, dtype: Any, sharding: Any = None
+    config: ModelConfig, num_pages: int, page_size: int, dtype: Any, mesh: Mesh | None = None
 ) -> Pages:
     """Empty pages; `num_pages` counts page 0, which is nobody's."""
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
+    sharding = None if mesh is None else NamedSharding(mesh, partition_spec(shape, _AXES, mesh))
     return Pages(*(jnp.zeros(shape, dtype, device=sharding) for _ in range(2)))
 
 
@@ -67,7 +72,8 @@ def write(
     """Put the keys and values of W tokens at (page, offset)."""
 
     def put(into: Array, new: Array) -> Array:
-        return into.at[:, page_W, :, offset_W].set(new)
+        # pinned, so that the pages come back as they went in and the next call needs no other program
+        return constrain(into.at[:, page_W, :, offset_W].set(new), _AXES)
 
     return Pages(put(pages.k, k_WLKH), put(pages.v, v_WLKH))
 
@@ -75,4 +81,4 @@ def write(
 @partial(jax.jit, donate_argnames="pages")
 def copy_pages(pages: Pages, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Pages:
     """Copy whole pages: the last, partly filled page of a prompt, once for each of its samples."""
-    return Pages(*(of.at[:, target_W].set(of[:, source_W]) for of in pages))
+    return Pages(*(constrain(of.at[:, target_W].set(of[:, source_W]), _AXES) for of in pages))
