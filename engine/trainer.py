@@ -69,7 +69,7 @@ class Trainer:
         self._static = Static(
             graph,
             self._dtype,
-            remat or ("none" if on_cpu else "full"),
+            remat or ("dots" if on_cpu else "full"),
             chunk_tokens or (256 if on_cpu else 1024),
             False,
         )

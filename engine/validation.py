@@ -72,6 +72,8 @@ def check_adam(params: AdamParams) -> None:
 
 
 def _check_datum(index: int, datum: Datum, loss: Loss, vocab_size: int, max_length: int) -> TrainingDatum:
+    if len(datum.tokens) % 4:
+        raise UserError(f"datum {index}: model_input is {len(datum.tokens)} bytes; int32 tokens take 4 each")
     tokens = np.frombuffer(datum.tokens, "<i4")
     length = len(tokens)
     if length == 0:
