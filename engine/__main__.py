@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 import msgspec
@@ -53,7 +54,7 @@ def main() -> int:
 def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     """The engine with its base models on the devices; the server hears of the progress."""
 
-    def tell(phase: str, text: str) -> None:
+    def tell(phase: Literal["loading", "ready"], text: str) -> None:
         log.info("%s", text)
         socket.send(messages.Status(phase, text))
 

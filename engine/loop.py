@@ -124,6 +124,7 @@ class Engine:
 
     def _run(self, unit: Unit, operation: ModelOperation) -> Iterator[None]:
         """An operation of one turn."""
+        outcome: messages.Output | Writing | Exception
         try:
             outcome = self._models.run(operation)
         except Exception as error:
@@ -135,6 +136,7 @@ class Engine:
         """A micro-batch per turn, of all the unit's operations together."""
         batch: list[CheckedOperation] = []
         for operation in list(unit.operations):
+            assert isinstance(operation, messages.ForwardBackward)
             try:
                 batch.append((operation, self._models.job(operation)))
             except Exception as error:
@@ -159,8 +161,8 @@ class Engine:
         while not run.step():
             yield
         for (operation, _), result in zip(batch, run.results, strict=True):
-            is_output = isinstance(result, JobOutput)
-            self._finish(unit, operation, _forward_backward_output(result) if is_output else result)
+            outcome = result if isinstance(result, UserError) else _forward_backward_output(result)
+            self._finish(unit, operation, outcome)
 
     def _compute_alone(self, unit: Unit, operation: messages.ForwardBackward, job: Job) -> Iterator[None]:
         try:
@@ -272,8 +274,8 @@ def _described(request: Request) -> str:
         case messages.SaveState() | messages.LoadState() | messages.SaveSampler():
             return f"{request.model_id}: {type(request).__name__} {request.directory or 'in memory'}"
         case _:
-            of = getattr(request, "model_id", None)
-            return f"{of}: {type(request).__name__}" if of else type(request).__name__
+            owner = f"{request.model_id}: " if hasattr(request, "model_id") else ""
+            return owner + type(request).__name__
 
 
 def _result(output: messages.Output) -> str:

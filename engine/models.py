@@ -233,7 +233,9 @@ class Models:
 
 def _shape(lora: messages.LoraSpec | None) -> tuple | None:
     """What two adapters must have in common to take each other's weights."""
-    return lora and (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
+    if lora is None:
+        return None
+    return (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
 
 
 def _described(lora: messages.LoraSpec | None) -> str:
