@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 MODEL = "smollm2-135m"
 DATA = Path(__file__).parent / "data"
-BATCH = 16
+BATCH = 12
 RANK = 32
 LEARNING_RATE = 1e-3
 LEARNED = 0.6  # the last step's loss, as a share of the first one's, that counts as learned
@@ -150,7 +150,7 @@ def main() -> int:
         tokenizer = client.get_tokenizer()
         data = [datum(tokenizer, c) for c in read("tinsmith.jsonl")]
         held_out = read("held_out.jsonl")
-        held_out_data = [datum(tokenizer, c) for c in held_out]
+        held_out_data = [datum(tokenizer, c) for c in held_out[:BATCH]]
         questions = held_out[:3]
 
         console.print("Sampling from the untrained model …")
