@@ -40,7 +40,7 @@ class Backend:
         """Opens the ledger, starts the engine without waiting for it, takes up what was unfinished."""
         settings = self.settings
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(settings.ledger_url)
+        self.ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
         self.engine = EngineProcess(
             settings.engine_config([model.message for model in self.base_models.values()]),
             lambda answer: self.operations.on_answer(answer),

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     data_dir: Path = Path("tinsmith-data")
     cache_dir: Path = Field(default_factory=default_cache_dir)
     database_url: str | None = None  # None: SQLite in data_dir
+    sync_every_commit: bool = False  # SQLite: also survive a loss of power; milliseconds per operation
     api_key: Annotated[list[str], NoDecode] = Field(default_factory=list)
     api_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from ..errors import StorageFull, Unavailable
 
@@ -29,7 +29,7 @@ BUSY_MILLISECONDS = 10_000  # how long another process may hold the database bef
 _GROUP = 256  # functions in one commit, at most
 
 
-def _connect(url: str) -> Engine:
+def _connect(url: str, sync_every_commit: bool) -> Engine:
     engine = create_engine(url)
     if engine.dialect.name != "sqlite":
         return engine
@@ -37,13 +37,10 @@ def _connect(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say so, below
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            f"busy_timeout={BUSY_MILLISECONDS}",
-            "foreign_keys=ON",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={'FULL' if sync_every_commit else 'NORMAL'}")
+        connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+        connection.execute("PRAGMA foreign_keys=ON")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
@@ -54,10 +51,14 @@ def _connect(url: str) -> Engine:
 
 
 class Ledger:
-    """The database at `url`. Raises what the driver raises when it cannot be opened or migrated."""
+    """The database at `url`. Raises what the driver raises when it cannot be opened or migrated.
 
-    def __init__(self, url: str):
-        self._engine = _connect(url)
+    What SQLite has committed survives the end of this process, however it ends. To survive a loss of power
+    too, `sync_every_commit` waits for the disk at every commit, which costs milliseconds.
+    """
+
+    def __init__(self, url: str, sync_every_commit: bool = False):
+        self._engine = _connect(url, sync_every_commit)
         self._migrate()
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
@@ -114,17 +115,12 @@ class Ledger:
     def _commit(self, group: list[tuple]) -> None:
         outcomes: list[tuple[asyncio.Future, Any, BaseException | None]] = []
         try:
-            with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
-                for change, done, _loop in group:
-                    try:
-                        with connection.begin_nested():
-                            outcomes.append((done, change(connection), None))
-                    except DBAPIError as error:
-                        if error.connection_invalidated or "full" in str(error.orig):
-                            raise
-                        outcomes.append((done, None, error))
-                    except Exception as error:
-                        outcomes.append((done, None, error))
+            with self._engine.connect().execution_options(writes=True) as connection:
+                if len(group) == 1:
+                    outcomes = [_alone(connection, *group[0][:2])]
+                else:
+                    with connection.begin():
+                        outcomes = [_among_others(connection, *each[:2]) for each in group]
         except Exception as error:
             log.exception("the ledger could not be written")
             outcomes = [(done, None, _unwritable(error)) for _change, done, _loop in group]
@@ -132,6 +128,36 @@ class Ledger:
             group[0][2].call_soon_threadsafe(_resolve, outcomes)
         except RuntimeError:  # the event loop is closed: nobody waits any more
             log.debug("the event loop is closed")
+
+
+def _alone(connection: Connection, change: Callable[[Connection], T], done: asyncio.Future[T]) -> tuple:
+    """The transaction is its savepoint."""
+    try:
+        with connection.begin():
+            value = change(connection)
+        return done, value, None
+    except Exception as error:
+        _raise_if_unwritable(error)
+        return done, None, error
+
+
+def _among_others(
+    connection: Connection, change: Callable[[Connection], T], done: asyncio.Future[T]
+) -> tuple:
+    try:
+        with connection.begin_nested():
+            return done, change(connection), None
+    except Exception as error:
+        _raise_if_unwritable(error)
+        return done, None, error
+
+
+def _raise_if_unwritable(error: Exception) -> None:
+    """What concerns the database and not the change."""
+    if isinstance(error, OperationalError) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    ):
+        raise error
 
 
 def _unwritable(error: Exception) -> Exception:

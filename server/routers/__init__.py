@@ -9,12 +9,14 @@ from fastapi import Depends, Request
 from ..backend import Backend
 from ..operations import Operation
 
+# Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
 
-def _backend(request: Request) -> Backend:
+
+async def _backend(request: Request) -> Backend:
     return request.app.state.backend
 
 
-def _owner(request: Request) -> str:
+async def _owner(request: Request) -> str:
     return request.state.owner
 
 

@@ -116,8 +116,8 @@ def checked_datum(tokens: bytes, inputs: dict[str, messages.Tensor], index: int)
     for name, tensor in inputs.items():
         if tensor.shape[0] != length:
             raise BadRequest(
-                f"datum {index}: loss_fn_inputs[{name!r}]: {tensor.shape[0]} rows for {length} tokens of model_input; "
-                "position i of the input belongs to token i, so both have the same length"
+                f"datum {index}: loss_fn_inputs[{name!r}]: {tensor.shape[0]} rows for {length} tokens "
+                "of model_input; position i of the input belongs to token i, so both have the same length"
             )
     return messages.Datum(tokens, inputs)
 
