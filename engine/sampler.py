@@ -24,10 +24,10 @@ import numpy as np
 from ..model import decode, kv_cache
 from ..model.config import ModelConfig
 from ..model.sharding import replicated
-from ..model.token_sampling import TOP_K, SamplingRows, uniforms
 from . import messages
-from .errors import UserError
 from .page_pool import PagePool
+from .sample_checks import check_request
+from .sampler_rows import CONTEXT_BUCKETS, SLOT_BUCKETS, bucket_of, decode_rows, prefill_row
 from .sampler_weights import AdapterStacks, Weights
 from .sequence import Generation, Prompt, Sequence, TopTable, seed_of
 from .stop import StopRule, implicit_stop_tokens
@@ -35,9 +35,6 @@ from .tokenizer import TokenBytes
 
 PyTree = Any
 
-SLOT_BUCKETS = (1, 4, 16, 64)
-_CONTEXT_BUCKETS = (256, 1024, 4096, 16384, 65536, 262144)
-_STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
 _COPIED_AT_ONCE = 16
 
 
@@ -83,6 +80,7 @@ class Sampler:
         tokens = kv_cache_tokens or default_kv_cache_tokens(config, self._dtype, self._max_length)
         self._num_pages = 1 + max(1, tokens // page_size)
         self._pool = PagePool(self._num_pages, page_size)
+        self._longest = min(self._max_length, self._pool.capacity)
         self._pages: kv_cache.Pages | None = None  # made when first needed
 
         self._weights: dict[str | None, Weights] = {None: Weights(base, decode.by_layer(base))}
@@ -135,9 +133,11 @@ class Sampler:
         vocabulary, bad parameters), KeyError if `key` is not registered."""
         weights = self._weights[key]
         prompt = np.frombuffer(request.prompt, np.int32)
-        self._check(request, prompt)
+        if request.request_id in self._generations:
+            raise ValueError(f"request {request.request_id} is already running")
+        longest = self._longest
+        check_request(request, prompt, self._config.vocab_size, longest, self._token_bytes is not None)
         params = request.params
-        longest = min(self._max_length, self._pool.capacity)
         # The last token sampled is never fed back, so it needs no position of its own.
         room = longest + 1 - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -316,7 +316,8 @@ class Sampler:
                     pieces.append((prompt, prompt.target))
                     used += prompt.target
         weights = first.generation.weights
-        row = self._prefill_row(pieces, _bucket(self._prefill_buckets, used))
+        context = self._context_pages(first.num_cached) if first.num_cached else 0
+        row = prefill_row(pieces, bucket_of(self._prefill_buckets, used), self._page_size, context)
         stack, _ = self._stacks.of([weights])
         name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
         with self._timed(name):
@@ -341,24 +342,6 @@ class Sampler:
             ):
                 failed.append(self._fail_not_finite(prompt.generation))
         return failed
-
-    def _prefill_row(self, pieces: list[tuple[Prompt, int]], size: int) -> decode.PrefillRow:
-        tokens, position, page, offset = (np.zeros(size, np.int32) for _ in range(4))
-        start = np.arange(size, dtype=np.int32)  # padding sees itself
-        context = pieces[0][0].num_cached
-        at = 0
-        for prompt, count in pieces:
-            here = slice(at, at + count)
-            position[here] = prompt.num_cached + np.arange(count)
-            tokens[here] = prompt.tokens[prompt.num_cached : prompt.num_cached + count]
-            start[here] = at
-            page[here] = np.array(prompt.pages, np.int32)[position[here] // self._page_size]
-            offset[here] = position[here] % self._page_size
-            at += count
-        used = context // self._page_size
-        table = np.zeros(self._context_pages(context) if context else 0, np.int32)
-        table[:used] = pieces[0][0].pages[:used]
-        return decode.PrefillRow(tokens, position, start, page, offset, table, np.int32(context))
 
     def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, stack: PyTree) -> None:
         """Log-probs of the prompt tokens that follow this row's tokens."""
@@ -400,10 +383,13 @@ class Sampler:
         if not chosen:
             return []
         self._turns += 1
-        rows, stack, want_top = self._decode_rows(chosen)
+        stack, adapter = self._stacks.of([s.generation.weights for s in chosen])
+        pages = self._context_pages(max(self._positions_after_chunk(s) for s in chosen))
+        rows = decode_rows(chosen, adapter, bucket_of(SLOT_BUCKETS, len(chosen)), pages, self._decode_steps)
+        want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
         base = chosen[0].generation.weights.base_by_layer
-        S, P = rows.table.shape
-        with self._timed(f"decode {S} slots over {P * self._page_size}{_kind(stack)}"):
+        slots = len(rows.table)
+        with self._timed(f"decode {slots} slots over {pages * self._page_size}{_kind(stack)}"):
             self._pages, decoded = decode.decode(self._graph, base, self._pages, stack, rows, want_top)
             decoded = jax.device_get(decoded)
         seconds = (time.monotonic() - began) / len(chosen)
@@ -437,46 +423,6 @@ class Sampler:
         base = oldest.generation.weights.base
         return [s for s in self._running if s.generation.weights.base is base]
 
-    def _decode_rows(self, chosen: list[Sequence]) -> tuple[decode.DecodeRows, PyTree, np.bool_]:
-        S = _bucket(SLOT_BUCKETS, len(chosen))
-        P = self._context_pages(max(self._positions_after_chunk(s) for s in chosen))
-
-        def column(dtype: Any, values: list, *shape: int) -> np.ndarray:
-            array = np.zeros((S, *shape), dtype)
-            array[: len(values)] = np.array(values, dtype).reshape(len(values), *shape)
-            return array
-
-        table = np.zeros((S, P), np.int32)
-        stop_tokens = np.full((S, _STOP_TOKENS), -1, np.int32)
-        u = np.zeros((self._decode_steps, S, 2), np.float32)
-        for row, sequence in enumerate(chosen):
-            u[:, row] = uniforms(
-                sequence.generation.seed, sequence.index, len(sequence.tokens), self._decode_steps
-            )
-            pages = sequence.pages[:P]
-            table[row, : len(pages)] = pages
-            some = list(sequence.stop.stop_tokens)[:_STOP_TOKENS]
-            stop_tokens[row, : len(some)] = some
-        stack, adapter = self._stacks.of([s.generation.weights for s in chosen])
-        params = [s.generation.request.params for s in chosen]
-        sampling = SamplingRows(
-            temperature=column(np.float32, [p.temperature for p in params]),
-            top_k=column(np.int32, [p.top_k if p.temperature > 0 else -1 for p in params]),
-            top_p=column(np.float32, [p.top_p if p.temperature > 0 else 1.0 for p in params]),
-        )
-        rows = decode.DecodeRows(
-            last_token=column(np.int32, [s.tokens[-1] for s in chosen]),
-            position=column(np.int32, [s.num_cached for s in chosen]),
-            table=table,
-            adapter=column(np.int32, adapter),
-            budget=column(np.int32, [s.stop.remaining for s in chosen]),
-            stop_tokens=stop_tokens,
-            sampling=sampling,
-            u=u,
-        )
-        want_top = any(s.generation.request.topk_sample_logprobs > 0 for s in chosen)
-        return rows, stack, np.bool_(want_top)
-
     def _take(self, sequence: Sequence, row: int, decoded: Any) -> str | None:
         """Append the row's tokens up to its end; why it ended, if it did."""
         for step in range(int(decoded.steps)):
@@ -507,8 +453,7 @@ class Sampler:
 
     def _context_pages(self, positions: int) -> int:
         """Table columns for so many cached positions: the bucket's, at most the model's longest."""
-        longest = min(self._max_length, self._pool.capacity)
-        return self._pages_for(min(_bucket(_CONTEXT_BUCKETS, positions), longest))
+        return self._pages_for(min(bucket_of(CONTEXT_BUCKETS, positions), self._longest))
 
     @contextlib.contextmanager
     def _timed(self, program: str) -> Any:
@@ -518,36 +463,6 @@ class Sampler:
             self._compiled.add(program)
             self._on_compile(program, time.monotonic() - began)
 
-    def _check(self, request: messages.Sample, prompt: np.ndarray) -> None:
-        params, V = request.params, self._config.vocab_size
-        if request.request_id in self._generations:
-            raise ValueError(f"request {request.request_id} is already running")
-        if len(prompt) == 0:
-            raise UserError("prompt: it has no tokens; at least one is needed")
-        wrong = np.flatnonzero((prompt < 0) | (prompt >= V))
-        if len(wrong):
-            raise UserError(
-                f"prompt: token {prompt[wrong[0]]} at position {wrong[0]} is outside of 0..{V - 1}"
-            )
-        longest = min(self._max_length, self._pool.capacity)
-        if len(prompt) > longest:
-            raise UserError(f"prompt: {len(prompt)} tokens; this server takes at most {longest}")
-        if request.num_samples < 1:
-            raise UserError(f"num_samples: {request.num_samples}; it must be at least 1")
-        if params.max_tokens is not None and params.max_tokens < 1:
-            raise UserError(f"max_tokens: {params.max_tokens}; it must be at least 1")
-        if not 0.0 <= params.temperature < float("inf"):
-            raise UserError(f"temperature: {params.temperature}; it must be 0 (greedy) or positive")
-        if not 0.0 < params.top_p <= 1.0:
-            raise UserError(f"top_p: {params.top_p}; it must be above 0 and at most 1")
-        if params.top_k < -1:
-            raise UserError(f"top_k: {params.top_k}; it must be positive, or -1 for off")
-        for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-            if not 0 <= getattr(request, name) <= TOP_K:
-                raise UserError(f"{name}: {getattr(request, name)}; it must be between 0 and {TOP_K}")
-        if params.stop_strings and self._token_bytes is None:
-            raise UserError("stop: this model has no tokenizer on the server; give stop token ids instead")
-
 
 def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
     """A quarter of an accelerator's memory, or 1 GiB on the CPU; at least one sequence of full length up to
@@ -556,10 +471,6 @@ def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) ->
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     budget = 2**30 if limit is None else limit // 4
     return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
-
-
-def _bucket(buckets: Any, size: int) -> int:
-    return next((bucket for bucket in buckets if bucket >= size), buckets[-1])
 
 
 def _kind(stack: PyTree | None) -> str:

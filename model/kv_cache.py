@@ -69,9 +69,14 @@ def write(
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
 ) -> Pages:
-    """Put the keys and values of W tokens at (page, offset)."""
+    """Put the keys and values of W tokens at (page, offset).
+
+    What is not finite is written as zero: masked positions are multiplied by zero, which would spread one
+    sequence's NaN to whoever gets its page next.
+    """
 
     def put(into: Array, new: Array) -> Array:
+        new = jnp.where(jnp.isfinite(new), new, 0)
         # pinned, so that the pages come back as they went in and the next call needs no other program
         return constrain(into.at[:, page_W, :, offset_W].set(new), _AXES)
 

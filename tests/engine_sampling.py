@@ -43,7 +43,10 @@ def random_adapter(config, seed=0, rank=8, **which):
 
 
 def make_sampler(model: Model, **options) -> Sampler:
-    options = {"kv_cache_tokens": 2048, "page_size": 16, "prefill_tokens": 64, "decode_steps": 8} | options
+    defaults = {
+        "kv_cache_tokens": 704, "max_slots": 4, "page_size": 16, "prefill_tokens": 64, "decode_steps": 8
+    }  # fmt: skip
+    options = defaults | options
     tokenizer = TokenBytes.from_folder(model.folder)
     return Sampler(model.graph, model.base, model.config, token_bytes=tokenizer, **options)
 

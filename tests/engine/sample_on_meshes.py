@@ -16,7 +16,7 @@ adapter = random_adapter(model.config, 1)
 def sampled(axes):
     mesh = sharding.make_mesh(axes)
     base = load.load_base(folder, model.config, jnp.float32, mesh)
-    sampler = make_sampler(model._replace(base=base), mesh=mesh, max_slots=4)
+    sampler = make_sampler(model._replace(base=base), mesh=mesh)
     sampler.register("a", adapter, scale=2.0)
     for i, key in enumerate([None, "a", "a"]):
         prompt = np.random.default_rng(i).integers(3, 320, (5, 20, 100)[i])

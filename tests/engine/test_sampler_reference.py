@@ -43,7 +43,7 @@ def merge(hf, adapter):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_tokens_are_those_of_generate(tmp_path, variant):
     model = load_tiny(tmp_path, variant)
-    sampler = make_sampler(model, max_slots=4)
+    sampler = make_sampler(model)
     adapter = random_adapter(model.config, 1)
     sampler.register("a", adapter, scale=SCALE)
     prompts = [np.random.default_rng(i).integers(3, 320, n) for i, n in enumerate([1, 90])]
