@@ -133,7 +133,7 @@ def show(console: Console, questions: list[str], before: list[str], after: list[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
+    parser.add_argument("--steps", type=int, default=16, help="training steps (default: 16)")
     parser.add_argument(
         "--check-reference", action="store_true", help="also compare the first loss with transformers (torch)"
     )
