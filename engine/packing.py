@@ -19,6 +19,9 @@ import numpy as np
 ROW_MULTIPLE_OF = 8  # row lengths are rounded up to this
 MANY_ROWS = 4096  # micro-batches of at least so many tokens hold several rows
 SHORTEST_ROW, SHORTEST_ROW_OF_MANY = 128, 512
+PARTS_OF_A_MICRO_BATCH = (1 / 8, 3 / 8, 1 / 2, 1)  # of several candidates the least padding on mixed lengths
+# Measured with SmolLM2-135M on a CPU: 1.46 times as long per token in rows of 1024 as in rows of 512.
+ATTENTION_LENGTH, ATTENTION_LENGTH_OF_MANY = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class ShapeTable:
 
     rows: dict[int, tuple[int, ...]]  # T, ascending -> allowed B, ascending
     micro_batch_tokens: int
-    attention_length: int = 4096  # a row of this length spends as much in attention as in all products
+    attention_length: int  # a row of this length spends as much in attention as in all products
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -57,17 +60,18 @@ def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1)
     if many:
         lengths = _ladder(SHORTEST_ROW_OF_MANY, max_length, 4.0)
     else:
-        fine = min(max_length, micro_batch_tokens)
-        steps = 5 if fine == max_length else 3
-        lengths = _ladder(SHORTEST_ROW, fine, max(1.0, fine / SHORTEST_ROW) ** (1 / steps))
-        lengths |= _ladder(fine, max_length, 4.0)
+        shortest = min(SHORTEST_ROW, max_length)
+        lengths = _ladder(shortest, max_length, (max_length / shortest) ** (1 / 5) + 1e-9)
+        if max_length > micro_batch_tokens:
+            lengths = {int(part * micro_batch_tokens) for part in PARTS_OF_A_MICRO_BATCH}
+            lengths |= _ladder(micro_batch_tokens, max_length, 4.0)
     table = {}
     for length in sorted(lengths):
         counts = [row_multiple]
         while many and 4 * counts[-1] * length <= micro_batch_tokens:
             counts.append(4 * counts[-1])
         table[length] = tuple(counts)
-    return ShapeTable(table, micro_batch_tokens)
+    return ShapeTable(table, micro_batch_tokens, ATTENTION_LENGTH_OF_MANY if many else ATTENTION_LENGTH)
 
 
 def _ladder(first: int, last: int, ratio: float) -> set[int]:
