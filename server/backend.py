@@ -47,8 +47,8 @@ class Backend:
         )
         self.operations = Operations(self.ledger, self.engine)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
-        self.sessions = Sessions(self.ledger, self.runs)
-        self.samplers = Samplers(self.ledger)
+        self.samplers = Samplers(self.ledger, settings.data_dir)
+        self.sessions = Sessions(self.ledger, self.runs, self.samplers)
         self.checkpoints = Checkpoints(self.ledger, settings.data_dir)
         for owner in self.keys.owners:
             await self.ledger.write(lambda connection, owner=owner: tenancy.ensure_tenant(connection, owner))

@@ -112,7 +112,8 @@ def serve(
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
     _introduce(settings, base_models, listener.getsockname()[1])
-    run(settings, base_models, listener)
+    if not run(settings, base_models, listener):
+        raise typer.Exit(1)
     typer.echo("stopped; everything is saved")
 
 

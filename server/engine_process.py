@@ -59,6 +59,7 @@ class EngineProcess:
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self.death: str | None = None
+        self.was_ready = False
 
     async def start(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="tinsmith-")  # readable by this user only
@@ -171,6 +172,7 @@ class EngineProcess:
         log.debug("engine: %s: %s", status.phase, status.text)  # it logs them itself
         if status.phase == "ready":
             self.ready.set()
+            self.was_ready = True
 
     async def _watch(self) -> None:
         assert self._process is not None

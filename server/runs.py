@@ -14,7 +14,6 @@ import secrets
 import shutil
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from ..ckpt import paths
 from ..engine import messages
 from .dispatcher import Dispatcher
 from .engine_process import EngineProcess
-from .errors import ApiError, BadRequest, NotFound, Unavailable, internal_error
+from .errors import ApiError, BadRequest, NotFound, Unavailable
 from .ledger import operations as operation_rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger
@@ -311,7 +310,7 @@ class Runs:
                 return
             older, run.snapshot, run.snapshot_seq = run.snapshot, directory, through
         if older is not None:
-            await self._remove(older)
+            await self.remove_directory(older)
 
     async def save_all(self) -> None:
         """Before a stop: the state of every model that changed since its last snapshot."""
@@ -335,24 +334,25 @@ class Runs:
             return
         run.state = "finished"
         await self._ledger.write(
-            lambda connection: tenancy.update_model(connection, run.id, state="finished", snapshot=None)
+            lambda connection: tenancy.update_model(connection, run.id, state="finished")
         )
-        snapshot, run.snapshot = run.snapshot, None
+        # Not awaited: the client need not wait for what it has queued.
+        run.saving = asyncio.ensure_future(self._leave(run))
+
+    async def _leave(self, run: Run) -> None:
         if run.resident:
-            run.resident = False
             try:
                 await self._engine.request(messages.DeleteModel(f"delete-{uuid.uuid4().hex}", run.id))
             except Unavailable:
                 log.debug("the engine is gone, and the model with it")
-        if snapshot is not None:
-            await self._remove(snapshot)
+            run.resident = False
+        if run.snapshot is not None:
+            await self.remove_directory(run.snapshot)
+            run.snapshot = None
 
-    async def _remove(self, directory: str) -> None:
-        path: Path = paths.resolve(self._settings.data_dir, directory)
-        try:
-            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
-        except OSError as error:
-            internal_error(f"removing {directory}", error)
+    async def remove_directory(self, directory: str) -> None:
+        path = paths.resolve(self._settings.data_dir, directory)
+        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
 
 def new_seed() -> int:

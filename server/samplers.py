@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import Connection, Row
 
+from ..ckpt import paths
 from ..engine import messages
 from .errors import BadRequest, NotFound
 from .ledger import tenancy
@@ -34,8 +38,9 @@ def _sampler(row: Row) -> Sampler:
 
 
 class Samplers:
-    def __init__(self, ledger: Ledger):
+    def __init__(self, ledger: Ledger, data_dir: Path):
         self._ledger = ledger
+        self._data_dir = data_dir
         self._samplers: dict[str, Sampler] = {}
 
     async def create(
@@ -75,6 +80,16 @@ class Samplers:
         if sampler is None or sampler.owner != owner:
             raise NotFound(f"unknown sampling session {identifier!r}: create one first")
         return sampler
+
+    async def forget_unnamed(self, session_id: str) -> None:
+        """Weights that only a sampling session names go with their session."""
+        gone = await self._ledger.write(
+            lambda connection: tenancy.delete_unnamed_samplers(connection, session_id)
+        )
+        for row in gone:
+            self._samplers.pop(row.id, None)
+            directory = paths.resolve(self._data_dir, row.directory)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
 def add(

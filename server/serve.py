@@ -23,16 +23,28 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task | None = None
+        self.failed = False  # to start, or to stop in order
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        watch = asyncio.ensure_future(self._watch_start())
         await super().serve(sockets)
+        watch.cancel()
+
+    async def _watch_start(self) -> None:
+        """An engine that ends before it was ever ready will not be ready the next time either."""
+        while not self.started:
+            await asyncio.sleep(0.05)
+        engine = self.config.app.state.backend.engine  # type: ignore[union-attr]
+        await engine.ended.wait()
+        if not engine.was_ready and self._draining is None:
+            log.error("the engine could not start; its messages above say why")
+            self.failed = self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not noted as captured: uvicorn would raise it again at the end, and the exit code would not be 0.
         if self._draining is not None or self._loop is None:
-            self.force_exit = True
-            self.should_exit = True
+            self.failed = self.force_exit = self.should_exit = True
             return
         self._loop.call_soon_threadsafe(self._begin_drain)
 
@@ -46,6 +58,7 @@ class Server(uvicorn.Server):
             await self.config.app.state.backend.drain()  # type: ignore[union-attr]
         except Exception:
             log.exception("the models could not all be saved")
+            self.failed = True
         self.should_exit = True
 
 
@@ -59,8 +72,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket) -> None:
-    """Serves on `listener` until SIGINT or SIGTERM; returns after a clean stop."""
+def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket) -> bool:
+    """Serves on `listener` until SIGINT or SIGTERM; whether it started, and stopped with all saved."""
     config = uvicorn.Config(
         create_app(settings, base_models),
         log_config=None,
@@ -70,4 +83,6 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
         backlog=4096,
         server_header=False,
     )
-    Server(config).run(sockets=[listener])
+    server = Server(config)
+    server.run(sockets=[listener])
+    return server.started and not server.failed

@@ -12,14 +12,16 @@ from .errors import BadRequest, Gone, NotFound
 from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .runs import Runs
+from .samplers import Samplers
 
 _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
 
 
 class Sessions:
-    def __init__(self, ledger: Ledger, runs: Runs):
+    def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers):
         self._ledger = ledger
         self._runs = runs
+        self._samplers = samplers
         self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
 
     async def create(self, owner: str, fields: dict[str, Any]) -> str:
@@ -58,7 +60,7 @@ class Sessions:
             await self._ledger.write(lambda connection: tenancy.heartbeat(connection, session_id, now))
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
-        """Ends the session; its models leave the engine, its checkpoints and samplers stay."""
+        """Ends the session: its models leave the engine, unnamed samplers go, checkpoints stay."""
         await self.find(owner, session_id)
         self._active.pop(session_id, None)
         await self._ledger.write(
@@ -68,3 +70,4 @@ class Sessions:
             lambda connection: tenancy.models_of_session(connection, session_id)
         ):
             await self._runs.finish(await self._runs.find(owner, row.id))
+        await self._samplers.forget_unnamed(session_id)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from .schema import models, samplers, sessions, tenants
 
@@ -80,3 +80,15 @@ def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
 def samplers_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
     query = select(samplers).where(samplers.c.session_id == session_id).order_by(samplers.c.created_at)
     return connection.execute(query).all()
+
+
+def delete_unnamed_samplers(connection: Connection, session_id: str) -> Sequence[Row]:
+    """Those with weights of their own that no checkpoint names; the rows that were deleted."""
+    unnamed = (
+        (samplers.c.session_id == session_id)
+        & samplers.c.directory.is_not(None)
+        & samplers.c.model_path.is_(None)
+    )
+    rows = connection.execute(select(samplers).where(unnamed)).all()
+    connection.execute(delete(samplers).where(unnamed))
+    return rows

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from ...engine import messages
 from ..errors import BadRequest, TooLarge
 from . import tinsmith_wire_pb2 as pb
-from .tensors import dense_tensor
+from .tensors import DenseAllowance, dense_tensor
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,18 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
         raise BadRequest("data: empty; send at least one datum")
     if not request.loss_fn:
         raise BadRequest("loss_fn: missing; name a loss, for example 'cross_entropy'")
+    allowance = DenseAllowance()
     return ForwardBackwardBody(
         model_id=request.model_id,
         seq_id=request.seq_id,
-        data=[_datum(datum, index) for index, datum in enumerate(request.data)],
+        data=[_datum(datum, index, allowance) for index, datum in enumerate(request.data)],
         loss_fn=request.loss_fn,
         loss_config=_loss_config(request),
         forward_only=request.forward_only,
     )
 
 
-def _datum(datum: pb.Datum, index: int) -> messages.Datum:
+def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.Datum:
     pieces = []
     for chunk_index, chunk in enumerate(datum.model_input):
         kind = chunk.WhichOneof("chunk")
@@ -97,15 +98,11 @@ def _datum(datum: pb.Datum, index: int) -> messages.Datum:
         if len(chunk.encoded_text.tokens) % 4:
             raise BadRequest(f"{where}: {len(chunk.encoded_text.tokens)} bytes are not whole int32 tokens")
         pieces.append(chunk.encoded_text.tokens)
-    tokens = b"".join(pieces)
-    return checked_datum(
-        tokens,
-        {
-            name: dense_tensor(tensor, f"datum {index}: {name}")
-            for name, tensor in datum.loss_fn_inputs.items()
-        },
-        index,
-    )
+    inputs = {
+        name: dense_tensor(tensor, f"datum {index}: loss_fn_inputs[{name!r}]", allowance)
+        for name, tensor in sorted(datum.loss_fn_inputs.items())
+    }
+    return checked_datum(b"".join(pieces), inputs, index)
 
 
 def checked_datum(tokens: bytes, inputs: dict[str, messages.Tensor], index: int) -> messages.Datum:

@@ -18,10 +18,21 @@ _NUMPY_DTYPES: dict[int, tuple[messages.DType, np.dtype]] = {
     pb.DTYPE_INT64: ("int64", np.dtype("<i8")),
     pb.DTYPE_INT32: ("int32", np.dtype("<i4")),
 }
-MAX_DENSE_ELEMENTS = 1 << 28  # of one tensor once it is dense: a compressed bomb ends here
 
 
-def dense_tensor(tensor: pb.Tensor, where: str) -> messages.Tensor:
+class DenseAllowance:
+    """How many elements the sparse tensors of one request may have once they are dense: a bomb ends here."""
+
+    def __init__(self, elements: int = 1 << 26):
+        self._left = elements
+
+    def take(self, elements: int, where: str) -> None:
+        if elements > self._left:
+            raise BadRequest(f"{where}: {elements} elements once dense are over what one request may have")
+        self._left -= elements
+
+
+def dense_tensor(tensor: pb.Tensor, where: str, allowance: DenseAllowance) -> messages.Tensor:
     """Dense bytes with an explicit shape. An empty shape means one flat dimension.
 
     `where` names datum and field for the message. Raises BadRequest.
@@ -37,7 +48,7 @@ def dense_tensor(tensor: pb.Tensor, where: str) -> messages.Tensor:
         )
     name, dtype = _NUMPY_DTYPES[tensor.dtype]
     if encoding == "sparse_csr":
-        return _densified(tensor, name, dtype, where)
+        return _densified(tensor, name, dtype, where, allowance)
     data = tensor.dense
     return messages.Tensor(name, _checked_shape(tensor, len(data), dtype.itemsize, where), data)
 
@@ -71,15 +82,16 @@ def _widened(tensor: pb.Tensor, where: str) -> messages.Tensor:
     return messages.Tensor("float32", shape, bits.astype("<u4").tobytes())
 
 
-def _densified(tensor: pb.Tensor, name: messages.DType, dtype: np.dtype, where: str) -> messages.Tensor:
+def _densified(
+    tensor: pb.Tensor, name: messages.DType, dtype: np.dtype, where: str, allowance: DenseAllowance
+) -> messages.Tensor:
     """Compressed sparse rows into a dense matrix; what is not listed is 0."""
     sparse = tensor.sparse_csr
     shape = tuple(tensor.shape)
     if len(shape) != 2 or min(shape) < 0:
         raise BadRequest(f"{where}: a sparse tensor needs a shape [N, K], got {list(shape)}")
     rows, columns = shape
-    if rows * columns > MAX_DENSE_ELEMENTS:
-        raise BadRequest(f"{where}: shape {list(shape)} is over the limit of {MAX_DENSE_ELEMENTS} elements")
+    allowance.take(rows * columns, where)
     if len(sparse.values) % dtype.itemsize or len(sparse.crow_indices) % 8 or len(sparse.col_indices) % 8:
         raise BadRequest(f"{where}: sparse values or indices are cut off in the middle of a number")
     values = np.frombuffer(sparse.values, dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import zstandard
-from conformance.conftest import BOB
+from conformance.conftest import ALICE, BOB
 from conformance.server_process import PROTOBUF, ServerProcess, Wire, datum, tensor
 from tinker.proto import tinker_public_pb2 as pb
 
@@ -30,10 +28,8 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def model(server: ServerProcess) -> Iterator[Model]:
-    from conformance.conftest import ALICE
-
-    yield Model(Wire(server.url, ALICE))
+def model(server: ServerProcess) -> Model:
+    return Model(Wire(server.url, ALICE))
 
 
 def message_of(wire: Wire, submitted) -> str:
@@ -60,7 +56,7 @@ def sparse(shape: list[int], crow: list[int], cols: list[int], values: list[floa
 
 GOOD = datum()
 BAD_DATUMS = {
-    "targets too short": (datum(targets=[6, 7, 8]), "target_tokens"),
+    "targets too short": (datum(targets=[6, 7, 8], weights=tensor([1.0] * 4)), "target_tokens"),
     "weights too long": (datum(weights=tensor([1.0] * 5)), "weights"),
     "token over the vocabulary": (datum(tokens=(5, 6, 999_999, 8)), ""),
     "negative token": (datum(tokens=(5, -6, 7, 8)), ""),

@@ -77,3 +77,12 @@ def test_metrics(server: ServerProcess, wire: Wire) -> None:
     wire.session()
     text = wire.http.get("/metrics").text
     assert 'tinsmith_request_seconds_count{route="/api/v1/create_session",status="200"}' in text
+
+
+def test_an_engine_that_cannot_start_ends_the_server(make_server) -> None:
+    """With a message, and an exit code that a supervisor notices."""
+    server: ServerProcess = make_server("--mesh", "data=64")
+    server.start(wait_for_engine=False)
+    assert server.process is not None
+    assert server.process.wait(120) == 1
+    assert "64" in server.log

@@ -1,0 +1,55 @@
+"""Sessions from create_session to finish."""
+
+from __future__ import annotations
+
+from conformance.server_process import ServerProcess, Wire
+
+
+def test_a_finished_session(server: ServerProcess, wire: Wire) -> None:
+    session = wire.session()
+    model = wire.model(session)
+    assert wire.post("session_heartbeat", session_id=session).json() == {"type": "session_heartbeat"}
+    unnamed = wire.result(
+        wire.post("save_weights_for_sampler", model_id=model, seq_id=1, sampling_session_seq_id=0)
+    )["sampling_session_id"]
+    named = wire.result(wire.post("save_weights_for_sampler", model_id=model, seq_id=2, path="kept"))["path"]
+    pending = wire.forward_backward(model, 3)
+    listed = wire.http.get(f"/api/v1/sessions/{session}").json()
+    assert (listed["training_run_ids"], listed["sampler_ids"]) == ([model], [unnamed])
+    assert session in wire.http.get("/api/v1/sessions", params={"limit": 1000}).json()["sessions"]
+
+    finish = {"reason": {"type": "success"}, "detail": None}
+    assert wire.post(f"sessions/{session}/finish", **finish).status_code == 200
+    assert wire.post(f"sessions/{session}/finish", **finish).status_code == 200
+    assert "metrics" in wire.result(pending), "what was accepted still runs"
+    assert wire.post("session_heartbeat", session_id=session).status_code == 410
+    assert wire.optim_step(model, 4).status_code == 400
+    assert wire.http.get(f"/api/v1/samplers/{unnamed}").status_code == 404
+    assert wire.post("weights_info", tinker_path=named).status_code == 200
+    assert wire.post("session_heartbeat", session_id="nobody").status_code == 404
+
+
+def test_the_probe_routes(server: ServerProcess, wire: Wire) -> None:
+    assert wire.post("client/config", sdk_version="0.38.0").json()["parallel_fwdbwd_chunks"] is True
+    assert wire.post("client/dynamic_config", sdk_version="0.38.0").json()["refresh_interval_sec"] > 0
+    assert wire.post("telemetry", events=[], session_id="x").json() == {"status": "accepted"}
+    (model,) = wire.http.get("/api/v1/get_server_capabilities").json()["supported_models"]
+    assert (model["model_name"], model["max_context_length"]) == ("tiny", 512)
+
+
+def test_cancelled_samples_fail(wire: Wire) -> None:
+    made = wire.post(
+        "create_sampling_session", session_id=wire.session(), sampling_session_seq_id=0, base_model="tiny"
+    )
+    submitted = wire.post(
+        "asample",
+        sampling_session_id=made.json()["sampling_session_id"],
+        seq_id=0,
+        num_samples=16,
+        prompt={"chunks": [{"type": "encoded_text", "tokens": [5] * 100}]},
+        sampling_params={"max_tokens": 400, "stop": []},
+    )
+    assert wire.post("cancel_future", request_id=submitted.json()["request_id"]).status_code == 200
+    assert wire.post("cancel_future", request_id="req_unknown").status_code == 200
+    answer = wire.result(submitted)
+    assert answer.get("category") == "user", "it was not finished within the first milliseconds"
