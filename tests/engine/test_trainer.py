@@ -140,12 +140,11 @@ def test_models_that_share_a_batch_are_as_each_alone(tmp_path):
     """Three models of two ranks in one bucket, different losses; and one gradient that overflows."""
     shared = make_trainer(tmp_path, micro_batch_tokens=4 * 4096, max_sequence_length=64)  # several rows
     names = ["cross_entropy", "ppo", "dro"]
-    data = [random_data(LENGTHS, seed, name) for seed, name in enumerate(names)]
+    data = [random_data([20, 12, 30], seed, name) for seed, name in enumerate(names)]  # a row of 64 each
     states = [model(shared, seed, rank) for seed, rank in ((1, 4), (2, 6), (3, 8))]
     alone = [model(shared, seed, rank) for seed, rank in ((1, 4), (2, 6), (3, 8))]
     jobs = [shared.job(s, operation(d, n)) for s, d, n in zip(states, data, names, strict=True)]
-    run_ = shared.start(jobs)
-    assert run_.micro_batches < len(jobs) * 1.5
+    assert shared.start(jobs).micro_batches == 1
     outputs = shared.forward_backward(jobs)
     for state, one, name, output in zip(alone, data, names, outputs, strict=True):
         want = run(shared, state, one, name)
@@ -179,19 +178,19 @@ def test_a_padded_rank_stays_exact(trainer):
 
 
 def test_no_compilation_over_random_lengths(tmp_path):
-    fresh = make_trainer(tmp_path, max_sequence_length=120, micro_batch_tokens=120)
-    state = model(fresh)
+    fresh = make_trainer(tmp_path, max_sequence_length=64, micro_batch_tokens=48)
+    state = fresh.create(lora(train_mlp=False, train_unembed=False))  # quick to compile
     rng = np.random.default_rng(0)
     for step in range(12):
-        lengths = rng.integers(1, 121, rng.integers(1, 9)).tolist()
+        lengths = rng.integers(1, 65, rng.integers(1, 9)).tolist()
         run(fresh, state, random_data(lengths, step))
         fresh.optim_step(
             state, AdamParams(learning_rate=10.0 ** -rng.uniform(2, 5), beta1=rng.uniform(0, 0.9))
         )
-    assert len(fresh.compiled) == len(fresh.programs) <= 8
+    assert 5 <= len(fresh.compiled) == len(fresh.programs) <= 8
     fresh.warm_up(state.lora)
     warm = len(fresh.compiled)
-    run(fresh, state, random_data([5, 77, 120]))
+    run(fresh, state, random_data([5, 37, 64]))
     assert len(fresh.compiled) == warm <= 8
 
 
@@ -274,10 +273,10 @@ def test_learning_lowers_the_loss(trainer):
         assert losses[-1] < 0.7 * losses[0]
 
 
-def test_sharded_training_equals_one_device(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_sharded_training_equals_one_device(tmp_path, kind):
     """In a process of its own, with eight virtual devices."""
     script = Path(__file__).with_name("sharded_training.py")
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=500, check=False
-    )
+    command = [sys.executable, str(script), str(tmp_path), kind]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
