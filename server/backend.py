@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
 from .auth import ApiKeys
 from .base_models import BaseModel
@@ -51,7 +52,7 @@ class Backend:
         self.sessions = Sessions(self.ledger, self.runs, self.samplers)
         self.checkpoints = Checkpoints(self.ledger, settings.data_dir)
         for owner in self.keys.owners:
-            await self.ledger.write(lambda connection, owner=owner: tenancy.ensure_tenant(connection, owner))
+            await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
         await self.runs.resume()
 

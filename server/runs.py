@@ -14,6 +14,7 @@ import secrets
 import shutil
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -255,9 +256,7 @@ class Runs:
         sent = run.snapshot_seq
         while (through := self._dispatcher.next_seq(run.id) - 1) > sent:
             replay = await self._ledger.read(
-                lambda connection, after=sent, upto=through: operation_rows.to_replay(
-                    connection, run.id, after, upto
-                )
+                partial(operation_rows.to_replay, model_id=run.id, after=sent, through=through)
             )
             for row in replay:
                 self._engine.send(row.payload)

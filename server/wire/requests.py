@@ -141,9 +141,9 @@ class SamplingParams(Body):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     seed: StrictInt | None = None
     stop: str | list[str] | list[StrictInt] | None = None
-    temperature: Finite = Field(1.0, ge=0)
-    top_k: StrictInt = Field(-1, ge=-1)
-    top_p: Finite = Field(1.0, gt=0, le=1)
+    temperature: Finite = Field(default=1.0, ge=0)
+    top_k: StrictInt = Field(default=-1, ge=-1)
+    top_p: Finite = Field(default=1.0, gt=0, le=1)
 
     def message(self) -> messages.SamplingParams:
         stop_strings: list[str] = []
