@@ -279,7 +279,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`user`: the request was wrong and its message says how. `server`: ours, with an id to find in the log."""
+    """`user`: the request was wrong, the message says how. `server`: ours, with an id to find in the log."""
 
     request_id: str
     message: str

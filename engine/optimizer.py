@@ -6,14 +6,14 @@ them: it is `optax.ScaleByAdamState` alone (count, mu, nu).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-AdamState = optax.ScaleByAdamState
+AdamState: TypeAlias = optax.ScaleByAdamState
 
 
 class AdamHyperparameters(NamedTuple):

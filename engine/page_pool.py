@@ -59,7 +59,7 @@ class PagePool:
                 if page not in self._hash_of:
                     self._free.move_to_end(page, last=False)
 
-    def find(self, weights_id: int, tokens: Sequence[int]) -> list[int]:
+    def find(self, weights_id: int, tokens: np.ndarray) -> list[int]:
         """The published pages that hold the longest beginning of `tokens`; share them before use."""
         found = []
         for digest in self._digests(weights_id, tokens):
@@ -68,14 +68,14 @@ class PagePool:
             found.append(page)
         return found
 
-    def publish(self, weights_id: int, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def publish(self, weights_id: int, tokens: np.ndarray, pages: Sequence[int]) -> None:
         """Make the full pages of `tokens`, held in `pages` in order, findable."""
         for digest, page in zip(self._digests(weights_id, tokens), pages, strict=False):
             if digest not in self._page_of and page not in self._hash_of:
                 self._page_of[digest] = page
                 self._hash_of[page] = digest
 
-    def _digests(self, weights_id: int, tokens: Sequence[int]) -> Iterable[bytes]:
+    def _digests(self, weights_id: int, tokens: np.ndarray) -> Iterable[bytes]:
         """A hash per full page, of everything up to its end."""
         data = np.asarray(tokens, np.int32)
         digest = weights_id.to_bytes(8, "little")

@@ -15,7 +15,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from .sample_checks import check_request
 from .sampler_rows import CONTEXT_BUCKETS, SLOT_BUCKETS, bucket_of, decode_rows, prefill_row
 from .sampler_weights import AdapterStacks, Weights
 from .sequence import Generation, Prompt, Sequence, TopTable, seed_of
-from .stop import StopRule, implicit_stop_tokens
+from .stop import StopReason, StopRule, implicit_stop_tokens
 from .tokenizer import TokenBytes
 
 PyTree = Any
@@ -284,7 +284,7 @@ class Sampler:
 
     def _preempt_newest(self) -> Sequence | Prompt:
         """Take the pages of the newest request's newest holder; it will be prefilled again."""
-        holders = [*self._prefilling, *self._cached, *self._running]
+        holders: list[Prompt | Sequence] = [*self._prefilling, *self._cached, *self._running]
         newest = max(holders, key=lambda h: (h.generation.arrival, getattr(h, "index", -1)))
         self._pool.release(newest.pages)
         if isinstance(newest, Sequence):
@@ -326,7 +326,7 @@ class Sampler:
         if any(prompt.is_scored for prompt, _ in pieces):
             self._score(pieces, hidden, stack)
         seconds = (time.monotonic() - began) / len(pieces)
-        failed = []
+        failed: list[messages.Done | messages.Failed] = []
         for prompt, count in pieces:
             prompt.num_cached += count
             prompt.generation.device_seconds += seconds
@@ -423,7 +423,7 @@ class Sampler:
         base = oldest.generation.weights.base
         return [s for s in self._running if s.generation.weights.base is base]
 
-    def _take(self, sequence: Sequence, row: int, decoded: Any) -> str | None:
+    def _take(self, sequence: Sequence, row: int, decoded: Any) -> StopReason | Literal["not finite"] | None:
         """Append the row's tokens up to its end; why it ended, if it did."""
         for step in range(int(decoded.steps)):
             token, logprob = int(decoded.tokens[step, row]), float(decoded.logprobs[step, row])

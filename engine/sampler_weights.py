@@ -64,7 +64,7 @@ class AdapterStacks:
             del self._kept[key]
 
     def _stack(self, distinct: list[Weights]) -> PyTree:
-        adapters = [weights.adapter for weights in distinct]
+        adapters: list[Any] = [weights.adapter for weights in distinct]
         scales = [weights.scale for weights in distinct]
         if len(adapters) > 1:
             template = _widest([adapter for adapter in adapters if adapter is not None])

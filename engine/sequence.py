@@ -11,7 +11,7 @@ import numpy as np
 
 from . import messages
 from .sampler_weights import Weights
-from .stop import StopRule
+from .stop import StopReason, StopRule
 
 NO_LOGPROB = -99999.0  # the log-prob in an empty cell of a top-k table
 
@@ -86,7 +86,7 @@ class Sequence:
     def num_cached(self) -> int:
         return len(self.tokens) - 1
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: StopReason) -> None:
         """Hand the sample to the request."""
         k = self.generation.request.topk_sample_logprobs
         table = None

@@ -52,16 +52,15 @@ class StopRule:
     ):
         self.stop_tokens = frozenset(stop_tokens)
         self._strings = StopStrings(stop_strings)
-        self._reads_text = any(stop_strings)
-        if self._reads_text and token_bytes is None:
+        if any(stop_strings) and token_bytes is None:
             raise ValueError("stop strings need a tokenizer")
-        self._token_bytes = token_bytes
+        self._token_bytes = token_bytes if any(stop_strings) else None
         self.remaining = max_tokens
 
     def after(self, token: int) -> StopReason | None:
         """Why the sequence ends with this token, or None if it goes on. A stop wins over the length."""
         self.remaining -= 1
-        by_text = self._reads_text and self._strings.found_in(self._token_bytes(token))
+        by_text = self._token_bytes is not None and self._strings.found_in(self._token_bytes(token))
         if by_text or token in self.stop_tokens:
             return "stop"
         return "length" if self.remaining <= 0 else None

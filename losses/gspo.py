@@ -19,8 +19,8 @@ def gspo(
 ) -> Float[Array, "*N"]:
     """-min(s_t·A, clip(s_t, low, high)·A), s_t = s · p / sg(p), sg = no gradient.
 
-    s = exp(mean over the mask of (logprobs - sampled_logprobs)) is the ratio of the whole sequence; s_t has its
-    value and the gradient of the token's own log-prob.
+    s = exp(mean over the mask of (logprobs - sampled_logprobs)) is the ratio of the whole sequence; s_t has
+    its value and the gradient of the token's own log-prob.
 
     Source: Zheng et al. 2025 (arXiv:2507.18071), the token-level objective GSPO-token (eq. 13 and 14).
     The default thresholds are that paper's clipping ranges, 3e-4 to the left of 1 and 4e-4 to the right.

@@ -142,7 +142,7 @@ def _backward(hidden, unembed, targets, slope, forward: _Chunk, lora, mask, tota
     if "unembed" in totals:
         states = hidden.astype(jnp.float32)
         totals["unembed"] = _add_outer(totals["unembed"], targets, slope, share, states, exponentials, None)
-    if lora is not None:
+    if lora is not None and forward.low is not None:
         b = _b(lora, dtype)
         d_low = jnp.einsum("bck,rbck->bcr", slope, b[:, targets].astype(jnp.float32))
         d_low -= share * jnp.einsum("bcv,rv->bcr", exponentials, b, preferred_element_type=jnp.float32)

@@ -210,7 +210,7 @@ def decode(
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     dtype = pages.k.dtype
     contexts = [kv_cache.read_layer(pages, layer, rows.table) for layer in range(L)]
-    pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else None for layer in range(L)]
+    pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else {} for layer in range(L)]
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
 

@@ -118,7 +118,7 @@ class Block(nnx.Module):
 
         y = self.input_layernorm(x_BTD)
         q, k, v = (linear(n, y).reshape(B, T, -1, self.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), _RESIDUAL)
@@ -191,14 +191,14 @@ def trunk(
     start_BT: Int[Array, "B T"],
     lora: LoraStack | None = None,
     row_adapter_B: Int[Array, " B"] | None = None,
-    remat: str | bool = "none",
+    remat: str = "none",
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in the base's dtype; differentiable in `base` and `lora`.
 
     `position_BT` counts from the start of each token's own sequence; `start_BT` is the first key in the row
     that token t sees (`attention`); padding may point at itself. A sliding window is folded in here.
     `lora` is `lora.stack_adapters`' result and `row_adapter_B` each row's index in it (ignored for one
-    adapter). `remat`: "none", "dots" or "full" (False and True are "none" and "full"), see REMAT_POLICIES.
+    adapter). `remat`: "none", "dots" or "full", see REMAT_POLICIES.
     """
     model = nnx.merge(graph, base)
     config = model.config
@@ -214,7 +214,6 @@ def trunk(
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
         return nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora), None
 
-    remat = {False: "none", True: "full"}.get(remat, remat)
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     x_BTD = constrain(model.embed_tokens(tokens_BT), _RESIDUAL)
