@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -101,18 +103,20 @@ def test_too_many_datums() -> None:
         decode(request)
 
 
+def status_of(attempt: Callable[[], object]) -> int:
+    """As a client sees it; any other exception would be a 500."""
+    try:
+        attempt()
+    except ApiError as error:
+        return error.status
+    return 200
+
+
 @given(st.binary(max_size=400))
 @settings(max_examples=1000, deadline=None)
 def test_noise_is_refused_in_words(noise: bytes) -> None:
-    for attempt in (
-        lambda: forward_backward.decode(noise, 10),
-        lambda: forward_backward.decompress(noise, "zstd", 1 << 20),
-    ):
-        try:
-            attempt()
-        except ApiError as error:
-            assert error.status < 500
-            assert error.message
+    assert status_of(lambda: forward_backward.decode(noise, 10)) in (200, 400)
+    assert status_of(lambda: forward_backward.decompress(noise, "zstd", 1 << 20)) in (200, 400, 413)
     forward_backward.peek(noise)
 
 
@@ -123,10 +127,7 @@ def test_damaged_requests_are_refused_in_words(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(good)))
-    try:
-        forward_backward.decode(bytes(good[:cut]), 10)
-    except ApiError as error:
-        assert error.status == 400
+    assert status_of(lambda: forward_backward.decode(bytes(good[:cut]), 10)) in (200, 400)
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=127), st.integers(1, (1 << 31) - 1))
