@@ -44,12 +44,13 @@ def check_loss(name: str, config: dict[str, float]) -> tuple[Loss, tuple[float, 
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise UserError(f"loss_fn_config[{key!r}] is {value!r}; it must be a finite number")
     values = {**loss.config, **config}
-    if values.get("clip_low_threshold", 0.0) > values.get("clip_high_threshold", math.inf):
-        raise UserError(
-            f"loss_fn_config: clip_low_threshold {values['clip_low_threshold']} is above "
-            f"clip_high_threshold {values['clip_high_threshold']}; they bound the probability ratio "
-            "from below and above"
-        )
+    for kind in ("clip", "mask"):
+        low, high = f"{kind}_low_threshold", f"{kind}_high_threshold"
+        if low in values and values[low] > values[high]:
+            raise UserError(
+                f"loss_fn_config: {low} {values[low]} is above {high} {values[high]}; "
+                "they bound the probability ratio from below and above"
+            )
     return loss, tuple(float(values[key]) for key in loss.config)
 
 

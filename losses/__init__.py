@@ -3,7 +3,7 @@
 The order of `REGISTRY` is the index by which a compiled program chooses the loss of a row.
 """
 
-from . import cispo, cross_entropy, dro, gspo, importance_sampling, ppo
+from . import cispo, cross_entropy, dro, gspo, importance_sampling, ppo, stable_reinforce
 from .loss import MAX_CONFIG, Loss, loss_and_slope
 
 REGISTRY: dict[str, Loss] = {
@@ -14,6 +14,7 @@ REGISTRY: dict[str, Loss] = {
         ppo.LOSS,
         cispo.LOSS,
         dro.LOSS,
+        stable_reinforce.LOSS,
         gspo.LOSS,
     )
 }

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-MAX_CONFIG = 2  # P; config values of the loss that has most
+MAX_CONFIG = 4  # P; config values of the loss that has most
 
 
 @dataclass(frozen=True)

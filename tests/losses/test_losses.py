@@ -12,7 +12,7 @@ LOGPROBS = -RNG.exponential(1.0, N)
 INPUTS = {
     "weights": RNG.normal(size=N),
     "logprobs": LOGPROBS + RNG.normal(size=N) * 0.4,
-    "advantages": RNG.normal(size=N),
+    "advantages": RNG.normal(size=N) * (RNG.random(N) < 0.8),
     "sequence_log_ratio": np.repeat(RNG.normal(size=4) * 5e-4, N // 4),
 }
 
@@ -23,6 +23,10 @@ def ratio(lp, i):
 
 def clip(x, low, high):
     return np.maximum(np.minimum(x, high), low)
+
+
+def kept(lp, i, low, high):
+    return (low <= ratio(lp, i)) & (ratio(lp, i) <= high) & (i["advantages"] != 0)
 
 
 def numpy_ppo(lp, i, low, high):
@@ -54,6 +58,19 @@ FORMULAS = {
         lambda lp, i, beta: -(lp * i["advantages"] - beta / 2 * (lp - i["logprobs"]) ** 2),
         lambda lp, i, beta: -(i["advantages"] - beta * (lp - i["logprobs"])),
     ),
+    "stable_reinforce": (
+        lambda lp, i, low, high, cap, kl: np.where(
+            kept(lp, i, low, high),
+            -np.minimum(ratio(lp, i), cap) * i["advantages"] * lp
+            + kl * (ratio(lp, i) - 1 - (lp - i["logprobs"])),
+            0.0,
+        ),
+        lambda lp, i, low, high, cap, kl: np.where(
+            kept(lp, i, low, high),
+            -np.minimum(ratio(lp, i), cap) * i["advantages"] + kl * (ratio(lp, i) - 1),
+            0.0,
+        ),
+    ),
     "gspo": (
         lambda lp, i, low, high: (
             -np.minimum(
@@ -73,6 +90,12 @@ CONFIGS = {
     "ppo": {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1},
     "cispo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3},
     "dro": {"beta": 0.3},
+    "stable_reinforce": {
+        "mask_low_threshold": 0.8,
+        "mask_high_threshold": 1.6,
+        "truncation_threshold": 1.1,
+        "kl_coeff": 0.7,
+    },
     "gspo": {"clip_low_threshold": 0.9995, "clip_high_threshold": 1.0002},
 }
 
@@ -117,6 +140,12 @@ def test_defaults_are_the_documented_ones():
     assert dict(REGISTRY["ppo"].config) == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
     assert dict(REGISTRY["cispo"].config) == {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
     assert dict(REGISTRY["dro"].config) == {"beta": 0.05}
+    assert dict(REGISTRY["stable_reinforce"].config) == {
+        "mask_low_threshold": 0.5,
+        "mask_high_threshold": 5.0,
+        "truncation_threshold": 2.0,
+        "kl_coeff": 0.0,
+    }
     assert REGISTRY["gspo"].config["clip_low_threshold"] == pytest.approx(1 - 3e-4)
     assert REGISTRY["gspo"].config["clip_high_threshold"] == pytest.approx(1 + 4e-4)
     assert REGISTRY["gspo"].required_inputs == (
@@ -125,6 +154,20 @@ def test_defaults_are_the_documented_ones():
         "advantages",
         "sequence_ratio_mask",
     )
+
+
+def test_stable_reinforce_drops_what_the_sampler_would_never_draw(monkeypatch):
+    """Ratios that overflow, prompts (advantage 0, log-prob 0), and the band's own edges."""
+    cases = np.array([-0.1, -200.0, -8.0, np.log(0.5), np.log(0.499)])
+    for name, values in list(INPUTS.items()):
+        monkeypatch.setitem(INPUTS, name, values[: len(cases)])
+    monkeypatch.setitem(INPUTS, "logprobs", np.array([-200.0, -0.1, 0.0, 0.0, 0.0]))
+    monkeypatch.setitem(INPUTS, "advantages", np.array([1.0, -1.0, 0.0, 3.0, 3.0]))
+    config = REGISTRY["stable_reinforce"].config | {"kl_coeff": 1.0, "mask_low_threshold": 0.49999}
+    loss, slope = run("stable_reinforce", cases, config)
+    want = -0.5 * 3 * np.log(0.5) + (0.5 - 1 - np.log(0.5))
+    np.testing.assert_allclose(loss, [0, 0, 0, want, 0], rtol=1e-5)
+    np.testing.assert_allclose(slope, [0, 0, 0, -1.5 - 0.5, 0], rtol=1e-5)
 
 
 def test_the_sequence_ratio_is_a_mean_over_each_sequences_mask():
@@ -159,6 +202,10 @@ def test_slopes_equal_torch_autograd(name):
         "ppo": lambda low, high: -torch.minimum(r * A, r.clamp(low, high) * A),
         "cispo": lambda low, high: -r.clamp(low, high).detach() * lp * A,
         "dro": lambda beta: -(lp * A - 0.5 * beta * (lp - i["logprobs"]) ** 2),
+        "stable_reinforce": lambda low, high, cap, kl: (
+            ((r >= low) & (r <= high) & (A != 0))
+            * (-r.clamp(max=cap).detach() * A * lp + kl * (r - 1 - torch.log(r)))
+        ),
         "gspo": lambda low, high: -torch.minimum(s * A, s.clamp(low, high) * A),
     }[name](*config)
     loss.sum().backward()
