@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -138,7 +139,7 @@ class MicroBatch:
                 value = values[s.datum]
                 if not value.size:
                     continue
-                corner = tuple(slice(size) for size in value.shape[1:])
+                corner: Any = tuple(slice(size) for size in value.shape[1:])
                 out[(at, slice(s.offset, s.offset + s.length), *corner)] = value
         return out
 

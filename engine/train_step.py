@@ -85,6 +85,7 @@ def forward_backward_weights(
     unembed = decoder.unembed(_cast(static, weights))
     head = _head(static, hidden, unembed, batch, None, train_unembed=True)
     (new,) = pull(head.d_hidden)
+    assert head.d_unembed is not None  # train_unembed
     if "lm_head" in new:
         new["lm_head"]["weight"] += head.d_unembed.T
     else:
@@ -152,7 +153,7 @@ def _head(
         unembed,
         batch.targets,
         (inputs, batch.real),
-        lambda logprobs, chunk: _row_losses(static, logprobs, *chunk, batch),
+        lambda logprobs, chunk: _row_losses(static, logprobs, chunk[0], chunk[1], batch),
         lora,
         batch.adapter,
         train_unembed=train_unembed,

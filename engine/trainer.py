@@ -6,7 +6,7 @@ is one device batch of jobs of one or several models, a micro-batch per step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -228,6 +228,8 @@ class Trainer:
         weights = tuple(state.weights for state in states)
         key = self.structure(states[0])
         static = self._static._replace(sequence_level=sequence_level)
+        function: Callable[..., Any]
+        arguments: tuple[Any, ...]
         if key is None:
             function, arguments = train_step.forward_weights, (weights[0], batch)
         else:
@@ -273,6 +275,8 @@ class Trainer:
     def _gradient_program(self, key, weights: tuple, gradients: tuple, batch: Batch, sequence_level: bool):
         static = self._static._replace(sequence_level=sequence_level)
         name = f"forward_backward {_describe(key, batch, len(weights), sequence_level)}"
+        function: Callable[..., Any]
+        arguments: tuple[Any, ...]
         if key is None:
             function = train_step.forward_backward_weights
             arguments = (weights[0], gradients[0], batch)

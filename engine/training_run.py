@@ -118,10 +118,10 @@ class Run:
         if kind.forward_only:
             outputs = self._trainer.run_forward(states, batch, kind.sequence_level)
         else:
-            gradients = [self._gradients.pop(job, None) for job in jobs] + [None] * (n - len(jobs))
+            begun = [self._gradients.pop(job, None) for job in jobs] + [None] * (n - len(jobs))
             gradients = tuple(
                 self._trainer.zeros(state) if gradient is None else gradient
-                for gradient, state in zip(gradients, states, strict=True)
+                for gradient, state in zip(begun, states, strict=True)
             )
             gradients, outputs = self._trainer.run_gradients(states, gradients, batch, kind.sequence_level)
             self._gradients.update(zip(jobs, gradients, strict=False))
