@@ -1,10 +1,16 @@
 """Shape and dtype annotations of the array rooms are checked at run time in every test."""
 
 import os
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
 # Tests run on the CPU unless told otherwise, whatever accelerator the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the tests' time is compilation, and many tests compile the same tiny models.
+CACHE = Path(__file__).parents[1] / ".cache" / "tests" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 install_import_hook(["tinsmith.model", "tinsmith.losses"], "beartype.beartype")
