@@ -62,11 +62,14 @@ class Side:
         self.ask(settings)
 
     def ask(self, question: dict) -> dict:
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
-            raise SystemExit(f"{self._process.args[1]} ended with {self._process.wait()}")
+            raise SystemExit(f"{self._process.args[1]} ended with {self._process.wait()} (-9: out of memory)")
         return json.loads(answer)
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 
 import torch
-from peak_memory import peak_mb, reset_peak
+from peak_memory import peak_mb, release, reset_peak
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -78,6 +78,7 @@ def main() -> None:
             "peak_mb": peak_mb(),
             "computed_tokens": sum(batch[:, 1:].numel() for batch in batches),
         }
+        release()
         print(json.dumps(answer), flush=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from peak_memory import peak_mb, reset_peak
+from peak_memory import peak_mb, release, reset_peak
 from tinsmith.engine.messages import AdamParams, Datum, ForwardBackward, LoraSpec, Tensor
 from tinsmith.engine.packing import computed_tokens, pack
 from tinsmith.engine.trainer import Trainer
@@ -67,6 +67,7 @@ def main() -> None:
             "programs": len(trainer.programs),
             "compile_seconds": sum(compile_seconds),
         }
+        release()
         print(json.dumps(answer), flush=True)
 
 
