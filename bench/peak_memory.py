@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def release() -> None:
-    """Give freed memory back to the system, so that several sides fit the machine and no peak is an old one."""
+    """Give freed memory back to the system: several sides share a machine, and no peak is an old one."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
