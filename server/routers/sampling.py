@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from ...engine import messages
 from ..errors import BadRequest
 from ..operations import Submission
+from ..provenance import sequence_id
 from ..wire import requests
 from . import Backend, BackendOf, Owner, future
 
@@ -76,8 +77,7 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
         )
 
     operation = await backend.operations.accept(Submission(owner, "sample", key, message))
-    # Derived from the request id, so that a resubmission is told the same.
-    ids = [f"{operation.request_id}:{index}" for index in range(body.num_samples)]
+    ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 
 

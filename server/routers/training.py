@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from ...engine import messages
+from .. import provenance
 from ..errors import ApiError, BadRequest
 from ..operations import Operation, Submission, natural_key
 from ..runs import model_id, new_seed
@@ -172,10 +173,13 @@ async def _forward_backward(
         _check_seq_id(body.seq_id)
         model, seq_id = body.model_id, body.seq_id
         only = forward_only or body.forward_only
+        data = body.data
+        if body.loss_fn in provenance.LOSSES:
+            data = await provenance.with_sampled_logprobs(backend.operations, owner, data, body.spans)
         message = messages.ForwardBackward(
             request_id="",
             model_id=body.model_id,
-            data=body.data,
+            data=data,
             loss_fn=body.loss_fn,
             loss_config=body.loss_config,
             forward_only=only,

@@ -15,12 +15,23 @@ from .tensors import DenseAllowance, dense_tensor
 
 
 @dataclass(frozen=True)
+class Span:
+    """A run of target tokens that come from a sampled sequence: of its prompt, or of what was sampled."""
+
+    sequence_id: str
+    offset: int
+    length: int
+    sampled: bool
+
+
+@dataclass(frozen=True)
 class ForwardBackwardBody:
-    """A decoded and checked body."""
+    """A decoded and checked body. `spans`, of each datum, tile its targets where the client sent any."""
 
     model_id: str
     seq_id: int
     data: list[messages.Datum]
+    spans: list[list[Span]]
     loss_fn: str
     loss_config: dict[str, float]
     forward_only: bool
@@ -80,6 +91,7 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
         model_id=request.model_id,
         seq_id=request.seq_id,
         data=[_datum(datum, index, allowance) for index, datum in enumerate(request.data)],
+        spans=[_spans(datum) for datum in request.data],
         loss_fn=request.loss_fn,
         loss_config=_loss_config(request),
         forward_only=request.forward_only,
@@ -105,6 +117,15 @@ def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.D
     return checked_datum(b"".join(pieces), inputs, index)
 
 
+def _spans(datum: pb.Datum) -> list[Span]:
+    spans = []
+    for span in datum.loss_fn_input_spans:
+        sampled = span.WhichOneof("span") == "sampled_tokens"
+        run = span.sampled_tokens if sampled else span.prompt_tokens
+        spans.append(Span(run.sequence_id, run.offset, run.length, sampled))
+    return spans
+
+
 def checked_datum(tokens: bytes, inputs: dict[str, messages.Tensor], index: int) -> messages.Datum:
     """Every input has one row per token."""
     length = len(tokens) // 4
@@ -123,7 +144,9 @@ def _loss_config(request: pb.ForwardBackwardRequest) -> dict[str, float]:
     config = dict(request.loss_fn_config)
     for key, value in request.loss_fn_config_v2.items():
         if value.WhichOneof("value") != "number":
-            raise BadRequest(f"loss_fn_config: {key}: must be a number")
+            raise BadRequest(
+                f"loss_fn_config: {key}: {value.text!r} is not a number; every value must be one"
+            )
         config[key] = value.number
     for key, number in config.items():
         if not math.isfinite(number):
