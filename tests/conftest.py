@@ -12,5 +12,7 @@ CACHE = Path(__file__).parents[1] / ".cache" / "tests" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Halves the time of compiling, and the programs of tests are too small to be slow.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 install_import_hook(["tinsmith.model", "tinsmith.losses"], "beartype.beartype")
