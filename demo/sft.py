@@ -146,7 +146,7 @@ def main() -> int:
     with running_server(MODEL, console.print) as url:
         console.print(f"Ready after {time.monotonic() - began:.0f} s: {url}")
         service = tinker.ServiceClient(base_url=url, api_key="tml-demo")
-        client = service.create_lora_training_client(base_model=MODEL, rank=RANK).result()
+        client = service.create_lora_training_client(base_model=MODEL, rank=RANK, seed=0).result()
         tokenizer = client.get_tokenizer()
         data = [datum(tokenizer, c) for c in read("tinsmith.jsonl")]
         held_out = read("held_out.jsonl")
