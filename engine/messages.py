@@ -64,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
     `stop_tokens` None means the model's own end-of-sequence tokens; an empty list means none at all.
     `max_tokens` None means up to the model's context length. `temperature` 0 is greedy. `top_k` -1 is off.
+    `min_p` removes tokens less than that fraction as likely as the most likely one; 0 is off.
     """
 
     max_tokens: int | None = None
@@ -73,6 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
 
 
 class SamplerRef(msgspec.Struct, frozen=True):
@@ -151,7 +153,37 @@ class SaveSampler(_Request, frozen=True):
     snapshot: str | None = None
 
 
+TOPK_LIMIT = 64  # most likely tokens that a request may ask for per position
+TARGETS_LIMIT = 4096  # tokens to score per prompt position
+ALTERNATIVES_LIMIT = 64  # tokens drawn per prompt position
+
+
+class PromptCells(msgspec.Struct, frozen=True):
+    """Values for cells of a [prompt_len - 1, K] table whose row i is about prompt position i + 1.
+
+    Row-major, or, with int64 `crow_indices` and `col_indices`, the listed cells of compressed sparse rows.
+    """
+
+    shape: tuple[int, int]
+    values: bytes  # int32 token ids asked for (-1: nothing), or float32 log-probs
+    crow_indices: bytes | None = None
+    col_indices: bytes | None = None
+
+
+class PromptAlternatives(msgspec.Struct, frozen=True):
+    """`k` draws for every prompt position after the first: int32 and float32 [prompt_len - 1, k]. The
+    log-probs are the model's, at temperature 1."""
+
+    token_ids: bytes
+    logprobs: bytes
+    k: int
+
+
 class Sample(_Request, frozen=True):
+    """`prompt_logprobs_last_n` leaves all but the last n rows of `prompt_logprobs` and
+    `topk_prompt_logprobs` empty. `prompt_targets` are tokens to score at prompt positions,
+    `prompt_alternatives` how many to draw at each."""
+
     sampler: SamplerRef
     prompt: bytes  # int32[prompt_len]
     num_samples: int
@@ -159,6 +191,9 @@ class Sample(_Request, frozen=True):
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    prompt_targets: PromptCells | None = None
+    prompt_alternatives: int = 0
 
 
 class DeleteModel(_Request, frozen=True):
@@ -252,6 +287,8 @@ class SampleOutput(msgspec.Struct, frozen=True, tag=True):
     prompt_logprobs: bytes | None = None  # float32[prompt_len], NaN at 0
     topk_prompt_logprobs: TopK | None = None
     prompt_cache_hit_tokens: int = 0
+    prompt_targets: PromptCells | None = None  # laid out as in the request, 0.0 where it had -1
+    prompt_alternatives: PromptAlternatives | None = None
 
 
 class Nothing(msgspec.Struct, frozen=True, tag=True):

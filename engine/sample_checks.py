@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..model.token_sampling import TOP_K
 from . import messages
 from .errors import UserError
 
@@ -34,7 +33,43 @@ def check_request(
     if params.top_k < -1:
         raise UserError(f"top_k: {params.top_k}; it must be positive, or -1 for off")
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        if not 0 <= getattr(request, name) <= TOP_K:
-            raise UserError(f"{name}: {getattr(request, name)}; it must be between 0 and {TOP_K}")
+        if not 0 <= getattr(request, name) <= messages.TOPK_LIMIT:
+            raise UserError(f"{name}: {getattr(request, name)}; it must be 0 to {messages.TOPK_LIMIT}")
+    if not 0.0 <= params.min_p <= 1.0:
+        raise UserError(f"min_p: {params.min_p}; it must be between 0 (off) and 1")
+    if not 0 <= request.prompt_alternatives <= messages.ALTERNATIVES_LIMIT:
+        raise UserError(
+            f"prompt_alt_tokens_k: {request.prompt_alternatives}; it must be 0 to "
+            f"{messages.ALTERNATIVES_LIMIT}"
+        )
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not request.prompt_logprobs:
+        raise UserError("prompt_logprobs_last_n: it applies to prompt_logprobs, which were not asked for")
+    if last_n is not None and not 1 <= last_n < len(prompt):
+        raise UserError(
+            f"prompt_logprobs_last_n: {last_n}; it must be between 1 and the prompt's {len(prompt)} tokens "
+            "less one"
+        )
+    if request.prompt_targets is not None:
+        _check_targets(request.prompt_targets, len(prompt), vocab_size)
     if params.stop_strings and not has_tokenizer:
         raise UserError("stop: this model has no tokenizer on the server; give stop token ids instead")
+
+
+def _check_targets(cells: messages.PromptCells, prompt_length: int, vocab_size: int) -> None:
+    name, (rows, columns) = "target_prompt_logprobs", cells.shape
+    tokens = np.frombuffer(cells.values, np.int32)
+    if rows != prompt_length - 1:
+        raise UserError(f"{name}: {rows} rows; a prompt of {prompt_length} tokens needs {prompt_length - 1}")
+    wrong = tokens[(tokens < -1) | (tokens >= vocab_size)]
+    if len(wrong):
+        raise UserError(f"{name}: token {wrong[0]} is outside of 0..{vocab_size - 1} (-1 asks for nothing)")
+    if not (tokens >= 0).any():
+        raise UserError(f"{name}: it names no token")
+    widest = columns
+    if cells.crow_indices is not None:
+        widest = int(np.diff(np.frombuffer(cells.crow_indices, np.int64)).max())
+    if widest > messages.TARGETS_LIMIT:
+        raise UserError(
+            f"{name}: {widest} tokens at one position; at most {messages.TARGETS_LIMIT} are scored"
+        )

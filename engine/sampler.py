@@ -26,10 +26,19 @@ from ..model.config import ModelConfig
 from ..model.sharding import replicated
 from . import messages
 from .page_pool import PagePool
+from .prompt_scores import PromptScores
 from .sample_checks import check_request
-from .sampler_rows import CONTEXT_BUCKETS, SLOT_BUCKETS, bucket_of, decode_rows, prefill_row
+from .sampler_rows import (
+    CONTEXT_BUCKETS,
+    DRAW_BUCKETS,
+    SLOT_BUCKETS,
+    TARGET_BUCKETS,
+    bucket_of,
+    decode_rows,
+    prefill_row,
+)
 from .sampler_weights import AdapterStacks, Weights
-from .sequence import Generation, Prompt, Sequence, TopTable, seed_of
+from .sequence import Generation, Prompt, Sequence, seed_of
 from .stop import StopReason, StopRule, implicit_stop_tokens
 from .tokenizer import TokenBytes
 
@@ -144,16 +153,14 @@ class Sampler:
         stop_tokens = implicit_stop_tokens(
             params.stop_tokens, params.stop_strings, self._config.eos_token_ids
         )
+        seed = seed_of(params.seed)
         generation = Generation(
             request=request,
             weights=weights,
             arrival=self._arrivals,
             prompt=prompt,
-            seed=seed_of(params.seed),
-            prompt_logprobs=np.full(len(prompt), np.nan, np.float32) if request.prompt_logprobs else None,
-            prompt_top=TopTable(request.topk_prompt_logprobs, len(prompt))
-            if request.topk_prompt_logprobs > 0
-            else None,
+            seed=seed,
+            scores=PromptScores(request, prompt, seed),
         )
         self._arrivals += 1
         sequences = (
@@ -233,9 +240,10 @@ class Sampler:
             (self._cached if prompt.is_cached else self._prefilling).append(prompt)
 
     def _find_cached(self, prompt: Prompt) -> list[int]:
-        if prompt.is_scored:
-            return []
-        return self._pool.find(prompt.generation.weights.id, prompt.tokens[: prompt.target])
+        end = prompt.target
+        if prompt.is_scored:  # the token before the first that is asked about must be computed
+            end = prompt.generation.scores.first_position - 1
+        return self._pool.find(prompt.generation.weights.id, prompt.tokens[:end])
 
     def _start_sequences(self) -> None:
         """Let samples of cached prompts run, as far as there are slots and pages."""
@@ -323,54 +331,50 @@ class Sampler:
         with self._timed(name):
             self._pages, hidden = decode.prefill(self._graph, weights.base, self._pages, stack, row)
             hidden.block_until_ready()
-        if any(prompt.is_scored for prompt, _ in pieces):
-            self._score(pieces, hidden, stack)
+        finite = self._score(pieces, hidden, stack)
         seconds = (time.monotonic() - began) / len(pieces)
         failed: list[messages.Done | messages.Failed] = []
-        for prompt, count in pieces:
+        for (prompt, count), is_finite in zip(pieces, finite, strict=True):
             prompt.num_cached += count
             prompt.generation.device_seconds += seconds
             if prompt.is_cached:
                 self._prefilling.remove(prompt)
                 self._cached.append(prompt)
                 self._publish(prompt.generation, prompt.tokens[: prompt.target], prompt.pages)
-            scores = prompt.generation.prompt_logprobs
-            if (
-                prompt.is_scored
-                and scores is not None
-                and not np.isfinite(scores[1 : prompt.num_cached + 1]).all()
-            ):
+            if not is_finite:
                 failed.append(self._fail_not_finite(prompt.generation))
         return failed
 
-    def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, stack: PyTree) -> None:
-        """Log-probs of the prompt tokens that follow this row's tokens."""
-        following = np.zeros(hidden.shape[0], np.int32)
+    def _score(self, pieces: list[tuple[Prompt, int]], hidden: Any, stack: PyTree) -> list[bool]:
+        """Answer what the prompts' requests ask about the tokens that follow this row's; per piece, False if
+        a log-prob is not finite."""
+        asked: list[tuple[int, slice, int, PromptScores]] = []  # piece, row's tokens, position, scores
         at = 0
-        for prompt, count in pieces:
-            following[at : at + count] = prompt.tokens[prompt.num_cached + 1 : prompt.num_cached + 1 + count]
+        for number, (prompt, count) in enumerate(pieces):
+            scores, first = prompt.generation.scores, prompt.num_cached + 1
+            if prompt.is_scored and first + count > scores.first_position:
+                asked.append((number, slice(at, at + count), first, scores))
             at += count
-        want_top = any(prompt.generation.prompt_top is not None for prompt, _ in pieces)
-        with self._timed(f"score {len(following)} tokens{_kind(stack)}"):
-            scores = jax.device_get(
-                decode.score(
-                    self._graph,
-                    pieces[0][0].generation.weights.base,
-                    stack,
-                    hidden,
-                    following,
-                    np.bool_(want_top),
-                )
+        if not asked:
+            return [True] * len(pieces)
+        T = hidden.shape[0]
+        width = max(scores.width(first, at.stop - at.start) for _, at, first, scores in asked)
+        draws = max(scores.draws for *_, scores in asked)
+        tokens = np.zeros((T, bucket_of(TARGET_BUCKETS, width)), np.int32)
+        u = np.zeros((T, bucket_of(DRAW_BUCKETS, draws), 2), np.float32)
+        temperature = np.zeros(T, np.float32)
+        for _, at, first, scores in asked:
+            scores.write_to(tokens[at], u[at], temperature[at], first)
+        want_top = np.bool_(any(scores.wants_top for *_, scores in asked))
+        base = pieces[0][0].generation.weights.base
+        with self._timed(f"score {tokens.shape[1]} and {u.shape[1]} of {T} tokens{_kind(stack)}"):
+            computed = jax.device_get(
+                decode.score(self._graph, base, stack, hidden, tokens, want_top, temperature, u)
             )
-        at = 0
-        for prompt, count in pieces:
-            generation, first = prompt.generation, prompt.num_cached + 1
-            rows = slice(at, at + count)
-            if prompt.is_scored and generation.prompt_logprobs is not None:
-                generation.prompt_logprobs[first : first + count] = scores.logprobs[rows]
-            if prompt.is_scored and generation.prompt_top is not None:
-                generation.prompt_top.set(first, scores.top_tokens[rows], scores.top_logprobs[rows])
-            at += count
+        finite = [True] * len(pieces)
+        for number, at, first, scores in asked:
+            finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))
+        return finite
 
     def _decode(self) -> list[messages.Done | messages.Failed]:
         """A few tokens for running sequences that share base weights."""

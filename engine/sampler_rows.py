@@ -11,8 +11,10 @@ from ..model.decode import DecodeRows, PrefillRow
 from ..model.token_sampling import SamplingRows, uniforms
 from .sequence import Prompt, Sequence
 
-SLOT_BUCKETS = (1, 4, 16, 64)
+SLOT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT_BUCKETS = (256, 1024, 4096, 16384, 65536, 262144)
+TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
+DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
 _STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
 
 
@@ -71,6 +73,7 @@ def decode_rows(
         temperature=column(np.float32, [p.temperature for p in params]),
         top_k=column(np.int32, [p.top_k if p.temperature > 0 else -1 for p in params]),
         top_p=column(np.float32, [p.top_p if p.temperature > 0 else 1.0 for p in params]),
+        min_p=column(np.float32, [p.min_p if p.temperature > 0 else 0.0 for p in params]),
     )
     return DecodeRows(
         last_token=column(np.int32, [s.tokens[-1] for s in chosen]),

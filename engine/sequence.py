@@ -10,30 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import messages
+from .prompt_scores import PromptScores, TopTable
 from .sampler_weights import Weights
 from .stop import StopReason, StopRule
-
-NO_LOGPROB = -99999.0  # the log-prob in an empty cell of a top-k table
-
-
-class TopTable:
-    """Top-k rows of one prompt or sample; a row not set is empty cells."""
-
-    def __init__(self, k: int, rows: int):
-        self._tokens = np.zeros((rows, k), np.int32)
-        self._logprobs = np.full((rows, k), NO_LOGPROB, np.float32)
-
-    def set(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Rows from `first_row` on; of more than k columns the first k are taken."""
-        k = min(self._tokens.shape[1], tokens.shape[1])
-        self._tokens[first_row : first_row + len(tokens), :k] = tokens[:, :k]
-        self._logprobs[first_row : first_row + len(tokens), :k] = logprobs[:, :k]
-
-    def message(self) -> messages.TopK:
-        length, k = self._tokens.shape
-        return messages.TopK(
-            token_ids=self._tokens.tobytes(), logprobs=self._logprobs.tobytes(), k=k, length=length
-        )
 
 
 @dataclass(eq=False)
@@ -45,8 +24,7 @@ class Generation:
     arrival: int
     prompt: np.ndarray  # int32[prompt_len]
     seed: int  # 64 bits
-    prompt_logprobs: np.ndarray | None = None  # float32[prompt_len]
-    prompt_top: TopTable | None = None
+    scores: PromptScores
     cache_hit_tokens: int = 0
     started: float = field(default_factory=time.monotonic)
     device_seconds: float = 0.0
@@ -61,9 +39,8 @@ class Generation:
             request_id=self.request.request_id,
             output=messages.SampleOutput(
                 sequences=[self.finished[i] for i in range(self.request.num_samples)],
-                prompt_logprobs=None if self.prompt_logprobs is None else self.prompt_logprobs.tobytes(),
-                topk_prompt_logprobs=None if self.prompt_top is None else self.prompt_top.message(),
                 prompt_cache_hit_tokens=self.cache_hit_tokens,
+                **self.scores.fields(),
             ),
             device_seconds=self.device_seconds,
         )
@@ -119,10 +96,9 @@ class Prompt:
 
     @property
     def is_scored(self) -> bool:
-        """Whether every token must run through the trunk, cached or not, for its log-prob."""
-        generation = self.generation
-        asked = generation.prompt_logprobs is not None or generation.prompt_top is not None
-        return asked and self.tokens is generation.prompt
+        """Whether something is asked about these tokens, so that they must run through the trunk, cached or
+        not."""
+        return self.generation.scores.is_asked and self.tokens is self.generation.prompt
 
     @property
     def is_cached(self) -> bool:

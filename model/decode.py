@@ -96,11 +96,14 @@ def _visible_in_prompt(
 
 
 class PromptScores(NamedTuple):
-    """Log-probs (temperature 1) of given next tokens, and the most likely ones where asked for."""
+    """Log-probs (temperature 1) of W given next tokens, of the most likely ones where asked for, and of A
+    that are drawn."""
 
-    logprobs: Float[Array, " T"]
+    logprobs: Float[Array, "T W"]
     top_tokens: Int[Array, "T top"]
     top_logprobs: Float[Array, "T top"]
+    drawn: Int[Array, "T A"]
+    drawn_logprobs: Float[Array, "T A"]
 
 
 _SCORED_AT_ONCE = 64
@@ -112,30 +115,43 @@ def score(
     base: Base,
     lora: LoraStack | None,
     hidden_TD: Float[Array, "T D"],
-    next_T: Int[Array, " T"],
+    next_TW: Int[Array, "T W"],
     want_top: Bool[Array, ""],
+    temperature_T: Float[Array, " T"],
+    u_TA2: Float[Array, "T A 2"],
 ) -> PromptScores:
-    """log p(next token | tokens so far) from prefill's hidden states, a few tokens' logits at a time."""
+    """log p(next token | tokens so far) from prefill's hidden states, a few tokens' logits at a time.
+
+    Next tokens are also drawn, A times with replacement, at `temperature_T` (0: the most likely one) from
+    the uniforms `u_TA2`."""
     model = nnx.merge(graph, base)
     T = hidden_TD.shape[0]
     size = min(_SCORED_AT_ONCE, T)
 
-    def some(piece: tuple[Array, Array]) -> PromptScores:
-        hidden, next_ = piece
+    def some(piece: tuple[Array, ...]) -> PromptScores:
+        hidden, next_, temperature, u = piece
         z = logits(model, base, lora, hidden[None], None)[0]
-        log_normalizer = jax.nn.logsumexp(z, axis=-1)
+        log_normalizer = jax.nn.logsumexp(z, axis=-1, keepdims=True)
         top = min(token_sampling.TOP_K, z.shape[-1])
         top_z, top_tokens = jax.lax.cond(
             want_top,
             lambda: tuple(jax.lax.top_k(z, top)),
             lambda: (jnp.zeros((size, top), z.dtype), jnp.zeros((size, top), jnp.int32)),
         )
-        chosen = jnp.take_along_axis(z, next_[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(z, next_, axis=-1)
+        drawn = jnp.zeros(u.shape[:2], jnp.int32)
+        if u.shape[1]:
+            drawn = token_sampling.draw_many(z, temperature, u)
         return PromptScores(
-            chosen - log_normalizer, top_tokens.astype(jnp.int32), top_z - log_normalizer[:, None]
+            chosen - log_normalizer,
+            top_tokens.astype(jnp.int32),
+            top_z - log_normalizer,
+            drawn,
+            jnp.take_along_axis(z, drawn, axis=-1) - log_normalizer,
         )
 
-    pieces = (hidden_TD.reshape(T // size, size, -1), next_T.reshape(T // size, size))
+    per_token = (hidden_TD, next_TW, temperature_T, u_TA2)
+    pieces = tuple(x.reshape(T // size, size, *x.shape[1:]) for x in per_token)
     return jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), jax.lax.map(some, pieces))
 
 

@@ -23,12 +23,13 @@ _BLOCK = 256  # tokens per block of the two-level inverse CDF
 class SamplingRows(NamedTuple):
     """One row of parameters per sequence; all traced, so no value of them compiles anything.
 
-    `temperature` 0 is greedy, `top_k` < 1 and `top_p` >= 1 are off.
+    `temperature` 0 is greedy, `top_k` < 1, `top_p` >= 1 and `min_p` <= 0 are off.
     """
 
     temperature: Float[Array, " S"]
     top_k: Int[Array, " S"]
     top_p: Float[Array, " S"]
+    min_p: Float[Array, " S"]
 
 
 class Drawn(NamedTuple):
@@ -50,9 +51,10 @@ def sample_tokens(
     """Draw one token per row of float32 logits, from two uniforms in [0, 1) each.
 
     p = softmax(logits / temperature), restricted first to the top_k largest, then to the smallest set of
-    tokens whose renormalised mass reaches top_p (ties at either border are kept), drawn by inverse CDF.
-    Log-probs are of the tempered distribution before top-k and top-p; at temperature 0 the token is the
-    argmax and its log-prob is of the untempered distribution (temperature 1).
+    tokens whose renormalised mass reaches top_p (ties at either border are kept), and to those at least min_p
+    times as likely as the most likely one (arXiv:2407.01082), drawn by inverse CDF. Log-probs are of the
+    tempered distribution before all filters; at temperature 0 the token is the argmax and its log-prob is of
+    the untempered distribution (temperature 1).
     """
     greedy = rows.temperature <= 0.0
     z = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
@@ -71,6 +73,7 @@ def sample_tokens(
         lambda: jnp.where(filtered, keep_threshold(z, top_z, rows.top_k, rows.top_p), -jnp.inf),
         lambda: jnp.full(z.shape[:1], -jnp.inf, z.dtype),
     )
+    threshold = jnp.maximum(threshold, highest[:, 0] + jnp.log(rows.min_p))
     weights = jnp.where(z >= threshold[:, None], jnp.exp(z - highest), 0.0)
     drawn = invert_cdf(weights, u)
     tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
@@ -80,6 +83,17 @@ def sample_tokens(
         top_tokens=top_tokens.astype(jnp.int32),
         top_logprobs=top_z - log_normalizer[:, None],
     )
+
+
+def draw_many(
+    logits: Float[Array, "S V"], temperature: Float[Array, " S"], u: Float[Array, "S A 2"]
+) -> Int[Array, "S A"]:
+    """A tokens per row, independently and without filters, two uniforms each; temperature 0 is greedy."""
+    greedy = temperature <= 0.0
+    z = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    weights = jnp.exp(z - z.max(-1, keepdims=True))
+    drawn = jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, u)
+    return jnp.where(greedy[:, None], jnp.argmax(logits, axis=-1)[:, None], drawn).astype(jnp.int32)
 
 
 def uniforms(seed: int, sample_index: int, position: int, count: int) -> Float[np.ndarray, "count 2"]:

@@ -15,8 +15,6 @@ from . import Backend, BackendOf, Owner, future
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])
 
-_TOPK_LIMIT = 128
-
 
 async def _weights(
     backend: Backend, owner: str, base_model: str | None, model_path: str | None
@@ -60,6 +58,7 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
     model = backend.base_model(sampler.base_model)
     _check(body, backend)
     prompt = requests.prompt_tokens(body.prompt, model.vocab_size, model.max_sequence_length - 1)
+    targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
     key = None
     if body.sampling_session_id is not None and body.seq_id is not None:
         key = f"sample/{body.sampling_session_id}/{body.seq_id}"
@@ -74,6 +73,9 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
             prompt_logprobs=bool(body.prompt_logprobs),
             topk_prompt_logprobs=body.topk_prompt_logprobs,
             topk_sample_logprobs=body.topk_sample_logprobs,
+            prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+            prompt_targets=targets,
+            prompt_alternatives=body.prompt_alt_tokens_k or 0,
         )
 
     operation = await backend.operations.accept(Submission(owner, "sample", key, message))
@@ -86,9 +88,3 @@ def _check(body: requests.Sample, backend: Backend) -> None:
         raise BadRequest(
             f"num_samples: {body.num_samples} is over the limit of {backend.settings.max_samples}"
         )
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        if getattr(body, name) > _TOPK_LIMIT:
-            raise BadRequest(f"{name}: {getattr(body, name)} is over the limit of {_TOPK_LIMIT}")
-    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
-        if getattr(body, name):
-            raise BadRequest(f"{name}: not supported by this server")

@@ -12,6 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, Str
 
 from ...engine import messages
 from ..errors import BadRequest
+from .tensors import check_csr
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=192)]
 SeqId = Annotated[StrictInt, Field(ge=0, lt=1 << 62)]
@@ -144,6 +145,7 @@ class SamplingParams(Body):
     temperature: Finite = Field(default=1.0, ge=0)
     top_k: StrictInt = Field(default=-1, ge=-1)
     top_p: Finite = Field(default=1.0, gt=0, le=1)
+    min_p: Finite = Field(default=0.0, ge=0, le=1)  # no SDK has it: an extension for plain HTTP
 
     def message(self) -> messages.SamplingParams:
         stop_strings: list[str] = []
@@ -164,7 +166,37 @@ class SamplingParams(Body):
             temperature=self.temperature,
             top_k=-1 if self.top_k == 0 else self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
         )
+
+
+class TargetTokens(Body):
+    """int64 [prompt_len - 1, K], dense or, with both kinds of indices, compressed sparse rows."""
+
+    data: list[StrictInt]
+    dtype: Literal["int64"] = "int64"
+    shape: tuple[StrictInt, StrictInt]
+    sparse_crow_indices: list[StrictInt] | None = None
+    sparse_col_indices: list[StrictInt] | None = None
+
+    def message(self) -> messages.PromptCells:
+        """Raises BadRequest where data, shape and indices do not agree."""
+        where = "target_prompt_logprobs"
+        rows, columns = self.shape
+        outside = next((token for token in self.data if not -1 <= token < 1 << 31), None)
+        if outside is not None:
+            raise BadRequest(f"{where}: {outside} is no token id, nor -1 for nothing")
+        values = np.asarray(self.data, "<i4").tobytes()
+        if self.sparse_crow_indices is None or self.sparse_col_indices is None:
+            if self.sparse_crow_indices is not self.sparse_col_indices:
+                raise BadRequest(f"{where}: sparse_crow_indices and sparse_col_indices come together")
+            if min(rows, columns) < 0 or rows * columns != len(self.data):
+                raise BadRequest(f"{where}: shape {[rows, columns]} does not hold {len(self.data)} values")
+            return messages.PromptCells((rows, columns), values)
+        crow, cols = self.sparse_crow_indices, self.sparse_col_indices
+        check_csr(len(self.data), (rows, columns), crow, cols, where)
+        indices = (np.asarray(index, "<i8").tobytes() for index in (crow, cols))
+        return messages.PromptCells((rows, columns), values, *indices)
 
 
 class Sample(Body):
@@ -176,11 +208,11 @@ class Sample(Body):
     base_model: str | None = None
     model_path: str | None = None
     prompt_logprobs: StrictBool | None = False
-    topk_prompt_logprobs: StrictInt = Field(0, ge=0)
-    topk_sample_logprobs: StrictInt = Field(0, ge=0)
-    target_prompt_logprobs: dict[str, Any] | None = None
-    prompt_alt_tokens_k: StrictInt | None = None
-    prompt_logprobs_last_n: StrictInt | None = None
+    topk_prompt_logprobs: StrictInt = Field(0, ge=0, le=messages.TOPK_LIMIT)
+    topk_sample_logprobs: StrictInt = Field(0, ge=0, le=messages.TOPK_LIMIT)
+    target_prompt_logprobs: TargetTokens | None = None
+    prompt_alt_tokens_k: StrictInt | None = Field(0, ge=0, le=messages.ALTERNATIVES_LIMIT)
+    prompt_logprobs_last_n: StrictInt | None = Field(None, ge=1)
 
 
 class RetrieveFuture(Body):

@@ -60,6 +60,25 @@ def _sample(output: messages.SampleOutput) -> pb.SampleResponse:
         body.prompt_logprobs = output.prompt_logprobs
     if output.topk_prompt_logprobs is not None:
         body.topk_prompt_logprobs.CopyFrom(_topk(output.topk_prompt_logprobs))
+    if (cells := output.prompt_targets) is not None:
+        target = body.target_prompt_logprobs
+        target.dtype = pb.DTYPE_FLOAT32
+        target.shape.extend(cells.shape)
+        if cells.crow_indices is None or cells.col_indices is None:
+            target.dense = cells.values
+        else:
+            target.sparse_csr.values = cells.values
+            target.sparse_csr.crow_indices = cells.crow_indices
+            target.sparse_csr.col_indices = cells.col_indices
+    if (drawn := output.prompt_alternatives) is not None:
+        rows = len(drawn.token_ids) // (4 * drawn.k)
+        for tensor, dtype, data in (
+            (body.prompt_alt_tokens.tokens, pb.DTYPE_INT32, drawn.token_ids),
+            (body.prompt_alt_tokens.logprobs, pb.DTYPE_FLOAT32, drawn.logprobs),
+        ):
+            tensor.dtype = dtype
+            tensor.shape.extend((rows, drawn.k))
+            tensor.dense = data
     return body
 
 

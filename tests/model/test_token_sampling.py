@@ -12,11 +12,12 @@ from tinsmith.model import token_sampling
 from tinsmith.model.token_sampling import SamplingRows, sample_tokens
 
 
-def rows_of(S, *, temperature=1.0, top_k=-1, top_p=1.0):
+def rows_of(S, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0):
     return SamplingRows(
         temperature=jnp.full(S, temperature, jnp.float32),
         top_k=jnp.full(S, top_k, jnp.int32),
         top_p=jnp.full(S, top_p, jnp.float32),
+        min_p=jnp.full(S, min_p, jnp.float32),
     )
 
 
@@ -149,3 +150,14 @@ def test_new_parameters_compile_nothing():
             jnp.bool_(False),
         )
     assert function._cache_size() == 1
+
+
+def test_min_p_removes_what_is_less_likely_than_its_share_of_the_most_likely():
+    draws, z = 20_000, np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
+    for min_p, kept in ((0.0, 5), (0.2, 4), (0.3, 3), (1.0, 1)):
+        drawn = draw(jnp.broadcast_to(z, (draws, 5)), rows_of(draws, min_p=min_p), seed=3)
+        counts = np.bincount(np.asarray(drawn.tokens), minlength=5)
+        p = np.exp(z[:kept]) / np.exp(z[:kept]).sum()
+        assert not counts[kept:].any()
+        np.testing.assert_allclose(counts[:kept] / draws, p, atol=0.02)
+        np.testing.assert_allclose(drawn.logprobs, z[np.asarray(drawn.tokens)], atol=1e-5)
