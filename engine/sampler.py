@@ -349,12 +349,12 @@ class Sampler:
         """Answer what the prompts' requests ask about the tokens that follow this row's; per piece, False if
         a log-prob is not finite."""
         asked: list[tuple[int, slice, int, PromptScores]] = []  # piece, row's tokens, position, scores
-        at = 0
+        begin = 0
         for number, (prompt, count) in enumerate(pieces):
             scores, first = prompt.generation.scores, prompt.num_cached + 1
             if prompt.is_scored and first + count > scores.first_position:
-                asked.append((number, slice(at, at + count), first, scores))
-            at += count
+                asked.append((number, slice(begin, begin + count), first, scores))
+            begin += count
         if not asked:
             return [True] * len(pieces)
         T = hidden.shape[0]
