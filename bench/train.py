@@ -59,7 +59,7 @@ class Side:
             text=True,
             env=environment,
         )
-        self.ask(settings)
+        self.hello = self.ask(settings)
 
     def ask(self, question: dict) -> dict:
         try:
