@@ -7,6 +7,7 @@ server is gone.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Literal
 import jax
 import msgspec
 
+from ..model.load import find_model
 from ..model.sharding import make_mesh
 from . import base_models, compilation, messages
 from .loop import Engine
@@ -65,10 +67,12 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     mesh = make_mesh(config.mesh or None)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     log.info("JAX %s on %s; compiled programs are kept in %s", jax.__version__, devices, cache)
-    bases = {}
+    bases: dict[str, base_models.BaseModel] = {}
     for number, declared in enumerate(config.base_models, start=1):
         tell("loading", f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
-        bases[declared.name] = base_models.load(declared, config, mesh)
+        same = (base for base in bases.values() if base.folder == find_model(declared.path))
+        shared = next(same, None) or base_models.load(declared, config, mesh)
+        bases[declared.name] = dataclasses.replace(shared, name=declared.name)
     engine = Engine(config, bases, socket)
     tell("ready", f"ready after {time.perf_counter() - began:.1f} s with {', '.join(bases)} on {devices}")
     return engine

@@ -21,6 +21,7 @@ from . import messages
 from .base_models import BaseModel
 from .errors import UserError
 from .models import Models, Writing
+from .sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit, batch_tokens
 from .socket import Socket
 from .training_run import Job, JobOutput
@@ -41,11 +42,12 @@ class Engine:
 
     def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel], socket: Socket):
         self._socket = socket
-        self._bases = bases
         self._models = Models(config, bases)
+        # One of each, though several names may share a base.
+        self._samplers = list(dict.fromkeys(base.samplers for base in bases.values()))
         micro_batch = max(base.trainer.shapes.micro_batch_tokens for base in bases.values())
         self._scheduler = Scheduler(self._batch_key, micro_batch)
-        self._sampling: dict[str, tuple[BaseModel, messages.Sample]] = {}
+        self._sampling: dict[str, tuple[SamplerCache, messages.Sample]] = {}
         self._writing = 0
         self._stops: list[messages.Stop] = []
 
@@ -55,9 +57,9 @@ class Engine:
             self._receive()
             if unit := self._scheduler.next():
                 self._train(unit)
-            for base in self._bases.values():
-                if base.samplers.sampler.has_work:
-                    self._sample(base)
+            for samplers in self._samplers:
+                if samplers.sampler.has_work:
+                    self._sample(samplers)
         for stop in self._stops:
             self._answer(stop, messages.Nothing())
 
@@ -83,8 +85,8 @@ class Engine:
             case messages.Cancel():
                 self._cancel(request)
             case messages.ReleaseSnapshot():
-                for base in self._bases.values():
-                    base.samplers.release_snapshot(request.snapshot)
+                for samplers in self._samplers:
+                    samplers.release_snapshot(request.snapshot)
                 self._answer(request, messages.Nothing())
             case messages.Stop():
                 self._socket.send(messages.Status("stopping", "finishing what is running and queued"))
@@ -97,8 +99,8 @@ class Engine:
     def _cancel(self, request: messages.Cancel) -> None:
         cancelled: Request | None = self._scheduler.cancel(request.target)
         if request.target in self._sampling:
-            base, cancelled = self._sampling.pop(request.target)
-            base.samplers.sampler.cancel(request.target)
+            samplers, cancelled = self._sampling.pop(request.target)
+            samplers.sampler.cancel(request.target)
         if cancelled is not None:
             self._answer(cancelled, UserError("cancelled"))
         self._answer(request, messages.Nothing())
@@ -110,7 +112,7 @@ class Engine:
         model = self._models.get(operation.model_id)
         if not isinstance(operation, messages.ForwardBackward) or model is None or model.state.lora is None:
             return None
-        return model.base.name, model.base.trainer.structure(model.state), operation.forward_only
+        return model.base.trainer, model.base.trainer.structure(model.state), operation.forward_only
 
     def _train(self, unit: Unit) -> None:
         """Give a unit one turn."""
@@ -198,23 +200,23 @@ class Engine:
 
     def _add_sample(self, request: messages.Sample) -> None:
         try:
-            base = self._models.base(request.sampler.base_model)
-            base.samplers.add(request)
+            samplers = self._models.base(request.sampler.base_model).samplers
+            samplers.add(request)
         except Exception as error:
             self._answer(request, error)
         else:
-            self._sampling[request.request_id] = base, request
+            self._sampling[request.request_id] = samplers, request
 
-    def _sample(self, base: BaseModel) -> None:
+    def _sample(self, samplers: SamplerCache) -> None:
         """Give the sampler one turn. One that fails has lost its requests, and begins anew."""
         try:
-            answers = base.samplers.sampler.step()
+            answers = samplers.sampler.step()
         except Exception as error:
-            lost = [request for of, request in self._sampling.values() if of is base]
+            lost = [request for of, request in self._sampling.values() if of is samplers]
             for request in lost:
                 del self._sampling[request.request_id]
                 self._answer(request, error)
-            base.samplers.restart()
+            samplers.restart()
             return
         for answer in answers:
             _, request = self._sampling.pop(answer.request_id)

@@ -78,7 +78,7 @@ def find_model(model: str) -> Path:
     """The folder of `model`: a local path, or a hub id (weights and tokenizer are downloaded and cached)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.resolve()
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{model} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download

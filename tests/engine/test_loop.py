@@ -420,3 +420,17 @@ def _runs(pid: int) -> bool:
             return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_names_of_one_folder_share_its_weights(model_folder, tmp_path):
+    names = [messages.BaseModel(name, str(model_folder)) for name in ("tiny", "alias")]
+    engine = EngineClient(tmp_path, model_folder, base_models=names)
+    create(engine, "here")
+    create(engine, "there", base_model="alias")
+    train(engine, "here")
+    train(engine, "there")
+    here, there = (logprobs(forward_backward(engine, name, forward_only=True)) for name in ("here", "there"))
+    for a, b in zip(here, there, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert engine.stop() == 0
+    assert engine.log.read_text().count("loaded in") == 1
