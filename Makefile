@@ -43,7 +43,7 @@ demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (u
 	@$(BIN)/python demo/sft.py
 
 test: lint ## lint, types, import arrows, and all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
