@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import os
+import platform
 import shutil
 import signal
 import sys
@@ -35,6 +37,24 @@ def _die_with_parent() -> Callable[[], None] | None:
         return None
     libc = ctypes.CDLL(None)
     return lambda: libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+# XLA allocates a program's buffers anew for every execution on a CPU. By glibc's defaults each is mapped and
+# page-faulted again (50 MB written in 21 ms, with these in 4 ms), and a step takes 10 to 20 % longer.
+_GLIBC_TUNABLES = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_threshold=4294967296",
+        "glibc.malloc.trim_threshold=4294967296",
+        "glibc.malloc.top_pad=67108864",
+    )
+)
+
+
+def _environment() -> dict[str, str]:
+    """The engine's: the server's, and the allocator's settings where the user has none."""
+    tunables = {"GLIBC_TUNABLES": _GLIBC_TUNABLES} if platform.libc_ver()[0] == "glibc" else {}
+    return tunables | os.environ
 
 
 class EngineProcess:
@@ -75,6 +95,7 @@ class EngineProcess:
             "-m",
             self._module,
             stdin=asyncio.subprocess.PIPE,
+            env=_environment(),
             start_new_session=True,  # Ctrl-C is for the server, which then stops the engine in order
             preexec_fn=_die_with_parent(),
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 
 import psutil
+import pytest
 from conformance.server_process import ServerProcess, Wire, datum
 
 
@@ -71,6 +73,11 @@ def test_the_server_process_holds_no_array_library(server: ServerProcess) -> Non
     assert not [path for path in mapped if "jaxlib" in path or "torch" in path]
     engine = {mapping.path for mapping in server.engine.memory_maps()}
     assert [path for path in engine if "jaxlib" in path], "the engine's maps can be read"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_the_engine_s_allocator_keeps_its_memory(server: ServerProcess) -> None:
+    assert server.engine.environ()["GLIBC_TUNABLES"].startswith("glibc.malloc.")
 
 
 def test_metrics(server: ServerProcess, wire: Wire) -> None:
