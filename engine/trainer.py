@@ -24,6 +24,7 @@ from .errors import UserError
 from .messages import AdamParams, ForwardBackward, LoraSpec
 from .packing import shape_table
 from .programs import OnCompile, Programs
+from .rematerialisation import activation_bytes, choose_remat
 from .train_step import Batch, Outputs, Static
 from .training_run import Job, JobOutput, Run
 from .training_state import GradNormalization, TrainingState
@@ -48,12 +49,14 @@ class Trainer:
         """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
 
         `micro_batch_tokens` are computed at once (default 1024 on a CPU, 8192 per device elsewhere), and of
-        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full".
+        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full", by default what fits
+        (`rematerialisation`).
         `on_compile(name, seconds)` hears of every compilation.
         """
         self.config = config
         self.mesh = mesh or sharding.make_mesh(None)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        device = self.mesh.devices.flat[0]
+        on_cpu = device.platform == "cpu"
         row_devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.max_sequence_length = min(
             config.max_sequence_length, max_sequence_length or config.max_sequence_length
@@ -66,12 +69,11 @@ class Trainer:
         self.programs = Programs(self.mesh, on_compile)
         self._base = base
         self._dtype = base["embed_tokens"]["weight"].dtype
+        self._remat = remat
+        self._row_devices = row_devices
+        self._activation_bytes = activation_bytes(device)
         self._static = Static(
-            graph,
-            self._dtype,
-            remat or ("dots" if on_cpu else "full"),
-            chunk_tokens or (256 if on_cpu else 1024),
-            False,
+            graph, self._dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False
         )
         self._replicated = sharding.replicated(self.mesh)
         self._base_shardings = sharding.shardings_for(base, decoder.logical_axes(config), self.mesh)
@@ -273,7 +275,9 @@ class Trainer:
         return finite
 
     def _gradient_program(self, key, weights: tuple, gradients: tuple, batch: Batch, sequence_level: bool):
-        static = self._static._replace(sequence_level=sequence_level)
+        static = self._static._replace(
+            sequence_level=sequence_level, remat=self._remat or self._remat_of(batch)
+        )
         name = f"forward_backward {_describe(key, batch, len(weights), sequence_level)}"
         function: Callable[..., Any]
         arguments: tuple[Any, ...]
@@ -294,6 +298,11 @@ class Trainer:
             donate=donate,
             out_shardings=(pin, self._replicated),
         )
+
+    def _remat_of(self, batch: Batch) -> str:
+        """By what one device computes of the micro-batch."""
+        tokens = batch.tokens.shape[0] * batch.tokens.shape[1] // self._row_devices
+        return choose_remat(self.config, tokens, self._dtype.itemsize, self._activation_bytes)
 
     def _scales(self, states: Sequence[TrainingState]) -> jax.Array:
         return jax.device_put(np.array([s.scale for s in states], np.float32), self._replicated)

@@ -88,7 +88,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
-        scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + self.eps)
+        # a product by einsum, so that its gradient's sum over D is a dot: on the CPU several times as fast
+        scaled = jnp.einsum("...d,...->...d", x32, inverse_rms)
         return scaled.astype(x.dtype) * self.weight[...]
 
 

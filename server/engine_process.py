@@ -51,7 +51,7 @@ _GLIBC_TUNABLES = ":".join(
 )
 
 
-def _environment() -> dict[str, str]:
+def engine_environment() -> dict[str, str]:
     """The engine's: the server's, and the allocator's settings where the user has none."""
     tunables = {"GLIBC_TUNABLES": _GLIBC_TUNABLES} if platform.libc_ver()[0] == "glibc" else {}
     return tunables | os.environ
@@ -95,7 +95,7 @@ class EngineProcess:
             "-m",
             self._module,
             stdin=asyncio.subprocess.PIPE,
-            env=_environment(),
+            env=engine_environment(),
             start_new_session=True,  # Ctrl-C is for the server, which then stops the engine in order
             preexec_fn=_die_with_parent(),
         )
