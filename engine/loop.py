@@ -25,6 +25,7 @@ from .sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit, batch_tokens
 from .socket import Socket
 from .training_run import Job, JobOutput
+from .under_way import UnderWay
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Engine:
         self._sampling: dict[str, tuple[SamplerCache, messages.Sample]] = {}
         self._writing = 0
         self._stops: list[messages.Stop] = []
+        self._under_way = UnderWay(config.under_way)
 
     def run(self) -> None:
         """Until a Stop, and then until all that was asked for is done and on disk."""
@@ -73,6 +75,8 @@ class Engine:
         """Take what has arrived; wait for something when there is nothing else to do."""
         while True:
             may_wait = not self._busy and (self._writing or not self._stops)
+            if may_wait:
+                self._under_way.note(())
             try:
                 self._accept(self._socket.inbox.get(block=bool(may_wait)))
             except queue.Empty:
@@ -117,6 +121,7 @@ class Engine:
     def _train(self, unit: Unit) -> None:
         """Give a unit one turn."""
         unit.turn_began = time.perf_counter()
+        self._under_way.note(unit.operations)
         if unit.progress is None:
             first = unit.operations[0]
             is_batch = isinstance(first, messages.ForwardBackward)
@@ -209,6 +214,7 @@ class Engine:
 
     def _sample(self, samplers: SamplerCache) -> None:
         """Give the sampler one turn. One that fails has lost its requests, and begins anew."""
+        self._under_way.note(request for of, request in self._sampling.values() if of is samplers)
         try:
             answers = samplers.sampler.step()
         except Exception as error:

@@ -356,6 +356,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_sequence_length: int | None = None  # None: the model's own limit
     kv_cache_tokens: int | None = None  # None: derived from the device
     log_level: str = "info"
+    under_way: str | None = None  # a file for the ids of what is being computed, `id TAB model LF ... NUL`
 
 
 _to_engine_encoder = msgspec.msgpack.Encoder()
