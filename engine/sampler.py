@@ -129,6 +129,10 @@ class Sampler:
         if (weights := self._weights.pop(key, None)) is not None:
             self._stacks.forget(weights)
 
+    def weights_of(self, key: str) -> Weights:
+        """What is registered under `key`."""
+        return self._weights[key]
+
     def __contains__(self, key: str) -> bool:
         """Whether weights are registered under `key`."""
         return key in self._weights
