@@ -75,7 +75,15 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
             on_compile=log_compiled,
         )
 
-    samplers = SamplerCache(new_sampler, config, Path(engine.data_dir), dtype, mesh)
+    samplers = SamplerCache(
+        new_sampler,
+        config,
+        Path(engine.data_dir),
+        dtype,
+        mesh,
+        engine.sampler_bytes,
+        engine.sampler_idle_seconds,
+    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     log.info(
         "%s: %s, %d layers, %.1f MB as %s, up to %d tokens; loaded in %.1f s",

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import messages
+from . import log_lines, messages
 from .base_models import BaseModel
 from .errors import UserError
 from .models import Models, Writing
 from .sampler_cache import SamplerCache
-from .scheduler import ModelOperation, Scheduler, Unit, batch_tokens
+from .scheduler import ModelOperation, Scheduler, Unit
 from .socket import Socket
 from .training_run import Job, JobOutput
 from .under_way import UnderWay
@@ -62,6 +62,7 @@ class Engine:
             for samplers in self._samplers:
                 if samplers.sampler.has_work:
                     self._sample(samplers)
+        self._models.close()
         for stop in self._stops:
             self._answer(stop, messages.Nothing())
 
@@ -77,10 +78,13 @@ class Engine:
             may_wait = not self._busy and (self._writing or not self._stops)
             if may_wait:
                 self._under_way.note(())
+            until_idle = [samplers.evict_idle() for samplers in self._samplers]
+            timeout = min((seconds for seconds in until_idle if seconds is not None), default=None)
             try:
-                self._accept(self._socket.inbox.get(block=bool(may_wait)))
+                self._accept(self._socket.inbox.get(block=bool(may_wait), timeout=timeout))
             except queue.Empty:
-                return
+                if not may_wait:
+                    return
 
     def _accept(self, request: Request | Written) -> None:
         match request:
@@ -88,9 +92,9 @@ class Engine:
                 self._add_sample(request)
             case messages.Cancel():
                 self._cancel(request)
-            case messages.ReleaseSnapshot():
+            case messages.ReleaseSampler():
                 for samplers in self._samplers:
-                    samplers.release_snapshot(request.snapshot)
+                    samplers.release(request.weights)
                 self._answer(request, messages.Nothing())
             case messages.Stop():
                 self._socket.send(messages.Status("stopping", "finishing what is running and queued"))
@@ -241,7 +245,7 @@ class Engine:
                 answer = messages.Failed(request.request_id, str(outcome), "user")
             case BaseException():
                 error_id = uuid.uuid4().hex[:8]
-                log.error("error %s in %s", error_id, _described(request), exc_info=outcome)
+                log.error("error %s in %s", error_id, log_lines.described(request), exc_info=outcome)
                 reason = (
                     "the device is out of memory"
                     if "RESOURCE_EXHAUSTED" in str(outcome)
@@ -257,9 +261,14 @@ class Engine:
 
     def _log(self, request: Request, answer: messages.Done | messages.Failed) -> None:
         if isinstance(answer, messages.Failed):
-            log.warning("%s: failed (%s): %s", _described(request), answer.category, answer.message)
+            log.warning("%s: failed (%s): %s", log_lines.described(request), answer.category, answer.message)
         else:
-            log.info("%s: %s in %.3f s", _described(request), _result(answer.output), answer.device_seconds)
+            log.info(
+                "%s: %s in %.3f s",
+                log_lines.described(request),
+                log_lines.result(answer.output),
+                answer.device_seconds,
+            )
 
 
 def _forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:
@@ -268,33 +277,3 @@ def _forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutpu
         for logprobs in result.logprobs
     ]
     return messages.ForwardBackwardOutput(logprobs, result.metrics)
-
-
-def _described(request: Request) -> str:
-    """A request in a log line: whose, and what."""
-    match request:
-        case messages.ForwardBackward():
-            name = "forward" if request.forward_only else "forward_backward"
-            return f"{request.model_id}: {name} of {len(request.data)} datums, {batch_tokens(request)} tokens"
-        case messages.Sample():
-            of = request.sampler.weights or request.sampler.snapshot or request.sampler.base_model
-            return f"{of}: sample {request.num_samples} after {len(request.prompt) // 4} tokens"
-        case messages.SaveState() | messages.LoadState() | messages.SaveSampler():
-            return f"{request.model_id}: {type(request).__name__} {request.directory or 'in memory'}"
-        case _:
-            owner = f"{request.model_id}: " if hasattr(request, "model_id") else ""
-            return owner + type(request).__name__
-
-
-def _result(output: messages.Output) -> str:
-    match output:
-        case messages.ForwardBackwardOutput():
-            return f"loss {output.metrics['loss:sum']:.6g}"
-        case messages.OptimStepOutput():
-            return f"step {output.metrics['step']:.0f}, grad norm {output.metrics['grad_norm']:.4g}"
-        case messages.SampleOutput():
-            return f"{sum(len(sequence.tokens) for sequence in output.sequences) // 4} tokens"
-        case messages.StateSaved() | messages.SamplerSaved():
-            return f"{output.size_bytes / 1e6:.1f} MB"
-        case _:
-            return "done"

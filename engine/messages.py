@@ -65,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     `stop_tokens` None means the model's own end-of-sequence tokens; an empty list means none at all.
     `max_tokens` None means up to the model's context length. `temperature` 0 is greedy. `top_k` -1 is off.
     `min_p` removes tokens less than that fraction as likely as the most likely one; 0 is off.
+    Penalties: `model.penalties`; 1, 0 and 0 are off.
     """
 
     max_tokens: int | None = None
@@ -75,18 +76,19 @@ class SamplingParams(msgspec.Struct, frozen=True):
     top_k: int = -1
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 class SamplerRef(msgspec.Struct, frozen=True):
     """The immutable weights of a sampler: a base model, and the adapter (or full weights) on top of it.
 
-    `weights` is a directory key of exported sampler weights; `snapshot` names weights that a
-    `SaveSampler` without a directory kept in the engine's memory. Neither: the base model itself.
+    `weights` is the directory key that a `SaveSampler` named; None is the base model itself.
     """
 
     base_model: str
     weights: str | None = None
-    snapshot: str | None = None
 
 
 # --- operations -----------------------------------------------------------------------------------------
@@ -142,15 +144,17 @@ class LoadState(_Request, frozen=True):
 
 
 class SaveSampler(_Request, frozen=True):
-    """Freeze the current weights for sampling.
+    """Freeze the current weights for sampling, into `directory` as PEFT (or merged, for full-weight models)
+    safetensors.
 
-    Into `directory` as PEFT (or merged, for full-weight models) safetensors, complete on disk before the
-    answer; or, without a directory, in memory under the name `snapshot`. One of the two is given.
+    Complete on disk before the answer; or, `deferred`, sampled from memory at once and written behind the
+    answer. A directory that a deferred save finds complete stays as it is: it is being replayed. A SaveState
+    of the model is answered when all deferred saves before it are on disk.
     """
 
     model_id: str
-    directory: str | None = None
-    snapshot: str | None = None
+    directory: str
+    deferred: bool = False
 
 
 TOPK_LIMIT = 64  # most likely tokens that a request may ask for per position
@@ -182,7 +186,7 @@ class PromptAlternatives(msgspec.Struct, frozen=True):
 class Sample(_Request, frozen=True):
     """`prompt_logprobs_last_n` leaves all but the last n rows of `prompt_logprobs` and
     `topk_prompt_logprobs` empty. `prompt_targets` are tokens to score at prompt positions,
-    `prompt_alternatives` how many to draw at each."""
+    `prompt_alternatives` how many to draw at each, by `temperature` alone."""
 
     sampler: SamplerRef
     prompt: bytes  # int32[prompt_len]
@@ -208,10 +212,10 @@ class Cancel(_Request, frozen=True):
     target: str
 
 
-class ReleaseSnapshot(_Request, frozen=True):
-    """Forget the in-memory sampler weights of that name."""
+class ReleaseSampler(_Request, frozen=True):
+    """Nobody will sample the weights of that directory again: forget them. Its files are the server's."""
 
-    snapshot: str
+    weights: str
 
 
 class Stop(_Request, frozen=True):
@@ -228,7 +232,7 @@ ToEngine = (
     | Sample
     | DeleteModel
     | Cancel
-    | ReleaseSnapshot
+    | ReleaseSampler
     | Stop
 )
 
@@ -264,8 +268,8 @@ class SamplerSaved(msgspec.Struct, frozen=True, tag=True):
 
 
 class SampledSequence(msgspec.Struct, frozen=True):
-    """Tokens int32[n] with the completing stop included, and float32[n] log-probs of the tempered
-    distribution. `topk_*` are row-major [n, k] (see `TopK`)."""
+    """Tokens int32[n] with the completing stop included, and float32[n] log-probs of the distribution after
+    penalties and temperature, before all filters. `topk` is of that one too (see `TopK`)."""
 
     tokens: bytes
     logprobs: bytes
@@ -355,6 +359,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     full_weight: bool = False
     max_sequence_length: int | None = None  # None: the model's own limit
     kv_cache_tokens: int | None = None  # None: derived from the device
+    sampler_bytes: int | None = None  # of sampler weights on the device; None: derived from it
+    sampler_idle_seconds: float = 600.0  # after which sampler weights leave the device
     log_level: str = "info"
     under_way: str | None = None  # a file for the ids of what is being computed, `id TAB model LF ... NUL`
 

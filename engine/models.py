@@ -7,14 +7,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import msgspec
 import numpy as np
 
 from ..ckpt import merged, paths, peft, training_state
+from ..ckpt.atomic import size_bytes
 from . import messages
 from .base_models import BaseModel
+from .deferred_exports import DeferredExports
 from .errors import UserError
 from .scheduler import ModelOperation
 from .training_run import Job
@@ -48,6 +51,11 @@ class Models:
         self._models: dict[str, Model] = {}
         self._writing: dict[str, Future[int]] = {}
         self._writers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="export")
+        self._deferred = DeferredExports()
+
+    def close(self) -> None:
+        """Wait for what is being written behind its answer."""
+        self._deferred.close()
 
     def base(self, name: str) -> BaseModel:
         """Raises UserError for a base model that is not loaded."""
@@ -91,6 +99,7 @@ class Models:
             case messages.DeleteModel():
                 self.find(operation.model_id)
                 del self._models[operation.model_id]
+                self._deferred.forget(operation.model_id)
                 return messages.Nothing()
         raise TypeError(f"{type(operation).__name__} is not an operation on one model")
 
@@ -202,33 +211,44 @@ class Models:
         directory = paths.resolve(self._config.data_dir, operation.directory)
         metadata = {"base_model": model.base.name, **model.state.metadata()}
         size = training_state.save(directory, model.state.arrays(), metadata)
+        # What the server then forgets how to replay must not be in memory alone.
+        size = self._deferred.after(operation.model_id, size)
         return Writing(self._track(operation.directory, size), messages.StateSaved)
 
     def _save_sampler(self, operation: messages.SaveSampler) -> messages.Output | Writing:
         model = self.find(operation.model_id)
-        if operation.directory is None:
-            if operation.snapshot is None:
-                raise UserError("save_weights_for_sampler: neither a directory nor a snapshot was given")
-            size = model.base.samplers.add_snapshot(operation.snapshot, model.state)
-            return messages.SamplerSaved(size)
-        directory = paths.resolve(self._config.data_dir, operation.directory)
-        base, lora = model.base, model.state.lora
-        # A copy, not a view: the next step writes into the arrays' memory while a thread writes the files.
-        weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), model.state.weights)
+        key, directory = operation.directory, paths.resolve(self._config.data_dir, operation.directory)
+        if not operation.deferred:
+            # A copy, not a view: the next step writes into the arrays' memory while a thread writes files.
+            weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), model.state.weights)
+            size = self._writers.submit(_export, model.base, model.state.lora, weights, directory)
+            return Writing(self._track(key, size), messages.SamplerSaved)
+        if directory.is_dir():
+            return messages.SamplerSaved(size_bytes(directory))
+        base, lora, samplers = model.base, model.state.lora, model.base.samplers
+        frozen = samplers.freeze(key, model.state)
+        weights = frozen.base if lora is None else frozen.adapter
 
-        def write() -> int:
-            if lora is None:
-                return merged.save_merged(directory, weights, base.config, base_folder=base.folder)
-            return peft.save_adapter(
-                directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
-            )
+        def export() -> None:
+            _export(base, lora, weights, directory)
+            samplers.written(key)
 
-        return Writing(self._track(operation.directory, self._writers.submit(write)), messages.SamplerSaved)
+        self._deferred.add(operation.model_id, export)
+        return messages.SamplerSaved(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)))
 
     def _track(self, key: str, size: Future[int]) -> Future[int]:
         self._writing[key] = size
         size.add_done_callback(lambda _: self._writing.pop(key, None))
         return size
+
+
+def _export(base: BaseModel, lora: messages.LoraSpec | None, weights: Any, directory: Path) -> int:
+    """Write an adapter, or merged weights, as others read them; its size in bytes."""
+    if lora is None:
+        return merged.save_merged(directory, weights, base.config, base_folder=base.folder)
+    return peft.save_adapter(
+        directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
+    )
 
 
 def _shape(lora: messages.LoraSpec | None) -> tuple | None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,28 @@ from ..model.load import WeightsError, load_base
 from . import messages
 from .errors import UserError
 from .sampler import Sampler
+from .sampler_weights import Weights
 from .training_state import TrainingState
 
 log = logging.getLogger(__name__)
 
-BYTES_ON_DEVICE = 4 << 30
+
+@dataclass
+class Resident:
+    """Weights on the device."""
+
+    bytes: int
+    sampled_at: float  # of time.monotonic
 
 
 class SamplerCache:
-    """One base model's sampler, and the weights registered with it.
+    """One base model's sampler, and the weights registered with it, by the key of their directory.
 
-    Weights of a directory are read when they are first sampled; those not sampled for longest give way when
-    all together exceed `bytes_on_device` (the newest stay, whatever their size). Snapshots have no place on
-    disk and stay until they are released.
+    Weights come from a model in training (`freeze`), or are read from their directory when they are first
+    sampled. They leave the device when they were not sampled for `idle_seconds`, or when all together exceed
+    `bytes_on_device`, those not sampled for longest first (the newest stay, whatever their size); and come
+    back when they are sampled again. Frozen weights stay in memory until `written` says that they are on
+    disk.
     """
 
     def __init__(
@@ -40,77 +50,110 @@ class SamplerCache:
         data_dir: Path,
         dtype: Any,
         mesh: Mesh,
-        bytes_on_device: int = BYTES_ON_DEVICE,
+        bytes_on_device: int | None = None,
+        idle_seconds: float = 600.0,
     ):
+        """`bytes_on_device` None: an eighth of an accelerator's memory, 1 GiB on the CPU."""
         self._new_sampler = new_sampler
         self._config, self._data_dir, self._dtype, self._mesh = config, data_dir, dtype, mesh
-        self._bytes_on_device = bytes_on_device
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # of directories; sampled last comes last
+        self._bytes_on_device = bytes_on_device or default_bytes_on_device()
+        self._idle_seconds = idle_seconds
+        self._resident: OrderedDict[str, Resident] = OrderedDict()  # sampled last comes last
+        self._frozen: dict[str, Weights] = {}
         self.sampler = new_sampler()
 
     def add(self, request: messages.Sample) -> None:
-        """Queue a request, its weights read from disk first if need be. Raises UserError."""
-        self.sampler.add(request, self._require(request.sampler))
+        """Queue a request, its weights brought to the device first if need be. Raises UserError."""
+        key = request.sampler.weights
+        if key is not None:
+            self._require(key)
+        self.sampler.add(request, key)
 
-    def add_snapshot(self, name: str, state: TrainingState) -> int:
-        """Freeze a model's current weights in memory under `name`; their size in bytes."""
-        registered = self._registered(state.lora is not None, state.weights, state.scale)
-        self.release_snapshot(name)
-        self.sampler.register(_snapshot_key(name), **registered)
-        return _size(registered)
+    def freeze(self, key: str, state: TrainingState) -> Weights:
+        """A copy of a model's current weights, to be sampled as `key`."""
+        if state.lora is not None:
+            registered = {"adapter": state.weights, "scale": state.scale}
+        else:  # full weights are sampled in the base's dtype
+            registered = {"base": jax.tree.map(lambda leaf: leaf.astype(self._dtype), state.weights)}
+        self.release(key)
+        self._register(key, registered)
+        self._frozen[key] = self.sampler.weights_of(key)
+        return self._frozen[key]
 
-    def release_snapshot(self, name: str) -> None:
-        self.sampler.release(_snapshot_key(name))
+    def written(self, key: str) -> None:
+        """Frozen weights are on disk. Of any thread."""
+        self._frozen.pop(key, None)
+
+    def release(self, key: str) -> None:
+        """Forget weights. Requests already added still finish."""
+        self._frozen.pop(key, None)
+        self._leave(key)
+
+    def evict_idle(self) -> float | None:
+        """Let what was not sampled for long leave the device; the seconds until that is due for the next."""
+        now = time.monotonic()
+        while self._resident:
+            key, oldest = next(iter(self._resident.items()))
+            if (left := oldest.sampled_at + self._idle_seconds - now) > 0:
+                return left
+            log.info("sampler weights %s leave the device, unused for %.0f s", key, self._idle_seconds)
+            self._leave(key)
+        return None
 
     def restart(self) -> None:
-        """A new sampler in place of one that failed: no requests, no snapshots; directories stay on disk."""
+        """A new sampler in place of one that failed, without requests."""
         self.sampler = self._new_sampler()
-        self._sizes.clear()
+        self._resident.clear()
 
-    def _require(self, ref: messages.SamplerRef) -> str | None:
-        """The sampler's key of the weights, which are registered now."""
-        if ref.snapshot is not None:
-            if _snapshot_key(ref.snapshot) not in self.sampler:
-                raise UserError("these sampler weights are gone: save them again")
-            return _snapshot_key(ref.snapshot)
-        if ref.weights is None:
-            return None
-        if ref.weights not in self._sizes:
-            self._read(ref.weights)
-        self._sizes.move_to_end(ref.weights)
-        return ref.weights
+    def _require(self, key: str) -> None:
+        """Make sure that weights are on the device."""
+        if key not in self._resident:
+            frozen = self._frozen.get(key)
+            if frozen is None:
+                self._read(key)
+            elif frozen.adapter is None:
+                self._register(key, {"base": frozen.base})
+            else:
+                self._register(key, {"adapter": frozen.adapter, "scale": frozen.scale})
+        self._resident[key].sampled_at = time.monotonic()
+        self._resident.move_to_end(key)
 
     def _read(self, key: str) -> None:
         began = time.perf_counter()
         directory = paths.resolve(self._data_dir, key)
         if not directory.is_dir():
             raise UserError("these sampler weights are not there (any more): save them again")
+        registered: dict[str, Any]
         try:
             if peft.is_adapter(directory):
                 saved = peft.load_adapter(directory, self._config)
-                registered = self._registered(True, saved.adapter, saved.alpha / saved.rank)
+                registered = {"adapter": saved.adapter, "scale": saved.alpha / saved.rank}
             else:
                 registered = {"base": load_base(directory, self._config, self._dtype, self._mesh)}
         except (peft.AdapterError, WeightsError) as error:
             raise UserError(f"these sampler weights do not fit the model: {error}") from error
-        size = _size(registered)
-        while self._sizes and sum(self._sizes.values()) + size > self._bytes_on_device:
-            oldest, _ = self._sizes.popitem(last=False)
-            self.sampler.release(oldest)
+        self._register(key, registered)
+        seconds = time.perf_counter() - began
+        log.info("sampler weights %s: %.1f MB read in %.2f s", key, self._resident[key].bytes / 1e6, seconds)
+
+    def _register(self, key: str, registered: dict[str, Any]) -> None:
+        """Bring weights to the device, the arguments of `Sampler.register`; older ones make way."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(registered) if hasattr(leaf, "nbytes"))
+        while self._resident and size + self._bytes() > self._bytes_on_device:
+            self._leave(next(iter(self._resident)))
         self.sampler.register(key, **registered)
-        self._sizes[key] = size
-        log.info("sampler weights %s: %.1f MB read in %.2f s", key, size / 1e6, time.perf_counter() - began)
+        self._resident[key] = Resident(size, time.monotonic())
 
-    def _registered(self, is_adapter: bool, weights: Any, scale: float) -> dict[str, Any]:
-        """The arguments of `Sampler.register`. Full weights are sampled in the base's dtype."""
-        if is_adapter:
-            return {"adapter": weights, "scale": scale}
-        return {"base": jax.tree.map(lambda leaf: leaf.astype(self._dtype), weights)}
+    def _leave(self, key: str) -> None:
+        self._resident.pop(key, None)
+        self.sampler.release(key)
 
-
-def _snapshot_key(name: str) -> str:
-    return f"snapshot/{name}"
+    def _bytes(self) -> int:
+        return sum(resident.bytes for resident in self._resident.values())
 
 
-def _size(registered: dict[str, Any]) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(registered) if hasattr(leaf, "nbytes"))
+def default_bytes_on_device() -> int:
+    """An eighth of an accelerator's memory; 1 GiB on the CPU."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    return 2**30 if limit is None else limit // 8

@@ -1,6 +1,7 @@
 """The engine as the server sees it: a real process on a tiny model, over a real socket."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_a_save_is_of_its_moment_though_training_goes_on(engine):
     ids = [
         engine.send(messages.SaveState, model_id="moment", directory="m/state-1"),
         engine.send(messages.SaveSampler, model_id="moment", directory="m/sampler-1"),
-        engine.send(messages.SaveSampler, model_id="moment", snapshot="moment"),
+        engine.send(messages.SaveSampler, model_id="moment", directory="m/sampler-2", deferred=True),
         engine.send(messages.OptimStep, model_id="moment", params=ADAM),
     ]
     for request_id in ids:
@@ -143,8 +144,8 @@ def test_a_save_is_of_its_moment_though_training_goes_on(engine):
     assert np.abs(training_logprobs(engine, "moment") - before).max() > 0.01
     create(engine, "moment:2", checkpoint="m/state-1")
     np.testing.assert_array_equal(training_logprobs(engine, "moment:2"), before)
-    for ref in ({"weights": "m/sampler-1"}, {"snapshot": "moment"}):
-        found = prompt_logprobs(engine, messages.SamplerRef("tiny", **ref))
+    for weights in ("m/sampler-1", "m/sampler-2"):
+        found = prompt_logprobs(engine, messages.SamplerRef("tiny", weights))
         np.testing.assert_allclose(found, before, atol=1e-4)
 
 
@@ -166,16 +167,36 @@ def test_a_sampler_is_read_from_disk_by_a_new_process_and_can_be_trained_on(engi
     assert other.stop() == 0
 
 
-def test_a_released_snapshot_is_gone(engine):
-    create(engine, "snapshot")
-    engine.ask(messages.SaveSampler, model_id="snapshot", snapshot="s1")
-    sample(engine, messages.SamplerRef("tiny", snapshot="s1"))
-    engine.ask(messages.ReleaseSnapshot, snapshot="s1")
+def test_deferred_sampler_weights_need_no_disk_until_the_state_is_saved(engine, tmp_path):
+    data_dir = Path(engine.config.data_dir)
+    create(engine, "deferred")
+    train(engine, "deferred")
+    expected = training_logprobs(engine, "deferred")
+    (data_dir / "blocked").write_text("no directory can be made below a file")
+    ref = messages.SamplerRef("tiny", "blocked/sampler-1")
+    engine.ask(messages.SaveSampler, model_id="deferred", directory=ref.weights, deferred=True)
+    train(engine, "deferred")
+    np.testing.assert_allclose(prompt_logprobs(engine, ref), expected, atol=1e-4)
+    save = {"model_id": "deferred", "directory": "d/state-1"}
+    answer = engine.answer(engine.send(messages.SaveState, **save))
+    assert isinstance(answer, messages.Failed), "it would be lost with this process"
+
+    (data_dir / "blocked").unlink()
+    engine.ask(messages.SaveState, **save)
+    written = data_dir / ref.weights / "adapter_model.safetensors"
+    before = written.stat().st_mtime_ns
+    # As in a replay: the model has moved on, what was saved has not.
+    engine.ask(messages.SaveSampler, model_id="deferred", directory=ref.weights, deferred=True)
+    engine.ask(messages.SaveState, **save)
+    assert written.stat().st_mtime_ns == before
+    np.testing.assert_allclose(prompt_logprobs(engine, ref), expected, atol=1e-4)
+
+    engine.ask(messages.ReleaseSampler, weights=ref.weights)
+    np.testing.assert_allclose(prompt_logprobs(engine, ref), expected, atol=1e-4)
+    shutil.rmtree(data_dir / "blocked")
+    engine.ask(messages.ReleaseSampler, weights=ref.weights)
     fields = {"prompt": PROMPT.tobytes(), "num_samples": 1, "params": messages.SamplingParams(max_tokens=1)}
-    gone = messages.SamplerRef("tiny", snapshot="s1")
-    assert "save them again" in engine.refused(messages.Sample, sampler=gone, **fields)
-    gone = messages.SamplerRef("tiny", weights="no/such-1")
-    assert "save them again" in engine.refused(messages.Sample, sampler=gone, **fields)
+    assert "save them again" in engine.refused(messages.Sample, sampler=ref, **fields)
 
 
 def test_operations_of_a_model_keep_their_order_and_models_take_turns(engine):

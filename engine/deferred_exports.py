@@ -1,0 +1,50 @@
+"""Sampler weights that are sampled before they are on disk, written one after the other behind the work."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+log = logging.getLogger(__name__)
+
+Export = Callable[[], None]
+
+
+class DeferredExports:
+    """Exports by the model whose weights they are. One that fails is tried again when the model is saved."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-export")
+        self._failed: defaultdict[str, list[Export]] = defaultdict(list)  # of the thread
+
+    def add(self, model_id: str, export: Export) -> None:
+        """Run `export` soon, and not in this thread."""
+        self._thread.submit(self._try, model_id, export)
+
+    def after(self, model_id: str, size_bytes: Future[int]) -> Future[int]:
+        """`size_bytes`, once all exports of the model so far are on disk too; or what kept one from it."""
+
+        def wait() -> int:
+            for export in list(self._failed[model_id]):
+                export()
+                self._failed[model_id].remove(export)
+            return size_bytes.result()
+
+        return self._thread.submit(wait)
+
+    def forget(self, model_id: str) -> None:
+        """The model is gone, and its failed exports with it."""
+        self._thread.submit(self._failed.pop, model_id, None)
+
+    def close(self) -> None:
+        """Wait for all of them."""
+        self._thread.shutdown()
+
+    def _try(self, model_id: str, export: Export) -> None:
+        try:
+            export()
+        except Exception:
+            log.exception("sampler weights of %s could not be written; they are in memory", model_id)
+            self._failed[model_id].append(export)

@@ -1,0 +1,144 @@
+"""Which sampler weights are on the device: wherever they were, they sample as one pass of the trainer's trunk
+with the same adapter says."""
+
+import threading
+import time
+from concurrent.futures import Future
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+from engine_sampling import (
+    full_forward_logprobs,
+    load_tiny,
+    make_sampler,
+    random_adapter,
+    request,
+    run_all,
+    sequences,
+)
+from tinsmith.ckpt import peft
+from tinsmith.engine import messages
+from tinsmith.engine.deferred_exports import DeferredExports
+from tinsmith.engine.errors import UserError
+from tinsmith.engine.sampler_cache import SamplerCache
+from tinsmith.engine.training_state import TrainingState
+from tinsmith.model.sharding import make_mesh
+
+RANK, ALPHA = 8, 16.0
+PROMPT = list(range(5, 25))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model):
+    return {key: random_adapter(model.config, seed, RANK) for seed, key in enumerate("abc")}
+
+
+@pytest.fixture
+def make_cache(model, adapters, tmp_path):
+    """A cache over a data directory that holds the adapters a, b and c."""
+
+    def make(**options):
+        return SamplerCache(
+            lambda: make_sampler(model), model.config, tmp_path, jnp.float32, make_mesh(), **options
+        )
+
+    for key, adapter in adapters.items():
+        peft.save_adapter(tmp_path / key, adapter, model.config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    return make
+
+
+def check(cache, model, key, adapter):
+    """Sample with `key`, and compare with the adapter's own log-probs."""
+    asked = request("r", PROMPT, max_tokens=4, temperature=0.0, stop_tokens=[])
+    cache.add(msgspec.structs.replace(asked, sampler=messages.SamplerRef("tiny", key)))
+    (sampled,) = sequences(run_all(cache.sampler)["r"])
+    reference = full_forward_logprobs(model, [*PROMPT, *sampled.tokens], 1.0, adapter, ALPHA / RANK)
+    rows = len(PROMPT) - 1 + np.arange(4)
+    np.testing.assert_allclose(sampled.logprobs, reference[rows, sampled.tokens], atol=1e-4)
+
+
+def test_the_least_recently_sampled_make_way_and_come_back(make_cache, model, adapters):
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(adapters["a"]))
+    cache = make_cache(bytes_on_device=int(2.5 * size))
+    for key in "abac":
+        check(cache, model, key, adapters[key])
+    assert [key in cache.sampler for key in "abc"] == [True, False, True]
+    check(cache, model, "b", adapters["b"])
+    assert [key in cache.sampler for key in "abc"] == [False, True, True]
+
+
+def test_what_is_not_sampled_for_long_leaves_the_device(make_cache, model, adapters, monkeypatch):
+    skipped, clock = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + skipped[0])
+    cache = make_cache(idle_seconds=600.0)
+    assert cache.evict_idle() is None
+    for key in "ab":
+        check(cache, model, key, adapters[key])
+        skipped[0] += 400.0
+    assert 100 < cache.evict_idle() < 200, "b has its turn next"
+    assert [key in cache.sampler for key in "ab"] == [False, True]
+    skipped[0] += 400.0
+    assert cache.evict_idle() is None
+    assert "b" not in cache.sampler
+    check(cache, model, "a", adapters["a"])
+
+
+def test_frozen_weights_outlive_training_eviction_and_a_failed_sampler_before_they_are_written(
+    make_cache, model, adapters
+):
+    cache = make_cache(bytes_on_device=1)
+    weights = jax.tree.map(jnp.array, adapters["a"])
+    state = TrainingState(messages.LoraSpec(RANK, ALPHA, 0), weights, optimizer=None)
+    cache.freeze("frozen", state)
+    for leaf in jax.tree.leaves(weights):
+        leaf.delete()  # as a training step does, which takes over the memory
+    check(cache, model, "frozen", adapters["a"])
+    check(cache, model, "b", adapters["b"])
+    assert "frozen" not in cache.sampler
+    check(cache, model, "frozen", adapters["a"])
+    cache.restart()
+    check(cache, model, "frozen", adapters["a"])
+    cache.release("frozen")
+    with pytest.raises(UserError, match="save them again"):
+        check(cache, model, "frozen", adapters["a"])
+
+
+def test_a_save_waits_for_the_exports_before_it_and_tries_failed_ones_again():
+    exports, began, may_end = DeferredExports(), threading.Event(), threading.Event()
+    disk = {"full": True, "written": []}
+
+    def slow():
+        began.set()
+        assert may_end.wait(10)
+        disk["written"].append("slow")
+
+    def export():
+        if disk["full"]:
+            raise OSError("no space left on device")
+        disk["written"].append("a")
+
+    saved: Future[int] = Future()
+    saved.set_result(7)
+    exports.add("b", slow)
+    exports.add("a", export)
+    assert began.wait(10)
+    first, others = exports.after("a", saved), exports.after("b", saved)
+    assert not first.done()
+    may_end.set()
+    with pytest.raises(OSError, match="no space left"):
+        first.result(10)
+    assert others.result(10) == 7
+    assert disk["written"] == ["slow"]
+    disk["full"] = False
+    assert exports.after("a", saved).result(10) == 7
+    assert exports.after("a", saved).result(10) == 7
+    assert disk["written"] == ["slow", "a"], "once"
+    exports.close()
