@@ -37,6 +37,13 @@ def check_request(
             raise UserError(f"{name}: {getattr(request, name)}; it must be 0 to {messages.TOPK_LIMIT}")
     if not 0.0 <= params.min_p <= 1.0:
         raise UserError(f"min_p: {params.min_p}; it must be between 0 (off) and 1")
+    if not 0.01 <= params.repetition_penalty <= 100.0:
+        raise UserError(
+            f"repetition_penalty: {params.repetition_penalty}; it must be between 0.01 and 100, 1 is off"
+        )
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -2.0 <= getattr(params, name) <= 2.0:
+            raise UserError(f"{name}: {getattr(params, name)}; it must be between -2 and 2, 0 is off")
     if not 0 <= request.prompt_alternatives <= messages.ALTERNATIVES_LIMIT:
         raise UserError(
             f"prompt_alt_tokens_k: {request.prompt_alternatives}; it must be 0 to "

@@ -393,11 +393,13 @@ class Sampler:
         self._turns += 1
         stack, adapter = self._stacks.of([s.generation.weights for s in chosen])
         pages = self._context_pages(max(self._positions_after_chunk(s) for s in chosen))
-        rows = decode_rows(chosen, adapter, bucket_of(SLOT_BUCKETS, len(chosen)), pages, self._decode_steps)
+        slots = bucket_of(SLOT_BUCKETS, len(chosen))
+        rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps)
         want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
         base = chosen[0].generation.weights.base_by_layer
-        slots = len(rows.table)
-        with self._timed(f"decode {slots} slots over {pages * self._page_size}{_kind(stack)}"):
+        penalties = "" if rows.penalties is None else " with penalties"
+        name = f"decode {slots} slots over {pages * self._page_size}{penalties}{_kind(stack)}"
+        with self._timed(name):
             self._pages, decoded = decode.decode(self._graph, base, self._pages, stack, rows, want_top)
             decoded = jax.device_get(decoded)
         seconds = (time.monotonic() - began) / len(chosen)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..model.decode import DecodeRows, PrefillRow
+from ..model.penalties import PenaltyRows
 from ..model.token_sampling import SamplingRows, uniforms
+from . import messages
 from .sequence import Prompt, Sequence
 
 SLOT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -49,7 +51,7 @@ def prefill_row(
 
 
 def decode_rows(
-    chosen: list[Sequence], adapter: list[int], slots: int, context_pages: int, steps: int
+    chosen: list[Sequence], adapter: list[int], slots: int, page_size: int, context_pages: int, steps: int
 ) -> DecodeRows:
     """A row for each of `chosen`, empty ones up to `slots`; `adapter` is each one's index in the stack."""
     S, P = slots, context_pages
@@ -84,4 +86,33 @@ def decode_rows(
         stop_tokens=stop_tokens,
         sampling=sampling,
         u=u,
+        penalties=_penalty_rows(chosen, S, P * page_size) if any(map(_is_penalized, params)) else None,
     )
+
+
+def _is_penalized(params: messages.SamplingParams) -> bool:
+    off = (1.0, 0.0, 0.0)
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != off
+
+
+def _penalty_rows(chosen: list[Sequence], slots: int, context_tokens: int) -> PenaltyRows:
+    """Rows without penalties are empty ones."""
+    rows = PenaltyRows(
+        repetition=np.ones(slots, np.float32),
+        presence=np.zeros(slots, np.float32),
+        frequency=np.zeros(slots, np.float32),
+        tokens=np.zeros((slots, context_tokens), np.int32),
+        prompt_length=np.zeros(slots, np.int32),
+        length=np.zeros(slots, np.int32),
+    )
+    for row, sequence in enumerate(chosen):
+        params = sequence.generation.request.params
+        if not _is_penalized(params):
+            continue
+        rows.repetition[row] = params.repetition_penalty
+        rows.presence[row] = params.presence_penalty
+        rows.frequency[row] = params.frequency_penalty
+        rows.tokens[row, : len(sequence.tokens)] = sequence.tokens
+        rows.prompt_length[row] = len(sequence.generation.prompt)
+        rows.length[row] = len(sequence.tokens)
+    return rows

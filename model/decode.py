@@ -20,12 +20,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from . import kv_cache, token_sampling
+from . import kv_cache, penalties, token_sampling
 from .attention import MASKED, attention
 from .config import ModelConfig
 from .decoder import Base, Decoder, visible_from
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack, delta
+from .penalties import PenaltyRows
 from .token_sampling import SamplingRows
 
 
@@ -158,7 +159,8 @@ def score(
 class DecodeRows(NamedTuple):
     """One row per sequence. `last_token` is not in the cache yet; it stands at `position`, after `position`
     cached tokens. `budget` is how many tokens the sequence may still get (0 for an empty row). `u` are the
-    uniforms of each step's draw (`token_sampling.uniforms`)."""
+    uniforms of each step's draw (`token_sampling.uniforms`). Without `penalties` on any row there are None:
+    these are programs of their own, and the others pay nothing for them."""
 
     last_token: Int[Array, " S"]
     position: Int[Array, " S"]
@@ -168,6 +170,7 @@ class DecodeRows(NamedTuple):
     stop_tokens: Int[Array, "S E"]
     sampling: SamplingRows
     u: Float[Array, "M S 2"]
+    penalties: PenaltyRows | None
 
 
 class Decoded(NamedTuple):
@@ -235,7 +238,7 @@ def decode(
         return (step < M) & alive.any()
 
     def one_token(state: tuple) -> tuple:
-        step, alive, token, recent, out = state
+        step, alive, token, recent, seen, out = state
         position = rows.position + step
         at = model.rotation(position[:, None])
         x = model.embed_tokens(token[:, None])
@@ -254,10 +257,14 @@ def decode(
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter) if lora else None)
         z = logits(model, base, lora, model.norm(x), rows.adapter)[:, 0]
+        if rows.penalties is not None:
+            z = penalties.penalized(z, rows.penalties, seen)
         drawn = sample(z, u=rows.u[step])
+        if rows.penalties is not None:
+            seen = penalties.after(seen, drawn.tokens)
         out = jax.tree.map(lambda all_, new: all_.at[step].set(new), out, tuple(drawn))
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
-        return step + 1, alive, drawn.tokens, tuple(kept), out
+        return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
     recent = tuple((jnp.zeros((S, K, M, H), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
     out = (
@@ -266,8 +273,9 @@ def decode(
         jnp.zeros((M, S, top), jnp.int32),
         jnp.zeros((M, S, top), jnp.float32),
     )
-    start = (jnp.int32(0), rows.budget > 0, rows.last_token, recent, out)
-    steps, _, _, recent, out = jax.lax.while_loop(going, one_token, start)
+    seen = None if rows.penalties is None else penalties.seen_so_far(rows.penalties, V)
+    start = (jnp.int32(0), rows.budget > 0, rows.last_token, recent, seen, out)
+    steps, _, _, recent, _, out = jax.lax.while_loop(going, one_token, start)
     return _append(pages, rows, recent), Decoded(steps, *out)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 TOP_K = 64  # most likely tokens looked at before the exact bisection is needed; also the most ever reported
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
+_LEAST_TEMPERATURE = 1e-30  # keeps logits / temperature finite; the draw is the argmax long before
 
 
 class SamplingRows(NamedTuple):
@@ -33,8 +34,8 @@ class SamplingRows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens, their log-probs under the tempered distribution, and that distribution's top tokens (only
-    filled where asked for)."""
+    """Tokens, their log-probs under the tempered distribution of the given logits (after penalties, where
+    there are any), and that distribution's top tokens (only filled where asked for)."""
 
     tokens: Int[Array, " S"]
     logprobs: Float[Array, " S"]
@@ -57,7 +58,7 @@ def sample_tokens(
     the untempered distribution (temperature 1).
     """
     greedy = rows.temperature <= 0.0
-    z = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
+    z = logits / jnp.where(greedy, 1.0, jnp.maximum(rows.temperature, _LEAST_TEMPERATURE))[:, None]
     highest = z.max(-1, keepdims=True)
     log_normalizer = highest[:, 0] + jnp.log(jnp.exp(z - highest).sum(-1))
 
@@ -90,7 +91,7 @@ def draw_many(
 ) -> Int[Array, "S A"]:
     """A tokens per row, independently and without filters, two uniforms each; temperature 0 is greedy."""
     greedy = temperature <= 0.0
-    z = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    z = logits / jnp.where(greedy, 1.0, jnp.maximum(temperature, _LEAST_TEMPERATURE))[:, None]
     weights = jnp.exp(z - z.max(-1, keepdims=True))
     drawn = jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, u)
     return jnp.where(greedy[:, None], jnp.argmax(logits, axis=-1)[:, None], drawn).astype(jnp.int32)

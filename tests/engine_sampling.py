@@ -96,13 +96,17 @@ def sequences(output: messages.SampleOutput) -> list[Sampled]:
 
 def full_forward_logprobs(model: Model, tokens, temperature=1.0, adapter=None, scale=1.0) -> np.ndarray:
     """[len(tokens), V] log-probs of every next token, by one pass of the trainer's trunk."""
+    return np.asarray(jax.nn.log_softmax(full_forward_logits(model, tokens, adapter, scale) / temperature))
+
+
+def full_forward_logits(model: Model, tokens, adapter=None, scale=1.0) -> np.ndarray:
+    """[len(tokens), V] logits of every next token."""
     T = len(tokens)
     padded = np.zeros((1, -(-T // 128) * 128), np.int32)
     padded[0, :T] = tokens
     position = np.arange(padded.shape[1], dtype=np.int32)[None]
     stack = None if adapter is None else lora.stack_adapters((adapter,), jnp.asarray([scale]))
-    z = _logits(model.graph, model.base, padded, position, stack)[0, :T]
-    return np.asarray(jax.nn.log_softmax(z / temperature))
+    return np.asarray(_logits(model.graph, model.base, padded, position, stack)[0, :T])
 
 
 @partial(jax.jit, static_argnums=0)

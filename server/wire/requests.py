@@ -145,7 +145,11 @@ class SamplingParams(Body):
     temperature: Finite = Field(default=1.0, ge=0)
     top_k: StrictInt = Field(default=-1, ge=-1)
     top_p: Finite = Field(default=1.0, gt=0, le=1)
-    min_p: Finite = Field(default=0.0, ge=0, le=1)  # no SDK has it: an extension for plain HTTP
+    # What follows no SDK has: extensions for plain HTTP.
+    min_p: Finite = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: Finite = Field(default=1.0, ge=0.01, le=100)
+    presence_penalty: Finite = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: Finite = Field(default=0.0, ge=-2, le=2)
 
     def message(self) -> messages.SamplingParams:
         stop_strings: list[str] = []
@@ -167,6 +171,9 @@ class SamplingParams(Body):
             top_k=-1 if self.top_k == 0 else self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
         )
 
 
