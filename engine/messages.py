@@ -277,8 +277,12 @@ class SampledSequence(msgspec.Struct, frozen=True):
     topk: TopK | None = None
 
 
+EMPTY_LOGPROB = -99999.0  # in a cell of a top-k table that holds nothing
+
+
 class TopK(msgspec.Struct, frozen=True):
-    """The k most likely tokens per row: int32 and float32 [length, k]; an empty cell is (0, -99999.0)."""
+    """The k most likely tokens per row: int32 and float32 [length, k]; an empty cell is
+    (0, `EMPTY_LOGPROB`)."""
 
     token_ids: bytes
     logprobs: bytes

@@ -8,7 +8,6 @@ from ..model.decode import PromptScores as Computed
 from ..model.token_sampling import uniforms
 from . import messages
 
-NO_LOGPROB = -99999.0  # the log-prob in an empty cell of a top-k table
 _DRAWS = 1 << 63  # in place of a sample's index, so that no sample has the same random numbers
 
 
@@ -17,7 +16,7 @@ class TopTable:
 
     def __init__(self, k: int, rows: int):
         self._tokens = np.zeros((rows, k), np.int32)
-        self._logprobs = np.full((rows, k), NO_LOGPROB, np.float32)
+        self._logprobs = np.full((rows, k), messages.EMPTY_LOGPROB, np.float32)
 
     def set(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Rows from `first_row` on; of more than k columns the first k are taken."""

@@ -100,22 +100,65 @@ def as_json(output: messages.Output) -> dict[str, Any]:
             "metrics": output.metrics,
         }
     if isinstance(output, messages.SampleOutput):
-        return {
-            "type": "sample",
-            "sequences": [
-                {
-                    "stop_reason": sequence.stop_reason,
-                    "tokens": np.frombuffer(sequence.tokens, "<i4").tolist(),
-                    "logprobs": np.frombuffer(sequence.logprobs, "<f4").tolist(),
-                }
-                for sequence in output.sequences
-            ],
-            "prompt_logprobs": None
-            if output.prompt_logprobs is None
-            else np.frombuffer(output.prompt_logprobs, "<f4").tolist(),
-        }
+        return _sample_as_json(output)
     if isinstance(output, messages.OptimStepOutput):
         return {"metrics": output.metrics}
     if isinstance(output, messages.StateSaved | messages.SamplerSaved):
         return {"size_bytes": output.size_bytes}
     return {}
+
+
+def _sample_as_json(output: messages.SampleOutput) -> dict[str, Any]:
+    """Named as in the protobuf; what was not asked for is null, or left out of a sequence. Top-k tables are
+    as in the SDK before it read protobuf: pairs [token, log-prob] per position, null where there are none."""
+    cells, drawn = output.prompt_targets, output.prompt_alternatives
+    return {
+        "type": "sample",
+        "sequences": [
+            {
+                "stop_reason": sequence.stop_reason,
+                "tokens": np.frombuffer(sequence.tokens, "<i4").tolist(),
+                "logprobs": np.frombuffer(sequence.logprobs, "<f4").tolist(),
+            }
+            | ({} if sequence.topk is None else {"topk_sampled_logprobs": _topk_as_json(sequence.topk)})
+            for sequence in output.sequences
+        ],
+        "prompt_logprobs": None
+        if output.prompt_logprobs is None
+        else np.frombuffer(output.prompt_logprobs, "<f4").tolist(),
+        "topk_prompt_logprobs": None
+        if output.topk_prompt_logprobs is None
+        else _topk_as_json(output.topk_prompt_logprobs),
+        "target_prompt_logprobs": None if cells is None else _cells_as_json(cells),
+        "prompt_alt_tokens": None
+        if drawn is None
+        else {
+            "tokens": _tensor_as_json(drawn.token_ids, "<i4", "int64", drawn.k),
+            "logprobs": _tensor_as_json(drawn.logprobs, "<f4", "float32", drawn.k),
+        },
+        "prompt_cache_hit_tokens": output.prompt_cache_hit_tokens,
+    }
+
+
+def _topk_as_json(topk: messages.TopK) -> list[list[tuple[int, float]] | None]:
+    tokens = np.frombuffer(topk.token_ids, "<i4").reshape(topk.length, topk.k)
+    logprobs = np.frombuffer(topk.logprobs, "<f4").reshape(topk.length, topk.k)
+    filled = (tokens != 0) | (logprobs != messages.EMPTY_LOGPROB)
+    return [
+        list(zip(row[keep].tolist(), values[keep].tolist(), strict=True)) or None
+        for row, values, keep in zip(tokens, logprobs, filled, strict=True)
+    ]
+
+
+def _cells_as_json(cells: messages.PromptCells) -> dict[str, Any]:
+    body = {"data": np.frombuffer(cells.values, "<f4").tolist(), "dtype": "float32", "shape": cells.shape}
+    if cells.crow_indices is not None and cells.col_indices is not None:
+        body["sparse_crow_indices"] = np.frombuffer(cells.crow_indices, "<i8").tolist()
+        body["sparse_col_indices"] = np.frombuffer(cells.col_indices, "<i8").tolist()
+    return body
+
+
+def _tensor_as_json(data: bytes, stored: str, dtype: str, columns: int) -> dict[str, Any]:
+    """A dense tensor of so many columns, `stored` as this numpy type."""
+    values = np.frombuffer(data, stored)
+    return {"data": values.tolist(), "dtype": dtype, "shape": (len(values) // columns, columns)}

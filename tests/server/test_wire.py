@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinsmith.engine import messages
 from tinsmith.server.errors import ApiError, BadRequest
-from tinsmith.server.wire import forward_backward, results
+from tinsmith.server.wire import forward_backward, requests, results
 from tinsmith.server.wire import tinsmith_wire_pb2 as pb
 
 
@@ -154,21 +155,81 @@ def test_outputs_are_read_back_by_the_sdk() -> None:
     assert as_json[1]["logprobs"] == {"data": list(range(8)), "dtype": "float32", "shape": [4, 2]}
 
 
-def test_samples_are_read_back_by_the_sdk() -> None:
+def test_samples_are_read_back_by_the_sdk_and_are_the_same_in_json() -> None:
     conversion = pytest.importorskip("tinker.proto.response_conv")
-    tokens, logprobs = np.array([7, 8], "<i4"), np.array([-0.5, -1.5], "<f4")
-    topk = messages.TopK(
-        np.array([[7, 9], [8, 0]], "<i4").tobytes(),
-        np.array([[-0.5, -1], [-1.5, -99999]], "<f4").tobytes(),
-        k=2,
-        length=2,
-    )
+    tensor_data = pytest.importorskip("tinker.types.tensor_data").TensorData
+
+    def of(values: list, dtype: str = "<f4") -> bytes:
+        return np.array(values, dtype).tobytes()
+
+    topk = messages.TopK(of([[7, 9], [8, 0]], "<i4"), of([[-0.5, -1], [-1.5, -99999]]), k=2, length=2)
+    prompt_topk = messages.TopK(of([[0], [0], [4]], "<i4"), of([[-99999], [-3], [-0.5]]), k=1, length=3)
     output = messages.SampleOutput(
-        [messages.SampledSequence(tokens.tobytes(), logprobs.tobytes(), "length", topk)],
-        prompt_logprobs=np.array([np.nan, -2.0], "<f4").tobytes(),
+        [messages.SampledSequence(of([7, 8], "<i4"), of([-0.5, -1.5]), "length", topk)],
+        prompt_logprobs=of([np.nan, -2.0, -1.0]),
+        topk_prompt_logprobs=prompt_topk,
+        prompt_cache_hit_tokens=2,
+        prompt_targets=messages.PromptCells((2, 2), of([-1.0, 0.0, -2.0, -4.0])),
+        prompt_alternatives=messages.PromptAlternatives(of([1, 2, 3, 4], "<i4"), of([-1, -2, -3, -4]), k=2),
     )
     read = conversion.deserialize_sample_response(results.as_protobuf(output))
     (sequence,) = read.sequences
-    assert list(sequence.tokens) == [7, 8]
-    assert sequence.stop_reason == "length"
-    assert list(read.prompt_logprobs)[1] == -2.0
+    assert (list(sequence.tokens), sequence.stop_reason) == ([7, 8], "length")
+    assert sequence.topk_logprobs == [[(7, -0.5), (9, -1.0)], [(8, -1.5)]]
+    assert list(read.prompt_logprobs) == [None, -2.0, -1.0]
+    assert read.topk_prompt_logprobs == [None, [(0, -3.0)], [(4, -0.5)]]
+    assert read.target_prompt_logprobs.to_numpy().tolist() == [[-1.0, 0.0], [-2.0, -4.0]]
+    assert read.prompt_alt_tokens.tokens.to_numpy().tolist() == [[1, 2], [3, 4]]
+
+    as_json = orjson.loads(orjson.dumps(results.as_json(output)))
+    (said,) = as_json["sequences"]
+    assert said == {
+        "stop_reason": "length",
+        "tokens": [7, 8],
+        "logprobs": [-0.5, -1.5],
+        "topk_sampled_logprobs": [[[7, -0.5], [9, -1.0]], [[8, -1.5]]],
+    }
+    assert as_json["prompt_logprobs"] == read.prompt_logprobs
+    assert as_json["topk_prompt_logprobs"] == [None, [[0, -3.0]], [[4, -0.5]]]
+    assert as_json["prompt_cache_hit_tokens"] == read.prompt_cache_hit_tokens == 2
+    for said, theirs in (
+        (as_json["target_prompt_logprobs"], read.target_prompt_logprobs),
+        (as_json["prompt_alt_tokens"]["tokens"], read.prompt_alt_tokens.tokens),
+        (as_json["prompt_alt_tokens"]["logprobs"], read.prompt_alt_tokens.logprobs),
+    ):
+        assert said["dtype"] == theirs.dtype
+        np.testing.assert_array_equal(tensor_data(**said).to_numpy(), theirs.to_numpy())
+
+
+def test_sparse_target_log_probs_keep_their_layout_in_protobuf_and_json() -> None:
+    conversion = pytest.importorskip("tinker.proto.response_conv")
+    crow, cols = [0, 1, 1, 3], [2, 0, 3]
+    cells = messages.PromptCells(
+        (3, 4),
+        np.array([-1.0, -2.0, -3.0], "<f4").tobytes(),
+        *(np.array(indices, "<i8").tobytes() for indices in (crow, cols)),
+    )
+    output = messages.SampleOutput([], prompt_targets=cells)
+    said = results.as_json(output)["target_prompt_logprobs"]
+    read = conversion.deserialize_sample_response(results.as_protobuf(output)).target_prompt_logprobs
+    for layout in (said, vars(read)):
+        assert list(layout["shape"]) == [3, 4]
+        assert (layout["sparse_crow_indices"], layout["sparse_col_indices"]) == (crow, cols)
+    assert said["data"] == read.data == [-1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("repetition_penalty", [0, -1, 101, "NaN"], 1.3),
+        ("presence_penalty", [-2.1, 2.1], -1.5),
+        ("frequency_penalty", [-2.1, 2.1], 2),
+        ("min_p", [-0.1, 1.1], 0.05),
+    ],
+)
+def test_extensions_of_the_sampling_parameters(name: str, wrong: list, right: float) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError, match=name):
+            requests.SamplingParams(**{name: value})
+    assert getattr(requests.SamplingParams(**{name: right}).message(), name) == right
+    assert requests.SamplingParams().message() == messages.SamplingParams(), "off by default"
