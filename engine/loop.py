@@ -19,7 +19,7 @@ import numpy as np
 
 from . import log_lines, messages
 from .base_models import BaseModel
-from .errors import UserError
+from .errors import MissingWeights, UserError
 from .models import Models, Writing
 from .sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit
@@ -49,6 +49,8 @@ class Engine:
         micro_batch = max(base.trainer.shapes.micro_batch_tokens for base in bases.values())
         self._scheduler = Scheduler(self._batch_key, micro_batch)
         self._sampling: dict[str, tuple[SamplerCache, messages.Sample]] = {}
+        # Samples of weights that a queued save will make, by its directory: a replay sends them so.
+        self._awaiting: dict[str, list[messages.Sample]] = {}
         self._writing = 0
         self._stops: list[messages.Stop] = []
         self._under_way = UnderWay(config.under_way)
@@ -101,6 +103,9 @@ class Engine:
                 self._stops.append(request)
             case Written():
                 self._writing -= 1
+            case messages.SaveSampler(deferred=True):
+                self._awaiting.setdefault(request.directory, [])
+                self._scheduler.add(request)
             case _:
                 self._scheduler.add(request)
 
@@ -111,6 +116,8 @@ class Engine:
             samplers.sampler.cancel(request.target)
         if cancelled is not None:
             self._answer(cancelled, UserError("cancelled"))
+            if isinstance(cancelled, messages.SaveSampler):
+                self._add_awaiting(cancelled)
         self._answer(request, messages.Nothing())
 
     # --- train --------------------------------------------------------------------------------------------
@@ -195,6 +202,8 @@ class Engine:
         seconds = unit.seconds + time.perf_counter() - unit.turn_began
         if not isinstance(outcome, Writing):
             self._answer(operation, outcome, seconds)
+            if isinstance(operation, messages.SaveSampler):
+                self._add_awaiting(operation)
             return
 
         def answer(size: Future[int]) -> None:  # in the thread that wrote
@@ -212,9 +221,18 @@ class Engine:
             samplers = self._models.base(request.sampler.base_model).samplers
             samplers.add(request)
         except Exception as error:
-            self._answer(request, error)
+            directory = request.sampler.weights
+            if isinstance(error, MissingWeights) and directory in self._awaiting:
+                self._awaiting[directory].append(request)
+            else:
+                self._answer(request, error)
         else:
             self._sampling[request.request_id] = samplers, request
+
+    def _add_awaiting(self, save: messages.SaveSampler) -> None:
+        """The save has ended, well or not."""
+        for request in self._awaiting.pop(save.directory, []):
+            self._add_sample(request)
 
     def _sample(self, samplers: SamplerCache) -> None:
         """Give the sampler one turn. One that fails has lost its requests, and begins anew."""
@@ -241,6 +259,8 @@ class Engine:
         """Done, or Failed: with what the user did wrong, or with the id of an error that the log explains."""
         answer: messages.Done | messages.Failed
         match outcome:
+            case MissingWeights():
+                answer = messages.Failed(request.request_id, str(outcome), "missing")
             case UserError():
                 answer = messages.Failed(request.request_id, str(outcome), "user")
             case BaseException():

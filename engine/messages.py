@@ -324,11 +324,12 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`user`: the request was wrong, the message says how. `server`: ours, with an id to find in the log."""
+    """`user`: the request was wrong, the message says how. `server`: ours, with an id to find in the log.
+    `missing`: a Sample of weights that this engine does not have; a replay of their model may make them."""
 
     request_id: str
     message: str
-    category: Literal["user", "server"]
+    category: Literal["user", "server", "missing"]
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):

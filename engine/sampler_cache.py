@@ -17,7 +17,7 @@ from ..ckpt import paths, peft
 from ..model.config import ModelConfig
 from ..model.load import WeightsError, load_base
 from . import messages
-from .errors import UserError
+from .errors import MissingWeights, UserError
 from .sampler import Sampler
 from .sampler_weights import Weights
 from .training_state import TrainingState
@@ -122,7 +122,7 @@ class SamplerCache:
         began = time.perf_counter()
         directory = paths.resolve(self._data_dir, key)
         if not directory.is_dir():
-            raise UserError("these sampler weights are not there (any more): save them again")
+            raise MissingWeights("these sampler weights are not there (any more): save them again")
         registered: dict[str, Any]
         try:
             if peft.is_adapter(directory):

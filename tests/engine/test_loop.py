@@ -196,7 +196,21 @@ def test_deferred_sampler_weights_need_no_disk_until_the_state_is_saved(engine, 
     shutil.rmtree(data_dir / "blocked")
     engine.ask(messages.ReleaseSampler, weights=ref.weights)
     fields = {"prompt": PROMPT.tobytes(), "num_samples": 1, "params": messages.SamplingParams(max_tokens=1)}
-    assert "save them again" in engine.refused(messages.Sample, sampler=ref, **fields)
+    lost = engine.answer(engine.send(messages.Sample, sampler=ref, **fields))
+    assert isinstance(lost, messages.Failed)
+    assert lost.category == "missing"
+
+
+def test_samples_wait_for_the_weights_that_a_replay_is_about_to_make(engine):
+    create(engine, "replayed")
+    replay = [
+        engine.send(messages.ForwardBackward, model_id="replayed", data=DATA, loss_fn="cross_entropy"),
+        engine.send(messages.OptimStep, model_id="replayed", params=ADAM),
+        engine.send(messages.SaveSampler, model_id="replayed", directory="replayed/sampler-1", deferred=True),
+    ]
+    found = prompt_logprobs(engine, messages.SamplerRef("tiny", "replayed/sampler-1"))
+    np.testing.assert_allclose(found, training_logprobs(engine, "replayed"), atol=1e-4)
+    assert all(isinstance(engine.answer(request_id), messages.Done) for request_id in replay)
 
 
 def test_operations_of_a_model_keep_their_order_and_models_take_turns(engine):
