@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+
+log = logging.getLogger(__name__)
 
 OnCompile = Callable[[str, float], None]
 """Called with a program's name and the seconds its compilation took, after it."""
@@ -41,6 +44,7 @@ class Programs:
         not fit.
         """
         if key not in self._compiled:
+            log.info("compiling %s", name)  # it may take a while; `on_compile` tells how long it took
             began = time.perf_counter()
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
             with jax.set_mesh(self._mesh):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -41,6 +42,8 @@ from .sampler_weights import AdapterStacks, Weights
 from .sequence import Generation, Prompt, Sequence, seed_of
 from .stop import StopReason, StopRule, implicit_stop_tokens
 from .tokenizer import TokenBytes
+
+log = logging.getLogger(__name__)
 
 PyTree = Any
 
@@ -467,6 +470,8 @@ class Sampler:
 
     @contextlib.contextmanager
     def _timed(self, program: str) -> Any:
+        if program not in self._compiled:
+            log.info("compiling %s", program)  # it may take a while; `on_compile` tells how long it took
         began = time.monotonic()
         yield
         if program not in self._compiled:
