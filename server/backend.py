@@ -9,7 +9,6 @@ from functools import partial
 from .auth import ApiKeys
 from .base_models import BaseModel
 from .checkpoints import Checkpoints
-from .engine_process import EngineProcess
 from .errors import BadRequest
 from .ledger import tenancy
 from .ledger.ledger import Ledger
@@ -18,6 +17,7 @@ from .runs import Runs
 from .samplers import Samplers
 from .sessions import Sessions
 from .settings import Settings
+from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.server")
 
@@ -28,7 +28,7 @@ class Backend:
     base_models: dict[str, BaseModel]
     keys: ApiKeys
     ledger: Ledger = field(init=False)
-    engine: EngineProcess = field(init=False)
+    engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
     runs: Runs = field(init=False)
     sessions: Sessions = field(init=False)
@@ -42,7 +42,7 @@ class Backend:
         settings = self.settings
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
-        self.engine = EngineProcess(
+        self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
             lambda answer: self.operations.on_answer(answer),
         )

@@ -1,9 +1,9 @@
-"""The engine's process and the socket to it.
+"""One engine's process, from its start to its end, and the socket to it.
 
 The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
 configuration on standard input. Messages go out in the order of `send` and are kept until the engine reads
 them, so it may still be loading. When the process ends without having been asked to, it is dead: nothing is
-sent any more, and what was on its way stays unanswered in the ledger.
+sent any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py).
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ def engine_environment() -> dict[str, str]:
     return tunables | os.environ
 
 
+_LAST_ANSWERS_SECONDS = 0.05  # what it sent before its end may still be in the socket
+
+
 class EngineProcess:
-    """One engine at a time. `on_answer` gets every Done and Failed that `request` is not waiting for."""
+    """`on_answer` gets every Done and Failed that `request` is not waiting for."""
 
     def __init__(
         self,
@@ -78,8 +81,10 @@ class EngineProcess:
         self.text = "starting the engine"
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
-        self.death: str | None = None
+        self.death: str | None = None  # how it ended, if nobody asked it to
+        self.refused = False  # it ended with an error message instead of becoming ready
         self.was_ready = False
+        self.has_answered = False
 
     async def start(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="tinsmith-")  # readable by this user only
@@ -99,7 +104,9 @@ class EngineProcess:
             start_new_session=True,  # Ctrl-C is for the server, which then stops the engine in order
             preexec_fn=_die_with_parent(),
         )
-        config = msgspec.structs.replace(self._config, address=address)
+        config = msgspec.structs.replace(
+            self._config, address=address, under_way=f"{self._directory}/under_way"
+        )
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(msgspec.json.encode(config))
@@ -120,12 +127,16 @@ class EngineProcess:
     def alive(self) -> bool:
         return not self.ended.is_set()
 
-    def require_alive(self) -> None:
-        """Raises Unavailable when nothing can be submitted."""
-        if self.death is not None:
-            raise Unavailable(f"the engine is not running ({self.death}); try again later")
-        if self._stopping:
-            raise Unavailable("the server is stopping; try again later")
+    def under_way(self) -> list[tuple[str, str]]:
+        """What it computes, or computed when it died: request ids, each with its model's, or ''."""
+        try:
+            noted = (Path(self._directory) / "under_way").read_bytes()
+        except FileNotFoundError:
+            return []
+        lines = noted.partition(b"\0")[0].decode().splitlines()
+        return [
+            (request_id, model_id) for request_id, _, model_id in (line.partition("\t") for line in lines)
+        ]
 
     def send(self, message: bytes) -> None:
         """An encoded message; dropped if the engine is dead, since the ledger still has it."""
@@ -141,10 +152,6 @@ class EngineProcess:
         self.send(messages.encode(message))
         return await answer
 
-    def refuse_submits(self) -> None:
-        """From now on `require_alive` raises; what was accepted still runs."""
-        self._stopping = True
-
     async def stop(self, patience_seconds: float) -> None:
         """Lets the engine finish what it has, then ends it. Idle or not yet loaded, it ends at once."""
         self._stopping = True
@@ -158,9 +165,9 @@ class EngineProcess:
             if self.alive:
                 self._process.kill()
                 await self.ended.wait()
-        await self._close()
+        await self.close()
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -182,7 +189,9 @@ class EngineProcess:
                 continue
             if isinstance(message, messages.Status):
                 self._note(message)
-            elif (answer := self._requests.pop(message.request_id, None)) is not None:
+                continue
+            self.has_answered = True
+            if (answer := self._requests.pop(message.request_id, None)) is not None:
                 if not answer.done():
                     answer.set_result(message)
             else:
@@ -199,14 +208,14 @@ class EngineProcess:
         assert self._process is not None
         started_at = time.monotonic()
         code = await self._process.wait()
-        # Answers that were sent before the end are still in the socket.
-        await asyncio.sleep(0)
+        await asyncio.sleep(_LAST_ANSWERS_SECONDS)
         self.ready.clear()
         self.ended.set()
         if self._stopping:
             self.phase, self.text = "stopped", "the engine has ended"
         else:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            self.refused = code > 0 and not self.was_ready
             self.death = f"it ended with {how} after {time.monotonic() - started_at:.0f} s"
             self.phase, self.text = "dead", self.death
             log.error("the engine is dead: %s", self.death)

@@ -11,83 +11,39 @@ import asyncio
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Row
 
 from ..engine import messages
 from .dispatcher import Dispatcher
-from .engine_process import EngineProcess
 from .errors import ApiError, BadRequest
 from .ledger import checkpoints as checkpoint_rows
 from .ledger import operations as rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger
+from .operation import Answer, Operation, Submission, natural_key
+from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.operations")
 
-Answer = messages.Done | messages.Failed
 # Operations that change a model: a replay after the newest snapshot needs them again.
-REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights"})
+REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_unnamed_sampler"})
 _REMEMBERED_BYTES = 256 << 20  # of answers kept in memory
 
 
-@dataclass(eq=False, slots=True)
-class Operation:
-    """One accepted request. `answer` is None until it is finished."""
-
-    request_id: str
-    owner: str
-    kind: str
-    model_id: str
-    seq_id: int
-    reply: dict[str, Any]
-    payload: bytes | None
-    answer: Answer | None = None
-    rejected: bool = False
-    answering: bool = False
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def settled(self) -> bool:
-        return self.answer is not None
-
-    @property
-    def sequenced(self) -> bool:
-        return self.seq_id > 0
-
-
-@dataclass(frozen=True)
-class Submission:
-    """What a router asks for.
-
-    `message` builds the engine's message from the request id. `also` writes further rows in the same
-    transaction, and may return a failure, which is then the answer. Sequenced operations have a model and a
-    seq_id from 1; the others have seq_id 0 and run at once.
-    """
-
-    owner: str
-    kind: str
-    natural_key: str | None
-    message: Callable[[str], messages.ToEngine]
-    reply: dict[str, Any] = field(default_factory=dict)
-    model_id: str = ""
-    seq_id: int = 0
-    also: Callable[[Connection, str], messages.Failed | None] | None = None
-
-
-def natural_key(model_id: str, seq_id: int) -> str:
-    return f"model/{model_id}/{seq_id}"
-
-
 class Operations:
-    """All operations of the server. `dispatcher` is set once it exists; it releases what is sequenced."""
+    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `may_consume`
+    raises ApiError for a model that is not the owner's, `on_created` is told of answered creations. Samplers
+    set `on_missing_weights`, which gets a sample that the engine has no weights for, and why."""
 
     dispatcher: Dispatcher[Operation]
+    may_consume: Callable[[str, str], Any]
+    on_created: Callable[[Operation], None]
+    on_missing_weights: Callable[[Operation, str], None]
 
-    def __init__(self, ledger: Ledger, engine: EngineProcess):
+    def __init__(self, ledger: Ledger, engine: Supervisor):
         self._ledger = ledger
         self._engine = engine
         self._pending: dict[str, Operation] = {}
@@ -100,9 +56,10 @@ class Operations:
     async def accept(self, submission: Submission) -> Operation:
         """The operation of this submission, new or the first one of its natural key.
 
-        Raises BadRequest if that first one was refused, or its turn was given up; Unavailable without engine.
+        Raises BadRequest if that first one was refused, or its turn was given up; Unavailable at a stop, or
+        if the engine does not start.
         """
-        self._engine.require_alive()
+        self._engine.require_submits()
         # Shielded: a client that hangs up between the commit and the dispatch must not lose the operation.
         task = asyncio.ensure_future(self._accept(submission))
         self._tasks.add(task)
@@ -159,11 +116,22 @@ class Operations:
         elif result is not None:
             del self._pending[request_id]
             return self._first(result)
+        operation.committed = True
         if sequenced:
             self.dispatcher.add(operation)
         elif not operation.settled:
-            self._engine.send(payload)
+            self.send(operation)
         return operation
+
+    def send(self, operation: Operation) -> None:
+        """To the engine there is, once; without one it waits for the next."""
+        assert operation.payload is not None
+        if operation.sent_in != self._engine.life and self._engine.send(operation.payload):
+            operation.sent_in = self._engine.life
+
+    def unanswered(self) -> list[Operation]:
+        """All that the ledger has accepted and the engine has not answered, oldest first."""
+        return [each for each in self._pending.values() if each.committed and not each.answering]
 
     def _first(self, row: Row) -> Operation:
         operation = self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
@@ -209,26 +177,28 @@ class Operations:
             operation.finished.set()
             self.dispatcher.add(operation)
 
-    may_consume: Callable[[str, str], Any]  # set by Runs: raises ApiError for a model that is not the owner's
-
     async def _may_consume(self, owner: str, model_id: str, seq_id: int) -> bool:
         await self.may_consume(owner, model_id)
         return seq_id >= self.dispatcher.next_seq(model_id)
 
     # --- answers
 
-    def on_answer(self, answer: Answer) -> None:
+    def on_answer(self, answer: Answer, ran: bool = True) -> None:
         """The engine's answer. Those to replays of finished operations are dropped."""
         operation = self._pending.get(answer.request_id)
         if operation is None or operation.answering:
             return
+        if isinstance(answer, messages.Failed) and answer.category == "missing":
+            self.on_missing_weights(operation, answer.message)
+            return
         operation.answering = True
-        task = asyncio.ensure_future(self._finish(operation, answer))
+        task = asyncio.ensure_future(self._finish(operation, answer, ran))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _finish(self, operation: Operation, answer: Answer) -> None:
+    async def _finish(self, operation: Operation, answer: Answer, ran: bool) -> None:
         encoded = messages.encode(answer)
+        payload = _replayed(operation, answer, ran)
 
         def change(connection: Connection) -> None:
             done = isinstance(answer, messages.Done)
@@ -238,7 +208,7 @@ class Operations:
                 "done" if done else "failed",
                 encoded,
                 answer.device_seconds if isinstance(answer, messages.Done) else 0.0,
-                keep_payload=done and operation.kind in REPLAYED,
+                payload,
             )
             if operation.sequenced:
                 rows.advance(connection, operation.model_id, operation.seq_id)
@@ -255,6 +225,8 @@ class Operations:
                 await asyncio.sleep(1)
         operation.answer = answer
         operation.payload = None
+        if operation.kind == "create_model":
+            self.on_created(operation)
         self._remember(operation)
 
     def _remember(self, operation: Operation) -> None:
@@ -266,9 +238,16 @@ class Operations:
             _id, oldest = self._remembered.popitem(last=False)
             self._remembered_bytes -= _size(oldest.answer)
 
-    def fail(self, operations: list[Operation], message: str, category: str = "user") -> None:
+    def fail(
+        self,
+        operations: Iterable[Operation],
+        message: str,
+        category: Literal["user", "server"] = "user",
+        ran: bool = False,
+    ) -> None:
+        """`ran`: the engine has begun them, and a replay must know that they failed."""
         for operation in operations:
-            self.on_answer(messages.Failed(operation.request_id, message, category))  # type: ignore[arg-type]
+            self.on_answer(messages.Failed(operation.request_id, message, category), ran)
 
     # --- polls
 
@@ -300,6 +279,7 @@ class Operations:
             row.reply,
             row.payload,
             rejected=row.state == "rejected",
+            committed=True,
         )
         if row.answer is not None:
             answer = messages.decode_from_engine(row.answer)
@@ -312,12 +292,30 @@ class Operations:
 
     def load(self, row: Row) -> Operation:
         """The operation of a row, one object per operation."""
-        return self._pending.get(row.id) or self._from_row(row)
+        return self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
+
+    async def written(self) -> None:
+        """Waits until the answers received so far are written."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def settle(self) -> None:
-        """Waits until every answer received so far is written."""
+        """Waits until there is no answer left to write."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _replayed(operation: Operation, answer: Answer, ran: bool) -> bytes | None:
+    """The message that does to the model again what the operation did: None if that is nothing."""
+    if isinstance(answer, messages.Done):
+        return operation.payload if operation.kind in REPLAYED else None
+    if ran and operation.kind == "forward_backward":
+        # The engine counts failures, for the step after them; without data it fails again, and at once.
+        return messages.encode(
+            messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
+        )
+    if ran and operation.kind == "optim_step" and answer.category == "user":
+        return operation.payload  # one that is not finite drops the gradients
+    return None
 
 
 def _size(answer: Answer | None) -> int:
@@ -333,7 +331,10 @@ def _size(answer: Answer | None) -> int:
 def _settle(connection: Connection, operation: Operation, answer: Answer) -> None:
     """What else an answer means for the ledger."""
     output = answer.output if isinstance(answer, messages.Done) else None
-    if isinstance(output, messages.StateSaved | messages.SamplerSaved):
+    if operation.kind == "save_unnamed_sampler":
+        if output is not None:
+            tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])
+    elif isinstance(output, messages.StateSaved | messages.SamplerSaved):
         checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
     elif operation.kind in ("save_weights", "save_weights_for_sampler"):
         checkpoint_rows.settle(connection, operation.request_id, None)

@@ -1,75 +1,38 @@
 """Training runs: the models that clients create, and whether the engine has them.
 
 A run's state is a fold over its operations. The engine holds the states of some runs; one that it does not
-hold (after a restart) is brought back when its next operation is due: created from its newest snapshot,
-then the operations after the snapshot are sent again, in order, and their answers dropped where the client
-already had them.
+hold (after a restart of the engine or of the server, or when its client was silent for long) is brought back
+when its next operation is due: created from its newest snapshot, then the operations after the snapshot are
+sent again, in order, and their answers dropped where the client already had them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-import shutil
-import uuid
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Row
 
-from ..ckpt import paths
 from ..engine import messages
 from .dispatcher import Dispatcher
-from .engine_process import EngineProcess
-from .errors import ApiError, BadRequest, NotFound, Unavailable
+from .errors import BadRequest, NotFound, Unavailable
 from .ledger import operations as operation_rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger
-from .operations import Operation, Operations, Submission
+from .operation import Operation, Submission
+from .operations import Operations
+from .quarantine import Quarantine, Suspect
+from .run import Run, from_row
 from .settings import Settings
+from .snapshots import Snapshots, snapshot_request
+from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.runs")
-
-
-@dataclass(eq=False)
-class Run:
-    """One model. `resident`: the engine has its state, up to the last operation released."""
-
-    id: str
-    owner: str
-    session_id: str
-    base_model: str
-    lora: dict[str, Any] | None
-    optimizer: dict[str, Any]
-    user_metadata: dict[str, Any]
-    state: str
-    creation: bytes
-    snapshot: str | None
-    snapshot_seq: int
-    resident: bool = False
-    restoring: asyncio.Task | None = None
-    saving: asyncio.Task | None = None
-    bytes_since_snapshot: int = 0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-def _run(row: Row) -> Run:
-    return Run(
-        row.id,
-        row.owner,
-        row.session_id,
-        row.base_model,
-        row.lora,
-        row.optimizer,
-        row.user_metadata,
-        row.state,
-        row.creation,
-        row.snapshot,
-        row.snapshot_seq,
-    )
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
@@ -78,17 +41,24 @@ def model_id(session_id: str, model_seq_id: int) -> str:
 
 
 class Runs:
-    def __init__(self, ledger: Ledger, engine: EngineProcess, operations: Operations, settings: Settings):
+    def __init__(self, ledger: Ledger, engine: Supervisor, operations: Operations, settings: Settings):
         self._ledger = ledger
         self._engine = engine
         self._operations = operations
         self._settings = settings
         self._runs: dict[str, Run] = {}
+        self._quarantine = Quarantine(settings.deaths_per_operation, settings.death_window_seconds)
+        self._held: set[str] = set()  # models and samples that wait for their turn in quarantine
+        self._trials: asyncio.Task | None = None
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
             self._release, self._give_up, settings.gap_grace_seconds
         )
+        self.snapshots = Snapshots(ledger, engine, self._dispatcher, settings)
         operations.dispatcher = self._dispatcher
         operations.may_consume = self.find
+        operations.on_created = self._created
+        engine.on_death = self._engine_died
+        engine.on_start = self._take_up
 
     # --- finding and creating
 
@@ -157,7 +127,6 @@ class Runs:
                 creation,
                 None,
                 0,
-                resident=True,
             )
 
         operation = await self._operations.accept(
@@ -171,19 +140,20 @@ class Runs:
                 also=also,
             )
         )
-        if run is not None and run.id not in self._runs:
-            self._runs[run.id] = run
+        if run is not None:
+            run = self._runs.setdefault(run.id, run)
             self._dispatcher.open(run.id, 1)
-            self._watch_creation(run, operation)
+            run.resident = operation.sent_in == self._engine.life
+            if operation.answer is not None:
+                self._created(operation)
+            elif not run.resident:
+                self._bring_back(run)
         return operation
 
-    def _watch_creation(self, run: Run, operation: Operation) -> None:
-        async def watch() -> None:
-            await operation.finished.wait()
-            if run.state == "creating" and operation.answer is not None:
-                run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"
-
-        run.restoring = asyncio.ensure_future(watch())
+    def _created(self, operation: Operation) -> None:
+        run = self._runs.get(operation.model_id)
+        if run is not None and run.state == "creating":
+            run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"
 
     async def _open(self, row: Row) -> None:
         """Takes up a run of the ledger where its operations stand."""
@@ -191,29 +161,81 @@ class Runs:
             lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
         )
         if row.id not in self._runs:
-            self._runs[row.id] = _run(row)
+            self._runs[row.id] = from_row(row)
             self._dispatcher.open(row.id, row.executed_seq + 1)
             for arrival in early:
                 self._dispatcher.add(self._operations.load(arrival))
 
+    # --- engines that come and go
+
     async def resume(self) -> None:
-        """At start: everything that was accepted and not answered goes to the engine again."""
+        """At start: what was accepted and not answered is taken up again."""
         unfinished = await self._ledger.read(operation_rows.unfinished)
         for row in unfinished:
             operation = self._operations.load(row)
-            if operation.sequenced:
+            if operation.model_id:
                 run = await self.find(operation.owner, operation.model_id)
-                if operation.seq_id < self._dispatcher.next_seq(run.id):
-                    self._bring_back(run)
-            elif operation.kind == "create_model":
-                run = await self.find(operation.owner, operation.model_id)
-                run.resident = True
-                self._engine.send(row.payload)
-                self._watch_creation(run, operation)
-            else:
-                self._engine.send(row.payload)
+                if run.state == "finished" and run.leaving is None:
+                    run.leaving = asyncio.ensure_future(self._finish(run))
+        self._take_up()
         if unfinished:
             log.info("%d unfinished operations taken up again", len(unfinished))
+
+    def _engine_died(self, under_way: list[Suspect]) -> None:
+        """The states that it held are gone; what it died of more than a few times is given up."""
+        for run in self._runs.values():
+            run.resident = False
+            if run.restoring is not None:
+                run.restoring.cancel()
+        if self._trials is not None:
+            self._trials.cancel()
+        waiting = {operation.request_id: operation for operation in self._operations.unanswered()}
+        for request_id, model_id in self._quarantine.blame(under_way):
+            deaths = f"{self._settings.deaths_per_operation} engines ended while they ran it"
+            log.error("%s of %s is given up: %s", request_id, model_id or "no model", deaths)
+            if (operation := waiting.get(request_id)) is not None:
+                self._operations.fail([operation], f"{deaths}; it is not tried again", "server", ran=True)
+            elif model_id in self._runs:
+                run = self._runs[model_id]
+                if request_id == snapshot_request(run):
+                    run.may_be_saved = False
+                else:
+                    run.broken = f"{deaths}: {request_id}"
+
+    def _take_up(self) -> None:
+        """Everything unanswered goes to the new engine; what engines died of one after the other."""
+        subjects = self._quarantine.subjects()
+        self._held = set(subjects)
+        for operation in self._operations.unanswered():
+            self._send_again(operation)
+        self._trials = asyncio.ensure_future(self._try_each(subjects))
+
+    def _send_again(self, operation: Operation) -> None:
+        run = self._runs.get(operation.model_id)
+        if run is not None and not self._waits_for_its_number(operation):
+            self._bring_back(run)
+        elif not operation.model_id and operation.request_id not in self._held:
+            self._operations.send(operation)
+
+    def _waits_for_its_number(self, operation: Operation) -> bool:
+        return operation.sequenced and operation.seq_id >= self._dispatcher.next_seq(operation.model_id)
+
+    async def _try_each(self, subjects: list[str]) -> None:
+        for subject in subjects:
+            self._held.discard(subject)
+            due = [
+                operation
+                for operation in self._operations.unanswered()
+                if subject in (operation.model_id, operation.request_id)
+                and not self._waits_for_its_number(operation)
+            ]
+            for operation in due:
+                self._send_again(operation)
+            # Of a model's operations that are replayed, the first one after them tells that they ran.
+            suspects = self._quarantine.requests(subject)
+            for operation in [each for each in due if each.request_id in suspects] or due[:1]:
+                await operation.finished.wait()
+            self._quarantine.acquit(subject)
 
     # --- releasing
 
@@ -225,8 +247,7 @@ class Runs:
             return
         self._engine.send(payload)
         run.bytes_since_snapshot += len(payload)
-        if self._is_due(run):
-            self._snapshot_soon(run)
+        self.snapshots.take_if_due(run)
 
     def _give_up(self, operations: list[Operation], missing: int) -> None:
         self._operations.fail(
@@ -236,24 +257,46 @@ class Runs:
         )
 
     def _bring_back(self, run: Run) -> None:
-        if run.restoring is None or run.restoring.done():
+        if run.id in self._held or not self._engine.alive:
+            return  # its turn will come, or the next engine
+        if not run.resident and (run.restoring is None or run.restoring.done()):
             run.restoring = asyncio.ensure_future(self._restore(run))
 
+    async def bring_back(self, owner: str, run_id: str) -> bool:
+        """Whether the engine has the model, and what its operations make, or is sent it now.
+
+        Waits while the model is in quarantine. Raises NotFound."""
+        run = await self.find(owner, run_id)
+        while run.id in self._held:
+            await asyncio.sleep(1.0)
+        self._bring_back(run)
+        if run.restoring is not None:
+            await asyncio.wait([run.restoring])
+        return run.resident
+
     async def _restore(self, run: Run) -> None:
-        creation = messages.decode_to_engine(run.creation)
-        assert isinstance(creation, messages.CreateModel)
-        changes: dict[str, Any] = {"request_id": f"restore-{uuid.uuid4().hex}"}
-        if run.snapshot is not None:
-            changes |= {"checkpoint": run.snapshot, "optimizer_state": True}
-        try:
-            answer = await self._engine.request(msgspec.structs.replace(creation, **changes))
-        except Unavailable:
-            return  # the ledger has it all; the next engine does it
-        if isinstance(answer, messages.Failed):
-            log.error("model %s could not be brought back: %s", run.id, answer.message)
-            await self._fail_released(run, answer)
+        if run.broken is not None:
+            await self._fail_released(run, run.broken)
             return
-        sent = run.snapshot_seq
+        await self._operations.written()  # so that nothing is replayed which has failed for good
+        sent = 0
+        creation = run.create_message
+        created = await self._operations.find(run.owner, creation.request_id)
+        if created is not None and created.answer is None:
+            self._operations.send(created)
+        else:
+            changes: dict[str, Any] = {"request_id": f"restore-{run.id}"}
+            if run.snapshot is not None:
+                changes |= {"checkpoint": run.snapshot, "optimizer_state": True}
+                sent = run.snapshot_seq
+            try:
+                answer = await self._engine.request(msgspec.structs.replace(creation, **changes))
+            except Unavailable:
+                return  # the ledger has it all; the next engine does it
+            if isinstance(answer, messages.Failed):
+                log.error("model %s could not be brought back: %s", run.id, answer.message)
+                await self._fail_released(run, answer.message)
+                return
         while (through := self._dispatcher.next_seq(run.id) - 1) > sent:
             replay = await self._ledger.read(
                 partial(operation_rows.to_replay, model_id=run.id, after=sent, through=through)
@@ -262,70 +305,25 @@ class Runs:
                 self._engine.send(row.payload)
             sent = through
         run.resident = True
-        if run.state == "creating":
-            run.state = "ready"
 
-    async def _fail_released(self, run: Run, answer: messages.Failed) -> None:
+    async def _fail_released(self, run: Run, why: str) -> None:
         through = self._dispatcher.next_seq(run.id) - 1
-        replay = await self._ledger.read(
-            lambda connection: operation_rows.to_replay(connection, run.id, 0, through)
-        )
-        waiting = [self._operations.load(row) for row in replay if row.state == "accepted"]
-        self._operations.fail(waiting, f"the model could not be brought back: {answer.message}", "server")
-
-    # --- snapshots
-
-    def _is_due(self, run: Run) -> bool:
-        operations = self._dispatcher.next_seq(run.id) - 1 - run.snapshot_seq
-        settings = self._settings
-        return (
-            operations >= settings.snapshot_operations or run.bytes_since_snapshot >= settings.snapshot_bytes
+        self._operations.fail(
+            [each for each in self._unanswered(run) if each.seq_id <= through],
+            f"the model could not be brought back: {why}",
+            "server",
         )
 
-    def _snapshot_soon(self, run: Run) -> None:
-        if run.saving is None or run.saving.done():
-            run.saving = asyncio.ensure_future(self._snapshot(run))
-
-    async def _snapshot(self, run: Run) -> None:
-        """Saves the state after the last released operation; what came before it need not be replayed."""
-        async with run.lock:
-            through = self._dispatcher.next_seq(run.id) - 1
-            directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
-            request = messages.SaveState(f"snapshot-{uuid.uuid4().hex}", run.id, directory)
-            run.bytes_since_snapshot = 0
-            try:
-                answer = await self._engine.request(request)
-                if isinstance(answer, messages.Failed):
-                    log.error("the state of model %s could not be saved: %s", run.id, answer.message)
-                    return
-
-                def change(connection: Connection) -> None:
-                    tenancy.update_model(connection, run.id, snapshot=directory, snapshot_seq=through)
-                    operation_rows.forget_payloads(connection, run.id, through)
-
-                await self._ledger.write(change)
-            except ApiError as error:
-                log.error("the state of model %s could not be saved: %s", run.id, error)
-                return
-            older, run.snapshot, run.snapshot_seq = run.snapshot, directory, through
-        if older is not None:
-            await self.remove_directory(older)
+    # --- leaving
 
     async def save_all(self) -> None:
         """Before a stop: the state of every model that changed since its last snapshot."""
-        changed = [run for run in self._runs.values() if run.resident and self._has_changed(run)]
-        await asyncio.gather(*(self._snapshot(run) for run in changed))
+        await self.snapshots.take_all(list(self._runs.values()))
 
-    def _has_changed(self, run: Run) -> bool:
-        if run.state != "ready":
-            return False
-        if self._dispatcher.next_seq(run.id) - 1 > run.snapshot_seq:
-            return True
-        # A fresh model is made again from its seed; a loaded one must not depend on somebody's checkpoint.
-        creation = messages.decode_to_engine(run.creation)
-        return (
-            run.snapshot is None and isinstance(creation, messages.CreateModel) and bool(creation.checkpoint)
-        )
+    async def rest(self, run: Run) -> None:
+        """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
+        if run.resident and run.state == "ready" and await self.snapshots.take_if_changed(run):
+            await self._leave(run)
 
     async def finish(self, run: Run) -> None:
         """The session is over: the engine forgets the model once its operations are done."""
@@ -336,22 +334,25 @@ class Runs:
             lambda connection: tenancy.update_model(connection, run.id, state="finished")
         )
         # Not awaited: the client need not wait for what it has queued.
-        run.saving = asyncio.ensure_future(self._leave(run))
+        run.leaving = asyncio.ensure_future(self._finish(run))
+
+    async def _finish(self, run: Run) -> None:
+        for operation in self._unanswered(run):
+            await operation.finished.wait()
+        if self._unanswered(run):
+            return  # the server stops, and its next start goes on here
+        await self._leave(run)
+        await self.snapshots.remove(run)
+
+    def _unanswered(self, run: Run) -> list[Operation]:
+        return [each for each in self._operations.unanswered() if each.model_id == run.id]
 
     async def _leave(self, run: Run) -> None:
-        if run.resident:
-            try:
-                await self._engine.request(messages.DeleteModel(f"delete-{uuid.uuid4().hex}", run.id))
-            except Unavailable:
-                log.debug("the engine is gone, and the model with it")
-            run.resident = False
-        if run.snapshot is not None:
-            await self.remove_directory(run.snapshot)
-            run.snapshot = None
-
-    async def remove_directory(self, directory: str) -> None:
-        path = paths.resolve(self._settings.data_dir, directory)
-        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+        if not run.resident:
+            return
+        run.resident = False
+        with contextlib.suppress(Unavailable):  # the engine is gone, and the model with it
+            await self._engine.request(messages.DeleteModel(f"delete-{run.id}", run.id))
 
 
 def new_seed() -> int:

@@ -32,12 +32,11 @@ class Server(uvicorn.Server):
         watch.cancel()
 
     async def _watch_start(self) -> None:
-        """An engine that ends before it was ever ready will not be ready the next time either."""
+        """An engine that refuses to start at all would do so the next time too."""
         while not self.started:
             await asyncio.sleep(0.05)
-        engine = self.config.app.state.backend.engine  # type: ignore[union-attr]
-        await engine.ended.wait()
-        if not engine.was_ready and self._draining is None:
+        await self.config.app.state.backend.engine.refused.wait()  # type: ignore[union-attr]
+        if self._draining is None:
             log.error("the engine could not start; its messages above say why")
             self.failed = self.should_exit = True
 

@@ -41,16 +41,28 @@ class Settings(BaseSettings):
     full_weight: bool = False
     max_sequence_length: int | None = Field(None, ge=2)
     kv_cache_tokens: int | None = Field(None, ge=1)
+    # Sampler weights on the device: of so many bytes (None: an eighth of its memory, 1 GiB on a CPU), and for
+    # so long after they were last sampled. The others wait on disk.
+    sampler_bytes: int | None = Field(None, ge=1)
+    sampler_idle_seconds: float = Field(600.0, gt=0)
+    # Weights that only a sampling session names are removed so long after its session's last sign of life.
+    unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
 
     max_body_bytes: int = Field(256 << 20, ge=1 << 10)
     max_datums: int = Field(16_384, ge=1)
     max_samples: int = Field(1024, ge=1)
+    # Sample requests of one owner that wait for their answers; the next one gets 429. One sampling client of
+    # the SDK keeps at most 2000 on their way.
+    max_waiting_samples: int = Field(2048, ge=1)
     long_poll_seconds: float = Field(25.0, ge=0, le=30)
     # Longer than the six minutes for which the SDK resends a submit.
     gap_grace_seconds: float = Field(400.0, gt=0)
     # A model's state is saved after that many operations or bytes of them, so that few need to be kept.
     snapshot_operations: int = Field(2000, ge=1)
     snapshot_bytes: int = Field(1 << 30, ge=1)
+    # An operation that the engine dies of is tried again, until that many died of it within the window.
+    deaths_per_operation: int = Field(3, ge=1)
+    death_window_seconds: float = Field(600.0, gt=0)
     stop_patience_seconds: float = Field(600.0, gt=0)
 
     @field_validator("model", "api_key", mode="before")
@@ -118,5 +130,7 @@ class Settings(BaseSettings):
             full_weight=self.full_weight,
             max_sequence_length=self.max_sequence_length,
             kv_cache_tokens=self.kv_cache_tokens,
+            sampler_bytes=self.sampler_bytes,
+            sampler_idle_seconds=self.sampler_idle_seconds,
             log_level=self.log_level,
         )

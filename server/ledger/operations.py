@@ -29,17 +29,19 @@ def finish(
     state: str,
     answer: bytes,
     device_seconds: float,
-    keep_payload: bool,
+    payload: bytes | None,
 ) -> None:
-    """The first answer stays: a second one of the same operation changes nothing."""
+    """The first answer stays: a second one of the same operation changes nothing.
+
+    `payload`: what a replay sends instead of running it; None: nothing.
+    """
     values: dict[str, Any] = {
         "state": state,
         "answer": answer,
         "device_seconds": device_seconds,
         "finished_at": time.time(),
+        "payload": payload,
     }
-    if not keep_payload:
-        values["payload"] = None
     connection.execute(
         update(operations)
         .where(operations.c.id == request_id, operations.c.state == "accepted")
@@ -80,7 +82,7 @@ def to_replay(connection: Connection, model_id: str, after: int, through: int) -
             operations.c.model_id == model_id,
             operations.c.seq_id > after,
             operations.c.seq_id <= through,
-            operations.c.state.in_(("accepted", "done")),
+            operations.c.state != "rejected",
             operations.c.payload.is_not(None),
         )
         .order_by(operations.c.seq_id)

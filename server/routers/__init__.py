@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from ..backend import Backend
-from ..operations import Operation
+from ..operation import Operation
 
 # Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
 

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from ...engine import messages
 from ..errors import Gone
-from ..operations import Operation
+from ..operation import Operation
 from ..wire import requests, results
 from . import BackendOf, Owner
 
@@ -76,5 +76,6 @@ async def cancel_future(body: requests.CancelFuture, backend: BackendOf, owner: 
     operation = await backend.operations.find(owner, body.request_id)
     if operation is not None and operation.kind == "sample" and operation.answer is None:
         cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", operation.request_id)
-        backend.engine.send(messages.encode(cancel))
+        if not backend.engine.send(messages.encode(cancel)):
+            backend.operations.fail([operation], "cancelled")
     return {"type": "cancel_future"}

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from ...engine import messages
 from ..errors import BadRequest
-from ..operations import Submission
+from ..operation import Submission
 from ..provenance import sequence_id
 from ..wire import requests
 from . import Backend, BackendOf, Owner, future

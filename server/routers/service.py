@@ -63,13 +63,18 @@ async def healthz() -> dict[str, str]:
 @router.get("/health")
 @router.get("/api/v1/health")
 async def health(backend: BackendOf) -> Response:
-    """200 while the engine lives or loads, 503 when it is dead."""
+    """200 while the engine lives, loads or is started again; 503 when it seems that it cannot start."""
     engine = backend.engine
     dead = engine.death is not None
     body = {
         "status": "unhealthy" if dead else "healthy",
         "version": __version__,
-        "engine": {"phase": engine.phase, "text": engine.text, "ready": engine.ready.is_set()},
+        "engine": {
+            "phase": engine.phase,
+            "text": engine.text,
+            "ready": engine.ready.is_set(),
+            "lives": engine.life,
+        },
     }
     return Response(orjson.dumps(body), 503 if dead else 200, media_type="application/json")
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from ...engine import messages
 from .. import provenance
 from ..errors import ApiError, BadRequest
-from ..operations import Operation, Submission, natural_key
+from ..operation import Operation, Submission, natural_key
 from ..runs import model_id, new_seed
 from ..wire import forward_backward as wire
 from ..wire import requests

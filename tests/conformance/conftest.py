@@ -24,8 +24,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache_dir() -> Path:
+    """Kept from run to run: the same tiny programs are compiled once."""
+    return Path(__file__).parents[2] / ".cache" / "tests" / "servers"
 
 
 @pytest.fixture(scope="module")

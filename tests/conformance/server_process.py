@@ -28,6 +28,7 @@ class ServerProcess:
             *("--data-dir", str(data_dir), "--cache-dir", str(cache_dir), *options),
         ]
         self._environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+        self.data_dir = data_dir
         self._log = data_dir.parent / f"{data_dir.name}.log"
         self.port = 0
         self.process: subprocess.Popen | None = None

@@ -1,0 +1,62 @@
+"""One training run, as the server holds it in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Row
+
+from ..engine import messages
+
+
+@dataclass(eq=False)
+class Run:
+    """One model.
+
+    `resident`: the engine has its state, up to the last operation released. `broken` says why it cannot be
+    brought back, until the server's next start.
+    """
+
+    id: str
+    owner: str
+    session_id: str
+    base_model: str
+    lora: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    user_metadata: dict[str, Any]
+    state: str
+    creation: bytes
+    snapshot: str | None
+    snapshot_seq: int
+    resident: bool = False
+    broken: str | None = None
+    restoring: asyncio.Task | None = None
+    saving: asyncio.Task | None = None
+    leaving: asyncio.Task | None = None
+    bytes_since_snapshot: int = 0
+    may_be_saved: bool = True  # no engine died of it
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def create_message(self) -> messages.CreateModel:
+        message = messages.decode_to_engine(self.creation)
+        assert isinstance(message, messages.CreateModel)
+        return message
+
+
+def from_row(row: Row) -> Run:
+    return Run(
+        row.id,
+        row.owner,
+        row.session_id,
+        row.base_model,
+        row.lora,
+        row.optimizer,
+        row.user_metadata,
+        row.state,
+        row.creation,
+        row.snapshot,
+        row.snapshot_seq,
+    )

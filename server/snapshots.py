@@ -1,0 +1,114 @@
+"""Snapshots of training states, so that few operations need to be kept and replayed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import uuid
+from collections.abc import Iterable
+
+from sqlalchemy import Connection
+
+from ..ckpt import paths
+from ..engine import messages
+from .dispatcher import Dispatcher
+from .errors import ApiError, Unavailable
+from .ledger import operations as operation_rows
+from .ledger import tenancy
+from .ledger.ledger import Ledger
+from .operation import Operation
+from .run import Run
+from .settings import Settings
+from .supervisor import Supervisor
+
+log = logging.getLogger("tinsmith.snapshots")
+
+
+def snapshot_request(run: Run) -> str:
+    """The id of the request to save the run's state: there is one at a time."""
+    return f"snapshot-{run.id}"
+
+
+class Snapshots:
+    def __init__(
+        self, ledger: Ledger, engine: Supervisor, dispatcher: Dispatcher[Operation], settings: Settings
+    ):
+        self._ledger = ledger
+        self._engine = engine
+        self._dispatcher = dispatcher
+        self._settings = settings
+
+    def _released(self, run: Run) -> int:
+        """The number of the last operation that the engine was sent."""
+        return self._dispatcher.next_seq(run.id) - 1
+
+    def take_if_due(self, run: Run) -> None:
+        """After some operations, or some bytes of them, since the last one; nobody waits for it."""
+        settings = self._settings
+        due = (
+            self._released(run) - run.snapshot_seq >= settings.snapshot_operations
+            or run.bytes_since_snapshot >= settings.snapshot_bytes
+        )
+        if due and run.may_be_saved and (run.saving is None or run.saving.done()):
+            run.saving = asyncio.ensure_future(self._take(run))
+
+    async def take_all(self, runs: Iterable[Run]) -> None:
+        await asyncio.gather(*(self.take_if_changed(run) for run in runs))
+
+    async def take_if_changed(self, run: Run) -> bool:
+        """Whether the newest snapshot, or the model's creation alone, is its state as the engine has it."""
+        if run.resident and run.may_be_saved and self._has_changed(run):
+            await self._take(run)
+        return run.resident and not self._has_changed(run)
+
+    def _has_changed(self, run: Run) -> bool:
+        if run.state != "ready":
+            return False
+        if self._released(run) > run.snapshot_seq:
+            return True
+        # A fresh model is made again from its seed; a loaded one must not depend on somebody's checkpoint.
+        return run.snapshot is None and bool(run.create_message.checkpoint)
+
+    async def _take(self, run: Run) -> None:
+        """Saves the state after the last released operation; what came before it need not be replayed."""
+        async with run.lock:
+            through = self._released(run)
+            directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
+            run.bytes_since_snapshot = 0
+            if not await self._save(run, directory):
+                await self._remove_directory(directory)
+                return
+
+            def change(connection: Connection) -> None:
+                tenancy.update_model(connection, run.id, snapshot=directory, snapshot_seq=through)
+                operation_rows.forget_payloads(connection, run.id, through)
+
+            try:
+                await self._ledger.write(change)
+            except ApiError as error:
+                log.error("the snapshot of model %s could not be noted: %s", run.id, error)
+                return
+            older, run.snapshot, run.snapshot_seq = run.snapshot, directory, through
+        if older is not None:
+            await self._remove_directory(older)
+
+    async def _save(self, run: Run, directory: str) -> bool:
+        try:
+            answer = await self._engine.request(messages.SaveState(snapshot_request(run), run.id, directory))
+        except Unavailable as error:
+            log.warning("the state of model %s was not saved: %s", run.id, error)
+            return False
+        if isinstance(answer, messages.Failed):
+            log.error("the state of model %s could not be saved: %s", run.id, answer.message)
+        return isinstance(answer, messages.Done)
+
+    async def remove(self, run: Run) -> None:
+        """Nobody will bring this model back."""
+        if run.snapshot is not None:
+            await self._remove_directory(run.snapshot)
+            run.snapshot = None
+
+    async def _remove_directory(self, directory: str) -> None:
+        path = paths.resolve(self._settings.data_dir, directory)
+        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
