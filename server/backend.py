@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass, field
 from functools import partial
 
+from .admission import SampleAdmission
 from .auth import ApiKeys
 from .base_models import BaseModel
 from .checkpoints import Checkpoints
@@ -34,6 +36,8 @@ class Backend:
     sessions: Sessions = field(init=False)
     samplers: Samplers = field(init=False)
     checkpoints: Checkpoints = field(init=False)
+    sample_admission: SampleAdmission = field(init=False)
+    _sweep: asyncio.Task = field(init=False)
     stopped: bool = False
     _draining: bool = False
 
@@ -48,13 +52,15 @@ class Backend:
         )
         self.operations = Operations(self.ledger, self.engine)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
-        self.samplers = Samplers(self.ledger, settings.data_dir)
+        self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers)
-        self.checkpoints = Checkpoints(self.ledger, settings.data_dir)
+        self.checkpoints = Checkpoints(self.ledger, self.engine, settings.data_dir)
+        self.sample_admission = SampleAdmission(settings.max_waiting_samples)
         for owner in self.keys.owners:
             await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
         await self.runs.resume()
+        self._sweep = asyncio.ensure_future(self.samplers.sweep_forever())
 
     async def drain(self) -> None:
         """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""
@@ -69,6 +75,7 @@ class Backend:
         self.operations.wake_all()
 
     async def close(self) -> None:
+        self._sweep.cancel()
         if not self._draining:
             await self.drain()
         self.ledger.close()

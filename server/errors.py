@@ -62,6 +62,14 @@ class TooLarge(ApiError):
     category = "user"
 
 
+class TooManyRequests(ApiError):
+    """Sent again later, the request is welcome. The SDK waits a second, and sends fewer at once."""
+
+    status = 429
+    category = "user"
+    headers = {"Retry-After": "1"}  # noqa: RUF012
+
+
 class Unavailable(ApiError):
     """The request was right and can be sent again after `Retry-After`."""
 

@@ -78,6 +78,8 @@ samplers = Table(
     Column("base_model", Text, nullable=False),
     Column("model_path", Text),
     Column("directory", Text),  # of the weights; null: the base model itself
+    # The model whose newest inflight weights it samples, its directory moving with them; null: it stays.
+    Column("follows", String(192), index=True),
     Column("created_at", Float, nullable=False),
 )
 

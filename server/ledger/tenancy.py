@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, update
 
 from .schema import models, samplers, sessions, tenants
 
@@ -82,13 +82,37 @@ def samplers_of_session(connection: Connection, session_id: str) -> Sequence[Row
     return connection.execute(query).all()
 
 
-def delete_unnamed_samplers(connection: Connection, session_id: str) -> Sequence[Row]:
-    """Those with weights of their own that no checkpoint names; the rows that were deleted."""
-    unnamed = (
-        (samplers.c.session_id == session_id)
-        & samplers.c.directory.is_not(None)
-        & samplers.c.model_path.is_(None)
-    )
-    rows = connection.execute(select(samplers).where(unnamed)).all()
-    connection.execute(delete(samplers).where(unnamed))
+def publish_inflight(connection: Connection, sampler_id: str) -> None:
+    """The weights of a sampler are saved: if it follows its model, all that do sample them from now on."""
+    saved = find_sampler(connection, sampler_id)
+    if saved is not None and saved.follows is not None:
+        connection.execute(
+            update(samplers).where(samplers.c.follows == saved.follows).values(directory=saved.directory)
+        )
+
+
+def _unnamed() -> ColumnElement[bool]:
+    """Samplers with weights of their own that no checkpoint names."""
+    return samplers.c.directory.is_not(None) & samplers.c.model_path.is_(None)
+
+
+def delete_unnamed_samplers(connection: Connection, of: ColumnElement[bool]) -> Sequence[Row]:
+    """The unnamed ones among `of`; the rows that were deleted."""
+    rows = connection.execute(select(samplers).where(_unnamed() & of)).all()
+    connection.execute(delete(samplers).where(_unnamed() & of))
     return rows
+
+
+def of_session(session_id: str) -> ColumnElement[bool]:
+    return samplers.c.session_id == session_id
+
+
+def of_sessions_silent_since(at: float) -> ColumnElement[bool]:
+    """Samplers of sessions that have ended, or gave no sign of life since then."""
+    over = sessions.c.finished_at.is_not(None) | (sessions.c.last_heartbeat_at < at)
+    return samplers.c.session_id.in_(select(sessions.c.id).where(over))
+
+
+def sampler_directories(connection: Connection) -> set[str]:
+    query = select(samplers.c.directory).where(samplers.c.directory.is_not(None))
+    return set(connection.execute(query).scalars())

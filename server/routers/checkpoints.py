@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Annotated, Any
 
 import msgspec
@@ -18,7 +17,7 @@ from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..runs import Run, model_id
 from ..samplers import add as add_sampler
-from ..samplers import sampler_id
+from ..samplers import new_directory, sampler_id
 from ..wire import requests
 from . import Backend, BackendOf, Owner, future
 from .training import optimizer_of, refuse, submit
@@ -82,7 +81,8 @@ async def save_weights(body: requests.SaveWeights, backend: BackendOf, owner: Ow
 async def save_weights_for_sampler(
     body: requests.SaveWeightsForSampler, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
-    """Named: a sampler checkpoint. Unnamed: a sampling session of the weights as they are now."""
+    """Named: a sampler checkpoint. Unnamed: a sampling session of the weights as they are now, or, inflight,
+    of the newest weights that the model has published so."""
     try:
         run = await backend.runs.find_trainable(owner, body.model_id)
         if body.path is not None:
@@ -93,7 +93,8 @@ async def save_weights_for_sampler(
             also = _new_checkpoint(owner, run, uri, directory, body.model_copy(update={"overwrite": False}))
         elif body.sampling_session_seq_id is not None:
             identifier = sampler_id(run.session_id, body.sampling_session_seq_id)
-            directory = f"samplers/{run.id.replace(':', '@')}/{uuid.uuid4().hex}"
+            directory = new_directory(run.id)
+            follows = run.id if body.kind == "inflight" else None
             reply = {"type": "save_weights_for_sampler", "sampling_session_id": identifier}
 
             def also(connection: Connection, request_id: str) -> messages.Failed | None:
@@ -102,7 +103,16 @@ async def save_weights_for_sampler(
                     return messages.Failed(
                         request_id, f"sampling_session_seq_id {number} of this session is in use", "user"
                     )
-                add_sampler(connection, owner, run.session_id, identifier, run.base_model, None, directory)
+                add_sampler(
+                    connection,
+                    owner,
+                    run.session_id,
+                    identifier,
+                    run.base_model,
+                    None,
+                    directory,
+                    follows,
+                )
                 return None
 
         else:
@@ -112,10 +122,10 @@ async def save_weights_for_sampler(
         operation = await submit(
             backend,
             owner,
-            "save_weights_for_sampler",
+            "save_weights_for_sampler" if body.path is not None else "save_unnamed_sampler",
             run.id,
             body.seq_id,
-            messages.SaveSampler(request_id="", model_id=run.id, directory=directory),
+            messages.SaveSampler("", run.id, directory, deferred=body.path is None),
             reply,
             also,
         )

@@ -51,7 +51,9 @@ async def get_sampler(sampler_id: str, backend: BackendOf, owner: Owner) -> dict
 @router.post("/asample")
 async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     if body.sampling_session_id is not None:
-        sampler = (await backend.samplers.find(owner, body.sampling_session_id)).ref
+        session = await backend.samplers.find(owner, body.sampling_session_id)
+        await backend.samplers.sampled(session)
+        sampler = session.ref
     else:
         base_model, directory = await _weights(backend, owner, body.base_model, body.model_path)
         sampler = messages.SamplerRef(base_model, weights=directory)
@@ -78,7 +80,9 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
             prompt_alternatives=body.prompt_alt_tokens_k or 0,
         )
 
+    backend.sample_admission.check(owner)
     operation = await backend.operations.accept(Submission(owner, "sample", key, message))
+    backend.sample_admission.admit(operation)
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 

@@ -1,0 +1,171 @@
+"""Which sampler weights are removed, and when; and how many samples a client may have waiting."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection
+from tinsmith.engine import messages
+from tinsmith.server import samplers as samplers_module
+from tinsmith.server.admission import SampleAdmission
+from tinsmith.server.errors import NotFound, TooManyRequests
+from tinsmith.server.ledger import tenancy
+from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.operation import Operation
+from tinsmith.server.operations import Operations
+from tinsmith.server.runs import Runs
+from tinsmith.server.samplers import Samplers, new_directory, run_of
+from tinsmith.server.settings import Settings
+from tinsmith.server.supervisor import Supervisor
+
+HOUR = 3600.0
+
+
+def session(connection: Connection, name: str, silent_for: float, finished: bool = False) -> None:
+    tenancy.add_session(connection, id=name, owner="me", tags=[], user_metadata={})
+    tenancy.heartbeat(connection, name, time.time() - silent_for)
+    if finished:
+        tenancy.finish_session(connection, name, "success", None)
+
+
+@pytest.fixture
+async def samplers(tmp_path: Path) -> AsyncIterator[Samplers]:
+    """Behind an engine that is not started."""
+    settings = Settings(data_dir=tmp_path, unnamed_sampler_seconds=24 * HOUR)
+    ledger = Ledger(settings.ledger_url)
+    engine = Supervisor(settings.engine_config([]), lambda answer: None)
+    operations = Operations(ledger, engine)
+    runs = Runs(ledger, engine, operations, settings)
+    await ledger.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
+    yield Samplers(ledger, engine, operations, runs, settings)
+    ledger.close()
+
+
+@pytest.fixture
+async def make(samplers: Samplers, tmp_path: Path):
+    """Makes a session with unnamed weights, a named sampler and a base sampler; gives the weights' folder."""
+
+    async def make(name: str, **fields) -> Path:
+        directory = new_directory(f"{name}:train:0")
+        named = f"checkpoints/{name}/x-1"
+        for key in (directory, named):
+            (tmp_path / key).mkdir(parents=True)
+
+        def change(connection: Connection) -> None:
+            session(connection, name, **fields)
+            samplers_module.add(connection, "me", name, f"{name}:sample:0", "tiny", None, directory)
+            path = f"tinker://{name}:train:0/sampler_weights/x"
+            samplers_module.add(connection, "me", name, f"{name}:sample:1", "tiny", path, named)
+            samplers_module.add(connection, "me", name, f"{name}:sample:2", "tiny", None, None)
+
+        await samplers._ledger.write(change)
+        return tmp_path / directory
+
+    return make
+
+
+async def is_known(samplers: Samplers, identifier: str) -> bool:
+    try:
+        await samplers.find("me", identifier)
+    except NotFound:
+        return False
+    return True
+
+
+async def test_unnamed_weights_go_when_their_session_is_over_or_silent_for_long(
+    samplers: Samplers, make, tmp_path: Path
+) -> None:
+    folders = {
+        "live": await make("live", silent_for=23 * HOUR),
+        "silent": await make("silent", silent_for=25 * HOUR),
+        "over": await make("over", silent_for=0.0, finished=True),
+    }
+    assert await is_known(samplers, "silent:sample:0")
+    await samplers.sweep()
+    assert {name: folder.exists() for name, folder in folders.items()} == {
+        "live": True,
+        "silent": False,
+        "over": False,
+    }
+    for name in folders:
+        assert [await is_known(samplers, f"{name}:sample:{number}") for number in range(3)] == [
+            name == "live",
+            True,
+            True,
+        ]
+        assert (tmp_path / "checkpoints" / name / "x-1").exists(), "a checkpoint's weights are its own"
+
+
+async def test_a_sample_is_a_sign_of_life(samplers: Samplers, make) -> None:
+    folder = await make("raw", silent_for=25 * HOUR)
+    await samplers.sampled(await samplers.find("me", "raw:sample:0"))
+    await samplers.sweep()
+    assert folder.exists()
+
+
+async def test_directories_of_no_sampler_go_when_they_are_old(
+    samplers: Samplers, make, tmp_path: Path
+) -> None:
+    """What inflight saves leave behind; a young one may be of a save whose sampler moves to it next."""
+    kept = await make("live", silent_for=0.0)
+    old, young = (tmp_path / new_directory("live:train:0") for _ in range(2))
+    for directory in (old, young):
+        directory.mkdir()
+    for directory in (old, kept):
+        os.utime(directory, times=(time.time() - 2 * HOUR,) * 2)
+    await samplers.sweep()
+    assert [directory.exists() for directory in (old, young, kept)] == [False, True, True]
+
+
+def test_the_directory_of_unnamed_weights_tells_their_model() -> None:
+    assert run_of(new_directory("0a1b:train:3")) == "0a1b:train:3"
+    assert run_of("checkpoints/0a1b@train@3/sampler_weights/x-1") is None
+    assert run_of(None) is None
+
+
+async def test_publishing_moves_the_followers_of_one_model(samplers: Samplers) -> None:
+    def change(connection: Connection) -> None:
+        session(connection, "s", 0.0)
+        add = partial(samplers_module.add, connection, "me", "s")
+        add("first", "tiny", None, "samplers/a/1", follows="a")
+        add("second", "tiny", None, "samplers/a/2", follows="a")
+        add("other", "tiny", None, "samplers/b/1", follows="b")
+        add("still", "tiny", None, "samplers/a/3")
+        tenancy.publish_inflight(connection, "second")
+        tenancy.publish_inflight(connection, "still")
+
+    await samplers._ledger.write(change)
+    found = {
+        name: (await samplers.find("me", name)).directory for name in ("first", "second", "other", "still")
+    }
+    assert found == {
+        "first": "samplers/a/2",
+        "second": "samplers/a/2",
+        "other": "samplers/b/1",
+        "still": "samplers/a/3",
+    }
+
+
+def test_an_owner_has_so_many_samples_waiting() -> None:
+    admission = SampleAdmission(2)
+
+    def operation(owner: str) -> Operation:
+        return Operation(os.urandom(4).hex(), owner, "sample", "", 0, {}, None)
+
+    first, second = operation("me"), operation("me")
+    for each in (first, first, second):  # the same one submitted again counts once
+        admission.check("me")
+        admission.admit(each)
+    with pytest.raises(TooManyRequests):
+        admission.check("me")
+    admission.check("you")
+    first.answer = messages.Failed(first.request_id, "", "user")
+    admission.check("me")
+    admission.admit(operation("me"))
+    with pytest.raises(TooManyRequests):
+        admission.check("me")
