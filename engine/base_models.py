@@ -17,8 +17,8 @@ from ..model.config import ModelConfig, read_config
 from ..model.load import find_model, load_base
 from . import messages
 from .compilation import log_compiled
-from .sampler import Sampler
-from .sampler_cache import SamplerCache
+from .sampler import Sampler, default_kv_cache_tokens
+from .sampler_cache import SamplerCache, default_bytes_on_device
 from .tokenizer import TokenBytes
 from .trainer import Trainer
 
@@ -62,6 +62,10 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
     trainer = Trainer(graph, weights, config, mesh, max_sequence_length=limit, on_compile=log_compiled)
 
     token_bytes = _token_bytes(folder)
+    sharing = len(engine.base_models)  # what is derived from the device is for all of them
+    kv_cache_tokens = engine.kv_cache_tokens or max(
+        default_kv_cache_tokens(config, dtype, limit) // sharing, min(limit, 16384)
+    )
 
     def new_sampler() -> Sampler:
         return Sampler(
@@ -70,7 +74,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
             config,
             token_bytes=token_bytes,
             mesh=mesh,
-            kv_cache_tokens=engine.kv_cache_tokens,
+            kv_cache_tokens=kv_cache_tokens,
             max_sequence_length=limit,
             on_compile=log_compiled,
         )
@@ -81,7 +85,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
         Path(engine.data_dir),
         dtype,
         mesh,
-        engine.sampler_bytes,
+        engine.sampler_bytes or default_bytes_on_device() // sharing,
         engine.sampler_idle_seconds,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))

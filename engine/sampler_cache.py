@@ -50,13 +50,12 @@ class SamplerCache:
         data_dir: Path,
         dtype: Any,
         mesh: Mesh,
-        bytes_on_device: int | None = None,
+        bytes_on_device: int = 2**30,
         idle_seconds: float = 600.0,
     ):
-        """`bytes_on_device` None: an eighth of an accelerator's memory, 1 GiB on the CPU."""
         self._new_sampler = new_sampler
         self._config, self._data_dir, self._dtype, self._mesh = config, data_dir, dtype, mesh
-        self._bytes_on_device = bytes_on_device or default_bytes_on_device()
+        self._bytes_on_device = bytes_on_device
         self._idle_seconds = idle_seconds
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # sampled last comes last
         self._frozen: dict[str, Weights] = {}
@@ -153,7 +152,7 @@ class SamplerCache:
 
 
 def default_bytes_on_device() -> int:
-    """An eighth of an accelerator's memory; 1 GiB on the CPU."""
+    """For sampler weights: an eighth of an accelerator's memory; 1 GiB on the CPU."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     return 2**30 if limit is None else limit // 8

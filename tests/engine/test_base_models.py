@@ -1,0 +1,37 @@
+"""What a base model may hold of the device beside its weights."""
+
+import jax.numpy as jnp
+import pytest
+from tinsmith.engine import base_models, messages
+from tinsmith.engine.sampler import default_kv_cache_tokens
+from tinsmith.model import kv_cache
+from tinsmith.model.config import read_config
+from tinsmith.model.sharding import make_mesh
+
+from tests.tiny_models import write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_keys_and_values_are_derived_from_the_device(folder):
+    """On a CPU a gibibyte, whatever a token takes; but never less than a whole sequence."""
+    config = read_config(folder)
+    # keys and values of 3 layers, 2 heads of 8 numbers each
+    for dtype, bytes_per_token in ((jnp.float32, 2 * 3 * 2 * 8 * 4), (jnp.bfloat16, 2 * 3 * 2 * 8 * 2)):
+        assert kv_cache.bytes_per_token(config, dtype) == bytes_per_token
+        assert default_kv_cache_tokens(config, dtype, 512) == 2**30 // bytes_per_token
+    assert default_kv_cache_tokens(config, jnp.float32, 10**9) == 2**30 // (2 * 3 * 2 * 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "bases", "expected"), [(None, 1, 2**30 // 384), (None, 4, 2**28 // 384), (1000, 4, 1000)]
+)
+def test_base_models_share_what_is_derived_from_the_device(folder, tmp_path, given, bases, expected):
+    declared = [messages.BaseModel(f"m{number}", str(folder)) for number in range(bases)]
+    config = messages.EngineConfig("", str(tmp_path), str(tmp_path), declared, kv_cache_tokens=given)
+    model = base_models.load(declared[0], config, make_mesh())
+    sampler = model.samplers.sampler
+    assert sampler._pool.capacity == expected // 64 * 64  # whole pages
