@@ -1,5 +1,5 @@
 """The sampler: log-probs, stops, sharing, memory, cancelling; everything against the request run alone or
-against one pass of the trainer's trunk."""
+against one pass of the trainer's trunk. Mixes of requests: test_sampler_mixes."""
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ from engine_sampling import (
 )
 from tinsmith.engine import messages
 from tinsmith.engine.errors import UserError
-from tinsmith.model import decode
 
 
 @pytest.fixture(scope="module")
@@ -80,59 +79,6 @@ def test_a_request_that_lost_its_pages_goes_on_as_if_nothing_had_happened(model)
         for ours, theirs in zip(sequences(answers[one.request_id]), alone, strict=True):
             assert ours.tokens == theirs.tokens
             np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
-
-
-def random_requests(rng, count):
-    """Requests of any kind, and the weights each samples from."""
-    for i in range(count):
-        length = int(rng.choice([1, 2, 16, 17, 33, rng.integers(1, 200)]))
-        prompt = prompt_of(length, seed=int(rng.integers(4)))  # some share their beginnings
-        yield (
-            request(
-                i,
-                prompt,
-                int(rng.integers(1, 5)),
-                logprobs=bool(rng.integers(2)),
-                topk=int(rng.choice([0, 3])),
-                max_tokens=int(rng.integers(1, 60)),
-                seed=int(rng.integers(0, 2**63)),
-                temperature=float(rng.choice([0.0, 0.7, 1.0, 1.5])),
-                top_k=int(rng.choice([-1, 5, 100])),
-                top_p=float(rng.choice([1.0, 0.9])),
-                stop_tokens=None if rng.integers(2) else [int(t) for t in rng.integers(0, 320, 12)],
-                stop_strings=["a", "th"] if rng.integers(4) == 0 else [],
-            ),
-            rng.choice([None, "a", "b"]),
-        )
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_request_in_a_crowd_is_the_request_alone(model, adapters, seed):
-    rng = np.random.default_rng(seed)
-    asked = list(random_requests(rng, 12))
-    crowd, alone = make_sampler(model), make_sampler(model)
-    for sampler in (crowd, alone):
-        for key, adapter in adapters.items():
-            sampler.register(key, adapter, scale=2.0)
-    answers = {}
-    for one, key in asked:
-        crowd.add(one, key)
-        for answer in crowd.step():
-            answers[answer.request_id] = answer.output
-    answers |= run_all(crowd)
-    assert crowd._pool.num_free == 704 // 16, "every page came back"
-    for one, key in asked:
-        expected = sample(alone, one, key)
-        for ours, theirs in zip(sequences(answers[one.request_id]), sequences(expected), strict=True):
-            assert ours.tokens == theirs.tokens
-            assert ours.stop_reason == theirs.stop_reason
-            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
-        if one.prompt_logprobs:
-            np.testing.assert_allclose(
-                np.frombuffer(answers[one.request_id].prompt_logprobs, np.float32),
-                np.frombuffer(expected.prompt_logprobs, np.float32),
-                atol=1e-4,
-            )
 
 
 def test_samples_of_one_seed_differ_and_come_again(sampler):
@@ -316,21 +262,3 @@ def test_bad_requests_are_refused_by_name(sampler, wrong, text):
     with pytest.raises(UserError, match=text):
         sampler.add(request(0, **({"prompt": [4, 5]} | wrong)))
     assert not sampler.has_work
-
-
-def test_random_requests_compile_nothing_after_warm_up(model, adapters):
-    rng = np.random.default_rng(5)
-    sampler = make_sampler(model)
-    for key, adapter in adapters.items():
-        sampler.register(key, adapter, scale=2.0)
-
-    def some_requests(count):
-        for asked, key in random_requests(rng, count):
-            sampler.add(asked, key)
-        run_all(sampler)
-
-    some_requests(30)
-    programs = (decode.prefill, decode.decode, decode.score)
-    before = [program._cache_size() for program in programs]
-    some_requests(60)
-    assert [program._cache_size() for program in programs] == before
