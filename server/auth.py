@@ -1,31 +1,38 @@
 """Who is asking: one mechanism in front of every route.
 
-A key belongs to an owner; everything is created with an owner and is invisible to all others. Without
-configured keys (possible on loopback only) every caller is the one owner `local`. Keys are kept as
-SHA-256 digests and compared in constant time.
+A key belongs to an owner; everything is created with an owner and is invisible to all others. Keys are given
+at the start, or are in the ledger, where `tinsmith keys` puts them. Without any (possible on loopback only)
+every caller is the one owner `local`. Keys are kept as SHA-256 digests and compared in constant time.
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import hmac
+import logging
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import error_response
+from .ledger import keys as rows
+from .ledger.ledger import Ledger
 
+log = logging.getLogger("tinsmith.auth")
+
+READ_EVERY_SECONDS = 1.0
+"""How often the ledger is asked for keys that were made or revoked."""
 LOCAL_OWNER = "local"
 # Answered without a key: probes of load balancers have none.
 OPEN_PATHS = frozenset({"/health", "/api/v1/health", "/api/v1/healthz", "/healthz"})
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 class ApiKeys:
-    """Maps keys to owners. Each entry is `KEY` or `OWNER=KEY`; several keys may share an owner."""
+    """Maps keys to owners. Each entry is `KEY` or `OWNER=KEY`; several keys may share an owner.
+
+    Keys of the ledger are added by `read`. Once there was a key, callers need one, also when all are revoked.
+    """
 
     def __init__(self, entries: list[str]):
         self._owners: list[tuple[bytes, str]] = []
@@ -33,8 +40,10 @@ class ApiKeys:
             owner, separator, key = entry.partition("=")
             if not separator or owner.startswith("tml-"):  # keys may end in '='
                 owner, key = "", entry
-            digest = _digest(key)
+            digest = rows.digest(key)
             self._owners.append((digest, owner or f"key-{digest.hex()[:12]}"))
+        self._stored: list[tuple[bytes, str]] = []
+        self._required = bool(entries)
 
     @property
     def owners(self) -> list[str]:
@@ -42,14 +51,28 @@ class ApiKeys:
 
     def owner_of(self, key: str | None) -> str | None:
         """The owner of a key; None if it is no key of this server."""
-        if not self._owners:
+        if not self._required:
             return LOCAL_OWNER
-        digest = _digest(key or "")
+        digest = rows.digest(key or "")
         found = None
-        for known, owner in self._owners:  # all of them: the time taken says nothing
+        for known, owner in (*self._owners, *self._stored):  # all of them: the time taken says nothing
             if hmac.compare_digest(known, digest):
                 found = owner
         return found
+
+    async def read(self, ledger: Ledger) -> None:
+        """Takes up the keys that the ledger has now."""
+        stored = await ledger.read(rows.all_keys)
+        self._stored = [(row.digest, row.tenant) for row in stored if row.revoked_at is None]
+        self._required |= bool(stored)
+
+    async def read_forever(self, ledger: Ledger) -> None:
+        while True:
+            await asyncio.sleep(READ_EVERY_SECONDS)
+            try:
+                await self.read(ledger)
+            except SQLAlchemyError as error:
+                log.error("the ledger's keys could not be read; those known before stay: %s", error)
 
 
 class Authentication:

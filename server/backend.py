@@ -38,6 +38,7 @@ class Backend:
     checkpoints: Checkpoints = field(init=False)
     sample_admission: SampleAdmission = field(init=False)
     _sweep: asyncio.Task = field(init=False)
+    _key_watch: asyncio.Task = field(init=False)
     stopped: bool = False
     _draining: bool = False
 
@@ -56,6 +57,8 @@ class Backend:
         self.sessions = Sessions(self.ledger, self.runs, self.samplers)
         self.checkpoints = Checkpoints(self.ledger, self.engine, settings.data_dir)
         self.sample_admission = SampleAdmission(settings.max_waiting_samples)
+        await self.keys.read(self.ledger)
+        self._key_watch = asyncio.ensure_future(self.keys.read_forever(self.ledger))
         for owner in self.keys.owners:
             await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
@@ -76,6 +79,7 @@ class Backend:
 
     async def close(self) -> None:
         self._sweep.cancel()
+        self._key_watch.cancel()
         if not self._draining:
             await self.drain()
         self.ledger.close()

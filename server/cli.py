@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from .. import __version__
+from .keys_command import keys
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(models, name="models")
+app.add_typer(keys, name="keys")
 
 _SERVE_HELP = """Serve base models for training and sampling.
 
@@ -33,7 +35,8 @@ Examples:
   `tinsmith serve --model my-base=/models/qwen3-0.6b`
 
 - From the hub, on all interfaces, with a key (clients set it as TINKER_API_KEY):
-  `tinsmith serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key tml-a-long-secret`
+  `export TINKER_API_KEY=$(tinsmith keys create alice)`, then
+  `tinsmith serve --model Qwen/Qwen3-0.6B --host 0.0.0.0`
 
 - On eight devices, parameters sharded over four of them, two replicas of the batch:
   `tinsmith serve --model Qwen/Qwen3-8B --mesh data=2,fsdp=4`
@@ -90,6 +93,7 @@ def serve(
 ) -> None:
     given = {key: value for key, value in locals().items() if value is not None}
     from .base_models import resolve
+    from .ledger.keys import any_in
     from .serve import listen, run
     from .settings import Settings
 
@@ -111,7 +115,8 @@ def serve(
         listener = listen(settings.host, settings.port)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
-    _introduce(settings, base_models, listener.getsockname()[1])
+    needs_keys = bool(settings.api_keys) or any_in(settings.ledger_url)
+    _introduce(settings, base_models, listener.getsockname()[1], needs_keys)
     if not run(settings, base_models, listener):
         raise typer.Exit(1)
     typer.echo("stopped; everything is saved")
@@ -123,7 +128,7 @@ def _plain(problem: Any) -> str:
     return f"--{where.replace('_', '-')}: {message}" if where else message
 
 
-def _introduce(settings: Any, base_models: list[Any], port: int) -> None:
+def _introduce(settings: Any, base_models: list[Any], port: int, needs_keys: bool) -> None:
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     lines = [
@@ -135,7 +140,7 @@ def _introduce(settings: Any, base_models: list[Any], port: int) -> None:
         f"  data in {settings.data_dir.resolve()}",
         "Clients:",
         f"  export TINKER_BASE_URL={url}",
-        "  export TINKER_API_KEY=" + ("<one of your keys>" if settings.api_keys else "tml-local"),
+        "  export TINKER_API_KEY=" + ("<one of your keys>" if needs_keys else "tml-local"),
         "The server answers now; operations run once the engine has loaded the model.",
     ]
     typer.echo("\n".join(lines))

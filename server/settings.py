@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..engine import messages
+from .ledger.keys import any_in
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -89,10 +90,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Settings:
-        if not self.is_loopback and not self.api_keys:
+        if not self.is_loopback and not self.api_keys and not any_in(self.ledger_url):
             raise ValueError(
-                f"host {self.host} can be reached from other machines, and no API key is set. "
-                "Set one with --api-key tml-... (or --api-key-file), or bind to 127.0.0.1"
+                f"host {self.host} can be reached from other machines, and no API key is set. Make one "
+                "with tinsmith keys create, give one with --api-key tml-... (or --api-key-file), or bind to "
+                "127.0.0.1"
             )
         return self
 

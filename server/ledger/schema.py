@@ -31,6 +31,17 @@ tenants = Table(
     Column("created_at", Float, nullable=False),
 )
 
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("tenant", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("digest", LargeBinary, nullable=False),  # SHA-256 of the key
+    Column("note", Text),
+    Column("created_at", Float, nullable=False),
+    Column("revoked_at", Float),
+)
+
 sessions = Table(
     "sessions",
     metadata,

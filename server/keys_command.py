@@ -1,0 +1,107 @@
+"""`tinsmith keys`: API keys that are kept in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from sqlalchemy import Connection
+
+T = TypeVar("T")
+
+keys = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""API keys: who may use the server, and whose things are whose.
+
+A key belongs to a tenant. Models, checkpoints and samplers belong to the tenant whose key made them, and to
+other tenants they do not exist. A tenant may have several keys.
+
+Examples, in the folder where the server was started (or with the same `--data-dir`):
+
+- `tinsmith keys create alice` prints a new key, once; clients set it as TINKER_API_KEY
+
+- `tinsmith keys list` shows all keys by id, never the keys themselves
+
+- `tinsmith keys revoke 1f0c9a2b` shuts one out
+
+A running server knows of both within two seconds. As soon as there is a key, requests without one are
+refused; what was made before without a key belongs to the tenant `local`.
+""",
+)
+
+DataDir = Annotated[Path | None, typer.Option(help="The server's data directory [default: ./tinsmith-data].")]
+
+
+def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
+    from .ledger.ledger import Ledger
+    from .settings import Settings
+
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+
+    async def write() -> T:
+        ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
+        try:
+            return await ledger.write(change)
+        finally:
+            ledger.close()
+
+    return asyncio.run(write())
+
+
+@keys.command()
+def create(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is: letters, digits and . _ - @")],
+    note: Annotated[str | None, typer.Option(help="For the list: what the key is for.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key for a tenant and print it. It is shown this once: the server keeps only its hash.
+
+    Example: `export TINKER_API_KEY=$(tinsmith keys create alice --note laptop)`
+    """
+    from .ledger import keys as rows
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", tenant):
+        typer.echo(f"tinsmith: tenant {tenant!r}: use up to 64 letters, digits and . _ - @", err=True)
+        raise typer.Exit(2)
+    key, identifier = _in_ledger(data_dir, lambda connection: rows.create(connection, tenant, note))
+    typer.echo(key)
+    typer.echo(f"key {identifier} of {tenant}; it is not shown again", err=True)
+
+
+@keys.command("list")
+def list_keys(data_dir: DataDir = None) -> None:
+    """Every key by id: its tenant, its note, when it was made and revoked. Not those given to `serve`."""
+    from .ledger import keys as rows
+
+    def day(seconds: float) -> str:
+        return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+    for row in _in_ledger(data_dir, rows.all_keys):
+        state = f"made {day(row.created_at)}"
+        if row.revoked_at is not None:
+            state += f", revoked {day(row.revoked_at)}"
+        typer.echo("  ".join(filter(None, (row.id, row.tenant, state, row.note))))
+
+
+@keys.command()
+def revoke(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="As `tinsmith keys list` shows it.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Shut a key out, for good. What its tenant has stays, for the tenant's other keys.
+
+    Example: `tinsmith keys revoke 1f0c9a2b`
+    """
+    from .ledger import keys as rows
+
+    if not _in_ledger(data_dir, lambda connection: rows.revoke(connection, identifier)):
+        typer.echo(f"tinsmith: no key has the id {identifier!r}; tinsmith keys list shows them", err=True)
+        raise typer.Exit(2)
+    typer.echo(f"key {identifier} is revoked")
