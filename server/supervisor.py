@@ -18,7 +18,7 @@ from .errors import Unavailable
 log = logging.getLogger("tinsmith.supervisor")
 
 _PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_HOPELESS_STARTS = 3  # that many in a row which did not get ready: clients are told to stay away
+_HOPELESS_STARTS = 5  # that many in a row which did not get ready: clients are told to stay away
 
 
 class Supervisor:
@@ -112,7 +112,9 @@ class Supervisor:
     def death(self) -> str | None:
         """Why it seems that there will be no engine; None while there is hope."""
         hopeless = self.refused.is_set() or self._failed_starts >= _HOPELESS_STARTS
-        return self._process.death or "it does not get ready" if hopeless else None
+        if not hopeless or self._process.was_ready:
+            return None
+        return self._process.death or "it does not get ready"
 
     def require_submits(self) -> None:
         """Raises Unavailable when nothing can be submitted; what comes between two engines can be."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import threading
@@ -48,20 +47,23 @@ class Killer:
 
     def _run(self) -> None:
         try:
-            while len(self.kills) < self._limit and not self._done.wait(self._random.uniform(0.2, 5)):
-                victim = self._random.choice(["engine", "engine", "server"])
-                self._kill(victim)
-                self.kills.append(victim)
+            while len(self.kills) < self._limit and not self._done.wait(self._random.uniform(0.2, 8)):
+                victim = ("engine", "server", "engine")[len(self.kills) % 3]
+                if self._kill(victim):
+                    self.kills.append(victim)
         except BaseException as error:
             self.error = error
 
-    def _kill(self, victim: str) -> None:
+    def _kill(self, victim: str) -> bool:
         if victim == "engine":
-            with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # between two engines
+            try:
                 self._server.engine.kill()
-            return
+            except (ValueError, psutil.NoSuchProcess):
+                return False  # between two engines
+            return True
         self._server.kill()  # the engine dies with it
         self._server.start(wait_for_engine=False)
+        return True
 
 
 def train(
@@ -69,7 +71,7 @@ def train(
 ) -> tuple[list[list[int]], np.ndarray, str]:
     """SFT with a sample now and then: what was sampled, the final log-probs, and the weights' path."""
     training = service.create_lora_training_client(base_model="tiny", rank=4, seed=11).result()
-    base = service.create_sampling_client(base_model="tiny")
+    base = service.create_sampling_client(base_model="tiny").result()
     sampled = []
     for number in steps():
         done = training.forward_backward(batch(seed=number), "cross_entropy")
