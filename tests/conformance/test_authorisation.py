@@ -1,0 +1,241 @@
+"""Every route, asked without a key, with a wrong one, for another tenant's things, and for one's own.
+
+The table below is compared with the application's routes: one that is added there is added here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conformance.conftest import ALICE, BOB
+from conformance.server_process import PROTOBUF, ServerProcess, Wire, datum
+from tinker.proto import tinker_public_pb2 as pb
+from tinsmith.server.app import create_app
+from tinsmith.server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Things:
+    """The ids of what a tenant has."""
+
+    session: str
+    model: str
+    sampler: str
+    request: str
+    saved: str  # training state's URI
+    exported: str  # sampler weights' URI
+
+    def url(self, path: str) -> str:
+        run, segment, name = self.exported.removeprefix("tinker://").split("/")
+        ids = {"session_id": self.session, "run_id": run, "segment": segment, "name": name}
+        return path.format(**ids, sampler_id=self.sampler)
+
+
+NOBODYS = Things(
+    session="0" * 32,
+    model="0" * 32 + ":train:0",
+    sampler="0" * 32 + ":sample:0",
+    request="req_" + "0" * 32,
+    saved=f"tinker://{'0' * 32}:train:0/weights/none",
+    exported=f"tinker://{'0' * 32}:train:0/sampler_weights/none",
+)
+
+Request = dict[str, Any]  # of httpx.Client.request
+numbers = itertools.count(100)  # of models and samplers; no two the same
+steps = itertools.count(3)  # of the model of alice, after two saves
+
+
+def json(**body: Any) -> Request:
+    return {"json": body}
+
+
+def gradients(things: Things) -> Request:
+    body = pb.ForwardBackwardRequest(
+        model_id=things.model, seq_id=next(steps), loss_fn="cross_entropy", data=[datum()]
+    )
+    return {"content": body.SerializeToString(), "headers": {"Content-Type": PROTOBUF}}
+
+
+def sample(**of: Any) -> Request:
+    return json(prompt={"tokens": [5, 6]}, sampling_params={"max_tokens": 2, "stop": []}, **of)
+
+
+# Anybody, without a key: probes.
+OPEN = {("GET", path) for path in ("/healthz", "/api/v1/healthz", "/health", "/api/v1/health")}
+
+# Anybody with a key: nothing of any tenant is in it, or only the caller's own.
+KEYED: dict[tuple[str, str], Request] = {
+    ("GET", "/openapi.json"): {},
+    ("GET", "/docs"): {},
+    ("GET", "/docs/oauth2-redirect"): {},
+    ("GET", "/redoc"): {},
+    ("GET", "/metrics"): {},
+    ("POST", "/api/v1/client/config"): json(),
+    ("POST", "/api/v1/client/dynamic_config"): json(),
+    ("GET", "/api/v1/get_server_capabilities"): {},
+    ("POST", "/api/v1/telemetry"): json(events=[]),
+    ("POST", "/api/v1/create_session"): json(tags=[]),
+    ("GET", "/api/v1/sessions"): {},
+    ("GET", "/api/v1/training_runs"): {},
+    ("GET", "/api/v1/checkpoints"): {},
+}
+
+_ONE = "/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}"
+
+# Only the owner of what the request names; several ways to name it. What destroys comes last.
+OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
+    ("POST", "/api/v1/session_heartbeat", lambda of: json(session_id=of.session)),
+    ("GET", "/api/v1/sessions/{session_id}", lambda of: {}),
+    (
+        "POST",
+        "/api/v1/create_model",
+        lambda of: json(
+            session_id=of.session, model_seq_id=next(numbers), base_model="tiny", lora_config={"rank": 4}
+        ),
+    ),
+    ("POST", "/api/v1/get_info", lambda of: json(model_id=of.model)),
+    ("POST", "/api/v1/forward_backward", gradients),
+    ("POST", "/api/v1/forward", gradients),
+    (
+        "POST",
+        "/api/v1/optim_step",
+        lambda of: json(model_id=of.model, seq_id=next(steps), adam_params={}),
+    ),
+    ("POST", "/api/v1/save_weights", lambda of: json(model_id=of.model, seq_id=next(steps), path="again")),
+    (
+        "POST",
+        "/api/v1/save_weights_for_sampler",
+        lambda of: json(model_id=of.model, seq_id=next(steps), path="again"),
+    ),
+    (
+        "POST",
+        "/api/v1/load_weights",
+        lambda of: json(model_id=of.model, seq_id=next(steps), path=of.saved),
+    ),
+    (
+        "POST",
+        "/api/v1/load_weights",
+        lambda of: json(session_id=of.session, model_seq_id=next(numbers), path=of.saved),
+    ),
+    ("POST", "/api/v1/weights_info", lambda of: json(tinker_path=of.saved)),
+    ("GET", "/api/v1/training_runs/{run_id}", lambda of: {}),
+    ("GET", "/api/v1/training_runs/{run_id}/checkpoints", lambda of: {}),
+    (
+        "POST",
+        "/api/v1/create_sampling_session",
+        lambda of: json(session_id=of.session, sampling_session_seq_id=next(numbers), model_path=of.exported),
+    ),
+    ("GET", "/api/v1/samplers/{sampler_id}", lambda of: {}),
+    ("POST", "/api/v1/asample", lambda of: sample(sampling_session_id=of.sampler)),
+    ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
+    ("POST", "/api/v1/retrieve_future", lambda of: json(request_id=of.request)),
+    ("POST", "/api/v1/cancel_future", lambda of: json(request_id=of.request)),
+    ("PUT", _ONE + "/ttl", lambda of: json(ttl_seconds=3600)),
+    ("POST", _ONE + "/publish", lambda of: {}),
+    ("DELETE", _ONE + "/publish", lambda of: {}),
+    ("DELETE", _ONE, lambda of: {}),
+    ("POST", "/api/v1/sessions/{session_id}/finish", lambda of: json(reason={"type": "success"})),
+]
+# Says the same to everybody, and does something only to what is the caller's.
+SILENT = {"/api/v1/cancel_future"}
+
+
+def routes(of: Any) -> Iterator[tuple[str, str]]:
+    """Those of an application, whatever routers they came with."""
+    for route in of.routes:
+        if hasattr(route, "path"):
+            yield from ((method, route.path) for method in route.methods - {"HEAD"})
+        else:
+            yield from routes(route.original_router)
+
+
+def test_every_route_is_in_the_table(tmp_path: Path) -> None:
+    listed = OPEN | set(KEYED) | {(method, path) for method, path, _ in OWNED}
+    assert set(routes(create_app(Settings(data_dir=tmp_path), []))) == listed
+
+
+def send(server: ServerProcess, key: str | None, method: str, path: str, request: Request) -> httpx.Response:
+    client = Wire(server.url, key).http
+    headers = dict(client.headers) | request.get("headers", {})
+    return client.request(method, path, **(request | {"headers": headers}))
+
+
+@pytest.fixture(scope="module")
+def alices(server: ServerProcess) -> Things:
+    wire = Wire(server.url, ALICE)
+    session = wire.session()
+    model = wire.model(session)
+    saved = wire.result(wire.post("save_weights", model_id=model, seq_id=1, path="mine"))["path"]
+    exporting = wire.post("save_weights_for_sampler", model_id=model, seq_id=2, path="mine")
+    exported = wire.result(exporting)["path"]
+    made = wire.post(
+        "create_sampling_session", session_id=session, sampling_session_seq_id=0, model_path=exported
+    )
+    sampler = made.json()["sampling_session_id"]
+    return Things(session, model, sampler, exporting.json()["request_id"], saved, exported)
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(OPEN))
+def test_probes_need_no_key(server: ServerProcess, method: str, path: str) -> None:
+    assert send(server, None, method, path, {}).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), list(KEYED))
+def test_a_key_is_needed(server: ServerProcess, method: str, path: str) -> None:
+    request = KEYED[method, path]
+    for key in (None, "tml-wrong", ""):
+        assert send(server, key, method, path, request).status_code == 401
+    assert send(server, BOB, method, path, request).status_code == 200
+
+
+def told(answer: httpx.Response, ids: Things) -> tuple[int, str]:
+    """An answer without the ids that it repeats: what it tells about them."""
+    text = answer.text
+    for identifier in sorted(vars(ids).values(), key=len, reverse=True):
+        text = text.replace(identifier, "…")
+    names = (*ids.exported.removeprefix("tinker://").split("/"), ids.model, ids.session)
+    for name in names:
+        text = text.replace(name, "…")
+    return answer.status_code, text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "build"), OWNED, ids=[f"{method} {path}" for method, path, _ in OWNED]
+)
+def test_anothers_things_do_not_exist(
+    server: ServerProcess, alices: Things, method: str, path: str, build: Callable[[Things], Request]
+) -> None:
+    url = alices.url(path)
+    refused_before = build(alices)
+    for key in (None, "tml-wrong"):
+        assert send(server, key, method, url, refused_before).status_code == 401
+    foreign = told(send(server, BOB, method, url, refused_before), alices)
+    unknown = told(send(server, BOB, method, NOBODYS.url(path), build(NOBODYS)), NOBODYS)
+    assert foreign == unknown
+    assert foreign[0] in ((200,) if path in SILENT else (404, 410))
+    own = send(server, ALICE, method, url, build(alices))
+    assert own.status_code == 200, own.text
+
+
+def test_one_s_own_session_does_not_open_anothers_things(server: ServerProcess, alices: Things) -> None:
+    """Where a request names two things, both must be the caller's."""
+    bob = Wire(server.url, BOB)
+    session = bob.session()
+    model = bob.model(session)
+    saved = alices.saved
+    assert bob.post("load_weights", model_id=model, seq_id=1, path=saved).status_code == 404
+    new = bob.post("load_weights", session_id=session, model_seq_id=5, path=saved)
+    assert new.status_code == 404
+    sampling = bob.post(
+        "create_sampling_session",
+        session_id=session,
+        sampling_session_seq_id=0,
+        model_path=alices.exported,
+    )
+    assert sampling.status_code == 404
