@@ -37,8 +37,7 @@ class Backend:
     samplers: Samplers = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     sample_admission: SampleAdmission = field(init=False)
-    _sweep: asyncio.Task = field(init=False)
-    _key_watch: asyncio.Task = field(init=False)
+    _background: list[asyncio.Task] = field(default_factory=list)
     stopped: bool = False
     _draining: bool = False
 
@@ -54,16 +53,20 @@ class Backend:
         self.operations = Operations(self.ledger, self.engine)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
-        self.sessions = Sessions(self.ledger, self.runs, self.samplers)
+        self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.checkpoints = Checkpoints(self.ledger, self.engine, settings.data_dir)
         self.sample_admission = SampleAdmission(settings.max_waiting_samples)
         await self.keys.read(self.ledger)
-        self._key_watch = asyncio.ensure_future(self.keys.read_forever(self.ledger))
         for owner in self.keys.owners:
             await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
         await self.runs.resume()
-        self._sweep = asyncio.ensure_future(self.samplers.sweep_forever())
+        forever = (
+            self.keys.read_forever(self.ledger),
+            self.samplers.sweep_forever(),
+            self.sessions.rest_silent_forever(),
+        )
+        self._background = [asyncio.ensure_future(each) for each in forever]
 
     async def drain(self) -> None:
         """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""
@@ -78,8 +81,8 @@ class Backend:
         self.operations.wake_all()
 
     async def close(self) -> None:
-        self._sweep.cancel()
-        self._key_watch.cancel()
+        for task in self._background:
+            task.cancel()
         if not self._draining:
             await self.drain()
         self.ledger.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ class Run:
     saving: asyncio.Task | None = None
     leaving: asyncio.Task | None = None
     bytes_since_snapshot: int = 0
+    used_at: float = field(default_factory=time.monotonic)  # for an operation
     may_be_saved: bool = True  # no engine died of it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from functools import partial
 from typing import Any
 
@@ -241,6 +242,7 @@ class Runs:
 
     def _release(self, operation: Operation) -> None:
         run = self._runs[operation.model_id]
+        run.used_at = time.monotonic()
         payload = operation.payload
         if not run.resident or payload is None:
             self._bring_back(run)
@@ -304,7 +306,7 @@ class Runs:
             for row in replay:
                 self._engine.send(row.payload)
             sent = through
-        run.resident = True
+        run.resident, run.used_at = True, time.monotonic()
 
     async def _fail_released(self, run: Run, why: str) -> None:
         through = self._dispatcher.next_seq(run.id) - 1
@@ -320,9 +322,16 @@ class Runs:
         """Before a stop: the state of every model that changed since its last snapshot."""
         await self.snapshots.take_all(list(self._runs.values()))
 
+    def resident(self) -> list[Run]:
+        """Those that the engine has."""
+        return [run for run in self._runs.values() if run.resident]
+
     async def rest(self, run: Run) -> None:
         """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
-        if run.resident and run.state == "ready" and await self.snapshots.take_if_changed(run):
+        if self._unanswered(run) or run.state != "ready":
+            return
+        if await self.snapshots.take_if_changed(run):
+            log.info("model %s rests: its client is silent", run.id)
             await self._leave(run)
 
     async def finish(self, run: Run) -> None:

@@ -1,25 +1,36 @@
-"""Sessions: what a client opens first, and what its models and samplers belong to."""
+"""Sessions: what a client opens first, and what its models and samplers belong to.
+
+A session that gives no sign of life (a heartbeat, or an operation of one of its models) for
+`session_idle_seconds` keeps all it has, but its models leave the engine: their states are saved, and they
+come back at their next operation. It is not over: a client that slept goes on where it was.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 import uuid
 from typing import Any
 
 from sqlalchemy import Row
 
-from .errors import BadRequest, Gone, NotFound
+from .errors import ApiError, BadRequest, Gone, NotFound
 from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .runs import Runs
 from .samplers import Samplers
 
+log = logging.getLogger("tinsmith.sessions")
+
 _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
 
 
 class Sessions:
-    def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers):
+    def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers, idle_seconds: float):
         self._ledger = ledger
+        self._idle_seconds = idle_seconds
+        self._heard: dict[str, float] = {}  # the last heartbeat, of time.monotonic
         self._runs = runs
         self._samplers = samplers
         self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
@@ -54,6 +65,7 @@ class Sessions:
             await self.require_active(owner, session_id)
         except BadRequest as error:
             raise Gone(error.message) from None
+        self._heard[session_id] = time.monotonic()
         now = time.time()
         if now - self._active[session_id][1] >= _HEARTBEAT_WRITTEN_EVERY:
             self._active[session_id] = (owner, now)
@@ -63,6 +75,7 @@ class Sessions:
         """Ends the session: its models leave the engine, unnamed samplers go, checkpoints stay."""
         await self.find(owner, session_id)
         self._active.pop(session_id, None)
+        self._heard.pop(session_id, None)
         await self._ledger.write(
             lambda connection: tenancy.finish_session(connection, session_id, reason, detail)
         )
@@ -71,3 +84,18 @@ class Sessions:
         ):
             await self._runs.finish(await self._runs.find(owner, row.id))
         await self._samplers.forget_unnamed(session_id)
+
+    async def rest_silent(self) -> None:
+        """Saves the models of silent sessions and lets the engine forget them."""
+        silent_since = time.monotonic() - self._idle_seconds
+        for run in self._runs.resident():
+            if max(run.used_at, self._heard.get(run.session_id, 0.0)) < silent_since:
+                await self._runs.rest(run)
+
+    async def rest_silent_forever(self) -> None:
+        while True:
+            await asyncio.sleep(min(30.0, self._idle_seconds / 4))
+            try:
+                await self.rest_silent()
+            except ApiError as error:
+                log.error("the models of silent sessions could not be saved: %s", error)

@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     # A model's state is saved after that many operations or bytes of them, so that few need to be kept.
     snapshot_operations: int = Field(2000, ge=1)
     snapshot_bytes: int = Field(1 << 30, ge=1)
+    # The models of a session without a heartbeat or an operation for so long are saved and leave the engine,
+    # until they are needed again.
+    session_idle_seconds: float = Field(600.0, gt=0)
     # An operation that the engine dies of is tried again, until that many died of it within the window.
     deaths_per_operation: int = Field(3, ge=1)
     death_window_seconds: float = Field(600.0, gt=0)

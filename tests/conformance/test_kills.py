@@ -31,7 +31,7 @@ class Killer:
         self._limit = limit
         self._random = random.Random(seed)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self.kills: list[str] = []
         self.error: BaseException | None = None
 
@@ -161,7 +161,7 @@ def test_an_operation_that_every_engine_dies_of_fails_alone(mortal: ServerProces
                 pass  # between two engines
             time.sleep(0.002)
 
-    watch = threading.Thread(target=kill_when_it_runs)
+    watch = threading.Thread(target=kill_when_it_runs, daemon=True)
     watch.start()
     failed = wire.result(poison)
     answered.set()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 from conformance.server_process import ServerProcess, Wire
 
 
@@ -53,3 +56,38 @@ def test_cancelled_samples_fail(wire: Wire) -> None:
     assert wire.post("cancel_future", request_id="req_unknown").status_code == 200
     answer = wire.result(submitted)
     assert answer.get("category") == "user", "it was not finished within the first milliseconds"
+
+
+def test_a_silent_session_s_models_rest_and_come_back(make_server) -> None:
+    """Only those of silent sessions, with their gradients and moments, and as if they had never left."""
+    server: ServerProcess = make_server(TINSMITH_SESSION_IDLE_SECONDS="1").start()
+    wire = Wire(server.url, "tml-local")
+    session = wire.session()
+    stop = threading.Event()
+
+    def beat() -> None:
+        client = Wire(server.url, "tml-local")
+        while not stop.wait(0.2):
+            client.post("session_heartbeat", session_id=session)
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    silent, awake = wire.model(), wire.model(session)
+    for model in (silent, awake):
+        wire.result(wire.forward_backward(model, 1))
+        wire.result(wire.optim_step(model, 2, learning_rate=1e-2))
+        wire.result(wire.forward_backward(model, 3))
+    deadline = time.monotonic() + 30
+    while f"model {silent} rests" not in server.log and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert f"model {silent} rests" in server.log
+    assert f"{silent}: DeleteModel" in server.log, "the engine has forgotten it"
+    assert f"model {awake} rests" not in server.log
+
+    back, there = (wire.result(wire.optim_step(model, 4, learning_rate=1e-2)) for model in (silent, awake))
+    assert back == there
+    back, there = (wire.result(wire.forward_backward(model, 5)) for model in (silent, awake))
+    assert back == there
+    stop.set()
+    heart.join()
+    assert server.stop() == 0
