@@ -31,6 +31,9 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def pages_for(self, positions: int) -> int:
+        return -(-positions // self.page_size)
+
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one owner each, or None if there are not so many."""
         if count > len(self._free):

@@ -6,9 +6,11 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
+from ..model.decode import Decoded
 from . import messages
 from .prompt_scores import PromptScores, TopTable
 from .sampler_weights import Weights
@@ -63,6 +65,21 @@ class Sequence:
     def num_cached(self) -> int:
         return len(self.tokens) - 1
 
+    def take(self, row: int, decoded: Decoded) -> StopReason | Literal["not finite"] | None:
+        """Append the tokens of a row of a decode chunk, up to the sequence's end; why it ended, if it did."""
+        wants_top = self.generation.request.topk_sample_logprobs > 0
+        for step in range(int(decoded.steps)):
+            token, logprob = int(decoded.tokens[step, row]), float(decoded.logprobs[step, row])
+            if not np.isfinite(logprob):
+                return "not finite"
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            if wants_top:
+                self.top.append((decoded.top_tokens[step, row], decoded.top_logprobs[step, row]))
+            if (reason := self.stop.after(token)) is not None:
+                return reason
+        return None
+
     def end(self, reason: StopReason) -> None:
         """Hand the sample to the request."""
         k = self.generation.request.topk_sample_logprobs
@@ -89,6 +106,11 @@ class Prompt:
     tokens: np.ndarray  # the last one is not cached: the first decode step runs it
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
+
+    @classmethod
+    def of_sequence(cls, sequence: Sequence) -> Prompt:
+        """For a sequence that lost its pages."""
+        return cls(sequence.generation, deque([sequence]), np.array(sequence.tokens, np.int32))
 
     @property
     def target(self) -> int:

@@ -69,8 +69,8 @@ def test_a_request_that_lost_its_pages_goes_on_as_if_nothing_had_happened(model)
     ]
     expected = [sequences(sample(sampler, one)) for one in asked]
     lost = []
-    original = sampler._preempt_newest
-    sampler._preempt_newest = lambda: lost.append(original()) or lost[-1]
+    original = sampler._queue.preempt_newest
+    sampler._queue.preempt_newest = lambda: lost.append(original()) or lost[-1]
     for one in asked:
         sampler.add(one)
     answers = run_all(sampler)

@@ -1,0 +1,171 @@
+"""Which prompts wait, which are being cached and which sequences run; and their pages of the KV cache.
+
+Host side only. Requests are served in the order of their arrival. When memory is short the newest one loses
+its pages, and is prefilled again later.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+
+import numpy as np
+
+from .page_pool import PagePool
+from .sequence import Generation, Prompt, Sequence
+
+
+class SamplingQueue:
+    """A prompt goes from waiting to prefilling when it has its pages, and to cached when they are filled; its
+    samples go from there to running one by one, as far as there are slots."""
+
+    def __init__(self, pool: PagePool, max_slots: int, decode_steps: int):
+        """`decode_steps` are the tokens of a decode chunk."""
+        self.pool = pool
+        self._max_slots = max_slots
+        self._decode_steps = decode_steps
+        self._waiting: list[Prompt] = []  # oldest request first
+        self.prefilling: deque[Prompt] = deque()  # have their pages
+        self._cached: deque[Prompt] = deque()  # hold pages for samples that do not run yet
+        self.running: list[Sequence] = []
+
+    def add(self, prompt: Prompt) -> None:
+        bisect.insort(self._waiting, prompt, key=lambda p: p.generation.arrival)
+
+    def drop(self, generation: Generation) -> None:
+        """Free the slots and pages of a request."""
+        for prompts in (self.prefilling, self._cached):
+            for prompt in [p for p in prompts if p.generation is generation]:
+                self.pool.release(prompt.pages)
+                prompts.remove(prompt)
+        self._waiting = [p for p in self._waiting if p.generation is not generation]
+        for sequence in [s for s in self.running if s.generation is generation]:
+            self.pool.release(sequence.pages)
+            self.running.remove(sequence)
+
+    # --- from waiting to running -------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Give the oldest waiting prompts their pages, as far as there are any."""
+        while self._waiting:
+            prompt = self._waiting[0]
+            held = self._find_cached(prompt)
+            self.pool.share(held)
+            missing = self.pool.pages_for(prompt.target) - len(held)
+            # Leave a page for each running sequence, or what is admitted would lose its pages at once.
+            enough = self.pool.num_free >= missing + len(self.running)
+            fresh = self.pool.allocate(missing) if enough else None
+            if fresh is None:
+                self.pool.release(held)
+                return
+            prompt.pages, prompt.num_cached = held + fresh, len(held) * self.pool.page_size
+            prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, prompt.num_cached)
+            self._waiting.pop(0)
+            (self._cached if prompt.is_cached else self.prefilling).append(prompt)
+
+    def _find_cached(self, prompt: Prompt) -> list[int]:
+        end = prompt.target
+        if prompt.is_scored:  # the token before the first that is asked about must be computed
+            end = prompt.generation.scores.first_position - 1
+        return self.pool.find(prompt.generation.weights.id, prompt.tokens[:end])
+
+    def next_row(self, most_tokens: int) -> list[tuple[Prompt, int]]:
+        """What to prefill next: whole short prompts of the same weights side by side, or a piece of a long
+        one; each with how many of its tokens. At least one prompt is prefilling."""
+        first = self.prefilling[0]
+        pieces = [(first, min(first.target - first.num_cached, most_tokens))]
+        used = pieces[0][1]
+        if first.num_cached == 0 and used == first.target:
+            for prompt in list(self.prefilling)[1:]:
+                fits = used + prompt.target <= most_tokens
+                if fits and prompt.num_cached == 0 and prompt.generation.weights is first.generation.weights:
+                    pieces.append((prompt, prompt.target))
+                    used += prompt.target
+        return pieces
+
+    def prefilled(self, prompt: Prompt, count: int) -> None:
+        """So many more tokens of a prompt are in its pages."""
+        prompt.num_cached += count
+        if prompt.is_cached:
+            self.prefilling.remove(prompt)
+            self._cached.append(prompt)
+            self.pool.publish(prompt.generation.weights.id, prompt.tokens[: prompt.target], prompt.pages)
+
+    def start_sequences(self) -> list[tuple[int, int]]:
+        """Let samples of cached prompts run, as far as there are slots and pages. Returns the pages to be
+        copied for them, each with where to."""
+        copies: list[tuple[int, int]] = []
+        while self._cached and len(self.running) < self._max_slots:
+            prompt = self._cached[0]
+            shared, partial = divmod(prompt.target, self.pool.page_size)
+            if len(prompt.sequences) == 1:
+                pages = prompt.pages
+                self._cached.popleft()
+            else:
+                own = self.pool.allocate(1) if partial else []
+                if own is None and self.running:
+                    break
+                if own is None:  # one sample may take them all; the others are prefilled again after it
+                    pages = prompt.pages
+                    self._cached.popleft()
+                    rest = deque(list(prompt.sequences)[1:])
+                    self.add(Prompt(prompt.generation, rest, prompt.tokens))
+                else:
+                    copies += zip(prompt.pages[shared:], own, strict=True)
+                    pages = prompt.pages[:shared] + own
+                    self.pool.share(pages[:shared])
+            sequence = prompt.sequences.popleft()
+            sequence.pages = pages
+            self.running.append(sequence)
+        return copies
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    def next_batch(self) -> list[Sequence]:
+        """The sequences to decode now, with pages for a chunk: those that waited longest first, all over the
+        same base weights. None, if they gave way to others."""
+        oldest = min(self.running, key=lambda s: s.last_turn, default=None)
+        if oldest is None:
+            return []
+        base = oldest.generation.weights.base
+        chosen = [s for s in self.running if s.generation.weights.base is base]
+        for sequence in chosen:
+            if sequence in self.running:  # it may have given way to an older one meanwhile
+                self._grow(sequence)
+        return [sequence for sequence in chosen if sequence in self.running]
+
+    def positions_after_chunk(self, sequence: Sequence) -> int:
+        return sequence.num_cached + min(self._decode_steps, sequence.stop.remaining)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Give a running sequence pages for its next chunk, unless it has to give way itself."""
+        while True:
+            missing = self.pool.pages_for(self.positions_after_chunk(sequence)) - len(sequence.pages)
+            pages = self.pool.allocate(max(missing, 0))
+            if pages is not None:
+                sequence.pages += pages
+                return
+            if self.preempt_newest() is sequence:
+                return
+
+    def preempt_newest(self) -> Sequence | Prompt:
+        """Take the pages of the newest request's newest holder; it will be prefilled again."""
+        holders: list[Prompt | Sequence] = [*self.prefilling, *self._cached, *self.running]
+        newest = max(holders, key=lambda h: (h.generation.arrival, getattr(h, "index", -1)))
+        self.pool.release(newest.pages)
+        if isinstance(newest, Sequence):
+            self.running.remove(newest)
+            newest.pages = []
+            self.add(Prompt.of_sequence(newest))
+        else:
+            (self.prefilling if newest in self.prefilling else self._cached).remove(newest)
+            newest.pages, newest.num_cached = [], 0
+            self.add(newest)
+        return newest
+
+    def finish(self, sequence: Sequence) -> None:
+        """A running sequence has ended: its slot is free, and what is in its full pages may be found."""
+        self.running.remove(sequence)
+        cached = np.array(sequence.tokens[: sequence.num_cached], np.int32)
+        self.pool.publish(sequence.generation.weights.id, cached, sequence.pages)
+        self.pool.release(sequence.pages)
