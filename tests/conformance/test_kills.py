@@ -66,21 +66,41 @@ class Killer:
         return True
 
 
+PROMPT = [5, 6, 7]
+
+
+def rewarded(sequence: types.SampledSequence) -> types.Datum:
+    """A sample whose every token is good if it is even."""
+    tokens = [*PROMPT, *sequence.tokens]
+    before = len(PROMPT) - 1
+    advantages = [1.0 if token % 2 == 0 else -1.0 for token in sequence.tokens]
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": tokens[1:],
+            "logprobs": np.asarray([0.0] * before + list(sequence.logprobs), "float32").tolist(),
+            "advantages": [0.0] * before + advantages,
+        },
+    )
+
+
 def train(
     service: tinker.ServiceClient, steps: Callable[[], Iterator[int]]
 ) -> tuple[list[list[int]], np.ndarray, str]:
-    """SFT with a sample now and then: what was sampled, the final log-probs, and the weights' path."""
+    """SFT, every third step RL on samples of its own weights: what was sampled, the final log-probs, and the
+    weights' path."""
     training = service.create_lora_training_client(base_model="tiny", rank=4, seed=11).result()
-    base = service.create_sampling_client(base_model="tiny").result()
     sampled = []
     for number in steps():
-        done = training.forward_backward(batch(seed=number), "cross_entropy")
+        if number % 3 == 2:
+            policy = training.save_weights_and_get_sampling_client().result()
+            params = types.SamplingParams(max_tokens=12, seed=number)
+            drawn = policy.sample(types.ModelInput.from_ints(PROMPT), 2, params).result().sequences
+            sampled += [sequence.tokens for sequence in drawn]
+            done = training.forward_backward([rewarded(each) for each in drawn], "importance_sampling")
+        else:
+            done = training.forward_backward(batch(seed=number), "cross_entropy")
         stepped = training.optim_step(tinker.AdamParams(learning_rate=1e-2))
-        if number % 3 == 0:
-            drawn = base.sample(
-                types.ModelInput.from_ints([5, 6, 7]), 1, types.SamplingParams(max_tokens=20, seed=number)
-            )
-            sampled.append(drawn.result().sequences[0].tokens)
         assert np.isfinite(np.concatenate(logprobs(done.result()))).all()
         stepped.result()
     final = np.concatenate(logprobs(training.forward(batch(), "cross_entropy").result()))
