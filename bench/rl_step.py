@@ -36,7 +36,6 @@ PHASES = {
     "train": ("forward_backward", "optim_step"),
     "sync": ("save_unnamed_sampler",),
 }
-WARM_UP = 2
 
 
 class RLSteps:
@@ -142,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--syncs", type=int, default=9, help="measured first tokens of fresh samplers")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -161,7 +161,7 @@ def main() -> None:
         server, url = start(model, data_dir)
         try:
             steps = RLSteps(url, arguments)
-            for _ in range(WARM_UP + arguments.steps):
+            for _ in range(arguments.warm_up + arguments.steps):
                 steps.run()
             steps.began.append(time.time())  # what follows is of no step
             for _ in range(1 + arguments.syncs):
@@ -179,15 +179,16 @@ def report(
     sampled = arguments.prompts * arguments.group * arguments.new_tokens
     trained = sampled + arguments.prompts * arguments.group * (arguments.prompt_tokens - 1)
     tokens = {"sample": sampled, "train": trained}
+    measured = slice(arguments.warm_up, arguments.warm_up + arguments.steps)
     table = Table(title=f"{arguments.prompts} x {arguments.group} x {arguments.new_tokens} tokens")
     for column in ("phase", "s", "device s", "tok/s"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     numbers: dict[str, dict[str, float]] = {}
     for phase in (*PHASES, "step"):
-        wall = statistics.median(seconds[phase][WARM_UP:])
+        wall = statistics.median(seconds[phase][measured])
         numbers[phase] = {"s": wall}
         if phase in device:
-            numbers[phase]["device_s"] = statistics.median(device[phase][WARM_UP : WARM_UP + arguments.steps])
+            numbers[phase]["device_s"] = statistics.median(device[phase][measured])
         if phase in tokens:
             numbers[phase]["tokens_per_s"] = tokens[phase] / wall
         values = (numbers[phase].get(name) for name in ("s", "device_s", "tokens_per_s"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,27 +13,34 @@ log = logging.getLogger(__name__)
 
 Export = Callable[[], None]
 
+DELAY_SECONDS = 1.0
+"""New weights are sampled at once: on a CPU, an export beside the first token would double its time."""
+
 
 class DeferredExports:
     """Exports by the model whose weights they are. One that fails is tried again when the model is saved."""
 
-    def __init__(self) -> None:
+    def __init__(self, delay_seconds: float = DELAY_SECONDS) -> None:
+        self._delay = delay_seconds
+        self._urgent = threading.Event()  # somebody waits for them
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-export")
         self._failed: defaultdict[str, list[Export]] = defaultdict(list)  # of the thread
 
     def add(self, model_id: str, export: Export) -> None:
         """Run `export` soon, and not in this thread."""
-        self._thread.submit(self._try, model_id, export)
+        self._thread.submit(self._try, model_id, export, time.monotonic() + self._delay)
 
     def after(self, model_id: str, size_bytes: Future[int]) -> Future[int]:
         """`size_bytes`, once all exports of the model so far are on disk too; or what kept one from it."""
 
         def wait() -> int:
+            self._urgent.clear()
             for export in list(self._failed[model_id]):
                 export()
                 self._failed[model_id].remove(export)
             return size_bytes.result()
 
+        self._urgent.set()
         return self._thread.submit(wait)
 
     def forget(self, model_id: str) -> None:
@@ -40,9 +49,11 @@ class DeferredExports:
 
     def close(self) -> None:
         """Wait for all of them."""
+        self._urgent.set()
         self._thread.shutdown()
 
-    def _try(self, model_id: str, export: Export) -> None:
+    def _try(self, model_id: str, export: Export, due: float) -> None:
+        self._urgent.wait(max(due - time.monotonic(), 0.0))
         try:
             export()
         except Exception:
