@@ -20,7 +20,8 @@ def sampled(axes):
     sampler.register("a", adapter, scale=2.0)
     for i, key in enumerate([None, "a", "a"]):
         prompt = np.random.default_rng(i).integers(3, 320, (5, 20, 100)[i])
-        asked = request(i, prompt, logprobs=True, max_tokens=20, seed=i, stop_tokens=[])
+        penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5} if i == 2 else {}
+        asked = request(i, prompt, logprobs=True, max_tokens=20, seed=i, stop_tokens=[], **penalties)
         sampler.add(asked, key)
     answers = run_all(sampler)
     return [
