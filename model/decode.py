@@ -69,7 +69,8 @@ def prefill(
             if not len(row.table):
                 return attention(q, k, v, visible_from(config, row.start[None]), config.head_dim**-0.5)
             context = kv_cache.read_layer(pages, index, row.table[None])
-            parts = [(*context, context_visible), (k.swapaxes(1, 2), v.swapaxes(1, 2), own_visible)]
+            own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
+            parts = [(*context, context_visible), own]
             return _attend_parts(q, parts, config.head_dim**-0.5)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
@@ -247,9 +248,10 @@ def decode(
         for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
 
             def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
-                now = tuple(
-                    jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, step, 0))
-                    for old, new in zip(layer_recent, (k, v), strict=True)
+                put, (keys, values) = jax.lax.dynamic_update_slice, layer_recent
+                now = (
+                    put(keys, k.transpose(0, 2, 3, 1), (0, 0, 0, step)),
+                    put(values, v.swapaxes(1, 2), (0, 0, step, 0)),
                 )
                 kept.append(now)
                 parts = [(*context, context_visible), (*now, recent_visible)]
@@ -266,7 +268,7 @@ def decode(
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
-    recent = tuple((jnp.zeros((S, K, M, H), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
+    recent = tuple((jnp.zeros((S, K, H, M), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
     out = (
         jnp.zeros((M, S), jnp.int32),
         jnp.zeros((M, S), jnp.float32),
@@ -323,7 +325,7 @@ def _attend_parts(
 ) -> Float[Array, "S T N H"]:
     """softmax(scale * q k^T) v over keys that lie in several arrays; softmax in float32.
 
-    A part is (k [S K C H], v [S K C H], visible [S T C]).
+    A part is (k [S K H C], v [S K C H], visible [S T C]).
     """
     S, T, N, H = q_STNH.shape
     K = parts[0][0].shape[1]
@@ -331,8 +333,8 @@ def _attend_parts(
     q = q.transpose(0, 2, 3, 1, 4).reshape(S, K, N // K * T, H)
 
     def scores(keys: Array, visible: Array) -> Array:
-        found = jnp.einsum("skqh,skch->skqc", q, keys).astype(jnp.float32)
-        found = found.reshape(S, K, N // K, T, keys.shape[2])
+        found = jnp.einsum("skqh,skhc->skqc", q, keys).astype(jnp.float32)
+        found = found.reshape(S, K, N // K, T, keys.shape[3])
         return jnp.where(visible[:, None, None], found, MASKED)
 
     found = [scores(k, visible) for k, _, visible in parts]
@@ -349,17 +351,14 @@ def _attend_parts(
 def _append(pages: Pages, rows: DecodeRows, recent: Any) -> Pages:
     """Write this call's keys and values to the pages; what has no page in the table goes to page 0."""
     S, P = rows.table.shape
-    M = recent[0][0].shape[2]
+    M = recent[0][0].shape[3]
     position = rows.position[:, None] + jnp.arange(M)
     column = position // pages.page_size
     page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
     page = jnp.where(column < P, page, 0).reshape(-1)
 
-    def tokens_first(which: int) -> Array:
-        stacked = jnp.stack([layer[which] for layer in recent])  # [L S K M H]
-        L, _, K, _, H = stacked.shape
-        return stacked.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)
-
-    return kv_cache.write(
-        pages, tokens_first(0), tokens_first(1), page, (position % pages.page_size).reshape(-1)
-    )
+    k_LSKHM, v_LSKMH = (jnp.stack(of) for of in zip(*recent, strict=True))
+    L, _, K, _, H = v_LSKMH.shape
+    k_WLKH = k_LSKHM.transpose(1, 4, 0, 2, 3).reshape(S * M, L, K, H)
+    v_WLKH = v_LSKMH.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)
+    return kv_cache.write(pages, k_WLKH, v_WLKH, page, (position % pages.page_size).reshape(-1))

@@ -4,7 +4,8 @@ One pair of arrays holds every sequence's keys and values, cut into pages of a f
 table per sequence names its pages in order. Sequences with a common beginning share pages, and memory is
 bounded whatever the lengths are. Page 0 belongs to nobody: what padding writes goes there.
 
-Heads come before positions, which is what a decode step reads contiguously.
+Heads come before positions, which is what a decode step reads contiguously; of keys the positions come last,
+for a query's product with many keys is several times as fast so on a CPU.
 
 Axis letters: L layers, P pages, K kv heads, Z positions of a page, H head dim, S sequences, C context
 positions (pages of a table laid end to end), W tokens written at once.
@@ -23,16 +24,18 @@ from jaxtyping import Array, Float, Int
 from .config import ModelConfig
 from .sharding import LogicalAxes, constrain, partition_spec
 
-_AXES: LogicalAxes = ("layers", "tokens", "kv_heads", "tokens", "head_dim")
-
 
 class Pages(NamedTuple):
-    k: Float[Array, "L P K Z H"]
+    k: Float[Array, "L P K H Z"]
     v: Float[Array, "L P K Z H"]
 
     @property
     def page_size(self) -> int:
-        return self.k.shape[3]
+        return self.v.shape[3]
+
+
+KEY_AXES: LogicalAxes = ("layers", "tokens", "kv_heads", "head_dim", "tokens")
+VALUE_AXES: LogicalAxes = ("layers", "tokens", "kv_heads", "tokens", "head_dim")
 
 
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
@@ -44,22 +47,28 @@ def make_pages(
     config: ModelConfig, num_pages: int, page_size: int, dtype: Any, mesh: Mesh | None = None
 ) -> Pages:
     """Empty pages; `num_pages` counts page 0, which is nobody's."""
-    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-    sharding = None if mesh is None else NamedSharding(mesh, partition_spec(shape, _AXES, mesh))
-    return Pages(*(jnp.zeros(shape, dtype, device=sharding) for _ in range(2)))
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+
+    def empty(shape: tuple[int, ...], axes: LogicalAxes) -> Array:
+        sharding = None if mesh is None else NamedSharding(mesh, partition_spec(shape, axes, mesh))
+        return jnp.zeros(shape, dtype, device=sharding)
+
+    return Pages(
+        empty((L, num_pages, K, H, page_size), KEY_AXES), empty((L, num_pages, K, page_size, H), VALUE_AXES)
+    )
 
 
 def read_layer(
     pages: Pages, layer: int | Int[Array, ""], table_SP: Int[Array, "S P"]
-) -> tuple[Float[Array, "S K C H"], Float[Array, "S K C H"]]:
+) -> tuple[Float[Array, "S K H C"], Float[Array, "S K C H"]]:
     """One layer's keys and values of the pages in each row of `table_SP`, end to end."""
     S, P = table_SP.shape
-
-    def read(of: Array) -> Array:
-        K, Z, H = of.shape[2:]
-        return of[layer, table_SP].transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, H)
-
-    return read(pages.k), read(pages.v)
+    K, Z, H = pages.v.shape[2:]
+    k_SPKHZ, v_SPKZH = pages.k[layer, table_SP], pages.v[layer, table_SP]
+    return (
+        k_SPKHZ.transpose(0, 2, 3, 1, 4).reshape(S, K, H, P * Z),
+        v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, H),
+    )
 
 
 def write(
@@ -75,15 +84,18 @@ def write(
     sequence's NaN to whoever gets its page next.
     """
 
-    def put(into: Array, new: Array) -> Array:
-        new = jnp.where(jnp.isfinite(new), new, 0)
-        # pinned, so that the pages come back as they went in and the next call needs no other program
-        return constrain(into.at[:, page_W, :, offset_W].set(new), _AXES)
-
-    return Pages(put(pages.k, k_WLKH), put(pages.v, v_WLKH))
+    k, v = (jnp.where(jnp.isfinite(new), new, 0) for new in (k_WLKH, v_WLKH))
+    return _pinned(
+        Pages(pages.k.at[:, page_W, :, :, offset_W].set(k), pages.v.at[:, page_W, :, offset_W].set(v))
+    )
 
 
 @partial(jax.jit, donate_argnames="pages")
 def copy_pages(pages: Pages, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Pages:
     """Copy whole pages: the last, partly filled page of a prompt, once for each of its samples."""
-    return Pages(*(constrain(of.at[:, target_W].set(of[:, source_W]), _AXES) for of in pages))
+    return _pinned(Pages(*(of.at[:, target_W].set(of[:, source_W]) for of in pages)))
+
+
+def _pinned(pages: Pages) -> Pages:
+    """Sharded as they came in, so that the next call needs no other program."""
+    return Pages(constrain(pages.k, KEY_AXES), constrain(pages.v, VALUE_AXES))
