@@ -163,8 +163,8 @@ class SamplingParams(Body):
                 stop_tokens = None
         return messages.SamplingParams(
             max_tokens=self.max_tokens,
-            # Any integer is a seed; the engine's are non-negative and fit 63 bits.
-            seed=None if self.seed is None else self.seed % ((1 << 63) - 1),
+            # Any integer is a seed; the engine's have 64 bits.
+            seed=None if self.seed is None else self.seed % (1 << 64),
             stop_strings=stop_strings,
             stop_tokens=stop_tokens,
             temperature=self.temperature,

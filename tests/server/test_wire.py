@@ -233,3 +233,14 @@ def test_extensions_of_the_sampling_parameters(name: str, wrong: list, right: fl
             requests.SamplingParams(**{name: value})
     assert getattr(requests.SamplingParams(**{name: right}).message(), name) == right
     assert requests.SamplingParams().message() == messages.SamplingParams(), "off by default"
+
+
+def test_seeds_have_64_bits() -> None:
+    """Any integer is one, and all of 64 bits are different ones, on the way to the engine too."""
+    sent = [0, 5, 5 + (1 << 63) - 1, (1 << 64) - 1, -2, (1 << 64) + 7]
+    seeds = []
+    for seed in sent:
+        params = requests.SamplingParams(seed=seed).message()
+        sample = messages.Sample("r", messages.SamplerRef("tiny"), b"", 1, params)
+        seeds.append(messages.decode_to_engine(messages.encode(sample)).params.seed)
+    assert seeds == [0, 5, 5 + (1 << 63) - 1, (1 << 64) - 1, (1 << 64) - 2, 7]
