@@ -129,9 +129,10 @@ class Operations:
         if operation.sent_in != self._engine.life and self._engine.send(operation.payload):
             operation.sent_in = self._engine.life
 
-    def unanswered(self) -> list[Operation]:
-        """All that the ledger has accepted and the engine has not answered, oldest first."""
-        return [each for each in self._pending.values() if each.committed and not each.answering]
+    def unanswered(self, model_id: str | None = None) -> list[Operation]:
+        """All, or a model's, that the ledger has accepted and the engine has not answered, oldest first."""
+        accepted = (each for each in self._pending.values() if each.committed and not each.answering)
+        return [each for each in accepted if model_id is None or each.model_id == model_id]
 
     def _first(self, row: Row) -> Operation:
         operation = self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)

@@ -2,8 +2,7 @@
 
 A run's state is a fold over its operations. The engine holds the states of some runs; one that it does not
 hold (after a restart of the engine or of the server, or when its client was silent for long) is brought back
-when its next operation is due: created from its newest snapshot, then the operations after the snapshot are
-sent again, in order, and their answers dropped where the client already had them.
+when its next operation is due (recovery.py).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import contextlib
 import logging
 import secrets
 import time
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -27,10 +25,10 @@ from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operation import Operation, Submission
 from .operations import Operations
-from .quarantine import Quarantine, Suspect
+from .recovery import Recovery
 from .run import Run, from_row
 from .settings import Settings
-from .snapshots import Snapshots, snapshot_request
+from .snapshots import Snapshots
 from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.runs")
@@ -48,18 +46,14 @@ class Runs:
         self._operations = operations
         self._settings = settings
         self._runs: dict[str, Run] = {}
-        self._quarantine = Quarantine(settings.deaths_per_operation, settings.death_window_seconds)
-        self._held: set[str] = set()  # models and samples that wait for their turn in quarantine
-        self._trials: asyncio.Task | None = None
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
             self._release, self._give_up, settings.gap_grace_seconds
         )
         self.snapshots = Snapshots(ledger, engine, self._dispatcher, settings)
+        self._recovery = Recovery(ledger, engine, operations, self._dispatcher, self._runs, settings)
         operations.dispatcher = self._dispatcher
         operations.may_consume = self.find
         operations.on_created = self._created
-        engine.on_death = self._engine_died
-        engine.on_start = self._take_up
 
     # --- finding and creating
 
@@ -148,7 +142,7 @@ class Runs:
             if operation.answer is not None:
                 self._created(operation)
             elif not run.resident:
-                self._bring_back(run)
+                self._recovery.bring_back(run)
         return operation
 
     def _created(self, operation: Operation) -> None:
@@ -167,8 +161,6 @@ class Runs:
             for arrival in early:
                 self._dispatcher.add(self._operations.load(arrival))
 
-    # --- engines that come and go
-
     async def resume(self) -> None:
         """At start: what was accepted and not answered is taken up again."""
         unfinished = await self._ledger.read(operation_rows.unfinished)
@@ -178,65 +170,9 @@ class Runs:
                 run = await self.find(operation.owner, operation.model_id)
                 if run.state == "finished" and run.leaving is None:
                     run.leaving = asyncio.ensure_future(self._finish(run))
-        self._take_up()
+        self._recovery.take_up()
         if unfinished:
             log.info("%d unfinished operations taken up again", len(unfinished))
-
-    def _engine_died(self, under_way: list[Suspect]) -> None:
-        """The states that it held are gone; what it died of more than a few times is given up."""
-        for run in self._runs.values():
-            run.resident = False
-            if run.restoring is not None:
-                run.restoring.cancel()
-        if self._trials is not None:
-            self._trials.cancel()
-        waiting = {operation.request_id: operation for operation in self._operations.unanswered()}
-        for request_id, model_id in self._quarantine.blame(under_way):
-            deaths = f"{self._settings.deaths_per_operation} engines ended while they ran it"
-            log.error("%s of %s is given up: %s", request_id, model_id or "no model", deaths)
-            if (operation := waiting.get(request_id)) is not None:
-                self._operations.fail([operation], f"{deaths}; it is not tried again", "server", ran=True)
-            elif model_id in self._runs:
-                run = self._runs[model_id]
-                if request_id == snapshot_request(run):
-                    run.may_be_saved = False
-                else:
-                    run.broken = f"{deaths}: {request_id}"
-
-    def _take_up(self) -> None:
-        """Everything unanswered goes to the new engine; what engines died of one after the other."""
-        subjects = self._quarantine.subjects()
-        self._held = set(subjects)
-        for operation in self._operations.unanswered():
-            self._send_again(operation)
-        self._trials = asyncio.ensure_future(self._try_each(subjects))
-
-    def _send_again(self, operation: Operation) -> None:
-        run = self._runs.get(operation.model_id)
-        if run is not None and not self._waits_for_its_number(operation):
-            self._bring_back(run)
-        elif not operation.model_id and operation.request_id not in self._held:
-            self._operations.send(operation)
-
-    def _waits_for_its_number(self, operation: Operation) -> bool:
-        return operation.sequenced and operation.seq_id >= self._dispatcher.next_seq(operation.model_id)
-
-    async def _try_each(self, subjects: list[str]) -> None:
-        for subject in subjects:
-            self._held.discard(subject)
-            due = [
-                operation
-                for operation in self._operations.unanswered()
-                if subject in (operation.model_id, operation.request_id)
-                and not self._waits_for_its_number(operation)
-            ]
-            for operation in due:
-                self._send_again(operation)
-            # Of a model's operations that are replayed, the first one after them tells that they ran.
-            suspects = self._quarantine.requests(subject)
-            for operation in [each for each in due if each.request_id in suspects] or due[:1]:
-                await operation.finished.wait()
-            self._quarantine.acquit(subject)
 
     # --- releasing
 
@@ -245,7 +181,7 @@ class Runs:
         run.used_at = time.monotonic()
         payload = operation.payload
         if not run.resident or payload is None:
-            self._bring_back(run)
+            self._recovery.bring_back(run)
             return
         self._engine.send(payload)
         run.bytes_since_snapshot += len(payload)
@@ -258,63 +194,9 @@ class Runs:
             "the operations sent after it were not run",
         )
 
-    def _bring_back(self, run: Run) -> None:
-        if run.id in self._held or not self._engine.alive:
-            return  # its turn will come, or the next engine
-        if not run.resident and (run.restoring is None or run.restoring.done()):
-            run.restoring = asyncio.ensure_future(self._restore(run))
-
     async def bring_back(self, owner: str, run_id: str) -> bool:
-        """Whether the engine has the model, and what its operations make, or is sent it now.
-
-        Waits while the model is in quarantine. Raises NotFound."""
-        run = await self.find(owner, run_id)
-        while run.id in self._held:
-            await asyncio.sleep(1.0)
-        self._bring_back(run)
-        if run.restoring is not None:
-            await asyncio.wait([run.restoring])
-        return run.resident
-
-    async def _restore(self, run: Run) -> None:
-        if run.broken is not None:
-            await self._fail_released(run, run.broken)
-            return
-        await self._operations.written()  # so that nothing is replayed which has failed for good
-        sent = 0
-        creation = run.create_message
-        created = await self._operations.find(run.owner, creation.request_id)
-        if created is not None and created.answer is None:
-            self._operations.send(created)
-        else:
-            changes: dict[str, Any] = {"request_id": f"restore-{run.id}"}
-            if run.snapshot is not None:
-                changes |= {"checkpoint": run.snapshot, "optimizer_state": True}
-                sent = run.snapshot_seq
-            try:
-                answer = await self._engine.request(msgspec.structs.replace(creation, **changes))
-            except Unavailable:
-                return  # the ledger has it all; the next engine does it
-            if isinstance(answer, messages.Failed):
-                log.error("model %s could not be brought back: %s", run.id, answer.message)
-                await self._fail_released(run, answer.message)
-                return
-        while (through := self._dispatcher.next_seq(run.id) - 1) > sent:
-            replay = await self._ledger.read(
-                partial(operation_rows.to_replay, model_id=run.id, after=sent, through=through)
-            )
-            for row in replay:
-                self._engine.send(row.payload)
-            sent = through
-        run.resident, run.used_at = True, time.monotonic()
-
-    async def _fail_released(self, run: Run, why: str) -> None:
-        through = self._dispatcher.next_seq(run.id) - 1
-        self._operations.fail(
-            [each for each in self._unanswered(run) if each.seq_id <= through],
-            f"the model could not be brought back: {why}",
-            "server",
-        )
+        """As `Recovery.bring_back_now`, of the owner's model. Raises NotFound."""
+        return await self._recovery.bring_back_now(await self.find(owner, run_id))
 
     # --- leaving
 
@@ -328,7 +210,7 @@ class Runs:
 
     async def rest(self, run: Run) -> None:
         """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
-        if self._unanswered(run) or run.state != "ready":
+        if self._operations.unanswered(run.id) or run.state != "ready":
             return
         if await self.snapshots.take_if_changed(run):
             log.info("model %s rests: its client is silent", run.id)
@@ -346,15 +228,12 @@ class Runs:
         run.leaving = asyncio.ensure_future(self._finish(run))
 
     async def _finish(self, run: Run) -> None:
-        for operation in self._unanswered(run):
+        for operation in self._operations.unanswered(run.id):
             await operation.finished.wait()
-        if self._unanswered(run):
+        if self._operations.unanswered(run.id):
             return  # the server stops, and its next start goes on here
         await self._leave(run)
         await self.snapshots.remove(run)
-
-    def _unanswered(self, run: Run) -> list[Operation]:
-        return [each for each in self._operations.unanswered() if each.model_id == run.id]
 
     async def _leave(self, run: Run) -> None:
         if not run.resident:
