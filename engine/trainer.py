@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..losses import MAX_CONFIG
 from ..model import decoder, sharding
 from ..model.config import ModelConfig
-from ..model.lora import init_lora, pad_rank
+from ..model.lora import init_lora
 from . import optimizer, train_step, validation
 from .errors import UserError
 from .messages import AdamParams, ForwardBackward, LoraSpec
@@ -28,6 +27,7 @@ from .rematerialisation import activation_bytes, choose_remat
 from .train_step import Batch, Outputs, Static
 from .training_run import Job, JobOutput, Run
 from .training_state import GradNormalization, TrainingState
+from .training_structure import abstract_batch, describe, structure
 
 
 class Trainer:
@@ -166,7 +166,7 @@ class Trainer:
         count = self._replicated
         program = self.programs.get(
             ("optim_step", key),
-            f"optim_step {_describe(key)}",
+            f"optim_step {describe(key)}",
             optimizer.step,
             arguments,
             donate=(0, 1, 2),
@@ -198,7 +198,7 @@ class Trainer:
         weights = self.abstract_weights(lora)
         key = structure(lora)
         for length, rows in self.shapes.shapes if shapes is None else shapes:
-            batch = self._abstract_batch(rows, length)
+            batch = abstract_batch(self.mesh, rows, length)
             self._gradient_program(key, (weights,), (weights,), batch, False)
 
     # --- device work of a run ---------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Trainer:
         else:
             function = train_step.forward_adapters
             arguments = (self._base, weights, self._scales(states), batch)
-        name = f"forward {_describe(key, batch, len(states), sequence_level)}"
+        name = f"forward {describe(key, batch, len(states), sequence_level)}"
         program = self.programs.get(
             name, name, partial(function, static), arguments, out_shardings=self._replicated
         )
@@ -259,7 +259,7 @@ class Trainer:
         key, pin = self.structure(state), self._shardings(state)
         program = self.programs.get(
             ("accumulate", key),
-            f"accumulate {_describe(key)}",
+            f"accumulate {describe(key)}",
             train_step.accumulate,
             (total, gradients),
             donate=(0, 1),
@@ -278,7 +278,7 @@ class Trainer:
         static = self._static._replace(
             sequence_level=sequence_level, remat=self._remat or self._remat_of(batch)
         )
-        name = f"forward_backward {_describe(key, batch, len(weights), sequence_level)}"
+        name = f"forward_backward {describe(key, batch, len(weights), sequence_level)}"
         function: Callable[..., Any]
         arguments: tuple[Any, ...]
         if key is None:
@@ -322,41 +322,3 @@ class Trainer:
             train_mlp=lora.train_mlp,
             train_unembed=lora.train_unembed,
         )
-
-    def _abstract_batch(self, rows: int, length: int) -> Batch:
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows_sharding(self.mesh, shape))
-
-        per_token = partial(array, jnp.int32, rows, length)
-        inputs = {name: array(jnp.float32, rows, length, 1) for name in train_step.BATCH_INPUTS}
-        return Batch(
-            tokens=per_token(),
-            position=per_token(),
-            start=per_token(),
-            real=array(jnp.bool_, rows, length, 1),
-            targets=per_token(1),
-            inputs=inputs,
-            adapter=array(jnp.int32, rows),
-            loss=array(jnp.int32, rows),
-            config=array(jnp.float32, rows, MAX_CONFIG),
-        )
-
-
-def structure(lora: LoraSpec | None) -> tuple | None:
-    """What decides the shapes of an adapter, the base model being given; None for full weights."""
-    if lora is None:
-        return None
-    return pad_rank(lora.rank), lora.train_attn, lora.train_mlp, lora.train_unembed
-
-
-def _describe(key: tuple | None, batch: Batch | None = None, n: int = 1, sequence_level: bool = False) -> str:
-    """A program's parameters for the log."""
-    if key is None:
-        text = "full weights"
-    else:
-        parts = [name for name, on in zip(("attn", "mlp", "unembed"), key[1:], strict=True) if on]
-        text = f"rank {key[0]} {'+'.join(parts)}"
-    if batch is not None:
-        rows, length, targets = batch.targets.shape
-        text += f" {rows}x{length}" + (f" {targets} targets" if targets > 1 else "")
-    return text + (f" {n} models" if n > 1 else "") + (" sequence-level" if sequence_level else "")
