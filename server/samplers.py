@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row
 
 from ..ckpt import paths
 from ..engine import messages
-from .errors import BadRequest, NotFound, Unavailable
+from .errors import ApiError, BadRequest, NotFound
 from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operation import Operation
@@ -205,7 +205,7 @@ class Samplers:
         while True:
             try:
                 await self.sweep()
-            except Unavailable as error:
+            except (ApiError, OSError) as error:
                 log.error("unnamed samplers could not be swept: %s", error)
             await asyncio.sleep(_SWEEP_EVERY)
 

@@ -45,6 +45,7 @@ def test_everything_is_there_after_a_restart(make_server) -> None:
     assert np.isfinite(step(loaded, data))
     service.close("success").result()
     assert server.stop() == 0
+    assert not list((server.data_dir / "samplers").glob("*/*")), "unnamed weights go with their session"
 
 
 def test_answers_and_unfinished_operations_outlive_a_kill(make_server) -> None:
