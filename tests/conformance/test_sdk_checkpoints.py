@@ -123,7 +123,8 @@ def test_listings(server, training: tinker.TrainingClient) -> None:
     info = rest.get_weights_info_by_tinker_path(saved.tinker_path).result()
     assert (info.base_model, info.lora_rank) == ("tiny", 4)
     theirs = tinker.RestClient(base_url=server.url, api_key=BOB)
-    assert theirs.list_training_runs().result().training_runs == []
+    of_bob = theirs.list_training_runs(limit=100).result().training_runs
+    assert training.model_id not in {run.training_run_id for run in of_bob}
     rest.delete_checkpoint(training.model_id, "weights/listed").result()
     left = rest.list_checkpoints(training.model_id).result().checkpoints
     assert [checkpoint.checkpoint_id for checkpoint in left] == ["sampler_weights/listed"]
