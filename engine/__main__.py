@@ -36,7 +36,7 @@ def main() -> int:
     )
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.WARNING)
-    socket = Socket(config.address)
+    socket = Socket(config.address, config.beat_seconds)
     # Ctrl-C reaches the whole process group; the server then stops the engine in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: socket.post(messages.Stop(request_id="")))

@@ -5,8 +5,8 @@ Arrays travel as raw little-endian bytes beside their dtype and shape. Directori
 data directory (`ckpt.paths`), chosen by the server, never by a client.
 
 The server sends one stream of `ToEngine` messages; the engine answers each request exactly once, with
-`Done` or `Failed`, and may send `Status` at any time. Operations of one model arrive in seq_id order and
-take effect in the order of arrival.
+`Done` or `Failed`, and may send `Status` and `Beat` at any time. Operations of one model arrive in seq_id
+order and take effect in the order of arrival.
 """
 
 from __future__ import annotations
@@ -339,7 +339,11 @@ class Status(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-FromEngine = Done | Failed | Status
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """The process lives, whatever it computes; sent every `EngineConfig.beat_seconds`."""
+
+
+FromEngine = Done | Failed | Status | Beat
 
 # --- start ----------------------------------------------------------------------------------------------
 
@@ -367,6 +371,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     sampler_bytes: int | None = None  # of sampler weights on the device; None: derived from it
     sampler_idle_seconds: float = 600.0  # after which sampler weights leave the device
     log_level: str = "info"
+    beat_seconds: float = 5.0
     under_way: str | None = None  # a file for the ids of what is being computed, `id TAB model LF ... NUL`
 
 

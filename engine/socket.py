@@ -2,7 +2,9 @@
 
 Messages are received while the device computes, and answers leave while the loop is already at the next work.
 Nobody sleeps and looks again: the thread waits on the socket, on a wake-up descriptor, and on the life of the
-server's process.
+server's process. In between it sends the beats by which the server knows that this process lives: they go
+on while the device computes and XLA compiles, and end when the process is stopped or a thread keeps Python's
+lock.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import queue
 import socket as os_socket
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -22,14 +25,15 @@ from . import messages
 
 log = logging.getLogger(__name__)
 
-PARENT_CHECK_MS = 1000
+PARENT_CHECK_SECONDS = 1.0
 """How often to look for the parent where the system cannot wait for a process by descriptor."""
 
 
 class Socket:
     """`inbox` has the messages of the server, in order, and whatever else `post` puts there."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, beat_seconds: float):
+        self._beat_seconds = beat_seconds
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os_socket.socketpair()
@@ -72,9 +76,13 @@ class Socket:
         parent_descriptor = _process_descriptor(parent)
         if parent_descriptor is not None:
             poller.register(parent_descriptor, zmq.POLLIN)
-        timeout_ms = None if parent_descriptor is not None else PARENT_CHECK_MS
+        longest_wait = self._beat_seconds if parent_descriptor is not None else PARENT_CHECK_SECONDS
+        beat = messages.encode(messages.Beat())
+        beat_due = time.monotonic()
         while True:
-            ready = dict(poller.poll(timeout_ms))
+            until_beat = max(beat_due - time.monotonic(), 0.0)
+            # Rounded up: a wait that ends before the beat is due would be one of many.
+            ready = dict(poller.poll(int(1000 * min(until_beat, longest_wait)) + 1))
             if parent_descriptor in ready or os.getppid() != parent:
                 # Nobody is left to answer to, and a new server may want the accelerator now. What is being
                 # written stays under a temporary name.
@@ -86,6 +94,9 @@ class Socket:
                 self._drain_wake_ups()
             closing = self._closing.is_set()
             self._send_queued()
+            if time.monotonic() >= beat_due:
+                self._dealer.send(beat)
+                beat_due = time.monotonic() + self._beat_seconds
             if closing:
                 return
 

@@ -49,6 +49,7 @@ class Backend:
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
             lambda answer: self.operations.on_answer(answer),
+            settings.engine_silence_seconds,
         )
         self.operations = Operations(self.ledger, self.engine)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)

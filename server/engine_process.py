@@ -3,7 +3,8 @@
 The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
 configuration on standard input. Messages go out in the order of `send` and are kept until the engine reads
 them, so it may still be loading. When the process ends without having been asked to, it is dead: nothing is
-sent any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py).
+sent any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py). One
+that gives no sign of life for `silence_seconds` is killed: it is stopped, or hangs, and will not answer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import zmq.asyncio
 
 from ..engine import messages
 from .errors import Unavailable
+from .silence import Silence
 
 log = logging.getLogger("tinsmith.engine_process")
 
@@ -58,6 +60,8 @@ def engine_environment() -> dict[str, str]:
 
 
 _LAST_ANSWERS_SECONDS = 0.05  # what it sent before its end may still be in the socket
+# Before it is ready, an engine reads from disks that may be slow, and may hold Python's lock meanwhile.
+_LOADING_MAY_TAKE = 5
 
 
 class EngineProcess:
@@ -67,9 +71,12 @@ class EngineProcess:
         self,
         config: messages.EngineConfig,
         on_answer: Callable[[messages.Done | messages.Failed], None],
+        silence_seconds: float,
         module: str = "tinsmith.engine",
     ):
         self._config = config
+        self._silence_seconds = silence_seconds
+        self._silence = Silence(config.beat_seconds)
         self._module = module
         self._on_answer = on_answer
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
@@ -82,6 +89,7 @@ class EngineProcess:
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self.death: str | None = None  # how it ended, if nobody asked it to
+        self._killed_for: str | None = None
         self.refused = False  # it ended with an error message instead of becoming ready
         self.was_ready = False
         self.has_answered = False
@@ -117,6 +125,7 @@ class EngineProcess:
             asyncio.create_task(self._send_forever()),
             asyncio.create_task(self._receive_forever()),
             asyncio.create_task(self._watch()),
+            asyncio.create_task(self._listen_for_silence()),
         ]
 
     @property
@@ -187,6 +196,9 @@ class EngineProcess:
             except (msgspec.DecodeError, msgspec.ValidationError):
                 log.exception("the engine sent %d bytes that are not a message", len(frame))
                 continue
+            self._silence.heard()
+            if isinstance(message, messages.Beat):
+                continue
             if isinstance(message, messages.Status):
                 self._note(message)
                 continue
@@ -204,6 +216,17 @@ class EngineProcess:
             self.ready.set()
             self.was_ready = True
 
+    async def _listen_for_silence(self) -> None:
+        assert self._process is not None
+        while self.alive and self._killed_for is None:
+            await asyncio.sleep(self._config.beat_seconds)
+            self._silence.look()
+            limit = self._silence_seconds * (1 if self.was_ready else _LOADING_MAY_TAKE)
+            if self.alive and self._silence.seconds > limit:
+                self._killed_for = f"no sign of life for {self._silence.seconds:.0f} s"
+                log.error("the engine is killed: %s", self._killed_for)
+                self._process.kill()
+
     async def _watch(self) -> None:
         assert self._process is not None
         started_at = time.monotonic()
@@ -215,6 +238,8 @@ class EngineProcess:
             self.phase, self.text = "stopped", "the engine has ended"
         else:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if self._killed_for is not None:
+                how += f" ({self._killed_for})"
             self.refused = code > 0 and not self.was_ready
             self.death = f"it ended with {how} after {time.monotonic() - started_at:.0f} s"
             self.phase, self.text = "dead", self.death

@@ -284,7 +284,7 @@ class Operations:
         )
         if row.answer is not None:
             answer = messages.decode_from_engine(row.answer)
-            assert not isinstance(answer, messages.Status)
+            assert isinstance(answer, messages.Done | messages.Failed)
             operation.answer = answer
             operation.finished.set()
         else:

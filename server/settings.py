@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     # An operation that the engine dies of is tried again, until that many died of it within the window.
     deaths_per_operation: int = Field(3, ge=1)
     death_window_seconds: float = Field(600.0, gt=0)
+    # An engine that gives no sign of life for so long (while it loads, five times that) is killed, and the
+    # next one started. It gives them while it computes and compiles.
+    engine_silence_seconds: float = Field(60.0, gt=0)
     stop_patience_seconds: float = Field(600.0, gt=0)
 
     @field_validator("model", "api_key", mode="before")
@@ -138,4 +141,5 @@ class Settings(BaseSettings):
             sampler_bytes=self.sampler_bytes,
             sampler_idle_seconds=self.sampler_idle_seconds,
             log_level=self.log_level,
+            beat_seconds=self.engine_silence_seconds / 10,
         )

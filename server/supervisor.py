@@ -31,9 +31,10 @@ class Supervisor:
         self,
         config: messages.EngineConfig,
         on_answer: Callable[[messages.Done | messages.Failed], None],
+        silence_seconds: float = 60.0,
         module: str = "tinsmith.engine",
     ):
-        self._make = lambda: EngineProcess(config, on_answer, module)
+        self._make = lambda: EngineProcess(config, on_answer, silence_seconds, module)
         self._process = self._make()
         self._keeper: asyncio.Task | None = None
         self._stopping = False

@@ -106,6 +106,8 @@ class EngineClient:
             if time.monotonic() > deadline:
                 raise TimeoutError(self.log.read_text())
         message = messages.decode_from_engine(self._socket.recv())
+        if isinstance(message, messages.Beat):
+            return
         if isinstance(message, messages.Status):
             self.statuses.append(message)
             return
