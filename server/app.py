@@ -9,10 +9,12 @@ from fastapi import FastAPI
 
 from .. import __version__
 from . import errors
+from .admission import Admission
 from .auth import ApiKeys, Authentication, BodyLimit
 from .backend import Backend
 from .base_models import BaseModel, resolve
 from .metrics import Measured, Metrics
+from .quotas import Quotas
 from .routers import checkpoints, futures, sampling, service, sessions, training
 from .settings import Settings
 
@@ -24,7 +26,9 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
             resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
         ]
     keys = ApiKeys(settings.api_keys)
-    backend = Backend(settings, {model.name: model for model in base_models}, keys)
+    quotas = Quotas(settings)
+    admission = Admission(quotas)
+    backend = Backend(settings, {model.name: model for model in base_models}, keys, quotas, admission)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -41,5 +45,5 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Authentication, keys=keys)
+    app.add_middleware(Authentication, keys=keys, admission=admission)
     return app

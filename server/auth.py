@@ -15,9 +15,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import error_response
+from .admission import Admission
+from .errors import TooManyRequests, error_response
 from .ledger import keys as rows
 from .ledger.ledger import Ledger
+from .quotas import Quotas
 
 log = logging.getLogger("tinsmith.auth")
 
@@ -66,21 +68,26 @@ class ApiKeys:
         self._stored = [(row.digest, row.tenant) for row in stored if row.revoked_at is None]
         self._required |= bool(stored)
 
-    async def read_forever(self, ledger: Ledger) -> None:
-        while True:
-            await asyncio.sleep(READ_EVERY_SECONDS)
-            try:
-                await self.read(ledger)
-            except SQLAlchemyError as error:
-                log.error("the ledger's keys could not be read; those known before stay: %s", error)
+
+async def read_forever(ledger: Ledger, keys: ApiKeys, quotas: Quotas) -> None:
+    """Takes up what `tinsmith keys` does beside a running server."""
+    while True:
+        await asyncio.sleep(READ_EVERY_SECONDS)
+        try:
+            await keys.read(ledger)
+            await quotas.read(ledger)
+        except SQLAlchemyError as error:
+            log.error("the ledger's keys could not be read; those known before stay: %s", error)
 
 
 class Authentication:
-    """ASGI middleware: puts `owner` into the request's state, or answers 401 before the body is read."""
+    """ASGI middleware: puts `owner` into the request's state, or answers 401, or 429 to an owner that asks
+    too often, before the body is read."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys):
+    def __init__(self, app: ASGIApp, keys: ApiKeys, admission: Admission):
         self._app = app
         self._keys = keys
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
@@ -98,6 +105,12 @@ class Authentication:
                 else "invalid API key: this server does not know it"
             )
             await error_response(scope["path"], 401, message, "user")(scope, receive, send)
+            return
+        try:
+            self._admission.request(owner)
+        except TooManyRequests as error:
+            answer = error_response(scope["path"], error.status, error.message, error.category, error.headers)
+            await answer(scope, receive, send)
             return
         scope.setdefault("state", {})["owner"] = owner
         await self._app(scope, receive, send)
@@ -118,7 +131,9 @@ class BodyLimit:
             scope["path"], 413, f"the body is over the limit of {self._max_bytes} bytes", "user"
         )
         declared = HTTPConnection(scope).headers.get("content-length", "0")
-        if not declared.isdigit() or int(declared) > self._max_bytes:
+        # At most 18 ASCII digits: str.isdigit takes '²' too, and int() no more than 4300 of them.
+        is_number = declared.isascii() and declared.isdigit() and len(declared) <= 18
+        if not is_number or int(declared) > self._max_bytes:
             await refusal(scope, receive, send)
             return
         seen = 0

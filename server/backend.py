@@ -7,8 +7,8 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 
-from .admission import SampleAdmission
-from .auth import ApiKeys
+from .admission import Admission
+from .auth import ApiKeys, read_forever
 from .base_models import BaseModel
 from .checkpoints import Checkpoints
 from .errors import BadRequest
@@ -16,6 +16,7 @@ from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operations import Operations
 from .runs import Runs
+from .quotas import Quotas
 from .samplers import Samplers
 from .sessions import Sessions
 from .settings import Settings
@@ -30,13 +31,14 @@ class Backend:
     base_models: dict[str, BaseModel]
     keys: ApiKeys
     ledger: Ledger = field(init=False)
+    quotas: Quotas
+    admission: Admission
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
     runs: Runs = field(init=False)
     sessions: Sessions = field(init=False)
     samplers: Samplers = field(init=False)
     checkpoints: Checkpoints = field(init=False)
-    sample_admission: SampleAdmission = field(init=False)
     _background: list[asyncio.Task] = field(default_factory=list)
     stopped: bool = False
     _draining: bool = False
@@ -56,15 +58,16 @@ class Backend:
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.checkpoints = Checkpoints(self.ledger, self.engine, settings.data_dir)
-        self.sample_admission = SampleAdmission(settings.max_waiting_samples)
         await self.keys.read(self.ledger)
         for owner in self.keys.owners:
             await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
+        await self.quotas.read(self.ledger)
         await self.runs.resume()
         forever = (
-            self.keys.read_forever(self.ledger),
+            read_forever(self.ledger, self.keys, self.quotas),
             self.samplers.sweep_forever(),
+        self.admission.take_up(self.operations.unanswered())
             self.sessions.rest_silent_forever(),
         )
         self._background = [asyncio.ensure_future(each) for each in forever]

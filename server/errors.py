@@ -7,6 +7,7 @@ Every error body has the same keys in all dialects: `detail` and `error` (the me
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from typing import Any
 
@@ -30,6 +31,11 @@ class ApiError(Exception):
         super().__init__(message)
         self.message = message
 
+    @property
+    def final(self) -> bool:
+        """Whether the same request sent again would be refused again."""
+        return self.status < 500 and self.status != 429
+
 
 class BadRequest(ApiError):
     """The request is wrong and would be wrong every time; the message says what would be right."""
@@ -40,6 +46,13 @@ class BadRequest(ApiError):
 
 class Unauthorized(ApiError):
     status = 401
+    category = "user"
+
+
+class QuotaExceeded(ApiError):
+    """The tenant has as many as it may have; waiting alone does not help."""
+
+    status = 403
     category = "user"
 
 
@@ -63,11 +76,15 @@ class TooLarge(ApiError):
 
 
 class TooManyRequests(ApiError):
-    """Sent again later, the request is welcome. The SDK waits a second, and sends fewer at once."""
+    """Sent again later, the request is welcome. The SDK waits, samples for a second and all else for
+    `seconds`, and sends fewer samples at once."""
 
     status = 429
     category = "user"
-    headers = {"Retry-After": "1"}  # noqa: RUF012
+
+    def __init__(self, message: str, seconds: float = 1.0):
+        super().__init__(message)
+        self.headers = {"Retry-After": str(max(1, min(60, math.ceil(seconds))))}
 
 
 class Unavailable(ApiError):
@@ -78,8 +95,17 @@ class Unavailable(ApiError):
 
 
 class StorageFull(ApiError):
+    """There is no room; there may be when something is deleted."""
+
     status = 507
     headers = {"Retry-After": "30"}  # noqa: RUF012
+
+
+class StorageQuotaExceeded(StorageFull):
+    """The tenant's own doing, and its own to end."""
+
+    category = "user"
+    headers = {"Retry-After": "5"}  # noqa: RUF012
 
 
 def internal_error(what: str, error: BaseException) -> str:

@@ -30,6 +30,8 @@ Examples, in the folder where the server was started (or with the same `--data-d
 
 - `tinsmith keys revoke 1f0c9a2b` shuts one out
 
+- `tinsmith keys quota alice --models 4` bounds what a tenant may have
+
 A running server knows of both within two seconds. As soon as there is a key, requests without one are
 refused; what was made before without a key belongs to the tenant `local`.
 """,
@@ -55,6 +57,12 @@ def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
     return asyncio.run(write())
 
 
+def _check_tenant(tenant: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", tenant):
+        typer.echo(f"tinsmith: tenant {tenant!r}: use up to 64 letters, digits and . _ - @", err=True)
+        raise typer.Exit(2)
+
+
 @keys.command()
 def create(
     tenant: Annotated[str, typer.Argument(help="Whose key it is: letters, digits and . _ - @")],
@@ -67,9 +75,7 @@ def create(
     """
     from .ledger import keys as rows
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", tenant):
-        typer.echo(f"tinsmith: tenant {tenant!r}: use up to 64 letters, digits and . _ - @", err=True)
-        raise typer.Exit(2)
+    _check_tenant(tenant)
     key, identifier = _in_ledger(data_dir, lambda connection: rows.create(connection, tenant, note))
     typer.echo(key)
     typer.echo(f"key {identifier} of {tenant}; it is not shown again", err=True)
@@ -105,3 +111,47 @@ def revoke(
         typer.echo(f"tinsmith: no key has the id {identifier!r}; tinsmith keys list shows them", err=True)
         raise typer.Exit(2)
     typer.echo(f"key {identifier} is revoked")
+
+
+@keys.command()
+def quota(
+    tenant: Annotated[str, typer.Argument(help="A tenant, also one whose key was given to `serve`.")],
+    models: Annotated[int | None, typer.Option(min=1, help="Models alive.")] = None,
+    checkpoint_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of checkpoints.")] = None,
+    queued_operations: Annotated[int | None, typer.Option(min=1, help="Training, unanswered.")] = None,
+    waiting_samples: Annotated[int | None, typer.Option(min=1, help="Samples, unanswered.")] = None,
+    requests_per_second: Annotated[float | None, typer.Option(min=0.001, help="Of any kind.")] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Back to the server's settings first.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Bound what a tenant may have and ask for, other than the server's settings do; print what is set.
+
+    The settings are for every tenant: TINSMITH_MAX_MODELS, TINSMITH_MAX_CHECKPOINT_BYTES,
+    TINSMITH_MAX_QUEUED_OPERATIONS, TINSMITH_MAX_WAITING_SAMPLES and TINSMITH_MAX_REQUESTS_PER_SECOND. A
+    running server knows within two seconds. What a tenant has beyond a new quota stays; it gets no more.
+
+    Example: `tinsmith keys quota alice --models 4 --checkpoint-bytes 10000000000`
+    """
+    from .ledger import tenancy
+
+    _check_tenant(tenant)
+    given = {
+        "models": models,
+        "checkpoint_bytes": checkpoint_bytes,
+        "queued_operations": queued_operations,
+        "waiting_samples": waiting_samples,
+        "requests_per_second": requests_per_second,
+    }
+
+    def change(connection: Connection) -> dict[str, float]:
+        known = {} if reset else tenancy.quotas(connection).get(tenant, {})
+        wanted = known | {name: value for name, value in given.items() if value is not None}
+        if reset or wanted != known:
+            tenancy.set_quota(connection, tenant, wanted or None)
+        return wanted
+
+    wanted = _in_ledger(data_dir, change)
+    for name, value in wanted.items():
+        typer.echo(f"{name}  {value}")
+    if not wanted:
+        typer.echo(f"{tenant} has the quota of the server's settings")

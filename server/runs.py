@@ -78,6 +78,10 @@ class Runs:
             raise BadRequest(f"model {run_id!r} could not be created; its create_model request says why")
         return run
 
+    def is_early(self, run: Run, seq_id: int) -> bool:
+        """Whether operations of the model that come before it have not arrived."""
+        return seq_id > self._dispatcher.next_seq(run.id)
+
     def unused_seq(self, run: Run) -> int:
         return self._dispatcher.unused_seq(run.id)
 
@@ -207,6 +211,15 @@ class Runs:
     def resident(self) -> list[Run]:
         """Those that the engine has."""
         return [run for run in self._runs.values() if run.resident]
+
+    def is_alive(self, run: Run) -> bool:
+        """Whether the engine has it, or will have it without another operation."""
+        return run.resident or run.state == "creating" or bool(self._operations.unanswered(run.id))
+
+    def alive(self, owner: str) -> list[Run]:
+        waited_for = {operation.model_id for operation in self._operations.unanswered()}
+        mine = (run for run in self._runs.values() if run.owner == owner)
+        return [run for run in mine if run.resident or run.state == "creating" or run.id in waited_for]
 
     async def rest(self, run: Run) -> None:
         """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""

@@ -52,9 +52,14 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(256 << 20, ge=1 << 10)
     max_datums: int = Field(16_384, ge=1)
     max_samples: int = Field(1024, ge=1)
-    # Sample requests of one owner that wait for their answers; the next one gets 429. One sampling client of
-    # the SDK keeps at most 2000 on their way.
+    # Of each tenant; `tinsmith keys quota` sets others for one. Models in the engine, bytes of checkpoints,
+    # operations and samples that wait for their answers (one sampling client of the SDK keeps at most 2000 on
+    # their way), requests of any kind.
+    max_models: int = Field(256, ge=1)
+    max_checkpoint_bytes: int = Field(1 << 40, ge=0)
+    max_queued_operations: int = Field(10_000, ge=1)
     max_waiting_samples: int = Field(2048, ge=1)
+    max_requests_per_second: float = Field(2000.0, gt=0)
     long_poll_seconds: float = Field(25.0, ge=0, le=30)
     # Longer than the six minutes for which the SDK resends a submit.
     gap_grace_seconds: float = Field(400.0, gt=0)

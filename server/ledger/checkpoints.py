@@ -52,6 +52,16 @@ def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
     )
 
 
+def stored_bytes(connection: Connection, owner: str) -> int:
+    """Of the owner's checkpoints; one that is being written counts as much as the largest there is."""
+    mine = (checkpoints.c.owner == owner) & _alive()
+    size = checkpoints.c.size_bytes
+    total, largest = connection.execute(select(func.sum(size), func.max(size)).where(mine)).one()
+    being_written = (checkpoints.c.owner == owner) & (checkpoints.c.state == "pending")
+    count = connection.execute(select(func.count()).where(being_written)).scalar() or 0
+    return (total or 0) + count * (largest or 0)
+
+
 def settle(connection: Connection, operation_id: str, size_bytes: int | None) -> None:
     """The save succeeded (its size) or failed (None). An older one of the same name makes way."""
     row = connection.execute(select(checkpoints).where(checkpoints.c.operation_id == operation_id)).first()

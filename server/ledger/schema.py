@@ -29,6 +29,7 @@ tenants = Table(
     metadata,
     Column("id", String(128), primary_key=True),
     Column("created_at", Float, nullable=False),
+    Column("quota", JSON),  # where it differs from the settings; null: nowhere
 )
 
 api_keys = Table(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, null, select, update
 
 from .schema import models, samplers, sessions, tenants
 
@@ -14,6 +14,19 @@ from .schema import models, samplers, sessions, tenants
 def ensure_tenant(connection: Connection, tenant: str) -> None:
     if connection.execute(select(tenants.c.id).where(tenants.c.id == tenant)).first() is None:
         connection.execute(insert(tenants).values(id=tenant, created_at=time.time()))
+
+
+def quotas(connection: Connection) -> dict[str, dict[str, float]]:
+    """Those of tenants that have some of their own."""
+    rows = connection.execute(select(tenants.c.id, tenants.c.quota).where(tenants.c.quota.is_not(None)))
+    return {row.id: row.quota for row in rows}
+
+
+def set_quota(connection: Connection, tenant: str, quota: dict[str, float] | None) -> None:
+    """None: the usual one."""
+    ensure_tenant(connection, tenant)
+    values = {"quota": null() if quota is None else quota}
+    connection.execute(update(tenants).where(tenants.c.id == tenant).values(values))
 
 
 def add_session(connection: Connection, **values: Any) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from ...ckpt import paths
 from ...engine import messages
 from ..checkpoints import as_strings, expiry, iso, named, parse, shown
-from ..errors import ApiError, BadRequest, NotFound
+from ..errors import ApiError, BadRequest, NotFound, StorageQuotaExceeded
 from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..runs import Run, model_id
@@ -26,15 +26,29 @@ router = APIRouter(prefix="/api/v1", tags=["checkpoints"])
 
 
 def _new_checkpoint(
-    owner: str, run: Run, uri: paths.CheckpointUri, directory: str, body: requests.SaveWeights
+    backend: Backend,
+    owner: str,
+    run: Run,
+    uri: paths.CheckpointUri,
+    directory: str,
+    body: requests.SaveWeights,
 ):
-    """Reserves the name in the transaction of the submit; a name that is taken fails the operation."""
+    """Reserves the name in the transaction of the submit; a name that is taken fails the operation.
+
+    Raises StorageQuotaExceeded there, until the tenant deletes checkpoints.
+    """
     expires_at = expiry(body.ttl_seconds)
+    limit = backend.quotas.of(owner).checkpoint_bytes
 
     def also(connection: Connection, request_id: str) -> messages.Failed | None:
         if not body.overwrite and rows.is_taken(connection, uri):
             return messages.Failed(
                 request_id, f"checkpoint {str(uri)!r} exists; choose another name or set overwrite", "user"
+            )
+        if (used := rows.stored_bytes(connection, owner)) >= limit:
+            raise StorageQuotaExceeded(
+                f"the checkpoints of this key's tenant take {used} bytes, its quota is {limit}; delete some, "
+                "or give them a ttl"
             )
         rows.add(
             connection,
@@ -69,7 +83,7 @@ async def save_weights(body: requests.SaveWeights, backend: BackendOf, owner: Ow
             body.seq_id,
             messages.SaveState(request_id="", model_id=run.id, directory=directory),
             {"type": "save_weights", "path": str(uri)},
-            _new_checkpoint(owner, run, uri, directory, body),
+            _new_checkpoint(backend, owner, run, uri, directory, body),
         )
     except ApiError as error:
         await refuse(backend, owner, body.model_id, body.seq_id, error)
@@ -90,7 +104,8 @@ async def save_weights_for_sampler(
             directory = paths.new_directory(uri.run, uri.segment, uri.name)
             reply = {"type": "save_weights_for_sampler", "path": str(uri)}
             # What a name sampled once it samples always: there is no overwriting.
-            also = _new_checkpoint(owner, run, uri, directory, body.model_copy(update={"overwrite": False}))
+            once = body.model_copy(update={"overwrite": False})
+            also = _new_checkpoint(backend, owner, run, uri, directory, once)
         elif body.sampling_session_seq_id is not None:
             identifier = sampler_id(run.session_id, body.sampling_session_seq_id)
             directory = new_directory(run.id)
@@ -191,15 +206,16 @@ async def _load_as_new(
         checkpoint=checkpoint.directory,
         optimizer_state=body.optimizer,
     )
-    operation = await backend.runs.create(
-        owner,
-        session_id,
-        model_seq_id,
-        message,
-        optimizer,
-        body.user_metadata or {},
-        {"type": "load_weights", "path": body.path, "model_id": identifier},
-    )
+    with backend.admission.model(owner, identifier, backend.runs.alive(owner)):
+        operation = await backend.runs.create(
+            owner,
+            session_id,
+            model_seq_id,
+            message,
+            optimizer,
+            body.user_metadata or {},
+            {"type": "load_weights", "path": body.path, "model_id": identifier},
+        )
     return future(operation)
 
 

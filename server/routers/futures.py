@@ -15,7 +15,7 @@ from ...engine import messages
 from ..errors import Gone
 from ..operation import Operation
 from ..wire import requests, results
-from . import BackendOf, Owner
+from . import Backend, BackendOf, Owner
 
 router = APIRouter(prefix="/api/v1", tags=["futures"])
 
@@ -27,12 +27,17 @@ def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
-def _pending(request_id: str, reason: str, alive: bool) -> Response:
+def _pending(backend: Backend, operation: Operation) -> Response:
+    """The engine's state, or that the tenant has reached a quota."""
+    state, reason = "active" if backend.engine.alive else "paused_capacity", backend.engine.text
+    paused = backend.admission.paused(operation.owner)
+    if backend.engine.alive and paused is not None:
+        state, reason = "paused_rate_limit", paused
     return _json(
         {
             "type": "try_again",
-            "request_id": request_id,
-            "queue_state": "active" if alive else "paused_capacity",
+            "request_id": operation.request_id,
+            "queue_state": state,
             "queue_state_reason": reason,
         },
         408,
@@ -63,7 +68,7 @@ async def retrieve_future(
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(operation.finished.wait(), backend.settings.long_poll_seconds)
     if operation.answer is None:
-        return _pending(operation.request_id, backend.engine.text, backend.engine.alive)
+        return _pending(backend, operation)
     content, media_type = _body(operation, results.PROTOBUF in request.headers.get("accept", ""))
     if body.allow_metadata_only and len(content) > METADATA_FIRST_BYTES:
         return _json({"status": "complete_metadata", "response_payload_size": len(content)})

@@ -80,9 +80,9 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
             prompt_alternatives=body.prompt_alt_tokens_k or 0,
         )
 
-    backend.sample_admission.check(owner)
-    operation = await backend.operations.accept(Submission(owner, "sample", key, message))
-    backend.sample_admission.admit(operation)
+    with backend.admission.sample(owner) as accepted:
+        operation = await backend.operations.accept(Submission(owner, "sample", key, message))
+        accepted(operation)
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 

@@ -69,15 +69,16 @@ async def create_model(body: requests.CreateModel, backend: BackendOf, owner: Ow
         lora=lora_of(backend, body.lora_config),
         optimizer=optimizer["type"],
     )
-    operation = await backend.runs.create(
-        owner,
-        body.session_id,
-        body.model_seq_id,
-        message,
-        optimizer,
-        body.user_metadata or {},
-        {"type": "create_model", "model_id": identifier},
-    )
+    with backend.admission.model(owner, identifier, backend.runs.alive(owner)):
+        operation = await backend.runs.create(
+            owner,
+            body.session_id,
+            body.model_seq_id,
+            message,
+            optimizer,
+            body.user_metadata or {},
+            {"type": "create_model", "model_id": identifier},
+        )
     return future(operation)
 
 
@@ -119,23 +120,28 @@ async def submit(
     run = await backend.runs.find_trainable(owner, identifier)
     key = None if seq_id is None else natural_key(run.id, seq_id)
     number = backend.runs.unused_seq(run) if seq_id is None else seq_id
-    return await backend.operations.accept(
-        Submission(
-            owner,
-            kind,
-            key,
-            lambda request_id: msgspec.structs.replace(message, request_id=request_id),
-            reply or {},
-            run.id,
-            number,
-            also,
+    if not backend.runs.is_alive(run):
+        backend.admission.come_back(owner, backend.runs.alive(owner))
+    with backend.admission.operation(owner, backend.runs.is_early(run, number)) as accepted:
+        operation = await backend.operations.accept(
+            Submission(
+                owner,
+                kind,
+                key,
+                lambda request_id: msgspec.structs.replace(message, request_id=request_id),
+                reply or {},
+                run.id,
+                number,
+                also,
+            )
         )
-    )
+        accepted(operation)
+    return operation
 
 
 async def refuse(backend: Backend, owner: str, model: Any, seq_id: Any, error: ApiError) -> None:
     """A submit is wrong for good: its number is used up."""
-    if error.status < 500:
+    if error.final:
         await backend.operations.consume(owner, model, seq_id, error.message)
 
 

@@ -1,4 +1,4 @@
-"""Which sampler weights are removed, and when; and how many samples a client may have waiting."""
+"""Which sampler weights are removed, and when."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection
-from tinsmith.engine import messages
 from tinsmith.server import samplers as samplers_module
-from tinsmith.server.admission import SampleAdmission
-from tinsmith.server.errors import NotFound, TooManyRequests
+from tinsmith.server.disk import Disk
+from tinsmith.server.errors import NotFound
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
-from tinsmith.server.operation import Operation
 from tinsmith.server.operations import Operations
 from tinsmith.server.runs import Runs
 from tinsmith.server.samplers import Samplers, new_directory, run_of
@@ -39,7 +37,7 @@ async def samplers(tmp_path: Path) -> AsyncIterator[Samplers]:
     settings = Settings(data_dir=tmp_path, unnamed_sampler_seconds=24 * HOUR)
     ledger = Ledger(settings.ledger_url)
     engine = Supervisor(settings.engine_config([]), lambda answer: None)
-    operations = Operations(ledger, engine)
+    operations = Operations(ledger, engine, Disk(settings.data_dir, 0))
     runs = Runs(ledger, engine, operations, settings)
     await ledger.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
     yield Samplers(ledger, engine, operations, runs, settings)
@@ -149,23 +147,3 @@ async def test_publishing_moves_the_followers_of_one_model(samplers: Samplers) -
         "other": "samplers/b/1",
         "still": "samplers/a/3",
     }
-
-
-def test_an_owner_has_so_many_samples_waiting() -> None:
-    admission = SampleAdmission(2)
-
-    def operation(owner: str) -> Operation:
-        return Operation(os.urandom(4).hex(), owner, "sample", "", 0, {}, None)
-
-    first, second = operation("me"), operation("me")
-    for each in (first, first, second):  # the same one submitted again counts once
-        admission.check("me")
-        admission.admit(each)
-    with pytest.raises(TooManyRequests):
-        admission.check("me")
-    admission.check("you")
-    first.answer = messages.Failed(first.request_id, "", "user")
-    admission.check("me")
-    admission.admit(operation("me"))
-    with pytest.raises(TooManyRequests):
-        admission.check("me")

@@ -1,0 +1,11 @@
+"""Quotas of single tenants."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    op.add_column("tenants", sa.Column("quota", sa.JSON))

@@ -1,0 +1,128 @@
+"""Who is told to wait, and who is not."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from tinsmith.engine import messages
+from tinsmith.server.admission import BURST_SECONDS, Admission
+from tinsmith.server.errors import QuotaExceeded, TooManyRequests
+from tinsmith.server.operation import Operation
+from tinsmith.server.quotas import Quotas
+from tinsmith.server.run import Run
+from tinsmith.server.settings import Settings
+from tinsmith.server.token_bucket import TokenBucket
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def operation(owner: str) -> Operation:
+    return Operation(os.urandom(4).hex(), owner, "sample", "", 0, {}, None)
+
+
+def admission(clock: Clock | None = None, **limits: float) -> Admission:
+    return Admission(Quotas(Settings(**limits)), clock or Clock())
+
+
+def test_a_tenant_has_so_many_samples_waiting() -> None:
+    gate = admission(max_waiting_samples=2)
+    first, second = operation("me"), operation("me")
+    for each in (first, first, second):  # the same one submitted again counts once
+        with gate.sample("me") as accepted:
+            accepted(each)
+    with pytest.raises(TooManyRequests):
+        gate.sample("me")
+    with gate.sample("you"):
+        pass
+    first.answer = messages.Failed(first.request_id, "", "user")
+    with gate.sample("me") as accepted, pytest.raises(TooManyRequests):
+        gate.sample("me")  # while the one before it is written to the ledger
+    with gate.sample("me") as accepted:
+        accepted(operation("me"))
+    with pytest.raises(TooManyRequests):
+        gate.sample("me")
+
+
+def test_operations_that_wait_for_others_leave_them_their_places() -> None:
+    gate = admission(max_queued_operations=2)
+    for _ in range(2):
+        with gate.operation("me", early=True) as accepted:
+            accepted(operation("me"))
+    with pytest.raises(TooManyRequests, match="queued"):
+        gate.operation("me", early=True)
+    with gate.operation("me", early=False):
+        pass
+
+
+def test_those_of_before_the_start_count() -> None:
+    gate = admission(max_waiting_samples=1)
+    gate.take_up([operation("me")])
+    with pytest.raises(TooManyRequests):
+        gate.sample("me")
+    with gate.sample("you"):
+        pass
+
+
+def test_the_rate_is_the_tenant_s_own_and_its_polls_tell_why() -> None:
+    clock = Clock()
+    gate = admission(clock, max_requests_per_second=2.0)
+    for _ in range(int(2 * BURST_SECONDS)):
+        gate.request("me")
+    assert gate.paused("me") is None
+    with pytest.raises(TooManyRequests) as refused:
+        gate.request("me")
+    assert refused.value.headers["Retry-After"] == "1"
+    assert "2 requests a second" in (gate.paused("me") or "")
+    gate.request("you")
+    assert gate.paused("you") is None
+    clock.now += 0.5
+    gate.request("me")
+    clock.now += 31
+    assert gate.paused("me") is None
+
+
+def test_a_bucket_lets_through_what_its_rate_allows() -> None:
+    """The definition: at most burst + rate * seconds in any window, and no less than that allows."""
+    random = np.random.default_rng(0)
+    rate, burst = 3.0, 2.0
+    bucket, now, taken = TokenBucket(), 50.0, []
+    for _ in range(2000):
+        now += random.exponential(0.15)
+        wait = bucket.take(rate, burst, now)
+        if wait == 0.0:
+            taken.append(now)
+        else:
+            recent = [(now - at, len(taken) - index) for index, at in enumerate(taken)]
+            full = max(count - rate * age for age, count in recent)
+            assert full + 1 > rate * burst, "refused though there was room"
+            assert wait == pytest.approx((full + 1 - rate * burst) / rate)
+    for index, start in enumerate(taken):
+        for count, end in enumerate(taken[index:], 1):
+            assert count <= rate * (end - start) + rate * burst + 1e-9
+
+
+def test_models_are_named_when_there_are_too_many() -> None:
+    quotas = Quotas(Settings(max_models=3))
+    quotas.set_own({"me": {"models": 2}})
+    gate = Admission(quotas)
+    alive = [Run(f"s:train:{n}", "me", "s", "m", {}, {}, {}, "ready", b"", None, 0) for n in range(2)]
+    with pytest.raises(QuotaExceeded, match=r"s:train:0 .*s:train:1 "), gate.model("me", "s:train:2", alive):
+        pass
+    with gate.model("me", "s:train:1", alive), gate.model("you", "t:train:0", alive):
+        pass
+    with (
+        gate.model("me", "s:train:2", alive[:1]),
+        pytest.raises(QuotaExceeded),
+        gate.model("me", "s:train:3", alive[:1]),
+    ):
+        pass
+    with pytest.raises(TooManyRequests, match="had left"):
+        gate.come_back("me", alive)
+    gate.come_back("you", alive)
