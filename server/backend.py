@@ -15,8 +15,8 @@ from .errors import BadRequest
 from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operations import Operations
-from .runs import Runs
 from .quotas import Quotas
+from .runs import Runs
 from .samplers import Samplers
 from .sessions import Sessions
 from .settings import Settings
@@ -30,7 +30,6 @@ class Backend:
     settings: Settings
     base_models: dict[str, BaseModel]
     keys: ApiKeys
-    ledger: Ledger = field(init=False)
     quotas: Quotas
     admission: Admission
     engine: Supervisor = field(init=False)
@@ -59,15 +58,15 @@ class Backend:
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.checkpoints = Checkpoints(self.ledger, self.engine, settings.data_dir)
         await self.keys.read(self.ledger)
+        await self.quotas.read(self.ledger)
         for owner in self.keys.owners:
             await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
-        await self.quotas.read(self.ledger)
         await self.runs.resume()
+        self.admission.take_up(self.operations.unanswered())
         forever = (
             read_forever(self.ledger, self.keys, self.quotas),
             self.samplers.sweep_forever(),
-        self.admission.take_up(self.operations.unanswered())
             self.sessions.rest_silent_forever(),
         )
         self._background = [asyncio.ensure_future(each) for each in forever]
