@@ -17,13 +17,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
-from ..model.lora import Adapter, pad_rank
+from ..model.lora import RANK_BUCKETS, Adapter, pad_rank
 from .atomic import atomic_directory, size_bytes
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -38,6 +40,9 @@ _UNSUPPORTED = (
     "fan_in_fan_out",
     "trainable_token_indices",
 )
+_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_ALPHA = 1e6
 
 
 class AdapterError(ValueError):
@@ -105,7 +110,7 @@ def load_adapter(directory: Path, config: ModelConfig) -> SavedAdapter:
     directory = Path(directory)
     if not is_adapter(directory):
         raise FileNotFoundError(f"no PEFT adapter in {directory.name}")
-    adapter_config = json.loads((directory / CONFIG_FILE).read_text())
+    adapter_config = _read_config(directory)
     refused = [key for key in _UNSUPPORTED if adapter_config.get(key)]
     if adapter_config.get("bias", "none") != "none":
         refused.append("bias")
@@ -113,14 +118,14 @@ def load_adapter(directory: Path, config: ModelConfig) -> SavedAdapter:
         raise AdapterError(
             f"PEFT adapter {directory.name} uses {', '.join(refused)}; only plain LoRA is supported"
         )
-    rank = int(adapter_config["r"])
+    rank = adapter_config["r"]
     padded_rank = pad_rank(rank)
     alpha = float(adapter_config["lora_alpha"]) * (
         math.sqrt(rank) if adapter_config.get("use_rslora") else 1.0
     )
 
     linears = {**config.linears, "unembed": (config.hidden_size, config.vocab_size)}
-    tensors = load_file(directory / ADAPTER_FILE)
+    tensors = _read_tensors(directory)
     adapter: Adapter = {"layers": {}}
     for module, layer, name in _modules(None, config):
         into, out = linears[name]
@@ -141,7 +146,42 @@ def load_adapter(directory: Path, config: ModelConfig) -> SavedAdapter:
             (stored if layer is None else stored[layer])[: shape[0], : shape[1]] = tensor.T
     if tensors:
         raise AdapterError(f"PEFT adapter {directory.name}: the model has no place for {min(tensors)}")
+    for name, pair in (*adapter["layers"].items(), ("unembed", adapter.get("unembed"))):
+        if pair is not None and len(pair) != 2:
+            raise AdapterError(f"PEFT adapter {directory.name}: {name} has one of lora_A and lora_B alone")
     return SavedAdapter(adapter, rank, alpha, adapter_config.get("base_model_name_or_path") or "")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The adapter's config with a rank that we have, a finite alpha, and the base model's name or None."""
+    try:
+        with (directory / CONFIG_FILE).open("rb") as file:
+            read = json.loads(file.read(_MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"PEFT adapter {directory.name}: {CONFIG_FILE} is not JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise AdapterError(f"PEFT adapter {directory.name}: {CONFIG_FILE} is not an object")
+    rank, alpha, base = read.get("r"), read.get("lora_alpha"), read.get("base_model_name_or_path")
+    if type(rank) is not int or not 1 <= rank <= RANK_BUCKETS[-1]:
+        raise AdapterError(f"PEFT adapter {directory.name}: r is not a rank of 1 to {RANK_BUCKETS[-1]}")
+    if type(alpha) not in (int, float) or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
+        raise AdapterError(f"PEFT adapter {directory.name}: lora_alpha is not a number up to {_MAX_ALPHA:g}")
+    if base is not None and not isinstance(base, str):
+        raise AdapterError(f"PEFT adapter {directory.name}: base_model_name_or_path is not a text")
+    return read
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    try:
+        tensors = load_file(directory / ADAPTER_FILE)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"PEFT adapter {directory.name}: {ADAPTER_FILE} is not safetensors: {error}"
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in _DTYPES:
+            raise AdapterError(f"PEFT adapter {directory.name}: {name} is {tensor.dtype.name}, not a float")
+    return tensors
 
 
 def _modules(adapter: Adapter | None, config: ModelConfig) -> list[tuple[str, int | None, str]]:

@@ -11,7 +11,11 @@ from google.protobuf.message import DecodeError
 from ...engine import messages
 from ..errors import BadRequest, TooLarge
 from . import tinsmith_wire_pb2 as pb
+from .field_count import UNCOUNTED_BYTES, check_field_count
 from .tensors import DenseAllowance, dense_tensor
+
+_MAX_WINDOW_BYTES = 1 << 27
+_PIECE_BYTES = 1 << 10  # of a compressed body; at most 32 MiB come out of one
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,33 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
     if encoding != "zstd":
         raise BadRequest(f"unsupported Content-Encoding {encoding!r}; use zstd or none")
     try:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
-            decompressed = reader.read(max_bytes + 1)
+        declared = zstandard.get_frame_parameters(body).content_size
+        if declared != zstandard.CONTENTSIZE_UNKNOWN and declared > max_bytes:
+            raise TooLarge(
+                f"the decompressed body of {declared} bytes is over the limit of {max_bytes} bytes"
+            )
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+        if declared != zstandard.CONTENTSIZE_UNKNOWN:
+            return decompressor.decompress(body, allow_extra_data=False)
+        return _decompress_stream(decompressor, body, max_bytes)
     except (zstandard.ZstdError, MemoryError) as error:
         raise BadRequest(f"the body is not valid zstd: {error}") from None
-    if len(decompressed) > max_bytes:
-        raise TooLarge(f"the decompressed body is over the limit of {max_bytes} bytes")
-    return decompressed
+
+
+def _decompress_stream(decompressor: zstandard.ZstdDecompressor, body: bytes, max_bytes: int) -> bytes:
+    """One frame that does not say how large it is."""
+    stream = decompressor.decompressobj()
+    parts, size = [], 0
+    for at in range(0, len(body), _PIECE_BYTES):
+        parts.append(stream.decompress(body[at : at + _PIECE_BYTES]))
+        size += len(parts[-1])
+        if size > max_bytes:
+            raise TooLarge(f"the decompressed body is over the limit of {max_bytes} bytes")
+        if stream.eof:
+            break
+    if not stream.eof or stream.unused_data or at + _PIECE_BYTES < len(body):
+        raise BadRequest("the body is not one whole zstd frame")
+    return b"".join(parts)
 
 
 def peek(body: bytes) -> tuple[str | None, int | None]:
@@ -74,6 +98,8 @@ def peek(body: bytes) -> tuple[str | None, int | None]:
 
 def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
     """Raises BadRequest naming datum and field."""
+    if len(body) > UNCOUNTED_BYTES:
+        check_field_count(body, pb.ForwardBackwardRequest.DESCRIPTOR)
     try:
         request = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:

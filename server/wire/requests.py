@@ -8,14 +8,25 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from ...engine import messages
-from ..errors import BadRequest
+from ..errors import BadRequest, describe
 from .tensors import check_csr
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=192)]
 SeqId = Annotated[StrictInt, Field(ge=0, lt=1 << 62)]
+Int64 = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)]  # larger numbers cannot be sent on
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -90,6 +101,15 @@ class OptimStep(Sequenced):
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _either(self) -> OptimStep:
+        if self.adam_params is None and self.optimizer_params:
+            try:
+                self.adam_params = AdamParams.model_validate(self.optimizer_params)
+            except ValidationError as error:
+                raise ValueError(f"optimizer_params: {describe(list(error.errors()))}") from None
+        return self
+
 
 UserMetadata = dict[str, str]
 
@@ -139,11 +159,11 @@ class Prompt(Body):
 
 
 class SamplingParams(Body):
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int64, Field(ge=1)] | None = None
     seed: StrictInt | None = None
-    stop: str | list[str] | list[StrictInt] | None = None
+    stop: str | list[str] | list[Int64] | None = None
     temperature: Finite = Field(default=1.0, ge=0)
-    top_k: StrictInt = Field(default=-1, ge=-1)
+    top_k: Int64 = Field(default=-1, ge=-1)
     top_p: Finite = Field(default=1.0, gt=0, le=1)
     # What follows no SDK has: extensions for plain HTTP.
     min_p: Finite = Field(default=0.0, ge=0, le=1)
@@ -180,11 +200,11 @@ class SamplingParams(Body):
 class TargetTokens(Body):
     """int64 [prompt_len - 1, K], dense or, with both kinds of indices, compressed sparse rows."""
 
-    data: list[StrictInt]
+    data: list[Int64]
     dtype: Literal["int64"] = "int64"
-    shape: tuple[StrictInt, StrictInt]
-    sparse_crow_indices: list[StrictInt] | None = None
-    sparse_col_indices: list[StrictInt] | None = None
+    shape: tuple[Int64, Int64]
+    sparse_crow_indices: list[Int64] | None = None
+    sparse_col_indices: list[Int64] | None = None
 
     def message(self) -> messages.PromptCells:
         """Raises BadRequest where data, shape and indices do not agree."""
@@ -200,10 +220,9 @@ class TargetTokens(Body):
             if min(rows, columns) < 0 or rows * columns != len(self.data):
                 raise BadRequest(f"{where}: shape {[rows, columns]} does not hold {len(self.data)} values")
             return messages.PromptCells((rows, columns), values)
-        crow, cols = self.sparse_crow_indices, self.sparse_col_indices
+        crow, cols = (np.asarray(i, "<i8") for i in (self.sparse_crow_indices, self.sparse_col_indices))
         check_csr(len(self.data), (rows, columns), crow, cols, where)
-        indices = (np.asarray(index, "<i8").tobytes() for index in (crow, cols))
-        return messages.PromptCells((rows, columns), values, *indices)
+        return messages.PromptCells((rows, columns), values, crow.tobytes(), cols.tobytes())
 
 
 class Sample(Body):
@@ -219,7 +238,7 @@ class Sample(Body):
     topk_sample_logprobs: StrictInt = Field(0, ge=0, le=messages.TOPK_LIMIT)
     target_prompt_logprobs: TargetTokens | None = None
     prompt_alt_tokens_k: StrictInt | None = Field(0, ge=0, le=messages.ALTERNATIVES_LIMIT)
-    prompt_logprobs_last_n: StrictInt | None = Field(None, ge=1)
+    prompt_logprobs_last_n: Int64 | None = Field(None, ge=1)
 
 
 class RetrieveFuture(Body):

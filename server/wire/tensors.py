@@ -6,7 +6,6 @@ Checked here: that bytes, dtype and shape agree. What the numbers mean is the en
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -99,6 +98,8 @@ def _densified(
     crow = np.frombuffer(sparse.crow_indices, "<i8")
     cols = np.frombuffer(sparse.col_indices, "<i8")
     check_csr(len(values), (rows, columns), crow, cols, where)
+    if rows == 0:  # NumPy refuses an empty array with a side of 2^62
+        return messages.Tensor(name, (rows, columns), b"")
     dense = np.zeros(shape, dtype)
     row_of_value = np.repeat(np.arange(rows), np.diff(crow))
     dense[row_of_value, cols] = values
@@ -106,22 +107,19 @@ def _densified(
 
 
 def check_csr(
-    num_values: int,
-    shape: tuple[int, int],
-    crow: np.ndarray | Sequence[int],
-    cols: np.ndarray | Sequence[int],
-    where: str,
+    num_values: int, shape: tuple[int, int], crow: np.ndarray, cols: np.ndarray, where: str
 ) -> None:
-    """Raise BadRequest unless the indices are those of compressed sparse rows of that shape."""
+    """Raise BadRequest unless the int64 indices are those of compressed sparse rows of that shape."""
     rows, columns = shape
     if min(rows, columns) < 0:
         raise BadRequest(f"{where}: shape {[rows, columns]} has a negative size")
-    if len(crow) != rows + 1 or crow[0] != 0 or (np.diff(crow) < 0).any() or crow[-1] != num_values:
+    # Neighbours are compared and not subtracted: a difference can wrap around and look ascending.
+    if len(crow) != rows + 1 or crow[0] != 0 or (crow[1:] < crow[:-1]).any() or crow[-1] != num_values:
         raise BadRequest(
             f"{where}: crow_indices must be {rows + 1} ascending numbers from 0 to the number of values "
             f"({num_values})"
         )
     if len(cols) != num_values:
         raise BadRequest(f"{where}: {len(cols)} col_indices for {num_values} values")
-    if len(cols) and (min(cols) < 0 or max(cols) >= columns):
+    if len(cols) and (cols.min() < 0 or cols.max() >= columns):
         raise BadRequest(f"{where}: col_indices must lie in [0, {columns})")
