@@ -32,6 +32,7 @@ class Backend:
     keys: ApiKeys
     quotas: Quotas
     admission: Admission
+    ledger: Ledger = field(init=False)
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
     runs: Runs = field(init=False)
