@@ -17,8 +17,9 @@ from ..model.config import ModelConfig, read_config
 from ..model.load import find_model, load_base
 from . import messages
 from .compilation import log_compiled
+from .device_memory import device_share
 from .sampler import Sampler, default_kv_cache_tokens
-from .sampler_cache import SamplerCache, default_bytes_on_device
+from .sampler_cache import SamplerCache
 from .tokenizer import TokenBytes
 from .trainer import Trainer
 
@@ -85,7 +86,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
         Path(engine.data_dir),
         dtype,
         mesh,
-        engine.sampler_bytes or default_bytes_on_device() // sharing,
+        engine.sampler_bytes or device_share(1 / 8, on_cpu=2**30) // sharing,
         engine.sampler_idle_seconds,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))

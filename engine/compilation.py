@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
 import threading
 from pathlib import Path
 
 import jax
 from jax import monitoring
+
+from . import processor
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def use_cache(cache_dir: Path) -> Path:
     JAX's own key has the program, its options and jaxlib's version. What it lacks is the CPU's instruction
     set: a program compiled for another CPU may not run here, when machines share a cache directory.
     """
-    folder = Path(cache_dir) / "xla" / f"jax-{jax.__version__}-{jax.default_backend()}-{_cpu()}"
+    folder = Path(cache_dir) / "xla" / f"jax-{jax.__version__}-{jax.default_backend()}-{processor.kind()}"
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -55,13 +55,3 @@ def log_all_compilations() -> None:
 
     monitoring.register_event_listener(on_event)
     monitoring.register_event_duration_secs_listener(on_duration)
-
-
-def _cpu() -> str:
-    """The machine type and a hash of its instruction set's flags, where the system tells them."""
-    flags = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

@@ -6,18 +6,14 @@ small model fit whole, a long row of a large one only with every block's input a
 
 from __future__ import annotations
 
-import jax
-
 from ..model.config import ModelConfig
-
-CPU_ACTIVATION_BYTES = 2 << 30
-DEVICE_SHARE = 1 / 4  # of an accelerator's memory; the rest is for weights, KV pages and gradients
+from .device_memory import device_share
 
 
-def activation_bytes(device: jax.Device) -> int:
-    """How much of the device's memory what is kept may take, by default."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return int(limit * DEVICE_SHARE) if limit else CPU_ACTIVATION_BYTES
+def activation_bytes() -> int:
+    """How much memory what is kept may take, by default: a quarter of an accelerator's (the rest is for
+    weights, KV pages and gradients), 2 GiB on the CPU."""
+    return device_share(1 / 4, on_cpu=2 << 30)
 
 
 def kept_bytes(config: ModelConfig, tokens: int, itemsize: int, remat: str) -> int:

@@ -22,7 +22,8 @@ import numpy as np
 from ..model import decode, kv_cache
 from ..model.config import ModelConfig
 from ..model.sharding import replicated
-from . import messages
+from . import messages, processor
+from .device_memory import device_share
 from .page_pool import PagePool
 from .prompt_scores import PromptScores
 from .sample_checks import check_request
@@ -86,7 +87,9 @@ class Sampler:
             mesh=mesh,
             on_compile=on_compile,
         )
-        self._weights: dict[str | None, Weights] = {None: Weights(base, decode.by_layer(base))}
+        self._weights: dict[str | None, Weights] = {
+            None: Weights(base, decode.by_layer(base, _is_widened(base)))
+        }
         self._arrivals = 0
         self._turns = 0
         self._generations: dict[str, Generation] = {}
@@ -252,7 +255,13 @@ class Sampler:
 def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
     """A quarter of an accelerator's memory, or 1 GiB on the CPU; at least one sequence of full length up to
     16384 tokens."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    budget = 2**30 if limit is None else limit // 4
+    budget = device_share(1 / 4, on_cpu=2**30)
     return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
+
+
+def _is_widened(base: PyTree) -> bool:
+    """Whether to decode with float32 copies of bfloat16 weights: on a CPU without products in bfloat16, which
+    converts the weights for each, if the copies take at most a quarter of the memory."""
+    leaf = base["embed_tokens"]["weight"]
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(base))
+    return leaf.dtype == jnp.bfloat16 and processor.lacks_bfloat16() and size <= processor.memory_bytes() // 4

@@ -149,10 +149,3 @@ class SamplerCache:
 
     def _bytes(self) -> int:
         return sum(resident.bytes for resident in self._resident.values())
-
-
-def default_bytes_on_device() -> int:
-    """For sampler weights: an eighth of an accelerator's memory; 1 GiB on the CPU."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    return 2**30 if limit is None else limit // 8

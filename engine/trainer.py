@@ -71,7 +71,7 @@ class Trainer:
         self._dtype = base["embed_tokens"]["weight"].dtype
         self._remat = remat
         self._row_devices = row_devices
-        self._activation_bytes = activation_bytes(device)
+        self._activation_bytes = activation_bytes()
         self._static = Static(
             graph, self._dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False
         )

@@ -184,22 +184,28 @@ class Decoded(NamedTuple):
     top_logprobs: Float[Array, "M S top"]
 
 
-def by_layer(base: Base) -> Base:
+def by_layer(base: Base, widen: bool = False) -> Base:
     """`base` with "layers" as a tuple of one tree per layer, which is how `decode` likes it best.
 
     On one CPU device these are views of the stacked arrays, so that a decode step reads each weight where it
-    lies; cutting layers out of a stack inside a program copies them. Elsewhere `base` itself.
+    lies; cutting layers out of a stack inside a program copies them. With `widen` its matrices are float32
+    copies, for a CPU that would otherwise make them anew for every product. Elsewhere `base` itself.
     """
     leaves = jax.tree.leaves(base["layers"])
     if not all(len(leaf.devices()) == 1 and leaf.device.platform == "cpu" for leaf in leaves):
         return base
-    stacked = jax.tree.map(np.asarray, base["layers"])
     device = leaves[0].device
+
+    def wide(w: Array) -> Array:
+        return w.astype(jnp.float32) if widen and w.ndim > 1 else w
+
+    stacked = jax.tree.map(np.asarray, base["layers"])
     layers = tuple(
-        jax.tree.map(lambda w, at=layer: jax.device_put(w[at], device, may_alias=True), stacked)
+        jax.tree.map(lambda w, at=layer: wide(jax.device_put(w[at], device, may_alias=True)), stacked)
         for layer in range(leaves[0].shape[0])
     )
-    return base | {"layers": layers}
+    rest = {name: jax.tree.map(wide, part) for name, part in base.items() if name != "layers"}
+    return rest | {"layers": layers}
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="pages")
@@ -228,8 +234,10 @@ def decode(
     config = model.config
     S, V = rows.last_token.shape[0], config.vocab_size
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    dtype = pages.k.dtype
-    contexts = [kv_cache.read_layer(pages, layer, rows.table) for layer in range(L)]
+    dtype, wide = pages.k.dtype, blocks[0].o_proj.weight.dtype  # the same, unless `by_layer` widened
+    contexts = [
+        tuple(x.astype(wide) for x in kv_cache.read_layer(pages, layer, rows.table)) for layer in range(L)
+    ]
     pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else {} for layer in range(L)]
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
@@ -242,7 +250,7 @@ def decode(
         step, alive, token, recent, seen, out = state
         position = rows.position + step
         at = model.rotation(position[:, None])
-        x = model.embed_tokens(token[:, None])
+        x = model.embed_tokens(token[:, None]).astype(dtype)
         context_visible, recent_visible = _visible(config, rows, step, M, pages.page_size)
         kept = []
         for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
@@ -250,14 +258,14 @@ def decode(
             def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
                 put, (keys, values) = jax.lax.dynamic_update_slice, layer_recent
                 now = (
-                    put(keys, k.transpose(0, 2, 3, 1), (0, 0, 0, step)),
-                    put(values, v.swapaxes(1, 2), (0, 0, step, 0)),
+                    put(keys, k.astype(wide).transpose(0, 2, 3, 1), (0, 0, 0, step)),
+                    put(values, v.astype(wide).swapaxes(1, 2), (0, 0, step, 0)),
                 )
                 kept.append(now)
                 parts = [(*context, context_visible), (*now, recent_visible)]
-                return _attend_parts(q, parts, config.head_dim**-0.5)
+                return _attend_parts(q.astype(wide), parts, config.head_dim**-0.5).astype(dtype)
 
-            x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter) if lora else None)
+            x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, wide) if lora else None)
         z = logits(model, base, lora, model.norm(x), rows.adapter)[:, 0]
         if rows.penalties is not None:
             z = penalties.penalized(z, rows.penalties, seen)
@@ -268,7 +276,7 @@ def decode(
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
-    recent = tuple((jnp.zeros((S, K, H, M), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
+    recent = tuple((jnp.zeros((S, K, H, M), wide), jnp.zeros((S, K, M, H), wide)) for _ in range(L))
     out = (
         jnp.zeros((M, S), jnp.int32),
         jnp.zeros((M, S), jnp.float32),
@@ -357,7 +365,7 @@ def _append(pages: Pages, rows: DecodeRows, recent: Any) -> Pages:
     page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
     page = jnp.where(column < P, page, 0).reshape(-1)
 
-    k_LSKHM, v_LSKMH = (jnp.stack(of) for of in zip(*recent, strict=True))
+    k_LSKHM, v_LSKMH = (jnp.stack(of).astype(pages.k.dtype) for of in zip(*recent, strict=True))
     L, _, K, _, H = v_LSKMH.shape
     k_WLKH = k_LSKHM.transpose(1, 4, 0, 2, 3).reshape(S * M, L, K, H)
     v_WLKH = v_LSKMH.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)

@@ -54,7 +54,7 @@ _LINEAR_AXES: dict[str, LogicalAxes] = {
 
 
 class Linear(nnx.Module):
-    """x W + b, W [in, out]."""
+    """x W + b, W [in, out], in x's dtype; computed in W's where that is wider."""
 
     def __init__(self, into: int, out: int, axes: LogicalAxes, bias: bool, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
@@ -62,7 +62,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out,), dtype), logical_axes=axes[1:]) if bias else None
 
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        y_BTO = x_BTI @ self.weight[...]
+        weight = self.weight[...]
+        y_BTO = (x_BTI.astype(weight.dtype) @ weight).astype(x_BTI.dtype)
         return y_BTO if self.bias is None else y_BTO + self.bias[...]
 
 

@@ -83,7 +83,6 @@ def write(
     What is not finite is written as zero: masked positions are multiplied by zero, which would spread one
     sequence's NaN to whoever gets its page next.
     """
-
     k, v = (jnp.where(jnp.isfinite(new), new, 0) for new in (k_WLKH, v_WLKH))
     return _pinned(
         Pages(pages.k.at[:, page_W, :, :, offset_W].set(k), pages.v.at[:, page_W, :, offset_W].set(v))

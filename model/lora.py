@@ -87,17 +87,20 @@ def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -
 
 
 class LayerLora(NamedTuple):
-    """One layer's slice of a stack: what the scan hands to a block."""
+    """One layer's slice of a stack: what the scan hands to a block. `dtype` is what deltas are computed in
+    (None: that of the inputs)."""
 
     pairs: dict[str, dict[str, Array]]
     scale_n: Float[Array, " n"]
     row_adapter_B: Int[Array, " B"] | None
+    dtype: Any = None
 
     def add(self, name: str, x_BTI: Array, y_BTO: Array) -> Array:
         """y plus the delta of matrix `name` at x, or y itself where that matrix has no adapter."""
         if name not in self.pairs:
             return y_BTO
-        return y_BTO + delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B)
+        x_BTI = x_BTI.astype(self.dtype or x_BTI.dtype)
+        return y_BTO + delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B).astype(y_BTO.dtype)
 
 
 def delta(

@@ -1,0 +1,35 @@
+"""What the machine's processor can do, where it changes what is compiled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
+
+
+def instruction_sets() -> list[str]:
+    """The names of its instruction sets; none where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return flags.partition(":")[2].split()
+
+
+def kind() -> str:
+    """The machine type and a hash of its instruction sets: a program compiled for another may not run."""
+    sets = " ".join(instruction_sets())
+    return f"{platform.machine()}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
+
+
+def lacks_bfloat16() -> bool:
+    """Whether products in bfloat16 are known to be emulated."""
+    sets = instruction_sets()
+    return bool(sets) and _BFLOAT16.isdisjoint(sets)
+
+
+def memory_bytes() -> int:
+    """The machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

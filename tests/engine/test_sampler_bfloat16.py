@@ -1,0 +1,43 @@
+"""Decoding in bfloat16, with and without float32 copies of the weights (for CPUs that lack bfloat16)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine_sampling import full_forward_logprobs, load_tiny, make_sampler, random_adapter, request, run_all
+from engine_sampling import sequences as sequences_of
+from tinsmith.engine import processor
+from tinsmith.model import decoder, load
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tiny = load_tiny(tmp_path_factory.mktemp("tiny"), "qwen3", max_position_embeddings=1024)
+    graph, _ = decoder.build(tiny.config, jnp.bfloat16)
+    return tiny._replace(graph=graph, base=load.load_base(tiny.folder, tiny.config, jnp.bfloat16))
+
+
+def ask(model, adapter, lacks, monkeypatch):
+    monkeypatch.setattr(processor, "lacks_bfloat16", lambda: lacks)
+    sampler = make_sampler(model)
+    sampler.register("a", adapter, scale=2.0)
+    matrices = [x.dtype for x in jax.tree.leaves(sampler.weights_of(None).base_by_layer) if x.ndim > 1]
+    assert set(matrices) == {jnp.dtype(jnp.float32 if lacks else jnp.bfloat16)}
+    for index, key in enumerate(("a", None)):
+        prompt = np.random.default_rng(index).integers(3, 320, 40)
+        sampler.add(request(index, prompt, max_tokens=30, seed=index, stop_tokens=[]), key)
+    return {index: sequences_of(output)[0] for index, output in run_all(sampler).items()}
+
+
+def test_both_ways_give_the_trainers_log_probs(model, monkeypatch):
+    adapter = random_adapter(model.config, 1)
+    for lacks in (False, True):
+        for index, sampled in ask(model, adapter, lacks, monkeypatch).items():
+            prompt = np.random.default_rng(int(index)).integers(3, 320, 40)
+            tokens = [*prompt, *sampled.tokens]
+            reference = full_forward_logprobs(model, tokens, 1.0, adapter if index == "0" else None, 2.0)
+            rows = len(prompt) - 1 + np.arange(len(sampled.tokens))
+            difference = np.abs(sampled.logprobs - reference[rows, sampled.tokens])
+            # bfloat16 has 8 bits: activations of a few layers differ by a few of the last one
+            assert difference.max() < 0.1, lacks
+            assert difference.mean() < 0.02, lacks
