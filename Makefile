@@ -28,12 +28,12 @@ $(STAMP): requirements.lock pyproject.toml
 	  2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 	  echo "==> torch for the CPU (the tests compare with it; Tinsmith itself never imports it)"; \
-	  $(PIP) install -qq $(TORCH) || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
+	  $(PIP) install -qq --no-compile $(TORCH) || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
 	else \
 	  echo "==> No torch for this Python: the tests that compare with it will be skipped"; \
 	fi
 	@echo "==> $$(grep -c == requirements.lock) pinned packages (a minute or so)"
-	@$(PIP) install -qq --no-deps -r requirements.lock
+	@$(PIP) install -qq --no-compile --no-deps -r requirements.lock
 	@echo "==> tinsmith, editable"
 	@$(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
@@ -54,7 +54,7 @@ lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	@# mypy wants the package under its own name: the repository's root, whatever its folder is called
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/tinsmith
-	cd .cache/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+	cd .cache/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --num-workers 2
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## let ruff rewrite what it can
