@@ -46,19 +46,27 @@ def save(directory: Path, arrays: PyTree, metadata: dict[str, Any]) -> Future[in
             arrays=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
         )
     )
-    checkpointer.save(
-        directory,
-        ocp.args.Composite(
-            arrays=ocp.args.PyTreeSave(arrays),
-            metadata=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **metadata}),
-        ),
-        force=True,
-    )
+    try:
+        checkpointer.save(
+            directory,
+            ocp.args.Composite(
+                arrays=ocp.args.PyTreeSave(arrays),
+                metadata=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **metadata}),
+            ),
+            force=True,
+        )
+    except BaseException:
+        _remove_unfinished(directory)
+        raise
 
     def finish() -> int:
-        with checkpointer:
-            checkpointer.wait_until_finished()
-        flush(directory)
+        try:
+            with checkpointer:
+                checkpointer.wait_until_finished()
+            flush(directory)
+        except BaseException:  # a full disk, say, which is not to be filled by what is of no use
+            _remove_unfinished(directory)
+            raise
         return size_bytes(directory)
 
     return _writers.submit(finish)
@@ -108,7 +116,7 @@ def restore(directory: Path, abstract: PyTree) -> PyTree:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """What a process that died while it wrote this checkpoint has left."""
+    """What a write that failed, or a process that died in it, has left."""
     for path in directory.parent.glob(directory.name + ".orbax-checkpoint-tmp*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """The request was wrong. The message names what (datum index, field) and what would be right."""
@@ -9,3 +11,14 @@ class UserError(Exception):
 
 class MissingWeights(UserError):
     """Sampler weights that are neither in memory nor on disk."""
+
+
+def reason(error: BaseException) -> str:
+    """What the client is told of an error that is not its own; the log has the rest."""
+    text = str(error)
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if no_room or "No space left on device" in text or "ENOSPC" in text:
+        return "the server's disk is full; nothing was saved, save again when there is room"
+    if "RESOURCE_EXHAUSTED" in text:
+        return "the device is out of memory"
+    return "internal error"

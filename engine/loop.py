@@ -19,7 +19,7 @@ import numpy as np
 
 from . import log_lines, messages
 from .base_models import BaseModel
-from .errors import MissingWeights, UserError
+from .errors import MissingWeights, UserError, reason
 from .models import Models, Writing
 from .sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit
@@ -266,13 +266,8 @@ class Engine:
             case BaseException():
                 error_id = uuid.uuid4().hex[:8]
                 log.error("error %s in %s", error_id, log_lines.described(request), exc_info=outcome)
-                reason = (
-                    "the device is out of memory"
-                    if "RESOURCE_EXHAUSTED" in str(outcome)
-                    else "internal error"
-                )
                 answer = messages.Failed(
-                    request.request_id, f"{reason} (error {error_id} in the server's log)", "server"
+                    request.request_id, f"{reason(outcome)} (error {error_id} in the server's log)", "server"
                 )
             case _:
                 answer = messages.Done(request.request_id, outcome, seconds)

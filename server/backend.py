@@ -11,6 +11,7 @@ from .admission import Admission
 from .auth import ApiKeys, read_forever
 from .base_models import BaseModel
 from .checkpoints import Checkpoints
+from .disk import Disk
 from .errors import BadRequest
 from .ledger import tenancy
 from .ledger.ledger import Ledger
@@ -33,6 +34,7 @@ class Backend:
     quotas: Quotas
     admission: Admission
     ledger: Ledger = field(init=False)
+    disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
     runs: Runs = field(init=False)
@@ -48,12 +50,13 @@ class Backend:
         settings = self.settings
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
+        self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes)
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
             lambda answer: self.operations.on_answer(answer),
             settings.engine_silence_seconds,
         )
-        self.operations = Operations(self.ledger, self.engine)
+        self.operations = Operations(self.ledger, self.engine, self.disk)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)

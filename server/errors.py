@@ -98,7 +98,7 @@ class StorageFull(ApiError):
     """There is no room; there may be when something is deleted."""
 
     status = 507
-    headers = {"Retry-After": "30"}  # noqa: RUF012
+    headers = {"Retry-After": "10"}  # noqa: RUF012
 
 
 class StorageQuotaExceeded(StorageFull):

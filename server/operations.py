@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row
 
 from ..engine import messages
+from .disk import Disk
 from .dispatcher import Dispatcher
 from .errors import ApiError, BadRequest
 from .ledger import checkpoints as checkpoint_rows
@@ -43,9 +44,10 @@ class Operations:
     on_created: Callable[[Operation], None]
     on_missing_weights: Callable[[Operation, str], None]
 
-    def __init__(self, ledger: Ledger, engine: Supervisor):
+    def __init__(self, ledger: Ledger, engine: Supervisor, disk: Disk):
         self._ledger = ledger
         self._engine = engine
+        self._disk = disk
         self._pending: dict[str, Operation] = {}
         self._remembered: OrderedDict[str, Operation] = OrderedDict()
         self._remembered_bytes = 0
@@ -57,7 +59,7 @@ class Operations:
         """The operation of this submission, new or the first one of its natural key.
 
         Raises BadRequest if that first one was refused, or its turn was given up; Unavailable at a stop, or
-        if the engine does not start.
+        if the engine does not start; StorageFull for a new one that there is no room for.
         """
         self._engine.require_submits()
         # Shielded: a client that hangs up between the commit and the dispatch must not lose the operation.
@@ -89,6 +91,7 @@ class Operations:
                     return first
             if past:
                 raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
+            self._disk.require_room()
             failure = submission.also(connection, request_id) if submission.also else None
             rows.add(
                 connection,

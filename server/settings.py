@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     # An engine that gives no sign of life for so long (while it loads, five times that) is killed, and the
     # next one started. It gives them while it computes and compiles.
     engine_silence_seconds: float = Field(60.0, gt=0)
+    # With less than so much free on the data directory's disk, submits are refused with 507.
+    disk_reserve_bytes: int = Field(256 << 20, ge=0)
     stop_patience_seconds: float = Field(600.0, gt=0)
 
     @field_validator("model", "api_key", mode="before")

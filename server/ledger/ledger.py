@@ -161,7 +161,11 @@ def _raise_if_unwritable(error: Exception) -> None:
 
 
 def _unwritable(error: Exception) -> Exception:
-    if "full" in str(error) or "No space" in str(error):
+    # SQLite ends the transaction when the disk is full; then the way back to the savepoint fails as well.
+    causes: BaseException | None = error
+    while causes is not None and not any(said in str(causes) for said in ("is full", "No space")):
+        causes = causes.__context__
+    if causes is not None:
         return StorageFull("the server's disk is full; nothing was accepted, try again later")
     return Unavailable("the ledger cannot be written at the moment; nothing was accepted, try again")
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ... import __version__
-from . import BackendOf, Owner
+from . import Backend, BackendOf, Owner
 
 router = APIRouter(tags=["service"])
 
@@ -75,8 +75,19 @@ async def health(backend: BackendOf) -> Response:
             "ready": engine.ready.is_set(),
             "lives": engine.life,
         },
+        "disk": _disk(backend),
     }
     return Response(orjson.dumps(body), 503 if dead else 200, media_type="application/json")
+
+
+def _disk(backend: Backend) -> dict[str, Any]:
+    """Of the data directory; `full`: submits are answered 507."""
+    reserve = backend.disk.reserve_bytes
+    try:
+        total, free = backend.disk.usage()
+    except OSError as error:
+        return {"error": str(error)}
+    return {"total_bytes": total, "free_bytes": free, "reserve_bytes": reserve, "full": free < reserve}
 
 
 @router.post("/api/v1/telemetry")
