@@ -18,26 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from train import Side, write_random_model
+from train import Side, main
 
 SIDES = ("tinsmith", "transformers unmerged", "transformers merged")
-
-
-def main() -> None:
-    arguments = parse()
-    with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or write_random_model(Path(scratch))
-        results = [measure(arguments, model, dtype) for dtype in arguments.dtype]
-    for result in results:
-        show(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
 
 
 def parse() -> argparse.Namespace:
@@ -158,4 +146,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse(), measure, show)

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,12 @@ class Side:
         self._process.wait()
 
 
-def main() -> None:
-    arguments = parse()
+def main(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path, str], dict],
+    show: Callable[[dict], None],
+) -> None:
+    """Measure in every dtype, show the results, and write them where `--json` says."""
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or write_random_model(Path(scratch))
         results = [measure(arguments, model, dtype) for dtype in arguments.dtype]
@@ -235,4 +240,4 @@ def write_random_model(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse(), measure, show)

@@ -85,6 +85,18 @@ def sample(sampler: Sampler, asked: messages.Sample, key=None) -> messages.Sampl
     return run_all(sampler)[asked.request_id]
 
 
+def alone_and_together(sampler: Sampler, asked: list[messages.Sample]) -> tuple[list, list, list]:
+    """Each request's sequences when it runs alone, and when all run together, and who lost its pages then."""
+    alone = [sequences(sample(sampler, one)) for one in asked]
+    lost: list = []
+    original = sampler._queue.preempt_newest
+    sampler._queue.preempt_newest = lambda: lost.append(original()) or lost[-1]
+    for one in asked:
+        sampler.add(one)
+    answers = run_all(sampler)
+    return alone, [sequences(answers[one.request_id]) for one in asked], lost
+
+
 def sequences(output: messages.SampleOutput) -> list[Sampled]:
     return [
         Sampled(

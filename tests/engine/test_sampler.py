@@ -1,10 +1,13 @@
 """The sampler: log-probs, stops, sharing, memory, cancelling; everything against the request run alone or
 against one pass of the trainer's trunk. Mixes of requests: test_sampler_mixes."""
 
+from itertools import chain
+
 import jax
 import numpy as np
 import pytest
 from engine_sampling import (
+    alone_and_together,
     full_forward_logprobs,
     load_tiny,
     make_sampler,
@@ -67,18 +70,11 @@ def test_a_request_that_lost_its_pages_goes_on_as_if_nothing_had_happened(model)
         request(i, prompt_of(150, seed=i), 2, seed=i, logprobs=True, max_tokens=150, stop_tokens=[])
         for i in range(2)
     ]
-    expected = [sequences(sample(sampler, one)) for one in asked]
-    lost = []
-    original = sampler._queue.preempt_newest
-    sampler._queue.preempt_newest = lambda: lost.append(original()) or lost[-1]
-    for one in asked:
-        sampler.add(one)
-    answers = run_all(sampler)
+    alone, together, lost = alone_and_together(sampler, asked)
     assert lost, "four sequences of 300 tokens do not fit into 704"
-    for one, alone in zip(asked, expected, strict=True):
-        for ours, theirs in zip(sequences(answers[one.request_id]), alone, strict=True):
-            assert ours.tokens == theirs.tokens
-            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+    for ours, theirs in zip(chain(*together), chain(*alone), strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
 def test_samples_of_one_seed_differ_and_come_again(sampler):
