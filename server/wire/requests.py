@@ -5,10 +5,12 @@ Where two spellings mean the same, both are taken (`AliasChoices`).
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -30,13 +32,25 @@ Int64 = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)]  # larger numbers
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _as_json(value: Any) -> Any:
+    """The value, if answers can show it: JSON in UTF-8, without NaN and lone surrogates."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON in UTF-8: NaN, infinity, half a character, or nested too deeply") from None
+    return value
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_as_json)]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
 
 
 class CreateSession(Body):
     tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     sdk_version: str | None = None
     project_id: str | None = None
     display_name: str | None = None
@@ -74,7 +88,7 @@ class CreateModel(Body):
     base_model: str
     lora_config: LoraConfig | None = None
     optimizer_config: OptimizerConfig = OptimizerConfig()
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class GetInfo(Body):
@@ -126,6 +140,11 @@ class SaveWeightsForSampler(SaveWeights):
     kind: Literal["snapshot", "inflight"] = "snapshot"
 
 
+class SaveWeightsExternal(SaveWeights):
+    path: str = Field(validation_alias=AliasChoices("path", "name"))
+    age_encryption_recipients: list[str] | None = None
+
+
 class LoadWeights(Body):
     """Into a model that exists (`model_id`, `seq_id`), or as a new one (`session_id`, `model_seq_id`)."""
 
@@ -137,7 +156,7 @@ class LoadWeights(Body):
     optimizer: StrictBool = True
     base_model: str | None = None
     optimizer_config: OptimizerConfig | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class CreateSamplingSession(Body):
@@ -161,7 +180,7 @@ class Prompt(Body):
 class SamplingParams(Body):
     max_tokens: Annotated[Int64, Field(ge=1)] | None = None
     seed: StrictInt | None = None
-    stop: str | list[str] | list[Int64] | None = None
+    stop: Annotated[str | list[str] | list[Int64] | None, AfterValidator(_as_json)] = None
     temperature: Finite = Field(default=1.0, ge=0)
     top_k: Int64 = Field(default=-1, ge=-1)
     top_p: Finite = Field(default=1.0, gt=0, le=1)

@@ -83,6 +83,8 @@ def test_json_requests(case: tuple[type[requests.Body], bytes], backend: SimpleN
         answer = errors.error_response("/", error.status, error.message, error.category)
         json.loads(answer.body)
         return
+    if isinstance(body, requests.CreateSession | requests.CreateModel):
+        json.dumps(body.user_metadata, ensure_ascii=False, allow_nan=False).encode()
     if message is not None:
         assert messages.decode_to_engine(messages.encode(message)) == message
     if isinstance(message, messages.Sample):
@@ -166,3 +168,16 @@ def test_numbers_that_no_message_can_hold_are_refused(change: dict[str, Any]) ->
 def test_optimizer_params_out_of_range_are_refused() -> None:
     with pytest.raises(ValidationError, match="learning_rate"):
         requests.OptimStep.model_validate({"model_id": "m", "optimizer_params": {"learning_rate": -1}})
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", float("nan"), [1, {"a": "\udfff"}]], ids=["text", "nan", "nested"]
+)
+def test_what_no_answer_could_show_is_refused(value: Any) -> None:
+    with pytest.raises(ValidationError, match="not JSON"):
+        requests.CreateSession.model_validate({"user_metadata": {"a": value}})
+
+
+def test_half_a_character_is_no_stop_string() -> None:
+    with pytest.raises(ValidationError, match="stop"):
+        requests.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
