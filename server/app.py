@@ -15,8 +15,19 @@ from .backend import Backend
 from .base_models import BaseModel, resolve
 from .metrics import Measured, Metrics
 from .quotas import Quotas
-from .routers import checkpoints, futures, sampling, service, sessions, training
+from .routers import (
+    checkpoints,
+    downloads,
+    futures,
+    sampling,
+    service,
+    sessions,
+    training,
+    training_runs,
+    weights,
+)
 from .settings import Settings
+from .signed_urls import UrlSigner
 
 
 def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -> FastAPI:
@@ -28,7 +39,9 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     keys = ApiKeys(settings.api_keys)
     quotas = Quotas(settings)
     admission = Admission(quotas)
-    backend = Backend(settings, {model.name: model for model in base_models}, keys, quotas, admission)
+    signer = UrlSigner(settings.data_dir, settings.signed_url_seconds)
+    known = {model.name: model for model in base_models}
+    backend = Backend(settings, known, keys, quotas, admission, signer)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -38,12 +51,15 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
 
     app = FastAPI(title="Tinsmith", version=__version__, lifespan=lifespan)
     app.state.backend = backend
-    for module in (service, sessions, training, checkpoints, sampling, futures):
+    for module in (
+        *(service, sessions, training, weights, sampling, futures),
+        *(training_runs, checkpoints, downloads),
+    ):
         app.include_router(module.router)
     errors.install(app)
     app.state.metrics = Metrics()
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Authentication, keys=keys, admission=admission)
+    app.add_middleware(Authentication, keys=keys, admission=admission, signer=signer)
     return app

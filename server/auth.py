@@ -16,10 +16,11 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .admission import Admission
-from .errors import TooManyRequests, error_response
+from .errors import ApiError, Unauthorized, error_response
 from .ledger import keys as rows
 from .ledger.ledger import Ledger
 from .quotas import Quotas
+from .signed_urls import SIGNATURE, UrlSigner
 
 log = logging.getLogger("tinsmith.auth")
 
@@ -84,36 +85,43 @@ class Authentication:
     """ASGI middleware: puts `owner` into the request's state, or answers 401, or 429 to an owner that asks
     too often, before the body is read."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, admission: Admission):
+    def __init__(self, app: ASGIApp, keys: ApiKeys, admission: Admission, signer: UrlSigner):
         self._app = app
         self._keys = keys
         self._admission = admission
+        self._signer = signer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        headers = HTTPConnection(scope).headers
-        key = headers.get("x-api-key")
-        if key is None and headers.get("authorization", "").lower().startswith("bearer "):
-            key = headers["authorization"][7:].strip()
-        owner = self._keys.owner_of(key)
-        if owner is None:
-            message = (
-                "missing API key: send it as X-API-Key (TINKER_API_KEY for the SDK)"
-                if key is None
-                else "invalid API key: this server does not know it"
-            )
-            await error_response(scope["path"], 401, message, "user")(scope, receive, send)
-            return
         try:
+            owner = self._owner(scope)
             self._admission.request(owner)
-        except TooManyRequests as error:
+        except ApiError as error:
             answer = error_response(scope["path"], error.status, error.message, error.category, error.headers)
             await answer(scope, receive, send)
             return
         scope.setdefault("state", {})["owner"] = owner
         await self._app(scope, receive, send)
+
+    def _owner(self, scope: Scope) -> str:
+        """By key, or, without one, by the URL's signature. Raises Unauthorized, or Forbidden."""
+        headers = HTTPConnection(scope).headers
+        key = headers.get("x-api-key")
+        if key is None and headers.get("authorization", "").lower().startswith("bearer "):
+            key = headers["authorization"][7:].strip()
+        query = scope["query_string"].decode("latin-1")
+        if key is None and f"{SIGNATURE}=" in query:
+            return self._signer.tenant_of(scope["method"], scope["path"], query)
+        owner = self._keys.owner_of(key)
+        if owner is None:
+            raise Unauthorized(
+                "missing API key: send it as X-API-Key (TINKER_API_KEY for the SDK)"
+                if key is None
+                else "invalid API key: this server does not know it"
+            )
+        return owner
 
 
 class BodyLimit:

@@ -21,6 +21,7 @@ from .runs import Runs
 from .samplers import Samplers
 from .sessions import Sessions
 from .settings import Settings
+from .signed_urls import UrlSigner
 from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.server")
@@ -33,6 +34,7 @@ class Backend:
     keys: ApiKeys
     quotas: Quotas
     admission: Admission
+    signer: UrlSigner
     ledger: Ledger = field(init=False)
     disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)

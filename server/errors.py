@@ -49,6 +49,13 @@ class Unauthorized(ApiError):
     category = "user"
 
 
+class Forbidden(ApiError):
+    """What it is asked with does not open it."""
+
+    status = 403
+    category = "user"
+
+
 class QuotaExceeded(ApiError):
     """The tenant has as many as it may have; waiting alone does not help."""
 

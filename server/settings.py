@@ -60,6 +60,10 @@ class Settings(BaseSettings):
     max_queued_operations: int = Field(10_000, ge=1)
     max_waiting_samples: int = Field(2048, ge=1)
     max_requests_per_second: float = Field(2000.0, gt=0)
+    # URLs of checkpoints' files need no key for so long. Where a proxy answers clients under another address,
+    # they begin with `public_url`.
+    signed_url_seconds: float = Field(3600.0, gt=0)
+    public_url: str | None = None
     long_poll_seconds: float = Field(25.0, ge=0, le=30)
     # Longer than the six minutes for which the SDK resends a submit.
     gap_grace_seconds: float = Field(400.0, gt=0)

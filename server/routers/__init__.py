@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from ..backend import Backend
 from ..operation import Operation
@@ -22,6 +22,10 @@ async def _owner(request: Request) -> str:
 
 BackendOf = Annotated[Backend, Depends(_backend)]
 Owner = Annotated[str, Depends(_owner)]
+
+# Of a page of a listing.
+Limit = Annotated[int, Query(ge=0, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=1 << 31)]
 
 
 def future(operation: Operation) -> dict[str, str]:

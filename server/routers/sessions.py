@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 
 from ..checkpoints import as_strings
 from ..ledger import tenancy
 from ..wire import requests
-from . import BackendOf, Owner
+from . import BackendOf, Limit, Offset, Owner
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"])
 
@@ -42,8 +42,8 @@ async def finish_session(
 async def list_sessions(
     backend: BackendOf,
     owner: Owner,
-    limit: Annotated[int, Query(ge=0, le=1000)] = 20,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    limit: Limit = 20,
+    offset: Offset = 0,
 ) -> dict[str, Any]:
     found = await backend.ledger.read(
         lambda connection: tenancy.list_sessions(connection, owner, limit, offset)

@@ -1,0 +1,108 @@
+"""Checkpoints as files: signed URLs of them, and what these lead to."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from sqlalchemy import Row
+
+from ...ckpt import paths
+from ..archive import Archive, files
+from ..checkpoints import iso, named
+from ..errors import BadRequest, NotFound
+from . import Backend, BackendOf, Owner
+
+router = APIRouter(prefix="/api/v1", tags=["downloads"])
+
+_ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
+
+
+async def _find(
+    backend: Backend, owner: str, run_id: str, segment: str, name: str, save: str | None = None
+) -> tuple[Row, Path]:
+    """A checkpoint of safetensors and its directory; with `save` that one of the name and no other."""
+    uri = named(run_id, segment, name)
+    row = await backend.checkpoints.find(owner, uri)
+    if uri.checkpoint_type == "training":
+        raise BadRequest(
+            f"{str(uri)!r} is a training state, of no use elsewhere; save_weights_for_sampler or "
+            "save_weights_external write files that PEFT reads (tinker checkpoint download does it for you)"
+        )
+    if save is not None and save != _save(row):
+        raise NotFound(f"the checkpoint {str(uri)!r} that this URL was made for was deleted")
+    return row, paths.resolve(backend.settings.data_dir, row.directory)
+
+
+def _save(row: Row) -> str:
+    """What no other checkpoint has, also none that has the same name later."""
+    return row.directory.rpartition("-")[2]
+
+
+def _base(request: Request, backend: Backend) -> str:
+    return (backend.settings.public_url or str(request.base_url)).rstrip("/")
+
+
+@router.get(_ONE + "/archive")
+async def archive_url(
+    run_id: str, segment: str, name: str, request: Request, backend: BackendOf, owner: Owner
+) -> Response:
+    """To a signed URL of the archive."""
+    row, _ = await _find(backend, owner, run_id, segment, name)
+    expires = backend.signer.expiry()
+    path = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/archive.tar"
+    location = _base(request, backend) + backend.signer.sign(path, owner, _save(row), expires)
+    date = format_datetime(datetime.fromtimestamp(expires, UTC), usegmt=True)
+    return Response(status_code=302, headers={"Location": location, "Expires": date})
+
+
+@router.get(_ONE + "/archive.tar")
+async def archive(
+    run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner, save: str | None = None
+) -> Response:
+    row, directory = await _find(backend, owner, run_id, segment, name, save)
+    try:
+        tar = await asyncio.to_thread(Archive, directory)
+    except FileNotFoundError:
+        raise NotFound(f"the files of {name!r} were deleted") from None
+    headers = {
+        "Content-Length": str(tar.length),
+        "Content-Disposition": f'attachment; filename="{row.name}.tar"',
+    }
+    return StreamingResponse(tar.chunks(), media_type="application/x-tar", headers=headers)
+
+
+@router.get(_ONE + "/external_weights_urls")
+async def external_weights_urls(
+    run_id: str, segment: str, name: str, request: Request, backend: BackendOf, owner: Owner
+) -> dict[str, Any]:
+    """A signed URL of each file."""
+    row, directory = await _find(backend, owner, run_id, segment, name)
+    expires = backend.signer.expiry()
+    base = _base(request, backend)
+    below = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/files"
+    names = await asyncio.to_thread(files, directory)
+    urls = {file: base + backend.signer.sign(f"{below}/{file}", owner, _save(row), expires) for file in names}
+    return {"urls": urls, "expires": iso(expires)}
+
+
+@router.get(_ONE + "/files/{file:path}")
+async def file(
+    run_id: str,
+    segment: str,
+    name: str,
+    file: str,
+    backend: BackendOf,
+    owner: Owner,
+    save: str | None = None,
+) -> Response:
+    _, directory = await _find(backend, owner, run_id, segment, name, save)
+    found = (await asyncio.to_thread(files, directory)).get(file)
+    if found is None:
+        raise NotFound(f"the checkpoint {name!r} has no file {file[:200]!r}")
+    return FileResponse(found, media_type="application/octet-stream", filename=found.name)

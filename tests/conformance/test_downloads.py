@@ -1,0 +1,151 @@
+"""Checkpoints leave the server: by the SDK's command line, by archive, by URLs that are signed."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import tinker
+import torch
+from conformance.batches import batch, logprobs
+from conformance.conftest import ALICE, BOB
+from conformance.server_process import ServerProcess, Wire
+from conformance.test_sdk_training import step
+from peft import PeftModel
+from tinsmith.server.signed_urls import UrlSigner
+from transformers import AutoModelForCausalLM
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def cli(server: ServerProcess, *arguments: str, key: str = ALICE) -> subprocess.CompletedProcess[str]:
+    """The SDK's own command line."""
+    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": key, "TINKER_TELEMETRY": "0"}
+    command = [sys.executable, "-m", "tinker.cli", "--format", "json", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(server: ServerProcess) -> tinker.TrainingClient:
+    service = tinker.ServiceClient(base_url=server.url, api_key=ALICE)
+    training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
+    step(training, batch())
+    return training
+
+
+@pytest.fixture(scope="module")
+def exported(trained: tinker.TrainingClient) -> str:
+    return trained.save_weights_for_sampler("exported").result().path
+
+
+def by_peft(model: Path, adapter: Path, data: list[tinker.Datum]) -> np.ndarray:
+    """Log-probs of the targets, computed by transformers and PEFT."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    rows = []
+    for datum in data:
+        targets = torch.tensor(datum.loss_fn_inputs["target_tokens"].data)
+        with torch.no_grad():
+            logits = loaded(torch.tensor([datum.model_input.to_ints()])).logits[0]
+        rows.append(torch.log_softmax(logits.double(), -1).gather(-1, targets[:, None])[:, 0].numpy())
+    return np.concatenate(rows)
+
+
+def test_the_sdk_s_command_downloads_what_peft_loads(
+    server: ServerProcess, trained: tinker.TrainingClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = batch(3, seed=5)
+    path = trained.save_state("downloaded").result().path
+    expected = np.concatenate(logprobs(trained.forward(data, "cross_entropy").result()))
+    done = cli(server, "checkpoint", "download", path, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert {file.name for file in folder.iterdir()} == FILES
+    np.testing.assert_allclose(by_peft(tiny_model, folder, data), expected, atol=1e-4)
+    left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
+    assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
+    assert cli(server, "checkpoint", "download", path, "--output", str(tmp_path / "b"), key=BOB).returncode
+
+
+def test_external_weights_come_over_urls_without_a_key(
+    server: ServerProcess, trained: tinker.TrainingClient
+) -> None:
+    saved = trained.save_weights_external("outside", ttl_seconds=3600).result()
+    assert saved.path == f"tinker://{trained.model_id}/external_weights/outside"
+    rest = tinker.RestClient(base_url=server.url, api_key=ALICE)
+    answer = rest.get_external_weights_urls(saved.path).result()
+    assert set(answer.urls) == FILES
+    sizes = 0
+    for url in answer.urls.values():
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+            assert int(response.headers["Content-Length"]) == len(content)
+            sizes += len(content)
+    (listed,) = (
+        c for c in rest.list_checkpoints(trained.model_id).result().checkpoints if c.size_bytes == sizes
+    )
+    assert listed.checkpoint_type == "external"
+    rest.delete_checkpoint_from_tinker_path(saved.path).result()
+    assert httpx.get(answer.urls["adapter_config.json"]).status_code == 404
+    again = trained.save_weights_external("outside").result()
+    assert again.path == saved.path
+    old = httpx.get(answer.urls["adapter_config.json"])
+    assert old.status_code == 404, "the URL was for the one before"
+    wire = Wire(server.url, ALICE)
+    body = {"model_id": trained.model_id, "path": "sealed", "age_encryption_recipients": ["age1x"]}
+    assert "does not encrypt" in wire.post("save_weights_external", **body).json()["error"]
+
+
+def test_the_archive_is_a_redirect_to_a_tar(server: ServerProcess, exported: str) -> None:
+    """The route of SDKs up to 0.33."""
+    run, checkpoint = exported.removeprefix("tinker://").split("/", 1)
+    url = f"/api/v1/training_runs/{run}/checkpoints/{checkpoint}/archive"
+    redirect = Wire(server.url, ALICE).http.get(url)
+    assert redirect.status_code == 302
+    assert redirect.headers["expires"].endswith("GMT")
+    tar = httpx.get(redirect.headers["location"])
+    assert tar.status_code == 200
+    assert int(tar.headers["content-length"]) == len(tar.content)
+    with tarfile.open(fileobj=io.BytesIO(tar.content)) as opened:
+        assert set(opened.getnames()) == FILES | {"checkpoint_complete"}
+    state = Wire(server.url, ALICE).http.get(url.replace("sampler_weights/exported", "weights/downloaded"))
+    assert state.status_code in (400, 404)
+
+
+def test_signed_urls_of_others_and_of_the_past(server: ServerProcess, exported: str) -> None:
+    run, checkpoint = exported.removeprefix("tinker://").split("/", 1)
+    one = f"/api/v1/training_runs/{run}/checkpoints/{checkpoint}"
+    location = Wire(server.url, ALICE).http.get(one + "/archive").headers["location"]
+    path, query = urlsplit(location).path, urlsplit(location).query
+    nobody = httpx.Client(base_url=server.url)
+    assert nobody.get(f"{path}?{query}").status_code == 200
+    refused = {
+        "another path": f"{one}/files/adapter_config.json?{query}",
+        "another tenant": f"{path}?{query.replace('tenant=alice', 'tenant=bob')}",
+        "longer": f"{path}?{query.replace('expires=1', 'expires=2')}",
+        "unsigned": f"{path}?{query.rpartition('signature=')[0]}signature=",
+    }
+    for what, url in refused.items():
+        assert nobody.get(url).status_code == 403, what
+    assert nobody.get(path).status_code == 401
+    assert nobody.delete(f"{one}?{query}").status_code == 403
+    # Genuine ones, as this server would have signed them.
+    save = dict(pair.split("=") for pair in query.split("&"))["save"]
+    past = UrlSigner(server.data_dir, -1.0)
+    expired = nobody.get(past.sign(path, "alice", save, past.expiry()))
+    assert expired.status_code == 403
+    assert "expired" in expired.json()["error"]
+    signer = UrlSigner(server.data_dir, 60.0)
+    assert nobody.get(signer.sign(path, "alice", save, signer.expiry())).status_code == 200
+    assert nobody.get(signer.sign(path, "bob", save, signer.expiry())).status_code == 404, "not bob's"
+    Wire(server.url, ALICE).http.delete(one)
+    assert nobody.get(f"{path}?{query}").status_code == 404, "deleted"
