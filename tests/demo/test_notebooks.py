@@ -38,6 +38,7 @@ def test_sft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINSMITH_NOTEBOOK_GROUP", "4")
     text, tables = run("02_rl.ipynb", 2, monkeypatch)
     first, *_, last = curve(text, "mean reward")
     assert last > first, "two steps are enough to see the reward rise"
