@@ -48,6 +48,15 @@ class ShapeTable:
     def smallest_row(self, length: int) -> int:
         return next(row for row in self.rows if row >= length)
 
+    def halved(self) -> ShapeTable:
+        """Those of the shapes that have half a micro-batch's tokens, and of longer rows the fewest."""
+        tokens = self.micro_batch_tokens // 2
+        rows = {
+            length: tuple(count for count in counts if count * length <= tokens) or counts[:1]
+            for length, counts in self.rows.items()
+        }
+        return ShapeTable(rows, tokens, self.attention_length)
+
 
 def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1) -> ShapeTable:
     """A table for datums of up to `max_length` tokens; micro-batches of about `micro_batch_tokens`.
@@ -118,6 +127,11 @@ class MicroBatch:
         """The groups that have rows here, in order of first appearance."""
         return tuple(dict.fromkeys(row.group for row in self.rows))
 
+    @property
+    def num_tokens(self) -> int:
+        """What the program computes, padding included."""
+        return self.length * self.num_rows
+
     def positions(self) -> tuple[np.ndarray, np.ndarray]:
         """`position` and `start` int32[B, T]: each token's place in its datum, and the first key it may see.
 
@@ -174,7 +188,7 @@ def pack(
 
 def computed_tokens(packing: Sequence[MicroBatch]) -> int:
     """Tokens that the programs compute, padding included."""
-    return sum(m.length * m.num_rows for m in packing)
+    return sum(m.num_tokens for m in packing)
 
 
 def _rows(lengths: Sequence[int], groups: Sequence[int], table: ShapeTable, opening: int) -> list[Row]:

@@ -1,13 +1,12 @@
 """Loss, gradients and optimizer steps of any number of models over one frozen base.
 
 The trainer holds the base and the compiled programs; a model is its `TrainingState`. A `Run` (`training_run`)
-is one device batch of jobs of one or several models, a micro-batch per step.
+is one device batch of jobs of one or several models, a micro-batch per step (`gradient_programs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,14 +19,14 @@ from ..model.config import ModelConfig
 from ..model.lora import init_lora
 from . import optimizer, train_step, validation
 from .errors import UserError
+from .gradient_programs import GradientPrograms
 from .messages import AdamParams, ForwardBackward, LoraSpec
 from .packing import shape_table
 from .programs import OnCompile, Programs
-from .rematerialisation import activation_bytes, choose_remat
-from .train_step import Batch, Outputs, Static
+from .train_step import Static
 from .training_run import Job, JobOutput, Run
 from .training_state import GradNormalization, TrainingState
-from .training_structure import abstract_batch, describe, structure
+from .training_structure import describe, structure
 
 
 class Trainer:
@@ -68,15 +67,13 @@ class Trainer:
         )
         self.programs = Programs(self.mesh, on_compile)
         self._base = base
-        self._dtype = base["embed_tokens"]["weight"].dtype
-        self._remat = remat
-        self._row_devices = row_devices
-        self._activation_bytes = activation_bytes()
-        self._static = Static(
-            graph, self._dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False
-        )
         self._replicated = sharding.replicated(self.mesh)
         self._base_shardings = sharding.shardings_for(base, decoder.logical_axes(config), self.mesh)
+        dtype = base["embed_tokens"]["weight"].dtype
+        static = Static(graph, dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False)
+        self.gradient_programs = GradientPrograms(
+            self.programs, self.mesh, config, base, self._base_shardings, static, remat
+        )
         self._zeros: dict[Any, list[Any]] = {}
 
     # --- models -----------------------------------------------------------------------------------------
@@ -195,53 +192,15 @@ class Trainer:
 
     def warm_up(self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None) -> None:
         """Compile what one model of this kind needs for micro-batches of `shapes` (T, B); all by default."""
-        weights = self.abstract_weights(lora)
-        key = structure(lora)
-        for length, rows in self.shapes.shapes if shapes is None else shapes:
-            batch = abstract_batch(self.mesh, rows, length)
-            self._gradient_program(key, (weights,), (weights,), batch, False)
+        self.gradient_programs.warm_up(
+            lora, self.abstract_weights(lora), self.shapes.shapes if shapes is None else shapes
+        )
 
     # --- device work of a run ---------------------------------------------------------------------------
 
     def structure(self, state: TrainingState) -> Any:
         """What adapters must have in common to share a batch; None for full weights."""
         return structure(state.lora)
-
-    def put(self, batch: Batch) -> Batch:
-        """A micro-batch of NumPy arrays, on the mesh."""
-        return jax.device_put(
-            batch, jax.tree.map(lambda x: sharding.rows_sharding(self.mesh, x.shape), batch)
-        )
-
-    def run_gradients(
-        self, states: Sequence[TrainingState], gradients: tuple, batch: Batch, sequence_level: bool
-    ) -> tuple[tuple, Outputs]:
-        """Each state's `gradients` (donated) plus those of the micro-batch, and its outputs."""
-        weights = tuple(state.weights for state in states)
-        key = self.structure(states[0])
-        program = self._gradient_program(key, weights, gradients, batch, sequence_level)
-        if key is None:
-            total, outputs = program(weights[0], gradients[0], batch)
-            return (total,), outputs
-        return program(self._base, weights, self._scales(states), gradients, batch)
-
-    def run_forward(self, states: Sequence[TrainingState], batch: Batch, sequence_level: bool) -> Outputs:
-        """The outputs alone."""
-        weights = tuple(state.weights for state in states)
-        key = self.structure(states[0])
-        static = self._static._replace(sequence_level=sequence_level)
-        function: Callable[..., Any]
-        arguments: tuple[Any, ...]
-        if key is None:
-            function, arguments = train_step.forward_weights, (weights[0], batch)
-        else:
-            function = train_step.forward_adapters
-            arguments = (self._base, weights, self._scales(states), batch)
-        name = f"forward {describe(key, batch, len(states), sequence_level)}"
-        program = self.programs.get(
-            name, name, partial(function, static), arguments, out_shardings=self._replicated
-        )
-        return program(*arguments)
 
     def zeros(self, state: TrainingState) -> Any:
         """A zero tree like the state's gradients, for the caller to keep or to `recycle`."""
@@ -273,39 +232,6 @@ class Trainer:
         else:
             self.recycle(state, total)
         return finite
-
-    def _gradient_program(self, key, weights: tuple, gradients: tuple, batch: Batch, sequence_level: bool):
-        static = self._static._replace(
-            sequence_level=sequence_level, remat=self._remat or self._remat_of(batch)
-        )
-        name = f"forward_backward {describe(key, batch, len(weights), sequence_level)}"
-        function: Callable[..., Any]
-        arguments: tuple[Any, ...]
-        if key is None:
-            function = train_step.forward_backward_weights
-            arguments = (weights[0], gradients[0], batch)
-            donate, pin = (1,), self._base_shardings
-        else:
-            function = train_step.forward_backward_adapters
-            scales = jax.ShapeDtypeStruct((len(weights),), jnp.float32, sharding=self._replicated)
-            arguments = (self._base, weights, scales, gradients, batch)
-            donate, pin = (3,), self._replicated
-        return self.programs.get(
-            name,
-            name,
-            partial(function, static),
-            arguments,
-            donate=donate,
-            out_shardings=(pin, self._replicated),
-        )
-
-    def _remat_of(self, batch: Batch) -> str:
-        """By what one device computes of the micro-batch."""
-        tokens = batch.tokens.shape[0] * batch.tokens.shape[1] // self._row_devices
-        return choose_remat(self.config, tokens, self._dtype.itemsize, self._activation_bytes)
-
-    def _scales(self, states: Sequence[TrainingState]) -> jax.Array:
-        return jax.device_put(np.array([s.scale for s in states], np.float32), self._replicated)
 
     def _shardings(self, state: TrainingState) -> Any:
         return self._base_shardings if state.lora is None else self._replicated

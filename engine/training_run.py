@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,16 @@ import numpy as np
 
 from ..losses import MAX_CONFIG, Loss
 from .errors import UserError
-from .packing import MicroBatch, pack
+from .gradient_programs import DoesNotFitError
+from .packing import ROW_MULTIPLE_OF, MicroBatch, ShapeTable, pack
 from .train_step import BATCH_INPUTS, LOSS_INDEX, SEQUENCE_INPUTS, Batch, Outputs
 from .training_state import TrainingState
 from .validation import TrainingDatum
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 MODELS_PER_BATCH = (1, 2, 4, 8)
 IN_FLIGHT = 2  # micro-batches dispatched and not yet read back
@@ -65,34 +69,73 @@ class _Kind:
     targets: int  # per token, bucketed
 
 
+_Planned = tuple[_Kind, list[tuple[int, int]], MicroBatch]
+
+
 class Run:
     """See `Trainer.start`. `results`, of each job its output or error, is there once `step` has said True."""
 
     def __init__(self, trainer: Trainer, jobs: Sequence[Job]):
         self._trainer = trainer
         self._jobs = list(jobs)
+        self._shapes = trainer.shapes
+        self._out_of_memory = False
+        self.results: list[JobOutput | UserError] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self._gradients: dict[int, Any] = {}
-        self._losses = np.zeros(len(jobs))
-        self._logprobs: list[list[Any]] = [[None] * len(job.data) for job in jobs]
-        self._waiting = deque(self._plan())
+        self._losses = np.zeros(len(self._jobs))
+        self._logprobs: list[list[Any]] = [[None] * len(job.data) for job in self._jobs]
+        self._waiting = deque(self._plan(self._shapes))
         self._in_flight: deque[tuple[list[tuple[int, int]], MicroBatch, Outputs]] = deque()
         self.micro_batches = len(self._waiting)
-        self.results: list[JobOutput | UserError] = []
+        self._largest = _largest(self._waiting)
 
     def step(self) -> bool:
-        """Dispatch one micro-batch, and read back an earlier one; whether the run has ended."""
+        """Dispatch one micro-batch, and read back an earlier one; whether the run has ended.
+
+        When the device runs out of memory the run begins again, once, with smaller micro-batches.
+        """
+        try:
+            ended = self._compute()
+        except (RuntimeError, DoesNotFitError) as error:
+            if not self._can_be_smaller(error):
+                raise
+            log.warning("with smaller micro-batches again: %s", error)
+        else:
+            if ended:
+                self.results = [self._finish(index) for index in range(len(self._jobs))]
+            return ended
+        # Not in the handler: the error holds on to the arrays of the frames that it came through.
+        self._begin()
+        return False
+
+    def _can_be_smaller(self, error: Exception) -> bool:
+        """Whether to begin again. `_shapes` are then the next smaller ones that change the largest batch."""
+        if not isinstance(error, DoesNotFitError):
+            if "RESOURCE_EXHAUSTED" not in str(error) or self._out_of_memory:
+                return False
+            self._out_of_memory = True
+        shapes = self._shapes.halved()
+        while shapes.micro_batch_tokens > ROW_MULTIPLE_OF:
+            if _largest(self._plan(shapes)) < self._largest:
+                self._shapes = shapes
+                return True
+            shapes = shapes.halved()
+        return False
+
+    def _compute(self) -> bool:
+        """A turn of `step`, without what comes after the last."""
         if self._waiting:
             self._dispatch(*self._waiting.popleft())
             if len(self._in_flight) < IN_FLIGHT and self._waiting:
                 return False
         if self._in_flight:
             self._read_back(*self._in_flight.popleft())
-        if self._waiting or self._in_flight:
-            return False
-        self.results = [self._finish(index) for index in range(len(self._jobs))]
-        return True
+        return not (self._waiting or self._in_flight)
 
-    def _plan(self) -> list[tuple[_Kind, list[tuple[int, int]], MicroBatch]]:
+    def _plan(self, shapes: ShapeTable) -> list[_Planned]:
         """(kind, [(job, datum)] by the packing's numbers, micro-batch) of every micro-batch."""
         kinds: dict[_Kind, list[tuple[int, int]]] = {}
         for job_index, job in enumerate(self._jobs):
@@ -105,7 +148,7 @@ class Run:
         plan = []
         for kind, members in kinds.items():
             lengths = [len(self._jobs[job].data[index].tokens) for job, index in members]
-            packed = pack(lengths, [job for job, _ in members], self._trainer.shapes, MODELS_PER_BATCH[-1])
+            packed = pack(lengths, [job for job, _ in members], shapes, MODELS_PER_BATCH[-1])
             plan += [(kind, members, micro_batch) for micro_batch in packed]
         return plan
 
@@ -114,16 +157,17 @@ class Run:
         n = next(size for size in MODELS_PER_BATCH if size >= len(jobs))
         states = [self._jobs[job].state for job in jobs]
         states += states[:1] * (n - len(jobs))  # no row points at these
-        batch = self._trainer.put(self._batch(kind, members, micro_batch))
+        programs = self._trainer.gradient_programs
+        batch = programs.put(self._batch(kind, members, micro_batch))
         if kind.forward_only:
-            outputs = self._trainer.run_forward(states, batch, kind.sequence_level)
+            outputs = programs.run_forward(states, batch, kind.sequence_level)
         else:
             begun = [self._gradients.pop(job, None) for job in jobs] + [None] * (n - len(jobs))
             gradients = tuple(
                 self._trainer.zeros(state) if gradient is None else gradient
                 for gradient, state in zip(begun, states, strict=True)
             )
-            gradients, outputs = self._trainer.run_gradients(states, gradients, batch, kind.sequence_level)
+            gradients, outputs = programs.run_gradients(states, gradients, batch, kind.sequence_level)
             self._gradients.update(zip(jobs, gradients, strict=False))
             for unused in gradients[len(jobs) :]:
                 self._trainer.recycle(states[0], unused)
@@ -223,6 +267,10 @@ class Run:
                 ratio = np.exp(difference, dtype=np.float64)
                 metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
         return metrics
+
+
+def _largest(plan: Iterable[_Planned]) -> int:
+    return max((micro_batch.num_tokens for _, _, micro_batch in plan), default=0)
 
 
 def _bucket_targets(targets: int) -> int:
