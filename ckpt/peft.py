@@ -161,10 +161,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"PEFT adapter {directory.name}: {CONFIG_FILE} is not JSON: {error}") from None
     if not isinstance(read, dict):
         raise AdapterError(f"PEFT adapter {directory.name}: {CONFIG_FILE} is not an object")
-    rank, alpha, base = read.get("r"), read.get("lora_alpha"), read.get("base_model_name_or_path")
+    rank, base = read.get("r"), read.get("base_model_name_or_path")
+    alpha: Any = read.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= RANK_BUCKETS[-1]:
         raise AdapterError(f"PEFT adapter {directory.name}: r is not a rank of 1 to {RANK_BUCKETS[-1]}")
-    if type(alpha) not in (int, float) or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
         raise AdapterError(f"PEFT adapter {directory.name}: lora_alpha is not a number up to {_MAX_ALPHA:g}")
     if base is not None and not isinstance(base, str):
         raise AdapterError(f"PEFT adapter {directory.name}: base_model_name_or_path is not a text")

@@ -121,7 +121,7 @@ class OptimStep(Sequenced):
             try:
                 self.adam_params = AdamParams.model_validate(self.optimizer_params)
             except ValidationError as error:
-                raise ValueError(f"optimizer_params: {describe(list(error.errors()))}") from None
+                raise ValueError(f"optimizer_params: {describe([*map(dict, error.errors())])}") from None
         return self
 
 
@@ -271,6 +271,10 @@ class CancelFuture(Body):
 
 class WeightsInfo(Body):
     tinker_path: str = Field(validation_alias=AliasChoices("tinker_path", "path"))
+
+
+class Project(Body):
+    project_id: Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class Ttl(Body):
