@@ -23,6 +23,7 @@ from .sessions import Sessions
 from .settings import Settings
 from .signed_urls import UrlSigner
 from .supervisor import Supervisor
+from .sweep import Sweep
 
 log = logging.getLogger("tinsmith.server")
 
@@ -43,6 +44,7 @@ class Backend:
     sessions: Sessions = field(init=False)
     samplers: Samplers = field(init=False)
     checkpoints: Checkpoints = field(init=False)
+    sweep: Sweep = field(init=False)
     _background: list[asyncio.Task] = field(default_factory=list)
     stopped: bool = False
     _draining: bool = False
@@ -62,7 +64,8 @@ class Backend:
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
-        self.checkpoints = Checkpoints(self.ledger, self.engine, settings.data_dir)
+        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
+        self.checkpoints = Checkpoints(self.ledger, self.sweep)
         await self.keys.read(self.ledger)
         await self.quotas.read(self.ledger)
         for owner in self.keys.owners:
@@ -73,6 +76,7 @@ class Backend:
         forever = (
             read_forever(self.ledger, self.keys, self.quotas),
             self.samplers.sweep_forever(),
+            self.sweep.sweep_forever(),
             self.sessions.rest_silent_forever(),
         )
         self._background = [asyncio.ensure_future(each) for each in forever]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 import time
-import uuid
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Row
 
 from ..ckpt import paths
-from ..engine import messages
 from .errors import BadRequest, NotFound
 from .ledger import checkpoints as rows
 from .ledger.ledger import Ledger
-from .supervisor import Supervisor
+from .sweep import Sweep
 
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 24 * 3600
 
@@ -76,10 +71,9 @@ def as_strings(metadata: dict[str, Any] | None) -> dict[str, str] | None:
 
 
 class Checkpoints:
-    def __init__(self, ledger: Ledger, engine: Supervisor, data_dir: Path):
+    def __init__(self, ledger: Ledger, sweep: Sweep):
         self._ledger = ledger
-        self._engine = engine
-        self._data_dir = data_dir
+        self._sweep = sweep
 
     async def find(self, owner: str, uri: paths.CheckpointUri, shared: bool = True) -> Row:
         """The complete checkpoint; with `shared` also somebody's published one. Raises NotFound."""
@@ -113,10 +107,7 @@ class Checkpoints:
     async def delete(self, owner: str, uri: paths.CheckpointUri) -> None:
         row = await self.find(owner, uri, shared=False)
         await self._ledger.write(lambda connection: rows.change(connection, row.id, state="deleted"))
-        release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
-        self._engine.send(messages.encode(release))
-        directory = paths.resolve(self._data_dir, row.directory)
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        await self._sweep.remove_deleted(row.directory)
 
     async def change(self, owner: str, uri: paths.CheckpointUri, **values: Any) -> None:
         row = await self.find(owner, uri, shared=False)

@@ -27,6 +27,7 @@ class Operation:
     payload: bytes | None
     answer: Answer | None = None
     rejected: bool = False
+    expired: bool = False  # it had an answer, which was dropped
     committed: bool = False  # it is in the ledger
     answering: bool = False
     sent_in: int = 0  # the engine's life in which it was sent
@@ -35,7 +36,7 @@ class Operation:
 
     @property
     def settled(self) -> bool:
-        return self.answer is not None
+        return self.answer is not None or self.expired
 
     @property
     def sequenced(self) -> bool:

@@ -10,28 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row
 
 from ..engine import messages
+from .answers import RememberedAnswers, replayed, settle
 from .disk import Disk
 from .dispatcher import Dispatcher
 from .errors import ApiError, BadRequest
-from .ledger import checkpoints as checkpoint_rows
 from .ledger import operations as rows
-from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operation import Answer, Operation, Submission, natural_key
 from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.operations")
-
-# Operations that change a model: a replay after the newest snapshot needs them again.
-REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_unnamed_sampler"})
-_REMEMBERED_BYTES = 256 << 20  # of answers kept in memory
 
 
 class Operations:
@@ -49,8 +43,7 @@ class Operations:
         self._engine = engine
         self._disk = disk
         self._pending: dict[str, Operation] = {}
-        self._remembered: OrderedDict[str, Operation] = OrderedDict()
-        self._remembered_bytes = 0
+        self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
 
     # --- submits
@@ -202,7 +195,7 @@ class Operations:
 
     async def _finish(self, operation: Operation, answer: Answer, ran: bool) -> None:
         encoded = messages.encode(answer)
-        payload = _replayed(operation, answer, ran)
+        payload = replayed(operation, answer, ran)
 
         def change(connection: Connection) -> None:
             done = isinstance(answer, messages.Done)
@@ -216,7 +209,7 @@ class Operations:
             )
             if operation.sequenced:
                 rows.advance(connection, operation.model_id, operation.seq_id)
-            _settle(connection, operation, answer)
+            settle(connection, operation, answer)
 
         while True:
             try:
@@ -235,12 +228,8 @@ class Operations:
 
     def _remember(self, operation: Operation) -> None:
         self._pending.pop(operation.request_id, None)
-        self._remembered[operation.request_id] = operation
-        self._remembered_bytes += _size(operation.answer)
+        self._remembered.add(operation)
         operation.finished.set()
-        while self._remembered_bytes > _REMEMBERED_BYTES and len(self._remembered) > 1:
-            _id, oldest = self._remembered.popitem(last=False)
-            self._remembered_bytes -= _size(oldest.answer)
 
     def fail(
         self,
@@ -256,7 +245,7 @@ class Operations:
     # --- polls
 
     async def find(self, owner: str, request_id: str) -> Operation | None:
-        """The owner's operation of that id, in whatever state."""
+        """The owner's operation of that id, in whatever state; None for one whose answer was dropped."""
         operation = self._pending.get(request_id) or self._remembered.get(request_id)
         if operation is None:
             row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
@@ -266,7 +255,7 @@ class Operations:
             operation = (
                 self._pending.get(request_id) or self._remembered.get(request_id) or self._from_row(row)
             )
-        return operation if operation.owner == owner else None
+        return operation if operation.owner == owner and not operation.expired else None
 
     def wake_all(self) -> None:
         """Lets every poll answer that its operation is still pending."""
@@ -290,8 +279,11 @@ class Operations:
             assert isinstance(answer, messages.Done | messages.Failed)
             operation.answer = answer
             operation.finished.set()
-        else:
+        elif row.state == "accepted":
             self._pending[row.id] = operation
+        else:
+            operation.expired = True
+            operation.finished.set()
         return operation
 
     def load(self, row: Row) -> Operation:
@@ -306,42 +298,3 @@ class Operations:
         """Waits until there is no answer left to write."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def _replayed(operation: Operation, answer: Answer, ran: bool) -> bytes | None:
-    """The message that does to the model again what the operation did: None if that is nothing."""
-    if isinstance(answer, messages.Done):
-        return operation.payload if operation.kind in REPLAYED else None
-    if ran and operation.kind == "forward_backward":
-        # The engine counts failures, for the step after them; without data it fails again, and at once.
-        return messages.encode(
-            messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
-        )
-    if ran and operation.kind == "optim_step" and answer.category == "user":
-        return operation.payload  # one that is not finite drops the gradients
-    return None
-
-
-def _size(answer: Answer | None) -> int:
-    """Roughly the bytes of an answer in memory."""
-    output = answer.output if isinstance(answer, messages.Done) else None
-    if isinstance(output, messages.ForwardBackwardOutput):
-        return 512 + sum(len(tensor.data) for tensor in output.logprobs)
-    if isinstance(output, messages.SampleOutput):
-        return 512 + sum(2 * len(sequence.tokens) for sequence in output.sequences)
-    return 512
-
-
-def _settle(connection: Connection, operation: Operation, answer: Answer) -> None:
-    """What else an answer means for the ledger."""
-    output = answer.output if isinstance(answer, messages.Done) else None
-    if operation.kind == "save_unnamed_sampler":
-        if output is not None:
-            tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])
-    elif isinstance(output, messages.StateSaved | messages.SamplerSaved):
-        checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
-    elif operation.kind in ("save_weights", "save_weights_for_sampler"):
-        checkpoint_rows.settle(connection, operation.request_id, None)
-    elif operation.kind == "create_model":
-        state = "failed" if output is None else "ready"
-        tenancy.update_model(connection, operation.model_id, state=state)

@@ -31,6 +31,8 @@ class Run:
     creation: bytes
     snapshot: str | None
     snapshot_seq: int
+    older_snapshot: str | None = None
+    older_snapshot_seq: int | None = None  # None: there is nothing older that the ledger can go on from
     resident: bool = False
     broken: str | None = None
     restoring: asyncio.Task | None = None
@@ -61,4 +63,6 @@ def from_row(row: Row) -> Run:
         row.creation,
         row.snapshot,
         row.snapshot_seq,
+        row.older_snapshot,
+        row.older_snapshot_seq,
     )

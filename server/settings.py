@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     # An engine that gives no sign of life for so long (while it loads, five times that) is killed, and the
     # next one started. It gives them while it computes and compiles.
     engine_silence_seconds: float = Field(60.0, gt=0)
+    # Answers are kept for so long, and so many bytes of them; a later poll is 410. How often that is looked
+    # at, and directories are removed that nobody needs.
+    answer_seconds: float = Field(24 * 3600.0, gt=0)
+    answer_bytes: int = Field(4 << 30, ge=0)
+    sweep_seconds: float = Field(600.0, gt=0)
     # With less than so much free on the data directory's disk, submits are refused with 507.
     disk_reserve_bytes: int = Field(256 << 20, ge=0)
     stop_patience_seconds: float = Field(600.0, gt=0)

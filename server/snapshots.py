@@ -38,6 +38,7 @@ class Snapshots:
         self._engine = engine
         self._dispatcher = dispatcher
         self._settings = settings
+        self.being_written: set[str] = set()
 
     def _released(self, run: Run) -> int:
         """The number of the last operation that the engine was sent."""
@@ -76,22 +77,41 @@ class Snapshots:
             through = self._released(run)
             directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
             run.bytes_since_snapshot = 0
-            if not await self._save(run, directory):
-                await self._remove_directory(directory)
-                return
-
-            def change(connection: Connection) -> None:
-                tenancy.update_model(connection, run.id, snapshot=directory, snapshot_seq=through)
-                operation_rows.forget_payloads(connection, run.id, through)
-
+            self.being_written.add(directory)
             try:
-                await self._ledger.write(change)
-            except ApiError as error:
-                log.error("the snapshot of model %s could not be noted: %s", run.id, error)
-                return
-            older, run.snapshot, run.snapshot_seq = run.snapshot, directory, through
-        if older is not None:
-            await self._remove_directory(older)
+                if not await self._save(run, directory):
+                    await self._remove_directory(directory)
+                    return
+                oldest = await self._note(run, directory, through)
+            finally:
+                self.being_written.discard(directory)
+        if oldest is not None:
+            await self._remove_directory(oldest)
+
+    async def _note(self, run: Run, directory: str, through: int) -> str | None:
+        """In the ledger, which can then forget what came before the snapshot before this one, in case that
+        this one cannot be read; gives the snapshot that is not needed any more."""
+        oldest, older, older_seq = run.older_snapshot, run.snapshot, run.snapshot_seq
+
+        def change(connection: Connection) -> None:
+            tenancy.update_model(
+                connection,
+                run.id,
+                snapshot=directory,
+                snapshot_seq=through,
+                older_snapshot=older,
+                older_snapshot_seq=older_seq,
+            )
+            operation_rows.forget_payloads(connection, run.id, older_seq)
+
+        try:
+            await self._ledger.write(change)
+        except ApiError as error:
+            log.error("the snapshot of model %s could not be noted: %s", run.id, error)
+            return directory
+        run.snapshot, run.snapshot_seq = directory, through
+        run.older_snapshot, run.older_snapshot_seq = older, older_seq
+        return oldest
 
     async def _save(self, run: Run, directory: str) -> bool:
         try:
@@ -105,9 +125,10 @@ class Snapshots:
 
     async def remove(self, run: Run) -> None:
         """Nobody will bring this model back."""
-        if run.snapshot is not None:
-            await self._remove_directory(run.snapshot)
-            run.snapshot = None
+        for directory in (run.snapshot, run.older_snapshot):
+            if directory is not None:
+                await self._remove_directory(directory)
+        run.snapshot = run.older_snapshot = None
 
     async def _remove_directory(self, directory: str) -> None:
         path = paths.resolve(self._settings.data_dir, directory)

@@ -26,6 +26,7 @@ from ..errors import StorageFull, Unavailable
 log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")
 BUSY_MILLISECONDS = 10_000  # how long another process may hold the database before a write fails
+_JOURNAL_BYTES = 64 << 20  # of the write-ahead log that stay on disk after a burst
 _GROUP = 256  # functions in one commit, at most
 
 
@@ -41,6 +42,7 @@ def _connect(url: str, sync_every_commit: bool) -> Engine:
         connection.execute(f"PRAGMA synchronous={'FULL' if sync_every_commit else 'NORMAL'}")
         connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA journal_size_limit={_JOURNAL_BYTES}")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:

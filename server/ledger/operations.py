@@ -20,7 +20,11 @@ def find(connection: Connection, request_id: str) -> Row | None:
 
 
 def add(connection: Connection, **values: Any) -> None:
-    connection.execute(insert(operations).values(accepted_at=time.time(), **values))
+    """One that is not `accepted` is finished, and has its answer."""
+    now = time.time()
+    if values["state"] != "accepted":
+        values |= {"finished_at": now, "answer_bytes": len(values["answer"])}
+    connection.execute(insert(operations).values(accepted_at=now, **values))
 
 
 def finish(
@@ -38,6 +42,7 @@ def finish(
     values: dict[str, Any] = {
         "state": state,
         "answer": answer,
+        "answer_bytes": len(answer),
         "device_seconds": device_seconds,
         "finished_at": time.time(),
         "payload": payload,

@@ -77,6 +77,10 @@ models = Table(
     # The newest saved training state, and the operation it was taken after.
     Column("snapshot", Text),
     Column("snapshot_seq", BigInteger, nullable=False),
+    # What comes before it, in case that it cannot be read: another one, or (0, null) the creation. The ledger
+    # has the operations after it.
+    Column("older_snapshot", Text),
+    Column("older_snapshot_seq", BigInteger),
     Column("created_at", Float, nullable=False),
     Column("last_request_at", Float, nullable=False),
 )
@@ -108,12 +112,15 @@ operations = Table(
     Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
     Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
     Column("payload", LargeBinary),  # the message to the engine, kept while a replay may need it
-    Column("answer", LargeBinary),  # the engine's Done or Failed
+    # The engine's Done or Failed; of operations that are not `accepted`, null: it was dropped (retention.py).
+    Column("answer", LargeBinary),
+    Column("answer_bytes", BigInteger),
     Column("device_seconds", Float),
     Column("accepted_at", Float, nullable=False),
     Column("finished_at", Float),
     Index("operations_of_model", "model_id", "seq_id"),
     Index("operations_in_state", "state", "accepted_at"),
+    Index("operations_by_age", "finished_at", "answer_bytes"),
 )
 
 checkpoints = Table(

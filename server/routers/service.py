@@ -81,13 +81,19 @@ async def health(backend: BackendOf) -> Response:
 
 
 def _disk(backend: Backend) -> dict[str, Any]:
-    """Of the data directory; `full`: submits are answered 507."""
+    """Of the data directory. `full`: submits are answered 507; `used_bytes`: by kind, at the last sweep."""
     reserve = backend.disk.reserve_bytes
     try:
         total, free = backend.disk.usage()
     except OSError as error:
         return {"error": str(error)}
-    return {"total_bytes": total, "free_bytes": free, "reserve_bytes": reserve, "full": free < reserve}
+    return {
+        "total_bytes": total,
+        "free_bytes": free,
+        "reserve_bytes": reserve,
+        "full": free < reserve,
+        "used_bytes": backend.sweep.used_bytes,
+    }
 
 
 @router.post("/api/v1/telemetry")

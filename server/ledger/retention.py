@@ -1,0 +1,150 @@
+"""What the ledger need not keep for ever.
+
+An answer goes when it is old, or when there are too many bytes of younger ones. Its operation stays as long
+as it could be submitted again: a model's until its number has had its turn (which the model remembers), any
+other for `TOMBSTONE_SECONDS`. The answers of creations stay: a model is its creation and what came after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
+
+from ...engine import messages
+from .schema import checkpoints, models, operations, samplers, sessions
+
+TOMBSTONE_SECONDS = 7 * 24 * 3600.0
+_AT_A_TIME = 1000  # rows in one change: other writers wait for it
+
+
+def _kept_answers() -> ColumnElement[bool]:
+    return (operations.c.answer_bytes > 0) & operations.c.state.in_(("done", "failed"))
+
+
+def answer_bytes(connection: Connection) -> int:
+    """Of all answers that can be dropped."""
+    query = select(func.sum(operations.c.answer_bytes)).where(operations.c.finished_at.is_not(None))
+    return connection.execute(query).scalar() or 0
+
+
+def beyond(connection: Connection, max_bytes: int) -> float | None:
+    """When the youngest answer was given that is not among the newest `max_bytes`; None: all are."""
+    younger = func.sum(operations.c.answer_bytes).over(order_by=operations.c.finished_at.desc())
+    ages = select(operations.c.finished_at, younger.label("bytes")).where(operations.c.answer_bytes > 0)
+    total = ages.subquery()
+    query = select(func.max(total.c.finished_at)).where(total.c.bytes > max_bytes)
+    return connection.execute(query).scalar()
+
+
+def drop_answers(connection: Connection, through: float) -> bool:
+    """Of operations finished until then, some of them; whether there may be more."""
+    old = (
+        select(operations.c.id)
+        .where(_kept_answers(), operations.c.finished_at <= through, operations.c.kind != "create_model")
+        .limit(_AT_A_TIME)
+    )
+    dropped = connection.execute(
+        update(operations).where(operations.c.id.in_(old)).values(answer=None, answer_bytes=0)
+    )
+    return dropped.rowcount == _AT_A_TIME
+
+
+def drop_operations(connection: Connection, through: float, now: float) -> bool:
+    """Those that nothing asks for any more, some of them; whether there may be more."""
+    had_its_turn = operations.c.seq_id <= (
+        select(models.c.executed_seq).where(models.c.id == operations.c.model_id).scalar_subquery()
+    )
+    sequenced = had_its_turn & or_(operations.c.answer.is_(None), operations.c.state == "rejected")
+    single = (
+        operations.c.seq_id.is_(None)
+        & operations.c.answer.is_(None)
+        & (operations.c.finished_at <= now - TOMBSTONE_SECONDS)
+    )
+    old = (
+        select(operations.c.id)
+        .where(
+            operations.c.finished_at <= through,
+            operations.c.state != "accepted",
+            operations.c.payload.is_(None),
+            or_(sequenced, single),
+        )
+        .limit(_AT_A_TIME)
+    )
+    return connection.execute(delete(operations).where(operations.c.id.in_(old))).rowcount == _AT_A_TIME
+
+
+def forget_payloads_of_ended_models(connection: Connection) -> None:
+    """Nobody will bring these back."""
+    ended = select(models.c.id).where(models.c.state.in_(("finished", "failed")))
+    connection.execute(
+        update(operations)
+        .where(
+            operations.c.model_id.in_(ended),
+            operations.c.payload.is_not(None),
+            operations.c.state != "accepted",
+        )
+        .values(payload=None)
+    )
+
+
+# --- directories
+
+
+def known_models(connection: Connection) -> set[str]:
+    """What is on the disk of other models is not this ledger's."""
+    return set(connection.execute(select(models.c.id)).scalars())
+
+
+def snapshots(connection: Connection) -> set[str]:
+    """Of models that can come back."""
+    query = select(models.c.snapshot, models.c.older_snapshot).where(models.c.state != "finished")
+    return {directory for row in connection.execute(query) for directory in row if directory is not None}
+
+
+def dead_checkpoints(connection: Connection, now: float) -> list[str]:
+    """The directories of deleted, overwritten, failed and expired ones."""
+    over = checkpoints.c.state.in_(("deleted", "failed"))
+    expired = (checkpoints.c.state == "complete") & (checkpoints.c.expires_at <= now)
+    return list(connection.execute(select(checkpoints.c.directory).where(over | expired)).scalars())
+
+
+def live_checkpoints(connection: Connection, now: float) -> dict[str, bool]:
+    """The directories of the others, and whether they are complete."""
+    complete = checkpoints.c.state == "complete"
+    unexpired = checkpoints.c.expires_at.is_(None) | (checkpoints.c.expires_at > now)
+    query = select(checkpoints.c.directory, checkpoints.c.state).where(
+        or_(checkpoints.c.state == "pending", complete & unexpired)
+    )
+    return {directory: state == "complete" for directory, state in connection.execute(query)}
+
+
+def forget_checkpoints(connection: Connection, directories: Sequence[str]) -> None:
+    """Their files are gone."""
+    connection.execute(delete(checkpoints).where(checkpoints.c.directory.in_(directories)))
+
+
+def directories_to_load(connection: Connection) -> set[str]:
+    """Those that a replay will read: of models that were created from a checkpoint and have no snapshot of
+    their own yet, and of operations that load one."""
+    creations = select(models.c.creation).where(
+        models.c.snapshot.is_(None), models.c.state.in_(("creating", "ready"))
+    )
+    loads = select(operations.c.payload).where(
+        operations.c.kind == "load_weights", operations.c.payload.is_not(None)
+    )
+    found: set[str] = set()
+    for encoded in [*connection.execute(creations).scalars(), *connection.execute(loads).scalars()]:
+        match messages.decode_to_engine(encoded):
+            case messages.CreateModel(checkpoint=str(directory)) | messages.LoadState(directory=directory):
+                found.add(directory)
+    return found
+
+
+def directories_sampled(connection: Connection, silent_since: float) -> set[str]:
+    """Of samplers whose sessions are alive: their weights stay when a checkpoint's name moves on."""
+    alive = sessions.c.finished_at.is_(None) & (sessions.c.last_heartbeat_at >= silent_since)
+    query = select(samplers.c.directory).where(
+        samplers.c.directory.is_not(None), samplers.c.session_id.in_(select(sessions.c.id).where(alive))
+    )
+    return set(connection.execute(query).scalars())

@@ -1,0 +1,263 @@
+"""What leaves the disk, and what does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, text
+from tinsmith.ckpt.paths import CheckpointUri
+from tinsmith.engine import messages
+from tinsmith.server.checkpoints import Checkpoints
+from tinsmith.server.disk import Disk
+from tinsmith.server.errors import BadRequest
+from tinsmith.server.ledger import checkpoints as checkpoint_rows
+from tinsmith.server.ledger import operations, tenancy
+from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.operation import Submission, natural_key
+from tinsmith.server.operations import Operations
+from tinsmith.server.runs import Runs
+from tinsmith.server.settings import Settings
+from tinsmith.server.supervisor import Supervisor
+from tinsmith.server.sweep import Sweep
+
+DAY = 24 * 3600.0
+MODEL = "s:train:0"
+
+
+class Server:
+    """All but the routers and an engine, on one data directory; made again, it is a new start."""
+
+    def __init__(self, data_dir: Path, **settings):
+        self.settings = Settings(data_dir=data_dir, **settings)
+        self.ledger = Ledger(self.settings.ledger_url)
+        engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
+        self.operations = Operations(self.ledger, engine, Disk(data_dir, 0))
+        self.runs = Runs(self.ledger, engine, self.operations, self.settings)
+        self.sweep = Sweep(self.ledger, engine, self.runs.snapshots, self.settings)
+        self.checkpoints = Checkpoints(self.ledger, self.sweep)
+
+    async def sample(self, number: int, tokens: int = 0) -> str:
+        """A sample of so many tokens, answered; its request id."""
+        operation = await self.operations.accept(sample(number))
+        sequence = messages.SampledSequence(bytes(4 * tokens), bytes(4 * tokens), "length")
+        answer = messages.Done(operation.request_id, messages.SampleOutput([sequence]))
+        self.operations.on_answer(answer)
+        await operation.finished.wait()
+        return operation.request_id
+
+    async def age(self, seconds: float) -> None:
+        """Everything was finished so much earlier."""
+        await self.ledger.write(
+            lambda connection: connection.execute(
+                text("UPDATE operations SET finished_at = finished_at - :s"), {"s": seconds}
+            )
+        )
+
+
+def sample(number: int) -> Submission:
+    ref = messages.SamplerRef("tiny")
+    return Submission(
+        "me",
+        "sample",
+        f"sample/{number}",
+        lambda request_id: messages.Sample(request_id, ref, b"", 1, messages.SamplingParams()),
+    )
+
+
+def model(connection: Connection, state: str = "ready", checkpoint: str | None = None) -> None:
+    tenancy.ensure_tenant(connection, "me")
+    tenancy.add_session(connection, id="s", owner="me", tags=[], user_metadata={})
+    creation = messages.CreateModel("c", MODEL, "tiny", None, checkpoint=checkpoint)
+    tenancy.add_model(
+        connection,
+        id=MODEL,
+        owner="me",
+        session_id="s",
+        base_model="tiny",
+        lora=None,
+        optimizer={},
+        user_metadata={},
+        state=state,
+        creation=messages.encode(creation),
+    )
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    started = Server(tmp_path)
+    await started.ledger.write(model)
+    yield started
+    started.ledger.close()
+
+
+async def test_an_old_answer_is_gone_and_its_sample_is_not_run_again(server: Server) -> None:
+    old = await server.sample(1)
+    await server.age(2 * DAY)
+    young = await server.sample(2)
+    await server.sweep.sweep()
+    again = Server(server.settings.data_dir)
+    assert await again.operations.find("me", old) is None, "a poll is answered 410"
+    assert await again.operations.find("me", young) is not None
+    resubmitted = await again.operations.accept(sample(1))
+    assert resubmitted.request_id == old
+    assert again.operations.unanswered() == []
+    await again.age(8 * DAY)
+    await again.sweep.sweep()
+    assert (await again.operations.accept(sample(1))).request_id != old, "after a week nobody resends it"
+    again.ledger.close()
+
+
+async def test_the_newest_answers_stay_when_there_are_too_many(server: Server) -> None:
+    requests = []
+    for number in range(5):
+        requests.append(await server.sample(number, tokens=1000))
+        await server.age(1)
+    crowded = Server(server.settings.data_dir, answer_bytes=20_000)
+    await crowded.sweep.sweep()
+    kept = [await crowded.operations.find("me", request) is not None for request in requests]
+    assert kept == [False, False, False, True, True], "8 kB each"
+    crowded.ledger.close()
+
+
+async def test_a_model_s_operations_stay_while_a_replay_needs_them_and_never_run_twice(
+    server: Server,
+) -> None:
+    def step(number: int) -> Submission:
+        params = messages.AdamParams()
+        return Submission(
+            "me",
+            "optim_step",
+            natural_key(MODEL, number),
+            lambda request_id: messages.OptimStep(request_id, MODEL, params),
+            model_id=MODEL,
+            seq_id=number,
+        )
+
+    async def rows() -> list[tuple[int, bool, bool]]:
+        return await server.ledger.read(
+            lambda connection: [
+                tuple(row)
+                for row in connection.execute(
+                    text("SELECT seq_id, payload IS NOT NULL, answer IS NOT NULL FROM operations ORDER BY 1")
+                )
+            ]
+        )
+
+    await server.runs.find("me", MODEL)
+    for number in (1, 2, 3):
+        operation = await server.operations.accept(step(number))
+        output = messages.OptimStepOutput({})
+        server.operations.on_answer(messages.Done(operation.request_id, output))
+        await operation.finished.wait()
+    await server.age(2 * DAY)
+    await server.sweep.sweep()
+    assert await rows() == [(1, 1, 0), (2, 1, 0), (3, 1, 0)], "a replay needs their messages"
+
+    await server.ledger.write(lambda connection: operations.forget_payloads(connection, MODEL, 2))
+    await server.sweep.sweep()
+    assert await rows() == [(3, 1, 0)]
+    again = Server(server.settings.data_dir)
+    await again.runs.find("me", MODEL)
+    with pytest.raises(BadRequest, match="had its turn"):
+        await again.operations.accept(step(1))
+    assert (await again.operations.accept(step(3))).expired
+    again.ledger.close()
+
+    await server.ledger.write(lambda connection: tenancy.update_model(connection, MODEL, state="finished"))
+    await server.sweep.sweep()
+    assert await rows() == [], "nobody will bring it back"
+
+
+@pytest.fixture
+def save(server: Server):
+    async def save(name: str, state: str = "complete", expires_at: float | None = None) -> Path:
+        uri = CheckpointUri(MODEL, "weights", name)
+        directory = f"checkpoints/s@train@0/weights/{name}-{time.time_ns()}"
+        path = server.settings.data_dir / directory
+        path.mkdir(parents=True)
+        (path / "file").write_bytes(bytes(1000))
+
+        def change(connection: Connection) -> None:
+            checkpoint_rows.add(
+                connection,
+                uri,
+                owner="me",
+                operation_id=directory,
+                directory=directory,
+                base_model="tiny",
+                lora=None,
+                optimizer={},
+                user_metadata=None,
+                expires_at=expires_at,
+            )
+            if state != "pending":
+                size = 1000 if state == "complete" else None
+                checkpoint_rows.settle(connection, directory, size)
+
+        await server.ledger.write(change)
+        return path
+
+    return save
+
+
+async def test_directories_of_dead_checkpoints_go(server: Server, save) -> None:
+    """Also those that a crash left between the ledger and the disk."""
+    kept = await save("kept", expires_at=time.time() + 60)
+    pending = await save("pending", state="pending")
+    overwritten, current = await save("twice"), await save("twice")
+    failed = await save("failed", state="failed")
+    expired = await save("expired", expires_at=time.time() - 1)
+    root = server.settings.data_dir
+    orphan = root / "checkpoints/s@train@0/weights/orphan-1"
+    cut_short = kept.with_name(kept.name + ".orbax-checkpoint-tmp-0")
+    in_the_making = pending.with_name(pending.name + ".tmp-" + "0" * 32)
+    lost_snapshot = root / "snapshots/s@train@0/7-0"
+    of_another_ledger = root / "checkpoints/other@train@0/weights/x-1"
+    for folder in (orphan, cut_short, in_the_making, lost_snapshot, of_another_ledger):
+        folder.mkdir(parents=True)
+    await server.sweep.sweep()
+    for path in (kept, pending, current, in_the_making, of_another_ledger):
+        assert path.is_dir(), path
+    for path in (overwritten, failed, expired, orphan, cut_short, lost_snapshot):
+        assert not path.exists(), path
+    assert server.sweep.used_bytes["checkpoints"] == 3000
+    assert server.sweep.used_bytes["ledger"] > 0
+
+
+async def test_what_a_replay_or_a_sampler_reads_stays(tmp_path: Path, server: Server, save) -> None:
+    loaded, sampled = await save("loaded"), await save("sampled")
+
+    def key(path: Path) -> str:
+        return str(path.relative_to(server.settings.data_dir))
+
+    def change(connection: Connection) -> None:
+        creation = messages.CreateModel("c", MODEL, "tiny", None, checkpoint=key(loaded))
+        tenancy.update_model(connection, MODEL, creation=messages.encode(creation))
+        tenancy.add_sampler(
+            connection,
+            id="s:sample:0",
+            owner="me",
+            session_id="s",
+            base_model="tiny",
+            model_path="tinker://…",
+            directory=key(sampled),
+        )
+
+    await server.ledger.write(change)
+    await server.checkpoints.delete("me", CheckpointUri(MODEL, "weights", "loaded"))
+    await save("sampled")  # its name moves on
+    await server.sweep.sweep()
+    assert loaded.is_dir(), "the model has no snapshot of its own yet"
+    assert sampled.is_dir(), "a sampler keeps its weights"
+
+    def end(connection: Connection) -> None:
+        tenancy.finish_session(connection, "s", "success", None)
+        tenancy.update_model(connection, MODEL, state="finished")
+
+    await server.ledger.write(end)
+    await server.sweep.sweep()
+    assert not loaded.exists()
+    assert not sampled.exists()
