@@ -1,7 +1,8 @@
 """Models come back: after the engine died, after the server's start, after a silent time.
 
-A model is created from its newest snapshot, then the operations after the snapshot are sent again, in order,
-and their answers dropped where the client already had them. What engines died of is tried alone
+A model is created from its newest snapshot (or from the one before it, should that be damaged), then the
+operations after the snapshot are sent again, in order, and their answers dropped where the client already had
+them. What engines died of is tried alone
 (quarantine.py).
 """
 
@@ -12,7 +13,6 @@ import contextlib
 import logging
 import time
 from functools import partial
-from typing import Any
 
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,6 +21,7 @@ from ..engine import messages
 from .dispatcher import Dispatcher
 from .errors import ApiError, Unavailable
 from .ledger import operations as operation_rows
+from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operation import Operation
 from .operations import Operations
@@ -147,19 +148,15 @@ class Recovery:
 
     async def _replay(self, run: Run) -> None:
         await self._operations.written()  # so that nothing is replayed which has failed for good
-        sent = 0
         creation = run.create_message
         created = await self._operations.find(run.owner, creation.request_id)
         if created is not None and created.answer is None:
             self._operations.send(created)
             await created.finished.wait()
+            sent = 0
         else:
-            changes: dict[str, Any] = {"request_id": f"restore-{run.id}"}
-            if run.snapshot is not None:
-                changes |= {"checkpoint": run.snapshot, "optimizer_state": True}
-                sent = run.snapshot_seq
             try:
-                answer = await self._engine.request(msgspec.structs.replace(creation, **changes))
+                answer, sent = await self._recreate(run, creation)
             except Unavailable:
                 return  # the ledger has it all; the next engine does it
             if isinstance(answer, messages.Failed):
@@ -175,6 +172,39 @@ class Recovery:
             sent = through
         run.resident, run.used_at = True, time.monotonic()
 
+    async def _recreate(
+        self, run: Run, creation: messages.CreateModel
+    ) -> tuple[messages.Done | messages.Failed, int]:
+        """From the newest snapshot or, where that cannot be read, from what comes before it; and the
+        operation that this is the state after. Raises Unavailable, and SQLAlchemyError or ApiError."""
+        request = msgspec.structs.replace(creation, request_id=f"restore-{run.id}")
+        answer = await self._engine.request(_from_snapshot(request, run.snapshot))
+        if isinstance(answer, messages.Done) or run.older_snapshot_seq is None:
+            return answer, run.snapshot_seq
+        log.error(
+            "the newest snapshot of model %s cannot be read; operations after %d are replayed instead: %s",
+            run.id,
+            run.older_snapshot_seq,
+            answer.message,
+        )
+        older = await self._engine.request(_from_snapshot(request, run.older_snapshot))
+        if isinstance(older, messages.Failed):
+            return answer, run.snapshot_seq
+        snapshot, snapshot_seq = run.older_snapshot, run.older_snapshot_seq
+        run.snapshot, run.snapshot_seq = snapshot, snapshot_seq
+        run.older_snapshot = run.older_snapshot_seq = None
+        await self._ledger.write(
+            lambda connection: tenancy.update_model(
+                connection,
+                run.id,
+                snapshot=snapshot,
+                snapshot_seq=snapshot_seq,
+                older_snapshot=None,
+                older_snapshot_seq=None,
+            )
+        )
+        return older, snapshot_seq
+
     def _fail_released(self, run: Run, why: str) -> None:
         through = self._dispatcher.next_seq(run.id) - 1
         self._operations.fail(
@@ -182,3 +212,10 @@ class Recovery:
             f"the model could not be brought back: {why}",
             "server",
         )
+
+
+def _from_snapshot(creation: messages.CreateModel, snapshot: str | None) -> messages.CreateModel:
+    """None: from its creation."""
+    if snapshot is None:
+        return creation
+    return msgspec.structs.replace(creation, checkpoint=snapshot, optimizer_state=True)
