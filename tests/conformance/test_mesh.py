@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from conformance.batches import batch, logprobs
 from conformance.server_process import ServerProcess
 from tinker import types
 
-FOUR_DEVICES = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"}
+FOUR_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
 
 
 def train(server: ServerProcess, rank: int) -> tuple[list[np.ndarray], list[int], np.ndarray]:

@@ -131,7 +131,7 @@ def test_a_crowd_is_told_to_wait_and_all_of_it_is_served(strict: ServerProcess) 
         time.sleep(0.02)
     assert refused.status_code == 429
     assert float(refused.headers["retry-after"]) > 0
-    assert "samples of this key are waiting" in refused.json()["error"]
+    assert "samples of this key's tenant are waiting" in refused.json()["error"]
     others = bob.post("asample", **fields)
     assert others.status_code == 200, "of another key"
     strict.engine.resume()

@@ -10,7 +10,7 @@ def test_samples_are_the_same_on_every_mesh():
     meshes = ["data=2,fsdp=2,tensor=2"]
     script = Path(__file__).with_name("sample_on_meshes.py")
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(script.parents[1]),
     }

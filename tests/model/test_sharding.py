@@ -18,7 +18,7 @@ from tinsmith.model import sharding
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):
     """Each mesh in a process of its own kind of machine: XLA's device count is fixed at start."""
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
