@@ -11,6 +11,7 @@ import uvicorn
 
 from .app import create_app
 from .base_models import BaseModel
+from .connections import Connection, allow_many
 from .settings import Settings
 
 log = logging.getLogger("tinsmith.server")
@@ -75,6 +76,7 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
     """Serves on `listener` until SIGINT or SIGTERM; whether it started, and stopped with all saved."""
     config = uvicorn.Config(
         create_app(settings, base_models),
+        http=Connection,
         log_config=None,
         access_log=False,
         timeout_keep_alive=75,
@@ -82,6 +84,7 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
         backlog=4096,
         server_header=False,
     )
+    allow_many()
     server = Server(config)
     server.run(sockets=[listener])
     return server.started and not server.failed

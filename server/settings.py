@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     # they begin with `public_url`.
     signed_url_seconds: float = Field(3600.0, gt=0)
     public_url: str | None = None
+    # A connection on which a request that has begun, or an answer, does not move for so long is closed.
+    stall_seconds: float = Field(60.0, gt=0)
     long_poll_seconds: float = Field(25.0, ge=0, le=30)
     # Longer than the six minutes for which the SDK resends a submit.
     gap_grace_seconds: float = Field(400.0, gt=0)
