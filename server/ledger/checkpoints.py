@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_, select, update
 
 from ...ckpt.paths import CheckpointUri
 from .schema import checkpoints
@@ -79,8 +79,15 @@ def settle(connection: Connection, operation_id: str, size_bytes: int | None) ->
     )
 
 
-def of_run(connection: Connection, run_id: str) -> Sequence[Row]:
+def published_runs() -> Select:
+    """The ids of runs with checkpoints that everybody may read."""
+    return select(checkpoints.c.run_id).where(checkpoints.c.public, _alive())
+
+
+def of_run(connection: Connection, run_id: str, published_only: bool = False) -> Sequence[Row]:
     query = select(checkpoints).where(checkpoints.c.run_id == run_id, _alive())
+    if published_only:
+        query = query.where(checkpoints.c.public)
     return connection.execute(query.order_by(checkpoints.c.created_at.desc())).all()
 
 

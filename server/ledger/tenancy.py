@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, null, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, null, select, update
 
 from .schema import models, samplers, sessions, tenants
 
@@ -75,11 +75,28 @@ def models_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
     return connection.execute(query).all()
 
 
-def list_models(connection: Connection, owner: str, limit: int, offset: int) -> tuple[Sequence[Row], int]:
-    """A page of the owner's training runs, newest first, and how many there are."""
-    mine = models.c.owner == owner
-    query = select(models).where(mine).order_by(models.c.last_request_at.desc()).limit(limit).offset(offset)
-    return connection.execute(query).all(), connection.execute(select(func.count()).where(mine)).scalar() or 0
+def list_models(
+    connection: Connection, of: ColumnElement[bool], limit: int, offset: int
+) -> tuple[Sequence[Row], int]:
+    """A page of the training runs among `of`, newest first, and how many there are."""
+    query = select(models).where(of).order_by(models.c.last_request_at.desc()).limit(limit).offset(offset)
+    return connection.execute(query).all(), connection.execute(select(func.count()).where(of)).scalar() or 0
+
+
+def models_of(owner: str) -> ColumnElement[bool]:
+    return models.c.owner == owner
+
+
+def models_among(run_ids: Select) -> ColumnElement[bool]:
+    return models.c.id.in_(run_ids)
+
+
+def models_of_project(project_id: str) -> ColumnElement[bool]:
+    return models.c.session_id.in_(select(sessions.c.id).where(sessions.c.project_id == project_id))
+
+
+def assign_project(connection: Connection, session_id: str, project_id: str) -> None:
+    connection.execute(update(sessions).where(sessions.c.id == session_id).values(project_id=project_id))
 
 
 def add_sampler(connection: Connection, **values: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 
@@ -12,6 +12,9 @@ from ..wire import requests
 from . import BackendOf, Limit, Offset, Owner
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"])
+
+AccessScope = Literal["owned", "accessible"]
+"""The same for sessions: nobody publishes one."""
 
 
 @router.post("/create_session")
@@ -44,6 +47,7 @@ async def list_sessions(
     owner: Owner,
     limit: Limit = 20,
     offset: Offset = 0,
+    access_scope: AccessScope = "owned",
 ) -> dict[str, Any]:
     found = await backend.ledger.read(
         lambda connection: tenancy.list_sessions(connection, owner, limit, offset)
@@ -51,8 +55,28 @@ async def list_sessions(
     return {"sessions": list(found)}
 
 
+@router.put("/sessions/{session_id}/project")
+async def assign_project(
+    session_id: str, body: requests.Project, backend: BackendOf, owner: Owner
+) -> dict[str, str]:
+    await backend.sessions.find(owner, session_id)
+    await backend.ledger.write(
+        lambda connection: tenancy.assign_project(connection, session_id, body.project_id)
+    )
+    return {"status": "changed"}
+
+
+@router.get("/sessions/{session_id}/trace_export")
+async def trace_export(session_id: str, backend: BackendOf, owner: Owner) -> dict[str, str]:
+    """Clients ask until there is an answer; ours is that there is no trace."""
+    await backend.sessions.find(owner, session_id)
+    return {"status": "failed", "error": "this server records no traces of sessions"}
+
+
 @router.get("/sessions/{session_id}")
-async def get_session(session_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def get_session(
+    session_id: str, backend: BackendOf, owner: Owner, access_scope: AccessScope = "owned"
+) -> dict[str, Any]:
     session = await backend.sessions.find(owner, session_id)
     runs = await backend.ledger.read(lambda connection: tenancy.models_of_session(connection, session_id))
     samplers = await backend.ledger.read(

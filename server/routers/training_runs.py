@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from sqlalchemy import Row
@@ -17,8 +18,12 @@ from . import Backend, BackendOf, Limit, Offset, Owner
 router = APIRouter(prefix="/api/v1", tags=["training runs"])
 
 
-async def _training_run(backend: Backend, row: Row) -> dict[str, Any]:
-    saved = await backend.ledger.read(lambda connection: rows.of_run(connection, row.id))
+AccessScope = Literal["owned", "accessible"]
+"""`accessible`: also others' runs of which a checkpoint is published, and of these no more than that."""
+
+
+async def _training_run(backend: Backend, owner: str, row: Row) -> dict[str, Any]:
+    saved = await _checkpoints(backend, owner, row)
     last = {kind: next((shown(c) for c in saved if c.segment == kind), None) for kind in paths.SEGMENTS}
     return {
         "training_run_id": row.id,
@@ -30,37 +35,60 @@ async def _training_run(backend: Backend, row: Row) -> dict[str, Any]:
         "last_request_time": iso(row.last_request_at),
         "last_checkpoint": last["weights"],
         "last_sampler_checkpoint": last["sampler_weights"],
-        "user_metadata": as_strings(row.user_metadata),
+        "user_metadata": as_strings(row.user_metadata) if row.owner == owner else None,
     }
+
+
+async def _checkpoints(backend: Backend, owner: str, run: Row) -> Sequence[Row]:
+    others = run.owner != owner
+    return await backend.ledger.read(
+        lambda connection: rows.of_run(connection, run.id, published_only=others)
+    )
 
 
 @router.get("/training_runs")
 async def training_runs(
-    backend: BackendOf, owner: Owner, limit: Limit = 20, offset: Offset = 0
+    backend: BackendOf,
+    owner: Owner,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: AccessScope = "owned",
+    project_id: str | None = None,
 ) -> dict[str, Any]:
+    of = tenancy.models_of(owner)
+    if access_scope == "accessible":
+        of |= tenancy.models_among(rows.published_runs())
+    if project_id is not None:
+        # The names of projects are each tenant's own.
+        of &= tenancy.models_of_project(project_id) & tenancy.models_of(owner)
     page, total = await backend.ledger.read(
-        lambda connection: tenancy.list_models(connection, owner, limit, offset)
+        lambda connection: tenancy.list_models(connection, of, limit, offset)
     )
     return {
-        "training_runs": [await _training_run(backend, row) for row in page],
+        "training_runs": [await _training_run(backend, owner, row) for row in page],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
     }
 
 
-async def _run_row(backend: Backend, owner: str, run_id: str) -> Row:
+async def _find(backend: Backend, owner: str, run_id: str, access_scope: AccessScope) -> Row:
+    """Raises NotFound."""
     row = await backend.ledger.read(lambda connection: tenancy.find_model(connection, run_id))
-    if row is None or row.owner != owner:
-        raise NotFound(f"unknown training run {run_id!r}")
-    return row
+    if row is not None and row.owner == owner:
+        return row
+    if row is not None and access_scope == "accessible" and await _checkpoints(backend, owner, row):
+        return row
+    raise NotFound(f"unknown training run {run_id!r}")
 
 
 @router.get("/training_runs/{run_id}")
-async def training_run(run_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    return await _training_run(backend, await _run_row(backend, owner, run_id))
+async def training_run(
+    run_id: str, backend: BackendOf, owner: Owner, access_scope: AccessScope = "owned"
+) -> dict[str, Any]:
+    return await _training_run(backend, owner, await _find(backend, owner, run_id, access_scope))
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
 async def checkpoints_of_run(run_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    await _run_row(backend, owner, run_id)
-    found = await backend.ledger.read(lambda connection: rows.of_run(connection, run_id))
-    return {"checkpoints": [shown(row) for row in found]}
+    """All of one's own; of another's run the published ones."""
+    run = await _find(backend, owner, run_id, "accessible")
+    return {"checkpoints": [shown(row) for row in await _checkpoints(backend, owner, run)]}

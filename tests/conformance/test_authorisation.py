@@ -93,6 +93,8 @@ _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}"
 OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", "/api/v1/session_heartbeat", lambda of: json(session_id=of.session)),
     ("GET", "/api/v1/sessions/{session_id}", lambda of: {}),
+    ("PUT", "/api/v1/sessions/{session_id}/project", lambda of: json(project_id="theirs")),
+    ("GET", "/api/v1/sessions/{session_id}/trace_export", lambda of: {}),
     (
         "POST",
         "/api/v1/create_model",

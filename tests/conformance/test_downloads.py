@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -17,7 +14,8 @@ import pytest
 import tinker
 import torch
 from conformance.batches import batch, logprobs
-from conformance.conftest import ALICE, BOB
+from conformance.conftest import ALICE
+from conformance.sdk_command import cli
 from conformance.server_process import ServerProcess, Wire
 from conformance.test_sdk_training import step
 from peft import PeftModel
@@ -25,13 +23,6 @@ from tinsmith.server.signed_urls import UrlSigner
 from transformers import AutoModelForCausalLM
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
-
-
-def cli(server: ServerProcess, *arguments: str, key: str = ALICE) -> subprocess.CompletedProcess[str]:
-    """The SDK's own command line."""
-    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": key, "TINKER_TELEMETRY": "0"}
-    command = [sys.executable, "-m", "tinker.cli", "--format", "json", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +57,13 @@ def test_the_sdk_s_command_downloads_what_peft_loads(
     data = batch(3, seed=5)
     path = trained.save_state("downloaded").result().path
     expected = np.concatenate(logprobs(trained.forward(data, "cross_entropy").result()))
-    done = cli(server, "checkpoint", "download", path, "--output", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    (done,) = cli(server, f"checkpoint download {path} --output {tmp_path}")
+    assert done.code == 0, done.err
     (folder,) = tmp_path.iterdir()
     assert {file.name for file in folder.iterdir()} == FILES
     np.testing.assert_allclose(by_peft(tiny_model, folder, data), expected, atol=1e-4)
     left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
     assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
-    assert cli(server, "checkpoint", "download", path, "--output", str(tmp_path / "b"), key=BOB).returncode
 
 
 def test_external_weights_come_over_urls_without_a_key(
