@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ pytest.importorskip("tinker")
 import tinker
 from conformance.server_process import ServerProcess, Wire
 from tiny_models import write_model
+
+# The clients of servers that a test has killed go on beating; what they say of it is not about later tests.
+logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.ERROR)
 
 ALICE, BOB = "tml-alice", "tml-bob"
 
