@@ -17,6 +17,7 @@ from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .operations import Operations
 from .quotas import Quotas
+from .refused_saves import RefusedSaves
 from .runs import Runs
 from .samplers import Samplers
 from .sessions import Sessions
@@ -40,6 +41,7 @@ class Backend:
     disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
+    refused_saves: RefusedSaves = field(init=False)
     runs: Runs = field(init=False)
     sessions: Sessions = field(init=False)
     samplers: Samplers = field(init=False)
@@ -61,6 +63,7 @@ class Backend:
             settings.engine_silence_seconds,
         )
         self.operations = Operations(self.ledger, self.engine, self.disk)
+        self.refused_saves = RefusedSaves(self.operations.consume, settings.refused_save_seconds)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
@@ -96,6 +99,7 @@ class Backend:
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
+        self.refused_saves.close()
         if not self._draining:
             await self.drain()
         self.ledger.close()

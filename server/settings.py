@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     max_queued_operations: int = Field(10_000, ge=1)
     max_waiting_samples: int = Field(2048, ge=1)
     max_requests_per_second: float = Field(2000.0, gt=0)
+    # A save that was refused for want of room and was not sent again for so long is given up. Between two
+    # tries the SDK waits for up to 30 s.
+    refused_save_seconds: float = Field(60.0, gt=0)
     # URLs of checkpoints' files need no key for so long. Where a proxy answers clients under another address,
     # they begin with `public_url`.
     signed_url_seconds: float = Field(3600.0, gt=0)

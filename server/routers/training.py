@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 
 from ...engine import messages
 from .. import provenance
-from ..errors import ApiError, BadRequest
+from ..errors import ApiError, BadRequest, StorageQuotaExceeded
 from ..operation import Operation, Submission, natural_key
 from ..runs import model_id, new_seed
 from ..wire import forward_backward as wire
@@ -140,9 +140,11 @@ async def submit(
 
 
 async def refuse(backend: Backend, owner: str, model: Any, seq_id: Any, error: ApiError) -> None:
-    """A submit is wrong for good: its number is used up."""
+    """A submit is wrong for good: its number is used up. One without room may be sent again."""
     if error.final:
         await backend.operations.consume(owner, model, seq_id, error.message)
+    elif isinstance(error, StorageQuotaExceeded) and isinstance(seq_id, int):
+        backend.refused_saves.refused(owner, model, seq_id, error.message)
 
 
 @router.post("/forward_backward")

@@ -15,7 +15,7 @@ from conformance.test_sdk_training import set_flags, step
 from tinsmith.server.cli import app
 from typer.testing import CliRunner
 
-TENANTS = ("busy", "queued", "stored", "many", "calm")
+TENANTS = ("busy", "queued", "stored", "full", "many", "calm")
 
 
 def quota(server: ServerProcess, tenant: str, *options: str) -> str:
@@ -27,10 +27,11 @@ def quota(server: ServerProcess, tenant: str, *options: str) -> str:
 @pytest.fixture(scope="module")
 def server(make_server) -> Iterator[ServerProcess]:
     keys = [option for name in TENANTS for option in ("--api-key", f"{name}=tml-{name}")]
-    made = make_server(*keys, TINSMITH_LONG_POLL_SECONDS="1")
+    made = make_server(*keys, TINSMITH_LONG_POLL_SECONDS="1", TINSMITH_REFUSED_SAVE_SECONDS="8")
     quota(made, "busy", "--requests-per-second", "10")
     quota(made, "queued", "--queued-operations", "3")
     quota(made, "stored", "--checkpoint-bytes", "1")
+    quota(made, "full", "--checkpoint-bytes", "0")
     quota(made, "many", "--models", "1")
     made.start()
     yield made
@@ -121,6 +122,17 @@ def test_bytes_of_checkpoints_are_answered_507_until_some_are_deleted(
     rest.delete_checkpoint_from_tinker_path(first).result()
     assert second.result(timeout=60).path.endswith("/second")
     assert np.isfinite(after.result().metrics["loss:sum"])
+
+
+def test_a_save_without_room_that_is_not_sent_again_holds_up_nothing(server) -> None:
+    full = Wire(server.url, "tml-full")
+    model = full.model()
+    save = {"model_id": model, "seq_id": 1, "path": "given-up"}
+    refusal(full.post("save_weights", **save), 507)
+    behind = full.forward_backward(model, 2)
+    assert full.poll(behind.json()["request_id"]).status_code == 408
+    assert "metrics" in full.result(behind, seconds=30)
+    assert "quota" in refusal(full.post("save_weights", **save), 400)
 
 
 def test_models_beyond_the_quota_are_refused_until_one_is_finished(
