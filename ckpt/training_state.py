@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from . import digests
 from .atomic import flush, size_bytes
 
 FORMAT_VERSION = 1
@@ -63,6 +64,7 @@ def save(directory: Path, arrays: PyTree, metadata: dict[str, Any]) -> Future[in
         try:
             with checkpointer:
                 checkpointer.wait_until_finished()
+            digests.write(directory)
             flush(directory)
         except BaseException:  # a full disk, say, which is not to be filled by what is of no use
             _remove_unfinished(directory)
@@ -98,9 +100,10 @@ def restore(directory: Path, abstract: PyTree) -> PyTree:
     """The arrays of a checkpoint, in the structure, dtypes and shardings of `abstract`.
 
     `abstract` holds arrays or `jax.ShapeDtypeStruct`s; a subtree that it leaves out stays on disk. Raises
-    ValueError if a leaf is missing or its shape differs.
+    ValueError if a leaf is missing or its shape differs, DamagedFiles if a file has changed since the save.
     """
     directory = Path(directory).absolute()
+    digests.check(directory)
     read_metadata(directory)
     abstract = jax.tree.map(_with_sharding, abstract)
     with ocp.PyTreeCheckpointer() as reader:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from ..ckpt.digests import DamagedFiles
+
 
 class UserError(Exception):
     """The request was wrong. The message names what (datum index, field) and what would be right."""
@@ -15,6 +17,8 @@ class MissingWeights(UserError):
 
 def reason(error: BaseException) -> str:
     """What the client is told of an error that is not its own; the log has the rest."""
+    if isinstance(error, DamagedFiles):
+        return "the checkpoint's files are damaged"
     text = str(error)
     no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if no_room or "No space left on device" in text or "ENOSPC" in text:

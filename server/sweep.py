@@ -67,8 +67,9 @@ class Sweep:
         now = time.time()
         through = now - self._settings.answer_seconds
         if await self._ledger.read(retention.answer_bytes) > self._settings.answer_bytes:
-            crowded_out = partial(retention.beyond, max_bytes=self._settings.answer_bytes)
-            through = max(through, await self._ledger.read(crowded_out) or 0.0)
+            beyond = partial(retention.beyond, max_bytes=self._settings.answer_bytes)
+            youngest_beyond = await self._ledger.read(beyond)
+            through = max(through, youngest_beyond or 0.0)
         await self._ledger.write(retention.forget_payloads_of_ended_models)
         await self._repeat(partial(retention.drop_answers, through=through))
         await self._repeat(partial(retention.drop_operations, through=through, now=now))

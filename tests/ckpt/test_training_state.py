@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tinsmith.ckpt import training_state
+from tinsmith.ckpt.digests import DamagedFiles
 
 
 def some_arrays(seed: int = 0):
@@ -84,6 +85,22 @@ def test_a_missing_directory_and_a_wrong_shape_are_said_clearly(tmp_path):
         training_state.restore(tmp_path / "a", {"x": jnp.zeros((3, 3))})
     with pytest.raises(ValueError, match=r"\['y'\] is missing"):
         training_state.restore(tmp_path / "a", {"y": jnp.zeros((3, 3))})
+
+
+def test_a_bit_that_flips_in_any_file_is_noticed(tmp_path):
+    arrays = some_arrays()
+    training_state.save(tmp_path / "a", arrays, {"step": 1}).result()
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) > 3
+    for path in files:
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFiles):
+            training_state.restore(tmp_path / "a", arrays)
+        path.write_bytes(whole)
+    assert_bit_equal(training_state.restore(tmp_path / "a", arrays), arrays)
 
 
 def test_a_state_of_a_later_version_is_refused(tmp_path):

@@ -116,11 +116,22 @@ def snapshots(server: ServerProcess, model_id: str) -> tuple[Path, Path]:
     raise TimeoutError
 
 
+def files(directory: Path) -> list[Path]:
+    return [path for path in (directory / "arrays").rglob("*") if path.is_file() and path.stat().st_size]
+
+
 def truncate(directory: Path) -> None:
-    """Half of every file of arrays is gone, as after a disk's or a file system's fault."""
-    for file in (directory / "arrays").rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    """Half of every file of arrays is gone."""
+    for path in files(directory):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(directory: Path) -> None:
+    """Of the largest file."""
+    path = max(files(directory), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 1
+    path.write_bytes(content)
 
 
 def kill_engine(server: ServerProcess) -> None:
@@ -136,7 +147,7 @@ def test_a_damaged_snapshot_is_not_the_end(
     train(training, range(5))
     train(other, range(2))
     newest, _older = snapshots(server, training.model_id)
-    truncate(newest)
+    flip_a_bit(newest)
     kill_engine(server)
     np.testing.assert_array_equal(train(training, range(5, 8)), expected)
     assert "cannot be read" in server.log
