@@ -15,6 +15,7 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger("tinsmith.server")
@@ -161,6 +162,12 @@ def install(app: FastAPI) -> None:
                 request.state.owner, error.body.get("model_id"), error.body.get("seq_id"), message
             )
         return error_response(request.url.path, 422, message, "user")
+
+    @app.exception_handler(OperationalError)
+    async def _ledger_error(request: Request, error: OperationalError) -> Response:
+        log.error("the ledger cannot be read: %s", error)
+        message = "the ledger cannot be read at the moment; try again"
+        return error_response(request.url.path, 503, message, "server", Unavailable.headers)
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
