@@ -38,9 +38,9 @@ def _connect(url: str, sync_every_commit: bool) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say so, below
+        connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")  # first: the others wait for locks too
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={'FULL' if sync_every_commit else 'NORMAL'}")
-        connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute(f"PRAGMA journal_size_limit={_JOURNAL_BYTES}")
 
