@@ -51,8 +51,9 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
 
     app = FastAPI(title="Tinsmith", version=__version__, lifespan=lifespan)
     app.state.backend = backend
+    # Routes are looked through in this order: what is asked most often comes first.
     for module in (
-        *(service, sessions, training, weights, sampling, futures),
+        *(futures, service, training, sampling, sessions, weights),
         *(training_runs, checkpoints, downloads),
     ):
         app.include_router(module.router)

@@ -135,14 +135,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = error_response(
-            scope["path"], 413, f"the body is over the limit of {self._max_bytes} bytes", "user"
-        )
         declared = HTTPConnection(scope).headers.get("content-length", "0")
         # At most 18 ASCII digits: str.isdigit takes '²' too, and int() no more than 4300 of them.
         is_number = declared.isascii() and declared.isdigit() and len(declared) <= 18
         if not is_number or int(declared) > self._max_bytes:
-            await refusal(scope, receive, send)
+            await self._refuse(scope, receive, send)
             return
         seen = 0
         over = False
@@ -164,4 +161,8 @@ class BodyLimit:
             await self._app(scope, counted, guarded)
         finally:
             if over:
-                await refusal(scope, receive, send)
+                await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"the body is over the limit of {self._max_bytes} bytes"
+        await error_response(scope["path"], 413, message, "user")(scope, receive, send)

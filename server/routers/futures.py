@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import uuid
 from typing import Any
 
@@ -66,7 +67,9 @@ async def retrieve_future(
         raise Gone(f"unknown request {body.request_id!r}: it was never accepted, or its answer has expired")
     if operation.answer is None and not backend.stopped:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(operation.finished.wait(), backend.settings.long_poll_seconds)
+            # Polls that came at once, thousands after a restart, do not end at once.
+            patience = backend.settings.long_poll_seconds * random.uniform(0.8, 1.0)
+            await asyncio.wait_for(operation.finished.wait(), patience)
     if operation.answer is None:
         return _pending(backend, operation)
     content, media_type = _body(operation, results.PROTOBUF in request.headers.get("accept", ""))
