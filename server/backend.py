@@ -11,6 +11,7 @@ from .admission import Admission
 from .auth import ApiKeys, read_forever
 from .base_models import BaseModel
 from .checkpoints import Checkpoints
+from .completions import Completions
 from .disk import Disk
 from .errors import BadRequest
 from .ledger import tenancy
@@ -41,6 +42,7 @@ class Backend:
     disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
+    completions: Completions = field(init=False)
     refused_saves: RefusedSaves = field(init=False)
     runs: Runs = field(init=False)
     sessions: Sessions = field(init=False)
@@ -63,6 +65,7 @@ class Backend:
             settings.engine_silence_seconds,
         )
         self.operations = Operations(self.ledger, self.engine, self.disk)
+        self.completions = Completions(self.ledger, self.operations)
         self.refused_saves = RefusedSaves(self.operations.consume, settings.refused_save_seconds)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
@@ -95,6 +98,7 @@ class Backend:
         await self.operations.settle()
         self.stopped = True
         self.operations.wake_all()
+        self.completions.wake_all()
 
     async def close(self) -> None:
         for task in self._background:

@@ -33,6 +33,13 @@ class Operation:
     sent_in: int = 0  # the engine's life in which it was sent
     weights_made_in: int = 0  # that in which the weights it samples were made again
     finished: asyncio.Event = field(default_factory=asyncio.Event)
+    on_answered: Callable[[Operation], None] | None = None
+
+    def answered(self) -> None:
+        """Wakes everybody who waits for it."""
+        self.finished.set()
+        if self.on_answered is not None:
+            self.on_answered(self)
 
     @property
     def settled(self) -> bool:

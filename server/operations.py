@@ -229,7 +229,7 @@ class Operations:
     def _remember(self, operation: Operation) -> None:
         self._pending.pop(operation.request_id, None)
         self._remembered.add(operation)
-        operation.finished.set()
+        operation.answered()
 
     def fail(
         self,

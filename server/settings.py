@@ -53,12 +53,11 @@ class Settings(BaseSettings):
     max_datums: int = Field(16_384, ge=1)
     max_samples: int = Field(1024, ge=1)
     # Of each tenant; `tinsmith keys quota` sets others for one. Models in the engine, bytes of checkpoints,
-    # operations and samples that wait for their answers (one sampling client of the SDK keeps at most 2000 on
-    # their way), requests of any kind.
+    # operations and samples that wait for their answers, requests of any kind.
     max_models: int = Field(256, ge=1)
     max_checkpoint_bytes: int = Field(1 << 40, ge=0)
     max_queued_operations: int = Field(10_000, ge=1)
-    max_waiting_samples: int = Field(2048, ge=1)
+    max_waiting_samples: int = Field(8192, ge=1)
     max_requests_per_second: float = Field(2000.0, gt=0)
     # A save that was refused for want of room and was not sent again for so long is given up. Between two
     # tries the SDK waits for up to 30 s.

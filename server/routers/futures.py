@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ...engine import messages
-from ..errors import Gone
+from ..errors import Gone, Unavailable
 from ..operation import Operation
 from ..wire import requests, results
 from . import Backend, BackendOf, Owner
@@ -76,6 +76,28 @@ async def retrieve_future(
     if body.allow_metadata_only and len(content) > METADATA_FIRST_BYTES:
         return _json({"status": "complete_metadata", "response_payload_size": len(content)})
     return Response(content, media_type=media_type)
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(
+    body: requests.RetrieveFutures, backend: BackendOf, owner: Owner
+) -> dict[str, Any]:
+    """Waits for the first answer to a sample of the sampling session, as `retrieve_future` for one request.
+
+    What the client says it has retrieved may be forgotten; here answers stay as long as all others.
+    """
+    sampler = await backend.samplers.find(owner, body.target.sampling_session_id)
+    patience = backend.settings.long_poll_seconds * random.uniform(0.8, 1.0)
+    seconds = patience if body.timeout is None else min(patience, body.timeout)
+    answered, cursor = await backend.completions.poll(
+        sampler.id, body.target.cloned_sampler_id, body.prev_cursor, 0.0 if backend.stopped else seconds
+    )
+    if not answered and backend.stopped:
+        raise Unavailable("the server stops")  # which clients ask again after a second
+    completions = [
+        {"state": "failed" if each.failed else "finished", "request_id": each.request_id} for each in answered
+    ]
+    return {"completions": completions, "cursor": cursor}
 
 
 @router.post("/cancel_future")

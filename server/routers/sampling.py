@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from ...engine import messages
 from ..errors import BadRequest
+from ..ledger import samples
 from ..operation import Submission
 from ..provenance import sequence_id
 from ..wire import requests
@@ -63,7 +64,7 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
     targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
     key = None
     if body.sampling_session_id is not None and body.seq_id is not None:
-        key = f"sample/{body.sampling_session_id}/{body.seq_id}"
+        key = samples.natural_key(body.sampling_session_id, body.seq_id)
 
     def message(request_id: str) -> messages.Sample:
         return messages.Sample(
@@ -83,6 +84,8 @@ async def asample(body: requests.Sample, backend: BackendOf, owner: Owner) -> di
     with backend.admission.sample(owner) as accepted:
         operation = await backend.operations.accept(Submission(owner, "sample", key, message))
         accepted(operation)
+    if body.sampling_session_id is not None and body.seq_id is not None:
+        backend.completions.accepted(body.sampling_session_id, body.seq_id, operation)
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 

@@ -14,13 +14,15 @@ from . import Backend, BackendOf, Owner
 
 router = APIRouter(tags=["service"])
 
-# Flags that make older SDKs speak the protobuf wire; newer ones ignore them.
+# Some make older SDKs speak the protobuf wire; newer ones ignore them.
 CLIENT_CONFIG = {
     "parallel_fwdbwd_chunks": True,
     "proto_compress_fwdbwd": False,
     "proto_write_fwdbwd": True,
     "fwd_via_fwdbwd": True,
     "create_model_via_load_weights": True,
+    # Samples are waited for with one poll of their session, not with one each.
+    "sample_use_retrieve_futures": True,
 }
 
 

@@ -265,6 +265,20 @@ class RetrieveFuture(Body):
     allow_metadata_only: bool = False
 
 
+class SamplingSessionTarget(Body):
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: Id
+    cloned_sampler_id: SeqId = 0
+
+
+class RetrieveFutures(Body):
+    """`timeout`: seconds to wait for the first answer; None: as long as the server likes."""
+
+    target: SamplingSessionTarget
+    prev_cursor: SeqId = 0
+    timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
 class CancelFuture(Body):
     request_id: str = Field(max_length=192)
 

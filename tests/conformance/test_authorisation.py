@@ -143,6 +143,11 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", "/api/v1/asample", lambda of: sample(sampling_session_id=of.sampler)),
     ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
     ("POST", "/api/v1/retrieve_future", lambda of: json(request_id=of.request)),
+    (
+        "POST",
+        "/api/v1/retrieve_futures",
+        lambda of: json(target={"sampling_session_id": of.sampler}, timeout=0),
+    ),
     ("POST", "/api/v1/cancel_future", lambda of: json(request_id=of.request)),
     ("GET", _ONE + "/archive", lambda of: {}),
     ("GET", _ONE + "/archive.tar", lambda of: {}),
