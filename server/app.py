@@ -21,6 +21,7 @@ from .routers import (
     futures,
     sampling,
     service,
+    session_search,
     sessions,
     training,
     training_runs,
@@ -54,7 +55,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, sessions, weights),
-        *(training_runs, checkpoints, downloads),
+        *(training_runs, checkpoints, downloads, session_search),
     ):
         app.include_router(module.router)
     errors.install(app)

@@ -12,6 +12,7 @@ from .auth import ApiKeys, read_forever
 from .base_models import BaseModel
 from .checkpoints import Checkpoints
 from .completions import Completions
+from .copies import Copies
 from .disk import Disk
 from .errors import BadRequest
 from .ledger import tenancy
@@ -49,6 +50,7 @@ class Backend:
     samplers: Samplers = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     sweep: Sweep = field(init=False)
+    copies: Copies = field(init=False)
     _background: list[asyncio.Task] = field(default_factory=list)
     stopped: bool = False
     _draining: bool = False
@@ -72,6 +74,8 @@ class Backend:
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
+        self.copies = Copies(self.ledger, self.disk, self.quotas, settings.data_dir)
+        await self.copies.take_up()
         await self.keys.read(self.ledger)
         await self.quotas.read(self.ledger)
         for owner in self.keys.owners:

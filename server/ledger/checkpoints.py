@@ -79,6 +79,12 @@ def settle(connection: Connection, operation_id: str, size_bytes: int | None) ->
     )
 
 
+def fail_copies(connection: Connection) -> None:
+    """Those that are being written, by a server that is no more: no operation will settle them."""
+    unfinished = (checkpoints.c.state == "pending") & checkpoints.c.operation_id.startswith("copy-")
+    connection.execute(update(checkpoints).where(unfinished).values(state="failed"))
+
+
 def published_runs() -> Select:
     """The ids of runs with checkpoints that everybody may read."""
     return select(checkpoints.c.run_id).where(checkpoints.c.public, _alive())

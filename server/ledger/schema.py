@@ -96,6 +96,8 @@ samplers = Table(
     Column("directory", Text),  # of the weights; null: the base model itself
     # The model whose newest inflight weights it samples, its directory moving with them; null: it stays.
     Column("follows", String(192), index=True),
+    # Of its clients, which number their samples apart from the first one's.
+    Column("copies", Integer, nullable=False, server_default="0"),
     Column("created_at", Float, nullable=False),
 )
 

@@ -107,6 +107,13 @@ def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
     return connection.execute(select(samplers).where(samplers.c.id == sampler_id)).first()
 
 
+def add_copy(connection: Connection, sampler_id: str) -> int:
+    """The number, from 1, of another copy of a sampling session's client."""
+    mine = samplers.c.id == sampler_id
+    connection.execute(update(samplers).where(mine).values(copies=samplers.c.copies + 1))
+    return connection.execute(select(samplers.c.copies).where(mine)).scalar_one()
+
+
 def samplers_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
     query = select(samplers).where(samplers.c.session_id == session_id).order_by(samplers.c.created_at)
     return connection.execute(query).all()

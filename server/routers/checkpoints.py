@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 
 from ..checkpoints import expiry, named, parse, shown
+from ..copies import session_of
+from ..errors import BadRequest
 from ..ledger import checkpoints as rows
 from ..wire import requests
 from . import BackendOf, Limit, Offset, Owner
@@ -36,6 +38,27 @@ async def weights_info(body: requests.WeightsInfo, backend: BackendOf, owner: Ow
         info |= {"lora_rank": lora["rank"], "lora_alpha": lora["alpha"]}
         info |= {key: lora[key] for key in ("train_unembed", "train_mlp", "train_attn")}
     return info
+
+
+@router.post("/copy_weights")
+async def copy_weights(
+    body: requests.CopyWeights,
+    backend: BackendOf,
+    owner: Owner,
+    x_idempotency_key: Annotated[str | None, Header()] = None,
+) -> dict[str, str]:
+    """Of any kind; into a session, as a new run of it, or into a project, as a new session."""
+    source = await backend.checkpoints.find(owner, parse(body.source_path))
+    session_id, number, project = body.session_id, body.model_seq_id, None
+    if session_id is not None and number is not None:
+        await backend.sessions.require_active(owner, session_id)
+    elif body.destination_project_id is not None:
+        session_id, number = session_of(owner, x_idempotency_key), 0
+        project = body.destination_project_id
+    else:
+        raise BadRequest("copy_weights: give destination_project_id, or session_id and model_seq_id")
+    uri = await backend.copies.copy(owner, source, session_id, number, project, body.ttl_seconds)
+    return {"tinker_path": str(uri)}
 
 
 _ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"

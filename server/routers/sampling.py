@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from ...engine import messages
 from ..errors import BadRequest
-from ..ledger import samples
+from ..ledger import samples, tenancy
 from ..operation import Submission
 from ..provenance import sequence_id
 from ..wire import requests
@@ -41,6 +41,16 @@ async def create_sampling_session(
         owner, body.session_id, body.sampling_session_seq_id, base_model, body.model_path, directory
     )
     return {"type": "create_sampling_session", "sampling_session_id": sampler.id}
+
+
+@router.post("/join_sampling_session")
+async def join_sampling_session(
+    body: requests.JoinSamplingSession, backend: BackendOf, owner: Owner
+) -> dict[str, Any]:
+    """A copy of the session's client, pickled or made from a handle, asks for numbers of its own."""
+    sampler = await backend.samplers.find(owner, body.sampling_session_id)
+    number = await backend.ledger.write(lambda connection: tenancy.add_copy(connection, sampler.id))
+    return {"type": "join_sampling_session", "client_counter": number}
 
 
 @router.get("/samplers/{sampler_id}")

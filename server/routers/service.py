@@ -23,6 +23,8 @@ CLIENT_CONFIG = {
     "create_model_via_load_weights": True,
     # Samples are waited for with one poll of their session, not with one each.
     "sample_use_retrieve_futures": True,
+    # Copies of a sampling client get their numbers from the server.
+    "sample_join_sampling_session": True,
 }
 
 

@@ -166,6 +166,10 @@ class CreateSamplingSession(Body):
     model_path: str | None = None
 
 
+class JoinSamplingSession(Body):
+    sampling_session_id: Id
+
+
 class Chunk(Body):
     type: str = "encoded_text"
     tokens: list[StrictInt] | None = None
@@ -285,6 +289,16 @@ class CancelFuture(Body):
 
 class WeightsInfo(Body):
     tinker_path: str = Field(validation_alias=AliasChoices("tinker_path", "path"))
+
+
+class CopyWeights(Body):
+    """As a run of `session_id` (its `model_seq_id`), or of a new session in a project."""
+
+    source_path: str
+    destination_project_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    session_id: Id | None = None
+    model_seq_id: SeqId | None = None
+    ttl_seconds: StrictInt | None = None
 
 
 class Project(Body):

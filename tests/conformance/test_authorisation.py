@@ -83,6 +83,7 @@ KEYED: dict[tuple[str, str], Request] = {
     ("POST", "/api/v1/telemetry"): json(events=[]),
     ("POST", "/api/v1/create_session"): json(tags=[]),
     ("GET", "/api/v1/sessions"): {},
+    ("POST", "/api/v1/sessions/search"): json(),
     ("GET", "/api/v1/training_runs"): {},
     ("GET", "/api/v1/checkpoints"): {},
 }
@@ -140,6 +141,17 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
         lambda of: json(session_id=of.session, sampling_session_seq_id=next(numbers), model_path=of.exported),
     ),
     ("GET", "/api/v1/samplers/{sampler_id}", lambda of: {}),
+    ("POST", "/api/v1/join_sampling_session", lambda of: json(sampling_session_id=of.sampler)),
+    (
+        "POST",
+        "/api/v1/copy_weights",
+        lambda of: json(source_path=of.saved, destination_project_id="archive"),
+    ),
+    (
+        "POST",
+        "/api/v1/copy_weights",
+        lambda of: json(source_path=of.saved, session_id=of.session, model_seq_id=next(numbers)),
+    ),
     ("POST", "/api/v1/asample", lambda of: sample(sampling_session_id=of.sampler)),
     ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
     ("POST", "/api/v1/retrieve_future", lambda of: json(request_id=of.request)),
