@@ -68,7 +68,7 @@ def prefill(
             kept.extend((k[0], v[0]))
             if not len(row.table):
                 return attention(q, k, v, visible_from(config, row.start[None]), config.head_dim**-0.5)
-            context = kv_cache.read_layer(pages, index, row.table[None])
+            context = kv_cache.read_layer(pages, index, row.table[None], q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
             return _attend_parts(q, parts, config.head_dim**-0.5)
@@ -234,9 +234,11 @@ def decode(
     config = model.config
     S, V = rows.last_token.shape[0], config.vocab_size
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    dtype, wide = pages.k.dtype, blocks[0].o_proj.weight.dtype  # the same, unless `by_layer` widened
+    # the same, unless `by_layer` widened
+    dtype, wide = model.norm.weight.dtype, blocks[0].o_proj.weight.dtype
     contexts = [
-        tuple(x.astype(wide) for x in kv_cache.read_layer(pages, layer, rows.table)) for layer in range(L)
+        tuple(x.astype(wide) for x in kv_cache.read_layer(pages, layer, rows.table, dtype))
+        for layer in range(L)
     ]
     pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else {} for layer in range(L)]
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
@@ -286,7 +288,7 @@ def decode(
     seen = None if rows.penalties is None else penalties.seen_so_far(rows.penalties, V)
     start = (jnp.int32(0), rows.budget > 0, rows.last_token, recent, seen, out)
     steps, _, _, recent, _, out = jax.lax.while_loop(going, one_token, start)
-    return _append(pages, rows, recent), Decoded(steps, *out)
+    return _append(pages, rows, recent, dtype), Decoded(steps, *out)
 
 
 def logits(
@@ -356,7 +358,7 @@ def _attend_parts(
     return mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
 
 
-def _append(pages: Pages, rows: DecodeRows, recent: Any) -> Pages:
+def _append(pages: Pages, rows: DecodeRows, recent: Any, dtype: Any) -> Pages:
     """Write this call's keys and values to the pages; what has no page in the table goes to page 0."""
     S, P = rows.table.shape
     M = recent[0][0].shape[3]
@@ -365,7 +367,7 @@ def _append(pages: Pages, rows: DecodeRows, recent: Any) -> Pages:
     page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
     page = jnp.where(column < P, page, 0).reshape(-1)
 
-    k_LSKHM, v_LSKMH = (jnp.stack(of).astype(pages.k.dtype) for of in zip(*recent, strict=True))
+    k_LSKHM, v_LSKMH = (jnp.stack(of).astype(dtype) for of in zip(*recent, strict=True))
     L, _, K, _, H = v_LSKMH.shape
     k_WLKH = k_LSKHM.transpose(1, 4, 0, 2, 3).reshape(S * M, L, K, H)
     v_WLKH = v_LSKMH.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)
