@@ -35,10 +35,11 @@ class DeferredExports:
 
         def wait() -> int:
             self._urgent.clear()
+            size = size_bytes.result()  # first: after a failure, too, nobody writes there any more
             for export in list(self._failed[model_id]):
                 export()
                 self._failed[model_id].remove(export)
-            return size_bytes.result()
+            return size
 
         self._urgent.set()
         return self._thread.submit(wait)

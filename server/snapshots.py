@@ -52,7 +52,12 @@ class Snapshots:
             or run.bytes_since_snapshot >= settings.snapshot_bytes
         )
         if due and run.may_be_saved and (run.saving is None or run.saving.done()):
-            run.saving = asyncio.ensure_future(self._take(run))
+            run.saving = asyncio.ensure_future(self._take_until_not_due(run))
+
+    async def _take_until_not_due(self, run: Run) -> None:
+        """Operations go on while a snapshot is written; the last of them may have made the next one due."""
+        if await self._take(run):
+            asyncio.get_running_loop().call_soon(self.take_if_due, run)
 
     async def take_all(self, runs: Iterable[Run]) -> None:
         await asyncio.gather(*(self.take_if_changed(run) for run in runs))
@@ -71,8 +76,9 @@ class Snapshots:
         # A fresh model is made again from its seed; a loaded one must not depend on somebody's checkpoint.
         return run.snapshot is None and bool(run.create_message.checkpoint)
 
-    async def _take(self, run: Run) -> None:
-        """Saves the state after the last released operation; what came before it need not be replayed."""
+    async def _take(self, run: Run) -> bool:
+        """Saves the state after the last released operation; what came before it need not be replayed.
+        Whether that worked."""
         async with run.lock:
             through = self._released(run)
             directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
@@ -81,12 +87,13 @@ class Snapshots:
             try:
                 if not await self._save(run, directory):
                     await self._remove_directory(directory)
-                    return
+                    return False
                 oldest = await self._note(run, directory, through)
             finally:
                 self.being_written.discard(directory)
         if oldest is not None:
             await self._remove_directory(oldest)
+        return run.snapshot == directory
 
     async def _note(self, run: Run, directory: str, through: int) -> str | None:
         """In the ledger, which can then forget what came before the snapshot before this one, in case that

@@ -87,10 +87,12 @@ class EngineClient:
         self.close()
 
     def close(self) -> int:
-        code = self.process.wait(timeout=60)
-        self._socket.close(linger=0)
-        self._context.term()
-        return code
+        try:
+            return self.process.wait(timeout=60)
+        finally:  # also when it does not end: an open socket would stop the garbage collector for good
+            self.process.kill()
+            self._socket.close(linger=0)
+            self._context.term()
 
     def stop(self) -> int:
         self.ask(messages.Stop)
