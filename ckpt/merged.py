@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from ..model.config import ModelConfig
 from ..model.families import is_transposed, tensor_names
+from . import digests
 from .atomic import atomic_directory, size_bytes
 
 COPIED = (
@@ -68,6 +69,7 @@ def save_merged(
         for name in COPIED:
             if (Path(base_folder) / name).is_file():
                 shutil.copyfile(Path(base_folder) / name, writing / name)
+        digests.write(writing)
         size = size_bytes(writing)
     return size
 

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank
+from . import digests
 from .atomic import atomic_directory, size_bytes
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -92,6 +93,7 @@ def save_adapter(
     with atomic_directory(directory) as writing:
         save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
         (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
+        digests.write(writing)
         size = size_bytes(writing)
     return size
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..ckpt import paths, peft
+from ..ckpt import digests, paths, peft
 from ..model.config import ModelConfig
 from ..model.load import WeightsError, load_base
 from . import messages
@@ -124,11 +124,14 @@ class SamplerCache:
             raise MissingWeights("these sampler weights are not there (any more): save them again")
         registered: dict[str, Any]
         try:
+            digests.check(directory)
             if peft.is_adapter(directory):
                 saved = peft.load_adapter(directory, self._config)
                 registered = {"adapter": saved.adapter, "scale": saved.alpha / saved.rank}
             else:
                 registered = {"base": load_base(directory, self._config, self._dtype, self._mesh)}
+        except digests.DamagedFiles as error:
+            raise UserError("these sampler weights' files are damaged: save them again") from error
         except (peft.AdapterError, WeightsError) as error:
             raise UserError(f"these sampler weights do not fit the model: {error}") from error
         self._register(key, registered)

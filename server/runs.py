@@ -101,6 +101,10 @@ class Runs:
 
         def also(connection: Connection, request_id: str) -> None:
             nonlocal run
+            if tenancy.find_model(connection, message.model_id) is not None:
+                raise BadRequest(
+                    "model_seq_id: this session has a copied checkpoint of that number; use the next one"
+                )
             creation = messages.encode(msgspec.structs.replace(message, request_id=request_id))
             tenancy.add_model(
                 connection,

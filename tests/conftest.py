@@ -1,6 +1,7 @@
 """Shape and dtype annotations of the array rooms are checked at run time in every test."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -12,7 +13,11 @@ CACHE = Path(__file__).parents[1] / ".cache" / "tests" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Halves the time of compiling, and the programs of tests are too small to be slow.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# A quarter of the time of compiling, and the programs of tests are too small to be slow. XLA refuses to run
+# with flags that it does not know.
+FLAGS = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 install_import_hook(["tinsmith.model", "tinsmith.losses"], "beartype.beartype")

@@ -52,6 +52,21 @@ def _connect(url: str, sync_every_commit: bool) -> Engine:
     return engine
 
 
+def _file_of(engine: Engine) -> Path | None:
+    """None for a database in memory, or of another kind."""
+    name = engine.url.database
+    return Path(name) if engine.dialect.name == "sqlite" and name and name != ":memory:" else None
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Of the file that has this name now."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class Ledger:
     """The database at `url`. Raises what the driver raises when it cannot be opened or migrated.
 
@@ -62,6 +77,8 @@ class Ledger:
     def __init__(self, url: str, sync_every_commit: bool = False):
         self._engine = _connect(url, sync_every_commit)
         self._migrate()
+        self._file = _file_of(self._engine)
+        self._identity = self._file and _identity(self._file)
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
         self._writer.start()
@@ -91,6 +108,7 @@ class Ledger:
 
     def read_now(self, query: Callable[[Connection], T]) -> T:
         """As `read`, in the caller's thread: for start-up."""
+        self._require_file()
         with self._engine.connect() as connection:
             return query(connection)
 
@@ -99,6 +117,12 @@ class Ledger:
         self._changes.put(None)
         self._writer.join()
         self._engine.dispose()
+
+    def _require_file(self) -> None:
+        """Raises Unavailable when the file was deleted, moved or replaced: SQLite would go on writing where
+        the next start does not look, and make a new one for the next connection."""
+        if self._file is not None and _identity(self._file) != self._identity:
+            raise Unavailable(f"the ledger's file {self._file.name} is gone; nothing is accepted without it")
 
     def _write_forever(self) -> None:
         while (first := self._changes.get()) is not None:
@@ -117,6 +141,7 @@ class Ledger:
     def _commit(self, group: list[tuple]) -> None:
         outcomes: list[tuple[asyncio.Future, Any, BaseException | None]] = []
         try:
+            self._require_file()
             with self._engine.connect().execution_options(writes=True) as connection:
                 if len(group) == 1:
                     outcomes = [_alone(connection, *group[0][:2])]
@@ -163,6 +188,8 @@ def _raise_if_unwritable(error: Exception) -> None:
 
 
 def _unwritable(error: Exception) -> Exception:
+    if isinstance(error, Unavailable):
+        return error
     # SQLite ends the transaction when the disk is full; then the way back to the savepoint fails as well.
     causes: BaseException | None = error
     while causes is not None and not any(said in str(causes) for said in ("is full", "No space")):

@@ -128,7 +128,7 @@ def truncate(directory: Path) -> None:
 
 def flip_a_bit(directory: Path) -> None:
     """Of the largest file."""
-    path = max(files(directory), key=lambda path: path.stat().st_size)
+    path = max(filter(Path.is_file, directory.rglob("*")), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[-len(content) // 3] ^= 1
     path.write_bytes(content)
@@ -160,6 +160,21 @@ def test_a_damaged_snapshot_is_not_the_end(
     np.testing.assert_array_equal(train(other, range(2, 8)), expected)
 
 
+def test_damaged_sampler_weights_are_not_sampled_from(
+    server: ServerProcess, service: tinker.ServiceClient
+) -> None:
+    training = new_model(service)
+    damaged, whole = (training.save_weights_for_sampler(name).result().path for name in ("damaged", "whole"))
+    with sqlite3.connect(server.data_dir / "ledger.db") as ledger:
+        (directory,) = ledger.execute("SELECT directory FROM checkpoints WHERE name = 'damaged'").fetchone()
+    flip_a_bit(server.data_dir / directory)
+    kill_engine(server)
+    prompt = tinker.ModelInput.from_ints([5, 6, 7])
+    with pytest.raises(tinker.RequestFailedError, match="damaged"):
+        service.create_sampling_client(damaged).compute_logprobs(prompt).result()
+    assert len(service.create_sampling_client(whole).compute_logprobs(prompt).result()) == 3
+
+
 def test_a_database_that_is_locked_for_a_while_is_waited_for(server: ServerProcess) -> None:
     wire = Wire(server.url, "tml-local")
     model = wire.model()
@@ -174,3 +189,20 @@ def test_a_database_that_is_locked_for_a_while_is_waited_for(server: ServerProce
     intruder.execute("ROLLBACK")
     submit.join()
     assert "metrics" in wire.result(submitted[0])
+
+
+def test_a_database_that_is_gone_for_a_while_takes_nothing_and_loses_nothing(server: ServerProcess) -> None:
+    wire = Wire(server.url, "tml-local")
+    model = wire.model()
+    first = wire.result(wire.forward_backward(model, 1))
+    ledger, away = server.data_dir / "ledger.db", server.data_dir / "away.db"
+    ledger.rename(away)
+    refused = wire.forward_backward(model, 2)
+    assert (refused.status_code, "ledger.db is gone" in refused.text) == (503, True)
+    assert refused.headers["Retry-After"]
+    assert not ledger.exists(), "no empty one is made in its place"
+    away.rename(ledger)
+    assert wire.result(wire.forward_backward(model, 2))["metrics"] == first["metrics"]
+    server.kill()
+    server.start()
+    assert "metrics" in wire.result(wire.optim_step(model, 3, learning_rate=1e-3))

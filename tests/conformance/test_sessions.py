@@ -32,6 +32,19 @@ def test_a_finished_session(server: ServerProcess, wire: Wire) -> None:
     assert wire.post("session_heartbeat", session_id="nobody").status_code == 404
 
 
+def test_a_number_that_a_copied_checkpoint_has_is_not_a_model_s(wire: Wire) -> None:
+    session = wire.session()
+    model = wire.model(session)
+    saved = wire.result(wire.post("save_weights_for_sampler", model_id=model, seq_id=1, path="kept"))["path"]
+    copy = {"source_path": saved, "session_id": session}
+    assert wire.post("copy_weights", model_seq_id=0, **copy).status_code == 400, "the model's own number"
+    assert wire.post("copy_weights", model_seq_id=1, **copy).status_code == 200
+    taken = {"session_id": session, "base_model": "tiny", "lora_config": {"rank": 4}}
+    refused = wire.post("create_model", model_seq_id=1, **taken)
+    assert (refused.status_code, "use the next one" in refused.text) == (400, True)
+    assert wire.model(session, 2).endswith(":2")
+
+
 def test_the_probe_routes(server: ServerProcess, wire: Wire) -> None:
     assert wire.post("client/config", sdk_version="0.38.0").json()["parallel_fwdbwd_chunks"] is True
     assert wire.post("client/dynamic_config", sdk_version="0.38.0").json()["refresh_interval_sec"] > 0
@@ -60,7 +73,7 @@ def test_cancelled_samples_fail(wire: Wire) -> None:
 
 def test_a_silent_session_s_models_rest_and_come_back(make_server) -> None:
     """Only those of silent sessions, with their gradients and moments, and as if they had never left."""
-    server: ServerProcess = make_server(TINSMITH_SESSION_IDLE_SECONDS="1").start()
+    server: ServerProcess = make_server(TINSMITH_SESSION_IDLE_SECONDS="2").start()
     wire = Wire(server.url, "tml-local")
     session = wire.session()
     stop = threading.Event()
@@ -78,10 +91,10 @@ def test_a_silent_session_s_models_rest_and_come_back(make_server) -> None:
         wire.result(wire.optim_step(model, 2, learning_rate=1e-2))
         wire.result(wire.forward_backward(model, 3))
     deadline = time.monotonic() + 30
-    while f"model {silent} rests" not in server.log and time.monotonic() < deadline:
+    while f"{silent}: DeleteModel" not in server.log and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert f"model {silent} rests" in server.log
     assert f"{silent}: DeleteModel" in server.log, "the engine has forgotten it"
+    assert f"model {silent} rests" in server.log
     assert f"model {awake} rests" not in server.log
 
     back, there = (wire.result(wire.optim_step(model, 4, learning_rate=1e-2)) for model in (silent, awake))
