@@ -9,7 +9,8 @@ import json
 import zlib
 from pathlib import Path
 
-FILE = "digests.json"
+FILE = ".digests.json"
+"""Hidden: it goes along in no download."""
 _CHUNK_BYTES = 1 << 20
 
 

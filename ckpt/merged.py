@@ -69,8 +69,8 @@ def save_merged(
         for name in COPIED:
             if (Path(base_folder) / name).is_file():
                 shutil.copyfile(Path(base_folder) / name, writing / name)
-        digests.write(writing)
         size = size_bytes(writing)
+        digests.write(writing)
     return size
 
 

@@ -93,8 +93,8 @@ def save_adapter(
     with atomic_directory(directory) as writing:
         save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
         (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
-        digests.write(writing)
         size = size_bytes(writing)
+        digests.write(writing)
     return size
 
 

@@ -15,8 +15,8 @@ COMPLETE = "checkpoint_complete"
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """The plain files below a directory by their names in it, in order."""
-    found = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    """The plain files below a directory by their names in it, in order; hidden ones are the server's own."""
+    found = (path for path in directory.rglob("[!.]*") if path.is_file() and not path.is_symlink())
     return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
 
 
