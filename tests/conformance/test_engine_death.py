@@ -87,13 +87,13 @@ def test_the_server_answers_while_the_engine_loads_and_computes(make_server) -> 
     assert created.status_code == 200, "accepted before the engine is ready"
     model = created.json()["model_id"]
     long = [datum(tokens=[5 + i % 200] * 500, targets=[6] * 500) for i in range(64)]
-    submits = [wire.forward_backward(model, 1 + i, long) for i in range(3)]
+    submitted = wire.forward_backward(model, 1, long)
     took = []
-    while wire.poll(submits[-1].json()["request_id"]).status_code == 408 and len(took) < 600:
+    while wire.poll(submitted.json()["request_id"]).status_code == 408 and len(took) < 600:
         took += [milliseconds(lambda: wire.http.get("/api/v1/healthz")) for _ in range(20)]
     if took:
         assert statistics.median(took) < 20, took
-    assert "metrics" in wire.result(submits[-1])
+    assert "metrics" in wire.result(submitted)
     assert server.stop() == 0
 
 

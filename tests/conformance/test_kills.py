@@ -20,7 +20,7 @@ from conformance.batches import batch, logprobs
 from conformance.server_process import ServerProcess, Wire, datum
 from tinker import types
 
-KILLS = int(os.environ.get("TINSMITH_TEST_KILLS", "5"))
+KILLS = int(os.environ.get("TINSMITH_TEST_KILLS", "3"))
 
 
 class Killer:
@@ -123,7 +123,7 @@ def test_training_goes_on_through_random_kills(make_server) -> None:
         TINSMITH_LONG_POLL_SECONDS="2",
     ).start()
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
-    count = 12
+    count = 9
 
     expected = train(service, lambda: iter(range(count)))
     with Killer(server, KILLS, seed=int(os.environ.get("TINSMITH_TEST_SEED", "1"))) as killer:
