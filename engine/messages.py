@@ -59,6 +59,14 @@ class AdamParams(msgspec.Struct, frozen=True):
     grad_clip_norm: float = 0.0
 
 
+class DimuonParams(msgspec.Struct, frozen=True):
+    """One step of Muon, see `engine.dimuon`; clipping by global norm (0 or less = off)."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    grad_clip_norm: float = 0.0
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How to draw tokens.
 
@@ -101,7 +109,8 @@ class _Request(msgspec.Struct, frozen=True, tag=True):
 class CreateModel(_Request, frozen=True):
     """A fresh model, or, with `checkpoint`, one that starts from a saved training state.
 
-    `lora` None trains the full weights. `optimizer_state` False takes only the checkpoint's weights.
+    `lora` None trains the full weights. `optimizer` is one of `optimizer_families`. `optimizer_state` False
+    takes only the checkpoint's weights.
     """
 
     model_id: str
@@ -125,7 +134,8 @@ class ForwardBackward(_Request, frozen=True):
 
 class OptimStep(_Request, frozen=True):
     model_id: str
-    params: AdamParams
+    params: AdamParams = AdamParams()
+    dimuon: DimuonParams | None = None
 
 
 class SaveState(_Request, frozen=True):
@@ -141,6 +151,8 @@ class LoadState(_Request, frozen=True):
     model_id: str
     directory: str
     optimizer_state: bool
+
+    """`dimuon` instead of `params`, of a model that was created with that optimizer."""
 
 
 class SaveSampler(_Request, frozen=True):

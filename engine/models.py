@@ -13,17 +13,15 @@ import jax
 import msgspec
 import numpy as np
 
-from ..ckpt import merged, paths, peft, training_state
+from ..ckpt import digests, merged, paths, peft, training_state
 from ..ckpt.atomic import size_bytes
-from . import messages
+from . import messages, optimizer_families
 from .base_models import BaseModel
 from .deferred_exports import DeferredExports
 from .errors import UserError
 from .scheduler import ModelOperation
 from .training_run import Job
 from .training_state import TrainingState
-
-OPTIMIZERS = ("adamw",)
 
 
 @dataclass
@@ -89,7 +87,8 @@ class Models:
                 return self._create(operation)
             case messages.OptimStep():
                 model = self.find(operation.model_id)
-                return messages.OptimStepOutput(model.base.trainer.optim_step(model.state, operation.params))
+                params = operation.dimuon or operation.params
+                return messages.OptimStepOutput(model.base.trainer.optim_step(model.state, params))
             case messages.SaveState():
                 return self._save_state(operation)
             case messages.LoadState():
@@ -109,13 +108,12 @@ class Models:
         base = self.base(operation.base_model)
         if operation.model_id in self._models:
             raise UserError(f"model {operation.model_id!r} exists already")
-        if operation.optimizer not in OPTIMIZERS:
-            raise UserError(f"unknown optimizer {operation.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        optimizer_families.family(operation.optimizer)
         if operation.checkpoint is None:
             self._check_lora(operation.lora)
-            state = base.trainer.create(operation.lora, operation.grad_normalization)
+            state = base.trainer.create(operation.lora, operation.grad_normalization, operation.optimizer)
         else:
-            state = self._restore(base, operation.checkpoint, operation.optimizer_state)
+            state = self._restore(base, operation.checkpoint, operation.optimizer, operation.optimizer_state)
             self._check_lora(state.lora)
             if operation.lora is not None and _shape(operation.lora) != _shape(state.lora):
                 raise UserError(
@@ -142,7 +140,7 @@ class Models:
 
     def _load_state(self, operation: messages.LoadState) -> messages.StateLoaded:
         model = self.find(operation.model_id)
-        state = self._restore(model.base, operation.directory, operation.optimizer_state)
+        state = self._restore(model.base, operation.directory, model.state.family, operation.optimizer_state)
         if _shape(state.lora) != _shape(model.state.lora):
             raise UserError(
                 f"the checkpoint was trained with {_described(state.lora)}, this model with "
@@ -152,15 +150,16 @@ class Models:
         model.state = state
         return messages.StateLoaded(state.step)
 
-    def _restore(self, base: BaseModel, key: str, optimizer_state: bool) -> TrainingState:
-        """The state that a SaveState wrote; or a fresh one with its weights, or with those of an adapter."""
+    def _restore(self, base: BaseModel, key: str, family: str, optimizer_state: bool) -> TrainingState:
+        """The state that a SaveState wrote; or one with its weights, or with those of an adapter, and an
+        optimizer of that family that is fresh."""
         if key in self._writing:
             self._writing[key].exception()
         directory = paths.resolve(self._config.data_dir, key)
         if peft.is_adapter(directory):
             if optimizer_state:
                 raise UserError("sampler weights have no optimizer state: load them without it")
-            return self._restore_adapter(base, directory)
+            return self._restore_adapter(base, directory, family)
         if not training_state.is_complete(directory):
             raise UserError("the checkpoint is not there (any more)")
         metadata = training_state.read_metadata(directory)
@@ -170,15 +169,22 @@ class Models:
         lora = metadata["lora"] and msgspec.convert(metadata["lora"], messages.LoraSpec)
         trainer = base.trainer
         if optimizer_state:
+            stored = metadata.get("family", "adamw")
+            if stored != family:
+                raise UserError(
+                    f"the checkpoint's optimizer is {stored}, the model's {family}: load it without its "
+                    "optimizer, or create a model from it"
+                )
             arrays = training_state.restore(
-                directory, trainer.abstract_arrays(lora, metadata["has_gradients"])
+                directory, trainer.abstract_arrays(lora, metadata["has_gradients"], stored)
             )
             return TrainingState.from_checkpoint(arrays, metadata)
         weights = training_state.restore(directory, {"weights": trainer.abstract_weights(lora)})["weights"]
-        return self._fresh(base, lora, weights)
+        return self._fresh(base, lora, weights, family)
 
-    def _restore_adapter(self, base: BaseModel, directory: Path) -> TrainingState:
+    def _restore_adapter(self, base: BaseModel, directory: Path, family: str) -> TrainingState:
         try:
+            digests.check(directory)
             saved = peft.load_adapter(directory, base.config)
         except peft.AdapterError as error:
             raise UserError(str(error)) from error
@@ -197,10 +203,10 @@ class Models:
                 "the adapter leaves out some matrices of attention or MLP; it cannot be trained on"
             )
         weights = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), saved.adapter, abstract)
-        return self._fresh(base, lora, weights)
+        return self._fresh(base, lora, weights, family)
 
-    def _fresh(self, base: BaseModel, lora: messages.LoraSpec | None, weights) -> TrainingState:
-        state = TrainingState(lora, weights, None)
+    def _fresh(self, base: BaseModel, lora: messages.LoraSpec | None, weights, family: str) -> TrainingState:
+        state = TrainingState(lora, weights, None, family=family)
         state.optimizer = base.trainer.fresh_optimizer(state)
         return state
 

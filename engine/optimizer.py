@@ -36,28 +36,41 @@ class StepNorms(NamedTuple):
     weights: Float[Array, ""]
 
 
+def clip(gradients: Any, scale: Float[Array, ""], max_norm: Float[Array, ""]) -> tuple[Any, Float[Array, ""]]:
+    """scale x gradients, clipped by their global norm (`optax.clip_by_global_norm`; 0 or less is off), and
+    that norm before clipping."""
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    norm = optax.tree.norm(gradients)
+    limit = jnp.where(max_norm > 0, max_norm, jnp.inf)
+    shrink = jnp.where(norm > limit, limit / norm, 1.0)
+    return jax.tree.map(lambda g: g * shrink, gradients), norm
+
+
+def add(
+    weights: Any, updates: Any, state: Any, new_state: Any, norm: Float[Array, ""]
+) -> tuple[Any, Any, StepNorms]:
+    """Weights plus updates, the new state, and the norms; or, where `norm` (the gradient's) or the update's
+    is not finite, weights and state as they were."""
+    update_norm = optax.tree.norm(updates)
+    finite = jnp.isfinite(norm) & jnp.isfinite(update_norm)
+    new_weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), weights, updates)
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    return new_weights, new_state, StepNorms(norm, update_norm, optax.tree.norm(new_weights))
+
+
 def step(
     weights: Any, state: AdamState, gradients: Any, hyper: AdamHyperparameters
 ) -> tuple[Any, AdamState, Any, StepNorms]:
     """New weights, new state, zeros in the gradients' buffers, and the norms.
 
-    Clipping by global norm (`optax.clip_by_global_norm`), then Adam (arXiv:1412.6980) with decoupled weight
-    decay (arXiv:1711.05101): w - lr · (m̂ / (√v̂ + eps) + decay · w). If the gradient's or the update's norm
-    is not finite, weights and state come back as they were.
+    Clipping by global norm, then Adam (arXiv:1412.6980) with decoupled weight decay (arXiv:1711.05101):
+    w - lr · (m̂ / (√v̂ + eps) + decay · w). A step that is not finite changes nothing (`add`).
     """
-    gradients = jax.tree.map(lambda g: g * hyper.grad_scale, gradients)
-    norm = optax.tree.norm(gradients)
-    limit = jnp.where(hyper.grad_clip_norm > 0, hyper.grad_clip_norm, jnp.inf)
-    shrink = jnp.where(norm > limit, limit / norm, 1.0)
-    clipped = jax.tree.map(lambda g: g * shrink, gradients)
+    clipped, norm = clip(gradients, hyper.grad_scale, hyper.grad_clip_norm)
     adam = optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps)
     directions, new_state = adam.update(clipped, state)
     updates = jax.tree.map(
         lambda u, w: -hyper.learning_rate * (u + hyper.weight_decay * w), directions, weights
     )
-    update_norm = optax.tree.norm(updates)
-    finite = jnp.isfinite(norm) & jnp.isfinite(update_norm)
-    new_weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), weights, updates)
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
-    norms = StepNorms(norm, update_norm, optax.tree.norm(new_weights))
+    new_weights, new_state, norms = add(weights, updates, state, new_state, norm)
     return new_weights, new_state, jax.tree.map(jnp.zeros_like, gradients), norms

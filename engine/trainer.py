@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from ..model import decoder, sharding
 from ..model.config import ModelConfig
 from ..model.lora import init_lora
-from . import optimizer, train_step, validation
+from . import optimizer_families, train_step, validation
 from .errors import UserError
 from .gradient_programs import GradientPrograms
-from .messages import AdamParams, ForwardBackward, LoraSpec
+from .messages import ForwardBackward, LoraSpec
 from .packing import shape_table
 from .programs import OnCompile, Programs
 from .train_step import Static
@@ -30,7 +30,7 @@ from .training_structure import describe, structure
 
 
 class Trainer:
-    """Forward, backward and AdamW over one base model; see `start`, `forward_backward` and `optim_step`."""
+    """Forward, backward and optimizer steps over a base model: `start`, `forward_backward`, `optim_step`."""
 
     def __init__(
         self,
@@ -78,7 +78,12 @@ class Trainer:
 
     # --- models -----------------------------------------------------------------------------------------
 
-    def create(self, lora: LoraSpec | None, grad_normalization: GradNormalization = "sum") -> TrainingState:
+    def create(
+        self,
+        lora: LoraSpec | None,
+        grad_normalization: GradNormalization = "sum",
+        family: str = "adamw",
+    ) -> TrainingState:
         """A fresh model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base."""
         if lora is None:
             weights = jax.tree.map(
@@ -88,14 +93,15 @@ class Trainer:
             )
         else:
             weights = jax.device_put(self._init(lora), self._replicated)
-        state = TrainingState(lora, weights, None, grad_normalization=grad_normalization)
+        state = TrainingState(lora, weights, None, grad_normalization=grad_normalization, family=family)
         state.optimizer = self.fresh_optimizer(state)
         return state
 
     def fresh_optimizer(self, state: TrainingState) -> Any:
         """Zero moments for the state's weights."""
         count = jax.device_put(np.int32(0), self._replicated)
-        return optimizer.AdamState(count, self._new_zeros(state.weights), self._new_zeros(state.weights))
+        new_state = optimizer_families.family(state.family).new_state
+        return new_state(count, lambda: self._new_zeros(state.weights))
 
     def abstract_weights(self, lora: LoraSpec | None) -> Any:
         """Shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
@@ -108,11 +114,14 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
         )
 
-    def abstract_arrays(self, lora: LoraSpec | None, has_gradients: bool) -> dict[str, Any]:
+    def abstract_arrays(
+        self, lora: LoraSpec | None, has_gradients: bool, family: str = "adamw"
+    ) -> dict[str, Any]:
         """The tree of `TrainingState.arrays`, as a checkpoint is restored into."""
         weights = self.abstract_weights(lora)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
-        arrays = {"weights": weights, "optimizer": {"count": count, "mu": weights, "nu": weights}}
+        state = optimizer_families.family(family).new_state(count, lambda: weights)
+        arrays = {"weights": weights, "optimizer": state._asdict()}
         return arrays | {"gradients": weights} if has_gradients else arrays
 
     # --- operations -------------------------------------------------------------------------------------
@@ -137,14 +146,17 @@ class Trainer:
             pass
         return run.results
 
-    def optim_step(self, state: TrainingState, params: AdamParams) -> dict[str, float]:
-        """One AdamW step with the accumulated gradients, which are then dropped; the step's metrics.
+    def optim_step(self, state: TrainingState, params: optimizer_families.Params) -> dict[str, float]:
+        """One step of the model's optimizer with the accumulated gradients, which are then dropped; metrics.
 
         Without any gradient since the last step, gradients are zero; but if all computations of gradients
-        since then have failed, so does the step. Raises UserError for that, for parameters out of range and
-        for a norm that is not finite; the weights are then as before.
+        since then have failed, so does the step. Raises UserError for that, for parameters out of range or of
+        another optimizer and for a norm that is not finite; the weights are then as before.
         """
-        validation.check_adam(params)
+        family = optimizer_families.family(state.family)
+        if not isinstance(params, family.params):
+            raise UserError(f"this model's optimizer is {state.family}; the step's parameters are of another")
+        validation.check_optimizer(params)
         if state.gradients is None and state.failed_since_step:
             raise UserError(
                 "nothing to step with: every forward_backward since the last optim_step has failed; "
@@ -152,22 +164,21 @@ class Trainer:
             )
         gradients = self.zeros(state) if state.gradients is None else state.gradients
         mean = state.grad_normalization == "token_mean"
-        hyper = optimizer.AdamHyperparameters(
-            **{name: np.float32(getattr(params, name)) for name in params.__struct_fields__},
-            grad_scale=np.float32(1 / max(1, state.valid_tokens) if mean else 1),
-        )
-        hyper = jax.device_put(hyper, self._replicated)
+        grad_scale = 1 / max(1, state.valid_tokens) if mean else 1
+        rank = 0 if state.lora is None else state.lora.rank
+        hyper = jax.device_put(family.hyperparameters(params, grad_scale, rank), self._replicated)
         arguments = (state.weights, state.optimizer, gradients, hyper)
         key = self.structure(state)
         weights = self._shardings(state)
-        count = self._replicated
+        moments = jax.tree.map(lambda x: x.sharding, state.optimizer)
+        name = "optim_step" if state.family == "adamw" else f"optim_step {state.family}"
         program = self.programs.get(
-            ("optim_step", key),
-            f"optim_step {describe(key)}",
-            optimizer.step,
+            (name, key),
+            f"{name} {describe(key)}",
+            family.step,
             arguments,
             donate=(0, 1, 2),
-            out_shardings=(weights, optimizer.AdamState(count, weights, weights), weights, self._replicated),
+            out_shardings=(weights, moments, weights, self._replicated),
         )
         state.weights, state.optimizer, zeros, norms = program(*arguments)
         state.gradients, state.valid_tokens = None, 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .messages import LoraSpec
-from .optimizer import AdamState
+from .optimizer_families import FAMILIES
 
 GradNormalization = Literal["sum", "token_mean"]
 
@@ -17,16 +17,18 @@ class TrainingState:
 
     `gradients` is None until something is accumulated. `valid_tokens` counts the accumulated tokens that the
     loss weighs (what `token_mean` divides by). `failed_since_step` counts gradient computations that failed.
+    `family` is that of the optimizer (`optimizer_families`).
     """
 
     lora: LoraSpec | None
     weights: Any
-    optimizer: AdamState
+    optimizer: Any
     gradients: Any | None = None
     step: int = 0
     valid_tokens: int = 0
     failed_since_step: int = 0
     grad_normalization: GradNormalization = "sum"
+    family: str = "adamw"
 
     @property
     def scale(self) -> float:
@@ -47,6 +49,7 @@ class TrainingState:
             "valid_tokens": self.valid_tokens,
             "failed_since_step": self.failed_since_step,
             "grad_normalization": self.grad_normalization,
+            "family": self.family,
             "has_gradients": self.gradients is not None,
         }
 
@@ -56,10 +59,11 @@ class TrainingState:
         metadata = dict(metadata)
         has_gradients = metadata.pop("has_gradients")
         lora = metadata.pop("lora")
+        family = FAMILIES[metadata.setdefault("family", "adamw")]  # of earlier versions, who had no other
         return cls(
             lora=None if lora is None else LoraSpec(**lora),
             weights=arrays["weights"],
-            optimizer=AdamState(**arrays["optimizer"]),
+            optimizer=family.state(**arrays["optimizer"]),
             gradients=arrays["gradients"] if has_gradients else None,
             **metadata,
         )

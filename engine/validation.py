@@ -13,7 +13,7 @@ import numpy as np
 
 from ..losses import REGISTRY, Loss
 from .errors import UserError
-from .messages import AdamParams, Datum, Tensor
+from .messages import AdamParams, Datum, DimuonParams, Tensor
 
 CONFIG_INPUTS = frozenset(key for loss in REGISTRY.values() for key in loss.config)
 MAX_TARGETS = 1024  # per position
@@ -61,15 +61,16 @@ def check_data(data: Sequence[Datum], loss: Loss, vocab_size: int, max_length: i
     return [_check_datum(index, datum, loss, vocab_size, max_length) for index, datum in enumerate(data)]
 
 
-def check_adam(params: AdamParams) -> None:
-    """The ranges in which AdamW is defined."""
+def check_optimizer(params: AdamParams | DimuonParams) -> None:
+    """The ranges in which a step is defined."""
+    where = "adam_params" if isinstance(params, AdamParams) else "optimizer_params"
     for field in params.__struct_fields__:
         value = getattr(params, field)
-        if not math.isfinite(value) or value < 0:
-            raise UserError(f"adam_params.{field} is {value}; it must be a finite number, at least 0")
-    for field in ("beta1", "beta2"):
-        if getattr(params, field) >= 1:
-            raise UserError(f"adam_params.{field} is {getattr(params, field)}; it must be below 1")
+        signed = isinstance(params, DimuonParams) and field == "grad_clip_norm"  # below 0 is off
+        if not math.isfinite(value) or (value < 0 and not signed):
+            raise UserError(f"{where}.{field} is {value}; it must be a finite number, at least 0")
+        if field in ("beta1", "beta2") and value >= 1:
+            raise UserError(f"{where}.{field} is {value}; it must be below 1")
 
 
 def _check_datum(index: int, datum: Datum, loss: Loss, vocab_size: int, max_length: int) -> TrainingDatum:

@@ -25,9 +25,16 @@ _DECODED_ASIDE_BYTES = 128 << 10  # larger bodies are decoded in a thread, so th
 def optimizer_of(config: requests.OptimizerConfig | None) -> dict[str, Any]:
     """Raises BadRequest for a family that this server does not have."""
     chosen = config or requests.OptimizerConfig()
-    if chosen.type != "adamw":
-        raise BadRequest(f"optimizer_config: unknown type {chosen.type!r}; this server has adamw")
-    return {"type": chosen.type}
+    fields = chosen.model_extra or {}
+    if chosen.type == "adamw":
+        return {"type": "adamw"}
+    if chosen.type != "dimuon":
+        raise BadRequest(
+            f"optimizer_config: unknown type {chosen.type[:64]!r}; this server has adamw and dimuon"
+        )
+    if set(fields) - {"version"} or fields.get("version", 1) != 1:
+        raise BadRequest("optimizer_config: of dimuon this server has version 1, which has no other fields")
+    return {"type": "dimuon", "version": 1}
 
 
 def lora_of(backend: Backend, config: requests.LoraConfig | None) -> messages.LoraSpec | None:
@@ -209,14 +216,13 @@ def _check_seq_id(seq_id: int) -> None:
 @router.post("/optim_step")
 async def optim_step(body: requests.OptimStep, backend: BackendOf, owner: Owner) -> dict[str, str]:
     try:
-        family = (body.optimizer_params or {}).get("type", "adamw")
-        if family != "adamw":
-            raise BadRequest(f"optimizer_params: unknown type {family!r}; this model's optimizer is adamw")
-        params = body.adam_params or requests.AdamParams.model_validate(body.optimizer_params or {})
-        message = messages.OptimStep(
-            request_id="", model_id=body.model_id, params=messages.AdamParams(**params.model_dump())
-        )
-        operation = await submit(backend, owner, "optim_step", body.model_id, body.seq_id, message)
+        run = await backend.runs.find_trainable(owner, body.model_id)
+        if body.family != run.optimizer["type"]:
+            raise BadRequest(
+                f"optimizer_params: they are for {body.family!r}; "
+                f"this model's optimizer is {run.optimizer['type']}"
+            )
+        operation = await submit(backend, owner, "optim_step", body.model_id, body.seq_id, body.message())
     except ApiError as error:
         await refuse(backend, owner, body.model_id, body.seq_id, error)
         raise

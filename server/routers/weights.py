@@ -205,6 +205,11 @@ async def _load_into(
         raise BadRequest(
             f"path: {body.path!r} holds {_words(checkpoint)}, the model is {_words(run)}; they must be alike"
         )
+    if body.optimizer and checkpoint.optimizer["type"] != run.optimizer["type"]:
+        raise BadRequest(
+            f"optimizer: {body.path!r} was trained with {checkpoint.optimizer['type']}, the model with "
+            f"{run.optimizer['type']}; load it without its optimizer"
+        )
     operation = await submit(
         backend,
         owner,

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictInt,
     StringConstraints,
@@ -104,6 +105,17 @@ class AdamParams(Body):
     grad_clip_norm: Finite = Field(0.0, ge=0)
 
 
+class DimuonParams(Body):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["dimuon"]
+    learning_rate: Finite = Field(ge=0)
+    beta1: Finite = Field(0.9, ge=0, lt=1)
+    grad_clip_norm: Finite = 0.0  # below 0: off
+
+    def message(self) -> messages.DimuonParams:
+        return messages.DimuonParams(**self.model_dump(exclude={"type"}))
+
+
 class Sequenced(Body):
     """An operation of a model. Without a seq_id it comes after all that have arrived."""
 
@@ -115,14 +127,33 @@ class OptimStep(Sequenced):
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
 
+    _params: AdamParams | DimuonParams = PrivateAttr(default_factory=AdamParams)
+
     @model_validator(mode="after")
     def _either(self) -> OptimStep:
-        if self.adam_params is None and self.optimizer_params:
+        families: dict[str, type[AdamParams | DimuonParams]] = {"adamw": AdamParams, "dimuon": DimuonParams}
+        family = families.get(self.family)
+        if self.adam_params is not None:
+            self._params = self.adam_params
+        elif self.optimizer_params and family is not None:
             try:
-                self.adam_params = AdamParams.model_validate(self.optimizer_params)
+                self._params = family.model_validate(self.optimizer_params)
             except ValidationError as error:
                 raise ValueError(f"optimizer_params: {describe([*map(dict, error.errors())])}") from None
         return self
+
+    @property
+    def family(self) -> str:
+        """Whose parameters these are; perhaps one that there is not."""
+        if self.adam_params is not None:
+            return "adamw"
+        return str((self.optimizer_params or {}).get("type", "adamw"))[:64]
+
+    def message(self) -> messages.OptimStep:
+        """Without a request id."""
+        if isinstance(self._params, DimuonParams):
+            return messages.OptimStep("", self.model_id, dimuon=self._params.message())
+        return messages.OptimStep("", self.model_id, messages.AdamParams(**self._params.model_dump()))
 
 
 UserMetadata = dict[str, str]

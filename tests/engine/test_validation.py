@@ -5,7 +5,7 @@ import pytest
 from engine_training import datum, random_data, tensor
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, Datum, Tensor
-from tinsmith.engine.validation import check_adam, check_data, check_loss
+from tinsmith.engine.validation import check_data, check_loss, check_optimizer
 from tinsmith.losses import REGISTRY
 
 VOCAB, LONGEST = 320, 32
@@ -131,4 +131,4 @@ def test_config_fills_in_the_defaults():
 )
 def test_wrong_adam(params, field):
     with pytest.raises(UserError, match=f"adam_params.{field}"):
-        check_adam(AdamParams(**params))
+        check_optimizer(AdamParams(**params))

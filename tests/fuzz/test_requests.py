@@ -40,6 +40,10 @@ VALID: list[tuple[type[requests.Body], dict[str, Any]]] = [
     (requests.GetInfo, {"model_id": "s:train:0"}),
     (requests.OptimStep, {"model_id": "s:train:0", "seq_id": 2, "adam_params": ADAM}),
     (requests.OptimStep, {"model_id": "s:train:0", "optimizer_params": ADAM | {"type": "adamw"}}),
+    (
+        requests.OptimStep,
+        {"model_id": "s:train:0", "optimizer_params": {"type": "dimuon", "learning_rate": 1e-3}},
+    ),
     (requests.SaveWeights, SAVE),
     (requests.SaveWeightsForSampler, SAVE | {"kind": "inflight", "sampling_session_seq_id": 0}),
     (requests.LoadWeights, {"path": "tinker://s:train:0/weights/a", "model_id": "s:train:1", "seq_id": 1}),
@@ -104,8 +108,7 @@ def _message(body: requests.Body, backend: SimpleNamespace) -> messages.ToEngine
             lora = training.lora_of(backend, body.lora_config)
             return messages.CreateModel("r", "m", body.base_model, lora, optimizer["type"])
         case requests.OptimStep():
-            params = body.adam_params or requests.AdamParams()
-            return messages.OptimStep("r", body.model_id, messages.AdamParams(**params.model_dump()))
+            return body.message()
         case requests.SaveWeights():
             expires = checkpoints.expiry(body.ttl_seconds)
             assert expires is None or math.isfinite(expires)
