@@ -19,6 +19,8 @@ import numpy as np
 
 from . import log_lines, messages
 from .base_models import BaseModel
+from .custom_loss_run import CustomJob
+from .custom_losses import load
 from .errors import MissingWeights, UserError, reason
 from .models import Models, Writing
 from .sampler_cache import SamplerCache
@@ -30,7 +32,7 @@ from .under_way import UnderWay
 log = logging.getLogger(__name__)
 
 Request = messages.ToEngine
-CheckedOperation = tuple[messages.ForwardBackward, Job]
+CheckedOperation = tuple[messages.ForwardBackward, Job | CustomJob]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Engine:
                 self._add_sample(request)
             case messages.Cancel():
                 self._cancel(request)
+            case messages.CheckCustomLoss():
+                self._check_custom_loss(request)
             case messages.ReleaseSampler():
                 for samplers in self._samplers:
                     samplers.release(request.weights)
@@ -120,14 +124,24 @@ class Engine:
                 self._add_awaiting(cancelled)
         self._answer(request, messages.Nothing())
 
+    def _check_custom_loss(self, request: messages.CheckCustomLoss) -> None:
+        outcome: messages.Output | UserError = messages.Nothing()
+        try:
+            load(request.loss)
+        except UserError as error:
+            outcome = error
+        self._answer(request, outcome)
+
     # --- train --------------------------------------------------------------------------------------------
 
     def _batch_key(self, operation: ModelOperation) -> Hashable | None:
-        """Adapters of one shape on one base can share a device batch; full weights cannot."""
+        """Adapters of one shape on one base can share a device batch; full weights cannot. Custom losses
+        share theirs with custom losses."""
         model = self._models.get(operation.model_id)
         if not isinstance(operation, messages.ForwardBackward) or model is None or model.state.lora is None:
             return None
-        return model.base.trainer, model.base.trainer.structure(model.state), operation.forward_only
+        structure = model.base.trainer.structure(model.state)
+        return model.base.trainer, structure, operation.forward_only, operation.loss_fn == "custom"
 
     def _train(self, unit: Unit) -> None:
         """Give a unit one turn."""
@@ -182,14 +196,16 @@ class Engine:
             outcome = result if isinstance(result, UserError) else _forward_backward_output(result)
             self._finish(unit, operation, outcome)
 
-    def _compute_alone(self, unit: Unit, operation: messages.ForwardBackward, job: Job) -> Iterator[None]:
+    def _compute_alone(
+        self, unit: Unit, operation: messages.ForwardBackward, job: Job | CustomJob
+    ) -> Iterator[None]:
         try:
             yield from self._compute(unit, [(operation, job)])
         except Exception as error:
             self._fail_forward_backward(unit, operation, job, error)
 
     def _fail_forward_backward(
-        self, unit: Unit, operation: messages.ForwardBackward, job: Job, error: Exception
+        self, unit: Unit, operation: messages.ForwardBackward, job: Job | CustomJob, error: Exception
     ) -> None:
         job.state.failed_since_step += not operation.forward_only
         self._finish(unit, operation, error)

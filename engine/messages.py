@@ -122,17 +122,37 @@ class CreateModel(_Request, frozen=True):
     optimizer_state: bool = True
 
 
+class CustomLoss(msgspec.Struct, frozen=True):
+    """A loss that a client traced: its inputs' names and ranks, `logprobs` first, and the graph as JSON."""
+
+    name: str
+    inputs: list[tuple[str, int]]
+    graph: bytes
+
+
+class CheckCustomLoss(_Request, frozen=True):
+    """Whether `ForwardBackward`s may have that loss: Nothing, or a failure that says what is wrong."""
+
+    loss: CustomLoss
+
+
 class ForwardBackward(_Request, frozen=True):
-    """Loss and log-probs; unless `forward_only`, gradients are added to the model's accumulator."""
+    """Loss and log-probs; unless `forward_only`, gradients are added to the model's accumulator.
+
+    `custom_loss` is that of loss_fn `custom`: it travels with the operation, for a replay has nothing else.
+    """
 
     model_id: str
     data: list[Datum]
     loss_fn: str
     loss_config: dict[str, float] = {}
     forward_only: bool = False
+    custom_loss: CustomLoss | None = None
 
 
 class OptimStep(_Request, frozen=True):
+    """`dimuon` instead of `params`, of a model that was created with that optimizer."""
+
     model_id: str
     params: AdamParams = AdamParams()
     dimuon: DimuonParams | None = None
@@ -152,8 +172,6 @@ class LoadState(_Request, frozen=True):
     directory: str
     optimizer_state: bool
 
-    """`dimuon` instead of `params`, of a model that was created with that optimizer."""
-
 
 class SaveSampler(_Request, frozen=True):
     """Freeze the current weights for sampling, into `directory` as PEFT (or merged, for full-weight models)
@@ -162,11 +180,14 @@ class SaveSampler(_Request, frozen=True):
     Complete on disk before the answer; or, `deferred`, sampled from memory at once and written behind the
     answer. A directory that a deferred save finds complete stays as it is: it is being replayed. A SaveState
     of the model is answered when all deferred saves before it are on disk.
+
+    With `recipients` (not deferred) the files are encrypted to them, for nobody here to sample.
     """
 
     model_id: str
     directory: str
     deferred: bool = False
+    recipients: list[str] = []  # `ckpt.age`
 
 
 TOPK_LIMIT = 64  # most likely tokens that a request may ask for per position
@@ -236,6 +257,7 @@ class Stop(_Request, frozen=True):
 
 ToEngine = (
     CreateModel
+    | CheckCustomLoss
     | ForwardBackward
     | OptimStep
     | SaveState

@@ -17,6 +17,7 @@ from ..ckpt import digests, merged, paths, peft, training_state
 from ..ckpt.atomic import size_bytes
 from . import messages, optimizer_families
 from .base_models import BaseModel
+from .custom_loss_run import CustomJob
 from .deferred_exports import DeferredExports
 from .errors import UserError
 from .scheduler import ModelOperation
@@ -70,7 +71,7 @@ class Models:
             raise UserError(f"unknown model {model_id!r}: it was not created, or it was deleted")
         return self._models[model_id]
 
-    def job(self, operation: messages.ForwardBackward) -> Job:
+    def job(self, operation: messages.ForwardBackward) -> Job | CustomJob:
         """The operation checked against its model. Raises UserError; a later optim_step knows of it."""
         model = self.find(operation.model_id)
         try:

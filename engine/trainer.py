@@ -18,6 +18,8 @@ from ..model import decoder, sharding
 from ..model.config import ModelConfig
 from ..model.lora import init_lora
 from . import optimizer_families, train_step, validation
+from .custom_loss_run import CustomJob, CustomLossRun, custom_job
+from .custom_losses import CustomLosses
 from .errors import UserError
 from .gradient_programs import GradientPrograms
 from .messages import ForwardBackward, LoraSpec
@@ -74,6 +76,7 @@ class Trainer:
         self.gradient_programs = GradientPrograms(
             self.programs, self.mesh, config, base, self._base_shardings, static, remat
         )
+        self.custom_losses = CustomLosses()
         self._zeros: dict[Any, list[Any]] = {}
 
     # --- models -----------------------------------------------------------------------------------------
@@ -126,20 +129,26 @@ class Trainer:
 
     # --- operations -------------------------------------------------------------------------------------
 
-    def job(self, state: TrainingState, operation: ForwardBackward) -> Job:
+    def job(self, state: TrainingState, operation: ForwardBackward) -> Job | CustomJob:
         """The operation, checked against the model. Raises UserError."""
+        if operation.loss_fn == "custom":
+            limits = self.config.vocab_size, self.max_sequence_length
+            return custom_job(state, operation, self.custom_losses, *limits)
         loss, config = validation.check_loss(operation.loss_fn, operation.loss_config)
         data = validation.check_data(operation.data, loss, self.config.vocab_size, self.max_sequence_length)
         return Job(state, data, loss, config, operation.forward_only)
 
-    def start(self, jobs: Sequence[Job]) -> Run:
-        """Pack the jobs into micro-batches; nothing runs until `Run.step`.
+    def start(self, jobs: Sequence[Job | CustomJob]) -> Run | CustomLossRun:
+        """Pack the jobs into micro-batches; nothing runs until `Run.step`. Either all are custom or none is.
 
         Until the run has ended, no other operation on its models may run.
         """
-        return Run(self, jobs)
+        custom = [job for job in jobs if isinstance(job, CustomJob)]
+        if custom:
+            return CustomLossRun(self, custom)
+        return Run(self, [job for job in jobs if isinstance(job, Job)])
 
-    def forward_backward(self, jobs: Sequence[Job]) -> list[JobOutput | UserError]:
+    def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | UserError]:
         """Run the jobs to the end: of each its output, or what was wrong with it."""
         run = self.start(jobs)
         while not run.step():

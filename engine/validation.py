@@ -119,7 +119,7 @@ def _check_targets(
         raise UserError(f"{where} has shape {list(shape)}; loss {loss.name!r} takes one target per token")
     if len(shape) == 2 and not 1 <= shape[1] <= MAX_TARGETS:
         raise UserError(f"{where} has {shape[1]} targets per token; it must have 1 to {MAX_TARGETS}")
-    targets = _decode(where, tensor)
+    targets = decode(where, tensor)
     _check_tokens(where, targets, vocab_size)
     return targets.astype(np.int32).reshape(length, -1), shape
 
@@ -132,7 +132,7 @@ def _check_input(index: int, name: str, tensor: Tensor, shape: tuple[int, ...]) 
         raise UserError(
             f"{where} has shape {list(tensor.shape)}; it must be {list(shape)}, that of target_tokens"
         )
-    values = _decode(where, tensor)
+    values = decode(where, tensor)
     if not np.isfinite(values).all():
         at = np.argwhere(~np.isfinite(values))[0].tolist()
         raise UserError(f"{where} is {values[tuple(at)]} at position {at}; every value must be finite")
@@ -149,7 +149,7 @@ def _check_tokens(where: str, tokens: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def _decode(where: str, tensor: Tensor) -> np.ndarray:
+def decode(where: str, tensor: Tensor) -> np.ndarray:
     kind = np.dtype(tensor.dtype).newbyteorder("<")
     wanted = math.prod(tensor.shape) * kind.itemsize
     if len(tensor.data) != wanted:

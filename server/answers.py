@@ -13,6 +13,8 @@ from .operation import Answer, Operation
 
 # Operations that change a model: a replay after the newest snapshot needs them again.
 REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_unnamed_sampler"})
+# What an operation brought stays: losses, for later operations (custom_losses.py).
+KEPT = frozenset({"create_custom_loss"})
 _REMEMBERED_BYTES = 256 << 20
 
 
@@ -38,7 +40,7 @@ class RememberedAnswers:
 def replayed(operation: Operation, answer: Answer, ran: bool) -> bytes | None:
     """The message that does to the model again what the operation did: None if that is nothing."""
     if isinstance(answer, messages.Done):
-        return operation.payload if operation.kind in REPLAYED else None
+        return operation.payload if operation.kind in REPLAYED | KEPT else None
     if ran and operation.kind == "forward_backward":
         # The engine counts failures, for the step after them; without data it fails again, and at once.
         return messages.encode(

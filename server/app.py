@@ -17,6 +17,7 @@ from .metrics import Measured, Metrics
 from .quotas import Quotas
 from .routers import (
     checkpoints,
+    custom_losses,
     downloads,
     futures,
     sampling,
@@ -55,7 +56,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, sessions, weights),
-        *(training_runs, checkpoints, downloads, session_search),
+        *(training_runs, checkpoints, downloads, session_search, custom_losses),
     ):
         app.include_router(module.router)
     errors.install(app)

@@ -13,6 +13,7 @@ from .base_models import BaseModel
 from .checkpoints import Checkpoints
 from .completions import Completions
 from .copies import Copies
+from .custom_losses import CustomLosses
 from .disk import Disk
 from .errors import BadRequest
 from .ledger import tenancy
@@ -44,6 +45,7 @@ class Backend:
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
     completions: Completions = field(init=False)
+    custom_losses: CustomLosses = field(init=False)
     refused_saves: RefusedSaves = field(init=False)
     runs: Runs = field(init=False)
     sessions: Sessions = field(init=False)
@@ -68,6 +70,7 @@ class Backend:
         )
         self.operations = Operations(self.ledger, self.engine, self.disk)
         self.completions = Completions(self.ledger, self.operations)
+        self.custom_losses = CustomLosses(self.ledger, self.operations, settings.custom_loss_server_side)
         self.refused_saves = RefusedSaves(self.operations.consume, settings.refused_save_seconds)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from .errors import ApiError, BadRequest, Gone, NotFound
-from .ledger import tenancy
+from .ledger import custom_losses, tenancy
 from .ledger.ledger import Ledger
 from .runs import Runs
 from .samplers import Samplers
@@ -84,6 +84,7 @@ class Sessions:
         ):
             await self._runs.finish(await self._runs.find(owner, row.id))
         await self._samplers.forget_unnamed(session_id)
+        await self._ledger.write(lambda connection: custom_losses.forget(connection, session_id))
 
     async def rest_silent(self) -> None:
         """Saves the models of silent sessions and lets the engine forget them."""

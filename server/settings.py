@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     # they begin with `public_url`.
     signed_url_seconds: float = Field(3600.0, gt=0)
     public_url: str | None = None
+    # Clients are told to upload their custom losses, which then run here; off: in the client.
+    custom_loss_server_side: bool = True
     # A connection on which a request that has begun, or an answer, does not move for so long is closed.
     stall_seconds: float = Field(60.0, gt=0)
     long_poll_seconds: float = Field(25.0, ge=0, le=30)

@@ -29,8 +29,8 @@ CLIENT_CONFIG = {
 
 
 @router.post("/api/v1/client/config")
-async def client_config(_owner: Owner) -> dict[str, Any]:
-    return CLIENT_CONFIG
+async def client_config(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
+    return CLIENT_CONFIG | {"custom_loss_server_side": backend.settings.custom_loss_server_side}
 
 
 @router.post("/api/v1/client/dynamic_config")

@@ -191,6 +191,10 @@ async def _forward_backward(
         data = body.data
         if body.loss_fn in provenance.LOSSES:
             data = await provenance.with_sampled_logprobs(backend.operations, owner, data, body.spans)
+        custom_loss = None
+        if body.loss_id is not None:
+            run = await backend.runs.find(owner, body.model_id)
+            custom_loss = await backend.custom_losses.find(owner, run.session_id, body.loss_id)
         message = messages.ForwardBackward(
             request_id="",
             model_id=body.model_id,
@@ -198,6 +202,7 @@ async def _forward_backward(
             loss_fn=body.loss_fn,
             loss_config=body.loss_config,
             forward_only=only,
+            custom_loss=custom_loss,
         )
         operation = await submit(
             backend, owner, "forward" if only else "forward_backward", body.model_id, body.seq_id, message

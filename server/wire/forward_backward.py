@@ -15,6 +15,7 @@ from .field_count import UNCOUNTED_BYTES, check_field_count
 from .tensors import DenseAllowance, dense_tensor
 
 _MAX_WINDOW_BYTES = 1 << 27
+CUSTOM = "custom"  # the loss_fn of uploaded losses
 _PIECE_BYTES = 1 << 10  # of a compressed body; at most 32 MiB come out of one
 
 
@@ -39,6 +40,7 @@ class ForwardBackwardBody:
     loss_fn: str
     loss_config: dict[str, float]
     forward_only: bool
+    loss_id: str | None = None  # of loss_fn `custom`
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -113,18 +115,20 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
     if not request.loss_fn:
         raise BadRequest("loss_fn: missing; name a loss, for example 'cross_entropy'")
     allowance = DenseAllowance()
+    custom = request.loss_fn == CUSTOM
     return ForwardBackwardBody(
         model_id=request.model_id,
         seq_id=request.seq_id,
-        data=[_datum(datum, index, allowance) for index, datum in enumerate(request.data)],
+        data=[_datum(datum, index, allowance, custom) for index, datum in enumerate(request.data)],
         spans=[_spans(datum) for datum in request.data],
         loss_fn=request.loss_fn,
-        loss_config=_loss_config(request),
+        loss_config={} if custom else _loss_config(request),
         forward_only=request.forward_only,
+        loss_id=_loss_id(request) if custom else None,
     )
 
 
-def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.Datum:
+def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance, custom: bool) -> messages.Datum:
     pieces = []
     for chunk_index, chunk in enumerate(datum.model_input):
         kind = chunk.WhichOneof("chunk")
@@ -140,7 +144,7 @@ def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.D
         name: dense_tensor(tensor, f"datum {index}: loss_fn_inputs[{name!r}]", allowance)
         for name, tensor in sorted(datum.loss_fn_inputs.items())
     }
-    return checked_datum(b"".join(pieces), inputs, index)
+    return checked_datum(b"".join(pieces), inputs, index, custom)
 
 
 def _spans(datum: pb.Datum) -> list[Span]:
@@ -152,18 +156,31 @@ def _spans(datum: pb.Datum) -> list[Span]:
     return spans
 
 
-def checked_datum(tokens: bytes, inputs: dict[str, messages.Tensor], index: int) -> messages.Datum:
-    """Every input has one row per token."""
+def checked_datum(
+    tokens: bytes, inputs: dict[str, messages.Tensor], index: int, custom: bool = False
+) -> messages.Datum:
+    """Every input has one row per token; what a custom loss reads may have any number."""
     length = len(tokens) // 4
     if length == 0:
         raise BadRequest(f"datum {index}: model_input: no tokens; send at least one")
     for name, tensor in inputs.items():
-        if tensor.shape[0] != length:
+        if tensor.shape[0] != length and (name == "target_tokens" or not custom):
             raise BadRequest(
                 f"datum {index}: loss_fn_inputs[{name!r}]: {tensor.shape[0]} rows for {length} tokens "
                 "of model_input; position i of the input belongs to token i, so both have the same length"
             )
     return messages.Datum(tokens, inputs)
+
+
+def _loss_id(request: pb.ForwardBackwardRequest) -> str:
+    config = request.loss_fn_config_v2
+    if (
+        set(config) != {"loss_id"}
+        or request.loss_fn_config
+        or config["loss_id"].WhichOneof("value") != "text"
+    ):
+        raise BadRequest("loss_fn_config: loss 'custom' takes loss_id alone, the text of create_custom_loss")
+    return config["loss_id"].text
 
 
 def _loss_config(request: pb.ForwardBackwardRequest) -> dict[str, float]:

@@ -90,6 +90,20 @@ KEYED: dict[tuple[str, str], Request] = {
 
 _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
+# A custom loss: the sum of the log-probs.
+TOTAL = {
+    "name": "total",
+    "inputs": [{"name": "logprobs", "rank": 1}],
+    "graph": {
+        "format": 1,
+        "nodes": [
+            {"op": "placeholder", "name": "x", "target": "logprobs"},
+            {"op": "call_method", "name": "y", "target": "sum", "args": [{"ref": "x"}]},
+            {"op": "output", "name": "z", "target": "output", "args": [[{"ref": "y"}, {"dict": {}}]]},
+        ],
+    },
+}
+
 # Only the owner of what the request names; several ways to name it. What destroys comes last.
 OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", "/api/v1/session_heartbeat", lambda of: json(session_id=of.session)),
@@ -104,6 +118,11 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
         ),
     ),
     ("POST", "/api/v1/get_info", lambda of: json(model_id=of.model)),
+    (
+        "POST",
+        "/api/v1/create_custom_loss",
+        lambda of: json(session_id=of.session, custom_loss_seq_id=next(numbers), **TOTAL),
+    ),
     ("POST", "/api/v1/forward_backward", gradients),
     ("POST", "/api/v1/forward", gradients),
     (

@@ -62,6 +62,7 @@ def test_service_client(server: ServerProcess, saved: tuple[str, str], monkeypat
         return -2 * (logprobs * weights).sum(), {}
 
     loss = service.create_custom_loss(twice, {"logprobs": 1, "weights": 1}).result()
+    assert loss.loss_id is not None, "it runs on the server"
     data = batch(2)
     doubled = trainings[0].forward_backward_custom(data, loss).result().metrics["loss:sum"]
     once = trainings[0].forward(data, "cross_entropy").result().metrics["loss:sum"]

@@ -1,0 +1,101 @@
+"""Custom losses that clients uploaded: decoded once, differentiated and compiled once per shape.
+
+They run on the CPU, where torch's 64-bit types are, whatever device the model is on: a loss reads a datum's
+log-probs, which are few. The least recently used programs are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..losses import custom
+from . import messages
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+
+_GRAPHS, _PROGRAMS = 64, 512  # kept
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """Of one datum: the loss, its gradient by the log-probs, and the metrics by their wire names."""
+
+    loss: float
+    gradient: np.ndarray
+    metrics: dict[str, float]
+
+
+class CustomLosses:
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Hashable, custom.Graph] = OrderedDict()
+        self._programs: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def graph(self, loss: messages.CustomLoss) -> custom.Graph:
+        """As `load`, once."""
+        return _recent(self._graphs, (loss.graph, tuple(loss.inputs)), _GRAPHS, lambda: load(loss))
+
+    def differentiate(
+        self, loss: messages.CustomLoss, logprobs: np.ndarray, inputs: dict[str, np.ndarray]
+    ) -> Differentiated:
+        """Raises UserError for a loss that cannot be computed for these shapes."""
+        graph = self.graph(loss)
+        values = {"logprobs": logprobs, **inputs}
+        shapes = tuple((value.shape, value.dtype.str) for value in values.values())
+        with jax.enable_x64(True), jax.default_device(_device()):
+            key = (loss.graph, tuple(loss.inputs), shapes)
+            program = _recent(self._programs, key, _PROGRAMS, lambda: _compile(graph, values))
+            (value, metrics), gradient = program(values)
+            return Differentiated(
+                float(value),
+                np.asarray(gradient, np.float32),
+                {key: float(metric) for key, metric in metrics.items()},
+            )
+
+
+def load(loss: messages.CustomLoss) -> custom.Graph:
+    """Raises UserError naming the node that cannot be had."""
+    try:
+        return custom.load(loss.graph, loss.inputs)
+    except custom.CustomLossError as error:
+        raise UserError(f"custom loss {loss.name!r}: {error}") from None
+
+
+def _compile(graph: custom.Graph, values: dict[str, np.ndarray]) -> Any:
+    def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array]) -> Any:
+        return custom.evaluate(graph, others | {"logprobs": logprobs})
+
+    def differentiated(values: dict[str, jax.Array]) -> Any:
+        return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values)
+
+    began = time.perf_counter()
+    try:
+        program = jax.jit(differentiated).lower(values).compile()
+    except custom.CustomLossError as error:
+        raise UserError(str(error)) from None
+    log.debug("a custom loss of %d nodes compiled in %.2f s", len(graph.nodes), time.perf_counter() - began)
+    return program
+
+
+def _recent(kept: OrderedDict[Hashable, Any], key: Hashable, most: int, make: Callable[[], Any]) -> Any:
+    if key not in kept:
+        kept[key] = make()
+        if len(kept) > most:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
+
+
+def _device() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]

@@ -1,0 +1,118 @@
+"""A custom loss as JAX: the nodes of its graph one after the other, each by a function of our tables.
+
+`evaluate` is pure, so that `jax.value_and_grad` and `jax.jit` apply. It must run with 64-bit types, which
+torch has.
+
+Axis letters: N target tokens of a datum, K targets per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from .custom_dtypes import category, is_array, is_number
+from .custom_graph import CustomLossError, Graph, Node, Placement, Ref, decode
+from .custom_operations import FUNCTIONS, METHODS
+
+MAX_ELEMENTS = 1 << 24  # of one tensor
+MAX_ELEMENTS_IN_ALL = 1 << 26  # of the tensors of all nodes, for one datum
+MAX_DIMENSIONS = 8
+
+__all__ = ["CustomLossError", "Graph", "evaluate", "load"]
+
+
+def load(data: bytes, inputs: Sequence[tuple[str, int]]) -> Graph:
+    """The uploaded graph, if all it calls is in our tables. Raises CustomLossError naming the node."""
+    return decode(data, inputs, FUNCTIONS, METHODS)
+
+
+def evaluate(
+    graph: Graph, values: Mapping[str, Shaped[Array, "*N"]]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of one datum and its metrics, `values` being the inputs by name: `logprobs` [N] or [N, K].
+
+    Raises CustomLossError naming the node that cannot be computed, or whose tensors are too large. Shapes
+    alone decide that, so under `jax.jit` nothing is computed before.
+    """
+    environment: dict[str, Any] = {}
+    elements = 0
+    for node in graph.nodes:
+        result = values[node.target] if node.op == "placeholder" else _call(node, environment)
+        elements += _size(node, result)
+        if elements > MAX_ELEMENTS_IN_ALL:
+            raise CustomLossError(f"{node}: the tensors up to here have over {MAX_ELEMENTS_IN_ALL} elements")
+        environment[node.name] = result
+    loss = environment[graph.loss]
+    if not is_array(loss) or loss.shape != () or category(loss.dtype) != 2:
+        raise CustomLossError(
+            f"the loss, node {graph.loss!r}, is {_described(loss)}; it must be a scalar float"
+        )
+    metrics = {key: _metric(key, environment[name]) for key, name in graph.metrics.items()}
+    return loss, metrics
+
+
+def _call(node: Node, environment: dict[str, Any]) -> Any:
+    function = (FUNCTIONS if node.op == "call_function" else METHODS)[node.target]
+    args = [_resolved(arg, environment) for arg in node.args]
+    kwargs = {_renamed(key): _resolved(arg, environment) for key, arg in node.kwargs.items()}
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # whatever the arguments of a client make our functions and JAX raise
+        first_line = str(error).partition("\n")[0][:300]
+        raise CustomLossError(f"{node}: {first_line}") from None
+
+
+def _renamed(key: str) -> str:
+    """torch takes NumPy's names too."""
+    return {"axis": "dim", "keepdims": "keepdim"}.get(key, key)
+
+
+def _resolved(argument: Any, environment: dict[str, Any]) -> Any:
+    match argument:
+        case Ref(name):
+            return environment[name]
+        case list():
+            return [_resolved(each, environment) for each in argument]
+        case tuple():
+            return tuple(_resolved(each, environment) for each in argument)
+        case dict():
+            return {key: _resolved(each, environment) for key, each in argument.items()}
+        case slice():
+            bounds = (argument.start, argument.stop, argument.step)
+            return slice(*(_resolved(each, environment) for each in bounds))
+    return argument
+
+
+def _size(node: Node, value: Any) -> int:
+    """How many elements a node's value has. Raises CustomLossError for what is too large, or none."""
+    if is_array(value):
+        if value.ndim > MAX_DIMENSIONS or value.size > MAX_ELEMENTS:
+            raise CustomLossError(
+                f"{node}: a tensor of shape {list(value.shape)}; it may have {MAX_DIMENSIONS} dimensions and "
+                f"{MAX_ELEMENTS} elements"
+            )
+        return int(value.size)
+    if isinstance(value, tuple):
+        return sum(_size(node, each) for each in value)
+    if is_number(value) and abs(value) >= 1 << 63 and isinstance(value, int):
+        raise CustomLossError(f"{node}: a whole number beyond 64 bits")
+    if not is_number(value) and not isinstance(value, (Placement, jnp.dtype)):
+        raise CustomLossError(f"{node}: its value is {_described(value)}, which custom losses do not have")
+    return 1
+
+
+def _metric(key: str, value: Any) -> Float[Array, ""]:
+    if not is_array(value) or value.size != 1:
+        raise CustomLossError(f"metric {key!r} is {_described(value)}; it must be a tensor of one element")
+    return jax.lax.stop_gradient(value.reshape(()).astype(jnp.float64))
+
+
+def _described(value: Any) -> str:
+    if is_array(value):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,324 @@
+"""torch's elementwise functions in JAX: values, dtypes and gradients, also where JAX's own choose otherwise
+(at the bounds of `clamp`, at ties). Parameters are named as torch's, so that keyword arguments fit."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+from .custom_dtypes import align, as_array, as_float, category, is_array, is_number, result_type
+
+Operand = Any  # a tensor or a number
+
+
+def _real(function: Callable[[Array], Array]) -> Callable[[Operand], Array]:
+    def apply(input: Operand) -> Array:
+        return function(as_float(input))
+
+    return apply
+
+
+def _kept(function: Callable[[Array], Array]) -> Callable[[Operand], Array]:
+    def apply(input: Operand) -> Array:
+        return function(as_array(input))
+
+    return apply
+
+
+def _binary(function: Callable[[Array, Array], Array], of_numbers: Any = None) -> Callable[..., Any]:
+    def apply(input: Operand, other: Operand) -> Any:
+        if of_numbers is not None and is_number(input) and is_number(other):
+            return of_numbers(input, other)
+        return function(*align(input, other))
+
+    return apply
+
+
+def _real_binary(function: Callable[[Array, Array], Array]) -> Callable[[Operand, Operand], Array]:
+    def apply(input: Operand, other: Operand) -> Array:
+        left, right = align(input, other)
+        return function(as_float(left), as_float(right))
+
+    return apply
+
+
+def _scaled(function: Callable[[Array, Array], Array], of_numbers: Any) -> Callable[..., Any]:
+    """With torch's `alpha`, a factor of the second operand."""
+
+    def apply(input: Operand, other: Operand, *, alpha: Operand = 1) -> Any:
+        if is_number(input) and is_number(other) and alpha == 1:
+            return of_numbers(input, other)
+        left, right = align(input, other)
+        return function(left, right if alpha == 1 else right * alpha)
+
+    return apply
+
+
+def div(input: Operand, other: Operand, *, rounding_mode: str | None = None) -> Any:
+    """The quotient; of integers as float32, or rounded down or towards zero in their own dtype."""
+    if rounding_mode == "floor":
+        return floor_divide(input, other)
+    if rounding_mode not in (None, "trunc"):
+        raise ValueError(f"rounding_mode {rounding_mode!r}; it is None, 'floor' or 'trunc'")
+    if is_number(input) and is_number(other):
+        return math.trunc(input / other) if rounding_mode else input / other
+    left, right = align(input, other)
+    quotient = as_float(left) / as_float(right)
+    return jnp.trunc(quotient).astype(left.dtype) if rounding_mode else quotient
+
+
+floor_divide = _binary(jnp.floor_divide, operator.floordiv)
+
+
+def pow_(input: Operand, exponent: Operand) -> Any:
+    """Of Python's numbers as floats, for their integers have no bound."""
+    if is_number(input) and is_number(exponent):
+        power = math.pow(input, exponent)
+        exact = isinstance(input, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
+        return int(power) if exact else power
+    if is_number(exponent) and exponent == 0:
+        return jnp.ones_like(input, result_type(input, exponent))
+    if exponent is not True and isinstance(exponent, int) and 0 < exponent <= 16 and is_array(input):
+        return (
+            jax.lax.integer_pow(input, exponent)
+            if category(input.dtype)
+            else jnp.power(*align(input, exponent))
+        )
+    return jnp.power(*align(input, exponent))
+
+
+def clamp(input: Operand, min: Operand | None = None, max: Operand | None = None) -> Array:
+    """min(max(input, min), max), the gradient passing at the bounds."""
+    bounds = [bound for bound in (min, max) if bound is not None]
+    if not bounds:
+        raise ValueError("clamp without min and without max")
+    dtype = result_type(input, *bounds)
+    x = jnp.asarray(input, dtype)
+    if min is not None:
+        low = jnp.asarray(min, dtype)
+        x = jnp.where(x < low, low, x)
+    if max is not None:
+        high = jnp.asarray(max, dtype)
+        x = jnp.where(x > high, high, x)
+    return x
+
+
+def where(condition: Bool[Array, "*N"], input: Operand, other: Operand) -> Array:
+    """`input` where the condition holds, else `other`."""
+    if not is_array(condition) or condition.dtype != jnp.bool_:
+        raise TypeError("the condition must be a tensor of bools")
+    return jnp.where(condition, *align(input, other))
+
+
+def masked_fill(input: Array, mask: Bool[Array, "*N"], value: Operand) -> Array:
+    """`value` where the mask holds, in the input's dtype."""
+    return where(mask, jnp.asarray(value, input.dtype), input).astype(input.dtype)
+
+
+def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Array:
+    """log(1 + exp(beta x)) / beta, and x itself where beta x is above the threshold."""
+    x = as_float(input)
+    scaled = x * beta
+    linear = scaled > threshold
+    return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0.0, scaled))) / beta)
+
+
+def xlogy(input: Operand, other: Operand) -> Array:
+    """x log y, and 0 where x is 0."""
+    x, y = (as_float(each) for each in align(input, other))
+    return x * jnp.log(jnp.where((x == 0) & (y <= 0), 1.0, y))
+
+
+def nan_to_num(
+    input: Array, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None
+) -> Array:
+    return jnp.nan_to_num(input, nan=nan, posinf=posinf, neginf=neginf)
+
+
+def lerp(input: Operand, end: Operand, weight: Operand) -> Array:
+    """input + weight (end - input)."""
+    start, stop = align(input, end)
+    return start + jnp.asarray(weight, start.dtype) * (stop - start)
+
+
+def relu(input: Shaped[Array, "*N"]) -> Shaped[Array, "*N"]:
+    """max(x, 0), with the gradient 0 at 0."""
+    return jnp.where(input > 0, input, jnp.zeros((), input.dtype))
+
+
+def leaky_relu(input: Float[Array, "*N"], negative_slope: float = 0.01) -> Array:
+    return jnp.where(input > 0, input, input * negative_slope)
+
+
+def elu(input: Float[Array, "*N"], alpha: float = 1.0) -> Array:
+    return jnp.where(input > 0, input, alpha * jnp.expm1(jnp.where(input > 0, 0.0, input)))
+
+
+def to(input: Array, *args: Any, **kwargs: Any) -> Array:
+    """Another dtype, named or another tensor's; where it is does not matter."""
+    for argument in (*args, kwargs.get("dtype"), kwargs.get("other")):
+        if isinstance(argument, jnp.dtype):
+            return input.astype(argument)
+        if is_array(argument):
+            return input.astype(argument.dtype)
+    return input
+
+
+def _cast(dtype: str) -> Callable[[Array], Array]:
+    def apply(input: Array, **_memory_format: Any) -> Array:
+        return as_array(input).astype(dtype)
+
+    return apply
+
+
+def _bits(function: Callable[[Array, Array], Array], of_numbers: Any) -> Callable[..., Any]:
+    """Of integers and bools only."""
+
+    def apply(input: Operand, other: Operand) -> Any:
+        if category(result_type(input, other)) == 2:
+            raise TypeError("bits of floating point numbers")
+        return _binary(function, of_numbers)(input, other)
+
+    return apply
+
+
+def invert(input: Array) -> Array:
+    if category(input.dtype) == 2:
+        raise TypeError("bits of floating point numbers")
+    return jnp.invert(input)
+
+
+def negative(input: Operand) -> Any:
+    return -input if is_number(input) else jnp.negative(input)
+
+
+def absolute(input: Operand) -> Any:
+    return abs(input) if is_number(input) else magnitude(input)
+
+
+def magnitude(x: Shaped[Array, "*N"]) -> Shaped[Array, "*N"]:
+    """|x|, with the gradient 0 at 0."""
+    return x * jax.lax.stop_gradient(jnp.sign(x)) if category(x.dtype) == 2 else jnp.abs(x)
+
+
+def detach(input: Array) -> Array:
+    """The value without a gradient."""
+    return jax.lax.stop_gradient(input)
+
+
+def identity(input: Array, *_args: Any, **_kwargs: Any) -> Array:
+    return input
+
+
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_JNP_COMPARISONS = (jnp.equal, jnp.not_equal, jnp.less, jnp.less_equal, jnp.greater, jnp.greater_equal)
+
+ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    name: _binary(function, getattr(operator, name))
+    for name, function in zip(_COMPARISONS, _JNP_COMPARISONS, strict=True)
+}
+ELEMENTWISE |= {
+    **{
+        name: _real(getattr(jnp, name))
+        for name in [
+            "exp",
+            "exp2",
+            "expm1",
+            "log",
+            "log2",
+            "log10",
+            "log1p",
+            "sqrt",
+            "sin",
+            "cos",
+            "tan",
+            "sinh",
+            "cosh",
+            "tanh",
+            "arctan",
+            "arcsin",
+            "arccos",
+        ]
+    },
+    **{name: _kept(getattr(jnp, name)) for name in ["floor", "ceil", "trunc", "round", "sign", "square"]},
+    **{name: _kept(getattr(jnp, name)) for name in ("isfinite", "isnan", "isinf", "logical_not")},
+    "sigmoid": _real(jax.nn.sigmoid),
+    "log_sigmoid": _real(jax.nn.log_sigmoid),
+    "silu": _real(jax.nn.silu),
+    "erf": _real(jax.scipy.special.erf),
+    "rsqrt": _real(jax.lax.rsqrt),
+    "reciprocal": _real(jnp.reciprocal),
+    "relu": relu,
+    "leaky_relu": leaky_relu,
+    "elu": elu,
+    "softplus": softplus,
+    "neg": negative,
+    "abs": absolute,
+    "add": _scaled(jnp.add, operator.add),
+    "sub": _scaled(jnp.subtract, operator.sub),
+    "mul": _binary(jnp.multiply, operator.mul),
+    "div": div,
+    "floor_divide": floor_divide,
+    "remainder": _binary(jnp.remainder, operator.mod),
+    "pow": pow_,
+    "minimum": _binary(jnp.minimum),
+    "maximum": _binary(jnp.maximum),
+    "logaddexp": _real_binary(jnp.logaddexp),
+    "atan2": _real_binary(jnp.arctan2),
+    "xlogy": xlogy,
+    "lerp": lerp,
+    "clamp": clamp,
+    "where": where,
+    "masked_fill": masked_fill,
+    "nan_to_num": nan_to_num,
+    "logical_and": _binary(jnp.logical_and),
+    "logical_or": _binary(jnp.logical_or),
+    "logical_xor": _binary(jnp.logical_xor),
+    "bitwise_and": _bits(jnp.bitwise_and, operator.and_),
+    "bitwise_or": _bits(jnp.bitwise_or, operator.or_),
+    "bitwise_xor": _bits(jnp.bitwise_xor, operator.xor),
+    "bitwise_not": invert,
+    "detach": detach,
+    "to": to,
+    "clone": identity,
+    "contiguous": identity,
+}
+ELEMENTWISE |= {
+    **{
+        alias: ELEMENTWISE[name]
+        for alias, name in (("subtract", "sub"), ("multiply", "mul"), ("true_divide", "div"))
+    },
+    **{
+        alias: ELEMENTWISE[name]
+        for alias, name in (("divide", "div"), ("negative", "neg"), ("absolute", "abs"))
+    },
+    **{
+        alias: ELEMENTWISE[name]
+        for alias, name in (("not_equal", "ne"), ("less", "lt"), ("less_equal", "le"))
+    },
+    **{
+        alias: ELEMENTWISE[name]
+        for alias, name in (("greater", "gt"), ("greater_equal", "ge"), ("clip", "clamp"))
+    },
+    **{
+        alias: ELEMENTWISE[name]
+        for alias, name in (("atan", "arctan"), ("asin", "arcsin"), ("acos", "arccos"))
+    },
+    "clamp_min": lambda input, min: clamp(input, min),
+    "clamp_max": lambda input, max: clamp(input, None, max),
+    "type_as": lambda input, other: input.astype(other.dtype),
+    **{
+        name: _cast(dtype)
+        for name, dtype in (
+            *(("float", "float32"), ("double", "float64"), ("half", "float16"), ("bfloat16", "bfloat16")),
+            *(("long", "int64"), ("int", "int32"), ("bool", "bool")),
+        )
+    },
+    "cpu": identity,
+}

@@ -1,0 +1,116 @@
+"""What a custom loss may call: names on the wire to functions of ours. Whatever is not here is refused.
+
+Functions have the qualified names of `torch.fx`, methods and attributes those of `torch.Tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .custom_dtypes import is_array, is_number
+from .custom_elementwise import ELEMENTWISE, where
+from .custom_functional import FUNCTIONAL, activation
+from .custom_graph import PLACEMENT
+from .custom_reductions import REDUCTIONS, Selected, norm
+from .custom_shapes import CONSTRUCTORS, SHAPE_METHODS, SHAPES, getitem
+
+_ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "shape": lambda x: x.shape,
+    "ndim": lambda x: x.ndim,
+    "dtype": lambda x: x.dtype,
+    "device": lambda x: PLACEMENT,
+    "T": lambda x: x.T,
+    "mT": lambda x: x.mT,
+}
+
+
+def attribute(value: Any, name: Any) -> Any:
+    """`value.name`, of the few attributes there are."""
+    if isinstance(value, Selected) and name in ("values", "indices"):
+        return value.values if name == "values" else value.indices
+    if not is_array(value) or name not in _ATTRIBUTES:
+        raise ValueError(f"{name!r} is not an attribute that custom losses may read")
+    return _ATTRIBUTES[name](value)
+
+
+def _add(input: Any, other: Any) -> Any:
+    """Also of two shapes, one after the other."""
+    if isinstance(input, tuple) and isinstance(other, tuple):
+        return (*input, *other)
+    return ELEMENTWISE["add"](input, other)
+
+
+def _method_where(input: Any, condition: Any, other: Any) -> Any:
+    return where(condition, input, other)
+
+
+def _linalg_norm(input: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, **dtype: Any) -> Any:
+    if dim is None and ord is not None and input.ndim > 1:
+        raise ValueError("norms of matrices other than the root of all squares")
+    return norm(input, ord, dim, keepdim, **dtype)
+
+
+def _of_numbers(function: Callable[..., float]) -> Callable[..., float]:
+    def apply(*numbers: Any) -> float:
+        if not all(is_number(number) for number in numbers):
+            raise TypeError("functions of math take numbers")
+        return function(*(float(number) for number in numbers))
+
+    return apply
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    **{
+        name: ELEMENTWISE[name]
+        for name in ["sub", "mul", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "pow"]
+    },
+    "add": _add,
+    "pos": lambda x: x,
+    "truediv": ELEMENTWISE["div"],
+    "floordiv": ELEMENTWISE["floor_divide"],
+    "mod": ELEMENTWISE["remainder"],
+    "and_": ELEMENTWISE["bitwise_and"],
+    "or_": ELEMENTWISE["bitwise_or"],
+    "xor": ELEMENTWISE["bitwise_xor"],
+    "invert": ELEMENTWISE["bitwise_not"],
+    "matmul": REDUCTIONS["matmul"],
+    "getitem": getitem,
+}
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "expit": ELEMENTWISE["sigmoid"],
+    **{name: ELEMENTWISE[name] for name in ("xlogy", "log1p", "expm1", "exp2", "erf")},
+    **{name: REDUCTIONS[name] for name in ("logsumexp", "softmax", "log_softmax")},
+}
+_MATH: dict[str, Callable[..., Any]] = {
+    name: _of_numbers(function)
+    for name, function in (
+        *(
+            ("exp", math.exp),
+            ("log", math.log),
+            ("log2", math.log2),
+            ("log10", math.log10),
+            ("pow", math.pow),
+        ),
+        *(("log1p", math.log1p), ("expm1", math.expm1), ("sqrt", math.sqrt), ("tanh", math.tanh)),
+    )
+}
+_TENSOR = ELEMENTWISE | REDUCTIONS | SHAPES
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"torch.{name}": function for name, function in (_TENSOR | CONSTRUCTORS).items()},
+    **{f"torch.nn.functional.{name}": function for name, function in FUNCTIONAL.items()},
+    **{f"torch._C._special.special_{name}": function for name, function in _SPECIAL.items()},
+    **{f"torch.special.{name}": function for name, function in _SPECIAL.items()},
+    **{f"operator.{name}": function for name, function in _OPERATORS.items()},
+    **{f"math.{name}": of_numbers for name, of_numbers in _MATH.items()},
+    "torch._C._nn.softplus": activation("softplus"),
+    "torch._C._nn.log_sigmoid": activation("log_sigmoid"),
+    "torch.functional.norm": norm,
+    "torch._C._linalg.linalg_norm": _linalg_norm,
+    "torch._C._linalg.linalg_vector_norm": norm,
+    "getattr": attribute,
+    "builtins.getattr": attribute,
+}
+METHODS: dict[str, Callable[..., Any]] = _TENSOR | SHAPE_METHODS | {"where": _method_where}

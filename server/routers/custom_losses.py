@@ -1,0 +1,17 @@
+"""Losses that clients trace and upload."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from ..wire.custom_loss import CreateCustomLoss
+from . import BackendOf, Owner, future
+
+router = APIRouter(prefix="/api/v1", tags=["training"])
+
+
+@router.post("/create_custom_loss")
+async def create_custom_loss(body: CreateCustomLoss, backend: BackendOf, owner: Owner) -> dict[str, str]:
+    await backend.sessions.require_active(owner, body.session_id)
+    loss = body.message()
+    return future(await backend.custom_losses.create(owner, body.session_id, body.custom_loss_seq_id, loss))
