@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import jax
 import msgspec
 import numpy as np
 
-from ..ckpt import digests, merged, paths, peft, training_state
-from ..ckpt.atomic import size_bytes
+from ..ckpt import age, digests, merged, paths, peft, training_state
+from ..ckpt.atomic import atomic_directory, size_bytes
+from ..model.lora import ATTENTION_LINEARS, MLP_LINEARS
 from . import messages, optimizer_families
 from .base_models import BaseModel
 from .custom_loss_run import CustomJob
@@ -194,16 +197,19 @@ class Models:
             saved.rank,
             saved.alpha,
             seed=0,
-            train_attn="q_proj" in layers,
-            train_mlp="up_proj" in layers,
+            train_attn=any(name in layers for name in ATTENTION_LINEARS),
+            train_mlp=any(name in layers for name in MLP_LINEARS),
             train_unembed="unembed" in saved.adapter,
         )
-        abstract = base.trainer.abstract_weights(lora)
-        if jax.tree.structure(abstract) != jax.tree.structure(saved.adapter):
-            raise UserError(
-                "the adapter leaves out some matrices of attention or MLP; it cannot be trained on"
-            )
-        weights = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), saved.adapter, abstract)
+        given = dict(jax.tree_util.tree_leaves_with_path(saved.adapter))
+
+        def place(path: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
+            # A matrix that the adapter leaves out has zeros for both factors: each one's gradient is then
+            # zero too, so that it stays left out.
+            leaf = given.get(path)
+            return jax.device_put(np.zeros(to.shape, to.dtype) if leaf is None else leaf, to.sharding)
+
+        weights = jax.tree_util.tree_map_with_path(place, base.trainer.abstract_weights(lora))
         return self._fresh(base, lora, weights, family)
 
     def _fresh(self, base: BaseModel, lora: messages.LoraSpec | None, weights, family: str) -> TrainingState:
@@ -228,7 +234,10 @@ class Models:
         if not operation.deferred:
             # A copy, not a view: the next step writes into the arrays' memory while a thread writes files.
             weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), model.state.weights)
-            size = self._writers.submit(_export, model.base, model.state.lora, weights, directory)
+            write = partial(_export, model.base, model.state.lora, weights)
+            if operation.recipients:
+                write = partial(_export_encrypted, write, recipients=operation.recipients)
+            size = self._writers.submit(write, directory)
             return Writing(self._track(key, size), messages.SamplerSaved)
         if directory.is_dir():
             return messages.SamplerSaved(size_bytes(directory))
@@ -256,6 +265,19 @@ def _export(base: BaseModel, lora: messages.LoraSpec | None, weights: Any, direc
     return peft.save_adapter(
         directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
     )
+
+
+def _export_encrypted(export: Callable[[Path], int], directory: Path, recipients: list[str]) -> int:
+    """The same files, each encrypted; their size in bytes. It appears when no plain one is left."""
+    with atomic_directory(directory) as writing:
+        plain = writing / "plain"
+        export(plain)
+        for file in sorted(plain.glob("[!.]*")):
+            age.encrypt(file, writing / (file.name + age.SUFFIX), recipients)
+        shutil.rmtree(plain)
+        size = size_bytes(writing)
+        digests.write(writing)
+    return size
 
 
 def _shape(lora: messages.LoraSpec | None) -> tuple | None:

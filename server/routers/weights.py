@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter
 from sqlalchemy import Connection, Row
 
-from ...ckpt import paths
+from ...ckpt import age, paths
 from ...engine import messages
 from ..checkpoints import expiry, named
 from ..errors import ApiError, BadRequest, StorageQuotaExceeded
@@ -25,7 +25,7 @@ from .training import optimizer_of, refuse, submit
 router = APIRouter(prefix="/api/v1", tags=["weights"])
 
 
-def _new_checkpoint(
+def new_checkpoint(
     backend: Backend,
     owner: str,
     run: Run,
@@ -83,7 +83,7 @@ async def save_weights(body: requests.SaveWeights, backend: BackendOf, owner: Ow
             body.seq_id,
             messages.SaveState(request_id="", model_id=run.id, directory=directory),
             {"type": "save_weights", "path": str(uri)},
-            _new_checkpoint(backend, owner, run, uri, directory, body),
+            new_checkpoint(backend, owner, run, uri, directory, body),
         )
     except ApiError as error:
         await refuse(backend, owner, body.model_id, body.seq_id, error)
@@ -105,7 +105,7 @@ async def save_weights_for_sampler(
             reply = {"type": "save_weights_for_sampler", "path": str(uri)}
             # What a name sampled once it samples always: there is no overwriting.
             once = body.model_copy(update={"overwrite": False})
-            also = _new_checkpoint(backend, owner, run, uri, directory, once)
+            also = new_checkpoint(backend, owner, run, uri, directory, once)
         elif body.sampling_session_seq_id is not None:
             identifier = sampler_id(run.session_id, body.sampling_session_seq_id)
             directory = new_directory(run.id)
@@ -154,13 +154,15 @@ async def save_weights_for_sampler(
 async def save_weights_external(
     body: requests.SaveWeightsExternal, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
-    """Files to download, as PEFT reads them, or transformers those of full weights."""
+    """Files to download, as PEFT reads them, or transformers those of full weights; each of them encrypted
+    where there are recipients."""
     try:
-        if body.age_encryption_recipients:
-            raise BadRequest(
-                "age_encryption_recipients: this server does not encrypt; leave them out, and the files come "
-                "over URLs that only you are given"
-            )
+        recipients = body.age_encryption_recipients
+        if recipients is not None:
+            try:
+                age.check_recipients(recipients)
+            except ValueError as error:
+                raise BadRequest(f"age_encryption_recipients: {error}") from None
         run = await backend.runs.find_trainable(owner, body.model_id)
         uri = named(run.id, "external_weights", body.path)
         directory = paths.new_directory(uri.run, uri.segment, uri.name)
@@ -170,9 +172,9 @@ async def save_weights_external(
             "save_weights_external",
             run.id,
             body.seq_id,
-            messages.SaveSampler("", run.id, directory),
+            messages.SaveSampler("", run.id, directory, recipients=recipients or []),
             {"type": "save_weights_external", "path": str(uri)},
-            _new_checkpoint(backend, owner, run, uri, directory, body),
+            new_checkpoint(backend, owner, run, uri, directory, body),
         )
     except ApiError as error:
         await refuse(backend, owner, body.model_id, body.seq_id, error)

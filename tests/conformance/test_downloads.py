@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import pyrage
 import pytest
 import tinker
 import torch
@@ -90,9 +93,51 @@ def test_external_weights_come_over_urls_without_a_key(
     assert again.path == saved.path
     old = httpx.get(answer.urls["adapter_config.json"])
     assert old.status_code == 404, "the URL was for the one before"
-    wire = Wire(server.url, ALICE)
-    body = {"model_id": trained.model_id, "path": "sealed", "age_encryption_recipients": ["age1x"]}
-    assert "does not encrypt" in wire.post("save_weights_external", **body).json()["error"]
+
+
+def test_external_weights_are_encrypted_to_all_their_recipients(
+    server: ServerProcess, trained: tinker.TrainingClient, tmp_path: Path
+) -> None:
+    first, second, other = (pyrage.x25519.Identity.generate() for _ in range(3))
+    ssh_keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]
+    recipients = [str(first.to_public()), str(second.to_public())]
+    identities = [first, second]
+    if shutil.which("ssh-keygen"):
+        subprocess.run(ssh_keygen, check=True)
+        recipients.append((tmp_path / "key.pub").read_text())
+        identities.append(pyrage.ssh.Identity.from_buffer((tmp_path / "key").read_bytes()))
+    plain = trained.save_weights_external("plain").result().path
+    sealed = trained.save_weights_external("sealed", age_encryption_recipients=recipients).result().path
+    downloads = [
+        f"checkpoint download {path} --output {tmp_path}/{i}" for i, path in enumerate((plain, sealed))
+    ]
+    assert [done.code for done in cli(server, *downloads)] == [0, 0]
+    (expected,), (folder,) = ((tmp_path / str(i)).iterdir() for i in range(2))
+    assert {file.name for file in folder.iterdir()} == {f"{name}.age" for name in FILES}
+    for name in FILES:
+        content = (folder / f"{name}.age").read_bytes()
+        assert b"lora" not in content
+        for identity in identities:
+            assert pyrage.decrypt(content, [identity]) == (expected / name).read_bytes()
+        with pytest.raises(pyrage.DecryptError):
+            pyrage.decrypt(content, [other])
+    on_disk = [path for path in server.data_dir.rglob("*") if "sealed" in str(path) and path.is_file()]
+    assert {path.name for path in on_disk} - {".digests.json"} == {f"{name}.age" for name in FILES}
+
+
+def test_recipients_that_are_none(trained: tinker.TrainingClient) -> None:
+    public = str(pyrage.x25519.Identity.generate().to_public())
+    secret = str(pyrage.x25519.Identity.generate())
+    for recipients, reason in (
+        ([], "1 to 10"),
+        ([public] * 11, "1 to 10"),
+        ([public, secret], "recipient 1 is no public key"),
+        ([public[:-1]], "recipient 0 is no public key"),
+        (["ssh-ed25519 AAAA"], "recipient 0 is no public key"),
+    ):
+        with pytest.raises(tinker.BadRequestError, match=reason) as refused:
+            trained.save_weights_external("bad", age_encryption_recipients=recipients).result()
+        assert secret not in str(refused.value)
 
 
 def test_the_archive_is_a_redirect_to_a_tar(server: ServerProcess, exported: str) -> None:

@@ -1,0 +1,45 @@
+"""Files encrypted with age (https://age-encryption.org/v1): whoever has them needs an identity to read them.
+
+Recipients are public keys, `age1...` or SSH's (`ssh-ed25519 ...`, `ssh-rsa ...`); each of them can decrypt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIX = ".age"
+MAX_RECIPIENTS = 10
+_MAX_RECIPIENT_CHARACTERS = 4096
+
+
+def check_recipients(recipients: Sequence[str]) -> None:
+    """Raises ValueError naming the first that is none, by its number."""
+    if not 1 <= len(recipients) <= MAX_RECIPIENTS:
+        raise ValueError(
+            f"{len(recipients)} recipients; give 1 to {MAX_RECIPIENTS}, or none at all to encrypt nothing"
+        )
+    for number, recipient in enumerate(recipients):
+        _parsed(recipient, number)
+
+
+def encrypt(plain: Path, encrypted: Path, recipients: Sequence[str]) -> None:
+    """One file, a piece at a time."""
+    import pyrage
+
+    keys = [_parsed(recipient, number) for number, recipient in enumerate(recipients)]
+    pyrage.encrypt_file(str(plain), str(encrypted), keys)
+
+
+def _parsed(recipient: str, number: int) -> Any:
+    import pyrage
+
+    kind = pyrage.ssh if recipient.startswith("ssh-") else pyrage.x25519
+    if len(recipient) <= _MAX_RECIPIENT_CHARACTERS:
+        try:
+            return kind.Recipient.from_str(recipient.strip())
+        except (pyrage.RecipientError, ValueError):
+            pass
+    # Not quoted: somebody may have sent the secret key instead.
+    raise ValueError(f"recipient {number} is no public key of age (age1...) or SSH (ssh-ed25519, ssh-rsa)")
