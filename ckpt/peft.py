@@ -146,6 +146,14 @@ def load_adapter(directory: Path, config: ModelConfig) -> SavedAdapter:
                 side, np.zeros(padded if layer is None else (config.num_layers, *padded), np.float32)
             )
             (stored if layer is None else stored[layer])[: shape[0], : shape[1]] = tensor.T
+    # PEFT adds a copy of an unembedding that has an adapter. It is the base's, which LoRA leaves as it is.
+    for module, _, name in _modules(None, config)[-1:]:
+        copied = tensors.pop(f"{module}.base_layer.weight", None)
+        if copied is not None and copied.shape != linears[name][::-1]:
+            raise AdapterError(
+                f"PEFT adapter {directory.name}: {module} has shape {copied.shape}; "
+                f"the model's is {linears[name][::-1]}"
+            )
     if tensors:
         raise AdapterError(f"PEFT adapter {directory.name}: the model has no place for {min(tensors)}")
     for name, pair in (*adapter["layers"].items(), ("unembed", adapter.get("unembed"))):

@@ -10,9 +10,10 @@ from fastapi import FastAPI
 from .. import __version__
 from . import errors
 from .admission import Admission
-from .auth import ApiKeys, Authentication, BodyLimit
+from .auth import ApiKeys, Authentication
 from .backend import Backend
 from .base_models import BaseModel, resolve
+from .body_limits import BodyLimits
 from .metrics import Measured, Metrics
 from .quotas import Quotas
 from .routers import (
@@ -20,6 +21,7 @@ from .routers import (
     custom_losses,
     downloads,
     futures,
+    imports,
     sampling,
     service,
     session_search,
@@ -56,13 +58,14 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, sessions, weights),
-        *(training_runs, checkpoints, downloads, session_search, custom_losses),
+        *(training_runs, checkpoints, downloads, session_search, imports, custom_losses),
     ):
         app.include_router(module.router)
     errors.install(app)
     app.state.metrics = Metrics()
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    own = {imports.PATH: settings.max_import_bytes}
+    app.add_middleware(BodyLimits, usual=settings.max_body_bytes, own=own)
     app.add_middleware(Authentication, keys=keys, admission=admission, signer=signer)
     return app

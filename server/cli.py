@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from .. import __version__
+from .checkpoints_command import checkpoints
 from .keys_command import keys
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
+app.add_typer(checkpoints, name="checkpoints")
 
 _SERVE_HELP = """Serve base models for training and sampling.
 

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
 
     max_body_bytes: int = Field(256 << 20, ge=1 << 10)
+    max_import_bytes: int = Field(4 << 30, ge=1 << 10)  # of an adapter that becomes a checkpoint
     max_datums: int = Field(16_384, ge=1)
     max_samples: int = Field(1024, ge=1)
     # Of each tenant; `tinsmith keys quota` sets others for one. Models in the engine, bytes of checkpoints,

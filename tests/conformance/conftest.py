@@ -63,6 +63,7 @@ def server(
         TINSMITH_GAP_GRACE_SECONDS="2",
         TINSMITH_LONG_POLL_SECONDS="5",
         TINSMITH_MAX_BODY_BYTES=str(8 << 20),
+        TINSMITH_MAX_IMPORT_BYTES=str(16 << 20),
     )
     running.start()
     yield running

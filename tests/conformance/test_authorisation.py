@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conformance import adapters
 from conformance.conftest import ALICE, BOB
 from conformance.server_process import PROTOBUF, ServerProcess, Wire, datum
 from tinker.proto import tinker_public_pb2 as pb
@@ -72,6 +73,10 @@ OPEN = {("GET", path) for path in ("/healthz", "/api/v1/healthz", "/health", "/a
 
 # Anybody with a key: nothing of any tenant is in it, or only the caller's own.
 KEYED: dict[tuple[str, str], Request] = {
+    ("POST", "/api/v1/import_weights"): {
+        "params": {"base_model": "tiny"},
+        "content": adapters.tarred(adapters.lm_head(hidden_size=32)),
+    },
     ("GET", "/openapi.json"): {},
     ("GET", "/docs"): {},
     ("GET", "/docs/oauth2-redirect"): {},
