@@ -7,8 +7,9 @@ from collections import OrderedDict
 from sqlalchemy import Connection
 
 from ..engine import messages
+from . import usage
+from .ledger import audit, tenancy
 from .ledger import checkpoints as checkpoint_rows
-from .ledger import tenancy
 from .operation import Answer, Operation
 
 # Operations that change a model: a replay after the newest snapshot needs them again.
@@ -62,15 +63,29 @@ def _size(answer: Answer | None) -> int:
 
 
 def settle(connection: Connection, operation: Operation, answer: Answer) -> None:
-    """What else an answer means for the ledger."""
+    """What else an operation's first answer means for the ledger."""
     output = answer.output if isinstance(answer, messages.Done) else None
+    if output is not None:
+        usage.add(connection, operation, output)
     if operation.kind == "save_unnamed_sampler":
         if output is not None:
             tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])
     elif isinstance(output, messages.StateSaved | messages.SamplerSaved):
-        checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
+        saved = checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
+        if saved is not None:
+            checkpoint_rows.record(connection, saved, "saved", size_bytes=output.size_bytes)
     elif operation.kind in ("save_weights", "save_weights_for_sampler", "save_weights_external"):
         checkpoint_rows.settle(connection, operation.request_id, None)
     elif operation.kind == "create_model":
         state = "failed" if output is None else "ready"
         tenancy.update_model(connection, operation.model_id, state=state)
+        if output is not None:
+            _record_model(connection, operation)
+
+
+def _record_model(connection: Connection, operation: Operation) -> None:
+    model = tenancy.find_model(connection, operation.model_id)
+    assert model is not None
+    details = {"model_id": model.id, "session_id": model.session_id, "base_model": model.base_model}
+    loaded = {"path": operation.reply["path"]} if "path" in operation.reply else {}
+    audit.record(connection, model.owner, "model_created", **details, **loaded)

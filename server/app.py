@@ -17,7 +17,9 @@ from .body_limits import BodyLimits
 from .metrics import Measured, Metrics
 from .quotas import Quotas
 from .routers import (
+    accounts,
     checkpoints,
+    credentials,
     custom_losses,
     downloads,
     futures,
@@ -26,12 +28,14 @@ from .routers import (
     service,
     session_search,
     sessions,
+    traces,
     training,
     training_runs,
     weights,
 )
 from .settings import Settings
 from .signed_urls import UrlSigner
+from .tokens import Tokens
 
 
 def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -> FastAPI:
@@ -45,7 +49,8 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     admission = Admission(quotas)
     signer = UrlSigner(settings.data_dir, settings.signed_url_seconds)
     known = {model.name: model for model in base_models}
-    backend = Backend(settings, known, keys, quotas, admission, signer)
+    tokens = Tokens(signer, settings.token_seconds)
+    backend = Backend(settings, known, keys, quotas, admission, signer, tokens)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -58,7 +63,17 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, sessions, weights),
-        *(training_runs, checkpoints, downloads, session_search, imports, custom_losses),
+        *(
+            training_runs,
+            checkpoints,
+            downloads,
+            session_search,
+            traces,
+            accounts,
+            credentials,
+            imports,
+            custom_losses,
+        ),
     ):
         app.include_router(module.router)
     errors.install(app)
@@ -67,5 +82,5 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     # The last one added is the first to see a request.
     own = {imports.PATH: settings.max_import_bytes}
     app.add_middleware(BodyLimits, usual=settings.max_body_bytes, own=own)
-    app.add_middleware(Authentication, keys=keys, admission=admission, signer=signer)
+    app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
     return app

@@ -28,6 +28,7 @@ from .settings import Settings
 from .signed_urls import UrlSigner
 from .supervisor import Supervisor
 from .sweep import Sweep
+from .tokens import Tokens
 
 log = logging.getLogger("tinsmith.server")
 
@@ -40,6 +41,7 @@ class Backend:
     quotas: Quotas
     admission: Admission
     signer: UrlSigner
+    tokens: Tokens
     ledger: Ledger = field(init=False)
     disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)

@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
 from ..ckpt import paths
 from .errors import BadRequest, NotFound
@@ -105,10 +105,31 @@ class Checkpoints:
         return await self.find(owner, uri)
 
     async def delete(self, owner: str, uri: paths.CheckpointUri) -> None:
-        row = await self.find(owner, uri, shared=False)
-        await self._ledger.write(lambda connection: rows.change(connection, row.id, state="deleted"))
+        row = await self._change(owner, uri, "deleted", {}, state="deleted")
         await self._sweep.remove_deleted(row.directory)
 
-    async def change(self, owner: str, uri: paths.CheckpointUri, **values: Any) -> None:
+    async def publish(self, owner: str, uri: paths.CheckpointUri, public: bool) -> None:
+        await self._change(owner, uri, "published" if public else "unpublished", {}, public=public)
+
+    async def set_ttl(self, owner: str, uri: paths.CheckpointUri, ttl_seconds: int | None) -> None:
+        """Raises BadRequest out of range."""
+        expires_at = expiry(ttl_seconds)
+        await self._change(owner, uri, "ttl_set", {"ttl_seconds": ttl_seconds}, expires_at=expires_at)
+
+    async def _change(
+        self, owner: str, uri: paths.CheckpointUri, action: str, details: dict[str, Any], **values: Any
+    ) -> Row:
         row = await self.find(owner, uri, shared=False)
-        await self._ledger.write(lambda connection: rows.change(connection, row.id, **values))
+
+        def change(connection: Connection) -> None:
+            rows.change(connection, row.id, **values)
+            rows.record(connection, row, action, **details)
+
+        await self._ledger.write(change)
+        return row
+
+    async def record_read(self, owner: str, row: Row) -> None:
+        """The owner's key had the checkpoint's files, or URLs of them."""
+        await self._ledger.write(
+            lambda connection: rows.record(connection, row, "read", by=owner, purpose="download")
+        )

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -127,8 +128,15 @@ class Copies:
         except FileNotFoundError:
             raise NotFound("source_path: the checkpoint was deleted while it was copied") from None
         finally:
-            await self._ledger.write(lambda connection: rows.settle(connection, operation_id, size))
+            await self._ledger.write(partial(_end, operation_id=operation_id, size=size, source=source))
         return uri
+
+
+def _end(connection: Connection, operation_id: str, size: int | None, source: Row) -> None:
+    copied = rows.settle(connection, operation_id, size)
+    if copied is not None:
+        path = str(paths.CheckpointUri(source.run_id, source.segment, source.name))
+        rows.record(connection, copied, "copied", source_path=path, size_bytes=size)
 
 
 def _is_copy(run: Row, of: Row) -> bool:

@@ -50,6 +50,12 @@ class Unauthorized(ApiError):
     category = "user"
 
 
+class InvalidToken(Unauthorized):
+    """The SDK exchanges its key for another token and sends the request once more (RFC 6750)."""
+
+    headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
+
+
 class Forbidden(ApiError):
     """What it is asked with does not open it."""
 

@@ -32,6 +32,7 @@ class Operation:
     answering: bool = False
     sent_in: int = 0  # the engine's life in which it was sent
     weights_made_in: int = 0  # that in which the weights it samples were made again
+    natural_key: str | None = None
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     on_answered: Callable[[Operation], None] | None = None
 

@@ -72,6 +72,7 @@ class Operations:
             submission.seq_id,
             submission.reply,
             payload,
+            natural_key=submission.natural_key,
         )
         self._pending[request_id] = operation
         sequenced = operation.sequenced
@@ -198,18 +199,14 @@ class Operations:
         payload = replayed(operation, answer, ran)
 
         def change(connection: Connection) -> None:
-            done = isinstance(answer, messages.Done)
-            rows.finish(
-                connection,
-                operation.request_id,
-                "done" if done else "failed",
-                encoded,
-                answer.device_seconds if isinstance(answer, messages.Done) else 0.0,
-                payload,
-            )
+            state, seconds = "failed", 0.0
+            if isinstance(answer, messages.Done):
+                state, seconds = "done", answer.device_seconds
+            first = rows.finish(connection, operation.request_id, state, encoded, seconds, payload)
             if operation.sequenced:
                 rows.advance(connection, operation.model_id, operation.seq_id)
-            settle(connection, operation, answer)
+            if first:
+                settle(connection, operation, answer)
 
         while True:
             try:
@@ -271,6 +268,7 @@ class Operations:
             row.seq_id or 0,
             row.reply,
             row.payload,
+            natural_key=row.natural_key,
             rejected=row.state == "rejected",
             committed=True,
         )

@@ -13,10 +13,10 @@ import time
 import uuid
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
 from .errors import ApiError, BadRequest, Gone, NotFound
-from .ledger import custom_losses, tenancy
+from .ledger import audit, custom_losses, tenancy
 from .ledger.ledger import Ledger
 from .runs import Runs
 from .samplers import Samplers
@@ -37,9 +37,12 @@ class Sessions:
 
     async def create(self, owner: str, fields: dict[str, Any]) -> str:
         session_id = uuid.uuid4().hex
-        await self._ledger.write(
-            lambda connection: tenancy.add_session(connection, id=session_id, owner=owner, **fields)
-        )
+
+        def add(connection: Connection) -> None:
+            tenancy.add_session(connection, id=session_id, owner=owner, **fields)
+            audit.record(connection, owner, "session_created", session_id=session_id)
+
+        await self._ledger.write(add)
         self._active[session_id] = (owner, time.time())
         return session_id
 
@@ -76,15 +79,29 @@ class Sessions:
         await self.find(owner, session_id)
         self._active.pop(session_id, None)
         self._heard.pop(session_id, None)
-        await self._ledger.write(
-            lambda connection: tenancy.finish_session(connection, session_id, reason, detail)
-        )
+
+        def end(connection: Connection) -> None:
+            if tenancy.finish_session(connection, session_id, reason, detail):
+                audit.record(connection, owner, "session_finished", session_id=session_id, reason=reason)
+
+        await self._ledger.write(end)
         for row in await self._ledger.read(
             lambda connection: tenancy.models_of_session(connection, session_id)
         ):
             await self._runs.finish(await self._runs.find(owner, row.id))
         await self._samplers.forget_unnamed(session_id)
         await self._ledger.write(lambda connection: custom_losses.forget(connection, session_id))
+
+    async def assign_project(self, owner: str, session_id: str, project_id: str) -> None:
+        await self.find(owner, session_id)
+
+        def assign(connection: Connection) -> None:
+            tenancy.assign_project(connection, session_id, project_id)
+            audit.record(
+                connection, owner, "project_session_assigned", session_id=session_id, project_id=project_id
+            )
+
+        await self._ledger.write(assign)
 
     async def rest_silent(self) -> None:
         """Saves the models of silent sessions and lets the engine forget them."""

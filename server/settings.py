@@ -67,6 +67,13 @@ class Settings(BaseSettings):
     # they begin with `public_url`.
     signed_url_seconds: float = Field(3600.0, gt=0)
     public_url: str | None = None
+    # Clients are told to exchange their key for tokens (JSON Web Tokens), which are good for so long. The SDK
+    # takes a new one when a minute is left.
+    token_exchange: bool = False
+    token_seconds: float = Field(3600.0, ge=1)
+    # The audit log, and the hours of usage, go back so far.
+    audit_seconds: float = Field(90 * 24 * 3600.0, gt=0)
+    usage_seconds: float = Field(400 * 24 * 3600.0, gt=0)
     # Clients are told to upload their custom losses, which then run here; off: in the client.
     custom_loss_server_side: bool = True
     # A connection on which a request that has begun, or an answer, does not move for so long is closed.

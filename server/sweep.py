@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..engine import messages
 from .errors import ApiError
-from .ledger import retention
+from .ledger import audit, retention, usage
 from .ledger.ledger import Ledger
 from .settings import Settings
 from .snapshots import Snapshots
@@ -49,6 +49,7 @@ class Sweep:
     async def sweep(self) -> None:
         """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
         await self._drop_answers()
+        await self._drop_accounts()
         await self._remove_snapshots()
         await self.remove_checkpoints()
         self.used_bytes = await asyncio.to_thread(self._measure)
@@ -78,6 +79,11 @@ class Sweep:
         """Other writes come in between."""
         while await self._ledger.write(change):
             await asyncio.sleep(0)
+
+    async def _drop_accounts(self) -> None:
+        now = time.time()
+        await self._repeat(partial(audit.drop, before=now - self._settings.audit_seconds))
+        await self._ledger.write(partial(usage.drop, before=now - self._settings.usage_seconds))
 
     # --- directories
 

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_, select, update
 
 from ...ckpt.paths import CheckpointUri
+from . import audit
 from .schema import checkpoints
 
 
@@ -20,7 +21,8 @@ def _named(uri: CheckpointUri) -> ColumnElement[bool]:
     )
 
 
-def _alive() -> ColumnElement[bool]:
+def is_alive() -> ColumnElement[bool]:
+    """Complete and unexpired."""
     return (checkpoints.c.state == "complete") & or_(
         checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > time.time()
     )
@@ -28,13 +30,13 @@ def _alive() -> ColumnElement[bool]:
 
 def find(connection: Connection, uri: CheckpointUri) -> Row | None:
     """The complete, unexpired checkpoint of that name."""
-    return connection.execute(select(checkpoints).where(_named(uri), _alive())).first()
+    return connection.execute(select(checkpoints).where(_named(uri), is_alive())).first()
 
 
 def is_taken(connection: Connection, uri: CheckpointUri) -> bool:
     """Whether a checkpoint of that name exists or is being written."""
     pending = checkpoints.c.state == "pending"
-    query = select(checkpoints.c.id).where(_named(uri), or_(pending, _alive()))
+    query = select(checkpoints.c.id).where(_named(uri), or_(pending, is_alive()))
     return connection.execute(query).first() is not None
 
 
@@ -54,7 +56,7 @@ def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
 
 def stored_bytes(connection: Connection, owner: str) -> int:
     """Of the owner's checkpoints; one that is being written counts as much as the largest there is."""
-    mine = (checkpoints.c.owner == owner) & _alive()
+    mine = (checkpoints.c.owner == owner) & is_alive()
     size = checkpoints.c.size_bytes
     total, largest = connection.execute(select(func.sum(size), func.max(size)).where(mine)).one()
     being_written = (checkpoints.c.owner == owner) & (checkpoints.c.state == "pending")
@@ -62,20 +64,38 @@ def stored_bytes(connection: Connection, owner: str) -> int:
     return (total or 0) + count * (largest or 0)
 
 
-def settle(connection: Connection, operation_id: str, size_bytes: int | None) -> None:
-    """The save succeeded (its size) or failed (None). An older one of the same name makes way."""
+def settle(connection: Connection, operation_id: str, size_bytes: int | None) -> Row | None:
+    """The save succeeded (its size) or failed (None). An older one of the same name makes way.
+
+    The checkpoint that is complete now; None if none is, or was before.
+    """
     row = connection.execute(select(checkpoints).where(checkpoints.c.operation_id == operation_id)).first()
     if row is None or row.state != "pending":
-        return
+        return None
     if size_bytes is None:
         connection.execute(update(checkpoints).where(checkpoints.c.id == row.id).values(state="failed"))
-        return
+        return None
     older = _named(CheckpointUri(row.run_id, row.segment, row.name)) & (checkpoints.c.state == "complete")
     connection.execute(update(checkpoints).where(older).values(state="deleted"))
     connection.execute(
         update(checkpoints)
         .where(checkpoints.c.id == row.id)
         .values(state="complete", size_bytes=size_bytes, created_at=time.time())
+    )
+    return row
+
+
+def record(connection: Connection, row: Row, action: str, by: str | None = None, **details: Any) -> None:
+    """In the audit log: what was done to the checkpoint, `by` whom, if not by its owner."""
+    uri = CheckpointUri(row.run_id, row.segment, row.name)
+    audit.record(
+        connection,
+        by or row.owner,
+        f"checkpoint_{action}",
+        tinker_path=str(uri),
+        checkpoint_type=uri.checkpoint_type,
+        model_id=row.run_id,
+        **details,
     )
 
 
@@ -87,11 +107,11 @@ def fail_copies(connection: Connection) -> None:
 
 def published_runs() -> Select:
     """The ids of runs with checkpoints that everybody may read."""
-    return select(checkpoints.c.run_id).where(checkpoints.c.public, _alive())
+    return select(checkpoints.c.run_id).where(checkpoints.c.public, is_alive())
 
 
 def of_run(connection: Connection, run_id: str, published_only: bool = False) -> Sequence[Row]:
-    query = select(checkpoints).where(checkpoints.c.run_id == run_id, _alive())
+    query = select(checkpoints).where(checkpoints.c.run_id == run_id, is_alive())
     if published_only:
         query = query.where(checkpoints.c.public)
     return connection.execute(query.order_by(checkpoints.c.created_at.desc())).all()
@@ -99,7 +119,7 @@ def of_run(connection: Connection, run_id: str, published_only: bool = False) ->
 
 def of_owner(connection: Connection, owner: str, limit: int, offset: int) -> tuple[Sequence[Row], int]:
     """A page of the owner's checkpoints, newest first, and how many there are."""
-    mine = (checkpoints.c.owner == owner) & _alive()
+    mine = (checkpoints.c.owner == owner) & is_alive()
     query = select(checkpoints).where(mine).order_by(checkpoints.c.created_at.desc())
     page = connection.execute(query.limit(limit).offset(offset)).all()
     return page, connection.execute(select(func.count()).where(mine)).scalar() or 0

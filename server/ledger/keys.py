@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Row, create_engine, insert, inspect, make_url, select, update
 
+from . import audit
 from .schema import api_keys
 from .tenancy import ensure_tenant
 
@@ -27,6 +28,7 @@ def create(connection: Connection, tenant: str, note: str | None) -> tuple[str, 
             id=identifier, tenant=tenant, digest=digest(key), note=note, created_at=time.time()
         )
     )
+    audit.record(connection, tenant, "api_key_created", key_id=identifier, note=note)
     return key, identifier
 
 
@@ -37,13 +39,13 @@ def all_keys(connection: Connection) -> Sequence[Row]:
 
 def revoke(connection: Connection, identifier: str) -> bool:
     """Whether there is such a key. One that was revoked before stays so."""
-    if connection.execute(select(api_keys.c.id).where(api_keys.c.id == identifier)).first() is None:
+    row = connection.execute(select(api_keys).where(api_keys.c.id == identifier)).first()
+    if row is None:
         return False
-    connection.execute(
-        update(api_keys)
-        .where(api_keys.c.id == identifier, api_keys.c.revoked_at.is_(None))
-        .values(revoked_at=time.time())
-    )
+    if row.revoked_at is None:
+        of_id = api_keys.c.id == identifier
+        connection.execute(update(api_keys).where(of_id).values(revoked_at=time.time()))
+        audit.record(connection, row.tenant, "api_key_revoked", key_id=identifier, note=row.note)
     return True
 
 

@@ -34,8 +34,8 @@ def finish(
     answer: bytes,
     device_seconds: float,
     payload: bytes | None,
-) -> None:
-    """The first answer stays: a second one of the same operation changes nothing.
+) -> bool:
+    """The first answer stays: a second one of the same operation changes nothing. Whether this is the first.
 
     `payload`: what a replay sends instead of running it; None: nothing.
     """
@@ -47,11 +47,12 @@ def finish(
         "finished_at": time.time(),
         "payload": payload,
     }
-    connection.execute(
+    finished = connection.execute(
         update(operations)
         .where(operations.c.id == request_id, operations.c.state == "accepted")
         .values(values)
     )
+    return finished.rowcount == 1
 
 
 def advance(connection: Connection, model_id: str, seq_id: int) -> None:

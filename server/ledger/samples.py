@@ -17,10 +17,25 @@ def seq_id_of(natural_key: str) -> int:
     return int(natural_key.rpartition("/")[2])
 
 
+def session_of(natural_key: str) -> str:
+    """Of the sampling session's id, which begins with it."""
+    return natural_key.removeprefix("sample/").partition(":sample:")[0]
+
+
+def of_session(connection: Connection, session_id: str) -> ColumnElement[bool]:
+    """Those with a number, of all sampling sessions of a session, also of those that are over."""
+    return _with_prefix(connection, f"sample/{session_id}:sample", ":")
+
+
 def _of_sampler(connection: Connection, sampler_id: str) -> ColumnElement[bool]:
-    """Those with a number. Their keys are one range of the index when they are compared byte by byte."""
+    """Those with a number."""
+    return _with_prefix(connection, f"sample/{sampler_id}", "/")
+
+
+def _with_prefix(connection: Connection, prefix: str, separator: str) -> ColumnElement[bool]:
+    """Keys are one range of the index when they are compared byte by byte."""
     key = operations.c.natural_key.collate("BINARY" if connection.dialect.name == "sqlite" else "C")
-    return (key > f"sample/{sampler_id}/") & (key < f"sample/{sampler_id}0")  # "0" comes after "/"
+    return (key > prefix + separator) & (key < prefix + chr(ord(separator) + 1))
 
 
 def unanswered(connection: Connection, sampler_id: str) -> Sequence[Row]:

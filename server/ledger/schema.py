@@ -154,3 +154,34 @@ checkpoints = Table(
         postgresql_where=text("state = 'complete'"),
     ),
 )
+
+# What a tenant's operations used: one row per hour (of 3600 s since 1970), session, training run and base
+# model, added to when an operation is answered. Empty ids: of none, or unknown.
+usage = Table(
+    "usage",
+    metadata,
+    Column("owner", String(128), ForeignKey("tenants.id"), primary_key=True),
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("session_id", String(192), primary_key=True),
+    Column("run_id", String(192), primary_key=True),
+    Column("base_model", Text, primary_key=True),
+    Column("trained", BigInteger, nullable=False),  # tokens, as the next three
+    Column("prefilled", BigInteger, nullable=False),
+    Column("prefilled_cached", BigInteger, nullable=False),
+    Column("sampled", BigInteger, nullable=False),
+    Column("checkpoints", BigInteger, nullable=False),  # saved
+    Index("usage_by_age", "hour"),
+)
+
+# What was done by a tenant's keys. No prompts, no metadata of clients, no secrets.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("owner", String(128), ForeignKey("tenants.id"), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("event", String(64), nullable=False),  # <resource>_<what was done>
+    Column("details", JSON, nullable=False),
+    Index("audit_of_owner", "owner", "at"),
+    Index("audit_by_age", "at"),
+)

@@ -47,12 +47,14 @@ def heartbeat(connection: Connection, session_id: str, at: float) -> None:
     connection.execute(update(sessions).where(sessions.c.id == session_id).values(last_heartbeat_at=at))
 
 
-def finish_session(connection: Connection, session_id: str, reason: str, detail: str | None) -> None:
-    connection.execute(
+def finish_session(connection: Connection, session_id: str, reason: str, detail: str | None) -> bool:
+    """Whether it had not finished before."""
+    finished = connection.execute(
         update(sessions)
         .where(sessions.c.id == session_id, sessions.c.finished_at.is_(None))
         .values(finished_at=time.time(), finish_reason=reason, finish_detail=detail)
     )
+    return finished.rowcount == 1
 
 
 def add_model(connection: Connection, **values: Any) -> None:

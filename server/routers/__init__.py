@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
+from ..auth import Caller
 from ..backend import Backend
 from ..operation import Operation
 
@@ -20,8 +21,13 @@ async def _owner(request: Request) -> str:
     return request.state.owner
 
 
+async def _caller(request: Request) -> Caller:
+    return request.state.caller
+
+
 BackendOf = Annotated[Backend, Depends(_backend)]
 Owner = Annotated[str, Depends(_owner)]
+CallerOf = Annotated[Caller, Depends(_caller)]
 
 # Of a page of a listing.
 Limit = Annotated[int, Query(ge=0, le=1000)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
 
-from ..checkpoints import expiry, named, parse, shown
+from ..checkpoints import named, parse, shown
 from ..copies import session_of
 from ..errors import BadRequest
 from ..ledger import checkpoints as rows
@@ -74,13 +74,13 @@ async def delete_checkpoint(
 
 @router.post(_ONE + "/publish")
 async def publish(run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner) -> dict[str, str]:
-    await backend.checkpoints.change(owner, named(run_id, segment, name), public=True)
+    await backend.checkpoints.publish(owner, named(run_id, segment, name), True)
     return {"status": "published"}
 
 
 @router.delete(_ONE + "/publish")
 async def unpublish(run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner) -> dict[str, str]:
-    await backend.checkpoints.change(owner, named(run_id, segment, name), public=False)
+    await backend.checkpoints.publish(owner, named(run_id, segment, name), False)
     return {"status": "unpublished"}
 
 
@@ -88,6 +88,5 @@ async def unpublish(run_id: str, segment: str, name: str, backend: BackendOf, ow
 async def set_ttl(
     run_id: str, segment: str, name: str, body: requests.Ttl, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
-    uri = named(run_id, segment, name)
-    await backend.checkpoints.change(owner, uri, expires_at=expiry(body.ttl_seconds))
+    await backend.checkpoints.set_ttl(owner, named(run_id, segment, name), body.ttl_seconds)
     return {"status": "changed"}

@@ -16,7 +16,7 @@ from ...ckpt import paths
 from ..archive import Archive, files
 from ..checkpoints import iso, named
 from ..errors import BadRequest, NotFound
-from . import Backend, BackendOf, Owner
+from . import Backend, BackendOf, CallerOf, Owner
 
 router = APIRouter(prefix="/api/v1", tags=["downloads"])
 
@@ -44,7 +44,8 @@ def _save(row: Row) -> str:
     return row.directory.rpartition("-")[2]
 
 
-def _base(request: Request, backend: Backend) -> str:
+def base_url(request: Request, backend: Backend) -> str:
+    """What signed URLs begin with."""
     return (backend.settings.public_url or str(request.base_url)).rstrip("/")
 
 
@@ -54,18 +55,21 @@ async def archive_url(
 ) -> Response:
     """To a signed URL of the archive."""
     row, _ = await _find(backend, owner, run_id, segment, name)
+    await backend.checkpoints.record_read(owner, row)
     expires = backend.signer.expiry()
     path = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/archive.tar"
-    location = _base(request, backend) + backend.signer.sign(path, owner, _save(row), expires)
+    location = base_url(request, backend) + backend.signer.sign(path, owner, _save(row), expires)
     date = format_datetime(datetime.fromtimestamp(expires, UTC), usegmt=True)
     return Response(status_code=302, headers={"Location": location, "Expires": date})
 
 
 @router.get(_ONE + "/archive.tar")
 async def archive(
-    run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner, save: str | None = None
+    run_id: str, segment: str, name: str, backend: BackendOf, caller: CallerOf, save: str | None = None
 ) -> Response:
-    row, directory = await _find(backend, owner, run_id, segment, name, save)
+    row, directory = await _find(backend, caller.owner, run_id, segment, name, save)
+    if caller.key is not None:
+        await backend.checkpoints.record_read(caller.owner, row)
     try:
         tar = await asyncio.to_thread(Archive, directory)
     except FileNotFoundError:
@@ -83,8 +87,9 @@ async def external_weights_urls(
 ) -> dict[str, Any]:
     """A signed URL of each file."""
     row, directory = await _find(backend, owner, run_id, segment, name)
+    await backend.checkpoints.record_read(owner, row)
     expires = backend.signer.expiry()
-    base = _base(request, backend)
+    base = base_url(request, backend)
     below = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/files"
     names = await asyncio.to_thread(files, directory)
     urls = {file: base + backend.signer.sign(f"{below}/{file}", owner, _save(row), expires) for file in names}
@@ -98,10 +103,12 @@ async def file(
     name: str,
     file: str,
     backend: BackendOf,
-    owner: Owner,
+    caller: CallerOf,
     save: str | None = None,
 ) -> Response:
-    _, directory = await _find(backend, owner, run_id, segment, name, save)
+    row, directory = await _find(backend, caller.owner, run_id, segment, name, save)
+    if caller.key is not None:
+        await backend.checkpoints.record_read(caller.owner, row)
     found = (await asyncio.to_thread(files, directory)).get(file)
     if found is None:
         raise NotFound(f"the checkpoint {name!r} has no file {file[:200]!r}")

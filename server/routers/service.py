@@ -30,7 +30,11 @@ CLIENT_CONFIG = {
 
 @router.post("/api/v1/client/config")
 async def client_config(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
-    return CLIENT_CONFIG | {"custom_loss_server_side": backend.settings.custom_loss_server_side}
+    settings = backend.settings
+    return CLIENT_CONFIG | {
+        "pjwt_auth_enabled": settings.token_exchange,
+        "custom_loss_server_side": settings.custom_loss_server_side,
+    }
 
 
 @router.post("/api/v1/client/dynamic_config")

@@ -59,18 +59,8 @@ async def list_sessions(
 async def assign_project(
     session_id: str, body: requests.Project, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
-    await backend.sessions.find(owner, session_id)
-    await backend.ledger.write(
-        lambda connection: tenancy.assign_project(connection, session_id, body.project_id)
-    )
+    await backend.sessions.assign_project(owner, session_id, body.project_id)
     return {"status": "changed"}
-
-
-@router.get("/sessions/{session_id}/trace_export")
-async def trace_export(session_id: str, backend: BackendOf, owner: Owner) -> dict[str, str]:
-    """Clients ask until there is an answer; ours is that there is no trace."""
-    await backend.sessions.find(owner, session_id)
-    return {"status": "failed", "error": "this server records no traces of sessions"}
 
 
 @router.get("/sessions/{session_id}")

@@ -91,7 +91,17 @@ KEYED: dict[tuple[str, str], Request] = {
     ("POST", "/api/v1/sessions/search"): json(),
     ("GET", "/api/v1/training_runs"): {},
     ("GET", "/api/v1/checkpoints"): {},
+    ("GET", "/api/v1/audit"): {},
+    ("GET", "/api/v1/billing/usage/events"): {
+        "params": {"starting_on": "2026-01-01T00:00:00Z", "ending_before": "2026-01-02T00:00:00Z"}
+    },
+    ("GET", "/api/v1/billing/usage/checkpoints/current"): {},
+    ("POST", "/api/v1/auth/token"): json(),
+    ("GET", "/api/v1/auth/apikey/me"): {},
+    ("DELETE", "/api/v1/auth/apikey/me"): {},
 }
+# Keys that were given to the server at its start are not revoked over HTTP, not even by their owners.
+REFUSED = {("DELETE", "/api/v1/auth/apikey/me")}
 
 _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
@@ -115,6 +125,7 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("GET", "/api/v1/sessions/{session_id}", lambda of: {}),
     ("PUT", "/api/v1/sessions/{session_id}/project", lambda of: json(project_id="theirs")),
     ("GET", "/api/v1/sessions/{session_id}/trace_export", lambda of: {}),
+    ("GET", "/api/v1/sessions/{session_id}/trace", lambda of: {}),
     (
         "POST",
         "/api/v1/create_model",
@@ -244,7 +255,8 @@ def test_a_key_is_needed(server: ServerProcess, method: str, path: str) -> None:
     request = KEYED[method, path]
     for key in (None, "tml-wrong", ""):
         assert send(server, key, method, path, request).status_code == 401
-    assert send(server, BOB, method, path, request).status_code == 200
+    expected = 403 if (method, path) in REFUSED else 200
+    assert send(server, BOB, method, path, request).status_code == expected
 
 
 def told(answer: httpx.Response, ids: Things) -> tuple[int, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from conformance.sdk_command import cli
 from conformance.server_process import ServerProcess, Wire
 
 
-def test_the_sdk_s_command(server: ServerProcess, training: tinker.TrainingClient) -> None:
+def test_the_sdk_s_command(server: ServerProcess, training: tinker.TrainingClient, tmp_path: Path) -> None:
     run = training.model_id
+    session = run.partition(":")[0]
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    token = Wire(server.url, ALICE).post("auth/token").json()["jwt"]
     first, second = (training.save_state(name).result().path for name in ("first", "second"))
-    runs, one, listed, of_run, info, _, _, changed = (
+    runs, one, listed, of_run, info, _, _, changed, who, used, stored, trace = (
         printed.json
         for printed in cli(
             server,
@@ -27,6 +32,11 @@ def test_the_sdk_s_command(server: ServerProcess, training: tinker.TrainingClien
             f"checkpoint publish {first}",
             f"checkpoint set-ttl {first} --ttl 7200",
             f"checkpoint info {first}",
+            "auth whoami",
+            f"billing usage {hour.isoformat()} {(hour + timedelta(hours=2)).isoformat()}",
+            "billing checkpoint-storage",
+            f"session export-trace {session} --output {tmp_path / 'trace.json'}",
+            key=token,  # in the place of a key; with a key there is no whoami
         )
     )
     assert run in {each["training_run_id"] for each in runs["runs"]}
@@ -40,6 +50,13 @@ def test_the_sdk_s_command(server: ServerProcess, training: tinker.TrainingClien
     lives = datetime.fromisoformat(changed["expires_at"]) - datetime.now(UTC)
     assert timedelta(0) < lives <= timedelta(hours=2)
 
+    assert who["user_urn"] == "tml:organization_user:alice"
+    counts = [each["event_info"] for each in used["data"] if each["session_id"] == session]
+    assert counts == [{"type": "checkpoint", "count": 2}]
+    assert sum(each["size_bytes"] for each in stored["data"]) >= 2 * info["size_bytes"]
+    assert trace["file_size_bytes"] == (tmp_path / "trace.json").stat().st_size
+    assert json.loads((tmp_path / "trace.json").read_text())["otherData"] == {"session_id": session}
+
     of_bob, not_bobs = cli(
         server, f"checkpoint list --run-id {run}", f"checkpoint delete --yes {first}", key=BOB
     )
@@ -47,17 +64,14 @@ def test_the_sdk_s_command(server: ServerProcess, training: tinker.TrainingClien
     assert not_bobs.json["deleted_count"] == 0
     assert "unknown checkpoint" in not_bobs.out
 
-    _, deleted, left, trace = cli(
+    _, deleted, left = cli(
         server,
         f"checkpoint unpublish {first}",
         f"checkpoint delete --yes {second}",
         f"checkpoint list --run-id {run}",
-        f"session export-trace {run.partition(':')[0]}",
     )
     assert deleted.json["deleted_count"] == 1
     assert [(each["tinker_path"], each["public"]) for each in left.json["checkpoints"]] == [(first, False)]
-    assert trace.code != 0
-    assert "no traces" in trace.out + trace.err
     assert Wire(server.url, BOB).http.get(f"/api/v1/training_runs/{run}/checkpoints").status_code == 404
 
 

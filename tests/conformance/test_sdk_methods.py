@@ -1,4 +1,4 @@
-"""Every public method of the SDK's clients has a test, or a reason; the table in docs/compatibility.md.
+"""Every public method of the SDK's clients has a test; the table in docs/compatibility.md.
 
 The table is compared with the SDK and with the tests that it names: a method that is not in it, or that its
 test does not call, fails.
@@ -13,6 +13,12 @@ from pathlib import Path
 
 import tinker
 
+ACCOUNTS = {
+    "test_sdk_accounts.py::test_usage": "get_billing_usage get_billing_usage_async",
+    "test_sdk_accounts.py::test_storage": "get_current_checkpoint_storage_usage "
+    "get_current_checkpoint_storage_usage_async",
+    "test_sdk_accounts.py::test_audit_log": "get_audit_log get_audit_log_async",
+}
 # The test that calls each method; those without a file are in test_sdk_clients.py. `holder` is a property.
 CALLED: dict[type, dict[str, str]] = {
     tinker.ServiceClient: {
@@ -22,6 +28,7 @@ CALLED: dict[type, dict[str, str]] = {
         "create_training_client_from_state_with_optimizer "
         "create_training_client_from_state_with_optimizer_async copy_weights create_custom_loss "
         "get_server_capabilities get_server_capabilities_async get_telemetry close",
+        "test_sdk_accounts.py::test_console_urls_are_the_vendors": "get_console_url",
     },
     tinker.TrainingClient: {
         "test_training_client": "forward forward_backward forward_backward_custom optim_step get_info "
@@ -31,11 +38,13 @@ CALLED: dict[type, dict[str, str]] = {
         "optim_step_async get_info_async save_state_async load_state_async load_state_with_optimizer_async "
         "create_sampling_client_async save_weights_for_sampler_async save_weights_external_async "
         "save_weights_and_get_sampling_client_async",
+        "test_sdk_accounts.py::test_console_urls_are_the_vendors": "get_console_url",
     },
     tinker.SamplingClient: {
         "test_sampling_client": "create sample sample_async compute_logprobs compute_logprobs_async "
         "get_base_model get_base_model_async get_sampler_handle from_sampler_handle get_telemetry "
         "on_queue_state_change",
+        "test_sdk_accounts.py::test_a_sampler_s_tokenizer": "get_tokenizer",
     },
     tinker.RestClient: {
         "test_rest_client": "get_server_capabilities get_telemetry list_training_runs "
@@ -52,37 +61,11 @@ CALLED: dict[type, dict[str, str]] = {
         "delete_checkpoint_async delete_checkpoint_from_tinker_path "
         "delete_checkpoint_from_tinker_path_async",
         "test_sdk_sessions.py::test_sessions_are_found_by_what_is_known_of_them": "search_sessions",
-    },
-    tinker.AdminClient: {"test_rest_client": "get_telemetry"},
-}
-
-_NO_USAGE = "the ledger counts no tokens by the hour"
-_NO_AUDIT = "the ledger keeps what there is, not who asked for it"
-_NO_STORAGE = "`/health` and quotas say what checkpoints take; there is no bill"
-_ADMIN = {
-    name + suffix: reason
-    for name, reason in (
-        ("get_audit_log", _NO_AUDIT),
-        ("get_billing_usage", _NO_USAGE),
-        ("get_current_checkpoint_storage_usage", _NO_STORAGE),
-    )
-    for suffix in ("", "_async")
-}
-_CONSOLE = "asks no server: the address of the vendor's site"
-_TRACE = "answered, with the error that this server records no traces"
-NOT_SERVED: dict[type, dict[str, str]] = {
-    tinker.ServiceClient: {"get_console_url": _CONSOLE},
-    tinker.TrainingClient: {"get_console_url": _CONSOLE},
-    tinker.SamplingClient: {
-        "get_tokenizer": "asks no server: loads the base model's name from Hugging Face or a folder so called"
-    },
-    tinker.RestClient: _ADMIN
-    | {
-        "export_session_trace": _TRACE,
-        "export_session_trace_async": _TRACE,
-        "whoami": "asks no server: reads a JWT, and this server's keys are plain",
-    },
-    tinker.AdminClient: _ADMIN,
+        "test_sdk_accounts.py::test_session_trace": "export_session_trace export_session_trace_async",
+        "test_sdk_accounts.py::test_keys_exchanged_for_tokens": "whoami",
+    }
+    | ACCOUNTS,
+    tinker.AdminClient: {"test_rest_client": "get_telemetry"} | ACCOUNTS,
 }
 
 
@@ -93,26 +76,24 @@ def public(client: type) -> set[str]:
 
 def table() -> str:
     """As docs/compatibility.md has it."""
-    rows, served, every = [], 0, 0
+    rows = []
     for client, tests in CALLED.items():
         by_method = {name: test for test, names in tests.items() for name in names.split()}
-        methods = by_method | NOT_SERVED[client]
-        served, every = served + len(by_method), every + len(methods)
-        for name in sorted(methods):
-            test = by_method.get(name)
-            path = test if test is None or "::" in test else f"test_sdk_clients.py::{test}"
-            said = f"not served: {methods[name]}" if path is None else f"`conformance/{path}`"
-            rows.append(f"| `{client.__name__}.{name}` | {said} |")
-    head = f"{served} of {every} methods are served.\n\n| Method | Test |\n|---|---|\n"
+        for name in sorted(by_method):
+            test = by_method[name]
+            path = test if "::" in test else f"test_sdk_clients.py::{test}"
+            rows.append(f"| `{client.__name__}.{name}` | `conformance/{path}` |")
+    every = sum(len(public(client)) for client in CALLED)
+    head = f"{len(rows)} of {every} methods are served.\n\n| Method | Test |\n|---|---|\n"
     return head + "\n".join(rows) + "\n"
 
 
 def test_the_table_has_every_public_method() -> None:
     clients = {getattr(tinker, name) for name in dir(tinker) if re.fullmatch(r"[A-Z]\w+Client", name)}
-    assert set(CALLED) == set(NOT_SERVED) == clients
+    assert set(CALLED) == clients
     for client, tests in CALLED.items():
         called = [name for names in tests.values() for name in names.split()]
-        assert sorted(called + list(NOT_SERVED[client])) == sorted(public(client)), client
+        assert sorted(called) == sorted(public(client)), client
         for test, names in tests.items():
             file, _, function = test.rpartition("::")
             module = importlib.import_module(f"conformance.{file.removesuffix('.py') or 'test_sdk_clients'}")

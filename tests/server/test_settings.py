@@ -43,14 +43,18 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_keys_and_owners() -> None:
     keys = ApiKeys(["alice=tml-one", "alice=tml-two", "tml-three=", "bob=tml-four"])
-    owner_of = keys.owner_of
+
+    def owner_of(key: str | None) -> str | None:
+        found = keys.find(key)
+        return None if found is None else found.owner
+
     assert owner_of("tml-one") == owner_of("tml-two") == "alice"
     assert owner_of("tml-four") == "bob"
     unnamed = owner_of("tml-three=")
     assert unnamed is not None
     assert "three" not in unnamed
     assert [owner_of(key) for key in ("tml-on", "tml-one ", "", None, "alice", "alice=tml-one")] == [None] * 6
-    assert ApiKeys([]).owner_of(None) == "local"
+    assert ApiKeys([]).find(None).owner == "local"
 
 
 def test_serve_says_what_is_missing(tmp_path: Path) -> None:
