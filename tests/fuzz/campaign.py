@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 CASES = int(os.environ.get("TINSMITH_FUZZ_CASES", 0))  # over all decoders; 0: the test command's
 SEED = os.environ.get("TINSMITH_FUZZ_SEED")  # run this example again, and no other
 CASES_IN_THE_TEST_COMMAND = 300  # per decoder
-DECODERS = 6  # campaigns in this folder
+DECODERS = 8  # campaigns in this folder
 BATCH = 100  # cases from one seed: hypothesis costs as much per example as a hundred cases
 SHARDS = 25 if CASES else 1  # parts of a long campaign, so that its progress is seen
 MAX_CASE_SECONDS = 3.0  # of this process's computing, not of the clock
