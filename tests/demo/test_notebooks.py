@@ -31,6 +31,7 @@ def curve(text: str, name: str) -> list[float]:
 
 
 def test_sft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINSMITH_NOTEBOOK_BATCH", "6")
     text, tables = run("01_sft.ipynb", 3, monkeypatch)
     first, *_, last = curve(text, "NLL per answer token")
     assert last < 0.9 * first, "three steps are enough to see the loss fall"
