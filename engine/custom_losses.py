@@ -1,4 +1,5 @@
-"""Custom losses that clients uploaded: decoded once, differentiated and compiled once per shape.
+"""Custom losses that clients uploaded: decoded once, differentiated and compiled once per shape. Where
+the loss allows it, datums are padded to few lengths.
 
 They run on the CPU, where torch's 64-bit types are, whatever device the model is on: a loss reads a datum's
 log-probs, which are few. The least recently used programs are dropped.
@@ -17,12 +18,14 @@ import jax
 import numpy as np
 
 from ..losses import custom
+from ..losses.custom_padding import NotPaddableError, evaluate_padded
 from . import messages
 from .errors import UserError
 
 log = logging.getLogger(__name__)
 
 _GRAPHS, _PROGRAMS = 64, 512  # kept
+_SHORTEST = 64  # of the padded lengths, which are powers of two
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,27 @@ class CustomLosses:
     ) -> Differentiated:
         """Raises UserError for a loss that cannot be computed for these shapes."""
         graph = self.graph(loss)
+        length = len(logprobs)
+        along = frozenset(name for name, value in inputs.items() if value.shape[:1] == (length,)) | {
+            "logprobs"
+        }
         values = {"logprobs": logprobs, **inputs}
-        shapes = tuple((value.shape, value.dtype.str) for value in values.values())
+        padded = {name: _padded(value) if name in along else value for name, value in values.items()}
         with jax.enable_x64(True), jax.default_device(_device()):
-            key = (loss.graph, tuple(loss.inputs), shapes)
-            program = _recent(self._programs, key, _PROGRAMS, lambda: _compile(graph, values))
-            (value, metrics), gradient = program(values)
+            of = (loss.graph, tuple(loss.inputs))
+            shapes = (of, along, *((value.shape, value.dtype.str) for value in padded.values()))
+            program = _recent(
+                self._programs, shapes, _PROGRAMS, lambda: _compile_padded(graph, padded, along)
+            )
+            if program is not None:
+                (value, metrics), gradient = program(padded, np.int64(length))
+            else:
+                exact = (of, *((value.shape, value.dtype.str) for value in values.values()))
+                program = _recent(self._programs, exact, _PROGRAMS, lambda: _compile(graph, values))
+                (value, metrics), gradient = program(values)
             return Differentiated(
                 float(value),
-                np.asarray(gradient, np.float32),
+                np.asarray(gradient, np.float32)[:length],
                 {key: float(metric) for key, metric in metrics.items()},
             )
 
@@ -83,6 +98,29 @@ def _compile(graph: custom.Graph, values: dict[str, np.ndarray]) -> Any:
         raise UserError(str(error)) from None
     log.debug("a custom loss of %d nodes compiled in %.2f s", len(graph.nodes), time.perf_counter() - began)
     return program
+
+
+def _compile_padded(
+    graph: custom.Graph, values: dict[str, np.ndarray], along_tokens: frozenset[str]
+) -> Any | None:
+    """None where the loss must see its datum as it is."""
+
+    def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array], length: jax.Array) -> Any:
+        return evaluate_padded(graph, others | {"logprobs": logprobs}, along_tokens, length)
+
+    def differentiated(values: dict[str, jax.Array], length: jax.Array) -> Any:
+        return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values, length)
+
+    try:
+        return jax.jit(differentiated).lower(values, np.int64(0)).compile()
+    except (NotPaddableError, custom.CustomLossError):  # an error has its say without padding
+        return None
+
+
+def _padded(value: np.ndarray) -> np.ndarray:
+    """The last token again and again, to one of few lengths."""
+    length = max(_SHORTEST, 1 << (len(value) - 1).bit_length())
+    return np.concatenate([value, np.repeat(value[-1:], length - len(value), axis=0)])
 
 
 def _recent(kept: OrderedDict[Hashable, Any], key: Hashable, most: int, make: Callable[[], Any]) -> Any:

@@ -8,12 +8,12 @@ Axis letters: N target tokens of a datum, K targets per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from .custom_dtypes import category, is_array, is_number
 from .custom_graph import CustomLossError, Graph, Node, Placement, Ref, decode
@@ -26,23 +26,31 @@ MAX_DIMENSIONS = 8
 __all__ = ["CustomLossError", "Graph", "evaluate", "load"]
 
 
+Apply = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
+
+
+class NotPaddableError(Exception):
+    """The loss must see its datum as it is (`custom_padding`)."""
+
+
 def load(data: bytes, inputs: Sequence[tuple[str, int]]) -> Graph:
     """The uploaded graph, if all it calls is in our tables. Raises CustomLossError naming the node."""
     return decode(data, inputs, FUNCTIONS, METHODS)
 
 
 def evaluate(
-    graph: Graph, values: Mapping[str, Shaped[Array, "*N"]]
+    graph: Graph, values: Mapping[str, Any], apply: Apply | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of one datum and its metrics, `values` being the inputs by name: `logprobs` [N] or [N, K].
 
     Raises CustomLossError naming the node that cannot be computed, or whose tensors are too large. Shapes
-    alone decide that, so under `jax.jit` nothing is computed before.
+    alone decide that, so under `jax.jit` nothing is computed before. `apply(function, args, kwargs)` is how a
+    function is called where values are more than tensors (`custom_padding`).
     """
     environment: dict[str, Any] = {}
     elements = 0
     for node in graph.nodes:
-        result = values[node.target] if node.op == "placeholder" else _call(node, environment)
+        result = values[node.target] if node.op == "placeholder" else _call(node, environment, apply)
         elements += _size(node, result)
         if elements > MAX_ELEMENTS_IN_ALL:
             raise CustomLossError(f"{node}: the tensors up to here have over {MAX_ELEMENTS_IN_ALL} elements")
@@ -56,12 +64,14 @@ def evaluate(
     return loss, metrics
 
 
-def _call(node: Node, environment: dict[str, Any]) -> Any:
+def _call(node: Node, environment: dict[str, Any], apply: Apply | None) -> Any:
     function = (FUNCTIONS if node.op == "call_function" else METHODS)[node.target]
     args = [_resolved(arg, environment) for arg in node.args]
     kwargs = {_renamed(key): _resolved(arg, environment) for key, arg in node.kwargs.items()}
     try:
-        return function(*args, **kwargs)
+        return function(*args, **kwargs) if apply is None else apply(function, args, kwargs)
+    except NotPaddableError:
+        raise
     except Exception as error:  # whatever the arguments of a client make our functions and JAX raise
         first_line = str(error).partition("\n")[0][:300]
         raise CustomLossError(f"{node}: {first_line}") from None
@@ -90,6 +100,7 @@ def _resolved(argument: Any, environment: dict[str, Any]) -> Any:
 
 def _size(node: Node, value: Any) -> int:
     """How many elements a node's value has. Raises CustomLossError for what is too large, or none."""
+    value = getattr(value, "array", value)  # of padded tokens
     if is_array(value):
         if value.ndim > MAX_DIMENSIONS or value.size > MAX_ELEMENTS:
             raise CustomLossError(

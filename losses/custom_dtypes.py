@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Number = bool | int | float
+Operand = Any  # a tensor or a number
 
 DTYPES = {
     name: jnp.dtype(name)

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .custom_activations import magnitude, xlogy
 from .custom_dtypes import align, as_float
-from .custom_elementwise import ELEMENTWISE, magnitude, xlogy
+from .custom_elementwise import ELEMENTWISE
 from .custom_reductions import log_softmax, softmax
 
 

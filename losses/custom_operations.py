@@ -11,7 +11,7 @@ from typing import Any
 
 from .custom_dtypes import is_array, is_number
 from .custom_elementwise import ELEMENTWISE, where
-from .custom_functional import FUNCTIONAL, activation
+from .custom_functional import FUNCTIONAL
 from .custom_graph import PLACEMENT
 from .custom_reductions import REDUCTIONS, Selected, norm
 from .custom_shapes import CONSTRUCTORS, SHAPE_METHODS, SHAPES, getitem
@@ -105,12 +105,21 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"torch.special.{name}": function for name, function in _SPECIAL.items()},
     **{f"operator.{name}": function for name, function in _OPERATORS.items()},
     **{f"math.{name}": of_numbers for name, of_numbers in _MATH.items()},
-    "torch._C._nn.softplus": activation("softplus"),
-    "torch._C._nn.log_sigmoid": activation("log_sigmoid"),
+    "torch._C._nn.softplus": FUNCTIONAL["softplus"],
+    "torch._C._nn.log_sigmoid": FUNCTIONAL["logsigmoid"],
     "torch.functional.norm": norm,
     "torch._C._linalg.linalg_norm": _linalg_norm,
     "torch._C._linalg.linalg_vector_norm": norm,
     "getattr": attribute,
     "builtins.getattr": attribute,
 }
+# Elementwise in all their tensors.
+POINTWISE = frozenset(
+    (
+        *ELEMENTWISE.values(),
+        *(SHAPES[name] for name in ("zeros_like", "ones_like", "full_like")),
+        *(FUNCTIONAL[name] for name in ("relu", "leaky_relu", "elu", "silu", "softplus", "logsigmoid")),
+        *(_add, _method_where),
+    )
+)
 METHODS: dict[str, Callable[..., Any]] = _TENSOR | SHAPE_METHODS | {"where": _method_where}

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from tinsmith.losses.custom import evaluate, load
+from tinsmith.losses.custom_padding import NotPaddableError, evaluate_padded
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tinker")
@@ -151,6 +152,9 @@ LOSSES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
+PADDED = {ppo, sequence_ratio, dpo_like, precise, scaled}
+
+
 def graph_of(function: Callable[..., Any], values: dict[str, Any]) -> tuple[Any, Any]:
     """As torch has it, and as we have it after the wire."""
     ranks = {name: np.ndim(value) for name, value in values.items()}
@@ -179,3 +183,37 @@ def test_values_and_gradients_are_torch_s(function: Callable[..., Any], values: 
     assert metrics.keys() == expected_metrics.keys()
     for key, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[key].item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("function", "values"), LOSSES, ids=[function.__name__ for function, _ in LOSSES])
+def test_padding_changes_nothing(function: Callable[..., Any], values: dict[str, Any]) -> None:
+    """Either the loss refuses to be padded, or padding is left out."""
+    _, graph = graph_of(function, values)
+    along = frozenset(name for name, value in values.items() if np.ndim(value))
+
+    def exact(logprobs, values):
+        return evaluate(graph, values | {"logprobs": logprobs})
+
+    def padded(logprobs, values, length):
+        return evaluate_padded(graph, values | {"logprobs": logprobs}, along, length)
+
+    with jax.enable_x64(True):
+        arrays = {name: jax.numpy.asarray(value) for name, value in values.items()}
+        longer = {
+            name: jax.numpy.concatenate([value] + [value[-1:]] * 9) if name in along else value
+            for name, value in arrays.items()
+        }
+        try:
+            program = jax.jit(jax.value_and_grad(padded, has_aux=True))
+            (loss, metrics), gradient = program(longer["logprobs"], longer, N)
+        except NotPaddableError:
+            assert function not in PADDED
+            return
+        assert function in PADDED
+        program = jax.jit(jax.value_and_grad(exact, has_aux=True))
+        (expected, expected_metrics), expected_gradient = program(arrays["logprobs"], arrays)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:N], expected_gradient, rtol=1e-6, atol=1e-7)
+    assert not np.any(gradient[N:])
+    for key, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[key], rtol=1e-6)
