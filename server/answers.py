@@ -16,7 +16,8 @@ from .operation import Answer, Operation
 REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_unnamed_sampler"})
 # What an operation brought stays: losses, for later operations (custom_losses.py).
 KEPT = frozenset({"create_custom_loss"})
-_REMEMBERED_BYTES = 256 << 20
+_REMEMBERED_BYTES = 16 << 20
+_OPERATION_BYTES = 2048  # its objects, whatever is in them
 
 
 class RememberedAnswers:
@@ -56,10 +57,10 @@ def _size(answer: Answer | None) -> int:
     """Roughly the bytes of an answer in memory."""
     output = answer.output if isinstance(answer, messages.Done) else None
     if isinstance(output, messages.ForwardBackwardOutput):
-        return 512 + sum(len(tensor.data) for tensor in output.logprobs)
+        return _OPERATION_BYTES + sum(len(tensor.data) for tensor in output.logprobs)
     if isinstance(output, messages.SampleOutput):
-        return 512 + sum(2 * len(sequence.tokens) for sequence in output.sequences)
-    return 512
+        return _OPERATION_BYTES + sum(2 * len(sequence.tokens) for sequence in output.sequences)
+    return _OPERATION_BYTES
 
 
 def settle(connection: Connection, operation: Operation, answer: Answer) -> None:
