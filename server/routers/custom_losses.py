@@ -13,5 +13,8 @@ router = APIRouter(prefix="/api/v1", tags=["training"])
 @router.post("/create_custom_loss")
 async def create_custom_loss(body: CreateCustomLoss, backend: BackendOf, owner: Owner) -> dict[str, str]:
     await backend.sessions.require_active(owner, body.session_id)
-    loss = body.message()
-    return future(await backend.custom_losses.create(owner, body.session_id, body.custom_loss_seq_id, loss))
+    loss, seq_id = body.message(), body.custom_loss_seq_id
+    with backend.admission.operation(owner, early=False) as accepted:
+        operation = await backend.custom_losses.create(owner, body.session_id, seq_id, loss)
+        accepted(operation)
+    return future(operation)
