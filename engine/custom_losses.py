@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..losses import custom
-from ..losses.custom_padding import NotPaddableError, evaluate_padded
+from ..losses.custom import interpreter
+from ..losses.custom.padding import NotPaddableError, evaluate_padded
 from . import messages
 from .errors import UserError
 
@@ -39,10 +39,10 @@ class Differentiated:
 
 class CustomLosses:
     def __init__(self) -> None:
-        self._graphs: OrderedDict[Hashable, custom.Graph] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, interpreter.Graph] = OrderedDict()
         self._programs: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def graph(self, loss: messages.CustomLoss) -> custom.Graph:
+    def graph(self, loss: messages.CustomLoss) -> interpreter.Graph:
         """As `load`, once."""
         return _recent(self._graphs, (loss.graph, tuple(loss.inputs)), _GRAPHS, lambda: load(loss))
 
@@ -76,17 +76,17 @@ class CustomLosses:
             )
 
 
-def load(loss: messages.CustomLoss) -> custom.Graph:
+def load(loss: messages.CustomLoss) -> interpreter.Graph:
     """Raises UserError naming the node that cannot be had."""
     try:
-        return custom.load(loss.graph, loss.inputs)
-    except custom.CustomLossError as error:
+        return interpreter.load(loss.graph, loss.inputs)
+    except interpreter.CustomLossError as error:
         raise UserError(f"custom loss {loss.name!r}: {error}") from None
 
 
-def _compile(graph: custom.Graph, values: dict[str, np.ndarray]) -> Any:
+def _compile(graph: interpreter.Graph, values: dict[str, np.ndarray]) -> Any:
     def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array]) -> Any:
-        return custom.evaluate(graph, others | {"logprobs": logprobs})
+        return interpreter.evaluate(graph, others | {"logprobs": logprobs})
 
     def differentiated(values: dict[str, jax.Array]) -> Any:
         return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values)
@@ -94,14 +94,14 @@ def _compile(graph: custom.Graph, values: dict[str, np.ndarray]) -> Any:
     began = time.perf_counter()
     try:
         program = jax.jit(differentiated).lower(values).compile()
-    except custom.CustomLossError as error:
+    except interpreter.CustomLossError as error:
         raise UserError(str(error)) from None
     log.debug("a custom loss of %d nodes compiled in %.2f s", len(graph.nodes), time.perf_counter() - began)
     return program
 
 
 def _compile_padded(
-    graph: custom.Graph, values: dict[str, np.ndarray], along_tokens: frozenset[str]
+    graph: interpreter.Graph, values: dict[str, np.ndarray], along_tokens: frozenset[str]
 ) -> Any | None:
     """None where the loss must see its datum as it is."""
 
@@ -113,7 +113,7 @@ def _compile_padded(
 
     try:
         return jax.jit(differentiated).lower(values, np.int64(0)).compile()
-    except (NotPaddableError, custom.CustomLossError):  # an error has its say without padding
+    except (NotPaddableError, interpreter.CustomLossError):  # an error has its say without padding
         return None
 
 

@@ -269,7 +269,7 @@ def test_sampling_goes_on_beside_a_long_training_operation(engine):
         ({"lora": lora(rank=9)}, r"rank 9: it must be between 1 and 8"),
         ({"lora": lora(rank=0)}, r"rank 0: it must be between 1 and 8"),
         ({"lora": None}, r"full-weight training is not enabled"),
-        ({"optimizer": "dimuon"}, r"unknown optimizer 'dimuon'; known: adamw"),
+        ({"optimizer": "sgd"}, r"unknown optimizer 'sgd'; known: adamw, dimuon"),
         ({"checkpoint": "no/such-1"}, r"the checkpoint is not there"),
         ({"lora": lora(train_attn=False, train_mlp=False, train_unembed=False)}, r"nothing would be trained"),
     ],

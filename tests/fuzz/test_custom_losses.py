@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from fuzz.campaign import campaign
 from fuzz.mutations import mutated_bytes, mutated_json
 from tinsmith.engine import messages
-from tinsmith.losses.custom import MAX_ELEMENTS, CustomLossError, evaluate, load
-from tinsmith.losses.custom_operations import FUNCTIONS, METHODS
+from tinsmith.losses.custom.interpreter import MAX_ELEMENTS, CustomLossError, evaluate, load
+from tinsmith.losses.custom.operations import FUNCTIONS, METHODS
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.wire.custom_loss import CreateCustomLoss
 

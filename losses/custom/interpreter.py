@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .custom_dtypes import category, is_array, is_number
-from .custom_graph import CustomLossError, Graph, Node, Placement, Ref, decode
-from .custom_operations import FUNCTIONS, METHODS
+from .dtypes import category, is_array, is_number
+from .graph import CustomLossError, Graph, Node, Placement, Ref, decode
+from .operations import FUNCTIONS, METHODS
 
 MAX_ELEMENTS = 1 << 24  # of one tensor
 MAX_ELEMENTS_IN_ALL = 1 << 26  # of the tensors of all nodes, for one datum
@@ -30,7 +30,7 @@ Apply = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
 
 
 class NotPaddableError(Exception):
-    """The loss must see its datum as it is (`custom_padding`)."""
+    """The loss must see its datum as it is (`padding`)."""
 
 
 def load(data: bytes, inputs: Sequence[tuple[str, int]]) -> Graph:
@@ -45,7 +45,7 @@ def evaluate(
 
     Raises CustomLossError naming the node that cannot be computed, or whose tensors are too large. Shapes
     alone decide that, so under `jax.jit` nothing is computed before. `apply(function, args, kwargs)` is how a
-    function is called where values are more than tensors (`custom_padding`).
+    function is called where values are more than tensors (`padding`).
     """
     environment: dict[str, Any] = {}
     elements = 0

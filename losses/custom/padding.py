@@ -16,12 +16,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from .custom import NotPaddableError as NotPaddableError
-from .custom import evaluate
-from .custom_dtypes import category, is_array, summed
-from .custom_graph import Graph
-from .custom_operations import POINTWISE, attribute
-from .custom_reductions import REDUCTIONS
+from .dtypes import category, is_array, summed
+from .graph import Graph
+from .interpreter import NotPaddableError as NotPaddableError
+from .interpreter import evaluate
+from .operations import POINTWISE, attribute
+from .reductions import REDUCTIONS
 
 _LEAVES_TOKENS = ("dtype", "device", "ndim")  # attributes that say nothing of the tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .custom_dtypes import align, as_array, category, is_array, is_number, result_type
+from .dtypes import align, as_array, category, is_array, is_number, result_type
 
 Sizes = int | Sequence[int]
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from .custom_activations import elu, leaky_relu, lerp, magnitude, nan_to_num, relu, softplus, xlogy
-from .custom_dtypes import Operand, align, as_array, as_float, category, is_array, is_number, result_type
+from .activations import elu, leaky_relu, lerp, magnitude, nan_to_num, relu, softplus, xlogy
+from .dtypes import Operand, align, as_array, as_float, category, is_array, is_number, result_type
 
 
 def _real(function: Callable[[Array], Array]) -> Callable[[Operand], Array]:

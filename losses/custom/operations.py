@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .custom_dtypes import is_array, is_number
-from .custom_elementwise import ELEMENTWISE, where
-from .custom_functional import FUNCTIONAL
-from .custom_graph import PLACEMENT
-from .custom_reductions import REDUCTIONS, Selected, norm
-from .custom_shapes import CONSTRUCTORS, SHAPE_METHODS, SHAPES, getitem
+from .dtypes import is_array, is_number
+from .elementwise import ELEMENTWISE, where
+from .functional import FUNCTIONAL
+from .graph import PLACEMENT
+from .reductions import REDUCTIONS, Selected, norm
+from .shapes import CONSTRUCTORS, SHAPE_METHODS, SHAPES, getitem
 
 _ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
     "shape": lambda x: x.shape,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .custom_dtypes import Operand, align, as_float, category
+from .dtypes import Operand, align, as_float, category
 
 
 def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Array:

@@ -1,7 +1,7 @@
 """A custom loss as clients upload it: a traced torch function, node for node, decoded into checked data.
 
 The graph is JSON, `{"format": 1, "nodes": [...]}`, as `torch.fx` records and the SDK encodes it. Nothing of
-it is executable: names are keys into tables of ours (`custom_operations`), and everything is bounded here.
+it is executable: names are keys into tables of ours (`operations`), and everything is bounded here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .custom_dtypes import DTYPES
+from .dtypes import DTYPES
 
 MAX_NODES = 512
 MAX_CONSTANTS = 8192  # numbers and words in all arguments together

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .custom_activations import magnitude, xlogy
-from .custom_dtypes import align, as_float
-from .custom_elementwise import ELEMENTWISE
-from .custom_reductions import log_softmax, softmax
+from .activations import magnitude, xlogy
+from .dtypes import align, as_float
+from .elementwise import ELEMENTWISE
+from .reductions import log_softmax, softmax
 
 
 def _reduced(elements: Float[Array, "*N"], reduction: str, weight: Any, deprecated: dict[str, Any]) -> Array:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from .custom_activations import magnitude
-from .custom_dtypes import align, as_float, category, summed
-from .custom_elementwise import ELEMENTWISE
+from .activations import magnitude
+from .dtypes import align, as_float, category, summed
+from .elementwise import ELEMENTWISE
 
 Dim = int | tuple[int, ...] | list[int] | None
 
