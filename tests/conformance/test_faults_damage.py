@@ -88,6 +88,7 @@ def test_a_kill_while_a_snapshot_is_written(
     assert server.health()["engine"]["lives"] == lives + 1
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written(
     server: ServerProcess, service: tinker.ServiceClient, expected: np.ndarray
 ) -> None:

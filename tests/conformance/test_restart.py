@@ -6,6 +6,7 @@ import signal
 import threading
 
 import numpy as np
+import pytest
 import tinker
 from conformance.batches import batch
 from conformance.server_process import Wire
@@ -48,6 +49,7 @@ def test_everything_is_there_after_a_restart(make_server) -> None:
     assert not list((server.data_dir / "samplers").glob("*/*")), "unnamed weights go with their session"
 
 
+@pytest.mark.slow
 def test_answers_and_unfinished_operations_outlive_a_kill(make_server) -> None:
     """What was accepted runs after the next start, on the state that it would have had."""
     server = make_server(TINSMITH_LONG_POLL_SECONDS="5").start()

@@ -227,6 +227,7 @@ def test_a_session_has_a_bounded_number_of_losses(wire: Wire) -> None:
     assert "64 losses" in answers[-1].json()["detail"]
 
 
+@pytest.mark.slow
 def test_a_loss_outlives_kills(make_server) -> None:
     """Of the engine and of the server; operations that used it are replayed with it."""
     server: ServerProcess = make_server().start()

@@ -177,6 +177,7 @@ def test_provenance_that_does_not_fit(
     assert training.forward(off_policy, "stable_reinforce").result().metrics
 
 
+@pytest.mark.slow
 def test_provenance_is_found_after_a_restart(make_server) -> None:
     server = make_server().start()
     service = tinker.ServiceClient(base_url=server.url, api_key=ALICE)

@@ -108,6 +108,7 @@ def test_a_waiting_poll_is_woken_by_an_answer(server: ServerProcess, wire: Wire,
     assert time.monotonic() - began < 3.5, "an idle poll would have taken four seconds at least"
 
 
+@pytest.mark.slow
 def test_samples_outlive_a_kill_of_the_server(make_server) -> None:
     """The client goes on with the cursor of the server that was killed."""
     server: ServerProcess = make_server().start()
