@@ -43,7 +43,7 @@ demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (u
 	@$(BIN)/python demo/sft.py
 
 test: lint ## lint, types, import arrows, and all tests
-	$(BIN)/python -m pytest -q -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 CASES ?= 1000000
 fuzz: $(STAMP) ## damaged input for every decoder, a million cases or CASES=...
