@@ -15,15 +15,16 @@ import numpy as np
 import pyrage
 import pytest
 import tinker
-import torch
 from conformance.batches import batch, logprobs
 from conformance.conftest import ALICE
 from conformance.sdk_command import cli
 from conformance.server_process import ServerProcess, Wire
 from conformance.test_sdk_training import step
-from peft import PeftModel
 from tinsmith.server.signed_urls import UrlSigner
 from transformers import AutoModelForCausalLM
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -44,7 +45,7 @@ def exported(trained: tinker.TrainingClient) -> str:
 def by_peft(model: Path, adapter: Path, data: list[tinker.Datum]) -> np.ndarray:
     """Log-probs of the targets, computed by transformers and PEFT."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    loaded = peft.PeftModel.from_pretrained(base, adapter).eval()
     rows = []
     for datum in data:
         targets = torch.tensor(datum.loss_fn_inputs["target_tokens"].data)

@@ -15,15 +15,16 @@ import httpx
 import numpy as np
 import pytest
 import tinker
-import torch
 from conformance import adapters
 from conformance.batches import batch, logprobs
 from conformance.conftest import ALICE, BOB
 from conformance.server_process import ServerProcess, Wire
 from conformance.test_downloads import by_peft
-from peft import LoraConfig, PeftModel, get_peft_model
 from tinker import types
 from transformers import AutoModelForCausalLM
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]  # most leave some out
 
@@ -32,10 +33,10 @@ TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]  # most leave some out
 def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What PEFT writes, its B random."""
     torch.manual_seed(3)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=3, lora_alpha=7, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
     written = tmp_path_factory.mktemp("peft") / "adapter"
     model.save_pretrained(written)
     return written
@@ -50,7 +51,7 @@ def command(server: ServerProcess, *arguments: str | Path) -> subprocess.Complet
 def after_a_step_of_torch(model: Path, adapter: Path, data: list[types.Datum], rate: float) -> np.ndarray:
     """Log-probs after one step of PEFT and torch's AdamW on the sum of the weighted losses."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trained = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+    trained = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
 
     def scores() -> list[torch.Tensor]:
         rows = []
