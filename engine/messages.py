@@ -18,6 +18,15 @@ import msgspec
 DType = Literal["float32", "int64", "int32"]
 
 
+GradNormalization = Literal["sum", "token_mean"]
+TargetAlignment = Literal["shifted", "by_shape"]
+"""How a datum of N tokens says what its positions predict. `shifted`: inputs have N rows, position i predicts
+`target_tokens[i]`. `by_shape`: as its inputs are, that; or `target_tokens` of k < N rows are the last k of the
+tokens themselves, and all inputs and log-probs are about these; or `labels` of N rows are about the tokens
+themselves, -100 being none, and there are N - 1 log-probs."""
+LossValue = bool | float | str
+
+
 class Tensor(msgspec.Struct, frozen=True, array_like=True):
     """A dense array: raw little-endian, row-major bytes."""
 
@@ -31,6 +40,9 @@ class Datum(msgspec.Struct, frozen=True, array_like=True):
 
     `tokens` is int32[N]. `inputs` are the loss function's per-token tensors, each of N rows; position i of
     the tokens predicts `target_tokens[i]`. Sparse client tensors are already dense here.
+
+    For a model with `target_alignment` `by_shape` the inputs may have fewer rows, or other names: see
+    `CreateModel`.
     """
 
     tokens: bytes
@@ -109,15 +121,19 @@ class _Request(msgspec.Struct, frozen=True, tag=True):
 class CreateModel(_Request, frozen=True):
     """A fresh model, or, with `checkpoint`, one that starts from a saved training state.
 
-    `lora` None trains the full weights. `optimizer` is one of `optimizer_families`. `optimizer_state` False
-    takes only the checkpoint's weights.
+    `lora` None trains the full weights. `optimizer` is one of `optimizer_families`, `optimizer_options` what
+    is its own for all steps (`momentum`, ...). `optimizer_state` False takes only the checkpoint's weights.
+    `grad_normalization`: a step takes the sum of the gradients, or that by the number of tokens with a weight
+    since the last step.
     """
 
     model_id: str
     base_model: str
     lora: LoraSpec | None
     optimizer: str = "adamw"
-    grad_normalization: Literal["sum", "token_mean"] = "sum"
+    grad_normalization: GradNormalization = "sum"
+    target_alignment: TargetAlignment = "shifted"
+    optimizer_options: dict[str, LossValue] = {}
     checkpoint: str | None = None
     optimizer_state: bool = True
 
@@ -145,7 +161,7 @@ class ForwardBackward(_Request, frozen=True):
     model_id: str
     data: list[Datum]
     loss_fn: str
-    loss_config: dict[str, float] = {}
+    loss_config: dict[str, LossValue] = {}
     forward_only: bool = False
     custom_loss: CustomLoss | None = None
 

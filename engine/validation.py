@@ -13,7 +13,7 @@ import numpy as np
 
 from ..losses import REGISTRY, Loss
 from .errors import UserError
-from .messages import AdamParams, Datum, DimuonParams, Tensor
+from .messages import AdamParams, Datum, DimuonParams, LossValue, Tensor
 
 CONFIG_INPUTS = frozenset(key for loss in REGISTRY.values() for key in loss.config)
 MAX_TARGETS = 1024  # per position
@@ -32,7 +32,7 @@ class TrainingDatum:
     shape: tuple[int, ...]
 
 
-def check_loss(name: str, config: dict[str, float]) -> tuple[Loss, tuple[float, ...]]:
+def check_loss(name: str, config: dict[str, LossValue]) -> tuple[Loss, tuple[float, ...]]:
     """The loss and its config values, defaults filled in, in the loss's order."""
     if name not in REGISTRY:
         raise UserError(f"unknown loss_fn {name!r}; known: {', '.join(REGISTRY)}")

@@ -51,6 +51,7 @@ sessions = Table(
     Column("tags", JSON, nullable=False),
     Column("user_metadata", JSON, nullable=False),
     Column("sdk_version", Text),
+    Column("dialect", String(16), nullable=False, server_default="tinker"),
     Column("project_id", Text),
     Column("display_name", Text),
     Column("created_at", Float, nullable=False),
@@ -81,8 +82,16 @@ models = Table(
     # has the operations after it.
     Column("older_snapshot", Text),
     Column("older_snapshot_seq", BigInteger),
+    Column("dialect", String(16), nullable=False, server_default="tinker"),
+    # What its client calls it, where clients choose: the newest model of that name is meant.
+    Column("alias", String(192)),
+    # A client that opens the model again numbers its operations from 1 again: 1 is the one after this.
+    Column("seq_base", BigInteger, nullable=False, server_default="0"),
+    # What of its creation the engine does not know: what steps take that say nothing, limits, run loggers.
+    Column("configuration", JSON, nullable=False, server_default="{}"),
     Column("created_at", Float, nullable=False),
     Column("last_request_at", Float, nullable=False),
+    Index("models_by_alias", "owner", "alias"),
 )
 
 samplers = Table(
@@ -112,6 +121,7 @@ operations = Table(
     Column("model_id", String(192)),
     Column("seq_id", BigInteger),
     Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
+    Column("dialect", String(16), nullable=False, server_default="tinker"),
     Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
     Column("payload", LargeBinary),  # the message to the engine, kept while a replay may need it
     # The engine's Done or Failed; of operations that are not `accepted`, null: it was dropped (retention.py).
