@@ -42,7 +42,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (under 5 minutes)
 	@$(BIN)/python demo/sft.py
 
-test: lint ## lint, types, import arrows, and all tests
+test: lint ## lint, types, import arrows, and all tests but the slow ones
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 CASES ?= 1000000

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 
 from ..losses.custom import interpreter
-from ..losses.custom.padding import NotPaddableError, evaluate_padded
+from ..losses.custom.padding import evaluate_padded
 from . import messages
 from .errors import UserError
 
 log = logging.getLogger(__name__)
 
 _GRAPHS, _PROGRAMS = 64, 512  # kept
+_MAX_FLOPS = 1 << 34  # of one datum's loss and gradient: a second or less
 _SHORTEST = 64  # of the padded lengths, which are powers of two
 
 
@@ -93,7 +94,7 @@ def _compile(graph: interpreter.Graph, values: dict[str, np.ndarray]) -> Any:
 
     began = time.perf_counter()
     try:
-        program = jax.jit(differentiated).lower(values).compile()
+        program = _compiled(jax.jit(differentiated).lower(values))
     except interpreter.CustomLossError as error:
         raise UserError(str(error)) from None
     log.debug("a custom loss of %d nodes compiled in %.2f s", len(graph.nodes), time.perf_counter() - began)
@@ -112,9 +113,23 @@ def _compile_padded(
         return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values, length)
 
     try:
-        return jax.jit(differentiated).lower(values, np.int64(0)).compile()
-    except (NotPaddableError, interpreter.CustomLossError):  # an error has its say without padding
+        return _compiled(jax.jit(differentiated).lower(values, np.int64(0)))
+    except (
+        interpreter.NotPaddableError,
+        interpreter.CustomLossError,
+    ):  # an error has its say without padding
         return None
+
+
+def _compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Raises UserError for what would hold up everyone's work: a datum's loss takes a moment."""
+    flops = (program.cost_analysis() or {}).get("flops", 0)
+    if flops > _MAX_FLOPS:
+        raise UserError(
+            f"the custom loss takes {flops:.2g} floating point operations for one datum; {_MAX_FLOPS:.2g} is "
+            "the limit"
+        )
+    return program.compile()
 
 
 def _padded(value: np.ndarray) -> np.ndarray:

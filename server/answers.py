@@ -32,8 +32,9 @@ class RememberedAnswers:
         return self._operations.get(request_id)
 
     def add(self, operation: Operation) -> None:
+        known = self._operations.pop(operation.request_id, None)
         self._operations[operation.request_id] = operation
-        self._bytes += _size(operation.answer)
+        self._bytes += _size(operation.answer) - (_size(known.answer) if known else 0)
         while self._bytes > self._max_bytes and len(self._operations) > 1:
             _id, oldest = self._operations.popitem(last=False)
             self._bytes -= _size(oldest.answer)

@@ -229,6 +229,8 @@ ELEMENTWISE |= {
     "xlogy": xlogy,
     "lerp": lerp,
     "clamp": clamp,
+    "clamp_min": lambda input, min: clamp(input, min),
+    "clamp_max": lambda input, max: clamp(input, None, max),
     "where": where,
     "masked_fill": masked_fill,
     "nan_to_num": nan_to_num,
@@ -241,39 +243,36 @@ ELEMENTWISE |= {
     "bitwise_not": invert,
     "detach": detach,
     "to": to,
+    "type_as": lambda input, other: input.astype(other.dtype),
     "clone": identity,
     "contiguous": identity,
 }
-ELEMENTWISE |= {
-    **{
-        alias: ELEMENTWISE[name]
-        for alias, name in (("subtract", "sub"), ("multiply", "mul"), ("true_divide", "div"))
-    },
-    **{
-        alias: ELEMENTWISE[name]
-        for alias, name in (("divide", "div"), ("negative", "neg"), ("absolute", "abs"))
-    },
-    **{
-        alias: ELEMENTWISE[name]
-        for alias, name in (("not_equal", "ne"), ("less", "lt"), ("less_equal", "le"))
-    },
-    **{
-        alias: ELEMENTWISE[name]
-        for alias, name in (("greater", "gt"), ("greater_equal", "ge"), ("clip", "clamp"))
-    },
-    **{
-        alias: ELEMENTWISE[name]
-        for alias, name in (("atan", "arctan"), ("asin", "arcsin"), ("acos", "arccos"))
-    },
-    "clamp_min": lambda input, min: clamp(input, min),
-    "clamp_max": lambda input, max: clamp(input, None, max),
-    "type_as": lambda input, other: input.astype(other.dtype),
-    **{
-        name: _cast(dtype)
-        for name, dtype in (
-            *(("float", "float32"), ("double", "float64"), ("half", "float16"), ("bfloat16", "bfloat16")),
-            *(("long", "int64"), ("int", "int32"), ("bool", "bool")),
-        )
-    },
-    "cpu": identity,
+_ALIASES = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "absolute": "abs",
+    "not_equal": "ne",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "clip": "clamp",
+    "atan": "arctan",
+    "asin": "arcsin",
+    "acos": "arccos",
+    "cpu": "clone",
 }
+_CASTS = {
+    "float": "float32",
+    "double": "float64",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "long": "int64",
+    "int": "int32",
+    "bool": "bool",
+}
+ELEMENTWISE |= {alias: ELEMENTWISE[name] for alias, name in _ALIASES.items()}
+ELEMENTWISE |= {name: _cast(dtype) for name, dtype in _CASTS.items()}

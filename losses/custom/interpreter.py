@@ -22,6 +22,7 @@ from .operations import FUNCTIONS, METHODS
 MAX_ELEMENTS = 1 << 24  # of one tensor
 MAX_ELEMENTS_IN_ALL = 1 << 26  # of the tensors of all nodes, for one datum
 MAX_DIMENSIONS = 8
+MAX_TUPLE = 1 << 10  # a tuple's length
 
 __all__ = ["CustomLossError", "Graph", "evaluate", "load"]
 
@@ -109,6 +110,8 @@ def _size(node: Node, value: Any) -> int:
             )
         return int(value.size)
     if isinstance(value, tuple):
+        if len(value) > MAX_TUPLE:  # before its elements are looked at: adding a tuple to itself doubles it
+            raise CustomLossError(f"{node}: a tuple of {len(value)} elements; it may have {MAX_TUPLE}")
         return sum(_size(node, each) for each in value)
     if is_number(value) and abs(value) >= 1 << 63 and isinstance(value, int):
         raise CustomLossError(f"{node}: a whole number beyond 64 bits")

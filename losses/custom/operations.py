@@ -84,17 +84,8 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     **{name: REDUCTIONS[name] for name in ("logsumexp", "softmax", "log_softmax")},
 }
 _MATH: dict[str, Callable[..., Any]] = {
-    name: _of_numbers(function)
-    for name, function in (
-        *(
-            ("exp", math.exp),
-            ("log", math.log),
-            ("log2", math.log2),
-            ("log10", math.log10),
-            ("pow", math.pow),
-        ),
-        *(("log1p", math.log1p), ("expm1", math.expm1), ("sqrt", math.sqrt), ("tanh", math.tanh)),
-    )
+    name: _of_numbers(getattr(math, name))
+    for name in ("exp", "expm1", "log", "log1p", "log2", "log10", "pow", "sqrt", "tanh")
 }
 _TENSOR = ELEMENTWISE | REDUCTIONS | SHAPES
 

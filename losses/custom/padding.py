@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from .dtypes import category, is_array, summed
 from .graph import Graph
-from .interpreter import NotPaddableError as NotPaddableError
-from .interpreter import evaluate
+from .interpreter import NotPaddableError, evaluate
 from .operations import POINTWISE, attribute
 from .reductions import REDUCTIONS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -186,21 +187,44 @@ def test_what_is_not_finite_fails_and_changes_nothing(
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_a_tensor_that_would_be_too_large_is_refused_before_it_is_made(wire: Wire) -> None:
+def call(name: str, target: str, *args: Any, op: str = "call_function") -> dict[str, Any]:
+    return {"op": op, "name": name, "target": target, "args": list(args)}
+
+
+LOGPROBS = {"ref": "logprobs"}
+DOUBLED = [call(f"t{i}", "operator.add", {"ref": f"t{i - 1}"}, {"ref": f"t{i - 1}"}) for i in range(1, 40)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ([call("last", "expand", LOGPROBS, 1 << 40, -1, op="call_method")], "node 'last' (expand)"),
+        ([call("last", "torch.arange", 0, 1 << 33, 1)], "node 'last' (torch.arange): a tensor of shape"),
+        ([call("t0", "getattr", LOGPROBS, "shape"), *DOUBLED], "a tuple of 2048 elements"),
+        (
+            [
+                call("table", "torch.full", [3600, 3600], 1.0),
+                call("scaled", "torch.mul", {"ref": "table"}, {"ref": "logprobs_sum"}),
+                call("last", "torch.matmul", {"ref": "scaled"}, {"ref": "scaled"}),
+            ],
+            "floating point operations",
+        ),
+    ],
+)
+def test_what_would_be_too_large_is_refused_before_it_is_computed(
+    wire: Wire, nodes: list[dict[str, Any]], told: str
+) -> None:
     session = wire.session()
-    first, _, last = GRAPH["nodes"]
-    wide = {
-        "op": "call_method",
-        "name": "wide",
-        "target": "expand",
-        "args": [{"ref": "logprobs"}, 1 << 40, -1],
-    }
-    total = {"op": "call_method", "name": "sum_1", "target": "sum", "args": [{"ref": "wide"}]}
-    created = create(wire, session, {"format": 1, "nodes": [first, wide, total, last]})
+    first, _, output = GRAPH["nodes"]
+    summed = call("logprobs_sum", "sum", LOGPROBS, op="call_method")
+    total = call(
+        "sum_1", "sum", {"ref": "last" if nodes[-1]["name"] == "last" else "logprobs"}, op="call_method"
+    )
+    created = create(wire, session, {"format": 1, "nodes": [first, summed, *nodes, total, output]})
     fields = {"loss_fn_config_v2": config(wire.result(created)["loss_id"])}
     answer = wire.result(wire.forward_backward(wire.model(session), 1, loss="custom", **fields))
     assert answer["category"] == "user"
-    assert "node 'wide' (expand)" in answer["error"]
+    assert told in answer["error"]
 
 
 def test_a_loss_is_its_session_s(server: ServerProcess, wire: Wire) -> None:

@@ -19,7 +19,7 @@ from engine_training import (
     worst,
 )
 from tinsmith.engine.errors import UserError
-from tinsmith.engine.messages import AdamParams
+from tinsmith.engine.messages import AdamParams, DimuonParams
 from tinsmith.engine.training_run import NonFiniteError
 from tinsmith.engine.training_state import TrainingState
 
@@ -260,16 +260,20 @@ def test_a_state_goes_through_arrays_and_metadata(trainer):
     assert len(trainer.compiled) == compiled
 
 
-def test_learning_lowers_the_loss(trainer):
+@pytest.mark.parametrize(
+    ("family", "params"),
+    [("adamw", AdamParams(learning_rate=1e-2)), ("dimuon", DimuonParams(learning_rate=1e-2))],
+)
+def test_learning_lowers_the_loss(trainer, family, params):
     for spec in (lora(8), None):
-        state = trainer.create(spec)
+        state = trainer.create(spec, family=family)
         data = random_data([30, 12])
         for one in data:
             one.inputs["weights"] = tensor(np.ones(len(one.tokens) // 4, np.float32))
         losses = []
         for _ in range(8):
             losses.append(run(trainer, state, data).metrics["loss:sum"])
-            trainer.optim_step(state, AdamParams(learning_rate=1e-2))
+            trainer.optim_step(state, params)
         assert losses[-1] < 0.7 * losses[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fuzz.campaign import campaign
 from starlette.types import Message
-from tinsmith.server.auth import BodyLimit
+from tinsmith.server.body_limits import BodyLimits
 
 MAX_BYTES = 100
 
@@ -50,7 +50,7 @@ def test_body_limit(case: tuple[str | None, list[bytes]]) -> None:
     headers = [] if declared is None else [(b"content-length", declared.encode("latin-1"))]
     scope = {"type": "http", "path": "/", "method": "POST", "headers": headers}
     with suppress(StopIteration):
-        BodyLimit(app, MAX_BYTES)(scope, receive, send).send(None)
+        BodyLimits(app, 1, {"/": MAX_BYTES})(scope, receive, send).send(None)
     total = sum(map(len, pieces))
     (status,) = (message["status"] for message in sent if message["type"] == "http.response.start")
     assert seen <= MAX_BYTES

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tinsmith.losses.custom.interpreter import evaluate, load
-from tinsmith.losses.custom.padding import NotPaddableError, evaluate_padded
+from tinsmith.losses.custom.interpreter import NotPaddableError, evaluate, load
+from tinsmith.losses.custom.padding import evaluate_padded
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tinker")

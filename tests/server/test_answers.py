@@ -1,0 +1,44 @@
+"""Answers that are kept in memory: the newest of them, so many bytes."""
+
+from __future__ import annotations
+
+from tinsmith.engine import messages
+from tinsmith.server.answers import RememberedAnswers
+from tinsmith.server.operation import Operation
+
+MAX_BYTES = 100_000
+
+
+def answered(number: int, logprobs: int) -> Operation:
+    tensor = messages.Tensor("float32", (logprobs,), bytes(4 * logprobs))
+    output = messages.ForwardBackwardOutput([tensor], {})
+    answer = messages.Done(f"r{number}", output)
+    return Operation(f"r{number}", "owner", "forward_backward", "m", number, {}, None, answer)
+
+
+def remembered(answers: RememberedAnswers, count: int) -> list[int]:
+    return [number for number in range(count) if answers.get(f"r{number}") is not None]
+
+
+def test_the_newest_answers_stay_and_take_no_more_than_their_bytes() -> None:
+    answers = RememberedAnswers(MAX_BYTES)
+    for number in range(100):
+        answers.add(answered(number, 2000))
+    kept = remembered(answers, 100)
+    assert kept == list(range(100 - len(kept), 100))
+    assert MAX_BYTES / 2 < 8000 * len(kept) < MAX_BYTES
+
+
+def test_small_answers_are_bounded_too() -> None:
+    answers = RememberedAnswers(MAX_BYTES)
+    for number in range(1000):
+        answers.add(answered(number, 0))
+    assert 10 < len(remembered(answers, 1000)) < 100
+
+
+def test_an_answer_that_is_added_again_counts_once() -> None:
+    answers = RememberedAnswers(MAX_BYTES)
+    answers.add(answered(0, 10))
+    for _ in range(100):
+        answers.add(answered(1, 10_000))
+    assert remembered(answers, 2) == [0, 1]
