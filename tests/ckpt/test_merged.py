@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 from tinsmith.ckpt.merged import save_merged
+from tinsmith.ckpt.peft import save_adapter
 from tinsmith.model.config import read_config
 from tinsmith.model.families import is_transposed, tensor_names
 
+from tests.ckpt.test_peft import ALPHA, RANK, random_adapter
 from tests.tiny_models import VARIANTS, hf_config, random_weights, write_model
 
 
@@ -64,3 +66,34 @@ def test_transformers_loads_it_with_equal_log_probs(tmp_path, variant):
         models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out, trained)]
         found, expected = (torch.log_softmax(model(tokens).logits, -1) for model in models)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
+    """PEFT's log-probs, where the adapter is a bypass, also of tied embeddings with a trained unembedding."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "base", variant)
+    config = read_config(folder)
+    adapter = random_adapter(config)
+    base = our_base(config, random_weights(hf_config(variant)))
+    out = tmp_path / "out"
+    save_merged(
+        out, base, config, base_folder=folder, adapter=adapter, scale=ALPHA / RANK, shard_bytes=20_000
+    )
+    save_adapter(tmp_path / "adapter", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
+    with torch.no_grad():
+        beside = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
+        ).eval()
+        inside = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        expected, found = (torch.log_softmax(model(tokens).logits, -1) for model in (beside, inside))
+        assert (
+            AutoModelForCausalLM.from_pretrained(folder)(tokens).logits - beside(tokens).logits
+        ).abs().max() > 0.1
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
+    assert not read_config(out).tie_embeddings
