@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..losses import REGISTRY
 from . import messages, validation
 from .custom_losses import CustomLosses, Differentiated
 from .errors import UserError
@@ -55,7 +54,7 @@ def custom_job(
     if loss is None or operation.loss_config:
         raise UserError("loss 'custom' takes a loss_id of create_custom_loss, and no other config")
     losses.graph(loss)
-    surrogate = REGISTRY["cross_entropy"]
+    surrogate = validation.check_loss("cross_entropy", {})
     data = [_linear(datum) for datum in operation.data]
     checked = validation.check_data(data, surrogate, vocab_size, max_length)
     rank = loss.inputs[0][1]
@@ -67,7 +66,7 @@ def custom_job(
                 f"{loss.name!r} takes logprobs of rank {rank}"
             )
         inputs.append({name: _input(index, datum, name, rank) for name, rank in loss.inputs[1:]})
-    return CustomJob(Job(state, checked, surrogate, (), operation.forward_only), loss, inputs)
+    return CustomJob(Job(state, checked, surrogate, operation.forward_only), loss, inputs)
 
 
 def _linear(datum: messages.Datum) -> messages.Datum:

@@ -112,10 +112,16 @@ class Models:
         base = self.base(operation.base_model)
         if operation.model_id in self._models:
             raise UserError(f"model {operation.model_id!r} exists already")
-        optimizer_families.family(operation.optimizer)
+        options = optimizer_families.filled(operation.optimizer, operation.optimizer_options)
         if operation.checkpoint is None:
             self._check_lora(operation.lora)
-            state = base.trainer.create(operation.lora, operation.grad_normalization, operation.optimizer)
+            state = base.trainer.create(
+                operation.lora,
+                operation.grad_normalization,
+                operation.optimizer,
+                operation.target_alignment,
+                options,
+            )
         else:
             state = self._restore(base, operation.checkpoint, operation.optimizer, operation.optimizer_state)
             self._check_lora(state.lora)
@@ -125,6 +131,8 @@ class Models:
                     f"not with {_described(operation.lora)}"
                 )
             state.grad_normalization = operation.grad_normalization
+            state.target_alignment = operation.target_alignment
+            state.optimizer_options = options
         self._models[operation.model_id] = Model(base, state)
         return messages.ModelCreated(lora=state.lora, step=state.step)
 
@@ -151,6 +159,8 @@ class Models:
                 f"{_described(model.state.lora)}: create a model from the checkpoint instead"
             )
         state.grad_normalization = model.state.grad_normalization
+        state.target_alignment = model.state.target_alignment
+        state.optimizer_options = model.state.optimizer_options
         model.state = state
         return messages.StateLoaded(state.step)
 

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..losses import REGISTRY, gspo, loss_and_slope
+from ..losses import FUNCTIONS, gspo, loss_and_slope
 from ..losses.linear_logprobs import HeadOutput, linear_logprobs, linear_logprobs_and_gradient
 from ..model import decoder
 from ..model.lora import stack_adapters
 
-TOKEN_LOSSES = tuple(loss for loss in REGISTRY.values() if not loss.sequence_level)
-ALL_LOSSES = (*TOKEN_LOSSES, *(loss for loss in REGISTRY.values() if loss.sequence_level))
-BATCH_INPUTS = ("weights", "logprobs", "advantages")
+TOKEN_LOSSES = tuple(loss for loss in FUNCTIONS if not loss.sequence_level)
+ALL_LOSSES = (*TOKEN_LOSSES, *(loss for loss in FUNCTIONS if loss.sequence_level))
+BATCH_INPUTS = ("weights", "logprobs", "advantages", "reference_logprobs")
 SEQUENCE_INPUTS = ("sequence_ratio_mask",)
-LOSS_INDEX = {loss.name: index for index, loss in enumerate(ALL_LOSSES)}
+LOSS_INDEX = {loss.function: index for index, loss in enumerate(ALL_LOSSES)}
 
 
 class Static(NamedTuple):

@@ -18,16 +18,17 @@ from ..model import decoder, sharding
 from ..model.config import ModelConfig
 from ..model.lora import init_lora
 from . import optimizer_families, train_step, validation
+from .alignment import align
 from .custom_loss_run import CustomJob, CustomLossRun, custom_job
 from .custom_losses import CustomLosses
 from .errors import UserError
 from .gradient_programs import GradientPrograms
-from .messages import ForwardBackward, LoraSpec
+from .messages import ForwardBackward, GradNormalization, LoraSpec, TargetAlignment
 from .packing import shape_table
 from .programs import OnCompile, Programs
 from .train_step import Static
 from .training_run import Job, JobOutput, Run
-from .training_state import GradNormalization, TrainingState
+from .training_state import TrainingState
 from .training_structure import describe, structure
 
 
@@ -86,8 +87,14 @@ class Trainer:
         lora: LoraSpec | None,
         grad_normalization: GradNormalization = "sum",
         family: str = "adamw",
+        target_alignment: TargetAlignment = "shifted",
+        optimizer_options: optimizer_families.Options | None = None,
     ) -> TrainingState:
-        """A fresh model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base."""
+        """A fresh model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base.
+
+        Raises UserError for an optimizer, or an option of it, that there is not.
+        """
+        options = optimizer_families.filled(family, optimizer_options or {})
         if lora is None:
             weights = jax.tree.map(
                 lambda w, s: jax.device_put(jnp.array(w, jnp.float32, copy=True), s),
@@ -96,7 +103,15 @@ class Trainer:
             )
         else:
             weights = jax.device_put(self._init(lora), self._replicated)
-        state = TrainingState(lora, weights, None, grad_normalization=grad_normalization, family=family)
+        state = TrainingState(
+            lora,
+            weights,
+            None,
+            grad_normalization=grad_normalization,
+            family=family,
+            target_alignment=target_alignment,
+            optimizer_options=options,
+        )
         state.optimizer = self.fresh_optimizer(state)
         return state
 
@@ -134,9 +149,13 @@ class Trainer:
         if operation.loss_fn == "custom":
             limits = self.config.vocab_size, self.max_sequence_length
             return custom_job(state, operation, self.custom_losses, *limits)
-        loss, config = validation.check_loss(operation.loss_fn, operation.loss_config)
-        data = validation.check_data(operation.data, loss, self.config.vocab_size, self.max_sequence_length)
-        return Job(state, data, loss, config, operation.forward_only)
+        chosen = validation.check_loss(operation.loss_fn, operation.loss_config)
+        data, aligned = operation.data, None
+        if state.target_alignment == "by_shape":
+            aligned = [align(index, datum, chosen.loss) for index, datum in enumerate(data)]
+            data = [each.datum for each in aligned]
+        checked = validation.check_data(data, chosen, self.config.vocab_size, self.max_sequence_length)
+        return Job(state, checked, chosen, operation.forward_only, aligned)
 
     def start(self, jobs: Sequence[Job | CustomJob]) -> Run | CustomLossRun:
         """Pack the jobs into micro-batches; nothing runs until `Run.step`. Either all are custom or none is.
@@ -175,7 +194,8 @@ class Trainer:
         mean = state.grad_normalization == "token_mean"
         grad_scale = 1 / max(1, state.valid_tokens) if mean else 1
         rank = 0 if state.lora is None else state.lora.rank
-        hyper = jax.device_put(family.hyperparameters(params, grad_scale, rank), self._replicated)
+        scalars = family.hyperparameters(params, state.optimizer_options, grad_scale, rank)
+        hyper = jax.device_put(scalars, self._replicated)
         arguments = (state.weights, state.optimizer, gradients, hyper)
         key = self.structure(state)
         weights = self._shardings(state)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..losses import MAX_CONFIG, Loss
+from .alignment import Aligned
 from .errors import UserError
 from .gradient_programs import DoesNotFitError
 from .packing import ROW_MULTIPLE_OF, MicroBatch, ShapeTable, pack
+from .policy_metrics import policy_metrics
 from .train_step import BATCH_INPUTS, LOSS_INDEX, SEQUENCE_INPUTS, Batch, Outputs
 from .training_state import TrainingState
-from .validation import TrainingDatum
+from .validation import ChosenLoss, TrainingDatum
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -37,9 +39,13 @@ class Job:
 
     state: TrainingState
     data: list[TrainingDatum]
-    loss: Loss
-    config: tuple[float, ...]
+    chosen: ChosenLoss
     forward_only: bool = False
+    aligned: list[Aligned] | None = None  # how the client laid the datums out; None: as `data` are
+
+    @property
+    def loss(self) -> Loss:
+        return self.chosen.loss
 
     @property
     def tokens(self) -> int:
@@ -192,8 +198,8 @@ class Run:
         for at, row in enumerate(micro_batch.rows):
             job = self._jobs[row.group]
             adapter[at] = micro_batch.groups.index(row.group)
-            loss[at] = LOSS_INDEX[job.loss.name]
-            config[at, : len(job.config)] = job.config
+            loss[at] = LOSS_INDEX[job.loss.function]
+            config[at, : len(job.chosen.config)] = job.chosen.config
         return Batch(
             tokens=micro_batch.lay([datum.tokens for datum in data], (), np.int32),
             position=position,
@@ -229,7 +235,14 @@ class Run:
                 job.state.valid_tokens += job.valid_tokens
             else:
                 job.state.failed_since_step += 1
-        return error or JobOutput(self._logprobs[index], self._metrics(index))
+        return error or JobOutput(self._answered(index), self._metrics(index))
+
+    def _answered(self, index: int) -> list[np.ndarray]:
+        """The log-probs as the client laid its datums out."""
+        logprobs, aligned = self._logprobs[index], self._jobs[index].aligned
+        if aligned is None:
+            return logprobs
+        return [each.answered(values) for each, values in zip(aligned, logprobs, strict=True)]
 
     def _check(self, index: int) -> NonFiniteError | None:
         if np.isfinite(self._losses[index]):
@@ -252,21 +265,7 @@ class Run:
             "tokens:sum": float(job.tokens),
             "valid_tokens:sum": float(job.valid_tokens),
         }
-        if "logprobs" in job.loss.required_inputs:
-            difference = np.concatenate(
-                [
-                    (logprobs.reshape(datum.targets.shape) - datum.inputs["logprobs"])[
-                        datum.inputs[job.loss.valid] != 0
-                    ]
-                    for logprobs, datum in zip(self._logprobs[index], job.data, strict=True)
-                ]
-            )
-            # an estimate of the divergence of the sampler from the learner: the mean log-ratio's negative
-            metrics["kl_sampled:sum"] = float(-difference.sum(dtype=np.float64))
-            if len(difference):
-                ratio = np.exp(difference, dtype=np.float64)
-                metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
-        return metrics
+        return metrics | policy_metrics(job.chosen, job.data, self._logprobs[index])
 
 
 def _largest(plan: Iterable[_Planned]) -> int:

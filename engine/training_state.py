@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
-from .messages import LoraSpec
+from .messages import GradNormalization, LoraSpec, LossValue, TargetAlignment
 from .optimizer_families import FAMILIES
-
-GradNormalization = Literal["sum", "token_mean"]
 
 
 @dataclass
@@ -17,7 +15,7 @@ class TrainingState:
 
     `gradients` is None until something is accumulated. `valid_tokens` counts the accumulated tokens that the
     loss weighs (what `token_mean` divides by). `failed_since_step` counts gradient computations that failed.
-    `family` is that of the optimizer (`optimizer_families`).
+    `family` is that of the optimizer and `optimizer_options` what is its own (`optimizer_families`).
     """
 
     lora: LoraSpec | None
@@ -29,6 +27,8 @@ class TrainingState:
     failed_since_step: int = 0
     grad_normalization: GradNormalization = "sum"
     family: str = "adamw"
+    target_alignment: TargetAlignment = "shifted"
+    optimizer_options: dict[str, LossValue] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
@@ -50,6 +50,8 @@ class TrainingState:
             "failed_since_step": self.failed_since_step,
             "grad_normalization": self.grad_normalization,
             "family": self.family,
+            "target_alignment": self.target_alignment,
+            "optimizer_options": self.optimizer_options,
             "has_gradients": self.gradients is not None,
         }
 

@@ -6,7 +6,7 @@ Every message names the datum by its index and the field, and says what would be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,18 +32,36 @@ class TrainingDatum:
     shape: tuple[int, ...]
 
 
-def check_loss(name: str, config: dict[str, LossValue]) -> tuple[Loss, tuple[float, ...]]:
-    """The loss and its config values, defaults filled in, in the loss's order."""
+@dataclass(frozen=True)
+class ChosenLoss:
+    """A loss with its config: all values, in the loss's order; and which metrics were asked for."""
+
+    loss: Loss
+    config: tuple[float, ...]
+    reports: frozenset[str] = frozenset()
+
+    @property
+    def values(self) -> dict[str, float]:
+        return dict(zip(self.loss.config, self.config, strict=True))
+
+
+def check_loss(name: str, config: Mapping[str, LossValue]) -> ChosenLoss:
+    """The loss and its config values, defaults filled in."""
     if name not in REGISTRY:
         raise UserError(f"unknown loss_fn {name!r}; known: {', '.join(REGISTRY)}")
     loss = REGISTRY[name]
-    for key, value in config.items():
-        if key not in loss.config:
-            known = ", ".join(loss.config) or "none"
+    for key in config:
+        if key not in loss.keys:
+            known = ", ".join(loss.keys) or "none"
             raise UserError(f"loss_fn_config has an unknown key {key!r} for loss {name!r}; it takes: {known}")
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"loss_fn_config[{key!r}] is {value!r}; it must be a finite number")
-    values = {**loss.config, **config}
+    reports = frozenset(key for key in loss.reports if _number(key, config.get(key, False), loss))
+    for key, variants in loss.variants.items():
+        word = config.get(key, next(iter(variants)))
+        if word not in variants:
+            raise UserError(f"loss_fn_config[{key!r}] is {word!r}; it must be one of: {', '.join(variants)}")
+        loss = variants[str(word)]
+    given = {key: _number(key, value, loss) for key, value in config.items() if key in loss.config}
+    values = {**loss.config, **given}
     for kind in ("clip", "mask"):
         low, high = f"{kind}_low_threshold", f"{kind}_high_threshold"
         if low in values and values[low] > values[high]:
@@ -51,14 +69,34 @@ def check_loss(name: str, config: dict[str, LossValue]) -> tuple[Loss, tuple[flo
                 f"loss_fn_config: {low} {values[low]} is above {high} {values[high]}; "
                 "they bound the probability ratio from below and above"
             )
-    return loss, tuple(float(values[key]) for key in loss.config)
+    if loss.check is not None and (wrong := loss.check(values)):
+        raise UserError(f"loss_fn_config: {wrong}")
+    return ChosenLoss(loss, tuple(float(values[key]) for key in loss.config), reports)
 
 
-def check_data(data: Sequence[Datum], loss: Loss, vocab_size: int, max_length: int) -> list[TrainingDatum]:
+def _number(key: str, value: LossValue, loss: Loss) -> float:
+    """As the compiled functions take it: words by their places, flags as 0 and 1."""
+    where = f"loss_fn_config[{key!r}] is {value!r}; it must be"
+    if key in loss.choices:
+        if value not in loss.choices[key]:
+            raise UserError(f"{where} one of: {', '.join(loss.choices[key])}")
+        return float(loss.choices[key].index(str(value)))
+    if key in loss.flags or key in loss.reports:
+        if value not in (False, True):  # 0 and 1 too
+            raise UserError(f"{where} true or false")
+        return float(value)
+    if isinstance(value, (bool, str)) or not math.isfinite(value):
+        raise UserError(f"{where} a finite number")
+    return float(value)
+
+
+def check_data(
+    data: Sequence[Datum], chosen: ChosenLoss, vocab_size: int, max_length: int
+) -> list[TrainingDatum]:
     """Decode and check every datum of one operation."""
     if not data:
         raise UserError("data is empty; give at least one datum")
-    return [_check_datum(index, datum, loss, vocab_size, max_length) for index, datum in enumerate(data)]
+    return [_check_datum(index, datum, chosen, vocab_size, max_length) for index, datum in enumerate(data)]
 
 
 def check_optimizer(params: AdamParams | DimuonParams) -> None:
@@ -73,7 +111,10 @@ def check_optimizer(params: AdamParams | DimuonParams) -> None:
             raise UserError(f"{where}.{field} is {value}; it must be below 1")
 
 
-def _check_datum(index: int, datum: Datum, loss: Loss, vocab_size: int, max_length: int) -> TrainingDatum:
+def _check_datum(
+    index: int, datum: Datum, chosen: ChosenLoss, vocab_size: int, max_length: int
+) -> TrainingDatum:
+    loss = chosen.loss
     if len(datum.tokens) % 4:
         raise UserError(f"datum {index}: model_input is {len(datum.tokens)} bytes; int32 tokens take 4 each")
     tokens = np.frombuffer(datum.tokens, "<i4")
@@ -98,8 +139,22 @@ def _check_datum(index: int, datum: Datum, loss: Loss, vocab_size: int, max_leng
     targets, shape = _check_targets(index, datum.inputs["target_tokens"], length, loss, vocab_size)
     inputs = {
         name: _check_input(index, name, datum.inputs[name], shape).reshape(targets.shape)
-        for name in loss.required_inputs[1:]
+        for name in (*loss.required_inputs[1:], *loss.defaults)
+        if name in datum.inputs
     }
+    for name, default in loss.defaults.items():
+        inputs.setdefault(name, np.full(targets.shape, default, np.float32))
+    if loss.sequence_level:
+        inputs["sequence_ratio_mask"] = inputs[loss.sequence_mask]
+    if loss.reference is not None and chosen.values[loss.reference.when]:
+        name = loss.reference.name
+        if name not in datum.inputs:
+            raise UserError(
+                f"datum {index}: loss_fn_inputs has no {name!r}; loss {loss.name!r} needs it where "
+                f"{loss.reference.when} is not 0"
+            )
+        values = _check_input(index, name, datum.inputs[name], shape)
+        inputs["reference_logprobs"] = values.reshape(targets.shape)
     return TrainingDatum(tokens, targets, inputs, shape)
 
 

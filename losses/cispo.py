@@ -30,4 +30,5 @@ LOSS = Loss(
     inputs=("logprobs", "advantages"),
     config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
     valid="advantages",
+    reports=("compute_kl_stats",),
 )

@@ -19,4 +19,11 @@ def dro(
     return -(logprobs * advantages - 0.5 * beta * (logprobs - sampled_logprobs) ** 2)
 
 
-LOSS = Loss("dro", dro, inputs=("logprobs", "advantages"), config={"beta": 0.05}, valid="advantages")
+LOSS = Loss(
+    "dro",
+    dro,
+    inputs=("logprobs", "advantages"),
+    config={"beta": 0.05},
+    valid="advantages",
+    maskable=False,  # the penalty is on every token
+)

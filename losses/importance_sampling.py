@@ -22,4 +22,5 @@ LOSS = Loss(
     inputs=("logprobs", "advantages"),
     config={},
     valid="advantages",
+    reports=("compute_kl_stats",),
 )

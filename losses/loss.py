@@ -6,13 +6,26 @@ Axis letters: B rows, T tokens in a row, K targets per token, P config values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-MAX_CONFIG = 4  # P; config values of the loss that has most
+MAX_CONFIG = 7  # P; config values of the loss that has most
+
+Metrics = Callable[[np.ndarray, Mapping[str, np.ndarray], Mapping[str, float]], dict[str, float]]
+"""Of the valid tokens' log-probs and inputs, and the config values by name."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Further log-probs of the targets: a datum brings them as `name`, the function takes
+    `reference_logprobs`. They are needed where the config value `when` is not 0."""
+
+    name: str
+    when: str
 
 
 @dataclass(frozen=True)
@@ -30,13 +43,31 @@ class Loss:
     valid: str  # the input whose nonzero entries are the loss's valid tokens
     multi_target: bool = False  # takes (N, K) targets
     sequence_level: bool = False  # needs the log-probs of the whole sequence first (`gspo`)
+    sequence_mask: str = "sequence_ratio_mask"  # the input over whose nonzero entries its mean goes
+    defaults: Mapping[str, float] = field(default_factory=dict)  # of inputs that a datum may leave out
+    maskable: bool = True  # a token whose `valid` input is 0 adds nothing: it can carry a mask
+    reference: Reference | None = None
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # words, each for its place's number
+    flags: tuple[str, ...] = ()  # config keys that are true or false
+    reports: tuple[str, ...] = ()  # flags that only ask for metrics, and that no function takes
+    # Of a config key that no function takes: the loss that each of its words stands for.
+    variants: Mapping[str, Mapping[str, Loss]] = field(default_factory=dict)
+    check: Callable[[Mapping[str, float]], str | None] | None = None  # what is wrong with config values
+    metrics: Metrics | None = None
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
         """The per-token inputs that a datum has to bring, `target_tokens` first."""
-        if self.sequence_level:  # sequence_log_ratio is computed from these
-            return ("target_tokens", "logprobs", "advantages", "sequence_ratio_mask")
-        return ("target_tokens", *self.inputs)
+        computed = {"sequence_log_ratio", "reference_logprobs", *self.defaults}
+        brought = ["logprobs"] if self.sequence_level else []  # sequence_log_ratio is computed from these
+        brought += [name for name in self.inputs if name not in computed]
+        brought += [self.sequence_mask] if self.sequence_level else []
+        return ("target_tokens", *dict.fromkeys(brought))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All config keys."""
+        return (*self.config, *self.variants, *self.reports)
 
 
 def loss_and_slope(

@@ -6,13 +6,12 @@ from engine_training import datum, random_data, tensor
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, Datum, Tensor
 from tinsmith.engine.validation import check_data, check_loss, check_optimizer
-from tinsmith.losses import REGISTRY
 
 VOCAB, LONGEST = 320, 32
 
 
 def check(data, loss="cross_entropy"):
-    return check_data(data, REGISTRY[loss], VOCAB, LONGEST)
+    return check_data(data, check_loss(loss, {}), VOCAB, LONGEST)
 
 
 def with_input(name, value, loss="cross_entropy"):
@@ -109,6 +108,12 @@ def test_good_data_is_decoded():
         ("cross_entropy", {"beta": 0.8}, "it takes: none"),
         ("dro", {"beta": float("nan")}, r"loss_fn_config\['beta'\] is nan"),
         ("ppo", {"clip_low_threshold": 2.0}, "clip_low_threshold 2.0 is above clip_high_threshold 1.2"),
+        ("policy_loss", {"eps_clip_c": 0.5}, "eps_clip_c is 0.5; it must be over 1"),
+        ("policy_loss", {"use_tis": 0.5}, r"\['use_tis'\] is 0.5; it must be true or false"),
+        ("policy_loss", {"eps_clip": True}, "it must be a finite number"),
+        ("drgrpo", {"kl_type": "k4"}, "is 'k4'; it must be one of: k1, k2, k3"),
+        ("drgrpo", {"ratio_type": "word"}, "is 'word'; it must be one of: token, sequence"),
+        ("causallm_loss", {"logprob_temperature": 2.0}, "unknown key 'logprob_temperature'"),
     ],
 )
 def test_wrong_loss(name, config, message):
@@ -117,7 +122,7 @@ def test_wrong_loss(name, config, message):
 
 
 def test_config_fills_in_the_defaults():
-    assert check_loss("ppo", {"clip_high_threshold": 2})[1] == (0.8, 2.0)
+    assert check_loss("ppo", {"clip_high_threshold": 2}).config == (0.8, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_forward_backward_bodies(data: bytes) -> None:
     )
     assert messages.decode_to_engine(messages.encode(message)) == message
     try:
-        loss, _ = validation.check_loss(message.loss_fn, message.loss_config)
+        loss = validation.check_loss(message.loss_fn, message.loss_config)
         checked = validation.check_data(message.data, loss, VOCAB, MAX_LENGTH)
     except UserError:
         return

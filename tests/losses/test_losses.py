@@ -1,9 +1,12 @@
 """Every loss and its gradient against formulas written again in NumPy, and finite differences."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tinsmith.losses import MAX_CONFIG, REGISTRY, loss_and_slope
+from tinsmith.losses import FUNCTIONS, MAX_CONFIG, REGISTRY, drgrpo, loss_and_slope
 from tinsmith.losses.gspo import sequence_log_ratio
 
 RNG = np.random.default_rng(0)
@@ -14,7 +17,12 @@ INPUTS = {
     "logprobs": LOGPROBS + RNG.normal(size=N) * 0.4,
     "advantages": RNG.normal(size=N) * (RNG.random(N) < 0.8),
     "sequence_log_ratio": np.repeat(RNG.normal(size=4) * 5e-4, N // 4),
+    "reference_logprobs": LOGPROBS + RNG.normal(size=N) * 0.5,
 }
+LOSSES = {**REGISTRY, "drgrpo_sequence": drgrpo.SEQUENCE}
+
+
+COMPILED = jax.jit(partial(loss_and_slope, FUNCTIONS))
 
 
 def ratio(lp, i):
@@ -32,6 +40,42 @@ def kept(lp, i, low, high):
 def numpy_ppo(lp, i, low, high):
     r = ratio(lp, i)
     return -np.minimum(r * i["advantages"], clip(r, low, high) * i["advantages"])
+
+
+def policy_terms(lp, i, low, high, dual, beta, use_tis, tis_low, tis_high):
+    """Per token, by branches: the loss, and its derivative by the log-prob."""
+    value, slope = np.zeros(N), np.zeros(N)
+    for t in range(N):
+        a, r = i["advantages"][t], np.exp(lp[t] - i["logprobs"][t])
+        if a == 0 or (beta and not 1 / beta <= r <= beta):
+            continue
+        w = 1.0
+        if use_tis:
+            w = min(max(np.exp(i["logprobs"][t] - i["reference_logprobs"][t]), tis_low), tis_high)
+        if a > 0 and r > 1 + high:
+            value[t] = -w * (1 + high) * a
+        elif a < 0 and r < 1 - low:
+            value[t] = -w * (1 - low) * a
+        elif a < 0 and dual and r > dual:
+            value[t] = -w * dual * a
+        else:
+            value[t] = slope[t] = -w * r * a
+    return value, slope
+
+
+def drgrpo_terms(log_ratio, lp, i, low, high, beta, kl_type):
+    a, r = i["advantages"], np.exp(log_ratio)
+    clipped = ((a > 0) & (r > 1 + high)) | ((a < 0) & (r < 1 - low))
+    d = lp - i["reference_logprobs"]
+    kl, kl_slope = {
+        0: (d, np.ones(N)),
+        1: (d**2 / 2, d),
+        2: (np.exp(-d) - 1 + d, 1 - np.exp(-d)),
+    }[int(kl_type)]
+    value = -clip(r, 1 - low, 1 + high) * a
+    value = np.where(clipped, value, -r * a) + beta * kl
+    slope = np.where(clipped, 0.0, -r * a) + beta * kl_slope
+    return np.where(a == 0, 0.0, value), np.where(a == 0, 0.0, slope)
 
 
 # Of each loss: its value, and d loss / d logprob worked out by hand.
@@ -85,7 +129,18 @@ FORMULAS = {
             0.0,
         ),
     ),
+    "policy_loss": (lambda *args: policy_terms(*args)[0], lambda *args: policy_terms(*args)[1]),
+    "drgrpo": (
+        lambda lp, i, *config: drgrpo_terms(lp - i["logprobs"], lp, i, *config)[0],
+        lambda lp, i, *config: drgrpo_terms(lp - i["logprobs"], lp, i, *config)[1],
+    ),
+    "drgrpo_sequence": (
+        lambda lp, i, *config: drgrpo_terms(i["sequence_log_ratio"], lp, i, *config)[0],
+        lambda lp, i, *config: drgrpo_terms(i["sequence_log_ratio"], lp, i, *config)[1],
+    ),
 }
+FORMULAS["causallm_loss"] = FORMULAS["cross_entropy"]
+FORMULAS["ppo_loss"] = FORMULAS["policy_loss"]
 CONFIGS = {
     "ppo": {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1},
     "cispo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.3},
@@ -97,28 +152,65 @@ CONFIGS = {
         "kl_coeff": 0.7,
     },
     "gspo": {"clip_low_threshold": 0.9995, "clip_high_threshold": 1.0002},
+    "policy_loss": {
+        "eps_clip": 0.1,
+        "eps_clip_high": 0.3,
+        "eps_clip_c": 1.4,
+        "icepop_beta": 1.8,
+        "use_tis": 1.0,
+        "tis_clip_low": 0.6,
+        "tis_clip_high": 1.2,
+    },
+    "ppo_loss": {"eps_clip_c": 1.5},
+    "drgrpo": {"clip_low": 0.1, "clip_high": 0.15, "beta": 0.3, "kl_type": 2.0},
+    "drgrpo_sequence": {"clip_low": 2e-4, "clip_high": 3e-4, "beta": 0.3, "kl_type": 1.0},
 }
 
 
 def run(name, logprobs, config):
-    losses = tuple(REGISTRY.values())
     values = np.zeros(MAX_CONFIG, np.float32)
     values[: len(config)] = list(config.values())
     as_column = lambda x: jnp.asarray(x, jnp.float32)[:, None]  # noqa: E731
-    index = jnp.int32(list(REGISTRY).index(name))
+    index = jnp.int32([loss.function for loss in FUNCTIONS].index(LOSSES[name].function))
     inputs = {key: as_column(value) for key, value in INPUTS.items()}
-    loss, slope = loss_and_slope(losses, index, as_column(logprobs), inputs, jnp.asarray(values))
+    loss, slope = COMPILED(index, as_column(logprobs), inputs, jnp.asarray(values))
     return np.asarray(loss)[:, 0], np.asarray(slope)[:, 0]
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("default", [True, False])
 def test_loss_and_slope_follow_the_formula(name, default):
-    config = REGISTRY[name].config if default else {**REGISTRY[name].config, **CONFIGS.get(name, {})}
+    config = LOSSES[name].config if default else {**LOSSES[name].config, **CONFIGS.get(name, {})}
     value, derivative = FORMULAS[name]
     loss, slope = run(name, LOGPROBS, config)
     np.testing.assert_allclose(loss, value(LOGPROBS, INPUTS, *config.values()), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(slope, derivative(LOGPROBS, INPUTS, *config.values()), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl_type", range(3))
+def test_every_kl_kind_of_drgrpo(kl_type):
+    config = REGISTRY["drgrpo"].config | {"beta": 0.5, "kl_type": float(kl_type)}
+    value, derivative = FORMULAS["drgrpo"]
+    loss, slope = run("drgrpo", LOGPROBS, config)
+    np.testing.assert_allclose(loss, value(LOGPROBS, INPUTS, *config.values()), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, derivative(LOGPROBS, INPUTS, *config.values()), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"eps_clip_c": 3.0}, {"icepop_beta": 2.0}, {"use_tis": 1.0}], ids=str
+)
+def test_policy_loss_of_ratios_that_overflow(options, monkeypatch):
+    """Clipped, bounded and masked tokens have a gradient of zero, not of 0 · inf; the loss of one that
+    nothing bounds is infinite, and says so."""
+    for name, values in list(INPUTS.items()):
+        monkeypatch.setitem(INPUTS, name, values[:3])
+    monkeypatch.setitem(INPUTS, "logprobs", np.array([-200.0, -0.1, -200.0]))
+    monkeypatch.setitem(INPUTS, "advantages", np.array([0.0, 1.0, -1.0]))
+    bounded = "eps_clip_c" in options or "icepop_beta" in options
+    loss, slope = run("policy_loss", np.array([-0.1, -200.0, -0.1]), REGISTRY["policy_loss"].config | options)
+    assert loss[0] == slope[0] == 0
+    assert np.isfinite([loss[1], slope[1]]).all()
+    assert np.isfinite(loss[2]) == np.isfinite(slope[2]) == bounded
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "dro"])
@@ -187,16 +279,40 @@ def test_the_sequence_ratio_is_a_mean_over_each_sequences_mask():
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("name", REGISTRY)
-def test_slopes_equal_torch_autograd(name):
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("default", [True, False])
+def test_slopes_equal_torch_autograd(name, default):
     torch = pytest.importorskip("torch")
     lp = torch.tensor(LOGPROBS, requires_grad=True)
     i = {key: torch.tensor(value) for key, value in INPUTS.items()}
     r = torch.exp(lp - i["logprobs"])
     s = torch.exp(i["sequence_log_ratio"] + lp - lp.detach())
     A = i["advantages"]
-    config = list(REGISTRY[name].config.values())
+    chosen = LOSSES[name].config if default else {**LOSSES[name].config, **CONFIGS.get(name, {})}
+    config = list(chosen.values())
+
+    def policy(low, high, dual, beta, use_tis, tis_low, tis_high):
+        bounded = torch.where(A < 0, r.clamp(max=dual or 1e9), r)
+        kept = (r.detach() >= 1 / beta) & (r.detach() <= beta) if beta else A == A
+        tis = torch.exp(i["logprobs"] - i["reference_logprobs"]).clamp(tis_low, tis_high)
+        pg = torch.maximum(-bounded * A, -bounded.clamp(1 - low, 1 + high) * A)
+        return torch.where(kept & (A != 0), pg * (tis if use_tis else 1), 0.0)
+
+    def grpo(ratio):
+        def of(low, high, beta, kl_type):
+            d = lp - i["reference_logprobs"]
+            kl = (d, d.square() / 2, torch.exp(-d) - 1 + d)[int(kl_type)]
+            pg = torch.maximum(-ratio * A, -ratio.clamp(1 - low, 1 + high) * A)
+            return torch.where(A != 0, pg + beta * kl, 0.0)
+
+        return of
+
     loss = {
+        "causallm_loss": lambda: -i["weights"] * lp,
+        "policy_loss": policy,
+        "ppo_loss": policy,
+        "drgrpo": grpo(r),
+        "drgrpo_sequence": grpo(s),
         "cross_entropy": lambda: -i["weights"] * lp,
         "importance_sampling": lambda: -r * A,
         "ppo": lambda low, high: -torch.minimum(r * A, r.clamp(low, high) * A),
@@ -209,6 +325,6 @@ def test_slopes_equal_torch_autograd(name):
         "gspo": lambda low, high: -torch.minimum(s * A, s.clamp(low, high) * A),
     }[name](*config)
     loss.sum().backward()
-    got_loss, slope = run(name, LOGPROBS, REGISTRY[name].config)
+    got_loss, slope = run(name, LOGPROBS, chosen)
     np.testing.assert_allclose(got_loss, loss.detach().numpy(), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(slope, lp.grad.numpy(), rtol=2e-5, atol=1e-6)

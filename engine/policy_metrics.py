@@ -1,0 +1,47 @@
+"""What a policy loss tells of the sampler and the learner: from the log-probs that come back anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .validation import ChosenLoss, TrainingDatum
+
+
+def policy_metrics(
+    chosen: ChosenLoss, data: Sequence[TrainingDatum], logprobs: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """By metric, over the valid tokens of all datums; none of a loss that has no sampler's log-probs.
+
+    With `compute_kl_stats`: Schulman's k3 estimate of the divergence of the sampler from the learner, the
+    sampler's entropy, and the mean ratio, in xorl's words.
+    """
+    loss = chosen.loss
+    if "logprobs" not in loss.required_inputs:
+        return {}
+    kept = [datum.inputs[loss.valid] != 0 for datum in data]
+    learner = np.concatenate(
+        [
+            values.reshape(datum.targets.shape)[at]
+            for values, datum, at in zip(logprobs, data, kept, strict=True)
+        ]
+    )
+    inputs = {
+        name: np.concatenate([datum.inputs[name][at] for datum, at in zip(data, kept, strict=True)])
+        for name in data[0].inputs
+    }
+    difference = learner - inputs["logprobs"]
+    # an estimate of the divergence of the sampler from the learner: the mean log-ratio's negative
+    metrics = {"kl_sampled:sum": float(-difference.sum(dtype=np.float64))}
+    if not len(difference):
+        return metrics
+    ratio = np.exp(difference, dtype=np.float64)
+    metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
+    if "compute_kl_stats" in chosen.reports:
+        metrics["kl_sample_train_k3:mean"] = float((ratio - 1 - difference).mean())
+        metrics["entropy_sample:mean"] = float(-inputs["logprobs"].mean(dtype=np.float64))
+        metrics["ratio_mean:mean"] = float(ratio.mean())
+    if loss.metrics is not None:
+        metrics |= loss.metrics(learner, inputs, chosen.values)
+    return metrics

@@ -1,0 +1,115 @@
+"""Dr. GRPO: a clipped policy gradient, summed and never divided by a length, and a KL term."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .loss import Loss, Reference
+
+KL_TYPES = ("k1", "k2", "k3")
+_LARGEST_LOG_RATIO = 10.0  # of k3's exponential
+
+
+def kl(log_ratio: Float[Array, "*N"], kl_type: Float[Array, ""] | float) -> Float[Array, "*N"]:
+    """An estimate of KL(p || ref) from tokens of p, log_ratio = logprobs - ref_logprobs.
+
+    k1 = log_ratio, k2 = log_ratio²/2, k3 = exp(-log_ratio) - 1 + log_ratio, that within ±10. Source:
+    Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
+    """
+    x = jnp.clip(-log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    k3 = jnp.exp(x) - 1 - x
+    return jnp.where(kl_type == 0, log_ratio, jnp.where(kl_type == 1, 0.5 * log_ratio**2, k3))
+
+
+def drgrpo(
+    logprobs: Float[Array, "*N"],
+    old_logprobs: Float[Array, "*N"],
+    advantages: Float[Array, "*N"],
+    ref_logprobs: Float[Array, "*N"],
+    clip_low: Float[Array, ""] | float,
+    clip_high: Float[Array, ""] | float,
+    beta: Float[Array, ""] | float,
+    kl_type: Float[Array, ""] | float,
+) -> Float[Array, "*N"]:
+    """max(-r·A, -clip(r, 1 - clip_low, 1 + clip_high)·A) + beta · KL(p || ref) (`kl`), where A is not 0.
+
+    r = exp(logprobs - old_logprobs). What Dr. GRPO changes of GRPO is what it leaves out: neither lengths nor
+    standard deviations divide anything. A token without an advantage (a prompt's, say) is not trained, by the
+    KL term neither, as in xorl. Source: Liu et al. 2025 (arXiv:2503.20783), eq. 3; clip_high as in DAPO
+    (arXiv:2503.14476); names and defaults as on xorl's pages.
+    """
+    return _loss(
+        logprobs - old_logprobs, logprobs, advantages, ref_logprobs, clip_low, clip_high, beta, kl_type
+    )
+
+
+def drgrpo_sequence(
+    logprobs: Float[Array, "*N"],
+    sequence_log_ratio: Float[Array, "*N"],
+    advantages: Float[Array, "*N"],
+    ref_logprobs: Float[Array, "*N"],
+    clip_low: Float[Array, ""] | float,
+    clip_high: Float[Array, ""] | float,
+    beta: Float[Array, ""] | float,
+    kl_type: Float[Array, ""] | float,
+) -> Float[Array, "*N"]:
+    """`drgrpo` with ratio_type "sequence": r is that of the whole sequence, the exponential of the mean
+    log-ratio over its tokens of nonzero advantage, with the gradient of the token's own log-prob (`gspo`)."""
+    log_ratio = sequence_log_ratio + logprobs - jax.lax.stop_gradient(logprobs)
+    return _loss(log_ratio, logprobs, advantages, ref_logprobs, clip_low, clip_high, beta, kl_type)
+
+
+def _loss(log_ratio, logprobs, advantages, ref_logprobs, clip_low, clip_high, beta, kl_type):
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
+    # Without a reference its log-probs are zeros, and 0 · inf is not 0.
+    divergence = jnp.where(beta == 0, 0.0, beta * kl(logprobs - ref_logprobs, kl_type))
+    return jnp.where(advantages == 0, 0.0, loss + divergence)
+
+
+def metrics(
+    logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
+) -> dict[str, float]:
+    """Of the valid tokens: the fraction that is clipped, and the divergence from the reference."""
+    ratio, advantages = np.exp(logprobs - inputs["logprobs"], dtype=np.float64), inputs["advantages"]
+    high, low = ratio > 1 + config["clip_high"], ratio < 1 - config["clip_low"]
+    found = {"clip_fraction:mean": float(np.where(advantages > 0, high, low).mean())}
+    if config["beta"]:
+        divergence = kl(jnp.asarray(logprobs - inputs["reference_logprobs"]), config["kl_type"])
+        found["kl_ref:mean"] = float(divergence.mean())
+    return found
+
+
+def check(config: Mapping[str, float]) -> str | None:
+    """The ranges in which the formula is what it says."""
+    if not 0 <= config["clip_low"] <= 1 or config["clip_high"] < 0:
+        return "clip_low must be within 0 and 1, and clip_high at least 0"
+    return "beta must be at least 0" if config["beta"] < 0 else None
+
+
+_TOKEN = Loss(
+    "drgrpo",
+    drgrpo,
+    inputs=("logprobs", "advantages", "reference_logprobs"),
+    config={"clip_low": 0.2, "clip_high": 0.28, "beta": 0.0, "kl_type": float(KL_TYPES.index("k3"))},
+    valid="advantages",
+    reference=Reference("ref_logprobs", when="beta"),
+    choices={"kl_type": KL_TYPES},
+    check=check,
+    metrics=metrics,
+)
+SEQUENCE = dataclasses.replace(
+    _TOKEN,
+    function=drgrpo_sequence,
+    inputs=("sequence_log_ratio", "advantages", "reference_logprobs"),
+    sequence_level=True,
+    sequence_mask="advantages",
+)
+LOSS = dataclasses.replace(_TOKEN, variants={"ratio_type": {"token": _TOKEN, "sequence": SEQUENCE}})
