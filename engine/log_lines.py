@@ -28,7 +28,7 @@ def result(output: messages.Output) -> str:
         case messages.ForwardBackwardOutput():
             return f"loss {output.metrics['loss:sum']:.6g}"
         case messages.OptimStepOutput():
-            return f"step {output.metrics['step']:.0f}, grad norm {output.metrics['grad_norm']:.4g}"
+            return f"step {output.metrics['optimizer_step']:.0f}, grad norm {output.metrics['grad_norm']:.4g}"
         case messages.SampleOutput():
             return f"{sum(len(sequence.tokens) for sequence in output.sequences) // 4} tokens"
         case messages.StateSaved() | messages.SamplerSaved():

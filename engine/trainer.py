@@ -227,7 +227,8 @@ class Trainer:
             "update_norm": float(norms.update),
             "weight_norm": float(norms.weights),
             "learning_rate": params.learning_rate,
-            "step": float(state.step),
+            # not "step": clients merge these into their own metrics, and count their own steps
+            "optimizer_step": float(state.step),
         }
 
     def warm_up(self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None) -> None:

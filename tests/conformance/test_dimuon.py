@@ -77,4 +77,6 @@ def test_what_is_of_another_optimizer_is_refused(wire: Wire) -> None:
     adamw = wire.model(session, 1)
     params = {"type": "dimuon", "learning_rate": 1e-3}
     assert "optimizer is adamw" in step(adamw, 1, optimizer_params=params).json()["error"]
-    assert wire.result(step(dimuon, len(refused) + 1, optimizer_params=params))["metrics"]["step"] == 1
+    assert (
+        wire.result(step(dimuon, len(refused) + 1, optimizer_params=params))["metrics"]["optimizer_step"] == 1
+    )

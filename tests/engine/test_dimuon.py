@@ -172,7 +172,7 @@ def test_models_of_either_optimizer_share_a_batch(trainer):
         for state, of in zip(alone, data, strict=True):
             run(trainer, state, of)
         for state in (*together, *alone):
-            assert trainer.optim_step(state, params_of(state))["step"] == step + 1
+            assert trainer.optim_step(state, params_of(state))["optimizer_step"] == step + 1
     for one, other in zip(together, alone, strict=True):
         assert worst(one.weights, other.weights) < 1e-4
         padding = one.weights["layers"]["q_proj"]["a"][..., RANK:]
@@ -214,4 +214,4 @@ def test_a_step_that_cannot_be_changes_nothing(trainer):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state.weights))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.optimizer))
     run(trainer, state, random_data([20]))
-    assert trainer.optim_step(state, DimuonParams(1e-2, grad_clip_norm=-1.0))["step"] == 1
+    assert trainer.optim_step(state, DimuonParams(1e-2, grad_clip_norm=-1.0))["optimizer_step"] == 1

@@ -297,7 +297,7 @@ def test_a_users_error_harms_nobody(engine):
     # One that succeeds makes the step possible, whatever failed beside it.
     forward_backward(engine, "user")
     engine.refused(messages.ForwardBackward, model_id="user", **requests)
-    assert engine.ask(messages.OptimStep, model_id="user", params=ADAM).metrics["step"] == 1
+    assert engine.ask(messages.OptimStep, model_id="user", params=ADAM).metrics["optimizer_step"] == 1
     train(engine, "good")
     np.testing.assert_array_equal(training_logprobs(engine, "good"), training_logprobs(engine, "user"))
 

@@ -94,7 +94,7 @@ def test_when_a_shared_batch_fails_each_model_is_tried_alone(run, base, monkeypa
         assert answers[request_id].output.metrics == expected.metrics
         for found, want in zip(logprobs(answers[request_id].output), logprobs(expected), strict=True):
             np.testing.assert_array_equal(found, want)
-    assert answers["3"].output.metrics["step"] == 1
+    assert answers["3"].output.metrics["optimizer_step"] == 1
 
 
 def test_a_fault_is_told_to_its_owner_alone_and_its_step_is_refused(run, base, monkeypatch, caplog):

@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(trainer):
         trainer.optim_step(state, AdamParams(learning_rate=1e38))
     jax.tree.map(np.testing.assert_array_equal, weights, jax.tree.map(np.array, state.weights))
     run(trainer, state, random_data(LENGTHS))
-    assert trainer.optim_step(state, ADAM)["step"] == 1
+    assert trainer.optim_step(state, ADAM)["optimizer_step"] == 1
 
 
 def test_a_state_goes_through_arrays_and_metadata(trainer):
