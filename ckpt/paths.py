@@ -31,6 +31,7 @@ CHECKPOINT_TYPES: dict[Segment, CheckpointType] = {
 }
 
 SCHEME = "tinker://"
+XORL_SCHEME = "xorl://"  # of the same checkpoints
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,191}", re.ASCII)
@@ -90,14 +91,33 @@ class CheckpointUri:
 
 
 def parse_uri(uri: str) -> CheckpointUri:
-    """The parts of `tinker://<run>/<segment>/<name>`."""
-    parts = uri.removeprefix(SCHEME).split("/") if isinstance(uri, str) and uri.startswith(SCHEME) else []
+    """The parts of `tinker://<run>/<segment>/<name>`, or of the same with `xorl://`."""
+    scheme = next(
+        (each for each in (SCHEME, XORL_SCHEME) if isinstance(uri, str) and uri.startswith(each)), ""
+    )
+    parts = uri.removeprefix(scheme).split("/") if scheme else []
     if len(parts) != 3:
         raise ValueError(
             f"invalid checkpoint path {_shown(uri)}: expected {SCHEME}<run>/<segment>/<name> "
             f"with a segment of {', '.join(SEGMENTS)}"
         )
     return CheckpointUri(parts[0], check_segment(parts[1]), parts[2])
+
+
+def parse_short(text: str, run: str, segment: Segment) -> CheckpointUri:
+    """A URI, or less: `<segment>/<run>/<name>`, `<segment>/<name>`, `<run>/<name>` or `<name>`; `run` and
+    `segment` are those that it leaves out."""
+    if "://" in text:
+        return parse_uri(text)
+    parts = text.split("/")
+    if len(parts) > 1 and parts[0] in SEGMENTS:
+        segment = check_segment(parts.pop(0))
+    name = parts.pop()
+    if len(parts) > 1:
+        raise ValueError(
+            f"invalid checkpoint {_shown(text)}: expected <segment>/<run>/<name>, less of it, or a URI"
+        )
+    return CheckpointUri(parts[0] if parts else run, segment, name)
 
 
 def format_uri(run: str, segment: str, name: str) -> str:

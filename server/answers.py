@@ -31,6 +31,12 @@ class RememberedAnswers:
     def get(self, request_id: str) -> Operation | None:
         return self._operations.get(request_id)
 
+    def forget(self, owner: str) -> None:
+        """All of that owner's; the ledger may have them."""
+        for operation in [each for each in self._operations.values() if each.owner == owner]:
+            del self._operations[operation.request_id]
+            self._bytes -= _size(operation.answer)
+
     def add(self, operation: Operation) -> None:
         known = self._operations.pop(operation.request_id, None)
         self._operations[operation.request_id] = operation

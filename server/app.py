@@ -24,7 +24,10 @@ from .routers import (
     downloads,
     futures,
     imports,
+    models,
+    sampler_weights,
     sampling,
+    sampling_sessions,
     service,
     session_search,
     sessions,
@@ -62,8 +65,10 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     app.state.backend = backend
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
-        *(futures, service, training, sampling, sessions, weights),
+        *(futures, service, training, sampling, sessions, models, weights),
         *(
+            sampler_weights,
+            sampling_sessions,
             training_runs,
             checkpoints,
             downloads,

@@ -18,6 +18,8 @@ from .disk import Disk
 from .errors import BadRequest
 from .ledger import tenancy
 from .ledger.ledger import Ledger
+from .live_samplers import LiveSamplers
+from .named_models import NamedModels
 from .operations import Operations
 from .quotas import Quotas
 from .refused_saves import RefusedSaves
@@ -51,7 +53,9 @@ class Backend:
     refused_saves: RefusedSaves = field(init=False)
     runs: Runs = field(init=False)
     sessions: Sessions = field(init=False)
+    named_models: NamedModels = field(init=False)
     samplers: Samplers = field(init=False)
+    live_samplers: LiveSamplers = field(default_factory=LiveSamplers)
     checkpoints: Checkpoints = field(init=False)
     sweep: Sweep = field(init=False)
     copies: Copies = field(init=False)
@@ -77,6 +81,7 @@ class Backend:
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
+        self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
         self.copies = Copies(self.ledger, self.disk, self.quotas, settings.data_dir)

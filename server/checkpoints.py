@@ -25,6 +25,14 @@ def parse(uri: str) -> paths.CheckpointUri:
         raise BadRequest(str(error)) from None
 
 
+def parse_short(text: str, run: str, segment: paths.Segment = "weights") -> paths.CheckpointUri:
+    """As `paths.parse_short`. Raises BadRequest."""
+    try:
+        return paths.parse_short(text, run, segment)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+
+
 def named(run_id: str, segment: str, name: str) -> paths.CheckpointUri:
     """Raises BadRequest for a name that is none."""
     try:
@@ -55,6 +63,8 @@ def shown(row: Row) -> dict[str, Any]:
         "checkpoint_id": uri.checkpoint_id,
         "checkpoint_type": uri.checkpoint_type,
         "time": iso(row.created_at),
+        "created_at": iso(row.created_at),
+        "path": str(uri),
         "tinker_path": str(uri),
         "size_bytes": row.size_bytes,
         "public": row.public,
@@ -79,14 +89,19 @@ class Checkpoints:
         """The complete checkpoint; with `shared` also somebody's published one. Raises NotFound."""
         row = await self._ledger.read(lambda connection: rows.find(connection, uri))
         if row is None or (row.owner != owner and not (shared and row.public)):
+            # The run may be what the owner calls its model.
+            row = await self._ledger.read(
+                lambda connection: rows.find_by_alias(connection, owner, uri.run, uri)
+            )
+        if row is None:
             raise NotFound(
                 f"unknown checkpoint {str(uri)!r}: it does not exist, has expired or is not complete yet"
             )
         return row
 
-    async def find_loadable(self, owner: str, path: str) -> Row:
-        """A training checkpoint by its URI."""
-        uri = parse(path)
+    async def find_loadable(self, owner: str, path: str, run: str | None = None) -> Row:
+        """A training checkpoint by its URI; one of `run` also by less of it."""
+        uri = parse(path) if run is None else parse_short(path, run)
         if uri.checkpoint_type != "training":
             raise BadRequest(
                 f"path: {path!r} is not a training checkpoint; "

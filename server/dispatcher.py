@@ -33,6 +33,7 @@ class Lane(Generic[Op]):
     """One model's place in its sequence."""
 
     next_seq: int
+    reserved: int = 0  # numbers up to this are given to operations that are about to arrive
     held: dict[int, Op] = field(default_factory=dict)
     gap_timer: asyncio.TimerHandle | None = None
 
@@ -64,10 +65,16 @@ class Dispatcher(Generic[Op]):
         """The number whose turn it is."""
         return self._lanes[model_id].next_seq
 
-    def unused_seq(self, model_id: str) -> int:
-        """A number after all that have arrived, for clients that do not number their operations."""
+    def last_seq(self, model_id: str) -> int:
+        """The highest number that has arrived, or is about to."""
         lane = self._lanes[model_id]
-        return max(lane.held, default=lane.next_seq - 1) + 1
+        return max(lane.next_seq - 1, lane.reserved, *lane.held)
+
+    def reserve(self, model_id: str) -> int:
+        """A number after all others, for clients that do not number their operations. It has to arrive."""
+        lane = self._lanes[model_id]
+        lane.reserved = self.last_seq(model_id) + 1
+        return lane.reserved
 
     def add(self, operation: Op) -> None:
         """An operation has arrived. One whose number had its turn already is not run again."""

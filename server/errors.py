@@ -45,6 +45,13 @@ class BadRequest(ApiError):
     category = "user"
 
 
+class Invalid(ApiError):
+    """The body is not what the route takes."""
+
+    status = 422
+    category = "user"
+
+
 class Unauthorized(ApiError):
     status = 401
     category = "user"

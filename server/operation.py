@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from ..engine import messages
+from .dialect import Dialect
 
 Answer = messages.Done | messages.Failed
 
@@ -33,6 +34,7 @@ class Operation:
     sent_in: int = 0  # the engine's life in which it was sent
     weights_made_in: int = 0  # that in which the weights it samples were made again
     natural_key: str | None = None
+    dialect: Dialect = "tinker"
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     on_answered: Callable[[Operation], None] | None = None
 
@@ -55,19 +57,20 @@ class Operation:
 class Submission:
     """What a router asks for.
 
-    `message` builds the engine's message from the request id. `also` writes further rows in the same
-    transaction, and may return a failure, which is then the answer. Sequenced operations have a model and a
-    seq_id from 1; the others have seq_id 0 and run at once.
+    `message` builds the engine's message from the request id; None: `also` has the answer. `also` writes
+    further rows in the same transaction, and may return what is then the answer. Sequenced operations have a
+    model and a seq_id from 1; the others have seq_id 0 and run at once.
     """
 
     owner: str
     kind: str
     natural_key: str | None
-    message: Callable[[str], messages.ToEngine]
+    message: Callable[[str], messages.ToEngine] | None
     reply: dict[str, Any] = field(default_factory=dict)
     model_id: str = ""
     seq_id: int = 0
-    also: Callable[[Connection, str], messages.Failed | None] | None = None
+    also: Callable[[Connection, str], Answer | None] | None = None
+    dialect: Dialect = "tinker"
 
 
 def natural_key(model_id: str, seq_id: int) -> str:

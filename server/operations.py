@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row
@@ -21,20 +21,24 @@ from .disk import Disk
 from .dispatcher import Dispatcher
 from .errors import ApiError, BadRequest
 from .ledger import operations as rows
+from .ledger import retention
 from .ledger.ledger import Ledger
 from .operation import Answer, Operation, Submission, natural_key
 from .supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.operations")
 
+_STATES = {messages.Done: "done", messages.Failed: "failed"}
+
 
 class Operations:
-    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `may_consume`
-    raises ApiError for a model that is not the owner's, `on_created` is told of answered creations. Samplers
-    set `on_missing_weights`, which gets a sample that the engine has no weights for, and why."""
+    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `numbered`
+    says which operation of which model a client means and raises ApiError for a model that is not its own,
+    `on_created` is told of answered creations. Samplers set `on_missing_weights`, which gets a sample that
+    the engine has no weights for, and why."""
 
     dispatcher: Dispatcher[Operation]
-    may_consume: Callable[[str, str], Any]
+    numbered: Callable[[str, str, int], Awaitable[tuple[str, int]]]
     on_created: Callable[[Operation], None]
     on_missing_weights: Callable[[Operation, str], None]
 
@@ -63,7 +67,7 @@ class Operations:
 
     async def _accept(self, submission: Submission) -> Operation:
         request_id = f"req_{uuid.uuid4().hex}"
-        payload = messages.encode(submission.message(request_id))
+        payload = None if submission.message is None else messages.encode(submission.message(request_id))
         operation = Operation(
             request_id,
             submission.owner,
@@ -73,12 +77,13 @@ class Operations:
             submission.reply,
             payload,
             natural_key=submission.natural_key,
+            dialect=submission.dialect,
         )
         self._pending[request_id] = operation
         sequenced = operation.sequenced
         past = sequenced and operation.seq_id < self.dispatcher.next_seq(operation.model_id)
 
-        def change(connection: Connection) -> Row | messages.Failed | None:
+        def change(connection: Connection) -> Row | Answer | None:
             if submission.natural_key is not None:
                 first = rows.find_by_natural_key(connection, submission.natural_key)
                 if first is not None:
@@ -86,7 +91,7 @@ class Operations:
             if past:
                 raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
             self._disk.require_room()
-            failure = submission.also(connection, request_id) if submission.also else None
+            answer = submission.also(connection, request_id) if submission.also else None
             rows.add(
                 connection,
                 id=request_id,
@@ -96,18 +101,19 @@ class Operations:
                 model_id=operation.model_id or None,
                 seq_id=operation.seq_id if sequenced else None,
                 reply=operation.reply,
-                state="failed" if failure else "accepted",
-                payload=None if failure else payload,
-                answer=messages.encode(failure) if failure else None,
+                dialect=operation.dialect,
+                state="accepted" if answer is None else _STATES[type(answer)],
+                payload=payload if answer is None else None,
+                answer=None if answer is None else messages.encode(answer),
             )
-            return failure
+            return answer
 
         try:
             result = await self._ledger.write(change)
         except BaseException:
             del self._pending[request_id]
             raise
-        if isinstance(result, messages.Failed):
+        if isinstance(result, Answer):
             operation.answer = result
             self._remember(operation)
         elif result is not None:
@@ -140,12 +146,17 @@ class Operations:
 
     async def consume(self, owner: str, model_id: Any, seq_id: Any, message: str) -> None:
         """A submit is refused: its number is used up, so that the operations after it run."""
-        if not isinstance(model_id, str) or not isinstance(seq_id, int) or not 0 < seq_id < 1 << 62:
+        if not isinstance(model_id, str) or not isinstance(seq_id, int) or not 0 < seq_id < 1 << 61:
             return
         try:
-            if not await self._may_consume(owner, model_id, seq_id):
-                return
+            model_id, seq_id = await self.numbered(owner, model_id, seq_id)
         except ApiError:
+            return
+        await self.give_up(owner, model_id, seq_id, message)
+
+    async def give_up(self, owner: str, model_id: str, seq_id: int, message: str) -> None:
+        """The number of an operation that will not be run, if it has not had its turn."""
+        if seq_id < self.dispatcher.next_seq(model_id):
             return
         request_id = f"req_{uuid.uuid4().hex}"
         failure = messages.Failed(request_id, message, "user")
@@ -174,10 +185,6 @@ class Operations:
         if await self._ledger.write(change):
             operation.finished.set()
             self.dispatcher.add(operation)
-
-    async def _may_consume(self, owner: str, model_id: str, seq_id: int) -> bool:
-        await self.may_consume(owner, model_id)
-        return seq_id >= self.dispatcher.next_seq(model_id)
 
     # --- answers
 
@@ -254,6 +261,24 @@ class Operations:
             )
         return operation if operation.owner == owner and not operation.expired else None
 
+    async def parts(self, operation: Operation) -> list[Operation]:
+        """Those whose answers together are its own: mostly itself. Without those that were dropped."""
+        found = [await self.find(operation.owner, each) for each in operation.reply.get("parts", [])]
+        return [part for part in found if part is not None] or [operation]
+
+    async def has_expired(self, owner: str, request_id: str) -> bool:
+        """Whether it was the owner's operation, and its answer was dropped."""
+        row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
+        return row is not None and row.owner == owner
+
+    async def forget_answers(self, owner: str, through: float) -> int:
+        """Of the owner's operations that were answered until then; of how many."""
+        dropped = await self._ledger.write(
+            lambda connection: retention.drop_answers_of(connection, owner, through)
+        )
+        self._remembered.forget(owner)
+        return dropped
+
     def wake_all(self) -> None:
         """Lets every poll answer that its operation is still pending."""
         for operation in self._pending.values():
@@ -271,6 +296,7 @@ class Operations:
             natural_key=row.natural_key,
             rejected=row.state == "rejected",
             committed=True,
+            dialect=row.dialect,
         )
         if row.answer is not None:
             answer = messages.decode_from_engine(row.answer)

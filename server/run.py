@@ -10,14 +10,33 @@ from typing import Any
 from sqlalchemy import Row
 
 from ..engine import messages
+from .dialect import Dialect
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """What a model is created with. `message` has no request id yet; `natural_key` makes two of these one."""
+
+    owner: str
+    session_id: str
+    natural_key: str
+    message: messages.CreateModel
+    optimizer: dict[str, Any]
+    user_metadata: dict[str, Any]
+    reply: dict[str, Any]
+    dialect: Dialect = "tinker"
+    alias: str | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Run:
     """One model.
 
-    `resident`: the engine has its state, up to the last operation released. `broken` says why it cannot be
-    brought back, until the server's next start.
+    `alias` is what its client calls it, where clients choose; clients' seq_ids begin after `seq_base`.
+    `configuration` is what of its creation the engine does not know. `resident`: the engine has its state, up
+    to the last operation released. `broken` says why it cannot be brought back, until the server's next
+    start.
     """
 
     id: str
@@ -33,6 +52,11 @@ class Run:
     snapshot_seq: int
     older_snapshot: str | None = None
     older_snapshot_seq: int | None = None  # None: there is nothing older that the ledger can go on from
+    dialect: Dialect = "tinker"
+    alias: str | None = None
+    seq_base: int = 0
+    configuration: dict[str, Any] = field(default_factory=dict)
+    created_at: float = field(default_factory=time.time)
     resident: bool = False
     broken: str | None = None
     restoring: asyncio.Task | None = None
@@ -42,6 +66,11 @@ class Run:
     used_at: float = field(default_factory=time.monotonic)  # for an operation
     may_be_saved: bool = True  # no engine died of it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        """What its client calls it."""
+        return self.alias or self.id
 
     @property
     def create_message(self) -> messages.CreateModel:
@@ -65,4 +94,9 @@ def from_row(row: Row) -> Run:
         row.snapshot_seq,
         row.older_snapshot,
         row.older_snapshot_seq,
+        row.dialect,
+        row.alias,
+        row.seq_base,
+        row.configuration,
+        row.created_at,
     )

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Row
@@ -26,7 +24,7 @@ from .ledger.ledger import Ledger
 from .operation import Operation, Submission
 from .operations import Operations
 from .recovery import Recovery
-from .run import Run, from_row
+from .run import NewRun, Run, from_row
 from .settings import Settings
 from .snapshots import Snapshots
 from .supervisor import Supervisor
@@ -46,28 +44,44 @@ class Runs:
         self._operations = operations
         self._settings = settings
         self._runs: dict[str, Run] = {}
+        self._aliases: dict[tuple[str, str], str] = {}  # owner and name: the newest model of it
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
             self._release, self._give_up, settings.gap_grace_seconds
         )
         self.snapshots = Snapshots(ledger, engine, self._dispatcher, settings)
         self._recovery = Recovery(ledger, engine, operations, self._dispatcher, self._runs, settings)
         operations.dispatcher = self._dispatcher
-        operations.may_consume = self.find
+        operations.numbered = self._numbered
         operations.on_created = self._created
 
     # --- finding and creating
 
     async def find(self, owner: str, run_id: str) -> Run:
-        """Raises NotFound for what does not exist or is not the owner's."""
-        run = self._runs.get(run_id)
-        if run is None:
-            row = await self._ledger.read(lambda connection: tenancy.find_model(connection, run_id))
-            if row is not None and row.owner == owner:
-                await self._open(row)
-                run = self._runs[run_id]
+        """By its id, or what its client calls it: the newest of that name. Raises NotFound for what does not
+        exist or is not the owner's."""
+        run = self._runs.get(run_id) or self._runs.get(self._aliases.get((owner, run_id), ""))
         if run is None or run.owner != owner:
-            raise NotFound(f"unknown model {run_id!r}: create it with create_model first")
+            row = await self._ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+            if row is None:
+                raise NotFound(f"unknown model {run_id!r}: create it with create_model first")
+            await self._open(row)
+            run = self._runs[row.id]
+            if run.alias == run_id:
+                self._aliases[owner, run_id] = run.id
         return run
+
+    async def _numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
+        run = await self.find(owner, run_id)
+        return run.id, run.seq_base + seq_id
+
+    async def restart_numbers(self, run: Run) -> None:
+        """Its client has opened it again, and numbers its operations from 1."""
+        base = self._dispatcher.last_seq(run.id)
+        if base != run.seq_base:
+            run.seq_base = base
+            await self._ledger.write(
+                lambda connection: tenancy.update_model(connection, run.id, seq_base=base)
+            )
 
     async def find_trainable(self, owner: str, run_id: str) -> Run:
         """As `find`; raises BadRequest for a model whose creation failed or whose session has ended."""
@@ -82,20 +96,15 @@ class Runs:
         """Whether operations of the model that come before it have not arrived."""
         return seq_id > self._dispatcher.next_seq(run.id)
 
-    def unused_seq(self, run: Run) -> int:
-        return self._dispatcher.unused_seq(run.id)
+    def last_seq(self, run: Run) -> int:
+        return self._dispatcher.last_seq(run.id)
 
-    async def create(
-        self,
-        owner: str,
-        session_id: str,
-        model_seq_id: int,
-        message: messages.CreateModel,
-        optimizer: dict[str, Any],
-        user_metadata: dict[str, Any],
-        reply: dict[str, Any],
-    ) -> Operation:
-        """Registers the model and asks the engine for it. `message` has no request id yet."""
+    def reserve_seq(self, run: Run) -> int:
+        return self._dispatcher.reserve(run.id)
+
+    async def create(self, new: NewRun) -> Operation:
+        """Registers the model and asks the engine for it."""
+        message = new.message
         lora = None if message.lora is None else msgspec.structs.asdict(message.lora)
         run: Run | None = None
 
@@ -109,42 +118,51 @@ class Runs:
             tenancy.add_model(
                 connection,
                 id=message.model_id,
-                owner=owner,
-                session_id=session_id,
+                owner=new.owner,
+                session_id=new.session_id,
                 base_model=message.base_model,
                 lora=lora,
-                optimizer=optimizer,
-                user_metadata=user_metadata,
+                optimizer=new.optimizer,
+                user_metadata=new.user_metadata,
                 state="creating",
                 creation=creation,
+                dialect=new.dialect,
+                alias=new.alias,
+                configuration=new.configuration,
             )
             run = Run(
                 message.model_id,
-                owner,
-                session_id,
+                new.owner,
+                new.session_id,
                 message.base_model,
                 lora,
-                optimizer,
-                user_metadata,
+                new.optimizer,
+                new.user_metadata,
                 "creating",
                 creation,
                 None,
                 0,
+                dialect=new.dialect,
+                alias=new.alias,
+                configuration=new.configuration,
             )
 
         operation = await self._operations.accept(
             Submission(
-                owner,
+                new.owner,
                 "create_model",
-                f"create/{session_id}/{model_seq_id}",
+                new.natural_key,
                 lambda request_id: msgspec.structs.replace(message, request_id=request_id),
-                reply,
+                new.reply,
                 message.model_id,
                 also=also,
+                dialect=new.dialect,
             )
         )
         if run is not None:
             run = self._runs.setdefault(run.id, run)
+            if run.alias is not None:
+                self._aliases[run.owner, run.alias] = run.id
             self._dispatcher.open(run.id, 1)
             run.resident = operation.sent_in == self._engine.life
             if operation.answer is not None:
@@ -258,8 +276,3 @@ class Runs:
         run.resident = False
         with contextlib.suppress(Unavailable):  # the engine is gone, and the model with it
             await self._engine.request(messages.DeleteModel(f"delete-{run.id}", run.id))
-
-
-def new_seed() -> int:
-    """Chosen here, so that a model without a seed is the same one in a replay."""
-    return secrets.randbelow(1 << 31)

@@ -54,8 +54,13 @@ class Sampler:
         return messages.SamplerRef(self.base_model, weights=self.directory)
 
 
-def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
+def sampler_id(session_id: str, sampling_session_seq_id: int | str) -> str:
     return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+def number_of(run_id: str, name: str) -> str:
+    """In place of a client's number: of a named checkpoint of a model of the session."""
+    return f"{run_id.rpartition(':')[2]}-{name}"
 
 
 def new_directory(run_id: str) -> str:
@@ -93,7 +98,7 @@ class Samplers:
         self,
         owner: str,
         session_id: str,
-        seq_id: int,
+        seq_id: int | str,
         base_model: str,
         model_path: str | None,
         directory: str | None,
@@ -167,6 +172,11 @@ class Samplers:
             self._operations.fail([operation], message)
 
     # --- weights that nobody needs
+
+    async def forget(self, sampler: Sampler) -> None:
+        """One of unnamed weights."""
+        of = tenancy.is_sampler(sampler.id)
+        await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
 
     async def forget_unnamed(self, session_id: str) -> None:
         """Weights that only a sampling session names go with their session."""

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_
 
 from ...ckpt.paths import CheckpointUri
 from . import audit
-from .schema import checkpoints
+from .schema import checkpoints, models
 
 
 def _named(uri: CheckpointUri) -> ColumnElement[bool]:
@@ -31,6 +31,14 @@ def is_alive() -> ColumnElement[bool]:
 def find(connection: Connection, uri: CheckpointUri) -> Row | None:
     """The complete, unexpired checkpoint of that name."""
     return connection.execute(select(checkpoints).where(_named(uri), is_alive())).first()
+
+
+def find_by_alias(connection: Connection, owner: str, alias: str, uri: CheckpointUri) -> Row | None:
+    """As `find`, of the newest of the owner's models that are, or were, called so."""
+    named_so = select(models.c.id).where(models.c.owner == owner, models.c.alias == alias)
+    same = (checkpoints.c.segment == uri.segment) & (checkpoints.c.name == uri.name)
+    query = select(checkpoints).where(checkpoints.c.run_id.in_(named_so), same, is_alive())
+    return connection.execute(query.order_by(checkpoints.c.created_at.desc())).first()
 
 
 def is_taken(connection: Connection, uri: CheckpointUri) -> bool:
@@ -115,6 +123,15 @@ def of_run(connection: Connection, run_id: str, published_only: bool = False) ->
     if published_only:
         query = query.where(checkpoints.c.public)
     return connection.execute(query.order_by(checkpoints.c.created_at.desc())).all()
+
+
+def of_name(connection: Connection, owner: str, model: str, limit: int) -> Sequence[Row]:
+    """Of the owner's models of that id or name, newest first."""
+    mine = select(models.c.id).where(
+        models.c.owner == owner, or_(models.c.id == model, models.c.alias == model)
+    )
+    query = select(checkpoints).where(checkpoints.c.run_id.in_(mine), is_alive())
+    return connection.execute(query.order_by(checkpoints.c.created_at.desc()).limit(limit)).all()
 
 
 def of_owner(connection: Connection, owner: str, limit: int, offset: int) -> tuple[Sequence[Row], int]:

@@ -50,6 +50,13 @@ def drop_answers(connection: Connection, through: float) -> bool:
     return dropped.rowcount == _AT_A_TIME
 
 
+def drop_answers_of(connection: Connection, owner: str, through: float) -> int:
+    """Of the owner's operations finished until then; of how many. Creations of models keep theirs."""
+    old = (operations.c.owner == owner) & (operations.c.finished_at <= through)
+    dropped = update(operations).where(_kept_answers(), old, operations.c.kind != "create_model")
+    return connection.execute(dropped.values(answer=None, answer_bytes=0)).rowcount
+
+
 def drop_operations(connection: Connection, through: float, now: float) -> bool:
     """Those that nothing asks for any more, some of them; whether there may be more."""
     had_its_turn = operations.c.seq_id <= (

@@ -68,6 +68,13 @@ def find_model(connection: Connection, model_id: str) -> Row | None:
     return connection.execute(select(models).where(models.c.id == model_id)).first()
 
 
+def find_owned(connection: Connection, owner: str, name: str) -> Row | None:
+    """The owner's model of that id, or the newest that its client calls so."""
+    named = (models.c.owner == owner) & ((models.c.id == name) | (models.c.alias == name))
+    order = ((models.c.id == name).desc(), models.c.created_at.desc())
+    return connection.execute(select(models).where(named).order_by(*order).limit(1)).first()
+
+
 def update_model(connection: Connection, model_id: str, **values: Any) -> None:
     connection.execute(update(models).where(models.c.id == model_id).values(**values))
 
@@ -83,6 +90,13 @@ def list_models(
     """A page of the training runs among `of`, newest first, and how many there are."""
     query = select(models).where(of).order_by(models.c.last_request_at.desc()).limit(limit).offset(offset)
     return connection.execute(query).all(), connection.execute(select(func.count()).where(of)).scalar() or 0
+
+
+def active_models(connection: Connection, owner: str, limit: int = 1000) -> Sequence[Row]:
+    """Of the owner, those that are not over, used last first."""
+    mine = (models.c.owner == owner) & models.c.state.in_(("creating", "ready"))
+    query = select(models).where(mine).order_by(models.c.last_request_at.desc())
+    return connection.execute(query.limit(limit)).all()
 
 
 def models_of(owner: str) -> ColumnElement[bool]:
@@ -140,6 +154,10 @@ def delete_unnamed_samplers(connection: Connection, of: ColumnElement[bool]) -> 
     rows = connection.execute(select(samplers).where(_unnamed() & of)).all()
     connection.execute(delete(samplers).where(_unnamed() & of))
     return rows
+
+
+def is_sampler(sampler_id: str) -> ColumnElement[bool]:
+    return samplers.c.id == sampler_id
 
 
 def of_session(session_id: str) -> ColumnElement[bool]:

@@ -8,6 +8,7 @@ from fastapi import Depends, Query, Request
 
 from ..auth import Caller
 from ..backend import Backend
+from ..dialect import Dialect, said
 from ..operation import Operation
 
 # Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
@@ -25,9 +26,15 @@ async def _caller(request: Request) -> Caller:
     return request.state.caller
 
 
+async def _said(request: Request) -> Dialect | None:
+    return said(request.headers, request.url.path)
+
+
 BackendOf = Annotated[Backend, Depends(_backend)]
 Owner = Annotated[str, Depends(_owner)]
 CallerOf = Annotated[Caller, Depends(_caller)]
+# The dialect, if the request says it.
+Said = Annotated[Dialect | None, Depends(_said)]
 
 # Of a page of a listing.
 Limit = Annotated[int, Query(ge=0, le=1000)]
@@ -37,6 +44,12 @@ Offset = Annotated[int, Query(ge=0, le=1 << 31)]
 def future(operation: Operation) -> dict[str, str]:
     """The answer to the submit of an operation."""
     body = {"request_id": operation.request_id}
-    if operation.model_id:
-        body["model_id"] = operation.model_id
+    model_id = operation.reply.get("model_id", operation.model_id)
+    if model_id:
+        body["model_id"] = model_id
     return body
+
+
+def base_url(request: Request, backend: Backend) -> str:
+    """That of this server, as the client sees it."""
+    return (backend.settings.public_url or str(request.base_url)).rstrip("/")

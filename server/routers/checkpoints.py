@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
+from sqlalchemy import Row
 
-from ..checkpoints import named, parse, shown
+from ...ckpt import paths
+from ..checkpoints import iso, named, parse, parse_short, shown
 from ..copies import session_of
-from ..errors import BadRequest
+from ..errors import BadRequest, NotFound
 from ..ledger import checkpoints as rows
 from ..wire import requests
+from ..wire.body import OfModel
 from . import BackendOf, Limit, Offset, Owner
 
 router = APIRouter(prefix="/api/v1", tags=["checkpoints"])
+
+LISTED = 1000  # of a model, at most
 
 
 @router.get("/checkpoints")
@@ -29,14 +34,54 @@ async def list_checkpoints(
     }
 
 
+@router.post("/list_checkpoints")
+async def list_checkpoints_of_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Those of all the caller's models of that name, newest first; of a model there is not, none."""
+    found = await backend.ledger.read(
+        lambda connection: rows.of_name(connection, owner, body.model_id, LISTED)
+    )
+    return {"checkpoints": [_listed(row, body.model_id) for row in found]}
+
+
+def _listed(row: Row, model: str) -> dict[str, Any]:
+    """Under the name by which the model was asked for."""
+    return shown(row) | {
+        "path": f"{paths.XORL_SCHEME}{model}/{row.segment}/{row.name}",
+        "checkpoint_id": f"{row.segment}/{model}/{row.name}",
+    }
+
+
+@router.post("/delete_checkpoint")
+async def delete_named_checkpoint(
+    body: requests.DeleteCheckpoint, backend: BackendOf, owner: Owner
+) -> dict[str, Any]:
+    uri = parse_short(body.checkpoint_id, body.model_id)
+    await backend.checkpoints.delete(owner, uri)
+    path = f"{paths.XORL_SCHEME}{uri.run}/{uri.checkpoint_id}"
+    return {"success": True, "deleted_path": path, "error": None}
+
+
 @router.post("/weights_info")
 async def weights_info(body: requests.WeightsInfo, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    row = await backend.checkpoints.find(owner, parse(body.tinker_path))
+    try:
+        row = await backend.checkpoints.find(owner, parse(body.path or body.tinker_path or ""))
+    except NotFound:
+        if body.path is None:
+            raise
+        return {"exists": False}
     lora = row.lora or {}
-    info = {"base_model": row.base_model, "is_lora": row.lora is not None, "optimizer_config": row.optimizer}
+    info = {
+        "exists": True,
+        "base_model": row.base_model,
+        "is_lora": row.lora is not None,
+        "optimizer_config": row.optimizer,
+        "created_at": iso(row.created_at),
+        "size_bytes": row.size_bytes,
+    }
     if row.lora is not None:
         info |= {"lora_rank": lora["rank"], "lora_alpha": lora["alpha"]}
         info |= {key: lora[key] for key in ("train_unembed", "train_mlp", "train_attn")}
+        info["lora_config"] = lora | {"lora_rank": lora["rank"], "lora_alpha": lora["alpha"]}
     return info
 
 

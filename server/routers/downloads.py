@@ -16,7 +16,7 @@ from ...ckpt import paths
 from ..archive import Archive, files
 from ..checkpoints import iso, named
 from ..errors import BadRequest, NotFound
-from . import Backend, BackendOf, CallerOf, Owner
+from . import Backend, BackendOf, CallerOf, Owner, base_url
 
 router = APIRouter(prefix="/api/v1", tags=["downloads"])
 
@@ -42,11 +42,6 @@ async def _find(
 def _save(row: Row) -> str:
     """What no other checkpoint has, also none that has the same name later."""
     return row.directory.rpartition("-")[2]
-
-
-def base_url(request: Request, backend: Backend) -> str:
-    """What signed URLs begin with."""
-    return (backend.settings.public_url or str(request.base_url)).rstrip("/")
 
 
 @router.get(_ONE + "/archive")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 import uuid
 from typing import Any
 
@@ -13,22 +14,24 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ...engine import messages
-from ..errors import Gone, Unavailable
+from ..dialect import POINTS, Dialect
+from ..errors import Gone, NotFound, Unavailable
 from ..operation import Operation
 from ..wire import requests, results
-from . import Backend, BackendOf, Owner
+from . import Backend, BackendOf, Owner, Said
 
 router = APIRouter(prefix="/api/v1", tags=["futures"])
 
 # Answers over this size are announced first, where the client allows it, so that it can bound its memory.
 METADATA_FIRST_BYTES = 1 << 20
+AT_ONCE_SECONDS = 1.0
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
-def _pending(backend: Backend, operation: Operation) -> Response:
+def _pending(backend: Backend, operation: Operation, dialect: Dialect) -> Response:
     """The engine's state, or that the tenant has reached a quota."""
     state, reason = "active" if backend.engine.alive else "paused_capacity", backend.engine.text
     paused = backend.admission.paused(operation.owner)
@@ -37,45 +40,102 @@ def _pending(backend: Backend, operation: Operation) -> Response:
     return _json(
         {
             "type": "try_again",
+            "status": "pending",
+            "result": None,
             "request_id": operation.request_id,
             "queue_state": state,
             "queue_state_reason": reason,
         },
-        408,
+        POINTS[dialect].pending_status,
     )
 
 
-def _body(operation: Operation, wants_protobuf: bool) -> tuple[bytes, str]:
-    answer = operation.answer
-    if isinstance(answer, messages.Failed):
-        return orjson.dumps({"error": answer.message, "category": answer.category}), "application/json"
-    assert isinstance(answer, messages.Done)
-    serialized = results.as_protobuf(answer.output) if wants_protobuf else None
+def answered(
+    operation: Operation, parts: list[Operation], dialect: Dialect, wants_protobuf: bool, wrapped: bool
+) -> Response:
+    """Of an operation whose `parts` have their answers. `wrapped`: with the result under `result` too, for
+    those who read it there."""
+    answers = [part.answer for part in parts]
+    for answer in answers:
+        if isinstance(answer, messages.Failed):
+            status = POINTS[dialect].failed_status
+            failure = {"error": answer.message, "category": answer.category, "detail": answer.message}
+            return _json(failure | {"status": "failed", "status_code": status}, status)
+    outputs = [answer.output for answer in answers if isinstance(answer, messages.Done)]
+    serialized = results.as_protobuf(outputs[0]) if wants_protobuf else None
     if serialized is not None:
-        return serialized, results.PROTOBUF
-    return orjson.dumps(results.as_json(answer.output) | operation.reply), "application/json"
+        return Response(serialized, media_type=results.PROTOBUF)
+    body = results.as_json(results.joined(outputs), dialect) | operation.reply
+    if wrapped:
+        body = {"status": "completed"} | body | {"result": body}
+    return _json(body)
 
 
 @router.post("/retrieve_future")
 async def retrieve_future(
-    body: requests.RetrieveFuture, request: Request, backend: BackendOf, owner: Owner
+    body: requests.RetrieveFuture, request: Request, backend: BackendOf, owner: Owner, said: Said
 ) -> Response:
-    """Waits until the operation has its answer, at most `long_poll_seconds`, then 408 to be asked again."""
-    operation = await backend.operations.find(owner, body.request_id)
-    if operation is None:
-        # Not 404: for clients that is the end, while on 410 they sample again under a new number.
-        raise Gone(f"unknown request {body.request_id!r}: it was never accepted, or its answer has expired")
-    if operation.answer is None and not backend.stopped:
-        with contextlib.suppress(TimeoutError):
-            # Polls that came at once, thousands after a restart, do not end at once.
-            patience = backend.settings.long_poll_seconds * random.uniform(0.8, 1.0)
-            await asyncio.wait_for(operation.finished.wait(), patience)
-    if operation.answer is None:
-        return _pending(backend, operation)
-    content, media_type = _body(operation, results.PROTOBUF in request.headers.get("accept", ""))
-    if body.allow_metadata_only and len(content) > METADATA_FIRST_BYTES:
-        return _json({"status": "complete_metadata", "response_payload_size": len(content)})
-    return Response(content, media_type=media_type)
+    """Waits until the operation has its answer, at most `long_poll_seconds`, then says to ask again."""
+    operation = await _find(backend, owner, body.request_id, said)
+    # Polls that came at once, thousands after a restart, do not end at once.
+    seconds = backend.settings.long_poll_seconds * random.uniform(0.8, 1.0)
+    wants_protobuf = results.PROTOBUF in request.headers.get("accept", "")
+    answer = await _poll(backend, operation, seconds, said or operation.dialect, wants_protobuf, False)
+    if body.allow_metadata_only and len(answer.body) > METADATA_FIRST_BYTES:
+        return _json({"status": "complete_metadata", "response_payload_size": len(answer.body)})
+    return answer
+
+
+@router.post("/retrieve_future/{request_id}")
+async def retrieve_future_of_path(request_id: str, backend: BackendOf, owner: Owner, said: Said) -> Response:
+    """As the other one, at once; the result is also under `result`."""
+    operation = await _find(backend, owner, request_id, said)
+    seconds = min(AT_ONCE_SECONDS, backend.settings.long_poll_seconds)
+    return await _poll(backend, operation, seconds, said or operation.dialect, False, True)
+
+
+async def _find(backend: Backend, owner: str, request_id: str, said: Dialect | None) -> Operation:
+    """Raises Gone, or NotFound for what is none of the caller's requests, where the dialect tells the two
+    apart."""
+    operation = await backend.operations.find(owner, request_id)
+    if operation is not None:
+        return operation
+    message = f"unknown request {request_id[:192]!r}: it was never accepted, or its answer has expired"
+    unknown = POINTS[said or "tinkercloud"].unknown_status == NotFound.status
+    if unknown and not await backend.operations.has_expired(owner, request_id):
+        raise NotFound(message)
+    raise Gone(message)
+
+
+async def _poll(
+    backend: Backend,
+    operation: Operation,
+    seconds: float,
+    dialect: Dialect,
+    wants_protobuf: bool,
+    wrapped: bool,
+) -> Response:
+    parts = await backend.operations.parts(operation)
+    until = time.monotonic() + seconds
+    for part in parts:
+        if part.answer is None and not backend.stopped:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(part.finished.wait(), max(0.0, until - time.monotonic()))
+        if part.answer is None:
+            return _pending(backend, operation, dialect)
+    return answered(operation, parts, dialect, wants_protobuf, wrapped)
+
+
+@router.post("/cleanup_futures")
+async def cleanup_futures(body: requests.CleanupFutures, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Forgets the answers that the caller was given so long ago. What is pending stays."""
+    before = time.time() - 3600 * body.max_age_hours
+    cleaned = await backend.operations.forget_answers(owner, before)
+    return {
+        "cleaned_count": cleaned,
+        "futures_cleaned": cleaned,
+        "message": f"the answers of {cleaned} requests are forgotten",
+    }
 
 
 @router.post("/retrieve_futures")

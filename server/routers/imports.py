@@ -19,11 +19,12 @@ from ..checkpoints import named
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable
 from ..ledger import checkpoints as rows
 from ..operation import Operation
+from ..run import NewRun
 from ..runs import model_id
-from ..wire import requests
+from ..saves import new_checkpoint
+from ..saves import saved as saved_reply
+from ..submits import submit
 from . import Backend, BackendOf, Owner
-from .training import submit
-from .weights import new_checkpoint
 
 PATH = "/api/v1/import_weights"
 router = APIRouter(tags=["weights"])
@@ -53,8 +54,8 @@ async def import_weights(
             backend.disk.require_room()
             await asyncio.to_thread(tar.write, chunk)
         tar.seek(0)
-        fields = requests.CreateSession(project_id=project_id, tags=["imported"]).model_dump()
-        session_id = await backend.sessions.create(owner, fields | {"user_metadata": {}})
+        fields = {"tags": ["imported"], "user_metadata": {}, "project_id": project_id}
+        session_id = await backend.sessions.create(owner, fields)
         run_id = model_id(session_id, 0)
         # Below the checkpoints, where the sweep finds what a crash leaves once no replay can need it.
         key = f"checkpoints/{run_id.replace(':', '@')}/imported/{uuid.uuid4().hex}"
@@ -97,13 +98,14 @@ async def _create(
     message = messages.CreateModel("", run_id, base_model, lora, checkpoint=key, optimizer_state=False)
     with backend.admission.model(owner, run_id, backend.runs.alive(owner)):
         reply = {"type": "import_weights", "model_id": run_id}
-        operation = await backend.runs.create(owner, session_id, 0, message, {"type": "adamw"}, {}, reply)
+        operation = await backend.runs.create(
+            NewRun(owner, session_id, f"create/{session_id}/0", message, {"type": "adamw"}, {}, reply)
+        )
     await _done(operation)
 
 
 async def _save(backend: Backend, owner: str, run_id: str, name: str) -> dict[str, Any]:
     run = await backend.runs.find_trainable(owner, run_id)
-    body = requests.SaveWeights(model_id=run_id, path=name)
     saved: dict[str, Any] = {
         "type": "import_weights",
         "training_run_id": run_id,
@@ -116,10 +118,11 @@ async def _save(backend: Backend, owner: str, run_id: str, name: str) -> dict[st
     for number, (field, kind, segment, message) in enumerate(saves, 1):
         uri = named(run_id, segment, name)
         directory = paths.new_directory(uri.run, uri.segment, uri.name)
-        also = new_checkpoint(backend, owner, run, uri, directory, body)
-        reply = {"type": kind, "path": str(uri)}
+        also = new_checkpoint(backend, run, uri, directory)
         await _done(
-            await submit(backend, owner, kind, run_id, number, message("", run_id, directory), reply, also)
+            await submit(
+                backend, run, kind, number, message("", run_id, directory), saved_reply(kind, run, uri), also
+            )
         )
         saved[field] = str(uri)
     return saved

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from ..checkpoints import as_strings
+from ..dialect import Dialect
+from ..errors import NotFound
 from ..ledger import tenancy
+from ..model_spec import model_spec
+from ..named_models import Named, check_name, described
+from ..run import Run
 from ..wire import requests
-from . import BackendOf, Limit, Offset, Owner
+from ..wire.models import CreateModel
+from . import Backend, BackendOf, Limit, Offset, Owner, Said, base_url
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"])
 
@@ -17,20 +24,89 @@ AccessScope = Literal["owned", "accessible"]
 """The same for sessions: nobody publishes one."""
 
 
+_OF_MODELS = frozenset({"session_id", "base_model", "lora_config"})
+
+
 @router.post("/create_session")
-async def create_session(body: requests.CreateSession, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    fields = body.model_dump()
+async def create_session(
+    body: requests.CreateSession, request: Request, backend: BackendOf, owner: Owner, said: Said
+) -> dict[str, Any]:
+    """In xorl's dialect, or with a model's fields, there is a model too, called as the session is."""
+    is_model = said == "xorl" or bool(body.model_fields_set & _OF_MODELS)
+    dialect = said or ("xorl" if is_model else "tinkercloud")
+    fields = body.model_dump(exclude=set(_OF_MODELS)) | {"dialect": dialect}
     fields["user_metadata"] = fields["user_metadata"] or {}
-    session_id = await backend.sessions.create(owner, fields)
-    return {"type": "create_session", "session_id": session_id}
+    answer: dict[str, Any] = {"type": "create_session", "info_message": None, "warning_message": None}
+    if is_model and said != "tinker":
+        session_id = await _with_model(body, fields, request, backend, owner, dialect, answer)
+    else:
+        session_id = await backend.sessions.create(owner, fields)
+    return answer | {"session_id": session_id, "error_message": None}
+
+
+async def _with_model(
+    body: requests.CreateSession,
+    fields: dict[str, Any],
+    request: Request,
+    backend: Backend,
+    owner: str,
+    dialect: Dialect,
+    answer: dict[str, Any],
+) -> str:
+    """The name that session and model have. Raises BadRequest."""
+    base_model = body.base_model or next(iter(backend.base_models), "")
+    backend.base_model(base_model)
+    asked = CreateModel(base_model=base_model, lora_config=body.lora_config)
+    spec = model_spec(asked, "", dialect, backend.settings)
+    name = body.session_id or uuid.uuid4().hex
+    if body.session_id is not None:
+        check_name(body.session_id)
+    reply = described(spec, base_url(request, backend))
+    await backend.named_models.open(
+        Named(owner, name, spec, dialect, reply, session=fields | {"display_name": body.display_name or name})
+    )
+    answer["info_message"] = f"model {name!r} is trained from {base_model}"
+    answer["warning_message"] = "; ".join(spec.warnings) or None
+    return name
 
 
 @router.post("/session_heartbeat")
 async def session_heartbeat(
     body: requests.SessionHeartbeat, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
-    await backend.sessions.heartbeat(owner, body.session_id)
-    return {"type": "session_heartbeat"}
+    """Of a session, or of a model's, by what its client calls the model."""
+    try:
+        await backend.sessions.heartbeat(owner, body.session_id)
+    except NotFound:
+        session_id = (await _of_model(body.session_id, backend, owner)).session_id
+        await backend.sessions.heartbeat(owner, session_id)
+    return {"type": "session_heartbeat", "session_id": body.session_id}
+
+
+async def _of_model(name: str, backend: Backend, owner: str) -> Run:
+    """Raises NotFound."""
+    try:
+        return await backend.runs.find(owner, name)
+    except NotFound:
+        raise NotFound(f"unknown session {name!r}: create one with create_session") from None
+
+
+@router.get("/session_info")
+async def session_info(backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """The caller's models that are not over."""
+    rows = await backend.ledger.read(lambda connection: tenancy.active_models(connection, owner))
+    resident = {run.id for run in backend.runs.resident()}
+    names = {row.id: row.alias or row.id for row in rows}
+    return {
+        "registered_models": list(dict.fromkeys(names.values())),
+        "active_sessions": len({row.session_id for row in rows}),
+        "session_activity": {names[row.id]: row.last_request_at for row in rows},
+        "idle_timeout_seconds": backend.settings.session_idle_seconds,
+        "loaded_training_adapters": [name for run_id, name in names.items() if run_id in resident],
+        "loaded_sampling_adapters": {},
+        "max_training_adapters": backend.quotas.of(owner).models,
+        "current_training_adapter": names[rows[0].id] if rows else None,
+    }
 
 
 @router.post("/sessions/{session_id}/finish")

@@ -10,8 +10,7 @@ from fastapi.responses import Response
 
 from ..ledger import traces as rows
 from ..traces import chrome_trace
-from . import BackendOf, Owner
-from .downloads import base_url
+from . import BackendOf, Owner, base_url
 
 router = APIRouter(prefix="/api/v1/sessions/{session_id}", tags=["traces"])
 

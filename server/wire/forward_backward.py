@@ -16,6 +16,7 @@ from .tensors import DenseAllowance, dense_tensor
 
 _MAX_WINDOW_BYTES = 1 << 27
 CUSTOM = "custom"  # the loss_fn of uploaded losses
+WORDS = frozenset({"kl_type", "ratio_type"})  # values of loss_fn_config that are no numbers
 _PIECE_BYTES = 1 << 10  # of a compressed body; at most 32 MiB come out of one
 
 
@@ -38,7 +39,7 @@ class ForwardBackwardBody:
     data: list[messages.Datum]
     spans: list[list[Span]]
     loss_fn: str
-    loss_config: dict[str, float]
+    loss_config: dict[str, messages.LossValue]
     forward_only: bool
     loss_id: str | None = None  # of loss_fn `custom`
 
@@ -99,7 +100,7 @@ def peek(body: bytes) -> tuple[str | None, int | None]:
 
 
 def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
-    """Raises BadRequest naming datum and field."""
+    """Of protobuf. Raises BadRequest naming datum and field."""
     if len(body) > UNCOUNTED_BYTES:
         check_field_count(body, pb.ForwardBackwardRequest.DESCRIPTOR)
     try:
@@ -108,6 +109,11 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
         raise BadRequest(
             f"the body of {len(body)} bytes is not a ForwardBackwardRequest: truncated or not protobuf"
         ) from None
+    return checked(request, max_datums)
+
+
+def checked(request: pb.ForwardBackwardRequest, max_datums: int) -> ForwardBackwardBody:
+    """Raises BadRequest naming datum and field."""
     if len(request.data) > max_datums:
         raise BadRequest(f"data: {len(request.data)} datums are over the limit of {max_datums} per request")
     if not request.data:
@@ -119,7 +125,7 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
     return ForwardBackwardBody(
         model_id=request.model_id,
         seq_id=request.seq_id,
-        data=[_datum(datum, index, allowance, custom) for index, datum in enumerate(request.data)],
+        data=[_datum(datum, index, allowance) for index, datum in enumerate(request.data)],
         spans=[_spans(datum) for datum in request.data],
         loss_fn=request.loss_fn,
         loss_config={} if custom else _loss_config(request),
@@ -128,7 +134,7 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
     )
 
 
-def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance, custom: bool) -> messages.Datum:
+def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.Datum:
     pieces = []
     for chunk_index, chunk in enumerate(datum.model_input):
         kind = chunk.WhichOneof("chunk")
@@ -144,7 +150,9 @@ def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance, custom: bool)
         name: dense_tensor(tensor, f"datum {index}: loss_fn_inputs[{name!r}]", allowance)
         for name, tensor in sorted(datum.loss_fn_inputs.items())
     }
-    return checked_datum(b"".join(pieces), inputs, index, custom)
+    if not any(pieces):
+        raise BadRequest(f"datum {index}: model_input: no tokens; send at least one")
+    return messages.Datum(b"".join(pieces), inputs)
 
 
 def _spans(datum: pb.Datum) -> list[Span]:
@@ -156,20 +164,17 @@ def _spans(datum: pb.Datum) -> list[Span]:
     return spans
 
 
-def checked_datum(
-    tokens: bytes, inputs: dict[str, messages.Tensor], index: int, custom: bool = False
-) -> messages.Datum:
-    """Every input has one row per token; what a custom loss reads may have any number."""
-    length = len(tokens) // 4
-    if length == 0:
-        raise BadRequest(f"datum {index}: model_input: no tokens; send at least one")
-    for name, tensor in inputs.items():
-        if tensor.shape[0] != length and (name == "target_tokens" or not custom):
-            raise BadRequest(
-                f"datum {index}: loss_fn_inputs[{name!r}]: {tensor.shape[0]} rows for {length} tokens "
-                "of model_input; position i of the input belongs to token i, so both have the same length"
-            )
-    return messages.Datum(tokens, inputs)
+def check_rows(body: ForwardBackwardBody) -> None:
+    """Every input has one row per token; what a custom loss reads may have any number. Raises BadRequest."""
+    custom = body.loss_id is not None
+    for index, datum in enumerate(body.data):
+        length = len(datum.tokens) // 4
+        for name, tensor in datum.inputs.items():
+            if tensor.shape[0] != length and (name == "target_tokens" or not custom):
+                raise BadRequest(
+                    f"datum {index}: loss_fn_inputs[{name!r}]: {tensor.shape[0]} rows for {length} tokens "
+                    "of model_input; position i of the input belongs to token i, so both have the same length"
+                )
 
 
 def _loss_id(request: pb.ForwardBackwardRequest) -> str:
@@ -183,15 +188,14 @@ def _loss_id(request: pb.ForwardBackwardRequest) -> str:
     return config["loss_id"].text
 
 
-def _loss_config(request: pb.ForwardBackwardRequest) -> dict[str, float]:
-    config = dict(request.loss_fn_config)
+def _loss_config(request: pb.ForwardBackwardRequest) -> dict[str, messages.LossValue]:
+    config: dict[str, messages.LossValue] = dict(request.loss_fn_config)
     for key, value in request.loss_fn_config_v2.items():
-        if value.WhichOneof("value") != "number":
-            raise BadRequest(
-                f"loss_fn_config: {key}: {value.text!r} is not a number; every value must be one"
-            )
-        config[key] = value.number
+        text = value.text if value.WhichOneof("value") != "number" else None
+        if text is not None and key not in WORDS:
+            raise BadRequest(f"loss_fn_config: {key}: {text[:64]!r} is not a number; this value must be one")
+        config[key] = value.number if text is None else text[:64]
     for key, number in config.items():
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             raise BadRequest(f"loss_fn_config: {key}: {number} is not a finite number")
     return config

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...engine import messages
+from ..dialect import Dialect
 from . import tinsmith_wire_pb2 as pb
 
 PROTOBUF = "application/x-protobuf"
@@ -82,11 +83,44 @@ def _sample(output: messages.SampleOutput) -> pb.SampleResponse:
     return body
 
 
-def as_json(output: messages.Output) -> dict[str, Any]:
+def joined(outputs: list[messages.Output]) -> messages.Output:
+    """Samples of several prompts as those of one; any other output is alone."""
+    if len(outputs) == 1:
+        return outputs[0]
+    samples = [output for output in outputs if isinstance(output, messages.SampleOutput)]
+    hits = sum(output.prompt_cache_hit_tokens for output in samples)
+    return messages.SampleOutput(
+        [sequence for output in samples for sequence in output.sequences], prompt_cache_hit_tokens=hits
+    )
+
+
+# By another name, in the answers of servers that are not Tinker's.
+_OTHER_METRICS = {"loss:sum": "total_loss:sum", "tokens:sum": "num_tokens:sum"}
+# tinkercloud's page has these without a reduction.
+_BARE_METRICS = ("ppo_kl", "pg_clipfrac")
+
+
+def _metrics(metrics: dict[str, float], dialect: Dialect) -> dict[str, float]:
+    """The engine's, and what other servers' clients look for."""
+    if dialect == "tinker":
+        return metrics
+    metrics = metrics | {
+        new: metrics[name] for name, new in _OTHER_METRICS.items() if name in metrics and new not in metrics
+    }
+    if metrics.get("valid_tokens:sum"):
+        metrics.setdefault("loss:mean", metrics["loss:sum"] / metrics["valid_tokens:sum"])
+    if dialect == "tinkercloud":
+        bare = {key.partition(":")[0]: value for key, value in metrics.items()}
+        metrics |= {name: bare[name] for name in _BARE_METRICS if name in bare}
+    return metrics
+
+
+def as_json(output: messages.Output, dialect: Dialect = "tinker") -> dict[str, Any]:
     """What the engine said, for `reply` to be laid over. NaN becomes null."""
     if isinstance(output, messages.ForwardBackwardOutput):
         return {
             "loss_fn_output_type": OUTPUT_TYPE,
+            "info": {},
             "loss_fn_outputs": [
                 {
                     "logprobs": {
@@ -97,15 +131,24 @@ def as_json(output: messages.Output) -> dict[str, Any]:
                 }
                 for tensor in output.logprobs
             ],
-            "metrics": output.metrics,
+            "metrics": _metrics(output.metrics, dialect),
         }
     if isinstance(output, messages.SampleOutput):
         return _sample_as_json(output)
     if isinstance(output, messages.OptimStepOutput):
-        return {"metrics": output.metrics}
+        return _step_as_json(output.metrics)
     if isinstance(output, messages.StateSaved | messages.SamplerSaved):
         return {"size_bytes": output.size_bytes}
     return {}
+
+
+def _step_as_json(metrics: dict[str, float]) -> dict[str, Any]:
+    plain = {key.partition(":")[0]: value for key, value in metrics.items()}
+    return {
+        "metrics": metrics,
+        "grad_norm": plain.get("grad_norm"),
+        "step_count": plain.get("optimizer_step"),
+    }
 
 
 def _sample_as_json(output: messages.SampleOutput) -> dict[str, Any]:
@@ -117,6 +160,7 @@ def _sample_as_json(output: messages.SampleOutput) -> dict[str, Any]:
         "sequences": [
             {
                 "stop_reason": sequence.stop_reason,
+                "finish_reason": sequence.stop_reason,
                 "tokens": np.frombuffer(sequence.tokens, "<i4").tolist(),
                 "logprobs": np.frombuffer(sequence.logprobs, "<f4").tolist(),
             }

@@ -95,7 +95,7 @@ class Wire:
     """Bare requests, one owner."""
 
     def __init__(self, url: str, key: str | None):
-        headers = {} if key is None else {"X-API-Key": key}
+        headers = {"X-API-Dialect": "tinker"} | ({} if key is None else {"X-API-Key": key})
         self.http = httpx.Client(base_url=url, headers=headers, timeout=60)
 
     def post(self, path: str, /, **body) -> httpx.Response:

@@ -35,7 +35,7 @@ class Things:
     def url(self, path: str) -> str:
         run, segment, name = self.exported.removeprefix("tinker://").split("/")
         ids = {"session_id": self.session, "run_id": run, "segment": segment, "name": name}
-        path = path.replace("{file:path}", "adapter_config.json")
+        path = path.replace("{file:path}", "adapter_config.json").replace("{request_id}", self.request)
         return path.format(**ids, sampler_id=self.sampler)
 
 
@@ -89,6 +89,9 @@ KEYED: dict[tuple[str, str], Request] = {
     ("POST", "/api/v1/create_session"): json(tags=[]),
     ("GET", "/api/v1/sessions"): {},
     ("POST", "/api/v1/sessions/search"): json(),
+    ("GET", "/api/v1/session_info"): {},
+    ("POST", "/api/v1/cleanup_futures"): json(),
+    ("POST", "/api/v1/list_checkpoints"): json(model_id="none"),
     ("GET", "/api/v1/training_runs"): {},
     ("GET", "/api/v1/checkpoints"): {},
     ("GET", "/api/v1/audit"): {},
@@ -134,6 +137,7 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
         ),
     ),
     ("POST", "/api/v1/get_info", lambda of: json(model_id=of.model)),
+    ("GET", "/api/v1/get_tokenizer", lambda of: {"params": {"model_id": of.model}}),
     (
         "POST",
         "/api/v1/create_custom_loss",
@@ -187,9 +191,15 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
         "/api/v1/copy_weights",
         lambda of: json(source_path=of.saved, session_id=of.session, model_seq_id=next(numbers)),
     ),
+    ("POST", "/api/v1/create_sampling_session", lambda of: json(model_path=of.exported)),
+    ("POST", "/api/v1/create_sampling_client", lambda of: json(model_path=of.exported)),
+    ("POST", "/api/v1/sample", lambda of: sample(sampling_session_id=of.sampler)),
+    ("POST", "/api/v1/sample", lambda of: sample(model_id=of.model)),
+    ("POST", "/api/v1/asample", lambda of: sample(model_id=of.model)),
     ("POST", "/api/v1/asample", lambda of: sample(sampling_session_id=of.sampler)),
     ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
     ("POST", "/api/v1/retrieve_future", lambda of: json(request_id=of.request)),
+    ("POST", "/api/v1/retrieve_future/{request_id}", lambda of: {}),
     (
         "POST",
         "/api/v1/retrieve_futures",
@@ -204,6 +214,16 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", _ONE + "/publish", lambda of: {}),
     ("DELETE", _ONE + "/publish", lambda of: {}),
     ("DELETE", _ONE, lambda of: {}),
+    (
+        "POST",
+        "/api/v1/delete_checkpoint",
+        lambda of: json(
+            checkpoint_id=of.saved.removeprefix("tinker://").partition("/")[2], model_id=of.model
+        ),
+    ),
+    ("POST", "/api/v1/kill_session", lambda of: json(model_id=of.model, save_checkpoint=False)),
+    ("POST", "/api/v1/delete_model", lambda of: json(model_id=of.model)),
+    ("POST", "/api/v1/unload_model", lambda of: json(model_id=of.model)),
     ("POST", "/api/v1/sessions/{session_id}/finish", lambda of: json(reason={"type": "success"})),
 ]
 # Says the same to everybody, and does something only to what is the caller's.

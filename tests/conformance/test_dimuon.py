@@ -60,7 +60,7 @@ def test_what_is_of_another_optimizer_is_refused(wire: Wire) -> None:
     def step(model: str, seq_id: int, **body):
         return wire.post("optim_step", model_id=model, seq_id=seq_id, **body)
 
-    assert "adamw and dimuon" in create(0, type="muon").json()["error"]
+    assert "adamw, dimuon" in create(0, type="adafactor").json()["error"]
     assert "version 1" in create(0, type="dimuon", version=2).json()["error"]
     dimuon = wire.result(create(0, type="dimuon", version=1))["model_id"]
     refused = {

@@ -11,7 +11,8 @@ from conformance.server_process import ServerProcess, Wire
 def test_a_finished_session(server: ServerProcess, wire: Wire) -> None:
     session = wire.session()
     model = wire.model(session)
-    assert wire.post("session_heartbeat", session_id=session).json() == {"type": "session_heartbeat"}
+    beat = wire.post("session_heartbeat", session_id=session).json()
+    assert beat == {"type": "session_heartbeat", "session_id": session}
     unnamed = wire.result(
         wire.post("save_weights_for_sampler", model_id=model, seq_id=1, sampling_session_seq_id=0)
     )["sampling_session_id"]
@@ -98,9 +99,9 @@ def test_a_silent_session_s_models_rest_and_come_back(make_server) -> None:
     assert f"model {awake} rests" not in server.log
 
     back, there = (wire.result(wire.optim_step(model, 4, learning_rate=1e-2)) for model in (silent, awake))
-    assert back == there
+    assert back["metrics"] == there["metrics"]
     back, there = (wire.result(wire.forward_backward(model, 5)) for model in (silent, awake))
-    assert back == there
+    assert back | {"model_id": awake} == there
     stop.set()
     heart.join()
     assert server.stop() == 0

@@ -156,6 +156,7 @@ def test_forward_backward_bodies(data: bytes) -> None:
     wire.peek(data)
     try:
         decoded = wire.decode(data, MAX_DATUMS)
+        wire.check_rows(decoded)
     except (BadRequest, TooLarge):
         return
     assert 0 < len(decoded.data) == len(decoded.spans) <= MAX_DATUMS

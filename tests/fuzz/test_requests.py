@@ -16,9 +16,11 @@ from pydantic import ValidationError
 from tinsmith.engine import messages
 from tinsmith.server import checkpoints, errors
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.routers import training
+from tinsmith.server.model_spec import model_spec
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire import requests
+from tinsmith.server.wire import models, requests, sampling, training
+from tinsmith.server.wire.body import Body, OfModel
+from tinsmith.server.wire.model_input import prompt_tokens
 
 VOCAB, LONGEST = 64, 32
 LORA = {"rank": 8, "seed": 1, "train_unembed": True, "train_mlp": True, "train_attn": True}
@@ -28,20 +30,20 @@ CSR = {"sparse_crow_indices": [0, 1, 1, 2], "sparse_col_indices": [0, 4]}
 TARGETS = {"data": [3, -1], "dtype": "int64", "shape": [3, 5], **CSR}
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3, 4]}]}
 SAVE = {"model_id": "s:train:0", "seq_id": 1, "path": "a", "ttl_seconds": 7200, "user_metadata": {"a": "b"}}
-VALID: list[tuple[type[requests.Body], dict[str, Any]]] = [
+VALID: list[tuple[type[Body], dict[str, Any]]] = [
     (requests.CreateSession, {"tags": ["a"], "user_metadata": {"a": 1}, "sdk_version": "0.38.0"}),
     (requests.SessionHeartbeat, {"session_id": "s"}),
     (requests.FinishSession, {"reason": {"type": "success"}, "detail": "done"}),
     (
-        requests.CreateModel,
+        models.CreateModel,
         {"session_id": "s", "model_seq_id": 0, "base_model": "tiny", "lora_config": LORA}
         | {"optimizer_config": {"type": "adamw"}, "user_metadata": {"a": [1]}},
     ),
-    (requests.GetInfo, {"model_id": "s:train:0"}),
-    (requests.OptimStep, {"model_id": "s:train:0", "seq_id": 2, "adam_params": ADAM}),
-    (requests.OptimStep, {"model_id": "s:train:0", "optimizer_params": ADAM | {"type": "adamw"}}),
+    (OfModel, {"model_id": "s:train:0"}),
+    (training.OptimStep, {"model_id": "s:train:0", "seq_id": 2, "adam_params": ADAM}),
+    (training.OptimStep, {"model_id": "s:train:0", "optimizer_params": ADAM | {"type": "adamw"}}),
     (
-        requests.OptimStep,
+        training.OptimStep,
         {"model_id": "s:train:0", "optimizer_params": {"type": "dimuon", "learning_rate": 1e-3}},
     ),
     (requests.SaveWeights, SAVE),
@@ -49,7 +51,7 @@ VALID: list[tuple[type[requests.Body], dict[str, Any]]] = [
     (requests.LoadWeights, {"path": "tinker://s:train:0/weights/a", "model_id": "s:train:1", "seq_id": 1}),
     (requests.CreateSamplingSession, {"session_id": "s", "sampling_session_seq_id": 0, "base_model": "m"}),
     *[
-        (requests.Sample, {"prompt": prompt, "num_samples": 2, "sampling_params": PARAMS} | more)
+        (sampling.Sample, {"prompt": prompt, "num_samples": 2, "sampling_params": PARAMS} | more)
         for prompt in (PROMPT, {"tokens": [1, 2, 3, 4]})
         for more in (
             {"prompt_logprobs": True, "topk_prompt_logprobs": 3, "prompt_logprobs_last_n": 2},
@@ -63,14 +65,14 @@ VALID: list[tuple[type[requests.Body], dict[str, Any]]] = [
 ]
 
 
-def json_body(rng: random.Random) -> tuple[type[requests.Body], bytes]:
+def json_body(rng: random.Random) -> tuple[type[Body], bytes]:
     model, valid = rng.choice(VALID)
     data = json.dumps(mutated_json(rng, valid)).encode()
     return model, mutated_bytes(rng, data, 2) if rng.random() < 0.1 else data
 
 
 @campaign(json_body)
-def test_json_requests(case: tuple[type[requests.Body], bytes], backend: SimpleNamespace) -> None:
+def test_json_requests(case: tuple[type[Body], bytes], backend: SimpleNamespace) -> None:
     model, data = case
     try:
         content = json.loads(data)
@@ -87,7 +89,7 @@ def test_json_requests(case: tuple[type[requests.Body], bytes], backend: SimpleN
         answer = errors.error_response("/", error.status, error.message, error.category)
         json.loads(answer.body)
         return
-    if isinstance(body, requests.CreateSession | requests.CreateModel):
+    if isinstance(body, requests.CreateSession | models.CreateModel):
         json.dumps(body.user_metadata, ensure_ascii=False, allow_nan=False).encode()
     if message is not None:
         assert messages.decode_to_engine(messages.encode(message)) == message
@@ -100,30 +102,30 @@ def backend() -> SimpleNamespace:
     return SimpleNamespace(settings=Settings(model=["tiny"]))
 
 
-def _message(body: requests.Body, backend: SimpleNamespace) -> messages.ToEngine | None:
+def _message(body: Body, backend: SimpleNamespace) -> messages.ToEngine | None:
     """What the routers make of it for the engine, if anything. Raises BadRequest."""
     match body:
-        case requests.CreateModel():
-            optimizer = training.optimizer_of(body.optimizer_config)
-            lora = training.lora_of(backend, body.lora_config)
-            return messages.CreateModel("r", "m", body.base_model, lora, optimizer["type"])
-        case requests.OptimStep():
-            return body.message()
+        case models.CreateModel():
+            spec = model_spec(body, "m", "tinker", backend.settings)
+            json.dumps([spec.optimizer, spec.configuration, spec.warnings], allow_nan=False).encode()
+            return spec.message
+        case training.OptimStep():
+            return body.message("m")
         case requests.SaveWeights():
             expires = checkpoints.expiry(body.ttl_seconds)
             assert expires is None or math.isfinite(expires)
-            uri = checkpoints.named("s:train:0", "weights", body.path or "checkpoint-1")
+            uri = checkpoints.named("s:train:0", "weights", body.short_name or "checkpoint-1")
             return messages.SaveState("r", body.model_id, str(uri))
         case requests.Ttl():
             checkpoints.expiry(body.ttl_seconds)
         case requests.WeightsInfo():
-            checkpoints.parse(body.tinker_path)
-        case requests.Sample():
+            checkpoints.parse(body.path or body.tinker_path or "")
+        case sampling.Sample():
             targets = body.target_prompt_logprobs
             return messages.Sample(
                 "r",
                 messages.SamplerRef("tiny"),
-                requests.prompt_tokens(body.prompt, VOCAB, LONGEST),
+                prompt_tokens(body.prompt, VOCAB, LONGEST),
                 min(body.num_samples, backend.settings.max_samples),
                 body.sampling_params.message(),
                 prompt_logprobs_last_n=body.prompt_logprobs_last_n,
@@ -165,12 +167,12 @@ def _check_sample(message: messages.Sample) -> None:
 )
 def test_numbers_that_no_message_can_hold_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        requests.Sample.model_validate({"prompt": PROMPT} | change)
+        sampling.Sample.model_validate({"prompt": PROMPT} | change)
 
 
 def test_optimizer_params_out_of_range_are_refused() -> None:
     with pytest.raises(ValidationError, match="learning_rate"):
-        requests.OptimStep.model_validate({"model_id": "m", "optimizer_params": {"learning_rate": -1}})
+        training.OptimStep.model_validate({"model_id": "m", "optimizer_params": {"learning_rate": -1}})
 
 
 @pytest.mark.parametrize(
@@ -183,4 +185,4 @@ def test_what_no_answer_could_show_is_refused(value: Any) -> None:
 
 def test_half_a_character_is_no_stop_string() -> None:
     with pytest.raises(ValidationError, match="stop"):
-        requests.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
+        sampling.SamplingParams.model_validate({"stop": ["a", "\ud800"]})

@@ -117,4 +117,5 @@ async def test_operations_without_numbers_come_after_those_that_arrived() -> Non
     recorded.dispatcher.open("a", 1)
     recorded.dispatcher.add(Operation("a", 1))
     recorded.dispatcher.add(Operation("a", 3))
-    assert recorded.dispatcher.unused_seq("a") == 4
+    assert (recorded.dispatcher.last_seq("a"), recorded.dispatcher.reserve("a")) == (3, 4)
+    assert recorded.dispatcher.reserve("a") == 5, "two that are about to arrive have two numbers"

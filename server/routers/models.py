@@ -1,0 +1,237 @@
+"""Models: created, described, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+
+from ...engine import messages
+from ..checkpoints import iso
+from ..dialect import Dialect
+from ..errors import BadRequest, NotFound
+from ..model_spec import ModelSpec, model_spec
+from ..named_models import Named, check_name, described, warnings_of
+from ..operation import Operation, Submission
+from ..run import NewRun, Run
+from ..runs import model_id
+from ..saves import save_state
+from ..wire import models as wire
+from ..wire.body import DEFAULT_MODEL, OfModel
+from . import Backend, BackendOf, Owner, Said, base_url, future
+
+router = APIRouter(prefix="/api/v1", tags=["models"])
+
+
+@router.post("/create_model")
+async def create_model(
+    body: wire.CreateModel, request: Request, backend: BackendOf, owner: Owner, said: Said
+) -> dict[str, Any]:
+    """The model is ready when a poll of the request says so."""
+    of_session = body.session_id is not None and body.model_seq_id is not None
+    dialect: Dialect = said or ("xorl" if body.model_id is not None else "tinkercloud")
+    identifier = ""
+    if body.session_id is not None and body.model_seq_id is not None:
+        await backend.sessions.require_active(owner, body.session_id)
+        identifier = model_id(body.session_id, body.model_seq_id)
+    backend.base_model(body.base)
+    spec = model_spec(body, identifier, dialect, backend.settings)
+    if body.checkpoint_path is not None:
+        spec = await _from_checkpoint(spec, body, backend, owner)
+    reply = described(spec, base_url(request, backend))
+    if of_session and body.session_id is not None:
+        operation = await _create(spec, body, body.session_id, dialect, reply, backend, owner)
+    else:
+        name = body.model_id or (DEFAULT_MODEL if dialect == "xorl" else None)
+        if name is not None:
+            check_name(name)
+        operation = await backend.named_models.open(
+            Named(owner, name, spec, dialect, reply, body.user_metadata or {})
+        )
+    return future(operation) | {"message": "model creation started"} | warnings_of(spec)
+
+
+async def _create(
+    spec: ModelSpec,
+    body: wire.CreateModel,
+    session_id: str,
+    dialect: Dialect,
+    reply: dict[str, Any],
+    backend: Backend,
+    owner: str,
+) -> Operation:
+    identifier = spec.message.model_id
+    with backend.admission.model(owner, identifier, backend.runs.alive(owner)):
+        return await backend.runs.create(
+            NewRun(
+                owner,
+                session_id,
+                f"create/{session_id}/{body.model_seq_id}",
+                spec.message,
+                spec.optimizer,
+                body.user_metadata or {},
+                reply | {"model_id": identifier},
+                dialect,
+                configuration=spec.configuration,
+            )
+        )
+
+
+async def _from_checkpoint(
+    spec: ModelSpec, body: wire.CreateModel, backend: Backend, owner: str
+) -> ModelSpec:
+    """Its weights, and its optimizer's state."""
+    checkpoint = await backend.checkpoints.find_loadable(owner, body.checkpoint_path or "")
+    lora = None if checkpoint.lora is None else msgspec.convert(checkpoint.lora, messages.LoraSpec)
+    if checkpoint.base_model != spec.message.base_model:
+        raise BadRequest(f"checkpoint_path: it was trained from {checkpoint.base_model!r}")
+    if body.lora_config is not None and (lora.rank if lora else 0) != body.lora_config.rank:
+        raise BadRequest(
+            f"checkpoint_path: it has LoRA rank {lora.rank if lora else 0}, lora_config asks for "
+            f"{body.lora_config.rank}; leave lora_config out"
+        )
+    if checkpoint.optimizer["type"] != spec.optimizer["type"]:
+        raise BadRequest(f"checkpoint_path: it was trained with {checkpoint.optimizer['type']}")
+    message = msgspec.structs.replace(spec.message, lora=lora, checkpoint=checkpoint.directory)
+    return ModelSpec(message, spec.optimizer, spec.configuration, spec.warnings)
+
+
+@router.post("/delete_model")
+async def delete_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Its operations that are queued are done first; its checkpoints stay."""
+    run = await backend.runs.find(owner, body.model_id)
+    await backend.runs.finish(run)
+    return {
+        "model_id": run.name,
+        "status": "deleted",
+        "message": f"model {run.name} is deleted; its checkpoints stay",
+        "resources_freed": ["weights", "gradients", "optimizer"],
+    }
+
+
+@router.post("/unload_model")
+async def unload_model(body: OfModel, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
+    """As delete_model, answered by a poll."""
+    run = await backend.runs.find(owner, body.model_id)
+    await backend.runs.finish(run)
+    operation = await backend.operations.accept(
+        Submission(
+            owner,
+            "unload_model",
+            None,
+            None,
+            {"type": "unload_model", "model_id": run.name},
+            also=lambda _connection, request_id: messages.Done(request_id, messages.Nothing()),
+            dialect=said or run.dialect,
+        )
+    )
+    return future(operation)
+
+
+@router.post("/kill_session")
+async def kill_session(body: wire.KillSession, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Unloads the model, behind the operations that are queued; with `save_checkpoint` its training state is
+    kept as `session_<model>_final`, with `reset_weights` it begins again as it was created."""
+    run = await backend.runs.find_trainable(owner, body.model_id)
+    if body.reset_weights and run.alias is None:
+        raise BadRequest("reset_weights: this model's id is its session's; create another one instead")
+    path = None
+    if body.save_checkpoint:
+        name = f"session_{run.name.replace(':', '_')}_final"[:128]
+        saving = await save_state(backend, run, name, overwrite=True)
+        await saving.finished.wait()
+        if not isinstance(saving.answer, messages.Done):
+            raise BadRequest(f"the model could not be saved, and stays: {_why(saving)}")
+        path = saving.reply["path"]
+    await backend.runs.finish(run)
+    if body.reset_weights:
+        await _begin_again(run, backend)
+    return {
+        "success": True,
+        "message": f"model {run.name} is unloaded" + (", and begins again" if body.reset_weights else ""),
+        "checkpoint_path": path,
+    }
+
+
+def _why(operation: Operation) -> str:
+    return operation.answer.message if isinstance(operation.answer, messages.Failed) else "the server stops"
+
+
+async def _begin_again(run: Run, backend: Backend) -> None:
+    """A new model of the same name, created as the old one was."""
+    spec = ModelSpec(run.create_message, run.optimizer, run.configuration, [])
+    reply = described(spec, "")
+    await backend.named_models.open(Named(run.owner, run.name, spec, run.dialect, reply, run.user_metadata))
+
+
+@router.post("/get_info")
+async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    run = await backend.runs.find(owner, body.model_id)
+    model = backend.base_models.get(run.base_model)
+    model_data: dict[str, Any] = {
+        "arch": "transformer",
+        "model_name": run.base_model,
+        "model_id": run.name,
+        "lora_rank": run.lora["rank"] if run.lora else 0,
+        "created_at": iso(run.created_at),
+    }
+    if model is not None and model.hub_id is not None:
+        model_data["tokenizer_id"] = model.hub_id
+    elif model is not None and backend.settings.is_loopback:
+        # The client is on this machine and can read the tokenizer from the folder.
+        model_data["tokenizer_id"] = str(model.folder)
+    info = {
+        "type": "get_info",
+        "model_id": run.name,
+        "model_name": run.base_model,
+        "model_data": model_data,
+        "is_lora": run.lora is not None,
+        "optimizer_config": run.optimizer,
+        "status": run.state,
+    }
+    if run.lora is not None:
+        info["lora_rank"] = run.lora["rank"]
+        info["lora_alpha"] = run.lora["alpha"]
+    return info
+
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+@router.get("/get_tokenizer")
+async def get_tokenizer(model_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """The tokenizer's own `tokenizer.json`, and beside its keys what `tokenizer_config.json` says."""
+    run = await backend.runs.find(owner, model_id)
+    model = backend.base_model(run.base_model)
+    try:
+        content = await asyncio.to_thread((model.folder / "tokenizer.json").read_text)
+    except OSError:
+        raise NotFound(f"{model.name!r} has no tokenizer.json") from None
+    tokenizer = await asyncio.to_thread(json.loads, content)
+    config = await asyncio.to_thread(_tokenizer_config, model.folder)
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    special = {name: _content(config[name]) for name in _SPECIAL if config.get(name) is not None}
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    return tokenizer | {
+        "tokenizer_type": config.get("tokenizer_class", "PreTrainedTokenizerFast"),
+        "vocab_size": len(vocabulary),
+        "model_max_length": model.max_sequence_length,
+        **{f"{name}_id": ids.get(special.get(name)) for name in ("pad_token", "eos_token", "bos_token")},
+        "special_tokens": special,
+        "chat_template": config.get("chat_template"),
+        "hf_checkpoint": model.hub_id or model.name,
+    }
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token.get("content", ""))
+
+
+def _tokenizer_config(folder: Any) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}

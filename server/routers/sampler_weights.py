@@ -1,0 +1,129 @@
+"""A model's weights, to sample from and to download."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from sqlalchemy import Connection
+
+from ...ckpt import age, paths
+from ...engine import messages
+from ..checkpoints import named
+from ..errors import ApiError, BadRequest
+from ..ledger import tenancy
+from ..run import Run
+from ..samplers import add as add_sampler
+from ..samplers import new_directory, number_of, sampler_id
+from ..saves import new_checkpoint, saved
+from ..submits import refuse, submit
+from ..wire import requests
+from . import Backend, BackendOf, Owner, base_url, future
+
+router = APIRouter(prefix="/api/v1", tags=["weights"])
+
+
+@router.post("/save_weights_for_sampler")
+async def save_weights_for_sampler(
+    body: requests.SaveWeightsForSampler, request: Request, backend: BackendOf, owner: Owner
+) -> dict[str, Any]:
+    """Named: a sampler checkpoint. Unnamed: a sampling session of the weights as they are now, or, inflight,
+    of the newest weights that the model has published so."""
+    try:
+        run = await backend.runs.find_trainable(owner, body.model_id)
+        if run.configuration.get("train_only"):
+            raise BadRequest("debug_train_only: this model was created to be trained only; it has no sampler")
+        name = body.short_name
+        if name is not None:
+            kind, (directory, reply, also) = "save_weights_for_sampler", _named(body, name, run, backend)
+        else:
+            kind, (directory, reply, also) = "save_unnamed_sampler", _unnamed(body, run)
+        operation = await submit(
+            backend,
+            run,
+            kind,
+            body.seq_id,
+            messages.SaveSampler("", run.id, directory, deferred=name is None),
+            reply | {"router_address": base_url(request, backend)},
+            also,
+        )
+    except ApiError as error:
+        await refuse(backend, owner, body.model_id, body.seq_id, error)
+        raise
+    return future(operation)
+
+
+_Save = tuple[str, dict[str, Any], Callable[[Connection, str], messages.Failed | None]]
+
+
+def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, backend: Backend) -> _Save:
+    uri = named(run.id, "sampler_weights", name)
+    directory = paths.new_directory(uri.run, uri.segment, uri.name)
+    # What a name sampled once it samples always: there is no overwriting.
+    checkpoint = new_checkpoint(backend, run, uri, directory, **body.kept() | {"overwrite": False})
+    reply = saved("save_weights_for_sampler", run, uri) | {"model_path": str(uri)}
+    if run.dialect == "tinker":  # whose clients make sampling sessions of paths
+        return directory, reply, checkpoint
+    identifier = sampler_id(run.session_id, number_of(run.id, name))
+
+    def also(connection: Connection, request_id: str) -> messages.Failed | None:
+        failed = checkpoint(connection, request_id)
+        if failed is None and tenancy.find_sampler(connection, identifier) is None:
+            add_sampler(
+                connection, run.owner, run.session_id, identifier, run.base_model, str(uri), directory
+            )
+        return failed
+
+    return directory, reply | {"sampling_session_id": identifier}, also
+
+
+def _unnamed(body: requests.SaveWeightsForSampler, run: Run) -> _Save:
+    number = body.sampling_session_seq_id
+    identifier = sampler_id(run.session_id, uuid.uuid4().hex[:12] if number is None else number)
+    directory = new_directory(run.id)
+    follows = run.id if body.kind == "inflight" else None
+
+    def also(connection: Connection, request_id: str) -> messages.Failed | None:
+        if tenancy.find_sampler(connection, identifier) is not None:
+            return messages.Failed(
+                request_id, f"sampling_session_seq_id {number} of this session is in use", "user"
+            )
+        add_sampler(
+            connection, run.owner, run.session_id, identifier, run.base_model, None, directory, follows
+        )
+        return None
+
+    return directory, {"type": "save_weights_for_sampler", "sampling_session_id": identifier}, also
+
+
+@router.post("/save_weights_external")
+async def save_weights_external(
+    body: requests.SaveWeightsExternal, backend: BackendOf, owner: Owner
+) -> dict[str, Any]:
+    """Files to download, as PEFT reads them, or transformers those of full weights; each of them encrypted
+    where there are recipients."""
+    try:
+        recipients = body.age_encryption_recipients
+        if recipients is not None:
+            try:
+                age.check_recipients(recipients)
+            except ValueError as error:
+                raise BadRequest(f"age_encryption_recipients: {error}") from None
+        run = await backend.runs.find_trainable(owner, body.model_id)
+        uri = named(run.id, "external_weights", body.path)
+        directory = paths.new_directory(uri.run, uri.segment, uri.name)
+        operation = await submit(
+            backend,
+            run,
+            "save_weights_external",
+            body.seq_id,
+            messages.SaveSampler("", run.id, directory, recipients=recipients or []),
+            saved("save_weights_external", run, uri),
+            new_checkpoint(backend, run, uri, directory, **body.kept()),
+        )
+    except ApiError as error:
+        await refuse(backend, owner, body.model_id, body.seq_id, error)
+        raise
+    return future(operation)

@@ -1,0 +1,47 @@
+"""What all JSON bodies are made of. Unknown keys are ignored; where two spellings mean the same, both are
+taken (`AliasChoices`)."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=192)]
+SeqId = Annotated[StrictInt, Field(ge=0, lt=1 << 62)]
+Int64 = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)]  # larger numbers cannot be sent on
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def as_json(value: Any) -> Any:
+    """The value, if answers can show it: JSON in UTF-8, without NaN and lone surrogates."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON in UTF-8: NaN, infinity, half a character, or nested too deeply") from None
+    return value
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(as_json)]
+
+
+DEFAULT_MODEL = "default"
+"""What xorl's clients call their model where they do not say."""
+ModelId = Annotated[Id, Field(validation_alias=AliasChoices("model_id", "session_id"))]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
+
+
+class OfModel(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model_id": "model-abc-123"}]})
+    model_id: ModelId = DEFAULT_MODEL
+
+
+class Sequenced(Body):
+    """An operation of a model. Without a seq_id it comes after all that have arrived."""
+
+    model_id: ModelId = DEFAULT_MODEL
+    seq_id: Annotated[StrictInt, Field(ge=1, lt=1 << 31)] | None = None

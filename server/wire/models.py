@@ -1,0 +1,125 @@
+"""Bodies that create, describe and remove models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+from ...engine import messages
+from .body import Body, Finite, Id, Metadata, OfModel, SeqId
+
+Positive = Annotated[StrictInt, Field(ge=1, lt=1 << 31)]
+Names = list[Annotated[str, Field(max_length=128)]]
+
+
+class LoraConfig(Body):
+    """`target_modules`: names of matrices, as PEFT has them; all of a kind or none."""
+
+    model_config = ConfigDict(extra="allow")
+    rank: StrictInt = Field(32, ge=0, validation_alias=AliasChoices("rank", "lora_rank"))
+    alpha: Finite | None = Field(None, ge=0, validation_alias=AliasChoices("alpha", "lora_alpha"))
+    dropout: Finite | None = Field(None, ge=0, le=1)
+    seed: StrictInt | None = None
+    train_unembed: StrictBool = True
+    train_mlp: StrictBool = True
+    train_attn: StrictBool = True
+    target_modules: Names | None = Field(None, max_length=64)
+
+
+class OptimizerConfig(Body):
+    """`learning_rate`, `weight_decay`, `betas` and `eps` are for steps that do not say them;
+    `optimizer_kwargs` are the family's own."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str = "adamw"
+    learning_rate: Finite | None = Field(None, ge=0)
+    weight_decay: Finite | None = Field(None, ge=0)
+    betas: tuple[Annotated[Finite, Field(ge=0, lt=1)], Annotated[Finite, Field(ge=0, lt=1)]] | None = None
+    eps: Finite | None = Field(None, ge=0)
+    optimizer_dtype: Literal["fp32", "float32", "bf16", "bfloat16"] | None = None
+    optimizer_kwargs: dict[str, StrictBool | Finite | str] | None = Field(None, max_length=32)
+
+
+class ParallelismConfig(Body):
+    tensor_parallel_size: Positive = 1
+    pipeline_parallel_size: Positive = 1
+    num_gpus: Positive | None = None
+
+
+class CreateModel(Body):
+    """A model of a session (`session_id`, `model_seq_id`); or one that the client names (`model_id`), which
+    is opened again if it is there; or, with neither, one in a session of its own."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "session_id": "abc-123",
+                    "model_seq_id": 0,
+                    "model_name": "Qwen/Qwen2.5-7B-Instruct",
+                    "lora_config": {
+                        "rank": 32,
+                        "train_mlp": True,
+                        "train_attn": True,
+                        "train_unembed": True,
+                    },
+                    "max_batch_size": 256,
+                    "max_seq_len": 4096,
+                    "debug_train_only": False,
+                    "checkpoint_path": None,
+                    "rlve_config": None,
+                    "wandb_config": None,
+                }
+            ]
+        }
+    )
+    session_id: Id | None = None
+    model_seq_id: SeqId | None = None
+    model_id: Id | None = None
+    base_model: str | None = None
+    model_name: str | None = Field(None, description="another name for base_model")
+    lora_config: LoraConfig | None = None
+    optimizer_config: OptimizerConfig | None = None
+    user_metadata: Metadata | None = None
+    checkpoint_path: str | None = Field(None, description="start from this training checkpoint")
+    grad_normalization: messages.GradNormalization | None = None
+    target_alignment: messages.TargetAlignment | None = None
+    max_batch_size: Positive | None = Field(None, description="datums per request, at most")
+    max_seq_len: Positive | None = Field(None, description="tokens per datum, at most")
+    debug_train_only: StrictBool = Field(False, description="the model is never sampled from")
+    staleness_k: Annotated[StrictInt, Field(ge=0)] = Field(
+        0, description="versions that samples may lag behind; here they never do"
+    )
+    parallelism_config: ParallelismConfig | None = None
+    objective: Literal["language_modeling", "sequence_classification", "token_classification"] = (
+        "language_modeling"
+    )
+    num_labels: StrictInt | None = None
+    head_config: dict[str, Any] | None = None
+    rlve_config: dict[str, Any] | None = None
+    wandb_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_base_model(self) -> CreateModel:
+        if self.base_model and self.model_name and self.base_model != self.model_name:
+            raise ValueError(
+                f"base_model {self.base_model!r} and model_name {self.model_name!r} are two names for the "
+                "same; send one"
+            )
+        if (self.base_model or self.model_name) is None:
+            raise ValueError("base_model (or model_name): missing")
+        if (self.session_id is None) != (self.model_seq_id is None) and self.model_id is None:
+            raise ValueError("session_id and model_seq_id come together")
+        return self
+
+    @property
+    def base(self) -> str:
+        return self.base_model or self.model_name or ""
+
+
+class KillSession(OfModel):
+    """`reset_weights`: the model is there again at once, as it was at its creation."""
+
+    save_checkpoint: StrictBool = True
+    reset_weights: StrictBool = False

@@ -1,0 +1,249 @@
+"""JSON bodies of training operations. Those of forward_backward become the message that SDKs send."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from pydantic import (
+    AliasChoices,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from ...engine import messages
+from ..errors import BadRequest, Invalid, describe
+from . import tinsmith_wire_pb2 as pb
+from .body import DEFAULT_MODEL, Body, Finite, Int64, Sequenced
+from .forward_backward import ForwardBackwardBody, checked
+from .model_input import ModelInput
+
+Number = Int64 | float
+_CODES = {
+    "float32": (pb.DTYPE_FLOAT32, "<f4"),
+    "int64": (pb.DTYPE_INT64, "<i8"),
+    "int32": (pb.DTYPE_INT32, "<i4"),
+}
+# By name, where a list says no dtype.
+_INTEGERS = frozenset({"target_tokens", "labels", "target"})
+
+
+class TensorData(Body):
+    """Row-major; or, with both kinds of indices, compressed sparse rows. Without a shape a vector; without a
+    dtype int64 for targets, float32 for all else."""
+
+    data: list[Number]
+    dtype: Literal["float32", "int64", "int32"] | None = None
+    shape: Annotated[list[Int64], Field(max_length=2)] | None = None
+    sparse_crow_indices: list[Int64] | None = None
+    sparse_col_indices: list[Int64] | None = None
+
+
+class Datum(Body):
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData | list[Number]]
+
+
+class Batch(Body):
+    data: list[Datum]
+    loss_fn: str = "cross_entropy"
+    loss_fn_config: dict[str, StrictBool | float | str | None] | None = Field(
+        None, validation_alias=AliasChoices("loss_fn_config", "loss_fn_params")
+    )
+    routed_experts: Any = None
+    routed_expert_logits: Any = None
+
+
+class ForwardBackward(Sequenced):
+    """The batch in `forward_backward_input` or `forward_input`, or here."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_id": "model-abc-123",
+                    "data": [
+                        {
+                            "model_input": {"chunks": [{"tokens": [1, 2, 3, 4, 5, 6, 7, 8]}]},
+                            "loss_fn_inputs": {
+                                "target_tokens": {"data": [5, 6, 7, 8], "dtype": "int64"},
+                                "logprobs": {"data": [-2.1, -1.8, -3.2, -2.5], "dtype": "float32"},
+                                "advantages": {"data": [0.5, -0.3, 0.8, 0.2], "dtype": "float32"},
+                            },
+                        }
+                    ],
+                    "loss_fn": "importance_sampling",
+                }
+            ]
+        }
+    )
+    forward_backward_input: Batch | None = Field(
+        None, validation_alias=AliasChoices("forward_backward_input", "forward_input")
+    )
+    data: list[Datum] | None = None
+    loss_fn: str = "cross_entropy"
+    loss_fn_config: dict[str, StrictBool | float | str | None] | None = Field(
+        None, validation_alias=AliasChoices("loss_fn_config", "loss_fn_params")
+    )
+
+    @property
+    def batch(self) -> Batch:
+        """Raises BadRequest."""
+        if (self.forward_backward_input is None) == (self.data is None):
+            raise BadRequest("forward_backward_input, forward_input or data: send one of them")
+        if self.forward_backward_input is not None:
+            return self.forward_backward_input
+        return Batch(data=self.data or [], loss_fn=self.loss_fn, loss_fn_config=self.loss_fn_config)
+
+
+def peek(raw: bytes) -> tuple[Any, Any]:
+    """model_id and seq_id of a body, whatever else is in it. Raises BadRequest for what is no JSON."""
+    try:
+        content = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is neither JSON nor a protobuf ForwardBackwardRequest: {error}") from None
+    if not isinstance(content, dict):
+        raise BadRequest("the body is not a JSON object")
+    return content.get("model_id", DEFAULT_MODEL), content.get("seq_id")
+
+
+def decode(raw: bytes, max_datums: int) -> ForwardBackwardBody:
+    """Of JSON, by the message that SDKs send. Raises Invalid, or BadRequest naming datum and field."""
+    try:
+        body = ForwardBackward.model_validate_json(raw)
+    except ValidationError as error:
+        raise Invalid(describe([*map(dict, error.errors())])) from None
+    return checked(_message(body), max_datums)
+
+
+def _message(body: ForwardBackward) -> pb.ForwardBackwardRequest:
+    batch = body.batch
+    for name in ("routed_experts", "routed_expert_logits"):
+        if getattr(batch, name) is not None:
+            raise BadRequest(f"{name}: this server's models choose their experts themselves; leave it out")
+    request = pb.ForwardBackwardRequest(
+        model_id=body.model_id, seq_id=body.seq_id or 0, loss_fn=batch.loss_fn
+    )
+    for index, datum in enumerate(batch.data):
+        tokens = _array(datum.model_input.ids(f"datum {index}: model_input"), "<i4", f"datum {index}: tokens")
+        added = request.data.add()
+        added.model_input.add(encoded_text=pb.EncodedTextChunk(tokens=tokens))
+        for name, given in datum.loss_fn_inputs.items():
+            where = f"datum {index}: loss_fn_inputs[{name!r}]"
+            added.loss_fn_inputs[name].CopyFrom(_tensor(name, given, where))
+    for key, value in (batch.loss_fn_config or {}).items():
+        if isinstance(value, str):
+            request.loss_fn_config_v2[key].text = value
+        elif value is not None:
+            request.loss_fn_config_v2[key].number = float(value)
+    return request
+
+
+def _tensor(name: str, given: TensorData | list[Number], where: str) -> pb.Tensor:
+    tensor = given if isinstance(given, TensorData) else TensorData(data=given)
+    code, stored = _CODES[tensor.dtype or ("int64" if name in _INTEGERS else "float32")]
+    data = _array(tensor.data, stored, where)
+    crow, cols = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    if (crow is None) != (cols is None):
+        raise BadRequest(f"{where}: sparse_crow_indices and sparse_col_indices come together")
+    if crow is None or cols is None:
+        return pb.Tensor(dtype=code, shape=tensor.shape or [], dense=data)
+    sparse = pb.SparseCsr(
+        values=data, crow_indices=_array(crow, "<i8", where), col_indices=_array(cols, "<i8", where)
+    )
+    return pb.Tensor(dtype=code, shape=tensor.shape or [], sparse_csr=sparse)
+
+
+def _array(values: list[Any], stored: str, where: str) -> bytes:
+    """Raises BadRequest for numbers that the dtype does not have."""
+    try:
+        array = np.asarray(values, np.float64 if stored == "<f4" else None)
+        if stored != "<f4" and array.size and array.dtype.kind != "i":
+            if any(value != int(value) for value in values):
+                raise BadRequest(f"{where}: fractions in a tensor of integers")
+            array = np.asarray([int(value) for value in values])
+        if stored == "<i4" and array.size and not -(1 << 31) <= array.min() <= array.max() < 1 << 31:
+            raise BadRequest(f"{where}: numbers outside the 32 bits of an int32")
+        with np.errstate(over="ignore"):
+            return array.astype(stored).tobytes()
+    except (OverflowError, ValueError):
+        raise BadRequest(f"{where}: not numbers of the tensor's dtype") from None
+
+
+class AdamParams(Body):
+    """What is left out is as in the model's optimizer_config."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"learning_rate": 1e-6, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01}
+            ]
+        }
+    )
+    learning_rate: Finite = Field(1e-4, ge=0)
+    beta1: Finite = Field(0.9, ge=0, lt=1)
+    beta2: Finite = Field(0.95, ge=0, lt=1)
+    eps: Finite = Field(1e-12, ge=0)
+    weight_decay: Finite = Field(0.0, ge=0)
+    grad_clip_norm: Finite = Field(0.0, ge=0)
+
+
+class DimuonParams(Body):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["dimuon"]
+    learning_rate: Finite = Field(ge=0)
+    beta1: Finite = Field(0.9, ge=0, lt=1)
+    grad_clip_norm: Finite = 0.0  # below 0: off
+
+    def message(self) -> messages.DimuonParams:
+        return messages.DimuonParams(**self.model_dump(exclude={"type"}))
+
+
+class OptimStep(Sequenced):
+    """`learning_rate` and `gradient_clip` (0 or less: off) go before those of `adam_params`."""
+
+    adam_params: AdamParams | None = None
+    optimizer_params: dict[str, Any] | None = None
+    learning_rate: Finite | None = Field(None, ge=0, validation_alias=AliasChoices("learning_rate", "lr"))
+    gradient_clip: Finite | None = None
+    step_num: StrictInt | None = Field(None, description="the client's own count; given back")
+
+    _params: AdamParams | DimuonParams = PrivateAttr(default_factory=AdamParams)
+
+    @model_validator(mode="after")
+    def _either(self) -> OptimStep:
+        families: dict[str, type[AdamParams | DimuonParams]] = {"dimuon": DimuonParams}
+        family = families.get(self.family, AdamParams)
+        if self.adam_params is not None:
+            self._params = self.adam_params
+        elif self.optimizer_params:
+            try:
+                self._params = family.model_validate(self.optimizer_params)
+            except ValidationError as error:
+                raise ValueError(f"optimizer_params: {describe([*map(dict, error.errors())])}") from None
+        return self
+
+    @property
+    def family(self) -> str:
+        """Whose parameters these are; perhaps one that there is not. Empty: any family's."""
+        if self.adam_params is not None or not self.optimizer_params:
+            return ""
+        return str(self.optimizer_params.get("type", ""))[:64]
+
+    def message(self, run_id: str, defaults: dict[str, float] | None = None) -> messages.OptimStep:
+        """Of the model of that id, without a request id. `defaults`: the model's own, for what the step does
+        not say."""
+        if isinstance(self._params, DimuonParams):
+            return messages.OptimStep("", run_id, dimuon=self._params.message())
+        fields = AdamParams().model_dump() | (defaults or {}) | self._params.model_dump(exclude_unset=True)
+        if self.learning_rate is not None:
+            fields["learning_rate"] = self.learning_rate
+        if self.gradient_clip is not None:
+            fields["grad_clip_norm"] = max(0.0, self.gradient_clip)
+        return messages.OptimStep("", run_id, messages.AdamParams(**fields))
