@@ -220,7 +220,7 @@ class Sampler:
             return []
         self._turns += 1
         positions = max(self._queue.positions_after_chunk(sequence) for sequence in chosen)
-        decoded = self._programs.decode(chosen, positions)
+        decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
         seconds = (time.monotonic() - began) / len(chosen)
         answers: list[messages.Done | messages.Failed] = []
         for row, sequence in enumerate(chosen):

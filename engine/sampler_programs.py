@@ -19,14 +19,15 @@ from .prompt_scores import PromptScores
 from .sampler_rows import (
     CONTEXT_BUCKETS,
     DRAW_BUCKETS,
-    SLOT_BUCKETS,
     TARGET_BUCKETS,
     bucket_of,
     decode_rows,
+    is_penalized,
     prefill_row,
 )
 from .sampler_weights import AdapterStacks
 from .sequence import Prompt, Sequence
+from .slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class SamplerPrograms:
         self._mesh = mesh
         self._on_compile = on_compile or (lambda name, seconds: None)
         self._compiled: set[str] = set()
+        self._slots = Slots()
         self._pages: kv_cache.Pages | None = None  # made when first needed
         self.stacks = AdapterStacks(None if mesh is None else replicated(mesh))
 
@@ -127,20 +129,23 @@ class SamplerPrograms:
             finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))
         return finite
 
-    def decode(self, chosen: list[Sequence], positions: int) -> Decoded:
+    def decode(self, chosen: list[Sequence], positions: int, soon: int) -> Decoded:
         """A few tokens for each of the sequences (`SamplingQueue.next_batch`), on the host; none of them will
-        have more than so many positions."""
+        have more than so many positions. With those that wait there are `soon` so many."""
         stack, adapter = self.stacks.of([s.generation.weights for s in chosen])
         pages = self._context_pages(positions)
-        slots = bucket_of(SLOT_BUCKETS, len(chosen))
+        penalties = " with penalties" if any(map(is_penalized, chosen)) else ""
+        kind = f"over {pages * self._page_size}{penalties}{_kind(stack)}"
+        slots = self._slots.choose(kind, len(chosen), soon)
         rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps)
         want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
         base = chosen[0].generation.weights.base_by_layer
-        penalties = "" if rows.penalties is None else " with penalties"
-        name = f"decode {slots} slots over {pages * self._page_size}{penalties}{_kind(stack)}"
-        with self._timed(name):
+        began = time.monotonic()
+        with self._timed(f"decode {slots} slots {kind}"):
             self._pages, decoded = decode.decode(self._graph, base, self._pages, stack, rows, want_top)
-            return jax.device_get(decoded)
+            decoded = jax.device_get(decoded)
+        self._slots.ran(kind, len(chosen), slots, time.monotonic() - began)
+        return decoded
 
     def _context_pages(self, positions: int) -> int:
         """Table columns for so many cached positions: the bucket's, at most the model's longest."""

@@ -10,7 +10,6 @@ import numpy as np
 from ..model.decode import DecodeRows, PrefillRow
 from ..model.penalties import PenaltyRows
 from ..model.token_sampling import SamplingRows, uniforms
-from . import messages
 from .sequence import Prompt, Sequence
 
 SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
@@ -86,12 +85,12 @@ def decode_rows(
         stop_tokens=stop_tokens,
         sampling=sampling,
         u=u,
-        penalties=_penalty_rows(chosen, S, P * page_size) if any(map(_is_penalized, params)) else None,
+        penalties=_penalty_rows(chosen, S, P * page_size) if any(map(is_penalized, chosen)) else None,
     )
 
 
-def _is_penalized(params: messages.SamplingParams) -> bool:
-    off = (1.0, 0.0, 0.0)
+def is_penalized(sequence: Sequence) -> bool:
+    params, off = sequence.generation.request.params, (1.0, 0.0, 0.0)
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != off
 
 
@@ -107,7 +106,7 @@ def _penalty_rows(chosen: list[Sequence], slots: int, context_tokens: int) -> Pe
     )
     for row, sequence in enumerate(chosen):
         params = sequence.generation.request.params
-        if not _is_penalized(params):
+        if not is_penalized(sequence):
             continue
         rows.repetition[row] = params.repetition_penalty
         rows.presence[row] = params.presence_penalty

@@ -119,6 +119,12 @@ class SamplingQueue:
             self.running.append(sequence)
         return copies
 
+    @property
+    def wanted_slots(self) -> int:
+        """For all samples that run or wait, as far as there are slots."""
+        held = (*self.prefilling, *self._cached, *self._waiting)
+        return min(self._max_slots, len(self.running) + sum(len(prompt.sequences) for prompt in held))
+
     # --- running -----------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[Sequence]:

@@ -1,0 +1,33 @@
+"""In how many slots to decode: a program that is compiled serves fewer sequences too, until that has cost as
+much as compiling one that fits would."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from .sampler_rows import SLOT_BUCKETS, bucket_of
+
+
+class Slots:
+    """Of programs that differ in their slots only, named by their `kind`."""
+
+    def __init__(self) -> None:
+        self._compile_seconds: dict[str, dict[int, float]] = defaultdict(dict)
+        self._borrowed_seconds: dict[tuple[str, int], float] = defaultdict(float)
+
+    def choose(self, kind: str, needed: int, soon: int) -> int:
+        """For `needed` sequences now, and `soon` so many if all that wait run as well."""
+        compiled, fitting = self._compile_seconds[kind], bucket_of(SLOT_BUCKETS, needed)
+        if fitting in compiled:
+            return fitting
+        larger = min((slots for slots in compiled if slots > fitting), default=None)
+        if larger is None:
+            return bucket_of(SLOT_BUCKETS, max(needed, soon))
+        return larger if self._borrowed_seconds[kind, fitting] < compiled[larger] else fitting
+
+    def ran(self, kind: str, needed: int, slots: int, seconds: float) -> None:
+        """A chunk took so long; a program's first one with its compilation."""
+        if slots not in self._compile_seconds[kind]:
+            self._compile_seconds[kind][slots] = seconds
+        elif (fitting := bucket_of(SLOT_BUCKETS, needed)) < slots:
+            self._borrowed_seconds[kind, fitting] += seconds
