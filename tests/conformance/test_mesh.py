@@ -12,21 +12,25 @@ from conformance.batches import batch, logprobs
 from conformance.server_process import ServerProcess
 from tinker import types
 
-FOUR_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
+EIGHT_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+PARAMS = {"adamw": types.AdamParams, "dimuon": types.DimuonParams}
+CONFIGS = {"adamw": types.AdamOptimizerConfig(), "dimuon": types.DimuonOptimizerConfig()}
 
 
-def train(server: ServerProcess, rank: int) -> tuple[list[np.ndarray], list[int], np.ndarray]:
+def train(server: ServerProcess, rank: int, optimizer: str) -> tuple[list[np.ndarray], list[int], np.ndarray]:
     """Two steps and a restored checkpoint: log-probs of every pass, a greedy sample and its log-probs."""
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-any")
-    training = service.create_lora_training_client(base_model="tiny", rank=rank, seed=3).result()
+    training = service.create_lora_training_client(
+        base_model="tiny", rank=rank, seed=3, optimizer=CONFIGS[optimizer]
+    ).result()
     data, seen = batch(6), []
     for _ in range(2):
         seen += logprobs(training.forward_backward(data, "cross_entropy").result())
-        training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        training.optim_step(PARAMS[optimizer](learning_rate=1e-2)).result()
     path = training.save_state("after-two").result().path
     sampling = training.save_weights_and_get_sampling_client().result()
     training.forward_backward(data, "cross_entropy").result()
-    training.optim_step(types.AdamParams(learning_rate=1e-1)).result()
+    training.optim_step(PARAMS[optimizer](learning_rate=1e-1)).result()
     training.load_state(path).result()
     seen += logprobs(training.forward(data, "cross_entropy").result())
     prompt = types.ModelInput.from_ints([5, 6, 7])
@@ -35,9 +39,11 @@ def train(server: ServerProcess, rank: int) -> tuple[list[np.ndarray], list[int]
     return seen, sample.tokens, np.array(sample.logprobs)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-def test_a_mesh_gives_one_devices_results(servers: tuple[ServerProcess, ServerProcess], rank: int) -> None:
-    one, meshed = (train(server, rank) for server in servers)
+@pytest.mark.parametrize(("rank", "optimizer"), [(4, "adamw"), (0, "adamw"), (4, "dimuon"), (0, "dimuon")])
+def test_a_mesh_gives_one_devices_results(
+    servers: tuple[ServerProcess, ServerProcess], rank: int, optimizer: str
+) -> None:
+    one, meshed = (train(server, rank, optimizer) for server in servers)
     for row, other in zip(one[0], meshed[0], strict=True):
         np.testing.assert_allclose(row, other, atol=1e-4)
     assert one[1] == meshed[1]
@@ -50,6 +56,6 @@ def test_a_mesh_gives_one_devices_results(servers: tuple[ServerProcess, ServerPr
 @pytest.fixture(scope="module")
 def servers(make_server: Callable[..., ServerProcess]) -> tuple[ServerProcess, ServerProcess]:
     one = make_server("--full-weight").start()
-    meshed = make_server("--full-weight", "--mesh", "fsdp=2,tensor=2", **FOUR_DEVICES).start()
-    assert "on 4 x cpu" in meshed.log
+    meshed = make_server("--full-weight", "--mesh", "data=2,fsdp=2,tensor=2", **EIGHT_DEVICES).start()
+    assert "on 8 x cpu" in meshed.log
     return one, meshed
