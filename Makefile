@@ -13,7 +13,7 @@ TORCH := torch==2.13.0
 VERSION := import sys; print('%d.%d' % sys.version_info[:2])
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test slow fuzz sdks lint format bench lock clean
+.PHONY: help install demo test slow fuzz sdks cookbook methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,19 @@ slow: $(STAMP) ## the tests that are too slow for every time, the older SDKs amo
 
 sdks: $(STAMP) ## one program with each of five older Tinker SDKs, which pip fetches
 	$(BIN)/python -m pytest -v -m slow tests/conformance/test_old_sdks.py
+
+COOKBOOK := .cache/cookbook/venv
+cookbook: $(STAMP) $(COOKBOOK)/.installed ## tinker-cookbook's programs as they are, on a server (half an hour)
+	$(BIN)/python -m pytest -v -m slow tests/cookbook
+
+$(COOKBOOK)/.installed: tests/cookbook/requirements.txt
+	$(PYTHON) -m venv --clear $(COOKBOOK)
+	$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-compile $(TORCH)
+	$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps -r $<
+	@touch $@
+
+methods: $(STAMP) ## write docs/compatibility.md's table of the SDK's methods from the tests that call them
+	TINSMITH_WRITE_METHODS=1 $(BIN)/python -m pytest -q -m "not slow" tests/conformance/test_sdk_*.py
 
 lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -1,0 +1,135 @@
+"""A small chat model, trained on the spot: `python chat_model.py FOLDER` with the cookbook's interpreter.
+
+Llama with three layers and untied embeddings, half a million parameters; a byte-level BPE tokenizer with
+ChatML's tokens, and with `<think>` and `</think>` as the cookbook's renderers of thinking models want them.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import tinker_cookbook
+import torch
+from conversations import Messages, guesses, in_a_box, languages, small_talk, sum_of_two
+from tinker_cookbook import renderers
+from tinker_cookbook.recipes.multiplayer_rl.guess_number import env as guessing
+from tinker_cookbook.recipes.prompt_distillation.create_data import LANGUAGE_CLASSIFICATION_PROMPT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+STEPS, BATCH_TOKENS, LEARNING_RATE = 400, 2048, 4e-3
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+MULTILINGUAL = Path(tinker_cookbook.__file__).parent / "example_data" / "multilingual.txt"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KINDS: list[tuple[float, Callable[[random.Random], Messages]]] = [
+    (4, small_talk),
+    (2, sum_of_two),
+    (2, in_a_box),
+    (2, guesses(guessing.SYSTEM_PROMPT, guessing.FAIL_TO_PARSE)),
+    (1, languages(LANGUAGE_CLASSIFICATION_PROMPT, MULTILINGUAL.read_text().splitlines())),
+]
+
+
+def conversations(seed: int) -> Iterator[Callable[[], Messages]]:
+    """One kind after the other; a kind gives as many conversations as it is called for."""
+    chooser = random.Random(seed)
+    weights, kinds = zip(*KINDS, strict=True)
+    while True:
+        yield partial(*chooser.choices(kinds, weights), chooser)
+
+
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    kinds = islice(conversations(1), 2000)
+    read = (message["content"] for kind in kinds for message in kind())
+    tokenizer.train_from_iterator(read, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[list[int], list[float]]]]:
+    """Tokens and their weights; every third batch has the empty thought of a thinking model.
+
+    A batch is of one kind, so that its conversations are of about one length.
+    """
+    plain = renderers.get_renderer("qwen3_instruct", tokenizer)
+    thinking = renderers.get_renderer("qwen3_5_disable_thinking", tokenizer)
+    for number, kind in enumerate(conversations(2)):
+        renderer = thinking if number % 3 == 0 else plain
+        batch, count = [], 0
+        while count < BATCH_TOKENS:
+            model_input, weights = renderer.build_supervised_example(
+                kind(), train_on_what=renderers.TrainOnWhat.LAST_ASSISTANT_MESSAGE
+            )
+            batch.append((model_input.to_ints(), weights.tolist()))
+            count += len(batch[-1][0])
+        yield batch
+
+
+def train(folder: Path) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    tokenizer = write_tokenizer(folder)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=8192,
+            rope_theta=10_000.0,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    for step, batch in enumerate(islice(batches(tokenizer), STEPS)):
+        longest = max(len(tokens) for tokens, _ in batch)
+        tokens = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in batch])
+        weights = torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in batch])
+        logits = model(tokens[:, :-1]).logits
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * (1 - step / STEPS)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))
