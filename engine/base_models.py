@@ -36,7 +36,6 @@ class BaseModel:
     mesh: Mesh
     dtype: Any
     graph: Any
-    weights: decoder.Base
     trainer: Trainer
     samplers: SamplerCache
 
@@ -71,7 +70,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
     def new_sampler() -> Sampler:
         return Sampler(
             graph,
-            weights,
+            trainer.base,
             config,
             token_bytes=token_bytes,
             mesh=mesh,
@@ -100,7 +99,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
         limit,
         time.perf_counter() - began,
     )
-    return BaseModel(declared.name, folder, config, mesh, dtype, graph, weights, trainer, samplers)
+    return BaseModel(declared.name, folder, config, mesh, dtype, graph, trainer, samplers)
 
 
 def _token_bytes(folder: Path) -> TokenBytes | None:

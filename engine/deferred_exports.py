@@ -44,6 +44,11 @@ class DeferredExports:
         self._urgent.set()
         return self._thread.submit(wait)
 
+    def finish(self) -> None:
+        """Wait for those there are. One that fails is in memory still."""
+        self._urgent.set()
+        self._thread.submit(self._urgent.clear).result()
+
     def forget(self, model_id: str) -> None:
         """The model is gone, and its failed exports with it."""
         self._thread.submit(self._failed.pop, model_id, None)

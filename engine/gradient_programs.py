@@ -45,7 +45,7 @@ class GradientPrograms:
         self._programs = programs
         self._mesh = mesh
         self._config = config
-        self._base = base
+        self.base = base
         self._base_shardings = base_shardings
         self._replicated = sharding.replicated(mesh)
         self._static = static
@@ -74,7 +74,7 @@ class GradientPrograms:
         if key is None:
             total, outputs = program(weights[0], gradients[0], batch)
             return (total,), outputs
-        return program(self._base, weights, self._scales(states), gradients, batch)
+        return program(self.base, weights, self._scales(states), gradients, batch)
 
     def run_forward(self, states: Sequence[TrainingState], batch: Batch, sequence_level: bool) -> Outputs:
         """The outputs alone. Raises as `run_gradients`."""
@@ -87,7 +87,7 @@ class GradientPrograms:
             function, arguments = train_step.forward_weights, (weights[0], batch)
         else:
             function = train_step.forward_adapters
-            arguments = (self._base, weights, self._scales(states), batch)
+            arguments = (self.base, weights, self._scales(states), batch)
         name = f"forward {describe(key, batch, len(states), sequence_level)}"
         program = self._programs.get(
             name, name, partial(function, static), arguments, out_shardings=self._replicated
@@ -115,7 +115,7 @@ class GradientPrograms:
         else:
             function = train_step.forward_backward_adapters
             scales = jax.ShapeDtypeStruct((len(weights),), jnp.float32, sharding=self._replicated)
-            arguments = (self._base, weights, scales, gradients, batch)
+            arguments = (self.base, weights, scales, gradients, batch)
             donate, pin = (3,), self._replicated
         return self._programs.get(
             name,

@@ -10,21 +10,22 @@ from __future__ import annotations
 import logging
 import queue
 import time
-import uuid
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
-from . import log_lines, messages
+from . import messages
+from .answers import answer_to, note
 from .base_models import BaseModel
 from .custom_loss_run import CustomJob
 from .custom_losses import load
-from .errors import MissingWeights, UserError, reason
+from .errors import MissingWeights, UserError
 from .models import Models, Writing
 from .sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit
+from .sleep import Sleep
 from .socket import Socket
 from .training_run import Job, JobOutput
 from .under_way import UnderWay
@@ -56,14 +57,18 @@ class Engine:
         self._writing = 0
         self._stops: list[messages.Stop] = []
         self._under_way = UnderWay(config.under_way)
+        shared = list({id(base.trainer): base for base in bases.values()}.values())
+        self._sleep = Sleep(shared, self._models, self._accept, self._answer)
 
     def run(self) -> None:
         """Until a Stop, and then until all that was asked for is done and on disk."""
-        while self._busy or self._writing or not self._stops:
+        while self._busy or self._writing or self._sleep.under_way or not self._stops:
             self._receive()
+            if self._sleep.under_way and not self._busy:
+                self._sleep.fall_asleep()
             if unit := self._scheduler.next():
                 self._train(unit)
-            for samplers in self._samplers:
+            for samplers in () if self._sleep.asleep else self._samplers:
                 if samplers.sampler.has_work:
                     self._sample(samplers)
         self._models.close()
@@ -79,7 +84,8 @@ class Engine:
     def _receive(self) -> None:
         """Take what has arrived; wait for something when there is nothing else to do."""
         while True:
-            may_wait = not self._busy and (self._writing or not self._stops)
+            idle = not self._busy and not self._sleep.under_way
+            may_wait = idle and (self._writing or not self._stops)
             if may_wait:
                 self._under_way.note(())
             until_idle = [samplers.evict_idle() for samplers in self._samplers]
@@ -91,7 +97,11 @@ class Engine:
                     return
 
     def _accept(self, request: Request | Written) -> None:
+        if not isinstance(request, Written) and self._sleep.takes(request):
+            return
         match request:
+            case messages.Sleep() | messages.WakeUp():
+                pass  # `Sleep.takes` has
             case messages.Sample():
                 self._add_sample(request)
             case messages.Cancel():
@@ -265,41 +275,16 @@ class Engine:
         for answer in answers:
             _, request = self._sampling.pop(answer.request_id)
             self._socket.send(answer)
-            self._log(request, answer)
+            note(request, answer)
 
     # --- answer -------------------------------------------------------------------------------------------
 
     def _answer(
         self, request: Request, outcome: messages.Output | BaseException, seconds: float = 0.0
     ) -> None:
-        """Done, or Failed: with what the user did wrong, or with the id of an error that the log explains."""
-        answer: messages.Done | messages.Failed
-        match outcome:
-            case MissingWeights():
-                answer = messages.Failed(request.request_id, str(outcome), "missing")
-            case UserError():
-                answer = messages.Failed(request.request_id, str(outcome), "user")
-            case BaseException():
-                error_id = uuid.uuid4().hex[:8]
-                log.error("error %s in %s", error_id, log_lines.described(request), exc_info=outcome)
-                answer = messages.Failed(
-                    request.request_id, f"{reason(outcome)} (error {error_id} in the server's log)", "server"
-                )
-            case _:
-                answer = messages.Done(request.request_id, outcome, seconds)
+        answer = answer_to(request, outcome, seconds)
         self._socket.send(answer)
-        self._log(request, answer)
-
-    def _log(self, request: Request, answer: messages.Done | messages.Failed) -> None:
-        if isinstance(answer, messages.Failed):
-            log.warning("%s: failed (%s): %s", log_lines.described(request), answer.category, answer.message)
-        else:
-            log.info(
-                "%s: %s in %.3f s",
-                log_lines.described(request),
-                log_lines.result(answer.output),
-                answer.device_seconds,
-            )
+        note(request, answer)
 
 
 def _forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:

@@ -20,10 +20,10 @@ DType = Literal["float32", "int64", "int32"]
 
 GradNormalization = Literal["sum", "token_mean"]
 TargetAlignment = Literal["shifted", "by_shape"]
-"""How a datum of N tokens says what its positions predict. `shifted`: inputs have N rows, position i predicts
-`target_tokens[i]`. `by_shape`: as its inputs are, that; or `target_tokens` of k < N rows are the last k of the
-tokens themselves, and all inputs and log-probs are about these; or `labels` of N rows are about the tokens
-themselves, -100 being none, and there are N - 1 log-probs."""
+"""How a datum of N tokens says what its positions predict. `shifted`: inputs have N rows, position i
+predicts `target_tokens[i]`. `by_shape`: as its inputs are, that; or `target_tokens` of k < N rows are the
+last k of the tokens themselves, and all inputs and log-probs are about these; or `labels` of N rows are about
+the tokens themselves, -100 being none, and there are N - 1 log-probs."""
 LossValue = bool | float | str
 
 
@@ -267,6 +267,14 @@ class ReleaseSampler(_Request, frozen=True):
     weights: str
 
 
+class Sleep(_Request, frozen=True):
+    """Finish what was asked before, then give up the device's memory. What is asked later wakes it."""
+
+
+class WakeUp(_Request, frozen=True):
+    """Take the device's memory back."""
+
+
 class Stop(_Request, frozen=True):
     """Finish what is running and queued, write what is pending, answer, exit 0."""
 
@@ -283,6 +291,8 @@ ToEngine = (
     | DeleteModel
     | Cancel
     | ReleaseSampler
+    | Sleep
+    | WakeUp
     | Stop
 )
 
@@ -349,6 +359,14 @@ class SampleOutput(msgspec.Struct, frozen=True, tag=True):
     prompt_alternatives: PromptAlternatives | None = None
 
 
+class Slept(msgspec.Struct, frozen=True, tag=True):
+    """What has left the device, or has come back, 0 bytes when nothing had to; and what is on it now."""
+
+    bytes: int
+    seconds: float
+    bytes_on_device: int = 0
+
+
 class Nothing(msgspec.Struct, frozen=True, tag=True):
     """The answer to a request that has no result."""
 
@@ -361,6 +379,7 @@ Output = (
     | StateLoaded
     | SamplerSaved
     | SampleOutput
+    | Slept
     | Nothing
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 from ..ckpt import age, digests, merged, paths, peft, training_state
 from ..ckpt.atomic import atomic_directory, size_bytes
 from ..model.lora import ATTENTION_LINEARS, MLP_LINEARS
-from . import messages, optimizer_families
+from . import lora_specs, messages, optimizer_families
 from .base_models import BaseModel
 from .custom_loss_run import CustomJob
 from .deferred_exports import DeferredExports
@@ -58,6 +57,13 @@ class Models:
     def close(self) -> None:
         """Wait for what is being written behind its answer."""
         self._deferred.close()
+
+    def finish_exports(self) -> None:
+        """Wait for them; what could not be written stays in memory."""
+        self._deferred.finish()
+
+    def states(self) -> list[TrainingState]:
+        return [model.state for model in self._models.values()]
 
     def base(self, name: str) -> BaseModel:
         """Raises UserError for a base model that is not loaded."""
@@ -114,7 +120,7 @@ class Models:
             raise UserError(f"model {operation.model_id!r} exists already")
         options = optimizer_families.filled(operation.optimizer, operation.optimizer_options)
         if operation.checkpoint is None:
-            self._check_lora(operation.lora)
+            lora_specs.check(operation.lora, self._config)
             state = base.trainer.create(
                 operation.lora,
                 operation.grad_normalization,
@@ -124,11 +130,12 @@ class Models:
             )
         else:
             state = self._restore(base, operation.checkpoint, operation.optimizer, operation.optimizer_state)
-            self._check_lora(state.lora)
-            if operation.lora is not None and _shape(operation.lora) != _shape(state.lora):
+            lora_specs.check(state.lora, self._config)
+            wanted = operation.lora
+            if wanted is not None and lora_specs.shape(wanted) != lora_specs.shape(state.lora):
                 raise UserError(
-                    f"the checkpoint was trained with {_described(state.lora)}, "
-                    f"not with {_described(operation.lora)}"
+                    f"the checkpoint was trained with {lora_specs.described(state.lora)}, "
+                    f"not with {lora_specs.described(operation.lora)}"
                 )
             state.grad_normalization = operation.grad_normalization
             state.target_alignment = operation.target_alignment
@@ -136,27 +143,13 @@ class Models:
         self._models[operation.model_id] = Model(base, state)
         return messages.ModelCreated(lora=state.lora, step=state.step)
 
-    def _check_lora(self, lora: messages.LoraSpec | None) -> None:
-        if lora is None:
-            if not self._config.full_weight:
-                raise UserError(
-                    "full-weight training is not enabled on this server; give a lora_config with a rank"
-                )
-            return
-        if not 1 <= lora.rank <= self._config.max_rank:
-            raise UserError(f"lora rank {lora.rank}: it must be between 1 and {self._config.max_rank}")
-        if not (math.isfinite(lora.alpha) and lora.alpha > 0):
-            raise UserError(f"lora alpha {lora.alpha}: it must be a positive number")
-        if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
-            raise UserError("nothing would be trained: set train_attn, train_mlp or train_unembed")
-
     def _load_state(self, operation: messages.LoadState) -> messages.StateLoaded:
         model = self.find(operation.model_id)
         state = self._restore(model.base, operation.directory, model.state.family, operation.optimizer_state)
-        if _shape(state.lora) != _shape(model.state.lora):
+        if lora_specs.shape(state.lora) != lora_specs.shape(model.state.lora):
             raise UserError(
-                f"the checkpoint was trained with {_described(state.lora)}, this model with "
-                f"{_described(model.state.lora)}: create a model from the checkpoint instead"
+                f"the checkpoint was trained with {lora_specs.described(state.lora)}, this model with "
+                f"{lora_specs.described(model.state.lora)}: create a model from the checkpoint instead"
             )
         state.grad_normalization = model.state.grad_normalization
         state.target_alignment = model.state.target_alignment
@@ -288,17 +281,3 @@ def _export_encrypted(export: Callable[[Path], int], directory: Path, recipients
         size = size_bytes(writing)
         digests.write(writing)
     return size
-
-
-def _shape(lora: messages.LoraSpec | None) -> tuple | None:
-    """What two adapters must have in common to take each other's weights."""
-    if lora is None:
-        return None
-    return (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
-
-
-def _described(lora: messages.LoraSpec | None) -> str:
-    if lora is None:
-        return "full weights"
-    trained = [name for name in ("attn", "mlp", "unembed") if getattr(lora, f"train_{name}")]
-    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(trained)}"

@@ -18,6 +18,7 @@ from ..model.config import ModelConfig
 from ..model.load import WeightsError, load_base
 from . import messages
 from .errors import MissingWeights, UserError
+from .parking import Parked
 from .sampler import Sampler
 from .sampler_weights import Weights
 from .training_state import TrainingState
@@ -59,6 +60,7 @@ class SamplerCache:
         self._idle_seconds = idle_seconds
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # sampled last comes last
         self._frozen: dict[str, Weights] = {}
+        self._parked: dict[str, tuple[float, Parked]] = {}  # frozen ones, while they are not on the device
         self.sampler = new_sampler()
 
     def add(self, request: messages.Sample) -> None:
@@ -86,6 +88,7 @@ class SamplerCache:
     def release(self, key: str) -> None:
         """Forget weights. Requests already added still finish."""
         self._frozen.pop(key, None)
+        self._parked.pop(key, None)
         self._leave(key)
 
     def evict_idle(self) -> float | None:
@@ -103,6 +106,25 @@ class SamplerCache:
         """A new sampler in place of one that failed, without requests."""
         self.sampler = self._new_sampler()
         self._resident.clear()
+
+    def park(self) -> None:
+        """Let the sampler and all weights leave the device, frozen ones for the host's memory. Nothing may be
+        sampled, and no request be under way, until `unpark`."""
+        parked = {
+            key: (weights.scale, Parked((weights.adapter, weights.base if weights.adapter is None else None)))
+            for key, weights in self._frozen.items()
+        }
+        self._parked, self._frozen = parked, {}
+        self._resident.clear()
+        del self.sampler
+
+    def unpark(self) -> None:
+        """Frozen weights are back; the others come when they are sampled."""
+        for key, (scale, parked) in self._parked.items():
+            adapter, base = parked.on_device()
+            self._frozen[key] = Weights(base, None, adapter, scale)
+        self._parked = {}
+        self.sampler = self._new_sampler()
 
     def _require(self, key: str) -> None:
         """Make sure that weights are on the device."""
@@ -147,8 +169,8 @@ class SamplerCache:
         self._resident[key] = Resident(size, time.monotonic())
 
     def _leave(self, key: str) -> None:
-        self._resident.pop(key, None)
-        self.sampler.release(key)
+        if self._resident.pop(key, None) is not None:
+            self.sampler.release(key)
 
     def _bytes(self) -> int:
         return sum(resident.bytes for resident in self._resident.values())

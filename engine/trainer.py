@@ -69,7 +69,6 @@ class Trainer:
             row_devices,
         )
         self.programs = Programs(self.mesh, on_compile)
-        self._base = base
         self._replicated = sharding.replicated(self.mesh)
         self._base_shardings = sharding.shardings_for(base, decoder.logical_axes(config), self.mesh)
         dtype = base["embed_tokens"]["weight"].dtype
@@ -79,6 +78,14 @@ class Trainer:
         )
         self.custom_losses = CustomLosses()
         self._zeros: dict[Any, list[Any]] = {}
+
+    @property
+    def base(self) -> decoder.Base:
+        return self.gradient_programs.base
+
+    @base.setter
+    def base(self, weights: decoder.Base) -> None:
+        self.gradient_programs.base = weights
 
     # --- models -----------------------------------------------------------------------------------------
 
@@ -98,7 +105,7 @@ class Trainer:
         if lora is None:
             weights = jax.tree.map(
                 lambda w, s: jax.device_put(jnp.array(w, jnp.float32, copy=True), s),
-                self._base,
+                self.base,
                 self._base_shardings,
             )
         else:
@@ -124,7 +131,7 @@ class Trainer:
     def abstract_weights(self, lora: LoraSpec | None) -> Any:
         """Shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
         if lora is None:
-            shapes, shardings = self._base, self._base_shardings
+            shapes, shardings = self.base, self._base_shardings
         else:
             shapes = jax.eval_shape(lambda: self._init(lora))
             shardings = jax.tree.map(lambda _: self._replicated, shapes)
@@ -252,6 +259,10 @@ class Trainer:
         """Keep a tree of zeros for the next run. Full weights are too large to keep idle."""
         if state.lora is not None:
             self._zeros.setdefault(self.structure(state), []).append(zeros)
+
+    def forget_zeros(self) -> None:
+        """Free what `recycle` has kept."""
+        self._zeros.clear()
 
     def accumulate(self, state: TrainingState, gradients: Any) -> bool:
         """Add a run's gradients to the state's; False, and nothing added, where the sum is not finite."""

@@ -1,0 +1,41 @@
+"""What a request is answered with, in the engine's words and in the log's."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from . import log_lines, messages
+from .errors import MissingWeights, UserError, reason
+
+log = logging.getLogger(__name__)
+
+
+def answer_to(
+    request: messages.ToEngine, outcome: messages.Output | BaseException, seconds: float
+) -> messages.Done | messages.Failed:
+    """Done, or Failed: with what the user did wrong, or with the id of an error that the log explains."""
+    match outcome:
+        case MissingWeights():
+            return messages.Failed(request.request_id, str(outcome), "missing")
+        case UserError():
+            return messages.Failed(request.request_id, str(outcome), "user")
+        case BaseException():
+            error_id = uuid.uuid4().hex[:8]
+            log.error("error %s in %s", error_id, log_lines.described(request), exc_info=outcome)
+            message = f"{reason(outcome)} (error {error_id} in the server's log)"
+            return messages.Failed(request.request_id, message, "server")
+    return messages.Done(request.request_id, outcome, seconds)
+
+
+def note(request: messages.ToEngine, answer: messages.Done | messages.Failed) -> None:
+    """The answer in the log."""
+    if isinstance(answer, messages.Failed):
+        log.warning("%s: failed (%s): %s", log_lines.described(request), answer.category, answer.message)
+    else:
+        log.info(
+            "%s: %s in %.3f s",
+            log_lines.described(request),
+            log_lines.result(answer.output),
+            answer.device_seconds,
+        )

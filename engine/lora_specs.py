@@ -1,0 +1,38 @@
+"""Which adapters there can be, and which can take each other's weights."""
+
+from __future__ import annotations
+
+import math
+
+from .errors import UserError
+from .messages import EngineConfig, LoraSpec
+
+
+def check(lora: LoraSpec | None, config: EngineConfig) -> None:
+    """Raises UserError for what this engine does not train."""
+    if lora is None:
+        if not config.full_weight:
+            raise UserError(
+                "full-weight training is not enabled on this server; give a lora_config with a rank"
+            )
+        return
+    if not 1 <= lora.rank <= config.max_rank:
+        raise UserError(f"lora rank {lora.rank}: it must be between 1 and {config.max_rank}")
+    if not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        raise UserError(f"lora alpha {lora.alpha}: it must be a positive number")
+    if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+        raise UserError("nothing would be trained: set train_attn, train_mlp or train_unembed")
+
+
+def shape(lora: LoraSpec | None) -> tuple | None:
+    """What two adapters must have in common to take each other's weights."""
+    if lora is None:
+        return None
+    return (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
+
+
+def described(lora: LoraSpec | None) -> str:
+    if lora is None:
+        return "full weights"
+    trained = [name for name in ("attn", "mlp", "unembed") if getattr(lora, f"train_{name}")]
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(trained)}"
