@@ -49,6 +49,7 @@ class Operations:
         self._pending: dict[str, Operation] = {}
         self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
+        self.accepted = 0  # since the start
 
     # --- submits
 
@@ -120,6 +121,7 @@ class Operations:
             del self._pending[request_id]
             return self._first(result)
         operation.committed = True
+        self.accepted += 1
         if sequenced:
             self.dispatcher.add(operation)
         elif not operation.settled:

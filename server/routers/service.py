@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ... import __version__
-from . import Backend, BackendOf, Owner
+from . import Backend, BackendOf, Owner, base_url
 
 router = APIRouter(tags=["service"])
 
@@ -42,6 +43,7 @@ async def dynamic_config(_owner: Owner) -> dict[str, Any]:
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
+@router.get("/api/v1/capabilities")
 @router.get("/api/v1/get_server_capabilities")
 async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     return {
@@ -55,6 +57,8 @@ async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
             }
             for model in backend.base_models.values()
         ],
+        "model_names": list(backend.base_models),
+        "max_batch_size": backend.settings.max_datums,
         "features": ["lora", "gradient_accumulation", "checkpointing", "sampling"]
         + (["full_weight"] if backend.settings.full_weight else []),
         "version": __version__,
@@ -68,15 +72,47 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.get("/")
+async def root(request: Request, backend: BackendOf, _owner: Owner) -> dict[str, Any]:
+    """What is here."""
+    of = base_url(request, backend)
+    return {
+        "name": "Tinsmith",
+        "version": __version__,
+        "architecture": "one server process, one engine process",
+        "docs": f"{of}/docs",
+        "health": f"{of}/health",
+        "endpoints": {
+            "training": f"{of}/api/v1/forward_backward",
+            "sampling": f"{of}/api/v1/asample",
+            "openapi": f"{of}/openapi.json",
+        },
+    }
+
+
 @router.get("/health")
 @router.get("/api/v1/health")
-async def health(backend: BackendOf) -> Response:
-    """200 while the engine lives, loads or is started again; 503 when it seems that it cannot start."""
+async def health(request: Request, backend: BackendOf) -> Response:
+    """200 while the engine lives, loads or is started again; 503 when it seems that it cannot start. The ids
+    of one's models are told to those who send their key."""
     engine = backend.engine
     dead = engine.death is not None
+    resident, waiting = backend.runs.resident(), len(backend.operations.unanswered())
+    owner = getattr(request.state, "owner", None)
     body = {
         "status": "unhealthy" if dead else "healthy",
         "version": __version__,
+        "timestamp": datetime.now(UTC).isoformat(),
+        "engine_running": engine.alive,
+        "active_requests": waiting,
+        "total_requests": backend.operations.accepted,
+        "futures_count": waiting,
+        "active_models": len(resident),
+        "active_training_clients": len(resident),
+        "active_sessions": len({run.session_id for run in resident}),
+        "model_ids": [run.name for run in resident if run.owner == owner and run.state != "finished"],
+        "ray_status": "not_used",
+        "ray_initialized": False,
         "engine": {
             "phase": engine.phase,
             "text": engine.text,

@@ -85,6 +85,8 @@ KEYED: dict[tuple[str, str], Request] = {
     ("POST", "/api/v1/client/config"): json(),
     ("POST", "/api/v1/client/dynamic_config"): json(),
     ("GET", "/api/v1/get_server_capabilities"): {},
+    ("GET", "/api/v1/capabilities"): {},
+    ("GET", "/"): {},
     ("POST", "/api/v1/telemetry"): json(events=[]),
     ("POST", "/api/v1/create_session"): json(tags=[]),
     ("GET", "/api/v1/sessions"): {},

@@ -1,0 +1,66 @@
+"""What clients of tinkercloud and of xorl do with plain HTTP, as they do it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+
+ALICE, BOB = "tml-alice", "tml-bob"
+_SECONDS = 120
+
+
+class Tinkercloud(httpx.Client):
+    """`X-API-Key`; polls by path, where 200 is an answer, 408 is none yet and all else is a failure."""
+
+    def __init__(self, url: str, key: str):
+        super().__init__(base_url=url, headers={"X-API-Key": key}, timeout=60)
+
+    def ask(self, path: str, /, **body: Any) -> dict[str, Any]:
+        answer = self.post(f"/api/v1/{path}", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def poll(self, request_id: str) -> httpx.Response:
+        """The first answer that is not 408."""
+        until = time.monotonic() + _SECONDS
+        while time.monotonic() < until:
+            answer = self.post(f"/api/v1/retrieve_future/{request_id}", json={})
+            if answer.status_code != 408:
+                return answer
+            assert answer.json()["status"] == "pending"
+        raise TimeoutError(request_id)
+
+    def done(self, path: str, /, **body: Any) -> dict[str, Any]:
+        """The result of a request that is polled."""
+        answer = self.poll(self.ask(path, **body)["request_id"])
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+class Xorl(httpx.Client):
+    """`Authorization: Bearer`; polls by body, always answered 200."""
+
+    def __init__(self, url: str, key: str):
+        super().__init__(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+    def ask(self, path: str, /, **body: Any) -> dict[str, Any]:
+        answer = self.post(f"/api/v1/{path}", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def poll(self, request_id: str) -> dict[str, Any]:
+        """The first answer that is not `try_again`."""
+        until = time.monotonic() + _SECONDS
+        while time.monotonic() < until:
+            answer = self.post("/api/v1/retrieve_future", json={"request_id": request_id})
+            assert answer.status_code == 200, answer.text
+            if answer.json().get("type") != "try_again":
+                return answer.json()
+        raise TimeoutError(request_id)
+
+    def done(self, path: str, /, **body: Any) -> dict[str, Any]:
+        result = self.poll(self.ask(path, **body)["request_id"])
+        assert "error" not in result, result
+        return result

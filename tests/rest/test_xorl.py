@@ -1,0 +1,122 @@
+"""xorl's clients: the calls of its SDK over plain HTTP, and the SDK itself, which pip fetches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conformance.server_process import ServerProcess
+from rest.clients import ALICE, BOB, Xorl
+
+PROGRAM = Path(__file__).with_name("xorl_program.py")
+TOKENS = [5, 6, 7, 8, 9, 10, 11, 12]
+DATUM = {
+    "model_input": {"input_ids": TOKENS[:-1]},
+    "loss_fn_inputs": {
+        "weights": {"data": [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0], "dtype": "float32", "shape": [7]},
+        "target_tokens": {"data": TOKENS[1:], "dtype": "int64", "shape": [7]},
+    },
+}
+BATCH = {"data": [DATUM], "loss_fn": "cross_entropy"}
+ADAM = {"learning_rate": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.0}
+ADAM |= {"grad_clip_norm": 5.0}
+
+
+def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
+    """As recorded from `simple_sft.py`: its own model id, its own numbers, which begin again at a resume."""
+    model = {"model_id": "sft"}
+    created = {"base_model": "tiny", "lora_config": {"rank": 8, "dropout": 0.0}, **model}
+    assert xorl.done("create_model", **created)["model_id"] == "sft"
+    losses = []
+    for seq_id in range(1, 7, 2):
+        first = xorl.ask("forward_backward", seq_id=seq_id, forward_backward_input=BATCH, **model)
+        second = xorl.ask("optim_step", seq_id=seq_id + 1, adam_params=ADAM, **model)
+        trained, stepped = (xorl.poll(each["request_id"]) for each in (first, second))
+        losses.append(trained["metrics"]["loss:mean"])
+        assert (first["model_id"], stepped["metrics"]["grad_norm"] > 0) == ("sft", True)
+    assert losses == sorted(losses, reverse=True)
+    assert trained["metrics"]["valid_tokens:sum"] == 4
+    path = xorl.done("save_weights", seq_id=7, path="half", **model)["path"]
+    assert path == "xorl://sft/weights/half"
+    forward = xorl.done("forward", seq_id=8, forward_input=BATCH, **model)
+    described = xorl.ask("weights_info", xorl_path=path)
+    assert (described["base_model"], described["lora_rank"]) == ("tiny", 8)
+    again = xorl.done("create_model", **created)
+    assert again["model_id"] == "sft", "it is there, and opened again"
+    assert xorl.done("load_weights", seq_id=1, path=path, optimizer=True, **model)["path"] == path
+    resumed = xorl.done("forward", seq_id=2, forward_input=BATCH, **model)
+    assert resumed["loss_fn_outputs"] == forward["loss_fn_outputs"]
+    other = xorl.post("/api/v1/create_model", json=created | {"lora_config": {"rank": 4}})
+    assert "unload_model" in other.json()["detail"]
+    with Xorl(rest_server.url, BOB) as bob:
+        assert bob.post("/api/v1/weights_info", json={"xorl_path": path}).status_code == 404
+        assert bob.done("create_model", **created)["model_id"] == "sft", "names are each tenant's own"
+        assert bob.ask("list_checkpoints", **model)["checkpoints"] == []
+    killed = xorl.ask("kill_session", save_checkpoint=True, **model)
+    assert killed["checkpoint_path"] == "xorl://sft/weights/session_sft_final"
+    gone = xorl.post("/api/v1/forward", json={"forward_input": BATCH, **model})
+    assert gone.status_code in (400, 404)
+    listed = [each["path"] for each in xorl.ask("list_checkpoints", **model)["checkpoints"]]
+    assert listed == ["xorl://sft/weights/session_sft_final", path], "checkpoints stay, newest first"
+
+
+def test_a_failure_is_an_answer(xorl: Xorl) -> None:
+    xorl.done("create_model", model_id="failing", base_model="tiny", lora_config={"rank": 4})
+    bad = xorl.ask("forward_backward", model_id="failing", forward_backward_input=BATCH | {"loss_fn": "none"})
+    failed = xorl.poll(bad["request_id"])
+    assert failed["category"] == "user"
+    assert "'none'" in failed["error"]
+    unloading = xorl.ask("unload_model", model_id="failing", type="unload_model")
+    assert xorl.poll(unloading["request_id"])["model_id"] == "failing"
+
+
+def test_gradients_are_token_means(xorl: Xorl) -> None:
+    """The norm of a step's gradient, which the sum over the tokens has for a model that asks for it."""
+    norms = {}
+    for kind in ("token_mean", "sum"):
+        name = f"norm-{kind}"
+        asked = {"base_model": "tiny", "lora_config": {"rank": 4, "seed": 3}, "grad_normalization": kind}
+        xorl.done("create_model", model_id=name, **asked)
+        xorl.done("forward_backward", model_id=name, forward_backward_input=BATCH)
+        norms[kind] = xorl.done("optim_step", model_id=name, learning_rate=0.0)["metrics"]["grad_norm"]
+    assert norms["sum"] == pytest.approx(4 * norms["token_mean"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """xorl-client 0.1.0; what it imports is there already."""
+    folder = tmp_path_factory.mktemp("xorl-client")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    subprocess.run([*pip, "xorl-client==0.1.0"], check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def run(server: ServerProcess, sdk: Path, *arguments: str) -> dict[str, Any]:
+    environment = {"XORL_BASE_URL": server.url, "XORL_API_KEY": ALICE, "PYTHONPATH": str(sdk)}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_its_sdk_trains_and_resumes(rest_server: ServerProcess, sdk: Path) -> None:
+    trained = run(rest_server, sdk, "supervised", "from-sdk")
+    assert trained["losses"] == sorted(trained["losses"], reverse=True)
+    assert trained["saved"] == "xorl://from-sdk/weights/half"
+    assert trained["listed"] == ["sampler_weights/from-sdk/s1", "weights/from-sdk/half"]
+    assert "no_such_loss" in trained["refused"]
+    resumed = run(rest_server, sdk, "resume", trained["saved"])
+    assert resumed["losses"] == trained["after"], "as if it had never stopped"
+    assert resumed["path"] == "xorl://from-sdk/weights/session_from-sdk_final"
