@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("tinker")
 
 import tinker
+from conformance import sdk_methods
 from conformance.server_process import ServerProcess, Wire
 from tiny_models import write_model
 
@@ -18,6 +20,23 @@ from tiny_models import write_model
 logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.ERROR)
 
 ALICE, BOB = "tml-alice", "tml-bob"
+CALLS: dict[str, set[str]] = {}  # of the SDK's methods, by the tests that passed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    sdk_methods.record()
+    sdk_methods.called.clear()
+    yield
+    test = f"conformance/{item.path.name}::{item.name.partition('[')[0]}"
+    CALLS.setdefault(test, set()).update(sdk_methods.called)
+    if os.environ.get("TINSMITH_WRITE_METHODS") != "1":
+        sdk_methods.check(test)
+
+
+def pytest_sessionfinish() -> None:
+    if os.environ.get("TINSMITH_WRITE_METHODS") == "1":
+        sdk_methods.write(CALLS)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def test_on_policy(cookbook: Cookbook, teacher: str, seen: Callable[[str, str], 
     flags = (
         *(f"model_name={CHAT}", f"teacher_model={CHAT}", f"teacher_checkpoint={teacher}", "dataset=deepmath"),
         *("groups_per_batch=8", "group_size=4", "max_tokens=48", "lora_rank=8", "learning_rate=2e-3"),
-        *("max_steps=10", "eval_every=0", "save_every=0"),
+        *("max_steps=14", "eval_every=0", "save_every=0"),
     )
     kl = cookbook.recipe("distillation.on_policy_distillation", "on_policy", *flags).column("teacher_kl")
     seen(
