@@ -39,7 +39,10 @@ def train(server: ServerProcess, rank: int, optimizer: str) -> tuple[list[np.nda
     return seen, sample.tokens, np.array(sample.logprobs)
 
 
-@pytest.mark.parametrize(("rank", "optimizer"), [(4, "adamw"), (0, "adamw"), (4, "dimuon"), (0, "dimuon")])
+DIMUON = [pytest.param(rank, "dimuon", marks=pytest.mark.slow) for rank in (4, 0)]
+
+
+@pytest.mark.parametrize(("rank", "optimizer"), [(4, "adamw"), (0, "adamw"), *DIMUON])
 def test_a_mesh_gives_one_devices_results(
     servers: tuple[ServerProcess, ServerProcess], rank: int, optimizer: str
 ) -> None:

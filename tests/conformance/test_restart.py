@@ -9,13 +9,32 @@ import numpy as np
 import pytest
 import tinker
 from conformance.batches import batch
-from conformance.server_process import Wire
+from conformance.server_process import ServerProcess, Wire
 from conformance.test_sdk_checkpoints import PROMPT, forward
 from conformance.test_sdk_training import step
 
 
-def test_everything_is_there_after_a_restart(make_server) -> None:
-    server = make_server().start()
+@pytest.fixture(scope="module")
+def server(make_server) -> ServerProcess:
+    """Of two tests, which leave it running and stopped."""
+    return make_server().start()
+
+
+def test_a_stop_finishes_what_runs_and_answers_its_polls(server: ServerProcess) -> None:
+    wire = Wire(server.url, "tml-local")
+    model = wire.model()
+    submitted = wire.forward_backward(model, 1)
+    answers: list = []
+    poll = threading.Thread(target=lambda: answers.append(wire.poll(submitted.json()["request_id"])))
+    poll.start()
+    assert server.stop() == 0
+    poll.join()
+    assert answers[0].status_code in (200, 408)
+    server.start()
+    assert "metrics" in wire.result(submitted)
+
+
+def test_everything_is_there_after_a_restart(server: ServerProcess) -> None:
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
     data = batch()
     training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
@@ -57,8 +76,8 @@ def test_answers_and_unfinished_operations_outlive_a_kill(make_server) -> None:
     model, twin = wire.model(), wire.model()
     for each in (model, twin):
         wire.result(wire.forward_backward(each, 1))
-    expected = wire.result(wire.optim_step(twin, 2, learning_rate=1e-2))
-    after = wire.result(wire.forward_backward(twin, 3))
+    expected = wire.result(wire.optim_step(twin, 2, learning_rate=1e-2))["metrics"]
+    after = wire.result(wire.forward_backward(twin, 3))["metrics"]
     first = wire.forward_backward(model, 1)
     early = wire.forward_backward(model, 3)
 
@@ -67,22 +86,6 @@ def test_answers_and_unfinished_operations_outlive_a_kill(make_server) -> None:
 
     assert wire.forward_backward(model, 1).json() == first.json()
     assert "metrics" in wire.result(first)
-    assert wire.result(wire.optim_step(model, 2, learning_rate=1e-2)) == expected
-    assert wire.result(early) == after
-    assert server.stop() == 0
-
-
-def test_a_stop_finishes_what_runs_and_answers_its_polls(make_server) -> None:
-    server = make_server().start()
-    wire = Wire(server.url, "tml-local")
-    model = wire.model()
-    submitted = wire.forward_backward(model, 1)
-    answers: list = []
-    poll = threading.Thread(target=lambda: answers.append(wire.poll(submitted.json()["request_id"])))
-    poll.start()
-    assert server.stop() == 0
-    poll.join()
-    assert answers[0].status_code in (200, 408)
-    server.start()
-    assert "metrics" in wire.result(submitted)
+    assert wire.result(wire.optim_step(model, 2, learning_rate=1e-2))["metrics"] == expected
+    assert wire.result(early)["metrics"] == after
     assert server.stop() == 0

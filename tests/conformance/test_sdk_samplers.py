@@ -23,7 +23,8 @@ def unnamed(training: tinker.TrainingClient, kind: str = "snapshot") -> tinker.S
     return training.save_weights_and_get_sampling_client(kind=kind).result()
 
 
-@pytest.mark.parametrize("killed", [pytest.param("server", marks=pytest.mark.slow), "engine"])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["server", "engine"])
 def test_unnamed_weights_outlive_a_kill_before_they_are_on_disk(make_server, killed: str) -> None:
     """They are made again by a replay; named ones were on disk."""
     server: ServerProcess = make_server().start()
