@@ -7,8 +7,8 @@ Three layouts of N tokens (`messages.TargetAlignment`), of one neutral datum tha
     tail      target_tokens[k], k < N, are the last k tokens: position N - k + j - 1 predicts target j;
               k log-probs
 
-A label or target of -100 is none: it has no weight, and its log-prob is given as 0. A `mask` multiplies the
-weights (or the advantages).
+A label or target of -100 is none: it has no weight, and its log-prob is given as 0. Where no weights are
+sent, all targets have weight 1. A `mask` multiplies the weights (or the advantages).
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def align(index: int, datum: Datum, loss: Loss) -> Aligned:
         rows = slice(0, length - 1)
     else:
         targets = inputs.get("target_tokens")
+        if targets is not None and loss.valid == "weights" and not {"weights", "mask"} & inputs.keys():
+            ones = np.ones(targets.shape, "<f4")
+            inputs["weights"] = Tensor("float32", tuple(targets.shape), ones.tobytes())
         if targets is not None and len(targets.shape) == 1 and 0 < targets.shape[0] < length:
             rows = slice(length - targets.shape[0] - 1, length - 1)
             inputs = _spread(index, datum.tokens, inputs, length, rows)

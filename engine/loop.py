@@ -272,6 +272,8 @@ class Engine:
                 self._answer(request, error)
             samplers.restart()
             return
+        for drawn in samplers.sampler.drawn():
+            self._socket.send(drawn)
         for answer in answers:
             _, request = self._sampling.pop(answer.request_id)
             self._socket.send(answer)

@@ -197,13 +197,15 @@ class SaveSampler(_Request, frozen=True):
     answer. A directory that a deferred save finds complete stays as it is: it is being replayed. A SaveState
     of the model is answered when all deferred saves before it are on disk.
 
-    With `recipients` (not deferred) the files are encrypted to them, for nobody here to sample.
+    `merged` (not deferred): an adapter is written as full weights too, its base model's with it inside.
+    With `recipients` (not deferred) the files are encrypted to them. Neither is for anybody here to sample.
     """
 
     model_id: str
     directory: str
     deferred: bool = False
     recipients: list[str] = []  # `ckpt.age`
+    merged: bool = False
 
 
 TOPK_LIMIT = 64  # most likely tokens that a request may ask for per position
@@ -235,7 +237,8 @@ class PromptAlternatives(msgspec.Struct, frozen=True):
 class Sample(_Request, frozen=True):
     """`prompt_logprobs_last_n` leaves all but the last n rows of `prompt_logprobs` and
     `topk_prompt_logprobs` empty. `prompt_targets` are tokens to score at prompt positions,
-    `prompt_alternatives` how many to draw at each, by `temperature` alone."""
+    `prompt_alternatives` how many to draw at each, by `temperature` alone. `stream`: `Drawn` messages tell of
+    the tokens as they are drawn, before the answer, which has all of them."""
 
     sampler: SamplerRef
     prompt: bytes  # int32[prompt_len]
@@ -247,6 +250,7 @@ class Sample(_Request, frozen=True):
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptCells | None = None
     prompt_alternatives: int = 0
+    stream: bool = False
 
 
 class DeleteModel(_Request, frozen=True):
@@ -401,6 +405,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     category: Literal["user", "server", "missing"]
 
 
+class Drawn(msgspec.Struct, frozen=True, tag=True):
+    """Tokens of one sequence of a Sample, int32[n], and their float32[n] log-probs, after the `begin` that
+    earlier ones told of. An engine that begins a request again begins at 0 again, with the same tokens if the
+    request has a seed."""
+
+    request_id: str
+    index: int
+    begin: int
+    tokens: bytes
+    logprobs: bytes
+    topk: TopK | None = None
+
+
 class Status(msgspec.Struct, frozen=True, tag=True):
     """What the engine is doing, for logs and health: loading, compiling, ready, stopping."""
 
@@ -412,7 +429,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """The process lives, whatever it computes; sent every `EngineConfig.beat_seconds`."""
 
 
-FromEngine = Done | Failed | Status | Beat
+FromEngine = Done | Failed | Drawn | Status | Beat
 
 # --- start ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ class Models:
 
     def finish_exports(self) -> None:
         """Wait for them; what could not be written stays in memory."""
+        wait(list(self._writing.values()))
         self._deferred.finish()
 
     def states(self) -> list[TrainingState]:
@@ -238,6 +239,8 @@ class Models:
             # A copy, not a view: the next step writes into the arrays' memory while a thread writes files.
             weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), model.state.weights)
             write = partial(_export, model.base, model.state.lora, weights)
+            if operation.merged and model.state.lora is not None:
+                write = partial(_export_merged, model.base, model.state.lora, weights)
             if operation.recipients:
                 write = partial(_export_encrypted, write, recipients=operation.recipients)
             size = self._writers.submit(write, directory)
@@ -267,6 +270,14 @@ def _export(base: BaseModel, lora: messages.LoraSpec | None, weights: Any, direc
         return merged.save_merged(directory, weights, base.config, base_folder=base.folder)
     return peft.save_adapter(
         directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
+    )
+
+
+def _export_merged(base: BaseModel, lora: messages.LoraSpec, adapter: Any, directory: Path) -> int:
+    """Write the base model's weights with the adapter in them; their size in bytes."""
+    scale = lora.alpha / lora.rank
+    return merged.save_merged(
+        directory, base.trainer.base, base.config, base_folder=base.folder, adapter=adapter, scale=scale
     )
 
 

@@ -94,6 +94,7 @@ class Sampler:
         self._turns = 0
         self._generations: dict[str, Generation] = {}
         self._prefilled_last = False
+        self._drawn: list[messages.Drawn] = []
 
     # --- weights -----------------------------------------------------------------------------------------
 
@@ -200,6 +201,11 @@ class Sampler:
             self._prefilled_last = False
             return self._decode()
 
+    def drawn(self) -> list[messages.Drawn]:
+        """What was drawn since the last time, for requests that want to know."""
+        drawn, self._drawn = self._drawn, []
+        return drawn
+
     def _prefill(self) -> list[messages.Done | messages.Failed]:
         """One row of prompt tokens."""
         began = time.monotonic()
@@ -230,6 +236,8 @@ class Sampler:
             if generation.request.request_id not in self._generations:
                 continue  # another sample of it failed just now
             reason = sequence.take(row, decoded)
+            if generation.request.stream and reason != "not finite":
+                self._drawn.append(sequence.drawn())
             if reason is None:
                 continue
             if reason == "not finite":

@@ -60,6 +60,7 @@ class Sequence:
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     last_turn: int = 0  # number of the decode chunk that it was last in
+    told: int = 0  # of its sample's tokens, by `drawn`
 
     @property
     def num_cached(self) -> int:
@@ -80,19 +81,39 @@ class Sequence:
                 return reason
         return None
 
+    def drawn(self) -> messages.Drawn:
+        """What it has drawn since the last time."""
+        begin, first = self.told, len(self.generation.prompt) + self.told
+        tokens = np.asarray(self.tokens[first:], "<i4")
+        logprobs = np.asarray(self.logprobs[begin:], "<f4")
+        self.told += len(tokens)
+        return messages.Drawn(
+            self.generation.request.request_id,
+            self.index,
+            begin,
+            tokens.tobytes(),
+            logprobs.tobytes(),
+            self._likely(begin),
+        )
+
+    def _likely(self, begin: int) -> messages.TopK | None:
+        """The most likely tokens where it drew those from `begin` on, if the request wants them."""
+        k = self.generation.request.topk_sample_logprobs
+        if k == 0:
+            return None
+        rows = self.top[begin:]
+        table = TopTable(k, len(rows))
+        for row, (tokens, logprobs) in enumerate(rows):
+            table.set(row, tokens[None], logprobs[None])
+        return table.message()
+
     def end(self, reason: StopReason) -> None:
         """Hand the sample to the request."""
-        k = self.generation.request.topk_sample_logprobs
-        table = None
-        if k > 0:
-            table = TopTable(k, len(self.logprobs))
-            for row, (tokens, logprobs) in enumerate(self.top):
-                table.set(row, tokens[None], logprobs[None])
         self.generation.finished[self.index] = messages.SampledSequence(
             tokens=np.asarray(self.tokens[len(self.generation.prompt) :], np.int32).tobytes(),
             logprobs=np.asarray(self.logprobs, np.float32).tobytes(),
             stop_reason=reason,
-            topk=None if table is None else table.message(),
+            topk=self._likely(0),
         )
 
 

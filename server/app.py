@@ -22,15 +22,19 @@ from .routers import (
     credentials,
     custom_losses,
     downloads,
+    engine_info,
     futures,
+    generate,
     imports,
     models,
+    openai,
     sampler_weights,
     sampling,
     sampling_sessions,
     service,
     session_search,
     sessions,
+    sleep,
     traces,
     training,
     training_runs,
@@ -65,7 +69,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     app.state.backend = backend
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
-        *(futures, service, training, sampling, sessions, models, weights),
+        *(futures, service, training, sampling, generate, openai, sessions, models, weights),
         *(
             sampler_weights,
             sampling_sessions,
@@ -78,6 +82,8 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
             credentials,
             imports,
             custom_losses,
+            engine_info,
+            sleep,
         ),
     ):
         app.include_router(module.router)

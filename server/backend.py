@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 
+from ..engine import messages
 from .admission import Admission
 from .auth import ApiKeys, read_forever
 from .base_models import BaseModel
@@ -24,6 +25,7 @@ from .operations import Operations
 from .quotas import Quotas
 from .refused_saves import RefusedSaves
 from .runs import Runs
+from .sample_streams import SampleStreams
 from .samplers import Samplers
 from .sessions import Sessions
 from .settings import Settings
@@ -59,6 +61,7 @@ class Backend:
     checkpoints: Checkpoints = field(init=False)
     sweep: Sweep = field(init=False)
     copies: Copies = field(init=False)
+    streams: SampleStreams = field(default_factory=SampleStreams)
     _background: list[asyncio.Task] = field(default_factory=list)
     stopped: bool = False
     _draining: bool = False
@@ -71,7 +74,7 @@ class Backend:
         self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes)
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
-            lambda answer: self.operations.on_answer(answer),
+            self._answered,
             settings.engine_silence_seconds,
         )
         self.operations = Operations(self.ledger, self.engine, self.disk)
@@ -100,6 +103,12 @@ class Backend:
             self.sessions.rest_silent_forever(),
         )
         self._background = [asyncio.ensure_future(each) for each in forever]
+
+    def _answered(self, answer: messages.Done | messages.Failed | messages.Drawn) -> None:
+        if isinstance(answer, messages.Drawn):
+            self.streams.add(answer)
+        else:
+            self.operations.on_answer(answer)
 
     async def drain(self) -> None:
         """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""

@@ -65,12 +65,13 @@ _LOADING_MAY_TAKE = 5
 
 
 class EngineProcess:
-    """`on_answer` gets every Done and Failed that `request` is not waiting for."""
+    """`on_answer` gets every Done and Failed that `request` is not waiting for, and what samples have drawn
+    before that."""
 
     def __init__(
         self,
         config: messages.EngineConfig,
-        on_answer: Callable[[messages.Done | messages.Failed], None],
+        on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
         silence_seconds: float,
         module: str = "tinsmith.engine",
     ):
@@ -203,7 +204,9 @@ class EngineProcess:
                 self._note(message)
                 continue
             self.has_answered = True
-            if (answer := self._requests.pop(message.request_id, None)) is not None:
+            if isinstance(message, messages.Drawn):
+                self._on_answer(message)
+            elif (answer := self._requests.pop(message.request_id, None)) is not None:
                 if not answer.done():
                     answer.set_result(message)
             else:

@@ -30,7 +30,7 @@ class Supervisor:
     def __init__(
         self,
         config: messages.EngineConfig,
-        on_answer: Callable[[messages.Done | messages.Failed], None],
+        on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
         silence_seconds: float = 60.0,
         module: str = "tinsmith.engine",
     ):

@@ -89,6 +89,13 @@ KEYED: dict[tuple[str, str], Request] = {
     ("GET", "/"): {},
     ("POST", "/api/v1/telemetry"): json(events=[]),
     ("POST", "/api/v1/create_session"): json(tags=[]),
+    ("GET", "/v1/models"): {},
+    ("GET", "/model_info"): {},
+    ("GET", "/get_model_info"): {},
+    ("GET", "/server_info"): {},
+    ("GET", "/get_server_info"): {},
+    ("POST", "/sleep"): json(),
+    ("POST", "/wake_up"): json(),
     ("GET", "/api/v1/sessions"): {},
     ("POST", "/api/v1/sessions/search"): json(),
     ("GET", "/api/v1/session_info"): {},
@@ -105,10 +112,13 @@ KEYED: dict[tuple[str, str], Request] = {
     ("GET", "/api/v1/auth/apikey/me"): {},
     ("DELETE", "/api/v1/auth/apikey/me"): {},
 }
-# Keys that were given to the server at its start are not revoked over HTTP, not even by their owners.
-REFUSED = {("DELETE", "/api/v1/auth/apikey/me")}
+# Keys that were given to the server at its start are not revoked over HTTP, not even by their owners; and an
+# engine that has others' models does not sleep.
+REFUSED = {("DELETE", "/api/v1/auth/apikey/me"), ("POST", "/sleep")}
 
 _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}"
+
+HELLO = [{"role": "user", "content": "Hello"}]
 
 # A custom loss: the sum of the log-probs.
 TOTAL = {
@@ -200,6 +210,10 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", "/api/v1/asample", lambda of: sample(model_id=of.model)),
     ("POST", "/api/v1/asample", lambda of: sample(sampling_session_id=of.sampler)),
     ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
+    ("POST", "/generate", lambda of: json(input_ids=[5, 6], lora_path=of.exported)),
+    ("POST", "/generate", lambda of: json(input_ids=[5, 6], model=of.sampler)),
+    ("POST", "/v1/completions", lambda of: json(prompt=[5, 6], max_tokens=1, model=of.exported)),
+    ("POST", "/v1/chat/completions", lambda of: json(messages=HELLO, max_tokens=1, model=of.exported)),
     ("POST", "/api/v1/retrieve_future", lambda of: json(request_id=of.request)),
     ("POST", "/api/v1/retrieve_future/{request_id}", lambda of: {}),
     (
@@ -273,7 +287,7 @@ def test_probes_need_no_key(server: ServerProcess, method: str, path: str) -> No
 
 
 @pytest.mark.parametrize(("method", "path"), list(KEYED))
-def test_a_key_is_needed(server: ServerProcess, method: str, path: str) -> None:
+def test_a_key_is_needed(server: ServerProcess, alices: Things, method: str, path: str) -> None:
     request = KEYED[method, path]
     for key in (None, "tml-wrong", ""):
         assert send(server, key, method, path, request).status_code == 401

@@ -1,0 +1,74 @@
+"""OpenAI's completions, of any base model or sampler by name."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+from fastapi import APIRouter
+from fastapi.responses import Response, StreamingResponse
+
+from .. import served_models, served_samples, tokenizer
+from ..openai_answers import Answers, ChatAnswers, CompletionAnswers
+from ..served_samples import Asked
+from ..wire.openai import ChatCompletions, Completions
+from . import Backend, BackendOf, Owner
+
+router = APIRouter(prefix="/v1", tags=["inference"])
+
+_COMPLETION_TOKENS = 16  # of a completion that does not say; OpenAI's default
+
+
+@router.post("/completions", response_model=None)
+async def completions(body: Completions, backend: BackendOf, owner: Owner) -> Response:
+    """Of one prompt or several, `n` each. With `stream` server-sent events."""
+    model, text = await _named(backend, owner, body.model)
+    prompts = [text.encode(each) if isinstance(each, str) else each for each in body.prompts]
+    asked = [
+        Asked(
+            model,
+            prompt,
+            body.params(text.end_tokens, _COMPLETION_TOKENS),
+            num_samples=body.n or 1,
+            topk=body.logprobs or 0,
+            stream=bool(body.stream),
+        )
+        for prompt in prompts
+    ]
+    answers = CompletionAnswers(body.model, text, body.logprobs is not None, body.with_usage)
+    return await _answered(backend, owner, answers, asked)
+
+
+@router.post("/chat/completions", response_model=None)
+async def chat_completions(body: ChatCompletions, backend: BackendOf, owner: Owner) -> Response:
+    """The conversation as the model's chat template writes it, gone on with. With `stream` server-sent
+    events."""
+    model, text = await _named(backend, owner, body.model)
+    asked = Asked(
+        model,
+        text.conversation([message.turn() for message in body.messages]),
+        body.params(text.end_tokens, None),
+        num_samples=body.n or 1,
+        topk=body.top_logprobs or 0,
+        stream=bool(body.stream),
+    )
+    answers = ChatAnswers(body.model, text, bool(body.logprobs), body.with_usage)
+    return await _answered(backend, owner, answers, [asked])
+
+
+async def _named(
+    backend: Backend, owner: str, name: str
+) -> tuple[served_models.ServedModel, tokenizer.ChatTokenizer]:
+    model = await served_models.find(backend, owner, name)
+    folder = backend.base_model(model.sampler.base_model).folder
+    return model, await asyncio.to_thread(tokenizer.of_folder, folder)
+
+
+async def _answered(backend: Backend, owner: str, answers: Answers, asked: list[Asked]) -> Response:
+    running = [await served_samples.submit(backend, owner, each) for each in asked]
+    if asked[0].stream:
+        return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
+    outputs = [await served_samples.answer(each) for each in running]
+    whole: dict[str, Any] = answers.whole(list(zip(running, outputs, strict=True)))
+    return Response(orjson.dumps(whole), media_type="application/json")
