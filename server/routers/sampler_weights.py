@@ -102,8 +102,8 @@ def _unnamed(body: requests.SaveWeightsForSampler, run: Run) -> _Save:
 async def save_weights_external(
     body: requests.SaveWeightsExternal, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
-    """Files to download, as PEFT reads them, or transformers those of full weights; each of them encrypted
-    where there are recipients."""
+    """Files to download, as PEFT reads them, or transformers those of full weights and of adapters that are
+    `merged`; each of them encrypted where there are recipients."""
     try:
         recipients = body.age_encryption_recipients
         if recipients is not None:
@@ -119,7 +119,7 @@ async def save_weights_external(
             run,
             "save_weights_external",
             body.seq_id,
-            messages.SaveSampler("", run.id, directory, recipients=recipients or []),
+            messages.SaveSampler("", run.id, directory, recipients=recipients or [], merged=body.merged),
             saved("save_weights_external", run, uri),
             new_checkpoint(backend, run, uri, directory, **body.kept()),
         )

@@ -89,8 +89,11 @@ class SaveWeightsForSampler(SaveWeights):
 
 
 class SaveWeightsExternal(SaveWeights):
+    """`merged`, which no SDK has: an adapter's weights inside its base model's, not beside them."""
+
     path: str = Field(validation_alias=AliasChoices("path", "name"))
     age_encryption_recipients: list[str] | None = None
+    merged: StrictBool = False
 
 
 class LoadWeights(Body):

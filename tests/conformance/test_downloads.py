@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import urllib.request
 from pathlib import Path
@@ -45,12 +48,15 @@ def exported(trained: tinker.TrainingClient) -> str:
 def by_peft(model: Path, adapter: Path, data: list[tinker.Datum]) -> np.ndarray:
     """Log-probs of the targets, computed by transformers and PEFT."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    loaded = peft.PeftModel.from_pretrained(base, adapter).eval()
+    return by_torch(peft.PeftModel.from_pretrained(base, adapter).eval(), data)
+
+
+def by_torch(model: torch.nn.Module, data: list[tinker.Datum]) -> np.ndarray:
     rows = []
     for datum in data:
         targets = torch.tensor(datum.loss_fn_inputs["target_tokens"].data)
         with torch.no_grad():
-            logits = loaded(torch.tensor([datum.model_input.to_ints()])).logits[0]
+            logits = model(torch.tensor([datum.model_input.to_ints()])).logits[0]
         rows.append(torch.log_softmax(logits.double(), -1).gather(-1, targets[:, None])[:, 0].numpy())
     return np.concatenate(rows)
 
@@ -68,6 +74,39 @@ def test_the_sdk_s_command_downloads_what_peft_loads(
     np.testing.assert_allclose(by_peft(tiny_model, folder, data), expected, atol=1e-4)
     left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
     assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
+
+
+def test_merged_weights_are_untied(
+    server: ServerProcess, trained: tinker.TrainingClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    """An adapter inside tied embeddings cannot be right: the unembedding's would change the embedding too."""
+    data, folder = batch(3, seed=5), tmp_path / "merged"
+    path = trained.save_state("to-merge").result().path
+    line = [sys.executable, "-m", "tinsmith.server.cli", "checkpoints", "merge"]
+    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": ALICE}
+
+    def merge(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*line, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    done = merge(path, str(folder))
+    assert done.returncode == 0, done.stderr
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = np.concatenate(logprobs(trained.forward(data, "cross_entropy").result()))
+    np.testing.assert_allclose(by_torch(merged, data), expected, atol=1e-4)
+    before = by_torch(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), data)
+    assert np.abs(before - expected).max() > 1e-2
+    assert json.loads((tiny_model / "config.json").read_text())["tie_word_embeddings"]
+    assert not merged.config.tie_word_embeddings
+    left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
+    assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
+
+    again, unknown = merge(path, str(folder)), merge(path + "-not", str(tmp_path / "new"))
+    assert (again.returncode, unknown.returncode) == (2, 2)
+    assert "is not empty" in again.stderr
+    assert "was not merged (404)" in unknown.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_external_weights_come_over_urls_without_a_key(
