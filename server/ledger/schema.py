@@ -30,6 +30,17 @@ tenants = Table(
     Column("id", String(128), primary_key=True),
     Column("created_at", Float, nullable=False),
     Column("quota", JSON),  # where it differs from the settings; null: nowhere
+    Column("sync_quantization", JSON),  # of weights that are sent to inference servers; null: none
+)
+
+inference_endpoints = Table(
+    "inference_endpoints",
+    metadata,
+    Column("owner", String(128), ForeignKey("tenants.id"), primary_key=True),
+    Column("host", String(255), primary_key=True),
+    Column("port", Integer, primary_key=True, autoincrement=False),
+    Column("fields", JSON, nullable=False),  # what else the tenant said of it
+    Column("created_at", Float, nullable=False),
 )
 
 api_keys = Table(

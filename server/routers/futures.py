@@ -15,8 +15,9 @@ from fastapi.responses import Response
 
 from ...engine import messages
 from ..dialect import POINTS, Dialect
-from ..errors import Gone, NotFound, Unavailable
+from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..operation import Operation
+from ..tokenizer import of_folder
 from ..wire import requests, results
 from . import Backend, BackendOf, Owner, Said
 
@@ -51,7 +52,12 @@ def _pending(backend: Backend, operation: Operation, dialect: Dialect) -> Respon
 
 
 def answered(
-    operation: Operation, parts: list[Operation], dialect: Dialect, wants_protobuf: bool, wrapped: bool
+    backend: Backend,
+    operation: Operation,
+    parts: list[Operation],
+    dialect: Dialect,
+    wants_protobuf: bool = False,
+    wrapped: bool = False,
 ) -> Response:
     """Of an operation whose `parts` have their answers. `wrapped`: with the result under `result` too, for
     those who read it there."""
@@ -66,9 +72,19 @@ def answered(
     if serialized is not None:
         return Response(serialized, media_type=results.PROTOBUF)
     body = results.as_json(results.joined(outputs), dialect) | operation.reply
+    if "sequences" in body and "base_model" in parts[0].reply:
+        _add_text(body["sequences"], backend, parts[0].reply["base_model"])
     if wrapped:
         body = {"status": "completed"} | body | {"result": body}
     return _json(body)
+
+
+def _add_text(sequences: list[dict[str, Any]], backend: Backend, base_model: str) -> None:
+    """What the samples say, of models that have a tokenizer."""
+    with contextlib.suppress(BadRequest):
+        tokenizer = of_folder(backend.base_model(base_model).folder)
+        for sequence in sequences:
+            sequence["text"] = tokenizer.decode(sequence["tokens"])
 
 
 @router.post("/retrieve_future")
@@ -123,7 +139,7 @@ async def _poll(
                 await asyncio.wait_for(part.finished.wait(), max(0.0, until - time.monotonic()))
         if part.answer is None:
             return _pending(backend, operation, dialect)
-    return answered(operation, parts, dialect, wants_protobuf, wrapped)
+    return answered(backend, operation, parts, dialect, wants_protobuf, wrapped)
 
 
 @router.post("/cleanup_futures")

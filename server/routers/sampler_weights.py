@@ -95,7 +95,8 @@ def _unnamed(body: requests.SaveWeightsForSampler, run: Run) -> _Save:
         )
         return None
 
-    return directory, {"type": "save_weights_for_sampler", "sampling_session_id": identifier}, also
+    reply = {"type": "save_weights_for_sampler", "path": None, "sampling_session_id": identifier}
+    return directory, reply, also
 
 
 @router.post("/save_weights_external")

@@ -49,7 +49,7 @@ async def sample(
         await part.finished.wait()
         if part.answer is None:
             raise Unavailable("the server stops")
-    return answered(operation, parts, said or operation.dialect, False, False)
+    return answered(backend, operation, parts, said or operation.dialect)
 
 
 async def _all(each: list[Operation], backend: Backend, owner: str, said: Dialect | None) -> Operation:
@@ -85,7 +85,8 @@ async def _submit(
     targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
     numbered = body.sampling_session_id is not None and seq_id is not None
     key = samples.natural_key(body.sampling_session_id or "", seq_id or 0) if numbered else None
-    params = body.sampling_params.message(said or "tinkercloud")
+    dialect = said or "tinkercloud"
+    params = body.sampling_params.message(dialect)
 
     def message(request_id: str) -> messages.Sample:
         return messages.Sample(
@@ -102,9 +103,11 @@ async def _submit(
             prompt_alternatives=body.prompt_alt_tokens_k or 0,
         )
 
+    # The SDK has the tokenizer; others are told what the tokens say.
+    reply = {} if dialect == "tinker" else {"base_model": sampler.base_model}
     with backend.admission.sample(owner) as accepted:
         operation = await backend.operations.accept(
-            Submission(owner, "sample", key, message, dialect=said or "tinkercloud")
+            Submission(owner, "sample", key, message, reply, dialect=dialect)
         )
         accepted(operation)
     if numbered:

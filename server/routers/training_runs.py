@@ -27,6 +27,7 @@ async def _training_run(backend: Backend, owner: str, row: Row) -> dict[str, Any
     last = {kind: next((shown(c) for c in saved if c.segment == kind), None) for kind in paths.SEGMENTS}
     return {
         "training_run_id": row.id,
+        "model_id": row.alias or row.id,
         "base_model": row.base_model,
         "model_owner": row.owner,
         "is_lora": row.lora is not None,
@@ -72,9 +73,10 @@ async def training_runs(
 
 async def _find(backend: Backend, owner: str, run_id: str, access_scope: AccessScope) -> Row:
     """Raises NotFound."""
-    row = await backend.ledger.read(lambda connection: tenancy.find_model(connection, run_id))
-    if row is not None and row.owner == owner:
+    row = await backend.ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+    if row is not None:
         return row
+    row = await backend.ledger.read(lambda connection: tenancy.find_model(connection, run_id))
     if row is not None and access_scope == "accessible" and await _checkpoints(backend, owner, row):
         return row
     raise NotFound(f"unknown training run {run_id!r}")

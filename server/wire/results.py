@@ -111,6 +111,8 @@ def _metrics(metrics: dict[str, float], dialect: Dialect) -> dict[str, float]:
         metrics.setdefault("loss:mean", metrics["loss:sum"] / metrics["valid_tokens:sum"])
     if dialect == "tinkercloud":
         bare = {key.partition(":")[0]: value for key, value in metrics.items()}
+        if "kl_sampled" in bare:
+            bare.setdefault("ppo_kl", bare["kl_sampled"] / max(1.0, metrics.get("valid_tokens:sum", 0.0)))
         metrics |= {name: bare[name] for name in _BARE_METRICS if name in bare}
     return metrics
 

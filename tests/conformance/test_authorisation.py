@@ -71,6 +71,15 @@ def sample(**of: Any) -> Request:
 # Anybody, without a key: probes.
 OPEN = {("GET", path) for path in ("/healthz", "/api/v1/healthz", "/health", "/api/v1/health")}
 
+# What old clients of xorl ask, and is no more.
+GONE = {
+    "/connect_inference_endpoint",
+    "/disconnect_inference_endpoint",
+    "/api/v1/save_full_weights_safetensors",
+    "/api/v1/update_dedicated_endpoint",
+    "/api/v1/update_serverless_weights",
+}
+
 # Anybody with a key: nothing of any tenant is in it, or only the caller's own.
 KEYED: dict[tuple[str, str], Request] = {
     ("POST", "/api/v1/import_weights"): {
@@ -84,6 +93,12 @@ KEYED: dict[tuple[str, str], Request] = {
     ("GET", "/metrics"): {},
     ("POST", "/api/v1/client/config"): json(),
     ("POST", "/api/v1/client/dynamic_config"): json(),
+    ("POST", "/add_inference_endpoint"): json(host="10.0.0.2", port=30000),
+    ("GET", "/list_inference_endpoints"): {},
+    ("POST", "/remove_inference_endpoint"): json(host="10.0.0.2", port=30000),
+    ("POST", "/sync_inference_weights"): json(),
+    ("POST", "/api/v1/set_sync_quantization"): json(),
+    **{("POST", path): json() for path in sorted(GONE)},
     ("GET", "/api/v1/get_server_capabilities"): {},
     ("GET", "/api/v1/capabilities"): {},
     ("GET", "/"): {},
@@ -208,6 +223,7 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", "/api/v1/sample", lambda of: sample(sampling_session_id=of.sampler)),
     ("POST", "/api/v1/sample", lambda of: sample(model_id=of.model)),
     ("POST", "/api/v1/asample", lambda of: sample(model_id=of.model)),
+    ("POST", "/api/v1/sync_inference_weights", lambda of: json(model_id=of.model)),
     ("POST", "/api/v1/asample", lambda of: sample(sampling_session_id=of.sampler)),
     ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
     ("POST", "/generate", lambda of: json(input_ids=[5, 6], lora_path=of.exported)),
@@ -291,7 +307,7 @@ def test_a_key_is_needed(server: ServerProcess, alices: Things, method: str, pat
     request = KEYED[method, path]
     for key in (None, "tml-wrong", ""):
         assert send(server, key, method, path, request).status_code == 401
-    expected = 403 if (method, path) in REFUSED else 200
+    expected = 410 if path in GONE else 403 if (method, path) in REFUSED else 200
     assert send(server, BOB, method, path, request).status_code == expected
 
 

@@ -120,3 +120,9 @@ def test_its_sdk_trains_and_resumes(rest_server: ServerProcess, sdk: Path) -> No
     resumed = run(rest_server, sdk, "resume", trained["saved"])
     assert resumed["losses"] == trained["after"], "as if it had never stopped"
     assert resumed["path"] == "xorl://from-sdk/weights/session_from-sdk_final"
+
+
+@pytest.mark.slow
+def test_its_sdk_learns_from_rewards(rest_server: ServerProcess, sdk: Path) -> None:
+    rewards = run(rest_server, sdk, "reinforce", "rl")["rewards"]
+    assert sum(rewards[-3:]) > sum(rewards[:3])
