@@ -13,7 +13,7 @@ TORCH := torch==2.13.0
 VERSION := import sys; print('%d.%d' % sys.version_info[:2])
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test slow fuzz sdks cookbook methods lint format bench lock clean
+.PHONY: help install demo test slow fuzz fuzzrest sdks cookbook methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ test: lint ## lint, types, import arrows, and all tests but the slow ones
 CASES ?= 1000000
 fuzz: $(STAMP) ## damaged input for every decoder, a million cases or CASES=...
 	TINSMITH_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -x -v -n 2 tests/fuzz
+
+REST_CASES ?= 20000
+fuzzrest: $(STAMP) ## requests made of the OpenAPI document, 20,000 or REST_CASES=...
+	TINSMITH_REST_CASES=$(REST_CASES) $(BIN)/python -m pytest -x -q tests/rest/test_fuzz.py
 
 slow: $(STAMP) ## the tests that are too slow for every time, the older SDKs among them
 	$(BIN)/python -m pytest -v -m slow

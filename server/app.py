@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from .. import __version__
-from . import errors
+from . import errors, openapi
 from .admission import Admission
 from .auth import ApiKeys, Authentication
 from .backend import Backend
@@ -90,6 +90,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     ):
         app.include_router(module.router)
     errors.install(app)
+    openapi.install(app)
     app.state.metrics = Metrics()
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.

@@ -186,6 +186,10 @@ class WeightsInfo(Body):
 class DeleteCheckpoint(OfModel):
     """`weights/<name>`, `weights/<model>/<name>` or a whole path; of `model_id` where it says no model."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model_id": "default", "checkpoint_id": "weights/step-100"}]}
+    )
+
     checkpoint_id: str
 
 

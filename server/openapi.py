@@ -1,0 +1,99 @@
+"""The OpenAPI document: what FastAPI sees in the routes, and what it cannot see.
+
+Bodies that a route reads by itself (those of forward_backward are JSON or protobuf), keys, and the one error
+body of all routes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from .auth import OPEN_PATHS
+from .wire.training import ForwardBackward
+
+DESCRIPTION = """Trains language models and samples what it trains. Three kinds of clients are served on the
+same routes: the Tinker SDK, and the REST APIs of tinkercloud and of xorl; requests may have the shape of any
+of them, and answers have the fields of all. `X-API-Dialect` (`tinker`, `tinkercloud`, `xorl`) says whose a
+request is where that matters. What takes long is answered with a `request_id`, and polled with
+retrieve_future."""
+
+_REF = "#/components/schemas/{model}"
+_ERROR = {
+    "type": "object",
+    "title": "Error",
+    "required": ["detail", "error", "category", "status_code", "path"],
+    "properties": {
+        "detail": {"type": "string", "description": "what was wrong, where, and what would be right"},
+        "error": {"type": "string", "description": "the same"},
+        "category": {"enum": ["user", "server"]},
+        "status_code": {"type": "integer"},
+        "path": {"type": "string"},
+    },
+}
+_STATUSES = {
+    "400": "the request is wrong",
+    "401": "no key, or none of this server's",
+    "403": "the key does not open it, or a quota is reached",
+    "404": "there is no such thing, or none of the caller's",
+    "410": "it was there once",
+    "413": "the body is too large",
+    "422": "the body is not what the route takes",
+    "429": "too many; again after Retry-After",
+    "503": "not now; again after Retry-After",
+    "507": "there is no room",
+}
+_PROTOBUF = {"type": "string", "format": "binary", "description": "a ForwardBackwardRequest"}
+
+
+def install(app: FastAPI) -> None:
+    """`app.openapi()` is this document, made once."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+    components = made.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    _, own = models_json_schema([(ForwardBackward, "validation")], ref_template=_REF)
+    schemas |= own["$defs"] | {"Error": _ERROR}
+    components["securitySchemes"] = {
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        "bearer": {"type": "http", "scheme": "bearer"},
+    }
+    made["security"] = [{"key": []}, {"bearer": []}]
+    for path, operations in made["paths"].items():
+        for operation in operations.values():
+            _complete(path, operation)
+    for path in ("/api/v1/forward", "/api/v1/forward_backward"):
+        made["paths"][path]["post"]["requestBody"] = {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": _REF.format(model="ForwardBackward")}},
+                "application/x-protobuf": {"schema": _PROTOBUF},
+            },
+        }
+    return made
+
+
+def _complete(path: str, operation: dict[str, Any]) -> None:
+    answers = operation["responses"]
+    refused = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    if path in OPEN_PATHS:
+        operation["security"] = []
+    for status, meaning in _STATUSES.items():
+        if path not in OPEN_PATHS:
+            answers[status] = {"description": meaning, "content": refused}
+    if path.startswith("/api/v1/retrieve_future"):
+        answers["408"] = {"description": "not answered yet: ask again", "content": {"application/json": {}}}

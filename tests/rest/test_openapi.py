@@ -1,0 +1,56 @@
+"""The OpenAPI document: its examples are tested, and any body that its schemas allow has an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conformance.server_process import ServerProcess
+from rest.clients import ALICE, Tinkercloud
+from tinsmith.server.auth import OPEN_PATHS
+
+
+@pytest.fixture(scope="module")
+def document(rest_server: ServerProcess) -> dict[str, Any]:
+    with Tinkercloud(rest_server.url, ALICE) as client:
+        return client.get("/openapi.json").json()
+
+
+def examples(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of JSON bodies, by path."""
+    for path, operations in document["paths"].items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        reference = content.get("application/json", {}).get("schema", {}).get("$ref")
+        if reference is not None:
+            schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+            yield from ((path, example) for example in schema.get("examples", []))
+
+
+def test_examples_are_what_the_routes_take(tinkercloud: Tinkercloud, document: dict[str, Any]) -> None:
+    """What they name is not there, and answered so; none is refused as a body that the route cannot read."""
+    seen = set()
+    for path, example in examples(document):
+        answer = tinkercloud.post(path, json=example)
+        assert answer.status_code in (200, 400, 404), (path, answer.text)
+        assert answer.status_code != 200 or isinstance(answer.json(), dict)
+        seen.add(path)
+    pages = ("create_model", "forward_backward", "forward", "optim_step", "asample", "save_weights")
+    pages += ("save_weights_for_sampler", "weights_info", "create_session", "session_heartbeat")
+    pages += ("create_sampling_session", "create_sampling_client", "get_info", "delete_model")
+    pages += ("cleanup_futures", "retrieve_future")
+    assert {f"/api/v1/{page}" for page in pages} <= seen
+
+
+def test_both_kinds_of_keys_are_described(document: dict[str, Any]) -> None:
+    kinds = document["components"]["securitySchemes"]
+    assert {each["type"] for each in kinds.values()} == {"apiKey", "http"}
+    assert document["security"]
+    for path in OPEN_PATHS:
+        assert document["paths"][path]["get"]["security"] == []
+
+
+def test_forward_backward_is_json_or_protobuf(document: dict[str, Any]) -> None:
+    for name in ("forward", "forward_backward"):
+        content = document["paths"][f"/api/v1/{name}"]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "application/x-protobuf"}
