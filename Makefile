@@ -88,7 +88,7 @@ bench: $(STAMP) ## training speed beside transformers + PEFT on torch
 	$(BIN)/python bench/train.py
 
 lock: ## pin the newest packages that fit pyproject.toml (needs uv)
-	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal --all-extras --upgrade \
+	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal --all-extras --no-extra wandb --upgrade \
 	  --python-version 3.11 --override /dev/stdin --no-header --no-annotate --no-emit-index-url --quiet \
 	  | grep -v "sys_platform == 'never'" > requirements.lock.new
 	mv requirements.lock.new requirements.lock

@@ -33,6 +33,7 @@ from .signed_urls import UrlSigner
 from .supervisor import Supervisor
 from .sweep import Sweep
 from .tokens import Tokens
+from .wandb_runs import WandbRuns
 
 log = logging.getLogger("tinsmith.server")
 
@@ -54,6 +55,7 @@ class Backend:
     custom_losses: CustomLosses = field(init=False)
     refused_saves: RefusedSaves = field(init=False)
     runs: Runs = field(init=False)
+    wandb: WandbRuns = field(init=False)
     sessions: Sessions = field(init=False)
     named_models: NamedModels = field(init=False)
     samplers: Samplers = field(init=False)
@@ -82,6 +84,9 @@ class Backend:
         self.custom_losses = CustomLosses(self.ledger, self.operations, settings.custom_loss_server_side)
         self.refused_saves = RefusedSaves(self.operations.consume, settings.refused_save_seconds)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
+        self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
+        self.operations.on_finished = self.wandb.answered
+        self.runs.on_finished = self.wandb.finish
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
@@ -119,6 +124,7 @@ class Backend:
             await self.runs.save_all()
         await self.engine.stop(self.settings.stop_patience_seconds)
         await self.operations.settle()
+        await self.wandb.close()
         self.stopped = True
         self.operations.wake_all()
         self.completions.wake_all()

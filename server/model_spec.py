@@ -11,6 +11,7 @@ from ..engine import messages
 from .dialect import POINTS, Dialect
 from .errors import BadRequest
 from .settings import Settings
+from .wandb_runs import CONFIGURATION
 from .wire import models as wire
 
 OPTIMIZERS = ("adamw", "dimuon", "sgd", "signsgd", "muon")
@@ -38,6 +39,11 @@ def model_spec(body: wire.CreateModel, model_id: str, dialect: Dialect, settings
     warnings: list[str] = []
     if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
         raise BadRequest("objective: this server trains language models; it has no classification heads")
+    if body.rlve_config is not None and body.rlve_config.enabled:
+        raise BadRequest(
+            "rlve_config.enabled: this server has no environments; run the RL loop in the client, with "
+            "asample and forward_backward"
+        )
     optimizer = optimizer_of(body.optimizer_config, warnings)
     message = messages.CreateModel(
         request_id="",
@@ -55,10 +61,16 @@ def model_spec(body: wire.CreateModel, model_id: str, dialect: Dialect, settings
         "max_batch_size": body.max_batch_size,
         "max_seq_len": body.max_seq_len,
         "train_only": body.debug_train_only or None,
+        CONFIGURATION: _wandb(body),
         "steps": step_defaults(body.optimizer_config) or None,
     }
     kept = {key: value for key, value in configuration.items() if value is not None}
     return ModelSpec(message, optimizer, kept, warnings)
+
+
+def _wandb(body: wire.CreateModel) -> dict[str, str] | None:
+    asked = body.wandb_config
+    return asked.configuration if asked is not None and asked.enabled else None
 
 
 def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None = None) -> dict[str, Any]:

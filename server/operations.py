@@ -34,8 +34,8 @@ _STATES = {messages.Done: "done", messages.Failed: "failed"}
 class Operations:
     """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `numbered`
     says which operation of which model a client means and raises ApiError for a model that is not its own,
-    `on_created` is told of answered creations. Samplers set `on_missing_weights`, which gets a sample that
-    the engine has no weights for, and why."""
+    `on_created` is told of answered creations, `on_finished` of all answers. Samplers set
+    `on_missing_weights`, which gets a sample that the engine has no weights for, and why."""
 
     dispatcher: Dispatcher[Operation]
     numbered: Callable[[str, str, int], Awaitable[tuple[str, int]]]
@@ -49,6 +49,7 @@ class Operations:
         self._pending: dict[str, Operation] = {}
         self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
+        self.on_finished: Callable[[Operation], None] = lambda _operation: None
         self.accepted = 0  # since the start
 
     # --- submits
@@ -230,6 +231,7 @@ class Operations:
         operation.payload = None
         if operation.kind == "create_model":
             self.on_created(operation)
+        self.on_finished(operation)
         self._remember(operation)
 
     def _remember(self, operation: Operation) -> None:

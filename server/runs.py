@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 
 import msgspec
 from sqlalchemy import Connection, Row
@@ -38,12 +39,15 @@ def model_id(session_id: str, model_seq_id: int) -> str:
 
 
 class Runs:
+    """`on_finished` is told of models of which nothing more will come."""
+
     def __init__(self, ledger: Ledger, engine: Supervisor, operations: Operations, settings: Settings):
         self._ledger = ledger
         self._engine = engine
         self._operations = operations
         self._settings = settings
         self._runs: dict[str, Run] = {}
+        self.on_finished: Callable[[str], None] = lambda _run_id: None
         self._aliases: dict[tuple[str, str], str] = {}  # owner and name: the newest model of it
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
             self._release, self._give_up, settings.gap_grace_seconds
@@ -69,6 +73,10 @@ class Runs:
             if run.alias == run_id:
                 self._aliases[owner, run_id] = run.id
         return run
+
+    def known(self, run_id: str) -> Run | None:
+        """One that has had operations since the server's start."""
+        return self._runs.get(run_id)
 
     async def _numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
         run = await self.find(owner, run_id)
@@ -268,6 +276,7 @@ class Runs:
         if self._operations.unanswered(run.id):
             return  # the server stops, and its next start goes on here
         await self._leave(run)
+        self.on_finished(run.id)
         await self.snapshots.remove(run)
 
     async def _leave(self, run: Run) -> None:

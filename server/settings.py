@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     # Weights that only a sampling session names are removed so long after its session's last sign of life.
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
 
+    # Whether clients' wandb_config is done, with the network or only into files in data_dir.
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+
     max_body_bytes: int = Field(256 << 20, ge=1 << 10)
     max_import_bytes: int = Field(4 << 30, ge=1 << 10)  # of an adapter that becomes a checkpoint
     max_datums: int = Field(16_384, ge=1)

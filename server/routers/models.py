@@ -19,6 +19,7 @@ from ..operation import Operation, Submission
 from ..run import NewRun, Run
 from ..runs import model_id
 from ..saves import save_state
+from ..wandb_runs import CONFIGURATION
 from ..wire import models as wire
 from ..wire.body import DEFAULT_MODEL, OfModel
 from . import Backend, BackendOf, Owner, Said, base_url, future
@@ -39,6 +40,8 @@ async def create_model(
         identifier = model_id(body.session_id, body.model_seq_id)
     backend.base_model(body.base)
     spec = model_spec(body, identifier, dialect, backend.settings)
+    if CONFIGURATION in spec.configuration:
+        backend.wandb.check()
     if body.checkpoint_path is not None:
         spec = await _from_checkpoint(spec, body, backend, owner)
     reply = described(spec, base_url(request, backend))
@@ -51,6 +54,8 @@ async def create_model(
         operation = await backend.named_models.open(
             Named(owner, name, spec, dialect, reply, body.user_metadata or {})
         )
+    if CONFIGURATION in spec.configuration and body.wandb_config and body.wandb_config.api_key:
+        backend.wandb.remember(operation.model_id, body.wandb_config.api_key.get_secret_value())
     return future(operation) | {"message": "model creation started"} | warnings_of(spec)
 
 

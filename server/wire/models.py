@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
 
 from ...engine import messages
-from .body import Body, Finite, Id, Metadata, OfModel, SeqId
+from .body import Body, Finite, Id, Metadata, OfModel, SeqId, as_json
 
 Positive = Annotated[StrictInt, Field(ge=1, lt=1 << 31)]
 Names = list[Annotated[str, Field(max_length=128)]]
@@ -45,6 +55,31 @@ class ParallelismConfig(Body):
     tensor_parallel_size: Positive = 1
     pipeline_parallel_size: Positive = 1
     num_gpus: Positive | None = None
+
+
+class RlveConfig(Body):
+    """Server-side RL is not here; a block that does not ask for it is fine."""
+
+    enabled: StrictBool = False
+
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(as_json)]
+
+
+class WandbConfig(Body):
+    """Metrics of the model as a run of Weights & Biases. The key is in memory only."""
+
+    enabled: StrictBool = False
+    project: Annotated[_Name, StringConstraints(pattern=r"^\w[\w.-]*$")] = "rlve"
+    run_name: _Name | None = None
+    group: _Name | None = None
+    api_key: SecretStr | None = Field(None, max_length=256)
+
+    @property
+    def configuration(self) -> dict[str, str]:
+        """What is kept of it."""
+        kept = {"project": self.project, "run_name": self.run_name, "group": self.group}
+        return {name: value for name, value in kept.items() if value is not None}
 
 
 class CreateModel(Body):
@@ -97,8 +132,8 @@ class CreateModel(Body):
     )
     num_labels: StrictInt | None = None
     head_config: dict[str, Any] | None = None
-    rlve_config: dict[str, Any] | None = None
-    wandb_config: dict[str, Any] | None = None
+    rlve_config: RlveConfig | None = None
+    wandb_config: WandbConfig | None = None
 
     @model_validator(mode="after")
     def _one_base_model(self) -> CreateModel:
