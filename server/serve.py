@@ -93,8 +93,8 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
 
 
 def _collect_seldom() -> None:
-    """What was imported and made at the start stays, and is not looked through again and again: with thousands
-    of open polls a full collection took 0.4 s, in which nobody was answered. Requests make next to no cycles."""
+    """What was made at the start stays, and is not looked through again: with thousands of open polls a full
+    collection took 0.4 s, in which nobody was answered. Requests make next to no cycles."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(2_000, 10, 1_000)
