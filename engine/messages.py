@@ -174,6 +174,12 @@ class OptimStep(_Request, frozen=True):
     dimuon: DimuonParams | None = None
 
 
+class DropGradients(_Request, frozen=True):
+    """Forget what `ForwardBackward`s have accumulated since the last step."""
+
+    model_id: str
+
+
 class SaveState(_Request, frozen=True):
     """Training state (weights, optimizer, accumulated gradients, step, configuration) into `directory`."""
 
@@ -288,6 +294,7 @@ ToEngine = (
     | CheckCustomLoss
     | ForwardBackward
     | OptimStep
+    | DropGradients
     | SaveState
     | LoadState
     | SaveSampler

@@ -100,6 +100,10 @@ class Models:
                 model = self.find(operation.model_id)
                 params = operation.dimuon or operation.params
                 return messages.OptimStepOutput(model.base.trainer.optim_step(model.state, params))
+            case messages.DropGradients():
+                state = self.find(operation.model_id).state
+                state.gradients, state.valid_tokens, state.failed_since_step = None, 0, 0
+                return messages.Nothing()
             case messages.SaveState():
                 return self._save_state(operation)
             case messages.LoadState():

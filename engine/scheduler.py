@@ -17,6 +17,7 @@ ModelOperation = (
     messages.CreateModel
     | messages.ForwardBackward
     | messages.OptimStep
+    | messages.DropGradients
     | messages.SaveState
     | messages.LoadState
     | messages.SaveSampler

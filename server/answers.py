@@ -13,7 +13,9 @@ from .ledger import checkpoints as checkpoint_rows
 from .operation import Answer, Operation
 
 # Operations that change a model: a replay after the newest snapshot needs them again.
-REPLAYED = frozenset({"forward_backward", "optim_step", "load_weights", "save_unnamed_sampler"})
+REPLAYED = frozenset(
+    {"forward_backward", "optim_step", "drop_gradients", "load_weights", "save_unnamed_sampler"}
+)
 # What an operation brought stays: losses, for later operations (custom_losses.py).
 KEPT = frozenset({"create_custom_loss"})
 _REMEMBERED_BYTES = 16 << 20

@@ -15,6 +15,7 @@ from ..run import Run
 from ..submits import refuse, submit
 from ..wire import forward_backward as wire
 from ..wire import training as json_wire
+from ..wire.body import Sequenced
 from . import Backend, BackendOf, Owner, future
 
 router = APIRouter(prefix="/api/v1", tags=["training"])
@@ -134,3 +135,17 @@ async def optim_step(body: json_wire.OptimStep, backend: BackendOf, owner: Owner
 
 def _learning_rate(message: messages.OptimStep) -> float:
     return message.params.learning_rate if message.dimuon is None else message.dimuon.learning_rate
+
+
+@router.post("/abort_gradient_epoch")
+async def abort_gradient_epoch(body: Sequenced, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Forgets the gradients that were accumulated since the last step."""
+    try:
+        run = await backend.runs.find_trainable(owner, body.model_id)
+        message = messages.DropGradients("", run.id)
+        reply = {"type": "abort_gradient_epoch", "success": True, "info": {}}
+        operation = await submit(backend, run, "drop_gradients", body.seq_id, message, reply)
+    except ApiError as error:
+        await refuse(backend, owner, body.model_id, body.seq_id, error)
+        raise
+    return future(operation)

@@ -22,6 +22,7 @@ from ..errors import BadRequest, Invalid, describe
 from . import tinsmith_wire_pb2 as pb
 from .body import DEFAULT_MODEL, Body, Finite, Int64, Sequenced
 from .forward_backward import ForwardBackwardBody, checked
+from .losses import check_loss
 from .model_input import ModelInput
 
 Number = Int64 | float
@@ -127,6 +128,7 @@ def _message(body: ForwardBackward) -> pb.ForwardBackwardRequest:
     for name in ("routed_experts", "routed_expert_logits"):
         if getattr(batch, name) is not None:
             raise BadRequest(f"{name}: this server's models choose their experts themselves; leave it out")
+    check_loss(batch.loss_fn, batch.loss_fn_config or {})
     request = pb.ForwardBackwardRequest(
         model_id=body.model_id, seq_id=body.seq_id or 0, loss_fn=batch.loss_fn
     )
@@ -179,13 +181,6 @@ def _array(values: list[Any], stored: str, where: str) -> bytes:
 class AdamParams(Body):
     """What is left out is as in the model's optimizer_config."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"learning_rate": 1e-6, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01}
-            ]
-        }
-    )
     learning_rate: Finite = Field(1e-4, ge=0)
     beta1: Finite = Field(0.9, ge=0, lt=1)
     beta2: Finite = Field(0.95, ge=0, lt=1)
@@ -208,6 +203,22 @@ class DimuonParams(Body):
 class OptimStep(Sequenced):
     """`learning_rate` and `gradient_clip` (0 or less: off) go before those of `adam_params`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_id": "model-abc-123",
+                    "adam_params": {
+                        "learning_rate": 1e-6,
+                        "beta1": 0.9,
+                        "beta2": 0.95,
+                        "eps": 1e-8,
+                        "weight_decay": 0.01,
+                    },
+                }
+            ]
+        }
+    )
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
     learning_rate: Finite | None = Field(None, ge=0, validation_alias=AliasChoices("learning_rate", "lr"))

@@ -177,6 +177,11 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
         "/api/v1/optim_step",
         lambda of: json(model_id=of.model, seq_id=next(steps), adam_params={}),
     ),
+    (
+        "POST",
+        "/api/v1/abort_gradient_epoch",
+        lambda of: json(model_id=of.model, seq_id=next(steps)),
+    ),
     ("POST", "/api/v1/save_weights", lambda of: json(model_id=of.model, seq_id=next(steps), path="again")),
     (
         "POST",

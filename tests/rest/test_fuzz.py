@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,18 @@ def tenant(rest_server: ServerProcess) -> ServerProcess:
     return rest_server
 
 
+@pytest.fixture(scope="module")
+def statuses() -> Iterator[Counter[int]]:
+    """How often which was answered to the tenant: shown with `-s`."""
+    counted: Counter[int] = Counter()
+    yield counted
+    print(f"\n{counted.total()} cases:", dict(sorted(counted.items())))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
-def test_no_request_is_the_servers_fault(operation: Any, tenant: ServerProcess) -> None:
+def test_no_request_is_the_servers_fault(
+    operation: Any, tenant: ServerProcess, statuses: Counter[int]
+) -> None:
     """No 5xx, an error has the one error body; and without a key, or with a wrong one, all are 401."""
     kinds = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     cases = st.one_of(*(operation.as_strategy(generation_mode=kind) for kind in kinds))
@@ -53,12 +65,13 @@ def test_no_request_is_the_servers_fault(operation: Any, tenant: ServerProcess) 
     @given(case=cases)
     def ask(case: Any) -> None:
         with httpx.Client(base_url=tenant.url, timeout=120) as client:
-            _ask(client, case)
+            statuses[_ask(client, case)] += 1
 
     ask()
 
 
-def _ask(client: httpx.Client, case: Any) -> None:
+def _ask(client: httpx.Client, case: Any) -> int:
+    """The status that the tenant has seen; 0 of a case that no client can send."""
     said = dict(case.headers or {})
     said = {name: each for name, each in said.items() if name.lower() not in ("x-api-key", "authorization")}
     arguments = case.as_transport_kwargs()
@@ -75,7 +88,7 @@ def _ask(client: httpx.Client, case: Any) -> None:
         try:
             answers.append(client.request(case.method, path, headers=said | kind | own, **fields))
         except (UnicodeEncodeError, httpx.InvalidURL, httpx.LocalProtocolError, ValueError):
-            return  # no client can send it
+            return 0
         if case.operation.path in OPEN_PATHS:
             break
     answer, *refused = answers
@@ -83,3 +96,4 @@ def _ask(client: httpx.Client, case: Any) -> None:
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400 and answer.status_code != 408:
         assert {"detail", "error", "category"} <= answer.json().keys()
+    return answer.status_code

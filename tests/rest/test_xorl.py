@@ -87,6 +87,20 @@ def test_gradients_are_token_means(xorl: Xorl) -> None:
     assert norms["sum"] == pytest.approx(4 * norms["token_mean"], rel=1e-5)
 
 
+def test_aborted_gradients_are_not_stepped_with(xorl: Xorl) -> None:
+    norms = []
+    for name, aborted in (("aborted", True), ("plain", False)):
+        model = {"model_id": name}
+        asked = {"base_model": "tiny", "lora_config": {"rank": 4, "seed": 5}, "grad_normalization": "sum"}
+        xorl.done("create_model", **asked, **model)
+        if aborted:
+            xorl.done("forward_backward", forward_backward_input=BATCH, **model)
+            xorl.done("abort_gradient_epoch", **model)
+        xorl.done("forward_backward", forward_backward_input=BATCH, **model)
+        norms.append(xorl.done("optim_step", learning_rate=0.0, **model)["metrics"]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """xorl-client 0.1.0; what it imports is there already."""

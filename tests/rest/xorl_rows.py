@@ -318,6 +318,14 @@ ROWS = (
     ),
     Row(
         "POST",
+        f"{_V1}/abort_gradient_epoch",
+        "client",
+        {"model_id": "rows"},
+        _FUTURE,
+        {"success": True, "model_id": "rows", "info": {}},
+    ),
+    Row(
+        "POST",
         f"{_V1}/kill_session",
         "page",
         {"model_id": "rows", "save_checkpoint": True, "reset_weights": True},
