@@ -98,8 +98,22 @@ def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None
         told.append(f"optimizer_config: not known here: {_named(fields)}")
     described: dict[str, Any] = {"type": family, **step_defaults(chosen)}
     if chosen.optimizer_kwargs:
-        described["optimizer_kwargs"] = chosen.optimizer_kwargs
+        described["optimizer_kwargs"] = _options(chosen)
     return described
+
+
+def _options(config: wire.OptimizerConfig) -> dict[str, Any]:
+    """xorl gives Muon a learning rate of its own, which then moves with the steps' one: a factor."""
+    options = dict(config.optimizer_kwargs or {})
+    rate = options.pop("muon_lr", None)
+    if rate is None:
+        return options
+    if isinstance(rate, (str, bool)) or not config.learning_rate:
+        raise BadRequest(
+            "optimizer_config.optimizer_kwargs.muon_lr: it is a number beside optimizer_config.learning_rate, "
+            "whose ratio is kept; or send muon_lr_factor"
+        )
+    return options | {"muon_lr_factor": rate / config.learning_rate}
 
 
 def step_defaults(config: wire.OptimizerConfig | None) -> dict[str, float]:

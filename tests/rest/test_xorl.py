@@ -67,10 +67,11 @@ def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
 
 def test_a_failure_is_an_answer(xorl: Xorl) -> None:
     xorl.done("create_model", model_id="failing", base_model="tiny", lora_config={"rank": 4})
-    bad = xorl.ask("forward_backward", model_id="failing", forward_backward_input=BATCH | {"loss_fn": "none"})
+    batch = BATCH | {"loss_fn": "drgrpo", "loss_fn_params": {"kl_type": "k9"}}
+    bad = xorl.ask("forward_backward", model_id="failing", forward_backward_input=batch)
     failed = xorl.poll(bad["request_id"])
     assert failed["category"] == "user"
-    assert "'none'" in failed["error"]
+    assert "'k9'" in failed["error"]
     unloading = xorl.ask("unload_model", model_id="failing", type="unload_model")
     assert xorl.poll(unloading["request_id"])["model_id"] == "failing"
 
