@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from conformance.server_process import ServerProcess
 from rest.clients import Tinkercloud
 
@@ -107,3 +109,15 @@ def test_sampling_and_resuming(tinkercloud: Tinkercloud) -> None:
         for each in (model, again)
     ]
     assert continued[0] == continued[1] < loss
+
+
+def test_operations_without_numbers_that_come_at_once_all_run(tinkercloud: Tinkercloud) -> None:
+    model = tinkercloud.done("create_model", base_model="tiny", lora_config={"rank": 4})["model_id"]
+
+    def submit(_number: int) -> str:
+        return tinkercloud.ask("optim_step", model_id=model)["request_id"]
+
+    with ThreadPoolExecutor(12) as threads:
+        requests = list(threads.map(submit, range(12)))
+    counts = [tinkercloud.poll(request).json()["step_count"] for request in requests]
+    assert sorted(counts) == list(range(1, 13))
