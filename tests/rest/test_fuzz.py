@@ -23,8 +23,6 @@ from tinsmith.server.app import create_app
 from tinsmith.server.auth import OPEN_PATHS
 from tinsmith.server.settings import Settings
 
-pytestmark = pytest.mark.slow
-
 CASES = int(os.environ.get("TINSMITH_REST_CASES", "1000"))
 _EXCLUDED = {"/sleep", "/wake_up"}  # all others would wait
 SCHEMA = schemathesis.openapi.from_dict(create_app(Settings(data_dir=Path("none")), []).openapi())
@@ -48,6 +46,7 @@ def statuses() -> Iterator[Counter[int]]:
     print(f"\n{counted.total()} cases:", dict(sorted(counted.items())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_no_request_is_the_servers_fault(
     operation: Any, tenant: ServerProcess, statuses: Counter[int]

@@ -11,7 +11,6 @@ from rest.clients import ALICE, Xorl
 from rest.test_xorl import BATCH
 from tiny_models import write_model
 
-pytestmark = pytest.mark.slow
 MODEL = {"model_id": "kept"}
 
 
@@ -40,6 +39,7 @@ def steps(client: Xorl, first: int, count: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_named_model_goes_on_after_a_kill_and_its_numbers_begin_again_when_it_is_opened(
     own_server: ServerProcess,
 ) -> None:
