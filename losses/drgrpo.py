@@ -44,34 +44,21 @@ def drgrpo(
     KL term neither, as in xorl. Source: Liu et al. 2025 (arXiv:2503.20783), eq. 3; clip_high as in DAPO
     (arXiv:2503.14476); names and defaults as on xorl's pages.
     """
-    return _loss(
-        logprobs - old_logprobs, logprobs, advantages, ref_logprobs, clip_low, clip_high, beta, kl_type
-    )
-
-
-def drgrpo_sequence(
-    logprobs: Float[Array, "*N"],
-    sequence_log_ratio: Float[Array, "*N"],
-    advantages: Float[Array, "*N"],
-    ref_logprobs: Float[Array, "*N"],
-    clip_low: Float[Array, ""] | float,
-    clip_high: Float[Array, ""] | float,
-    beta: Float[Array, ""] | float,
-    kl_type: Float[Array, ""] | float,
-) -> Float[Array, "*N"]:
-    """`drgrpo` with ratio_type "sequence": r is that of the whole sequence, the exponential of the mean
-    log-ratio over its tokens of nonzero advantage, with the gradient of the token's own log-prob (`gspo`)."""
-    log_ratio = sequence_log_ratio + logprobs - jax.lax.stop_gradient(logprobs)
-    return _loss(log_ratio, logprobs, advantages, ref_logprobs, clip_low, clip_high, beta, kl_type)
-
-
-def _loss(log_ratio, logprobs, advantages, ref_logprobs, clip_low, clip_high, beta, kl_type):
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(logprobs - old_logprobs)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
     # Without a reference its log-probs are zeros, and 0 · inf is not 0.
     divergence = jnp.where(beta == 0, 0.0, beta * kl(logprobs - ref_logprobs, kl_type))
     return jnp.where(advantages == 0, 0.0, loss + divergence)
+
+
+def drgrpo_sequence(
+    logprobs: Float[Array, "*N"], sequence_log_ratio: Float[Array, "*N"], *rest: Array
+) -> Float[Array, "*N"]:
+    """`drgrpo` with ratio_type "sequence": r is that of the whole sequence, the exponential of the mean
+    log-ratio over its tokens of nonzero advantage, with the gradient of the token's own log-prob (`gspo`).
+    `rest` as there."""
+    return drgrpo(logprobs, jax.lax.stop_gradient(logprobs) - sequence_log_ratio, *rest)
 
 
 def metrics(
