@@ -72,6 +72,7 @@ def kill_when_it_writes(server: ServerProcess, folder: str) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_snapshot_is_written(
     server: ServerProcess, service: tinker.ServiceClient, expected: np.ndarray
 ) -> None:
