@@ -32,9 +32,11 @@ def build(folder: Path, chat_model: Path, multilingual: list[str]) -> None:
     for name in (CHAT, *OTHERS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(chat_model)
-    said = random.Random(3)
+    said, other = random.Random(3), random.Random(4)
     no_robots = [{"messages": asked(question(said), ahoy(said))} for _ in range(ROWS)]
-    _write(folder / "HuggingFaceH4/no_robots", train=no_robots, test=no_robots[:16])
+    # Six batches of 256, which the cookbook's own tests train on.
+    more = [{"messages": asked(question(other), ahoy(other))} for _ in range(6 * 256 - ROWS)]
+    _write(folder / "HuggingFaceH4/no_robots", train=no_robots + more, test=no_robots[:16])
     _write(folder / "allenai/tulu-3-sft-mixture", train=no_robots)
     _lines(folder / "conversations.jsonl", no_robots)
     _lines(folder / "teacher.jsonl", [{"messages": asked(question(said), short(said))} for _ in range(ROWS)])
