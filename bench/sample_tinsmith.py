@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tinsmith.engine import messages
-from tinsmith.engine.sampler import Sampler
+from tinsmith.engine.sampling.sampler import Sampler
 from tinsmith.model import decoder, kv_cache, lora
 from tinsmith.model.config import read_config
 from tinsmith.model.load import load_base

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tinsmith.server.engine_process import engine_environment
+from tinsmith.server.supervision.engine_process import engine_environment
 
 HERE = Path(__file__).parent
 SMOLLM2_135M = {

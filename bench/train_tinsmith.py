@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from peak_memory import peak_mb, release, reset_peak
 from tinsmith.engine.messages import AdamParams, Datum, ForwardBackward, LoraSpec, Tensor
-from tinsmith.engine.packing import computed_tokens, pack
-from tinsmith.engine.trainer import Trainer
+from tinsmith.engine.training.packing import computed_tokens, pack
+from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
 from tinsmith.model.config import read_config
 from tinsmith.model.load import load_base

@@ -18,10 +18,10 @@ from ..model.load import find_model, load_base
 from . import messages
 from .compilation import log_compiled
 from .device_memory import device_share
-from .sampler import Sampler, default_kv_cache_tokens
-from .sampler_cache import SamplerCache
-from .tokenizer import TokenBytes
-from .trainer import Trainer
+from .sampling.sampler import Sampler, default_kv_cache_tokens
+from .sampling.sampler_cache import SamplerCache
+from .sampling.tokenizer import TokenBytes
+from .training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

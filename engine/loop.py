@@ -19,15 +19,15 @@ import numpy as np
 from . import messages
 from .answers import answer_to, note
 from .base_models import BaseModel
-from .custom_loss_run import CustomJob
-from .custom_losses import load
 from .errors import MissingWeights, UserError
 from .models import Models, Writing
-from .sampler_cache import SamplerCache
+from .sampling.sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit
 from .sleep import Sleep
 from .socket import Socket
-from .training_run import Job, JobOutput
+from .training.custom_loss_run import CustomJob
+from .training.custom_losses import load
+from .training.training_run import Job, JobOutput
 from .under_way import UnderWay
 
 log = logging.getLogger(__name__)

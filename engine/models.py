@@ -17,14 +17,15 @@ import numpy as np
 from ..ckpt import age, digests, merged, paths, peft, training_state
 from ..ckpt.atomic import atomic_directory, size_bytes
 from ..model.lora import ATTENTION_LINEARS, MLP_LINEARS
-from . import lora_specs, messages, optimizer_families
+from . import lora_specs, messages
 from .base_models import BaseModel
-from .custom_loss_run import CustomJob
 from .deferred_exports import DeferredExports
 from .errors import UserError
+from .optimizers import optimizer_families
 from .scheduler import ModelOperation
-from .training_run import Job
-from .training_state import TrainingState
+from .training.custom_loss_run import CustomJob
+from .training.training_run import Job
+from .training.training_state import TrainingState
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .base_models import BaseModel
 from .errors import UserError
 from .models import Models
 from .parking import Parked
-from .training_state import TrainingState
+from .training.training_state import TrainingState
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,15 @@ from fastapi import FastAPI
 
 from .. import __version__
 from . import errors, openapi
-from .admission import Admission
-from .auth import ApiKeys, Authentication
+from .access.admission import Admission
+from .access.auth import ApiKeys, Authentication
+from .access.quotas import Quotas
+from .access.signed_urls import UrlSigner
+from .access.tokens import Tokens
 from .backend import Backend
 from .base_models import BaseModel, resolve
 from .body_limits import BodyLimits
 from .metrics import Measured, Metrics
-from .quotas import Quotas
 from .routers import (
     accounts,
     checkpoints,
@@ -42,8 +44,6 @@ from .routers import (
     weights,
 )
 from .settings import Settings
-from .signed_urls import UrlSigner
-from .tokens import Tokens
 
 
 def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -> FastAPI:

@@ -8,32 +8,32 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..engine import messages
-from .admission import Admission
-from .auth import ApiKeys, read_forever
+from .access.admission import Admission
+from .access.auth import ApiKeys, read_forever
+from .access.quotas import Quotas
+from .access.signed_urls import UrlSigner
+from .access.tokens import Tokens
 from .base_models import BaseModel
-from .checkpoints import Checkpoints
-from .completions import Completions
-from .copies import Copies
-from .custom_losses import CustomLosses
-from .disk import Disk
 from .errors import BadRequest
 from .ledger import tenancy
 from .ledger.ledger import Ledger
-from .live_samplers import LiveSamplers
-from .named_models import NamedModels
-from .operations import Operations
-from .quotas import Quotas
-from .refused_saves import RefusedSaves
-from .runs import Runs
-from .sample_streams import SampleStreams
-from .samplers import Samplers
-from .sessions import Sessions
+from .live.custom_losses import CustomLosses
+from .live.live_samplers import LiveSamplers
+from .live.runs import Runs
+from .live.samplers import Samplers
+from .live.sessions import Sessions
+from .live.wandb_runs import WandbRuns
+from .operations.completions import Completions
+from .operations.operations import Operations
+from .operations.refused_saves import RefusedSaves
+from .served.named_models import NamedModels
+from .served.sample_streams import SampleStreams
 from .settings import Settings
-from .signed_urls import UrlSigner
-from .supervisor import Supervisor
-from .sweep import Sweep
-from .tokens import Tokens
-from .wandb_runs import WandbRuns
+from .storage.checkpoints import Checkpoints
+from .storage.copies import Copies
+from .storage.disk import Disk
+from .storage.sweep import Sweep
+from .supervision.supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.server")
 
@@ -86,7 +86,7 @@ class Backend:
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.on_finished = self.wandb.answered
-        self.runs.on_finished = self.wandb.finish
+        self.runs.on_finished = self._model_finished
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
@@ -114,6 +114,10 @@ class Backend:
             self.streams.add(answer)
         else:
             self.operations.on_answer(answer)
+
+    def _model_finished(self, model_id: str) -> None:
+        self.wandb.finish(model_id)
+        self.live_samplers.forget(model_id)
 
     async def drain(self) -> None:
         """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""

@@ -10,8 +10,8 @@ from typing import Annotated, BinaryIO
 
 import typer
 
-from .adapter_archive import CONFIG_FILE, TENSORS_FILE
 from .remote_server import OPTION, RemoteServer, fail
+from .storage.adapter_archive import CONFIG_FILE, TENSORS_FILE
 
 checkpoints = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of a server.")
 

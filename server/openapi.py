@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from .auth import OPEN_PATHS
+from .access.auth import OPEN_PATHS
 from .wire.training import ForwardBackward
 
 DESCRIPTION = """Trains language models and samples what it trains. Three kinds of clients are served on the

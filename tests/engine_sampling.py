@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tinsmith.engine import messages
-from tinsmith.engine.sampler import Sampler
-from tinsmith.engine.tokenizer import TokenBytes
+from tinsmith.engine.sampling.sampler import Sampler
+from tinsmith.engine.sampling.tokenizer import TokenBytes
 from tinsmith.model import config as config_lib
 from tinsmith.model import decoder, load, lora
 from tiny_models import write_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from tinsmith.engine.messages import Datum, ForwardBackward, LoraSpec, Tensor
-from tinsmith.engine.trainer import Trainer
+from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
 from tinsmith.model.config import read_config
 from tinsmith.model.load import load_base

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
-from ..auth import Caller
+from ..access.auth import Caller
 from ..backend import Backend
 from ..dialect import Dialect, said
-from ..operation import Operation
+from ..operations.operation import Operation
 
 # Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from sqlalchemy import Row
 
-from ..checkpoints import as_strings, iso
 from ..errors import BadRequest
 from ..ledger import audit
 from ..ledger import usage as rows
 from ..ledger.session_search import NO_PROJECT
+from ..storage.checkpoints import as_strings, iso
 from ..wire.session_search import user_urn
 from . import BackendOf, Owner
 

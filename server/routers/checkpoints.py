@@ -8,10 +8,10 @@ from fastapi import APIRouter, Header
 from sqlalchemy import Row
 
 from ...ckpt import paths
-from ..checkpoints import iso, named, parse, parse_short, shown
-from ..copies import session_of
 from ..errors import BadRequest, NotFound
 from ..ledger import checkpoints as rows
+from ..storage.checkpoints import iso, named, parse, parse_short, shown
+from ..storage.copies import session_of
 from ..wire import requests
 from ..wire.body import OfModel
 from . import BackendOf, Limit, Offset, Owner

@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from ..access.tokens import Claims
 from ..errors import Forbidden
 from ..ledger import keys as rows
-from ..tokens import Claims
 from . import BackendOf, CallerOf
 
 router = APIRouter(prefix="/api/v1/auth", tags=["credentials"])

@@ -13,9 +13,9 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import Row
 
 from ...ckpt import paths
-from ..archive import Archive, files
-from ..checkpoints import iso, named
 from ..errors import BadRequest, NotFound
+from ..storage.archive import Archive, files
+from ..storage.checkpoints import iso, named
 from . import Backend, BackendOf, CallerOf, Owner, base_url
 
 router = APIRouter(prefix="/api/v1", tags=["downloads"])

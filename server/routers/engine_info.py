@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from ... import __version__
-from .. import served_models
+from ..served import served_models
 from . import Backend, BackendOf, Owner
 
 router = APIRouter(tags=["inference"])

@@ -16,8 +16,8 @@ from fastapi.responses import Response
 from ...engine import messages
 from ..dialect import POINTS, Dialect
 from ..errors import BadRequest, Gone, NotFound, Unavailable
-from ..operation import Operation
-from ..tokenizer import of_folder
+from ..operations.operation import Operation
+from ..served.tokenizer import of_folder
 from ..wire import requests, results
 from . import Backend, BackendOf, Owner, Said
 

@@ -12,10 +12,10 @@ from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 
 from ...engine import messages
-from .. import served_models, served_samples, tokenizer
 from ..errors import ApiError
-from ..sampled_text import SampledText
-from ..served_samples import Asked, Running
+from ..served import served_models, served_samples, tokenizer
+from ..served.sampled_text import SampledText
+from ..served.served_samples import Asked, Running
 from ..wire import generate as wire
 from ..wire.sampled import tokens_of
 from . import Backend, BackendOf, Owner

@@ -14,16 +14,16 @@ from sqlalchemy import Connection
 
 from ...ckpt import paths
 from ...engine import messages
-from ..adapter_archive import described, unpack
-from ..checkpoints import named
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable
 from ..ledger import checkpoints as rows
-from ..operation import Operation
-from ..run import NewRun
-from ..runs import model_id
-from ..saves import new_checkpoint
-from ..saves import saved as saved_reply
-from ..submits import submit
+from ..live.run import NewRun
+from ..live.runs import model_id
+from ..operations.operation import Operation
+from ..operations.saves import new_checkpoint
+from ..operations.saves import saved as saved_reply
+from ..operations.submits import submit
+from ..storage.adapter_archive import described, unpack
+from ..storage.checkpoints import named
 from . import Backend, BackendOf, Owner
 
 PATH = "/api/v1/import_weights"

@@ -10,16 +10,16 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from ...engine import messages
-from ..checkpoints import iso
 from ..dialect import Dialect
 from ..errors import BadRequest, NotFound
-from ..model_spec import ModelSpec, model_spec
-from ..named_models import Named, check_name, described, warnings_of
-from ..operation import Operation, Submission
-from ..run import NewRun, Run
-from ..runs import model_id
-from ..saves import save_state
-from ..wandb_runs import CONFIGURATION
+from ..live.model_spec import ModelSpec, model_spec
+from ..live.run import NewRun, Run
+from ..live.runs import model_id
+from ..live.wandb_runs import CONFIGURATION
+from ..operations.operation import Operation, Submission
+from ..operations.saves import save_state
+from ..served.named_models import Named, check_name, described, warnings_of
+from ..storage.checkpoints import iso
 from ..wire import models as wire
 from ..wire.body import DEFAULT_MODEL, OfModel
 from . import Backend, BackendOf, Owner, Said, base_url, future

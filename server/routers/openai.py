@@ -9,9 +9,9 @@ import orjson
 from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 
-from .. import served_models, served_samples, tokenizer
-from ..openai_answers import Answers, ChatAnswers, CompletionAnswers
-from ..served_samples import Asked
+from ..served import served_models, served_samples, tokenizer
+from ..served.openai_answers import Answers, ChatAnswers, CompletionAnswers
+from ..served.served_samples import Asked
 from ..wire.openai import ChatCompletions, Completions
 from . import Backend, BackendOf, Owner
 

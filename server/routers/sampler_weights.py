@@ -11,14 +11,14 @@ from sqlalchemy import Connection
 
 from ...ckpt import age, paths
 from ...engine import messages
-from ..checkpoints import named
 from ..errors import ApiError, BadRequest
 from ..ledger import tenancy
-from ..run import Run
-from ..samplers import add as add_sampler
-from ..samplers import new_directory, number_of, sampler_id
-from ..saves import new_checkpoint, saved
-from ..submits import refuse, submit
+from ..live.run import Run
+from ..live.samplers import add as add_sampler
+from ..live.samplers import new_directory, number_of, sampler_id
+from ..operations.saves import new_checkpoint, saved
+from ..operations.submits import refuse, submit
+from ..storage.checkpoints import named
 from ..wire import requests
 from . import Backend, BackendOf, Owner, base_url, future
 

@@ -11,9 +11,9 @@ from ...engine import messages
 from ..dialect import Dialect
 from ..errors import BadRequest, Unavailable
 from ..ledger import samples
-from ..operation import Operation, Submission
-from ..provenance import sequence_id
-from ..sample_targets import target
+from ..operations.operation import Operation, Submission
+from ..operations.provenance import sequence_id
+from ..served.sample_targets import target
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, prompt_tokens
 from . import Backend, BackendOf, Owner, Said, future

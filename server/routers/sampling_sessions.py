@@ -9,9 +9,9 @@ from fastapi import APIRouter
 from ...engine import messages
 from ..errors import BadRequest
 from ..ledger import tenancy
-from ..operation import Submission
-from ..sample_targets import Weights, weights
-from ..samplers import Sampler, number_of
+from ..live.samplers import Sampler, number_of
+from ..operations.operation import Submission
+from ..served.sample_targets import Weights, weights
 from ..wire import requests
 from ..wire.sampling import CreateSamplingClient
 from . import Backend, BackendOf, Owner, Said, future
@@ -24,9 +24,8 @@ async def create_sampling_session(
     body: requests.CreateSamplingSession, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
     """Of a session, with its number; or of a sampler checkpoint alone."""
-    sampler = await _create(
-        backend, owner, body.session_id, body.sampling_session_seq_id, body.base_model, body.model_path
-    )
+    found = await weights(backend, owner, body.base_model, body.model_path, body.model_id)
+    sampler = await _create(backend, owner, body.session_id, body.sampling_session_seq_id, found)
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
 
@@ -35,9 +34,8 @@ async def create_sampling_client(
     body: CreateSamplingClient, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
     """As create_sampling_session; the request that it answers with is done at once."""
-    sampler = await _create(
-        backend, owner, body.session_id, body.sampling_session_seq_id, body.base_model, body.model_path
-    )
+    found = await weights(backend, owner, body.base_model, body.model_path)
+    sampler = await _create(backend, owner, body.session_id, body.sampling_session_seq_id, found)
     reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
     reply |= _described(sampler, body.model_path)
     if body.sampling_params is not None:
@@ -69,24 +67,18 @@ def _described(sampler: Sampler, model_path: str | None) -> dict[str, Any]:
 
 
 async def _create(
-    backend: Backend,
-    owner: str,
-    session_id: str | None,
-    number: int | None,
-    base_model: str | None,
-    model_path: str | None,
+    backend: Backend, owner: str, session_id: str | None, number: int | None, found: Weights
 ) -> Sampler:
     if (session_id is None) != (number is None):
         raise BadRequest("session_id and sampling_session_seq_id come together")
     if session_id is not None:
         await backend.sessions.require_active(owner, session_id)
-    found = await weights(backend, owner, base_model, model_path)
     which: int | str = "base" if number is None else number
     if number is None and found.run_id is not None:
         which = number_of(found.run_id, (found.path or "").rpartition("/")[2])
     session_id = session_id or await _session_of(backend, owner, found)
     return await backend.samplers.create(
-        owner, session_id, which, found.base_model, model_path and found.path, found.directory
+        owner, session_id, which, found.base_model, found.path, found.directory
     )
 
 

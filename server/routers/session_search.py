@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ..checkpoints import as_strings, iso
 from ..ledger import session_search as rows
+from ..storage.checkpoints import as_strings, iso
 from ..wire import session_search as wire
 from . import BackendOf, Owner
 

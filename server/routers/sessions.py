@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 
-from ..checkpoints import as_strings
 from ..dialect import Dialect
 from ..errors import NotFound
 from ..ledger import tenancy
-from ..model_spec import model_spec
-from ..named_models import Named, check_name, described
-from ..run import Run
+from ..live.model_spec import model_spec
+from ..live.run import Run
+from ..served.named_models import Named, check_name, described
+from ..storage.checkpoints import as_strings
 from ..wire import requests
 from ..wire.models import CreateModel
 from . import Backend, BackendOf, Limit, Offset, Owner, Said, base_url

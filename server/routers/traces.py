@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..ledger import traces as rows
-from ..traces import chrome_trace
+from ..live.traces import chrome_trace
 from . import BackendOf, Owner, base_url
 
 router = APIRouter(prefix="/api/v1/sessions/{session_id}", tags=["traces"])

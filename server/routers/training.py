@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ...engine import messages
-from .. import provenance
 from ..errors import ApiError, BadRequest
-from ..run import Run
-from ..submits import refuse, submit
+from ..live.run import Run
+from ..operations import provenance
+from ..operations.submits import refuse, submit
 from ..wire import forward_backward as wire
 from ..wire import training as json_wire
 from ..wire.body import Sequenced

@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from sqlalchemy import Row
 
 from ...ckpt import paths
-from ..checkpoints import as_strings, iso, shown
 from ..errors import NotFound
 from ..ledger import checkpoints as rows
 from ..ledger import tenancy
+from ..storage.checkpoints import as_strings, iso, shown
 from . import Backend, BackendOf, Limit, Offset, Owner
 
 router = APIRouter(prefix="/api/v1", tags=["training runs"])

@@ -11,11 +11,11 @@ from sqlalchemy import Row
 
 from ...engine import messages
 from ..errors import ApiError, BadRequest
-from ..model_spec import optimizer_of
-from ..run import NewRun, Run
-from ..runs import model_id
-from ..saves import save_state
-from ..submits import refuse, submit
+from ..live.model_spec import optimizer_of
+from ..live.run import NewRun, Run
+from ..live.runs import model_id
+from ..operations.saves import save_state
+from ..operations.submits import refuse, submit
 from ..wire import requests
 from . import Backend, BackendOf, Owner, Said, future
 

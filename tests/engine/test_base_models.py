@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from tinsmith.engine import base_models, messages
-from tinsmith.engine.sampler import default_kv_cache_tokens
+from tinsmith.engine.sampling.sampler import default_kv_cache_tokens
 from tinsmith.model import kv_cache
 from tinsmith.model.config import read_config
 from tinsmith.model.sharding import make_mesh

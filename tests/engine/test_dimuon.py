@@ -16,10 +16,10 @@ from engine_training import (
     worst,
 )
 from tinsmith.ckpt import training_state
-from tinsmith.engine import dimuon
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, DimuonParams
-from tinsmith.engine.training_state import TrainingState
+from tinsmith.engine.optimizers import dimuon
+from tinsmith.engine.training.training_state import TrainingState
 
 RANK, PADDED, STEPS = 5, 8, 5
 LR = [0.02 / (i + 1) for i in range(STEPS)]

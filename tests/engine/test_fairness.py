@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tinsmith.engine import base_models, compilation, messages
 from tinsmith.engine.loop import Engine
-from tinsmith.engine.sampler import Sampler
-from tinsmith.engine.training_run import Run
+from tinsmith.engine.sampling.sampler import Sampler
+from tinsmith.engine.training.training_run import Run
 from tinsmith.model.sharding import make_mesh
 
 from tests.engine.engine_client import CACHE, datum, lora

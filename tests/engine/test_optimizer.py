@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tinsmith.engine import optimizer
+from tinsmith.engine.optimizers import optimizer
 
 RNG = np.random.default_rng(0)
 STEPS = 6

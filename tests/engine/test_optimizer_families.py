@@ -6,10 +6,10 @@ import optax
 import pytest
 from engine_training import lora, make_trainer, random_data, relative, run, with_random_b, worst
 from tinsmith.ckpt import training_state
-from tinsmith.engine import optimizer_families
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams
-from tinsmith.engine.training_state import TrainingState
+from tinsmith.engine.optimizers import optimizer_families
+from tinsmith.engine.training.training_state import TrainingState
 
 LR = [0.02, 0.01, 0.03]
 

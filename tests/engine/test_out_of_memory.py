@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 from engine_training import lora, make_trainer, operation, random_data, run, with_random_b, worst
-from tinsmith.engine import gradient_programs
 from tinsmith.engine.errors import UserError
-from tinsmith.engine.gradient_programs import GradientPrograms
-from tinsmith.engine.packing import shape_table
+from tinsmith.engine.training import gradient_programs
+from tinsmith.engine.training.gradient_programs import GradientPrograms
+from tinsmith.engine.training.packing import shape_table
 
 LENGTHS = [9, 30, 3, 30, 17, 1, 25, 30, 12]
 TABLE = {"max_sequence_length": 128, "micro_batch_tokens": 64}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinsmith.engine.packing import computed_tokens, pack, shape_table
+from tinsmith.engine.training.packing import computed_tokens, pack, shape_table
 
 TABLES = [
     shape_table(512, 1024),

@@ -23,8 +23,8 @@ from tinsmith.ckpt import peft
 from tinsmith.engine import messages
 from tinsmith.engine.deferred_exports import DeferredExports
 from tinsmith.engine.errors import UserError
-from tinsmith.engine.sampler_cache import SamplerCache
-from tinsmith.engine.training_state import TrainingState
+from tinsmith.engine.sampling.sampler_cache import SamplerCache
+from tinsmith.engine.training.training_state import TrainingState
 from tinsmith.model.sharding import make_mesh
 
 RANK, ALPHA = 8, 16.0

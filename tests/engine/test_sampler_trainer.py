@@ -5,7 +5,7 @@ import pytest
 from engine_sampling import load_tiny, make_sampler, random_adapter, request, sample, sequences
 from engine_training import datum, lora, operation, random_data, run, with_random_b
 from tinsmith.engine.messages import AdamParams
-from tinsmith.engine.trainer import Trainer
+from tinsmith.engine.training.trainer import Trainer
 
 # So long that all decode steps see one bucket of context lengths.
 PROMPT = np.random.default_rng(1).integers(3, 320, 260)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinsmith.engine.slots import Slots
+from tinsmith.engine.sampling.slots import Slots
 
 COMPILE, CHUNK = 10.0, 1.0
 

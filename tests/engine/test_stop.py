@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinsmith.engine.stop import StopRule, implicit_stop_tokens
-from tinsmith.engine.tokenizer import TokenBytes
+from tinsmith.engine.sampling.stop import StopRule, implicit_stop_tokens
+from tinsmith.engine.sampling.tokenizer import TokenBytes
 from tiny_models import write_tokenizer
 
 # pieces that overlap, and the bytes of "é" and "€" one by one

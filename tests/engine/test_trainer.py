@@ -20,8 +20,8 @@ from engine_training import (
 )
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, DimuonParams
-from tinsmith.engine.training_run import NonFiniteError
-from tinsmith.engine.training_state import TrainingState
+from tinsmith.engine.training.training_run import NonFiniteError
+from tinsmith.engine.training.training_state import TrainingState
 
 ADAM = AdamParams(learning_rate=1e-2, eps=1e-8)
 LENGTHS = [9, 64, 3, 30, 17, 1, 40]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from engine_training import lora, random_data, run, with_random_b
-from tinsmith.engine.trainer import Trainer
+from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
 from tinsmith.model.config import read_config
 from tinsmith.model.load import load_base

@@ -5,7 +5,7 @@ import pytest
 from engine_training import datum, random_data, tensor
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, Datum, Tensor
-from tinsmith.engine.validation import check_data, check_loss, check_optimizer
+from tinsmith.engine.training.validation import check_data, check_loss, check_optimizer
 
 VOCAB, LONGEST = 320, 32
 

@@ -12,12 +12,13 @@ import pytest
 import zstandard
 from fuzz.campaign import campaign
 from fuzz.mutations import FLOATS, INTEGERS, TEXTS, mutated_bytes
-from tinsmith.engine import messages, validation
+from tinsmith.engine import messages
 from tinsmith.engine.errors import UserError
+from tinsmith.engine.training import validation
 from tinsmith.losses import REGISTRY
-from tinsmith.server import provenance
 from tinsmith.server.errors import BadRequest, TooLarge
-from tinsmith.server.operation import Operation
+from tinsmith.server.operations import provenance
+from tinsmith.server.operations.operation import Operation
 from tinsmith.server.wire import forward_backward as wire
 from tinsmith.server.wire import tinsmith_wire_pb2 as pb
 

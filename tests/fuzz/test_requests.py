@@ -14,10 +14,11 @@ from fuzz.campaign import campaign
 from fuzz.mutations import mutated_bytes, mutated_json
 from pydantic import ValidationError
 from tinsmith.engine import messages
-from tinsmith.server import checkpoints, errors
+from tinsmith.server import errors
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.model_spec import model_spec
+from tinsmith.server.live.model_spec import model_spec
 from tinsmith.server.settings import Settings
+from tinsmith.server.storage import checkpoints
 from tinsmith.server.wire import models, requests, sampling, training
 from tinsmith.server.wire.body import Body, OfModel
 from tinsmith.server.wire.model_input import prompt_tokens

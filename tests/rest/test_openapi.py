@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conformance.server_process import ServerProcess
 from rest.clients import ALICE, Tinkercloud
-from tinsmith.server.auth import OPEN_PATHS
+from tinsmith.server.access.auth import OPEN_PATHS
 
 
 @pytest.fixture(scope="module")

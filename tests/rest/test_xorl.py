@@ -141,3 +141,15 @@ def test_its_sdk_trains_and_resumes(rest_server: ServerProcess, sdk: Path) -> No
 def test_its_sdk_learns_from_rewards(rest_server: ServerProcess, sdk: Path) -> None:
     rewards = run(rest_server, sdk, "reinforce", "rl")["rewards"]
     assert sum(rewards[-3:]) > sum(rewards[:3])
+
+
+def test_a_model_s_checkpoint_is_sampled_by_less_than_its_uri(xorl: Xorl) -> None:
+    for name in ("whose", "another"):
+        xorl.done("create_model", base_model="tiny", model_id=name, lora_config={"rank": 4})
+    path = xorl.done("save_weights_for_sampler", model_id="whose", seq_id=1, name="short")["path"]
+    for short in (path, "sampler_weights/short", "short"):
+        session = xorl.ask("create_sampling_session", model_id="whose", model_path=short)
+        assert session["lora_name"].startswith("short")
+    for wrong, status in ((path, 400), ("short", 404)):
+        body = {"model_id": "another", "model_path": wrong}
+        assert xorl.post("/api/v1/create_sampling_session", json=body).status_code == status

@@ -7,13 +7,13 @@ import os
 import numpy as np
 import pytest
 from tinsmith.engine import messages
-from tinsmith.server.admission import BURST_SECONDS, Admission
+from tinsmith.server.access.admission import BURST_SECONDS, Admission
+from tinsmith.server.access.quotas import Quotas
+from tinsmith.server.access.token_bucket import TokenBucket
 from tinsmith.server.errors import QuotaExceeded, TooManyRequests
-from tinsmith.server.operation import Operation
-from tinsmith.server.quotas import Quotas
-from tinsmith.server.run import Run
+from tinsmith.server.live.run import Run
+from tinsmith.server.operations.operation import Operation
 from tinsmith.server.settings import Settings
-from tinsmith.server.token_bucket import TokenBucket
 
 
 class Clock:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tinsmith.engine import messages
-from tinsmith.server.answers import RememberedAnswers
-from tinsmith.server.operation import Operation
+from tinsmith.server.operations.answers import RememberedAnswers
+from tinsmith.server.operations.operation import Operation
 
 MAX_BYTES = 100_000
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinsmith.server.dispatcher import Dispatcher
+from tinsmith.server.operations.dispatcher import Dispatcher
 
 
 @dataclass

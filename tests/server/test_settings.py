@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tinsmith.server.auth import ApiKeys
+from tinsmith.server.access.auth import ApiKeys
 from tinsmith.server.cli import app
 from tinsmith.server.settings import Settings
 from typer.testing import CliRunner

@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
-from tinsmith.server.archive import COMPLETE, Archive
+from tinsmith.server.access.signed_urls import UrlSigner
 from tinsmith.server.errors import Forbidden
-from tinsmith.server.signed_urls import UrlSigner
+from tinsmith.server.storage.archive import COMPLETE, Archive
 
 PATH = "/api/v1/training_runs/s:train:0/checkpoints/sampler_weights/a/archive.tar"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinsmith.server.silence import Silence
+from tinsmith.server.supervision.silence import Silence
 
 
 class Clock:

@@ -14,7 +14,7 @@ from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.ledger import checkpoints as checkpoint_rows
 from tinsmith.server.ledger import operations, tenancy
-from tinsmith.server.operation import Submission, natural_key
+from tinsmith.server.operations.operation import Submission, natural_key
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 import jwt
 import pytest
 from starlette.testclient import TestClient
+from tinsmith.server.access.signed_urls import UrlSigner
+from tinsmith.server.access.tokens import Claims, Tokens
 from tinsmith.server.app import create_app
 from tinsmith.server.settings import Settings
-from tinsmith.server.signed_urls import UrlSigner
-from tinsmith.server.tokens import Claims, Tokens
 
 ALICE = Claims("alice", "0123456789ab")
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.dialects import postgresql
 from tinsmith.engine import messages
 from tinsmith.server.ledger import audit, operations, usage
-from tinsmith.server.operation import Operation, Submission, natural_key
+from tinsmith.server.operations.operation import Operation, Submission, natural_key
 
 SAMPLER = "s:sample:3"
 

@@ -1,0 +1,1 @@
+"""Steps of weights by their gradients, by family."""

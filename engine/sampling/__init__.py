@@ -1,0 +1,1 @@
+"""Continuous batching: requests, their pages, and the programs that prefill and decode."""

@@ -1,0 +1,275 @@
+"""Continuous batching: many requests share decode steps, joining and leaving between short chunks.
+
+A request is prefilled once, in chunks, whatever its number of samples; its samples then share the full
+pages of the prompt and join the running set. `step` runs one unit of work (a prefill chunk or a decode chunk
+of a few tokens), so that the engine can look at its socket and train in between. When memory is short the
+newest request loses its pages and is prefilled again later; its random draws depend on its seed and the
+token's position only, so it goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...model import decode, kv_cache
+from ...model.config import ModelConfig
+from ...model.sharding import replicated
+from .. import messages, processor
+from ..device_memory import device_share
+from .page_pool import PagePool
+from .prompt_scores import PromptScores
+from .sample_checks import check_request
+from .sampler_programs import SamplerPrograms
+from .sampler_weights import Weights
+from .sampling_queue import SamplingQueue
+from .sequence import Generation, Prompt, Sequence, seed_of
+from .stop import StopRule, implicit_stop_tokens
+from .tokenizer import TokenBytes
+
+PyTree = Any
+
+
+class Sampler:
+    """Samples from one base model with any number of adapters (or full weights) on top of it.
+
+    `base` and `graph` are those of `model.decoder.build`/`model.load`; they are only read. Weights are
+    registered under a key and never change: the key None is the base model itself.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        base: PyTree,
+        config: ModelConfig,
+        *,
+        token_bytes: TokenBytes | None = None,
+        mesh: Any = None,
+        kv_cache_tokens: int | None = None,
+        max_sequence_length: int | None = None,
+        max_slots: int = 64,
+        page_size: int = 64,
+        prefill_tokens: int = 512,
+        decode_steps: int = 16,
+        on_compile: Callable[[str, float], None] | None = None,
+    ):
+        """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
+        `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
+        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time.
+        """
+        self._config = config
+        self._token_bytes = token_bytes
+        self._mesh = mesh
+        dtype = base["embed_tokens"]["weight"].dtype
+        max_length = max_sequence_length or config.max_sequence_length
+        tokens = kv_cache_tokens or default_kv_cache_tokens(config, dtype, max_length)
+        num_pages = 1 + max(1, tokens // page_size)
+        self._pool = PagePool(num_pages, page_size)
+        self._longest = min(max_length, self._pool.capacity)
+        self._prefill_tokens = prefill_tokens
+        self._queue = SamplingQueue(self._pool, max_slots, decode_steps)
+        self._programs = SamplerPrograms(
+            graph,
+            config,
+            dtype=dtype,
+            num_pages=num_pages,
+            page_size=page_size,
+            longest=self._longest,
+            prefill_tokens=prefill_tokens,
+            decode_steps=decode_steps,
+            mesh=mesh,
+            on_compile=on_compile,
+        )
+        self._weights: dict[str | None, Weights] = {
+            None: Weights(base, decode.by_layer(base, _is_widened(base)))
+        }
+        self._arrivals = 0
+        self._turns = 0
+        self._generations: dict[str, Generation] = {}
+        self._prefilled_last = False
+        self._drawn: list[messages.Drawn] = []
+
+    # --- weights -----------------------------------------------------------------------------------------
+
+    def register(
+        self, key: str, adapter: PyTree | None = None, *, scale: float = 1.0, base: PyTree | None = None
+    ) -> None:
+        """Make weights known under `key`: an adapter (`model.lora`; scale = alpha / true rank) on the shared
+        base, or the full weights `base`. The arrays are copied: what training does to its own later has no
+        effect. Registering a known key raises ValueError."""
+        if key in self._weights:
+            raise ValueError(f"sampler weights {key!r} are already registered")
+        copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
+        if base is not None:
+            own = copy(base)
+            self._weights[key] = Weights(own, decode.by_layer(own))
+            return
+        shared = self._weights[None]
+        adapter = copy(adapter)
+        if self._mesh is not None:
+            adapter = jax.device_put(adapter, replicated(self._mesh))
+        self._weights[key] = Weights(shared.base, shared.base_by_layer, adapter, scale)
+
+    def release(self, key: str) -> None:
+        """Forget the weights of `key` (unknown: nothing happens). Requests already added still finish."""
+        if (weights := self._weights.pop(key, None)) is not None:
+            self._programs.stacks.forget(weights)
+
+    def weights_of(self, key: str) -> Weights:
+        """What is registered under `key`."""
+        return self._weights[key]
+
+    def __contains__(self, key: str) -> bool:
+        """Whether weights are registered under `key`."""
+        return key in self._weights
+
+    # --- requests ----------------------------------------------------------------------------------------
+
+    def add(self, request: messages.Sample, key: str | None = None) -> None:
+        """Queue a request for the weights `key` (None: the base model). `request.sampler` is not read.
+
+        Raises UserError if the request cannot be served (empty or too long a prompt, a token outside the
+        vocabulary, bad parameters), KeyError if `key` is not registered."""
+        weights = self._weights[key]
+        prompt = np.frombuffer(request.prompt, np.int32)
+        if request.request_id in self._generations:
+            raise ValueError(f"request {request.request_id} is already running")
+        longest = self._longest
+        check_request(request, prompt, self._config.vocab_size, longest, self._token_bytes is not None)
+        params = request.params
+        # The last token sampled is never fed back, so it needs no position of its own.
+        room = longest + 1 - len(prompt)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        stop_tokens = implicit_stop_tokens(
+            params.stop_tokens, params.stop_strings, self._config.eos_token_ids
+        )
+        seed = seed_of(params.seed)
+        generation = Generation(
+            request=request,
+            weights=weights,
+            arrival=self._arrivals,
+            prompt=prompt,
+            seed=seed,
+            scores=PromptScores(request, prompt, seed),
+        )
+        self._arrivals += 1
+        sequences = (
+            Sequence(
+                generation,
+                index,
+                StopRule(stop_tokens, params.stop_strings, max_tokens, self._token_bytes),
+                prompt.tolist(),
+            )
+            for index in range(request.num_samples)
+        )
+        self._generations[request.request_id] = generation
+        self._queue.add(Prompt(generation, deque(sequences), prompt))
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request and free its slots and memory at once; False if it is not here (any more)."""
+        generation = self._generations.pop(request_id, None)
+        if generation is None:
+            return False
+        self._queue.drop(generation)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._generations)
+
+    def step(self) -> list[messages.Done | messages.Failed]:
+        """Run one unit of work and return the answers of the requests that it finished, in no special order.
+
+        Prefill and decode chunks alternate where there is both. A request whose weights give non-finite
+        log-probs is answered with Failed (category user); any other exception is a fault of ours and leaves
+        the sampler unusable."""
+        if not self.has_work:
+            return []
+        with self._programs.ready():
+            self._queue.admit()
+            self._programs.copy(self._queue.start_sequences())
+            if self._queue.prefilling and not (self._queue.running and self._prefilled_last):
+                self._prefilled_last = True
+                return self._prefill()
+            self._prefilled_last = False
+            return self._decode()
+
+    def drawn(self) -> list[messages.Drawn]:
+        """What was drawn since the last time, for requests that want to know."""
+        drawn, self._drawn = self._drawn, []
+        return drawn
+
+    def _prefill(self) -> list[messages.Done | messages.Failed]:
+        """One row of prompt tokens."""
+        began = time.monotonic()
+        pieces = self._queue.next_row(self._prefill_tokens)
+        finite = self._programs.prefill(pieces)
+        seconds = (time.monotonic() - began) / len(pieces)
+        for prompt, count in pieces:
+            prompt.generation.device_seconds += seconds
+            self._queue.prefilled(prompt, count)
+        broken = {p.generation for (p, _), is_finite in zip(pieces, finite, strict=True) if not is_finite}
+        return [self._fail_not_finite(generation) for generation in broken]
+
+    def _decode(self) -> list[messages.Done | messages.Failed]:
+        """A few tokens for running sequences that share base weights."""
+        began = time.monotonic()
+        chosen = self._queue.next_batch()
+        if not chosen:
+            return []
+        self._turns += 1
+        positions = max(self._queue.positions_after_chunk(sequence) for sequence in chosen)
+        decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
+        seconds = (time.monotonic() - began) / len(chosen)
+        answers: list[messages.Done | messages.Failed] = []
+        for row, sequence in enumerate(chosen):
+            sequence.last_turn = self._turns
+            generation = sequence.generation
+            generation.device_seconds += seconds
+            if generation.request.request_id not in self._generations:
+                continue  # another sample of it failed just now
+            reason = sequence.take(row, decoded)
+            if generation.request.stream and reason != "not finite":
+                self._drawn.append(sequence.drawn())
+            if reason is None:
+                continue
+            if reason == "not finite":
+                answers.append(self._fail_not_finite(generation))
+                continue
+            self._queue.finish(sequence)
+            sequence.end(reason)
+            if generation.is_finished:
+                del self._generations[generation.request.request_id]
+                answers.append(generation.answer())
+        return answers
+
+    def _fail_not_finite(self, generation: Generation) -> messages.Failed:
+        self.cancel(generation.request.request_id)
+        return messages.Failed(
+            request_id=generation.request.request_id,
+            message="the sampler's weights give log-probs that are not finite (NaN or infinite); "
+            "sample from an earlier checkpoint, or train with a lower learning rate",
+            category="user",
+        )
+
+
+def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
+    """A quarter of an accelerator's memory, or 1 GiB on the CPU; at least one sequence of full length up to
+    16384 tokens."""
+    budget = device_share(1 / 4, on_cpu=2**30)
+    return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
+
+
+def _is_widened(base: PyTree) -> bool:
+    """Whether to decode with float32 copies of bfloat16 weights: on a CPU without products in bfloat16, which
+    converts the weights for each, if the copies take at most a quarter of the memory."""
+    leaf = base["embed_tokens"]["weight"]
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(base))
+    return leaf.dtype == jnp.bfloat16 and processor.lacks_bfloat16() and size <= processor.memory_bytes() // 4

@@ -1,0 +1,176 @@
+"""Sampler weights by name: those sampled last are on the device, the others wait on disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ...ckpt import digests, paths, peft
+from ...model.config import ModelConfig
+from ...model.load import WeightsError, load_base
+from .. import messages
+from ..errors import MissingWeights, UserError
+from ..parking import Parked
+from ..training.training_state import TrainingState
+from .sampler import Sampler
+from .sampler_weights import Weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Resident:
+    """Weights on the device."""
+
+    bytes: int
+    sampled_at: float  # of time.monotonic
+
+
+class SamplerCache:
+    """One base model's sampler, and the weights registered with it, by the key of their directory.
+
+    Weights come from a model in training (`freeze`), or are read from their directory when they are first
+    sampled. They leave the device when they were not sampled for `idle_seconds`, or when all together exceed
+    `bytes_on_device`, those not sampled for longest first (the newest stay, whatever their size); and come
+    back when they are sampled again. Frozen weights stay in memory until `written` says that they are on
+    disk.
+    """
+
+    def __init__(
+        self,
+        new_sampler: Callable[[], Sampler],
+        config: ModelConfig,
+        data_dir: Path,
+        dtype: Any,
+        mesh: Mesh,
+        bytes_on_device: int = 2**30,
+        idle_seconds: float = 600.0,
+    ):
+        self._new_sampler = new_sampler
+        self._config, self._data_dir, self._dtype, self._mesh = config, data_dir, dtype, mesh
+        self._bytes_on_device = bytes_on_device
+        self._idle_seconds = idle_seconds
+        self._resident: OrderedDict[str, Resident] = OrderedDict()  # sampled last comes last
+        self._frozen: dict[str, Weights] = {}
+        self._parked: dict[str, tuple[float, Parked]] = {}  # frozen ones, while they are not on the device
+        self.sampler = new_sampler()
+
+    def add(self, request: messages.Sample) -> None:
+        """Queue a request, its weights brought to the device first if need be. Raises UserError."""
+        key = request.sampler.weights
+        if key is not None:
+            self._require(key)
+        self.sampler.add(request, key)
+
+    def freeze(self, key: str, state: TrainingState) -> Weights:
+        """A copy of a model's current weights, to be sampled as `key`."""
+        if state.lora is not None:
+            registered = {"adapter": state.weights, "scale": state.scale}
+        else:  # full weights are sampled in the base's dtype
+            registered = {"base": jax.tree.map(lambda leaf: leaf.astype(self._dtype), state.weights)}
+        self.release(key)
+        self._register(key, registered)
+        self._frozen[key] = self.sampler.weights_of(key)
+        return self._frozen[key]
+
+    def written(self, key: str) -> None:
+        """Frozen weights are on disk. Of any thread."""
+        self._frozen.pop(key, None)
+
+    def release(self, key: str) -> None:
+        """Forget weights. Requests already added still finish."""
+        self._frozen.pop(key, None)
+        self._parked.pop(key, None)
+        self._leave(key)
+
+    def evict_idle(self) -> float | None:
+        """Let what was not sampled for long leave the device; the seconds until that is due for the next."""
+        now = time.monotonic()
+        while self._resident:
+            key, oldest = next(iter(self._resident.items()))
+            if (left := oldest.sampled_at + self._idle_seconds - now) > 0:
+                return left
+            log.info("sampler weights %s leave the device, unused for %.0f s", key, self._idle_seconds)
+            self._leave(key)
+        return None
+
+    def restart(self) -> None:
+        """A new sampler in place of one that failed, without requests."""
+        self.sampler = self._new_sampler()
+        self._resident.clear()
+
+    def park(self) -> None:
+        """Let the sampler and all weights leave the device, frozen ones for the host's memory. Nothing may be
+        sampled, and no request be under way, until `unpark`."""
+        parked = {
+            key: (weights.scale, Parked((weights.adapter, weights.base if weights.adapter is None else None)))
+            for key, weights in self._frozen.items()
+        }
+        self._parked, self._frozen = parked, {}
+        self._resident.clear()
+        del self.sampler
+
+    def unpark(self) -> None:
+        """Frozen weights are back; the others come when they are sampled."""
+        for key, (scale, parked) in self._parked.items():
+            adapter, base = parked.on_device()
+            self._frozen[key] = Weights(base, None, adapter, scale)
+        self._parked = {}
+        self.sampler = self._new_sampler()
+
+    def _require(self, key: str) -> None:
+        """Make sure that weights are on the device."""
+        if key not in self._resident:
+            frozen = self._frozen.get(key)
+            if frozen is None:
+                self._read(key)
+            elif frozen.adapter is None:
+                self._register(key, {"base": frozen.base})
+            else:
+                self._register(key, {"adapter": frozen.adapter, "scale": frozen.scale})
+        self._resident[key].sampled_at = time.monotonic()
+        self._resident.move_to_end(key)
+
+    def _read(self, key: str) -> None:
+        began = time.perf_counter()
+        directory = paths.resolve(self._data_dir, key)
+        if not directory.is_dir():
+            raise MissingWeights("these sampler weights are not there (any more): save them again")
+        registered: dict[str, Any]
+        try:
+            digests.check(directory)
+            if peft.is_adapter(directory):
+                saved = peft.load_adapter(directory, self._config)
+                registered = {"adapter": saved.adapter, "scale": saved.alpha / saved.rank}
+            else:
+                registered = {"base": load_base(directory, self._config, self._dtype, self._mesh)}
+        except digests.DamagedFiles as error:
+            raise UserError("these sampler weights' files are damaged: save them again") from error
+        except (peft.AdapterError, WeightsError) as error:
+            raise UserError(f"these sampler weights do not fit the model: {error}") from error
+        self._register(key, registered)
+        seconds = time.perf_counter() - began
+        log.info("sampler weights %s: %.1f MB read in %.2f s", key, self._resident[key].bytes / 1e6, seconds)
+
+    def _register(self, key: str, registered: dict[str, Any]) -> None:
+        """Bring weights to the device, the arguments of `Sampler.register`; older ones make way."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(registered) if hasattr(leaf, "nbytes"))
+        while self._resident and size + self._bytes() > self._bytes_on_device:
+            self._leave(next(iter(self._resident)))
+        self.sampler.register(key, **registered)
+        self._resident[key] = Resident(size, time.monotonic())
+
+    def _leave(self, key: str) -> None:
+        if self._resident.pop(key, None) is not None:
+            self.sampler.release(key)
+
+    def _bytes(self) -> int:
+        return sum(resident.bytes for resident in self._resident.values())

@@ -1,0 +1,172 @@
+"""The sampler's device side: the pages' arrays, and the programs of `model.decode` by bucket of shapes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...model import decode, kv_cache
+from ...model.config import ModelConfig
+from ...model.decode import Decoded
+from ...model.sharding import replicated
+from .prompt_scores import PromptScores
+from .sampler_rows import (
+    CONTEXT_BUCKETS,
+    DRAW_BUCKETS,
+    TARGET_BUCKETS,
+    bucket_of,
+    decode_rows,
+    is_penalized,
+    prefill_row,
+)
+from .sampler_weights import AdapterStacks
+from .sequence import Prompt, Sequence
+from .slots import Slots
+
+log = logging.getLogger(__name__)
+
+PyTree = Any
+
+_COPIED_AT_ONCE = 16
+
+
+class SamplerPrograms:
+    """Prefill, score, decode and copy, on one set of pages. All run under the mesh, if there is one."""
+
+    def __init__(
+        self,
+        graph: Any,
+        config: ModelConfig,
+        *,
+        dtype: Any,
+        num_pages: int,
+        page_size: int,
+        longest: int,
+        prefill_tokens: int,
+        decode_steps: int,
+        mesh: Any,
+        on_compile: Callable[[str, float], None] | None,
+    ):
+        """`longest` is the most positions that a sequence may have. `num_pages` counts page 0."""
+        self._graph, self._config = graph, config
+        self._dtype = dtype
+        self._num_pages, self._page_size = num_pages, page_size
+        self._longest = longest
+        self._prefill_buckets = [t for t in (64, 256, 1024) if t < prefill_tokens] + [prefill_tokens]
+        self._decode_steps = decode_steps
+        self._mesh = mesh
+        self._on_compile = on_compile or (lambda name, seconds: None)
+        self._compiled: set[str] = set()
+        self._slots = Slots()
+        self._pages: kv_cache.Pages | None = None  # made when first needed
+        self.stacks = AdapterStacks(None if mesh is None else replicated(mesh))
+
+    @contextlib.contextmanager
+    def ready(self) -> Any:
+        """Under the mesh, with pages."""
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            if self._pages is None:
+                self._pages = kv_cache.make_pages(
+                    self._config, self._num_pages, self._page_size, self._dtype, self._mesh
+                )
+            yield
+
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        """Copy pages to pages."""
+        for begin in range(0, len(copies), _COPIED_AT_ONCE):
+            piece = copies[begin : begin + _COPIED_AT_ONCE]
+            piece += [(0, 0)] * (_COPIED_AT_ONCE - len(piece))
+            source, target = (np.array(pages, np.int32) for pages in zip(*piece, strict=True))
+            self._pages = kv_cache.copy_pages(self._pages, source, target)
+
+    def prefill(self, pieces: list[tuple[Prompt, int]]) -> list[bool]:
+        """Run the next tokens of each prompt (`SamplingQueue.next_row`), and answer what is asked about those
+        that follow them; per piece, False if a log-prob is not finite."""
+        first, used = pieces[0][0], sum(count for _, count in pieces)
+        base = first.generation.weights.base
+        context = self._context_pages(first.num_cached) if first.num_cached else 0
+        row = prefill_row(pieces, bucket_of(self._prefill_buckets, used), self._page_size, context)
+        stack, _ = self.stacks.of([first.generation.weights])
+        name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
+        with self._timed(name):
+            self._pages, hidden = decode.prefill(self._graph, base, self._pages, stack, row)
+            hidden.block_until_ready()
+        return self._score(pieces, base, stack, hidden)
+
+    def _score(
+        self, pieces: list[tuple[Prompt, int]], base: PyTree, stack: PyTree, hidden: jax.Array
+    ) -> list[bool]:
+        asked: list[tuple[int, slice, int, PromptScores]] = []  # piece, row's tokens, position, scores
+        begin = 0
+        for number, (prompt, count) in enumerate(pieces):
+            scores, first = prompt.generation.scores, prompt.num_cached + 1
+            if prompt.is_scored and first + count > scores.first_position:
+                asked.append((number, slice(begin, begin + count), first, scores))
+            begin += count
+        if not asked:
+            return [True] * len(pieces)
+        T = hidden.shape[0]
+        width = max(scores.width(first, at.stop - at.start) for _, at, first, scores in asked)
+        draws = max(scores.draws for *_, scores in asked)
+        tokens = np.zeros((T, bucket_of(TARGET_BUCKETS, width)), np.int32)
+        u = np.zeros((T, bucket_of(DRAW_BUCKETS, draws), 2), np.float32)
+        temperature = np.zeros(T, np.float32)
+        for _, at, first, scores in asked:
+            scores.write_to(tokens[at], u[at], temperature[at], first)
+        want_top = np.bool_(any(scores.wants_top for *_, scores in asked))
+        with self._timed(f"score {tokens.shape[1]} and {u.shape[1]} of {T} tokens{_kind(stack)}"):
+            computed = jax.device_get(
+                decode.score(self._graph, base, stack, hidden, tokens, want_top, temperature, u)
+            )
+        finite = [True] * len(pieces)
+        for number, at, first, scores in asked:
+            finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))
+        return finite
+
+    def decode(self, chosen: list[Sequence], positions: int, soon: int) -> Decoded:
+        """A few tokens for each of the sequences (`SamplingQueue.next_batch`), on the host; none of them will
+        have more than so many positions. With those that wait there are `soon` so many."""
+        stack, adapter = self.stacks.of([s.generation.weights for s in chosen])
+        pages = self._context_pages(positions)
+        penalties = " with penalties" if any(map(is_penalized, chosen)) else ""
+        kind = f"over {pages * self._page_size}{penalties}{_kind(stack)}"
+        slots = self._slots.choose(kind, len(chosen), soon)
+        rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps)
+        want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
+        base = chosen[0].generation.weights.base_by_layer
+        began = time.monotonic()
+        with self._timed(f"decode {slots} slots {kind}"):
+            self._pages, decoded = decode.decode(self._graph, base, self._pages, stack, rows, want_top)
+            decoded = jax.device_get(decoded)
+        self._slots.ran(kind, len(chosen), slots, time.monotonic() - began)
+        return decoded
+
+    def _context_pages(self, positions: int) -> int:
+        """Table columns for so many cached positions: the bucket's, at most the model's longest."""
+        return -(-min(bucket_of(CONTEXT_BUCKETS, positions), self._longest) // self._page_size)
+
+    @contextlib.contextmanager
+    def _timed(self, program: str) -> Any:
+        if program not in self._compiled:
+            log.info("compiling %s", program)  # it may take a while; `on_compile` tells how long it took
+        began = time.monotonic()
+        yield
+        if program not in self._compiled:
+            self._compiled.add(program)
+            self._on_compile(program, time.monotonic() - began)
+
+
+def _kind(stack: PyTree | None) -> str:
+    """The part of a program's name that tells its adapters' shapes."""
+    if stack is None:
+        return ""
+    n = len(stack["scale"])
+    ranks = sorted({leaf["a"].shape[-1] for leaf in stack["layers"].values()})
+    names = "+".join([*stack["layers"], *(["unembed"] if "unembed" in stack else [])])
+    return f", {n} adapter{'s' if n > 1 else ''} of rank {ranks} on {names}"

@@ -1,0 +1,117 @@
+"""The arrays that the sampler's programs take, from prompts and sequences; and their buckets of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ...model.decode import DecodeRows, PrefillRow
+from ...model.penalties import PenaltyRows
+from ...model.token_sampling import SamplingRows, uniforms
+from .sequence import Prompt, Sequence
+
+SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
+CONTEXT_BUCKETS = (256, 1024, 4096, 16384, 65536, 262144)
+TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
+DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
+_STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
+
+
+def bucket_of(buckets: Iterable[int], size: int) -> int:
+    """The smallest bucket that holds `size`."""
+    return min(bucket for bucket in buckets if bucket >= size)
+
+
+def prefill_row(
+    pieces: list[tuple[Prompt, int]], size: int, page_size: int, context_pages: int
+) -> PrefillRow:
+    """The next `count` tokens of each prompt, side by side in a row of `size`.
+
+    A prompt that continues its cached beginning is alone in its row, with a table of `context_pages`.
+    """
+    tokens, position, page, offset = (np.zeros(size, np.int32) for _ in range(4))
+    start = np.arange(size, dtype=np.int32)  # padding sees itself
+    context = pieces[0][0].num_cached
+    at = 0
+    for prompt, count in pieces:
+        here = slice(at, at + count)
+        position[here] = prompt.num_cached + np.arange(count)
+        tokens[here] = prompt.tokens[prompt.num_cached : prompt.num_cached + count]
+        start[here] = at
+        page[here] = np.array(prompt.pages, np.int32)[position[here] // page_size]
+        offset[here] = position[here] % page_size
+        at += count
+    used = context // page_size
+    table = np.zeros(context_pages, np.int32)
+    table[:used] = pieces[0][0].pages[:used]
+    return PrefillRow(tokens, position, start, page, offset, table, np.int32(context))
+
+
+def decode_rows(
+    chosen: list[Sequence], adapter: list[int], slots: int, page_size: int, context_pages: int, steps: int
+) -> DecodeRows:
+    """A row for each of `chosen`, empty ones up to `slots`; `adapter` is each one's index in the stack."""
+    S, P = slots, context_pages
+
+    def column(dtype: Any, values: list, *shape: int) -> np.ndarray:
+        array = np.zeros((S, *shape), dtype)
+        array[: len(values)] = np.array(values, dtype).reshape(len(values), *shape)
+        return array
+
+    table = np.zeros((S, P), np.int32)
+    stop_tokens = np.full((S, _STOP_TOKENS), -1, np.int32)
+    u = np.zeros((steps, S, 2), np.float32)
+    for row, sequence in enumerate(chosen):
+        u[:, row] = uniforms(sequence.generation.seed, sequence.index, len(sequence.tokens), steps)
+        pages = sequence.pages[:P]
+        table[row, : len(pages)] = pages
+        some = list(sequence.stop.stop_tokens)[:_STOP_TOKENS]
+        stop_tokens[row, : len(some)] = some
+    params = [s.generation.request.params for s in chosen]
+    sampling = SamplingRows(
+        temperature=column(np.float32, [p.temperature for p in params]),
+        top_k=column(np.int32, [p.top_k if p.temperature > 0 else -1 for p in params]),
+        top_p=column(np.float32, [p.top_p if p.temperature > 0 else 1.0 for p in params]),
+        min_p=column(np.float32, [p.min_p if p.temperature > 0 else 0.0 for p in params]),
+    )
+    return DecodeRows(
+        last_token=column(np.int32, [s.tokens[-1] for s in chosen]),
+        position=column(np.int32, [s.num_cached for s in chosen]),
+        table=table,
+        adapter=column(np.int32, adapter),
+        budget=column(np.int32, [s.stop.remaining for s in chosen]),
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        u=u,
+        penalties=_penalty_rows(chosen, S, P * page_size) if any(map(is_penalized, chosen)) else None,
+    )
+
+
+def is_penalized(sequence: Sequence) -> bool:
+    params, off = sequence.generation.request.params, (1.0, 0.0, 0.0)
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != off
+
+
+def _penalty_rows(chosen: list[Sequence], slots: int, context_tokens: int) -> PenaltyRows:
+    """Rows without penalties are empty ones."""
+    rows = PenaltyRows(
+        repetition=np.ones(slots, np.float32),
+        presence=np.zeros(slots, np.float32),
+        frequency=np.zeros(slots, np.float32),
+        tokens=np.zeros((slots, context_tokens), np.int32),
+        prompt_length=np.zeros(slots, np.int32),
+        length=np.zeros(slots, np.int32),
+    )
+    for row, sequence in enumerate(chosen):
+        params = sequence.generation.request.params
+        if not is_penalized(sequence):
+            continue
+        rows.repetition[row] = params.repetition_penalty
+        rows.presence[row] = params.presence_penalty
+        rows.frequency[row] = params.frequency_penalty
+        rows.tokens[row, : len(sequence.tokens)] = sequence.tokens
+        rows.prompt_length[row] = len(sequence.generation.prompt)
+        rows.length[row] = len(sequence.tokens)
+    return rows

@@ -1,0 +1,105 @@
+"""Immutable weights that requests sample from, and the adapters of one device batch side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...model import lora
+
+PyTree = Any
+
+_STACKS_KEPT = 4
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a request samples from: base weights, shared or its own, and an adapter on them.
+
+    `base_by_layer` is `decode.by_layer` of `base`.
+    """
+
+    base: PyTree
+    base_by_layer: PyTree
+    adapter: PyTree | None = None
+    scale: float = 1.0
+    id: int = field(default_factory=lambda: next(_numbers))
+
+
+class AdapterStacks:
+    """`lora.stack_adapters` for the adapters of a batch, with the last few results kept.
+
+    The number of adapters is padded to a power of two, matrices and ranks to what the widest of them has,
+    with zeros, so that few programs are compiled. One adapter alone keeps its own shape.
+    """
+
+    def __init__(self, sharding: Any = None):
+        self._sharding = sharding
+        self._kept: OrderedDict[tuple[int, ...], PyTree] = OrderedDict()
+
+    def of(self, batch: list[Weights]) -> tuple[PyTree | None, list[int]]:
+        """The stack for the rows' weights, and each row's index in it; (None, zeros) without any adapter."""
+        distinct = sorted({weights.id: weights for weights in batch}.values(), key=lambda w: w.id)
+        index = {weights.id: i for i, weights in enumerate(distinct)}
+        if all(weights.adapter is None for weights in distinct):
+            return None, [0] * len(batch)
+        key = tuple(index)
+        if key not in self._kept:
+            self._kept[key] = self._stack(distinct)
+            if len(self._kept) > _STACKS_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key], [index[weights.id] for weights in batch]
+
+    def forget(self, weights: Weights) -> None:
+        """Free the stacks that hold `weights`."""
+        for key in [key for key in self._kept if weights.id in key]:
+            del self._kept[key]
+
+    def _stack(self, distinct: list[Weights]) -> PyTree:
+        adapters: list[Any] = [weights.adapter for weights in distinct]
+        scales = [weights.scale for weights in distinct]
+        if len(adapters) > 1:
+            template = _widest([adapter for adapter in adapters if adapter is not None])
+            adapters = [_padded(adapter, template) for adapter in adapters]
+            missing = (1 << (len(adapters) - 1).bit_length()) - len(adapters)
+            adapters += [_padded(None, template)] * missing
+            scales += [0.0] * missing
+        stack = lora.stack_adapters(tuple(adapters), jnp.asarray(scales, jnp.float32))
+        return stack if self._sharding is None else jax.device_put(stack, self._sharding)
+
+
+def _widest(adapters: list[PyTree]) -> PyTree:
+    """The shapes of an adapter that has room for every one of `adapters`."""
+    shapes: dict[tuple, tuple[int, ...]] = {}
+    for adapter in adapters:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
+            shapes[path] = tuple(np.maximum(shapes.get(path, leaf.shape), leaf.shape).tolist())
+    # all matrices of one batch get one rank
+    rank = max(shape[-1] for path, shape in shapes.items() if path[-1].key == "a")
+    template: PyTree = {"layers": {}}
+    for path, shape in shapes.items():
+        shape = (*shape[:-1], rank) if path[-1].key == "a" else (*shape[:-2], rank, shape[-1])
+        place = template
+        for part in path[:-1]:
+            place = place.setdefault(part.key, {})
+        place[path[-1].key] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return template
+
+
+def _padded(adapter: PyTree | None, template: PyTree) -> PyTree:
+    """`adapter` in the template's shapes, zeros where it has nothing (None: nothing at all)."""
+    if isinstance(template, dict):
+        return {name: _padded((adapter or {}).get(name), part) for name, part in template.items()}
+    if adapter is None:
+        return jnp.zeros(template.shape, template.dtype)
+    return jnp.pad(
+        adapter, [(0, want - has) for want, has in zip(template.shape, adapter.shape, strict=True)]
+    )

@@ -1,0 +1,153 @@
+"""One sample request on its way: what was asked, its prompt's state, its sequences, its answer."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ...model.decode import Decoded
+from .. import messages
+from .prompt_scores import PromptScores, TopTable
+from .sampler_weights import Weights
+from .stop import StopReason, StopRule
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request. `arrival` orders requests: the newest gives way when memory is short."""
+
+    request: messages.Sample
+    weights: Weights
+    arrival: int
+    prompt: np.ndarray  # int32[prompt_len]
+    seed: int  # 64 bits
+    scores: PromptScores
+    cache_hit_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    device_seconds: float = 0.0
+    finished: dict[int, messages.SampledSequence] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.finished) == self.request.num_samples
+
+    def answer(self) -> messages.Done:
+        return messages.Done(
+            request_id=self.request.request_id,
+            output=messages.SampleOutput(
+                sequences=[self.finished[i] for i in range(self.request.num_samples)],
+                prompt_cache_hit_tokens=self.cache_hit_tokens,
+                **self.scores.fields(),
+            ),
+            device_seconds=self.device_seconds,
+        )
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample. All of its tokens but the last are in the cache whenever it runs."""
+
+    generation: Generation
+    index: int  # among the request's samples
+    stop: StopRule
+    tokens: list[int]  # prompt and sample
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    last_turn: int = 0  # number of the decode chunk that it was last in
+    told: int = 0  # of its sample's tokens, by `drawn`
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.tokens) - 1
+
+    def take(self, row: int, decoded: Decoded) -> StopReason | Literal["not finite"] | None:
+        """Append the tokens of a row of a decode chunk, up to the sequence's end; why it ended, if it did."""
+        wants_top = self.generation.request.topk_sample_logprobs > 0
+        for step in range(int(decoded.steps)):
+            token, logprob = int(decoded.tokens[step, row]), float(decoded.logprobs[step, row])
+            if not np.isfinite(logprob):
+                return "not finite"
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            if wants_top:
+                self.top.append((decoded.top_tokens[step, row], decoded.top_logprobs[step, row]))
+            if (reason := self.stop.after(token)) is not None:
+                return reason
+        return None
+
+    def drawn(self) -> messages.Drawn:
+        """What it has drawn since the last time."""
+        begin, first = self.told, len(self.generation.prompt) + self.told
+        tokens = np.asarray(self.tokens[first:], "<i4")
+        logprobs = np.asarray(self.logprobs[begin:], "<f4")
+        self.told += len(tokens)
+        return messages.Drawn(
+            self.generation.request.request_id,
+            self.index,
+            begin,
+            tokens.tobytes(),
+            logprobs.tobytes(),
+            self._likely(begin),
+        )
+
+    def _likely(self, begin: int) -> messages.TopK | None:
+        """The most likely tokens where it drew those from `begin` on, if the request wants them."""
+        k = self.generation.request.topk_sample_logprobs
+        if k == 0:
+            return None
+        rows = self.top[begin:]
+        table = TopTable(k, len(rows))
+        for row, (tokens, logprobs) in enumerate(rows):
+            table.set(row, tokens[None], logprobs[None])
+        return table.message()
+
+    def end(self, reason: StopReason) -> None:
+        """Hand the sample to the request."""
+        self.generation.finished[self.index] = messages.SampledSequence(
+            tokens=np.asarray(self.tokens[len(self.generation.prompt) :], np.int32).tobytes(),
+            logprobs=np.asarray(self.logprobs, np.float32).tobytes(),
+            stop_reason=reason,
+            topk=self._likely(0),
+        )
+
+
+@dataclass(eq=False)
+class Prompt:
+    """Tokens to be cached for sequences that wait for them: a request's prompt, or, for a sequence that lost
+    its pages to an older request, its prompt and what it has generated."""
+
+    generation: Generation
+    sequences: deque[Sequence]
+    tokens: np.ndarray  # the last one is not cached: the first decode step runs it
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+
+    @classmethod
+    def of_sequence(cls, sequence: Sequence) -> Prompt:
+        """For a sequence that lost its pages."""
+        return cls(sequence.generation, deque([sequence]), np.array(sequence.tokens, np.int32))
+
+    @property
+    def target(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether something is asked about these tokens, so that they must run through the trunk, cached or
+        not."""
+        return self.generation.scores.is_asked and self.tokens is self.generation.prompt
+
+    @property
+    def is_cached(self) -> bool:
+        return self.num_cached == self.target
+
+
+def seed_of(seed: int | None) -> int:
+    """A client's seed (any integer, taken modulo 2^64), or fresh entropy."""
+    return secrets.randbits(64) if seed is None else seed % 2**64

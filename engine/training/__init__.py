@@ -1,0 +1,1 @@
+"""Gradients and steps: from datums to packed micro-batches, programs and states."""

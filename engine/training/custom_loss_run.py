@@ -1,0 +1,192 @@
+"""A device batch of jobs whose losses clients uploaded, in three stages.
+
+The log-probs of all datums come from the forward programs; the losses are differentiated by them; and the
+model's gradients are then, by the chain rule, those of cross-entropy with the weights -dLoss/dlogprob. The
+SDK does the same where a server takes no losses, and it adds no program to the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import messages
+from ..errors import UserError
+from . import validation
+from .custom_losses import CustomLosses, Differentiated
+from .training_run import Job, JobOutput, NonFiniteError, Run
+from .training_state import TrainingState
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+_TURN_SECONDS = 0.1  # of losses, after which others have theirs
+
+
+@dataclass(frozen=True)
+class CustomJob:
+    """A checked operation with a custom loss; `inputs`, of each datum, are what the loss reads besides the
+    log-probs. `linear` is the operation with cross-entropy, its weights zero."""
+
+    linear: Job
+    loss: messages.CustomLoss
+    inputs: list[dict[str, np.ndarray]]
+
+    @property
+    def state(self) -> TrainingState:
+        return self.linear.state
+
+
+def custom_job(
+    state: TrainingState,
+    operation: messages.ForwardBackward,
+    losses: CustomLosses,
+    vocab_size: int,
+    max_length: int,
+) -> CustomJob:
+    """Raises UserError naming the datum and the field."""
+    loss = operation.custom_loss
+    if loss is None or operation.loss_config:
+        raise UserError("loss 'custom' takes a loss_id of create_custom_loss, and no other config")
+    losses.graph(loss)
+    surrogate = validation.check_loss("cross_entropy", {})
+    data = [_linear(datum) for datum in operation.data]
+    checked = validation.check_data(data, surrogate, vocab_size, max_length)
+    rank = loss.inputs[0][1]
+    inputs = []
+    for index, (datum, linear) in enumerate(zip(operation.data, checked, strict=True)):
+        if len(linear.shape) != rank:
+            raise UserError(
+                f"datum {index}: loss_fn_inputs['target_tokens'] has rank {len(linear.shape)}; loss "
+                f"{loss.name!r} takes logprobs of rank {rank}"
+            )
+        inputs.append({name: _input(index, datum, name, rank) for name, rank in loss.inputs[1:]})
+    return CustomJob(Job(state, checked, surrogate, operation.forward_only), loss, inputs)
+
+
+def _linear(datum: messages.Datum) -> messages.Datum:
+    targets = datum.inputs.get("target_tokens")
+    if targets is None:
+        return messages.Datum(datum.tokens, {})  # which the check names
+    count = min(math.prod(targets.shape), len(targets.data))  # not more than there is: the check comes later
+    zeros = messages.Tensor("float32", targets.shape, bytes(4 * count))
+    return messages.Datum(datum.tokens, {"target_tokens": targets, "weights": zeros})
+
+
+def _input(index: int, datum: messages.Datum, name: str, rank: int) -> np.ndarray:
+    where = f"datum {index}: loss_fn_inputs[{name!r}]"
+    tensor = datum.inputs.get(name)
+    if tensor is None:
+        raise UserError(f"{where} is missing; the custom loss reads it")
+    values = validation.decode(where, tensor)
+    if rank == 0 and values.size == 1:
+        return values.reshape(())
+    if values.ndim != rank:
+        raise UserError(f"{where} has shape {list(values.shape)}; the custom loss declared rank {rank}")
+    return values
+
+
+class CustomLossRun:
+    """As `Run`: `results` is there once `step` has said True."""
+
+    def __init__(self, trainer: Trainer, jobs: Sequence[CustomJob]):
+        self._trainer = trainer
+        self._jobs = list(jobs)
+        self.results: list[JobOutput | UserError] = []
+        self._stages = self._run()
+
+    def step(self) -> bool:
+        """A micro-batch, or some datums' losses; whether the run has ended."""
+        return next(self._stages, True)
+
+    def _run(self) -> Iterator[bool]:
+        forward = Run(
+            self._trainer, [dataclasses.replace(job.linear, forward_only=True) for job in self._jobs]
+        )
+        while not forward.step():
+            yield False
+        outcomes: list[list[Differentiated] | UserError] = []
+        for job, output in zip(self._jobs, forward.results, strict=True):
+            outcome: list[Differentiated] | UserError
+            try:
+                outcome = yield from self._differentiate(job, output)
+            except UserError as error:
+                outcome = error
+                job.state.failed_since_step += not job.linear.forward_only
+            outcomes.append(outcome)
+        backward = {
+            at: _with_weights(job.linear, outcome)
+            for at, (job, outcome) in enumerate(zip(self._jobs, outcomes, strict=True))
+            if not isinstance(outcome, UserError) and not job.linear.forward_only
+        }
+        results = dict(enumerate(forward.results))
+        if backward:
+            run = Run(self._trainer, list(backward.values()))
+            while not run.step():
+                yield False
+            results |= dict(zip(backward, run.results, strict=True))
+        self.results = [_output(results[at], outcome) for at, outcome in enumerate(outcomes)]
+        yield True
+
+    def _differentiate(
+        self, job: CustomJob, output: JobOutput | UserError
+    ) -> Generator[bool, None, list[Differentiated]]:
+        """Yields between turns; returns what there is of each datum. Raises UserError naming one."""
+        if isinstance(output, UserError):
+            raise output
+        differentiated = []
+        began = time.perf_counter()
+        for index, (logprobs, inputs) in enumerate(zip(output.logprobs, job.inputs, strict=True)):
+            try:
+                of_datum = self._trainer.custom_losses.differentiate(job.loss, logprobs, inputs)
+            except UserError as error:
+                raise UserError(f"datum {index}: custom loss {job.loss.name!r}: {error}") from None
+            _check_finite(index, job.loss.name, of_datum)
+            differentiated.append(of_datum)
+            if time.perf_counter() - began > _TURN_SECONDS:
+                yield False
+                began = time.perf_counter()
+        return differentiated
+
+
+def _check_finite(index: int, name: str, of_datum: Differentiated) -> None:
+    if not math.isfinite(of_datum.loss):
+        what = f"is {of_datum.loss}"
+    elif not np.isfinite(of_datum.gradient).all():
+        at = np.argwhere(~np.isfinite(of_datum.gradient))[0].tolist()
+        what = f"has the gradient {of_datum.gradient[tuple(at)]} by the log-prob at {at}"
+    else:
+        return
+    raise NonFiniteError(f"datum {index}: custom loss {name!r} {what}; nothing was accumulated")
+
+
+def _with_weights(linear: Job, differentiated: list[Differentiated]) -> Job:
+    data = [
+        dataclasses.replace(datum, inputs={"weights": -of_datum.gradient.reshape(datum.targets.shape)})
+        for datum, of_datum in zip(linear.data, differentiated, strict=True)
+    ]
+    return dataclasses.replace(linear, data=data)
+
+
+def _output(
+    output: JobOutput | UserError, outcome: list[Differentiated] | UserError
+) -> JobOutput | UserError:
+    """The client's log-probs, and the metrics of the loss it wrote instead of those of the linear one."""
+    if isinstance(outcome, UserError) or isinstance(output, UserError):
+        return outcome if isinstance(outcome, UserError) else output
+    valid = sum(int((each.gradient.reshape(len(each.gradient), -1) != 0).any(-1).sum()) for each in outcome)
+    metrics = {
+        **output.metrics,
+        "valid_tokens:sum": float(valid),
+        "loss:sum": math.fsum(each.loss for each in outcome),
+    }
+    for key in outcome[0].metrics:
+        total = math.fsum(each.metrics[key] for each in outcome)
+        metrics[key] = total / len(outcome) if key.endswith(":mean") else total
+    return JobOutput(output.logprobs, metrics)

@@ -1,0 +1,154 @@
+"""Custom losses that clients uploaded: decoded once, differentiated and compiled once per shape. Where
+the loss allows it, datums are padded to few lengths.
+
+They run on the CPU, where torch's 64-bit types are, whatever device the model is on: a loss reads a datum's
+log-probs, which are few. The least recently used programs are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...losses.custom import interpreter
+from ...losses.custom.padding import evaluate_padded
+from .. import messages
+from ..errors import UserError
+
+log = logging.getLogger(__name__)
+
+_GRAPHS, _PROGRAMS = 64, 512  # kept
+_MAX_FLOPS = 1 << 34  # of one datum's loss and gradient: a second or less
+_SHORTEST = 64  # of the padded lengths, which are powers of two
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """Of one datum: the loss, its gradient by the log-probs, and the metrics by their wire names."""
+
+    loss: float
+    gradient: np.ndarray
+    metrics: dict[str, float]
+
+
+class CustomLosses:
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Hashable, interpreter.Graph] = OrderedDict()
+        self._programs: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def graph(self, loss: messages.CustomLoss) -> interpreter.Graph:
+        """As `load`, once."""
+        return _recent(self._graphs, (loss.graph, tuple(loss.inputs)), _GRAPHS, lambda: load(loss))
+
+    def differentiate(
+        self, loss: messages.CustomLoss, logprobs: np.ndarray, inputs: dict[str, np.ndarray]
+    ) -> Differentiated:
+        """Raises UserError for a loss that cannot be computed for these shapes."""
+        graph = self.graph(loss)
+        length = len(logprobs)
+        along = frozenset(name for name, value in inputs.items() if value.shape[:1] == (length,)) | {
+            "logprobs"
+        }
+        values = {"logprobs": logprobs, **inputs}
+        padded = {name: _padded(value) if name in along else value for name, value in values.items()}
+        with jax.enable_x64(True), jax.default_device(_device()):
+            of = (loss.graph, tuple(loss.inputs))
+            shapes = (of, along, *((value.shape, value.dtype.str) for value in padded.values()))
+            program = _recent(
+                self._programs, shapes, _PROGRAMS, lambda: _compile_padded(graph, padded, along)
+            )
+            if program is not None:
+                (value, metrics), gradient = program(padded, np.int64(length))
+            else:
+                exact = (of, *((value.shape, value.dtype.str) for value in values.values()))
+                program = _recent(self._programs, exact, _PROGRAMS, lambda: _compile(graph, values))
+                (value, metrics), gradient = program(values)
+            return Differentiated(
+                float(value),
+                np.asarray(gradient, np.float32)[:length],
+                {key: float(metric) for key, metric in metrics.items()},
+            )
+
+
+def load(loss: messages.CustomLoss) -> interpreter.Graph:
+    """Raises UserError naming the node that cannot be had."""
+    try:
+        return interpreter.load(loss.graph, loss.inputs)
+    except interpreter.CustomLossError as error:
+        raise UserError(f"custom loss {loss.name!r}: {error}") from None
+
+
+def _compile(graph: interpreter.Graph, values: dict[str, np.ndarray]) -> Any:
+    def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array]) -> Any:
+        return interpreter.evaluate(graph, others | {"logprobs": logprobs})
+
+    def differentiated(values: dict[str, jax.Array]) -> Any:
+        return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values)
+
+    began = time.perf_counter()
+    try:
+        program = _compiled(jax.jit(differentiated).lower(values))
+    except interpreter.CustomLossError as error:
+        raise UserError(str(error)) from None
+    log.debug("a custom loss of %d nodes compiled in %.2f s", len(graph.nodes), time.perf_counter() - began)
+    return program
+
+
+def _compile_padded(
+    graph: interpreter.Graph, values: dict[str, np.ndarray], along_tokens: frozenset[str]
+) -> Any | None:
+    """None where the loss must see its datum as it is."""
+
+    def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array], length: jax.Array) -> Any:
+        return evaluate_padded(graph, others | {"logprobs": logprobs}, along_tokens, length)
+
+    def differentiated(values: dict[str, jax.Array], length: jax.Array) -> Any:
+        return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values, length)
+
+    try:
+        return _compiled(jax.jit(differentiated).lower(values, np.int64(0)))
+    except (
+        interpreter.NotPaddableError,
+        interpreter.CustomLossError,
+    ):  # an error has its say without padding
+        return None
+
+
+def _compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Raises UserError for what would hold up everyone's work: a datum's loss takes a moment."""
+    flops = (program.cost_analysis() or {}).get("flops", 0)
+    if flops > _MAX_FLOPS:
+        raise UserError(
+            f"the custom loss takes {flops:.2g} floating point operations for one datum; {_MAX_FLOPS:.2g} is "
+            "the limit"
+        )
+    return program.compile()
+
+
+def _padded(value: np.ndarray) -> np.ndarray:
+    """The last token again and again, to one of few lengths."""
+    length = max(_SHORTEST, 1 << (len(value) - 1).bit_length())
+    return np.concatenate([value, np.repeat(value[-1:], length - len(value), axis=0)])
+
+
+def _recent(kept: OrderedDict[Hashable, Any], key: Hashable, most: int, make: Callable[[], Any]) -> Any:
+    if key not in kept:
+        kept[key] = make()
+        if len(kept) > most:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
+
+
+def _device() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]

@@ -1,0 +1,152 @@
+"""The programs that run a micro-batch, forward alone or with gradients, and whether they fit the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ...model import sharding
+from ...model.config import ModelConfig
+from ..device_memory import device_share
+from ..errors import UserError
+from ..messages import LoraSpec
+from ..programs import Programs
+from . import train_step
+from .rematerialisation import activation_bytes, choose_remat
+from .train_step import Batch, Outputs, Static
+from .training_state import TrainingState
+from .training_structure import abstract_batch, describe, structure
+
+
+class DoesNotFitError(UserError):
+    """The program of a micro-batch needs more memory than the device has; it did not run."""
+
+
+class GradientPrograms:
+    """Micro-batches over one frozen base, of one or several models at once."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        mesh: Mesh,
+        config: ModelConfig,
+        base: Any,
+        base_shardings: Any,
+        static: Static,
+        remat: str | None,
+    ):
+        """`static.remat` is replaced by `remat`, by default what fits (`rematerialisation`)."""
+        self._programs = programs
+        self._mesh = mesh
+        self._config = config
+        self.base = base
+        self._base_shardings = base_shardings
+        self._replicated = sharding.replicated(mesh)
+        self._static = static
+        self._remat = remat
+        self._row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._activation_bytes = activation_bytes()
+        self._device_bytes = device_share(1.0, on_cpu=0)  # 0: unknown
+
+    def put(self, batch: Batch) -> Batch:
+        """A micro-batch of NumPy arrays, on the mesh."""
+        return jax.device_put(
+            batch, jax.tree.map(lambda x: sharding.rows_sharding(self._mesh, x.shape), batch)
+        )
+
+    def run_gradients(
+        self, states: Sequence[TrainingState], gradients: tuple, batch: Batch, sequence_level: bool
+    ) -> tuple[tuple, Outputs]:
+        """Each state's `gradients` (donated) plus those of the micro-batch, and its outputs.
+
+        Raises DoesNotFitError, and whatever the device says when it is out of memory.
+        """
+        weights = tuple(state.weights for state in states)
+        key = structure(states[0].lora)
+        program = self._gradient_program(key, weights, gradients, batch, sequence_level)
+        self._check_fits(program, batch)
+        if key is None:
+            total, outputs = program(weights[0], gradients[0], batch)
+            return (total,), outputs
+        return program(self.base, weights, self._scales(states), gradients, batch)
+
+    def run_forward(self, states: Sequence[TrainingState], batch: Batch, sequence_level: bool) -> Outputs:
+        """The outputs alone. Raises as `run_gradients`."""
+        weights = tuple(state.weights for state in states)
+        key = structure(states[0].lora)
+        static = self._static._replace(sequence_level=sequence_level)
+        function: Callable[..., Any]
+        arguments: tuple[Any, ...]
+        if key is None:
+            function, arguments = train_step.forward_weights, (weights[0], batch)
+        else:
+            function = train_step.forward_adapters
+            arguments = (self.base, weights, self._scales(states), batch)
+        name = f"forward {describe(key, batch, len(states), sequence_level)}"
+        program = self._programs.get(
+            name, name, partial(function, static), arguments, out_shardings=self._replicated
+        )
+        self._check_fits(program, batch)
+        return program(*arguments)
+
+    def warm_up(self, lora: LoraSpec | None, weights: Any, shapes: Sequence[tuple[int, int]]) -> None:
+        """Compile the gradients of one model with such (abstract) weights, for micro-batches (T, B)."""
+        for length, rows in shapes:
+            batch = abstract_batch(self._mesh, rows, length)
+            self._gradient_program(structure(lora), (weights,), (weights,), batch, False)
+
+    def _gradient_program(self, key, weights: tuple, gradients: tuple, batch: Batch, sequence_level: bool):
+        static = self._static._replace(
+            sequence_level=sequence_level, remat=self._remat or self._remat_of(batch)
+        )
+        name = f"forward_backward {describe(key, batch, len(weights), sequence_level)}"
+        function: Callable[..., Any]
+        arguments: tuple[Any, ...]
+        if key is None:
+            function = train_step.forward_backward_weights
+            arguments = (weights[0], gradients[0], batch)
+            donate, pin = (1,), self._base_shardings
+        else:
+            function = train_step.forward_backward_adapters
+            scales = jax.ShapeDtypeStruct((len(weights),), jnp.float32, sharding=self._replicated)
+            arguments = (self.base, weights, scales, gradients, batch)
+            donate, pin = (3,), self._replicated
+        return self._programs.get(
+            name,
+            name,
+            partial(function, static),
+            arguments,
+            donate=donate,
+            out_shardings=(pin, self._replicated),
+        )
+
+    def _check_fits(self, program: jax.stages.Compiled, batch: Batch) -> None:
+        """By what the compiler says that the program has in memory at once; a CPU has no such limit."""
+        if not self._device_bytes or (analysis := program.memory_analysis()) is None:
+            return
+        needed = (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes
+        )
+        if needed > self._device_bytes:
+            rows, length = batch.tokens.shape
+            raise DoesNotFitError(
+                f"a micro-batch of {rows} x {length} tokens takes {needed / 2**30:.1f} GiB of the device's "
+                f"{self._device_bytes / 2**30:.1f} GiB; send shorter datums or fewer targets per token"
+            )
+
+    def _remat_of(self, batch: Batch) -> str:
+        """By what one device computes of the micro-batch."""
+        tokens = batch.tokens.shape[0] * batch.tokens.shape[1] // self._row_devices
+        return choose_remat(self._config, tokens, self._static.dtype.itemsize, self._activation_bytes)
+
+    def _scales(self, states: Sequence[TrainingState]) -> jax.Array:
+        return jax.device_put(np.array([s.scale for s in states], np.float32), self._replicated)

@@ -1,0 +1,193 @@
+"""The pure functions that the trainer compiles: arrays in, arrays out.
+
+Axis letters: B rows, T tokens in a row, K targets per token, P config values, n adapters in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ...losses import FUNCTIONS, gspo, loss_and_slope
+from ...losses.linear_logprobs import HeadOutput, linear_logprobs, linear_logprobs_and_gradient
+from ...model import decoder
+from ...model.lora import stack_adapters
+
+TOKEN_LOSSES = tuple(loss for loss in FUNCTIONS if not loss.sequence_level)
+ALL_LOSSES = (*TOKEN_LOSSES, *(loss for loss in FUNCTIONS if loss.sequence_level))
+BATCH_INPUTS = ("weights", "logprobs", "advantages", "reference_logprobs")
+SEQUENCE_INPUTS = ("sequence_ratio_mask",)
+LOSS_INDEX = {loss.function: index for index, loss in enumerate(ALL_LOSSES)}
+
+
+class Static(NamedTuple):
+    """What a program is compiled for, besides shapes."""
+
+    graph: Any
+    dtype: Any  # of the base and the activations
+    remat: str
+    chunk_tokens: int
+    sequence_level: bool  # some row's loss needs the log-probs of whole sequences first
+
+
+class Batch(NamedTuple):
+    """One micro-batch. `inputs` are the losses' per-token inputs [B, T, K] float32, zero where absent."""
+
+    tokens: jax.Array  # [B, T] int32
+    position: jax.Array  # [B, T] int32, within the datum
+    start: jax.Array  # [B, T] int32, first visible key
+    real: jax.Array  # [B, T, K] bool, False on padding
+    targets: jax.Array  # [B, T, K] int32
+    inputs: dict[str, jax.Array]
+    adapter: jax.Array  # [B] int32, which of the n adapters
+    loss: jax.Array  # [B] int32, LOSS_INDEX
+    config: jax.Array  # [B, P] float32
+
+
+class Outputs(NamedTuple):
+    """What the client's answer is made of."""
+
+    logprobs: jax.Array  # [B, T, K] float32
+    loss: jax.Array  # [B] float32, summed over the row
+
+
+def forward_backward_adapters(
+    static: Static, base: Any, adapters: tuple, scale_n: jax.Array, gradients: tuple, batch: Batch
+) -> tuple[tuple, Outputs]:
+    """`gradients` plus those of this micro-batch, one tree per adapter, all float32; and the outputs."""
+
+    def hidden_of(adapters):
+        stack = stack_adapters(adapters, scale_n)
+        return _trunk(static, base, batch, stack)
+
+    hidden, pull = jax.vjp(hidden_of, adapters)
+    head = _head(static, hidden, decoder.unembed(base), batch, _head_lora(adapters, scale_n))
+    (new,) = pull(head.d_hidden)
+    if head.d_lora is not None:
+        new = tuple(
+            tree | {"unembed": {"a": head.d_lora["a"][i], "b": head.d_lora["b"][i]}}
+            for i, tree in enumerate(new)
+        )
+    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.loss)
+
+
+def forward_backward_weights(
+    static: Static, weights: Any, gradients: Any, batch: Batch
+) -> tuple[Any, Outputs]:
+    """The same for full-weight training: `weights` are the float32 base, computed with in `static.dtype`."""
+
+    def hidden_of(weights):
+        return _trunk(static, _cast(static, weights), batch, None)
+
+    hidden, pull = jax.vjp(hidden_of, weights)
+    unembed = decoder.unembed(_cast(static, weights))
+    head = _head(static, hidden, unembed, batch, None, train_unembed=True)
+    (new,) = pull(head.d_hidden)
+    assert head.d_unembed is not None  # train_unembed
+    if "lm_head" in new:
+        new["lm_head"]["weight"] += head.d_unembed.T
+    else:
+        new["embed_tokens"]["weight"] += head.d_unembed
+    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.loss)
+
+
+def forward_adapters(static: Static, base: Any, adapters: tuple, scale_n: jax.Array, batch: Batch) -> Outputs:
+    """Log-probs and losses without gradients."""
+    hidden = _trunk(static, base, batch, stack_adapters(adapters, scale_n))
+    lora = _head_lora(adapters, scale_n)
+    return _evaluate(static, hidden, decoder.unembed(base), batch, lora)
+
+
+def forward_weights(static: Static, weights: Any, batch: Batch) -> Outputs:
+    """`forward_adapters` for full weights."""
+    base = _cast(static, weights)
+    return _evaluate(static, _trunk(static, base, batch, None), decoder.unembed(base), batch, None)
+
+
+def accumulate(total: Any, addition: Any) -> tuple[Any, Any, jax.Array]:
+    """(total + addition, zeros, True), or (total, zeros, False) where the sum would not be finite."""
+    summed = jax.tree.map(jnp.add, total, addition)
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(summed)]).all()
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), summed, total)
+    return kept, jax.tree.map(jnp.zeros_like, addition), finite
+
+
+def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> jax.Array:
+    return decoder.trunk(
+        static.graph,
+        base,
+        batch.tokens,
+        batch.position,
+        batch.start,
+        stack,
+        batch.adapter,
+        remat=static.remat,
+    )
+
+
+def _cast(static: Static, weights: Any) -> Any:
+    return jax.tree.map(lambda w: w.astype(static.dtype), weights)
+
+
+def _head_lora(adapters: tuple, scale_n: jax.Array) -> dict[str, jax.Array] | None:
+    if "unembed" not in adapters[0]:
+        return None
+    return {
+        "a": jnp.stack([adapter["unembed"]["a"] for adapter in adapters]),
+        "b": jnp.stack([adapter["unembed"]["b"] for adapter in adapters]),
+        "scale": scale_n,
+    }
+
+
+def _head(
+    static: Static, hidden: jax.Array, unembed: jax.Array, batch: Batch, lora, train_unembed: bool = False
+) -> HeadOutput:
+    inputs = dict(batch.inputs)
+    if static.sequence_level:
+        logprobs = linear_logprobs(hidden, unembed, batch.targets, lora, batch.adapter, static.chunk_tokens)
+        inputs["sequence_log_ratio"] = _sequence_log_ratio(logprobs, batch)
+    return linear_logprobs_and_gradient(
+        hidden,
+        unembed,
+        batch.targets,
+        (inputs, batch.real),
+        lambda logprobs, chunk: _row_losses(static, logprobs, chunk[0], chunk[1], batch),
+        lora,
+        batch.adapter,
+        train_unembed=train_unembed,
+        chunk_tokens=static.chunk_tokens,
+    )
+
+
+def _evaluate(static: Static, hidden: jax.Array, unembed: jax.Array, batch: Batch, lora) -> Outputs:
+    logprobs = linear_logprobs(hidden, unembed, batch.targets, lora, batch.adapter, static.chunk_tokens)
+    inputs = dict(batch.inputs)
+    if static.sequence_level:
+        inputs["sequence_log_ratio"] = _sequence_log_ratio(logprobs, batch)
+    loss, _ = _row_losses(static, logprobs, inputs, batch.real, batch)
+    return Outputs(logprobs, loss.sum((1, 2)))
+
+
+def _row_losses(static: Static, logprobs, inputs, real, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Each row's own loss and its slope [B, C, K]; zero on padding, whatever the loss says there."""
+    losses = ALL_LOSSES if static.sequence_level else TOKEN_LOSSES
+
+    def of_row(index, logprobs, inputs, config):
+        return loss_and_slope(losses, index, logprobs, inputs, config)
+
+    loss, slope = jax.vmap(of_row)(batch.loss, logprobs, inputs, batch.config)
+    return jnp.where(real, loss, 0.0), jnp.where(real, slope, 0.0)
+
+
+def _sequence_log_ratio(logprobs: jax.Array, batch: Batch) -> jax.Array:
+    """[B, T, K], of the first target of each token (sequence-level losses have one)."""
+    segment = jnp.arange(batch.tokens.shape[1]) - batch.position
+    ratio = gspo.sequence_log_ratio(
+        logprobs[..., 0],
+        batch.inputs["logprobs"][..., 0],
+        batch.inputs["sequence_ratio_mask"][..., 0],
+        segment,
+    )
+    return jnp.broadcast_to(ratio[..., None], logprobs.shape)

@@ -1,0 +1,303 @@
+"""Loss, gradients and optimizer steps of any number of models over one frozen base.
+
+The trainer holds the base and the compiled programs; a model is its `TrainingState`. A `Run` (`training_run`)
+is one device batch of jobs of one or several models, a micro-batch per step (`gradient_programs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ...model import decoder, sharding
+from ...model.config import ModelConfig
+from ...model.lora import init_lora
+from ..errors import UserError
+from ..messages import ForwardBackward, GradNormalization, LoraSpec, TargetAlignment
+from ..optimizers import optimizer_families
+from ..programs import OnCompile, Programs
+from . import train_step, validation
+from .alignment import align
+from .custom_loss_run import CustomJob, CustomLossRun, custom_job
+from .custom_losses import CustomLosses
+from .gradient_programs import GradientPrograms
+from .packing import shape_table
+from .train_step import Static
+from .training_run import Job, JobOutput, Run
+from .training_state import TrainingState
+from .training_structure import describe, structure
+
+
+class Trainer:
+    """Forward, backward and optimizer steps over a base model: `start`, `forward_backward`, `optim_step`."""
+
+    def __init__(
+        self,
+        graph: Any,
+        base: decoder.Base,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        max_sequence_length: int | None = None,
+        micro_batch_tokens: int | None = None,
+        chunk_tokens: int | None = None,
+        remat: str | None = None,
+        on_compile: OnCompile | None = None,
+    ):
+        """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
+
+        `micro_batch_tokens` are computed at once (default 1024 on a CPU, 8192 per device elsewhere), and of
+        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full", by default what fits
+        (`rematerialisation`).
+        `on_compile(name, seconds)` hears of every compilation.
+        """
+        self.config = config
+        self.mesh = mesh or sharding.make_mesh(None)
+        device = self.mesh.devices.flat[0]
+        on_cpu = device.platform == "cpu"
+        row_devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.max_sequence_length = min(
+            config.max_sequence_length, max_sequence_length or config.max_sequence_length
+        )
+        self.shapes = shape_table(
+            self.max_sequence_length,
+            micro_batch_tokens or (1024 if on_cpu else 8192 * row_devices),
+            row_devices,
+        )
+        self.programs = Programs(self.mesh, on_compile)
+        self._replicated = sharding.replicated(self.mesh)
+        self._base_shardings = sharding.shardings_for(base, decoder.logical_axes(config), self.mesh)
+        dtype = base["embed_tokens"]["weight"].dtype
+        static = Static(graph, dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False)
+        self.gradient_programs = GradientPrograms(
+            self.programs, self.mesh, config, base, self._base_shardings, static, remat
+        )
+        self.custom_losses = CustomLosses()
+        self._zeros: dict[Any, list[Any]] = {}
+
+    @property
+    def base(self) -> decoder.Base:
+        return self.gradient_programs.base
+
+    @base.setter
+    def base(self, weights: decoder.Base) -> None:
+        self.gradient_programs.base = weights
+
+    # --- models -----------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        lora: LoraSpec | None,
+        grad_normalization: GradNormalization = "sum",
+        family: str = "adamw",
+        target_alignment: TargetAlignment = "shifted",
+        optimizer_options: optimizer_families.Options | None = None,
+    ) -> TrainingState:
+        """A fresh model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base.
+
+        Raises UserError for an optimizer, or an option of it, that there is not.
+        """
+        options = optimizer_families.filled(family, optimizer_options or {})
+        if lora is None:
+            weights = jax.tree.map(
+                lambda w, s: jax.device_put(jnp.array(w, jnp.float32, copy=True), s),
+                self.base,
+                self._base_shardings,
+            )
+        else:
+            weights = jax.device_put(self._init(lora), self._replicated)
+        state = TrainingState(
+            lora,
+            weights,
+            None,
+            grad_normalization=grad_normalization,
+            family=family,
+            target_alignment=target_alignment,
+            optimizer_options=options,
+        )
+        state.optimizer = self.fresh_optimizer(state)
+        return state
+
+    def fresh_optimizer(self, state: TrainingState) -> Any:
+        """Zero moments for the state's weights."""
+        count = jax.device_put(np.int32(0), self._replicated)
+        new_state = optimizer_families.family(state.family).new_state
+        return new_state(count, lambda: self._new_zeros(state.weights))
+
+    def abstract_weights(self, lora: LoraSpec | None) -> Any:
+        """Shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
+        if lora is None:
+            shapes, shardings = self.base, self._base_shardings
+        else:
+            shapes = jax.eval_shape(lambda: self._init(lora))
+            shardings = jax.tree.map(lambda _: self._replicated, shapes)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
+        )
+
+    def abstract_arrays(
+        self, lora: LoraSpec | None, has_gradients: bool, family: str = "adamw"
+    ) -> dict[str, Any]:
+        """The tree of `TrainingState.arrays`, as a checkpoint is restored into."""
+        weights = self.abstract_weights(lora)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+        state = optimizer_families.family(family).new_state(count, lambda: weights)
+        arrays = {"weights": weights, "optimizer": state._asdict()}
+        return arrays | {"gradients": weights} if has_gradients else arrays
+
+    # --- operations -------------------------------------------------------------------------------------
+
+    def job(self, state: TrainingState, operation: ForwardBackward) -> Job | CustomJob:
+        """The operation, checked against the model. Raises UserError."""
+        if operation.loss_fn == "custom":
+            limits = self.config.vocab_size, self.max_sequence_length
+            return custom_job(state, operation, self.custom_losses, *limits)
+        chosen = validation.check_loss(operation.loss_fn, operation.loss_config)
+        data, aligned = operation.data, None
+        if state.target_alignment == "by_shape":
+            aligned = [align(index, datum, chosen.loss) for index, datum in enumerate(data)]
+            data = [each.datum for each in aligned]
+        checked = validation.check_data(data, chosen, self.config.vocab_size, self.max_sequence_length)
+        return Job(state, checked, chosen, operation.forward_only, aligned)
+
+    def start(self, jobs: Sequence[Job | CustomJob]) -> Run | CustomLossRun:
+        """Pack the jobs into micro-batches; nothing runs until `Run.step`. Either all are custom or none is.
+
+        Until the run has ended, no other operation on its models may run.
+        """
+        custom = [job for job in jobs if isinstance(job, CustomJob)]
+        if custom:
+            return CustomLossRun(self, custom)
+        return Run(self, [job for job in jobs if isinstance(job, Job)])
+
+    def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | UserError]:
+        """Run the jobs to the end: of each its output, or what was wrong with it."""
+        run = self.start(jobs)
+        while not run.step():
+            pass
+        return run.results
+
+    def optim_step(self, state: TrainingState, params: optimizer_families.Params) -> dict[str, float]:
+        """One step of the model's optimizer with the accumulated gradients, which are then dropped; metrics.
+
+        Without any gradient since the last step, gradients are zero; but if all computations of gradients
+        since then have failed, so does the step. Raises UserError for that, for parameters out of range or of
+        another optimizer and for a norm that is not finite; the weights are then as before.
+        """
+        family = optimizer_families.family(state.family)
+        if not isinstance(params, family.params):
+            raise UserError(f"this model's optimizer is {state.family}; the step's parameters are of another")
+        validation.check_optimizer(params)
+        if state.gradients is None and state.failed_since_step:
+            raise UserError(
+                "nothing to step with: every forward_backward since the last optim_step has failed; "
+                "repeat one that succeeds first"
+            )
+        gradients = self.zeros(state) if state.gradients is None else state.gradients
+        mean = state.grad_normalization == "token_mean"
+        grad_scale = 1 / max(1, state.valid_tokens) if mean else 1
+        rank = 0 if state.lora is None else state.lora.rank
+        scalars = family.hyperparameters(params, state.optimizer_options, grad_scale, rank)
+        hyper = jax.device_put(scalars, self._replicated)
+        arguments = (state.weights, state.optimizer, gradients, hyper)
+        key = self.structure(state)
+        weights = self._shardings(state)
+        moments = jax.tree.map(lambda x: x.sharding, state.optimizer)
+        name = "optim_step" if state.family == "adamw" else f"optim_step {state.family}"
+        program = self.programs.get(
+            (name, key),
+            f"{name} {describe(key)}",
+            family.step,
+            arguments,
+            donate=(0, 1, 2),
+            out_shardings=(weights, moments, weights, self._replicated),
+        )
+        state.weights, state.optimizer, zeros, norms = program(*arguments)
+        state.gradients, state.valid_tokens = None, 0
+        self.recycle(state, zeros)
+        norms = jax.device_get(norms)
+        if not all(np.isfinite(norm) for norm in norms):
+            state.failed_since_step = 1
+            raise UserError(
+                f"the step is not finite (gradient norm {norms.gradient}, update norm {norms.update}): "
+                "the weights are as before and the accumulated gradients are dropped; "
+                "lower the learning rate or the loss's weights"
+            )
+        state.failed_since_step = 0
+        state.step += 1
+        return {
+            "grad_norm": float(norms.gradient),
+            "update_norm": float(norms.update),
+            "weight_norm": float(norms.weights),
+            "learning_rate": params.learning_rate,
+            # not "step": clients merge these into their own metrics, and count their own steps
+            "optimizer_step": float(state.step),
+        }
+
+    def warm_up(self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        """Compile what one model of this kind needs for micro-batches of `shapes` (T, B); all by default."""
+        self.gradient_programs.warm_up(
+            lora, self.abstract_weights(lora), self.shapes.shapes if shapes is None else shapes
+        )
+
+    # --- device work of a run ---------------------------------------------------------------------------
+
+    def structure(self, state: TrainingState) -> Any:
+        """What adapters must have in common to share a batch; None for full weights."""
+        return structure(state.lora)
+
+    def zeros(self, state: TrainingState) -> Any:
+        """A zero tree like the state's gradients, for the caller to keep or to `recycle`."""
+        pool = self._zeros.setdefault(self.structure(state), [])
+        return pool.pop() if pool else self._new_zeros(state.weights)
+
+    def recycle(self, state: TrainingState, zeros: Any) -> None:
+        """Keep a tree of zeros for the next run. Full weights are too large to keep idle."""
+        if state.lora is not None:
+            self._zeros.setdefault(self.structure(state), []).append(zeros)
+
+    def forget_zeros(self) -> None:
+        """Free what `recycle` has kept."""
+        self._zeros.clear()
+
+    def accumulate(self, state: TrainingState, gradients: Any) -> bool:
+        """Add a run's gradients to the state's; False, and nothing added, where the sum is not finite."""
+        total = self.zeros(state) if state.gradients is None else state.gradients
+        key, pin = self.structure(state), self._shardings(state)
+        program = self.programs.get(
+            ("accumulate", key),
+            f"accumulate {describe(key)}",
+            train_step.accumulate,
+            (total, gradients),
+            donate=(0, 1),
+            out_shardings=(pin, pin, self._replicated),
+        )
+        total, zeros, finite = program(total, gradients)
+        self.recycle(state, zeros)
+        finite = bool(finite)
+        if finite or state.gradients is not None:
+            state.gradients = total
+        else:
+            self.recycle(state, total)
+        return finite
+
+    def _shardings(self, state: TrainingState) -> Any:
+        return self._base_shardings if state.lora is None else self._replicated
+
+    def _new_zeros(self, like: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), like)
+
+    def _init(self, lora: LoraSpec) -> Any:
+        return init_lora(
+            self.config,
+            lora.seed,
+            lora.rank,
+            train_attn=lora.train_attn,
+            train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed,
+        )

@@ -1,0 +1,280 @@
+"""One device batch of training jobs: packed, run a micro-batch at a time, answered in the clients' order."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...losses import MAX_CONFIG, Loss
+from ..errors import UserError
+from .alignment import Aligned
+from .gradient_programs import DoesNotFitError
+from .packing import ROW_MULTIPLE_OF, MicroBatch, ShapeTable, pack
+from .policy_metrics import policy_metrics
+from .train_step import BATCH_INPUTS, LOSS_INDEX, SEQUENCE_INPUTS, Batch, Outputs
+from .training_state import TrainingState
+from .validation import ChosenLoss, TrainingDatum
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+MODELS_PER_BATCH = (1, 2, 4, 8)
+IN_FLIGHT = 2  # micro-batches dispatched and not yet read back
+
+
+class NonFiniteError(UserError):
+    """The loss or its gradient is NaN or infinite; nothing was accumulated."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked forward or forward_backward of one model."""
+
+    state: TrainingState
+    data: list[TrainingDatum]
+    chosen: ChosenLoss
+    forward_only: bool = False
+    aligned: list[Aligned] | None = None  # how the client laid the datums out; None: as `data` are
+
+    @property
+    def loss(self) -> Loss:
+        return self.chosen.loss
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(datum.tokens) for datum in self.data)
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens that the loss weighs."""
+        return sum(int((datum.inputs[self.loss.valid] != 0).any(-1).sum()) for datum in self.data)
+
+
+@dataclass(frozen=True)
+class JobOutput:
+    """Per datum, in the client's order, float32 log-probs shaped like its target_tokens; and the metrics."""
+
+    logprobs: list[np.ndarray]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Datums that can share a micro-batch."""
+
+    structure: Any  # of the adapters; with full weights, of one job only
+    forward_only: bool
+    sequence_level: bool
+    targets: int  # per token, bucketed
+
+
+_Planned = tuple[_Kind, list[tuple[int, int]], MicroBatch]
+
+
+class Run:
+    """See `Trainer.start`. `results`, of each job its output or error, is there once `step` has said True."""
+
+    def __init__(self, trainer: Trainer, jobs: Sequence[Job]):
+        self._trainer = trainer
+        self._jobs = list(jobs)
+        self._shapes = trainer.shapes
+        self._out_of_memory = False
+        self.results: list[JobOutput | UserError] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._gradients: dict[int, Any] = {}
+        self._losses = np.zeros(len(self._jobs))
+        self._logprobs: list[list[Any]] = [[None] * len(job.data) for job in self._jobs]
+        self._waiting = deque(self._plan(self._shapes))
+        self._in_flight: deque[tuple[list[tuple[int, int]], MicroBatch, Outputs]] = deque()
+        self.micro_batches = len(self._waiting)
+        self._largest = _largest(self._waiting)
+
+    def step(self) -> bool:
+        """Dispatch one micro-batch, and read back an earlier one; whether the run has ended.
+
+        When the device runs out of memory the run begins again, once, with smaller micro-batches.
+        """
+        try:
+            ended = self._compute()
+        except (RuntimeError, DoesNotFitError) as error:
+            if not self._can_be_smaller(error):
+                raise
+            log.warning("with smaller micro-batches again: %s", error)
+        else:
+            if ended:
+                self.results = [self._finish(index) for index in range(len(self._jobs))]
+            return ended
+        # Not in the handler: the error holds on to the arrays of the frames that it came through.
+        self._begin()
+        return False
+
+    def _can_be_smaller(self, error: Exception) -> bool:
+        """Whether to begin again. `_shapes` are then the next smaller ones that change the largest batch."""
+        if not isinstance(error, DoesNotFitError):
+            if "RESOURCE_EXHAUSTED" not in str(error) or self._out_of_memory:
+                return False
+            self._out_of_memory = True
+        shapes = self._shapes.halved()
+        while shapes.micro_batch_tokens > ROW_MULTIPLE_OF:
+            if _largest(self._plan(shapes)) < self._largest:
+                self._shapes = shapes
+                return True
+            shapes = shapes.halved()
+        return False
+
+    def _compute(self) -> bool:
+        """A turn of `step`, without what comes after the last."""
+        if self._waiting:
+            self._dispatch(*self._waiting.popleft())
+            if len(self._in_flight) < IN_FLIGHT and self._waiting:
+                return False
+        if self._in_flight:
+            self._read_back(*self._in_flight.popleft())
+        return not (self._waiting or self._in_flight)
+
+    def _plan(self, shapes: ShapeTable) -> list[_Planned]:
+        """(kind, [(job, datum)] by the packing's numbers, micro-batch) of every micro-batch."""
+        kinds: dict[_Kind, list[tuple[int, int]]] = {}
+        for job_index, job in enumerate(self._jobs):
+            full_weights = job.state.lora is None
+            structure = ("full", job_index) if full_weights else self._trainer.structure(job.state)
+            for index, datum in enumerate(job.data):
+                targets = _bucket_targets(datum.targets.shape[1])
+                kind = _Kind(structure, job.forward_only, job.loss.sequence_level, targets)
+                kinds.setdefault(kind, []).append((job_index, index))
+        plan = []
+        for kind, members in kinds.items():
+            lengths = [len(self._jobs[job].data[index].tokens) for job, index in members]
+            packed = pack(lengths, [job for job, _ in members], shapes, MODELS_PER_BATCH[-1])
+            plan += [(kind, members, micro_batch) for micro_batch in packed]
+        return plan
+
+    def _dispatch(self, kind: _Kind, members: list[tuple[int, int]], micro_batch: MicroBatch) -> None:
+        jobs = micro_batch.groups
+        n = next(size for size in MODELS_PER_BATCH if size >= len(jobs))
+        states = [self._jobs[job].state for job in jobs]
+        states += states[:1] * (n - len(jobs))  # no row points at these
+        programs = self._trainer.gradient_programs
+        batch = programs.put(self._batch(kind, members, micro_batch))
+        if kind.forward_only:
+            outputs = programs.run_forward(states, batch, kind.sequence_level)
+        else:
+            begun = [self._gradients.pop(job, None) for job in jobs] + [None] * (n - len(jobs))
+            gradients = tuple(
+                self._trainer.zeros(state) if gradient is None else gradient
+                for gradient, state in zip(begun, states, strict=True)
+            )
+            gradients, outputs = programs.run_gradients(states, gradients, batch, kind.sequence_level)
+            self._gradients.update(zip(jobs, gradients, strict=False))
+            for unused in gradients[len(jobs) :]:
+                self._trainer.recycle(states[0], unused)
+        self._in_flight.append((members, micro_batch, outputs))
+
+    def _batch(self, kind: _Kind, members: list[tuple[int, int]], micro_batch: MicroBatch) -> Batch:
+        data = [self._jobs[job].data[index] for job, index in members]
+        shape = (kind.targets,)
+        position, start = micro_batch.positions()
+        names = BATCH_INPUTS + (SEQUENCE_INPUTS if kind.sequence_level else ())
+        absent = np.zeros((0, 0), np.float32)
+        inputs = {}
+        for name in names:
+            if any(name in datum.inputs for datum in data):
+                values = [datum.inputs.get(name, absent) for datum in data]
+                inputs[name] = micro_batch.lay(values, shape, np.float32)
+            else:
+                inputs[name] = np.zeros((*position.shape, *shape), np.float32)
+        adapter = np.zeros(micro_batch.num_rows, np.int32)
+        loss = np.zeros(micro_batch.num_rows, np.int32)
+        config = np.zeros((micro_batch.num_rows, MAX_CONFIG), np.float32)
+        for at, row in enumerate(micro_batch.rows):
+            job = self._jobs[row.group]
+            adapter[at] = micro_batch.groups.index(row.group)
+            loss[at] = LOSS_INDEX[job.loss.function]
+            config[at, : len(job.chosen.config)] = job.chosen.config
+        return Batch(
+            tokens=micro_batch.lay([datum.tokens for datum in data], (), np.int32),
+            position=position,
+            start=start,
+            real=micro_batch.lay([np.ones(datum.targets.shape, bool) for datum in data], shape, np.bool_),
+            targets=micro_batch.lay([datum.targets for datum in data], shape, np.int32),
+            inputs=inputs,
+            adapter=adapter,
+            loss=loss,
+            config=config,
+        )
+
+    def _read_back(self, members: list[tuple[int, int]], micro_batch: MicroBatch, outputs: Outputs) -> None:
+        logprobs, losses = (np.asarray(array) for array in outputs)
+        for at, row in enumerate(micro_batch.rows):
+            self._losses[row.group] += losses[at]
+        for number, values in micro_batch.pick(logprobs).items():
+            job, index = members[number]
+            shape = self._jobs[job].data[index].shape
+            targets = 1 if len(shape) == 1 else shape[1]
+            self._logprobs[job][index] = values[:, :targets].reshape(shape)
+
+    def _finish(self, index: int) -> JobOutput | UserError:
+        job, gradients = self._jobs[index], self._gradients.pop(index, None)
+        error = self._check(index)
+        if gradients is not None:
+            if error is None and not self._trainer.accumulate(job.state, gradients):
+                error = NonFiniteError(
+                    "the gradient is not finite; nothing was accumulated. "
+                    "Look for extreme weights, advantages or probability ratios, or a diverged model"
+                )
+            if error is None:
+                job.state.valid_tokens += job.valid_tokens
+            else:
+                job.state.failed_since_step += 1
+        return error or JobOutput(self._answered(index), self._metrics(index))
+
+    def _answered(self, index: int) -> list[np.ndarray]:
+        """The log-probs as the client laid its datums out."""
+        logprobs, aligned = self._logprobs[index], self._jobs[index].aligned
+        if aligned is None:
+            return logprobs
+        return [each.answered(values) for each, values in zip(aligned, logprobs, strict=True)]
+
+    def _check(self, index: int) -> NonFiniteError | None:
+        if np.isfinite(self._losses[index]):
+            return None
+        for at, logprobs in enumerate(self._logprobs[index]):
+            if not np.isfinite(logprobs).all():
+                return NonFiniteError(
+                    f"datum {at}: log-probs are not finite; nothing was accumulated. The model has diverged"
+                )
+        return NonFiniteError(
+            f"the loss is {self._losses[index]}; nothing was accumulated. "
+            "Look for extreme weights, advantages or probability ratios"
+        )
+
+    def _metrics(self, index: int) -> dict[str, float]:
+        """Each key has one colon, and the reduction after it by which a client combines chunks."""
+        job = self._jobs[index]
+        metrics = {
+            "loss:sum": float(self._losses[index]),
+            "tokens:sum": float(job.tokens),
+            "valid_tokens:sum": float(job.valid_tokens),
+        }
+        return metrics | policy_metrics(job.chosen, job.data, self._logprobs[index])
+
+
+def _largest(plan: Iterable[_Planned]) -> int:
+    return max((micro_batch.num_tokens for _, _, micro_batch in plan), default=0)
+
+
+def _bucket_targets(targets: int) -> int:
+    """1, 4, 16, 64, ...: few shapes for any number of targets per token."""
+    bucket = 1
+    while bucket < targets:
+        bucket *= 4
+    return bucket

@@ -1,0 +1,1 @@
+"""What clients have made and use: sessions, runs, samplers, losses."""

@@ -1,0 +1,76 @@
+"""Samplers of models as they are now: unnamed weights, saved again when the model has changed since."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+
+from ...engine import messages
+from ..errors import BadRequest, Unavailable
+from ..operations.submits import submit
+from .run import Run
+from .samplers import Sampler, add, new_directory, sampler_id
+
+if TYPE_CHECKING:
+    from ..backend import Backend
+
+KEPT = 4
+"""Of a model's versions: what was asked of an older one is answered by now."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """The sampler, and the operation of the model that saved it."""
+
+    sampler: Sampler
+    seq_id: int
+
+
+class LiveSamplers:
+    def __init__(self) -> None:
+        self._versions: defaultdict[str, deque[Live]] = defaultdict(deque)  # by model
+        self._saving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def of(self, backend: Backend, run: Run) -> Sampler:
+        """Waits for the model's operations that are queued. Raises BadRequest, or Unavailable at a stop."""
+        async with self._saving[run.id]:
+            versions = self._versions[run.id]
+            if versions and backend.runs.last_seq(run) == versions[-1].seq_id:
+                return versions[-1].sampler
+            versions.append(await self._save(backend, run))
+            while len(versions) > KEPT:
+                await backend.samplers.forget(versions.popleft().sampler)
+            return versions[-1].sampler
+
+    def forget(self, model_id: str) -> None:
+        """Its samplers end with the model's session."""
+        self._versions.pop(model_id, None)
+        self._saving.pop(model_id, None)
+
+    async def _save(self, backend: Backend, run: Run) -> Live:
+        identifier = sampler_id(run.session_id, f"live-{uuid.uuid4().hex[:12]}")
+        directory = new_directory(run.id)
+
+        def also(connection: Connection, _request_id: str) -> None:
+            add(connection, run.owner, run.session_id, identifier, run.base_model, None, directory)
+
+        saving = await submit(
+            backend,
+            run,
+            "save_unnamed_sampler",
+            None,
+            messages.SaveSampler("", run.id, directory, deferred=True),
+            {"type": "save_weights_for_sampler", "sampling_session_id": identifier},
+            also,
+        )
+        await saving.finished.wait()
+        if isinstance(saving.answer, messages.Failed):
+            raise BadRequest(f"the model's weights cannot be sampled: {saving.answer.message}")
+        if saving.answer is None:
+            raise Unavailable("the server stops")
+        return Live(await backend.samplers.find(run.owner, identifier), saving.seq_id)

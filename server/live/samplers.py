@@ -1,0 +1,242 @@
+"""Sampling sessions: weights under an id that clients sample from.
+
+Weights that only a sampling session names are unnamed. They are in the engine's memory before they are on
+disk; what was not written when the engine died is made again by a replay of their model's operations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import Connection, Row
+
+from ...ckpt import paths
+from ...engine import messages
+from ..errors import ApiError, BadRequest, NotFound
+from ..ledger import tenancy
+from ..ledger.ledger import Ledger
+from ..operations.operation import Operation
+from ..operations.operations import Operations
+from ..settings import Settings
+from ..supervision.supervisor import Supervisor
+from .runs import Runs
+
+log = logging.getLogger("tinsmith.samplers")
+
+_ROOT = "samplers"  # of the directories of unnamed weights
+_SIGN_OF_LIFE_EVERY = 60.0  # seconds; a session that samples is alive, whether it sends heartbeats or not
+_SWEEP_EVERY = 600.0
+# Directories that no sampler names may be of a save under way, or of samples that wait for their turn.
+_SPARED_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """`follows`: the model whose newest inflight weights it samples; None: its weights never change."""
+
+    id: str
+    owner: str
+    session_id: str
+    base_model: str
+    model_path: str | None
+    directory: str | None
+    follows: str | None
+
+    @property
+    def ref(self) -> messages.SamplerRef:
+        return messages.SamplerRef(self.base_model, weights=self.directory)
+
+
+def sampler_id(session_id: str, sampling_session_seq_id: int | str) -> str:
+    return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+def number_of(run_id: str, name: str) -> str:
+    """In place of a client's number: of a named checkpoint of a model of the session."""
+    return f"{run_id.rpartition(':')[2]}-{name}"
+
+
+def new_directory(run_id: str) -> str:
+    """A key for unnamed weights of a model."""
+    return f"{_ROOT}/{run_id.replace(':', '@')}/{uuid.uuid4().hex}"
+
+
+def run_of(directory: str | None) -> str | None:
+    """The model that unnamed weights are of; None for others."""
+    root, _, rest = (directory or "").partition("/")
+    return rest.partition("/")[0].replace("@", ":") if root == _ROOT else None
+
+
+def _sampler(row: Row) -> Sampler:
+    return Sampler(
+        row.id, row.owner, row.session_id, row.base_model, row.model_path, row.directory, row.follows
+    )
+
+
+class Samplers:
+    def __init__(
+        self, ledger: Ledger, engine: Supervisor, operations: Operations, runs: Runs, settings: Settings
+    ):
+        self._ledger = ledger
+        self._engine = engine
+        self._operations = operations
+        self._runs = runs
+        self._settings = settings
+        self._samplers: dict[str, Sampler] = {}
+        self._alive: dict[str, float] = {}  # sessions, and when the ledger was told
+        self._making: set[asyncio.Task] = set()
+        operations.on_missing_weights = self._missing
+
+    async def create(
+        self,
+        owner: str,
+        session_id: str,
+        seq_id: int | str,
+        base_model: str,
+        model_path: str | None,
+        directory: str | None,
+    ) -> Sampler:
+        """The first one of this number stays: asking again with the same weights finds it."""
+        identifier = sampler_id(session_id, seq_id)
+
+        def change(connection: Connection) -> Row:
+            if tenancy.find_sampler(connection, identifier) is None:
+                add(connection, owner, session_id, identifier, base_model, model_path, directory)
+            row = tenancy.find_sampler(connection, identifier)
+            assert row is not None
+            return row
+
+        sampler = _sampler(await self._ledger.write(change))
+        if (sampler.base_model, sampler.model_path) != (base_model, model_path):
+            raise BadRequest(
+                f"sampling_session_seq_id {seq_id} of this session has other weights; use the next number"
+            )
+        self._samplers[identifier] = sampler
+        return sampler
+
+    async def find(self, owner: str, identifier: str) -> Sampler:
+        """Raises NotFound for what does not exist or is not the owner's."""
+        sampler = self._samplers.get(identifier)
+        if sampler is None:
+            row = await self._ledger.read(lambda connection: tenancy.find_sampler(connection, identifier))
+            if row is not None:
+                sampler = _sampler(row)
+                if sampler.follows is None:  # the others' directories move
+                    self._samplers[identifier] = sampler
+        if sampler is None or sampler.owner != owner:
+            raise NotFound(f"unknown sampling session {identifier!r}: create one first")
+        return sampler
+
+    async def sampled(self, sampler: Sampler) -> None:
+        """A sign of life of its session."""
+        now = time.time()
+        if now - self._alive.get(sampler.session_id, 0.0) >= _SIGN_OF_LIFE_EVERY:
+            self._alive[sampler.session_id] = now
+            await self._ledger.write(
+                lambda connection: tenancy.heartbeat(connection, sampler.session_id, now)
+            )
+
+    # --- weights that are not there
+
+    def _missing(self, operation: Operation, message: str) -> None:
+        """The engine does not have the weights of a sample: it has died before they were on disk."""
+        assert operation.payload is not None
+        sample = messages.decode_to_engine(operation.payload)
+        assert isinstance(sample, messages.Sample)
+        run_id = run_of(sample.sampler.weights)
+        if run_id is None or operation.weights_made_in == self._engine.life:
+            self._operations.fail([operation], message)
+            return
+        operation.weights_made_in = self._engine.life
+        task = asyncio.ensure_future(self._make_again(operation, run_id, message))
+        self._making.add(task)
+        task.add_done_callback(self._making.discard)
+
+    async def _make_again(self, operation: Operation, run_id: str, message: str) -> None:
+        log.info("unnamed sampler weights of %s are not on disk: the model makes them again", run_id)
+        try:
+            is_back = await self._runs.bring_back(operation.owner, run_id)
+        except NotFound:
+            is_back = False
+        if is_back:
+            operation.sent_in = 0
+            self._operations.send(operation)
+        elif self._engine.alive and self._engine.life == operation.weights_made_in:
+            self._operations.fail([operation], message)
+
+    # --- weights that nobody needs
+
+    async def forget(self, sampler: Sampler) -> None:
+        """One of unnamed weights."""
+        of = tenancy.is_sampler(sampler.id)
+        await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
+
+    async def forget_unnamed(self, session_id: str) -> None:
+        """Weights that only a sampling session names go with their session."""
+        of = tenancy.of_session(session_id)
+        await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
+
+    async def _forget(self, gone: Sequence[Row]) -> None:
+        for row in gone:
+            self._samplers.pop(row.id, None)
+            release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
+            self._engine.send(messages.encode(release))
+            directory = paths.resolve(self._settings.data_dir, row.directory)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+    async def sweep(self) -> None:
+        """Removes the unnamed weights of sessions that are silent for long, and directories of none."""
+        silent_since = time.time() - self._settings.unnamed_sampler_seconds
+        of = tenancy.of_sessions_silent_since(silent_since)
+        gone = await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of))
+        if gone:
+            log.info("%d unnamed samplers of silent sessions are removed", len(gone))
+        await self._forget(gone)
+        named = await self._ledger.read(tenancy.sampler_directories)
+        await asyncio.to_thread(self._remove_all_but, named)
+
+    def _remove_all_but(self, named: set[str]) -> None:
+        spared_since = time.time() - _SPARED_SECONDS
+        root = self._settings.data_dir / _ROOT
+        for directory in root.glob("*/*"):
+            if str(directory.relative_to(self._settings.data_dir)) in named:
+                continue
+            if directory.stat().st_mtime < spared_since:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    async def sweep_forever(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except (ApiError, OSError) as error:
+                log.error("unnamed samplers could not be swept: %s", error)
+            await asyncio.sleep(_SWEEP_EVERY)
+
+
+def add(
+    connection: Connection,
+    owner: str,
+    session_id: str,
+    identifier: str,
+    base_model: str,
+    model_path: str | None,
+    directory: str | None,
+    follows: str | None = None,
+) -> None:
+    tenancy.add_sampler(
+        connection,
+        id=identifier,
+        owner=owner,
+        session_id=session_id,
+        base_model=base_model,
+        model_path=model_path,
+        directory=directory,
+        follows=follows,
+    )

@@ -1,0 +1,119 @@
+"""Sessions: what a client opens first, and what its models and samplers belong to.
+
+A session that gives no sign of life (a heartbeat, or an operation of one of its models) for
+`session_idle_seconds` keeps all it has, but its models leave the engine: their states are saved, and they
+come back at their next operation. It is not over: a client that slept goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from ..errors import ApiError, BadRequest, Gone, NotFound
+from ..ledger import audit, custom_losses, tenancy
+from ..ledger.ledger import Ledger
+from .runs import Runs
+from .samplers import Samplers
+
+log = logging.getLogger("tinsmith.sessions")
+
+_HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
+
+
+class Sessions:
+    def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers, idle_seconds: float):
+        self._ledger = ledger
+        self._idle_seconds = idle_seconds
+        self._heard: dict[str, float] = {}  # the last heartbeat, of time.monotonic
+        self._runs = runs
+        self._samplers = samplers
+        self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
+
+    async def create(self, owner: str, fields: dict[str, Any]) -> str:
+        session_id = uuid.uuid4().hex
+
+        def add(connection: Connection) -> None:
+            tenancy.add_session(connection, id=session_id, owner=owner, **fields)
+            audit.record(connection, owner, "session_created", session_id=session_id)
+
+        await self._ledger.write(add)
+        self._active[session_id] = (owner, time.time())
+        return session_id
+
+    async def find(self, owner: str, session_id: str) -> Row:
+        """Raises NotFound for what does not exist or is not the owner's."""
+        row = await self._ledger.read(lambda connection: tenancy.find_session(connection, session_id))
+        if row is None or row.owner != owner:
+            raise NotFound(f"unknown session {session_id!r}: create one with create_session")
+        return row
+
+    async def require_active(self, owner: str, session_id: str) -> None:
+        """Raises NotFound, or BadRequest for a session that has finished."""
+        if self._active.get(session_id, (None,))[0] == owner:
+            return
+        row = await self.find(owner, session_id)
+        if row.finished_at is not None:
+            raise BadRequest(f"session {session_id!r} has finished; create a new one")
+        self._active[session_id] = (owner, row.last_heartbeat_at)
+
+    async def heartbeat(self, owner: str, session_id: str) -> None:
+        """Raises Gone for a session that has finished: the client then stops sending."""
+        try:
+            await self.require_active(owner, session_id)
+        except BadRequest as error:
+            raise Gone(error.message) from None
+        self._heard[session_id] = time.monotonic()
+        now = time.time()
+        if now - self._active[session_id][1] >= _HEARTBEAT_WRITTEN_EVERY:
+            self._active[session_id] = (owner, now)
+            await self._ledger.write(lambda connection: tenancy.heartbeat(connection, session_id, now))
+
+    async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
+        """Ends the session: its models leave the engine, unnamed samplers go, checkpoints stay."""
+        await self.find(owner, session_id)
+        self._active.pop(session_id, None)
+        self._heard.pop(session_id, None)
+
+        def end(connection: Connection) -> None:
+            if tenancy.finish_session(connection, session_id, reason, detail):
+                audit.record(connection, owner, "session_finished", session_id=session_id, reason=reason)
+
+        await self._ledger.write(end)
+        for row in await self._ledger.read(
+            lambda connection: tenancy.models_of_session(connection, session_id)
+        ):
+            await self._runs.finish(await self._runs.find(owner, row.id))
+        await self._samplers.forget_unnamed(session_id)
+        await self._ledger.write(lambda connection: custom_losses.forget(connection, session_id))
+
+    async def assign_project(self, owner: str, session_id: str, project_id: str) -> None:
+        await self.find(owner, session_id)
+
+        def assign(connection: Connection) -> None:
+            tenancy.assign_project(connection, session_id, project_id)
+            audit.record(
+                connection, owner, "project_session_assigned", session_id=session_id, project_id=project_id
+            )
+
+        await self._ledger.write(assign)
+
+    async def rest_silent(self) -> None:
+        """Saves the models of silent sessions and lets the engine forget them."""
+        silent_since = time.monotonic() - self._idle_seconds
+        for run in self._runs.resident():
+            if max(run.used_at, self._heard.get(run.session_id, 0.0)) < silent_since:
+                await self._runs.rest(run)
+
+    async def rest_silent_forever(self) -> None:
+        while True:
+            await asyncio.sleep(min(30.0, self._idle_seconds / 4))
+            try:
+                await self.rest_silent()
+            except ApiError as error:
+                log.error("the models of silent sessions could not be saved: %s", error)

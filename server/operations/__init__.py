@@ -1,0 +1,1 @@
+"""What was accepted: its order, its answer, its place in the ledger."""

@@ -1,0 +1,101 @@
+"""What an answer means: for a replay, for the ledger, and for memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from sqlalchemy import Connection
+
+from ...engine import messages
+from ..ledger import audit, tenancy
+from ..ledger import checkpoints as checkpoint_rows
+from . import usage
+from .operation import Answer, Operation
+
+# Operations that change a model: a replay after the newest snapshot needs them again.
+REPLAYED = frozenset(
+    {"forward_backward", "optim_step", "drop_gradients", "load_weights", "save_unnamed_sampler"}
+)
+# What an operation brought stays: losses, for later operations (custom_losses.py).
+KEPT = frozenset({"create_custom_loss"})
+_REMEMBERED_BYTES = 16 << 20
+_OPERATION_BYTES = 2048  # its objects, whatever is in them
+
+
+class RememberedAnswers:
+    """The newest answered operations by id, so many bytes of them; older ones are read from the ledger."""
+
+    def __init__(self, max_bytes: int = _REMEMBERED_BYTES):
+        self._max_bytes = max_bytes
+        self._operations: OrderedDict[str, Operation] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, request_id: str) -> Operation | None:
+        return self._operations.get(request_id)
+
+    def forget(self, owner: str) -> None:
+        """All of that owner's; the ledger may have them."""
+        for operation in [each for each in self._operations.values() if each.owner == owner]:
+            del self._operations[operation.request_id]
+            self._bytes -= _size(operation.answer)
+
+    def add(self, operation: Operation) -> None:
+        known = self._operations.pop(operation.request_id, None)
+        self._operations[operation.request_id] = operation
+        self._bytes += _size(operation.answer) - (_size(known.answer) if known else 0)
+        while self._bytes > self._max_bytes and len(self._operations) > 1:
+            _id, oldest = self._operations.popitem(last=False)
+            self._bytes -= _size(oldest.answer)
+
+
+def replayed(operation: Operation, answer: Answer, ran: bool) -> bytes | None:
+    """The message that does to the model again what the operation did: None if that is nothing."""
+    if isinstance(answer, messages.Done):
+        return operation.payload if operation.kind in REPLAYED | KEPT else None
+    if ran and operation.kind == "forward_backward":
+        # The engine counts failures, for the step after them; without data it fails again, and at once.
+        return messages.encode(
+            messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
+        )
+    if ran and operation.kind == "optim_step" and answer.category == "user":
+        return operation.payload  # one that is not finite drops the gradients
+    return None
+
+
+def _size(answer: Answer | None) -> int:
+    """Roughly the bytes of an answer in memory."""
+    output = answer.output if isinstance(answer, messages.Done) else None
+    if isinstance(output, messages.ForwardBackwardOutput):
+        return _OPERATION_BYTES + sum(len(tensor.data) for tensor in output.logprobs)
+    if isinstance(output, messages.SampleOutput):
+        return _OPERATION_BYTES + sum(2 * len(sequence.tokens) for sequence in output.sequences)
+    return _OPERATION_BYTES
+
+
+def settle(connection: Connection, operation: Operation, answer: Answer) -> None:
+    """What else an operation's first answer means for the ledger."""
+    output = answer.output if isinstance(answer, messages.Done) else None
+    if output is not None:
+        usage.add(connection, operation, output)
+    if operation.kind == "save_unnamed_sampler":
+        if output is not None:
+            tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])
+    elif isinstance(output, messages.StateSaved | messages.SamplerSaved):
+        saved = checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
+        if saved is not None:
+            checkpoint_rows.record(connection, saved, "saved", size_bytes=output.size_bytes)
+    elif operation.kind in ("save_weights", "save_weights_for_sampler", "save_weights_external"):
+        checkpoint_rows.settle(connection, operation.request_id, None)
+    elif operation.kind == "create_model":
+        state = "failed" if output is None else "ready"
+        tenancy.update_model(connection, operation.model_id, state=state)
+        if output is not None:
+            _record_model(connection, operation)
+
+
+def _record_model(connection: Connection, operation: Operation) -> None:
+    model = tenancy.find_model(connection, operation.model_id)
+    assert model is not None
+    details = {"model_id": model.id, "session_id": model.session_id, "base_model": model.base_model}
+    loaded = {"path": operation.reply["path"]} if "path" in operation.reply else {}
+    audit.record(connection, model.owner, "model_created", **details, **loaded)

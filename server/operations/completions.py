@@ -1,0 +1,153 @@
+"""Which samples of a sampling session are answered: what one long poll waits for instead of one for each.
+
+A stream is what one client has asked of a sampling session. It lists request ids as their answers come, each
+under a number that only grows, the cursor; a poll names the newest one that it has seen, and what it has
+seen is forgotten here. Streams are in memory only: after a restart, or a long silence, the next poll makes
+its stream again from the ledger, which may list again what the client has seen, and never leaves out what
+it has not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, Row
+
+from ...engine import messages
+from ..ledger import samples as rows
+from ..ledger.ledger import Ledger
+from .operation import Operation
+from .operations import Operations
+
+SEQ_IDS_PER_CLIENT = 1_000_000_000
+"""The n-th copy of a sampling client numbers its samples from n times as many."""
+_SILENT_SECONDS = 3600.0  # a stream that nobody polls for so long is dropped
+_CLOCK_SECONDS = 3600.0  # by so much the clock may have been set back before a restart
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    cursor: int
+    request_id: str
+    failed: bool
+
+
+@dataclass(eq=False)
+class Stream:
+    """`cursor`: that of the newest completion; `changed`: set, and replaced, when there is another one."""
+
+    cursor: int
+    answered: deque[Completion] = field(default_factory=deque)
+    waiting: set[str] = field(default_factory=set)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    polled_at: float = 0.0  # of time.monotonic
+    opened: asyncio.Task[None] | None = None
+
+    def follow(self, operation: Operation) -> None:
+        """Lists the operation once it is answered."""
+        if operation.settled:
+            self._add(operation.request_id, isinstance(operation.answer, messages.Failed))
+        elif operation.request_id not in self.waiting:
+            self.waiting.add(operation.request_id)
+            operation.on_answered = self._answered
+
+    def _answered(self, operation: Operation) -> None:
+        self.waiting.discard(operation.request_id)
+        self._add(operation.request_id, isinstance(operation.answer, messages.Failed))
+
+    def _add(self, request_id: str, failed: bool) -> None:
+        # The time, so that cursors grow over restarts.
+        self.cursor = max(self.cursor + 1, int(time.time() * 1e6))
+        self.answered.append(Completion(self.cursor, request_id, failed))
+        self.wake()
+
+    def wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def list_again(self, finished: list[Row]) -> None:
+        """Those of before the stream was opened, unless they have been listed meanwhile."""
+        listed = {each.request_id for each in self.answered}
+        for row in finished:
+            if row.id not in listed:
+                self._add(row.id, row.state != "done")
+
+    def after(self, cursor: int) -> list[Completion]:
+        while self.answered and self.answered[0].cursor <= cursor:
+            self.answered.popleft()
+        return list(self.answered)
+
+
+class Completions:
+    def __init__(self, ledger: Ledger, operations: Operations):
+        self._ledger = ledger
+        self._operations = operations
+        self._streams: dict[tuple[str, int], Stream] = {}
+
+    def accepted(self, sampler_id: str, seq_id: int, operation: Operation) -> None:
+        """A sample, new or submitted again, is in the ledger."""
+        stream = self._streams.get((sampler_id, seq_id // SEQ_IDS_PER_CLIENT))
+        if stream is not None:
+            stream.follow(operation)
+
+    async def poll(
+        self, sampler_id: str, client: int, cursor: int, seconds: float
+    ) -> tuple[list[Completion], int]:
+        """What was answered after `cursor`, and the new cursor. Waits for the first one, at most so long."""
+        stream = await self._open(sampler_id, client, cursor)
+        stream.polled_at = time.monotonic()
+        answered = stream.after(cursor)
+        if not answered and seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stream.changed.wait(), seconds)
+            answered = stream.after(cursor)
+        return answered, answered[-1].cursor if answered else cursor
+
+    def wake_all(self) -> None:
+        """Lets every poll end."""
+        for stream in self._streams.values():
+            stream.wake()
+
+    async def _open(self, sampler_id: str, client: int, cursor: int) -> Stream:
+        stream = self._streams.get((sampler_id, client))
+        if stream is None:
+            self._drop_silent()
+            # Known before the ledger is read: a sample that is accepted meanwhile is in one of the two.
+            stream = self._streams[sampler_id, client] = Stream(cursor, polled_at=time.monotonic())
+            stream.opened = asyncio.ensure_future(self._fill(stream, sampler_id, client, cursor))
+        assert stream.opened is not None
+        try:
+            await asyncio.shield(stream.opened)  # a client that hangs up does not end it for the others
+        except Exception:
+            if self._streams.get((sampler_id, client)) is stream:
+                del self._streams[sampler_id, client]
+            raise
+        return stream
+
+    async def _fill(self, stream: Stream, sampler_id: str, client: int, cursor: int) -> None:
+        def read(connection: Connection) -> tuple[list[Row], list[Row]]:
+            since = cursor / 1e6 - _CLOCK_SECONDS
+            found = (
+                rows.unanswered(connection, sampler_id),
+                rows.finished_since(connection, sampler_id, since),
+            )
+            unanswered, finished = (
+                [row for row in part if rows.seq_id_of(row.natural_key) // SEQ_IDS_PER_CLIENT == client]
+                for part in found
+            )
+            return unanswered, finished
+
+        unanswered, finished = await self._ledger.read(read)
+        stream.list_again(finished)
+        for row in unanswered:
+            stream.follow(self._operations.load(row))
+
+    def _drop_silent(self) -> None:
+        silent_since = time.monotonic() - _SILENT_SECONDS
+        for key, stream in list(self._streams.items()):
+            if stream.polled_at < silent_since:
+                del self._streams[key]

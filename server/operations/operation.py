@@ -1,0 +1,77 @@
+"""One accepted request, and what a router says to have one accepted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from ...engine import messages
+from ..dialect import Dialect
+
+Answer = messages.Done | messages.Failed
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One accepted request. `answer` is None until it is finished."""
+
+    request_id: str
+    owner: str
+    kind: str
+    model_id: str
+    seq_id: int
+    reply: dict[str, Any]
+    payload: bytes | None
+    answer: Answer | None = None
+    rejected: bool = False
+    expired: bool = False  # it had an answer, which was dropped
+    committed: bool = False  # it is in the ledger
+    answering: bool = False
+    sent_in: int = 0  # the engine's life in which it was sent
+    weights_made_in: int = 0  # that in which the weights it samples were made again
+    natural_key: str | None = None
+    dialect: Dialect = "tinker"
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    on_answered: Callable[[Operation], None] | None = None
+
+    def answered(self) -> None:
+        """Wakes everybody who waits for it."""
+        self.finished.set()
+        if self.on_answered is not None:
+            self.on_answered(self)
+
+    @property
+    def settled(self) -> bool:
+        return self.answer is not None or self.expired
+
+    @property
+    def sequenced(self) -> bool:
+        return self.seq_id > 0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a router asks for.
+
+    `message` builds the engine's message from the request id; None: `also` has the answer. `also` writes
+    further rows in the same transaction, and may return what is then the answer. Sequenced operations have a
+    model and a seq_id from 1; the others have seq_id 0 and run at once.
+    """
+
+    owner: str
+    kind: str
+    natural_key: str | None
+    message: Callable[[str], messages.ToEngine] | None
+    reply: dict[str, Any] = field(default_factory=dict)
+    model_id: str = ""
+    seq_id: int = 0
+    also: Callable[[Connection, str], Answer | None] | None = None
+    dialect: Dialect = "tinker"
+
+
+def natural_key(model_id: str, seq_id: int) -> str:
+    return f"model/{model_id}/{seq_id}"

@@ -1,0 +1,328 @@
+"""Accepted operations and their answers.
+
+`accept` writes an operation into the ledger before anything else happens to it; a second submit with the
+same natural key finds the first. The answer of the engine is written before anybody sees it. Polls wait on
+an event and are answered from memory; older answers come from the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row
+
+from ...engine import messages
+from ..errors import ApiError, BadRequest
+from ..ledger import operations as rows
+from ..ledger import retention
+from ..ledger.ledger import Ledger
+from ..storage.disk import Disk
+from ..supervision.supervisor import Supervisor
+from .answers import RememberedAnswers, replayed, settle
+from .dispatcher import Dispatcher
+from .operation import Answer, Operation, Submission, natural_key
+
+log = logging.getLogger("tinsmith.operations")
+
+_STATES = {messages.Done: "done", messages.Failed: "failed"}
+
+
+class Operations:
+    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `numbered`
+    says which operation of which model a client means and raises ApiError for a model that is not its own,
+    `on_created` is told of answered creations, `on_finished` of all answers. Samplers set
+    `on_missing_weights`, which gets a sample that the engine has no weights for, and why."""
+
+    dispatcher: Dispatcher[Operation]
+    numbered: Callable[[str, str, int], Awaitable[tuple[str, int]]]
+    on_created: Callable[[Operation], None]
+    on_missing_weights: Callable[[Operation, str], None]
+
+    def __init__(self, ledger: Ledger, engine: Supervisor, disk: Disk):
+        self._ledger = ledger
+        self._engine = engine
+        self._disk = disk
+        self._pending: dict[str, Operation] = {}
+        self._remembered = RememberedAnswers()
+        self._tasks: set[asyncio.Task] = set()
+        self.on_finished: Callable[[Operation], None] = lambda _operation: None
+        self.accepted = 0  # since the start
+
+    # --- submits
+
+    async def accept(self, submission: Submission) -> Operation:
+        """The operation of this submission, new or the first one of its natural key.
+
+        Raises BadRequest if that first one was refused, or its turn was given up; Unavailable at a stop, or
+        if the engine does not start; StorageFull for a new one that there is no room for.
+        """
+        self._engine.require_submits()
+        # Shielded: a client that hangs up between the commit and the dispatch must not lose the operation.
+        task = asyncio.ensure_future(self._accept(submission))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _accept(self, submission: Submission) -> Operation:
+        request_id = f"req_{uuid.uuid4().hex}"
+        payload = None if submission.message is None else messages.encode(submission.message(request_id))
+        operation = Operation(
+            request_id,
+            submission.owner,
+            submission.kind,
+            submission.model_id,
+            submission.seq_id,
+            submission.reply,
+            payload,
+            natural_key=submission.natural_key,
+            dialect=submission.dialect,
+        )
+        self._pending[request_id] = operation
+        sequenced = operation.sequenced
+        past = sequenced and operation.seq_id < self.dispatcher.next_seq(operation.model_id)
+
+        def change(connection: Connection) -> Row | Answer | None:
+            if submission.natural_key is not None:
+                first = rows.find_by_natural_key(connection, submission.natural_key)
+                if first is not None:
+                    return first
+            if past:
+                raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
+            self._disk.require_room()
+            answer = submission.also(connection, request_id) if submission.also else None
+            rows.add(
+                connection,
+                id=request_id,
+                owner=operation.owner,
+                natural_key=submission.natural_key,
+                kind=operation.kind,
+                model_id=operation.model_id or None,
+                seq_id=operation.seq_id if sequenced else None,
+                reply=operation.reply,
+                dialect=operation.dialect,
+                state="accepted" if answer is None else _STATES[type(answer)],
+                payload=payload if answer is None else None,
+                answer=None if answer is None else messages.encode(answer),
+            )
+            return answer
+
+        try:
+            result = await self._ledger.write(change)
+        except BaseException:
+            del self._pending[request_id]
+            raise
+        if isinstance(result, Answer):
+            operation.answer = result
+            self._remember(operation)
+        elif result is not None:
+            del self._pending[request_id]
+            return self._first(result)
+        operation.committed = True
+        self.accepted += 1
+        if sequenced:
+            self.dispatcher.add(operation)
+        elif not operation.settled:
+            self.send(operation)
+        return operation
+
+    def send(self, operation: Operation) -> None:
+        """To the engine there is, once; without one it waits for the next."""
+        assert operation.payload is not None
+        if operation.sent_in != self._engine.life and self._engine.send(operation.payload):
+            operation.sent_in = self._engine.life
+
+    def unanswered(self, model_id: str | None = None) -> list[Operation]:
+        """All, or a model's, that the ledger has accepted and the engine has not answered, oldest first."""
+        accepted = (each for each in self._pending.values() if each.committed and not each.answering)
+        return [each for each in accepted if model_id is None or each.model_id == model_id]
+
+    def _first(self, row: Row) -> Operation:
+        operation = self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
+        if operation.rejected and operation.answer is not None:
+            assert isinstance(operation.answer, messages.Failed)
+            raise BadRequest(operation.answer.message)
+        return operation
+
+    async def consume(self, owner: str, model_id: Any, seq_id: Any, message: str) -> None:
+        """A submit is refused: its number is used up, so that the operations after it run."""
+        if not isinstance(model_id, str) or not isinstance(seq_id, int) or not 0 < seq_id < 1 << 61:
+            return
+        try:
+            model_id, seq_id = await self.numbered(owner, model_id, seq_id)
+        except ApiError:
+            return
+        await self.give_up(owner, model_id, seq_id, message)
+
+    async def give_up(self, owner: str, model_id: str, seq_id: int, message: str) -> None:
+        """The number of an operation that will not be run, if it has not had its turn."""
+        if seq_id < self.dispatcher.next_seq(model_id):
+            return
+        request_id = f"req_{uuid.uuid4().hex}"
+        failure = messages.Failed(request_id, message, "user")
+        operation = Operation(
+            request_id, owner, "refused", model_id, seq_id, {}, None, failure, rejected=True
+        )
+
+        def change(connection: Connection) -> bool:
+            key = natural_key(model_id, seq_id)
+            if rows.find_by_natural_key(connection, key) is not None:
+                return False
+            rows.add(
+                connection,
+                id=request_id,
+                owner=owner,
+                natural_key=key,
+                kind=operation.kind,
+                model_id=model_id,
+                seq_id=seq_id,
+                reply={},
+                state="rejected",
+                answer=messages.encode(failure),
+            )
+            return True
+
+        if await self._ledger.write(change):
+            operation.finished.set()
+            self.dispatcher.add(operation)
+
+    # --- answers
+
+    def on_answer(self, answer: Answer, ran: bool = True) -> None:
+        """The engine's answer. Those to replays of finished operations are dropped."""
+        operation = self._pending.get(answer.request_id)
+        if operation is None or operation.answering:
+            return
+        if isinstance(answer, messages.Failed) and answer.category == "missing":
+            self.on_missing_weights(operation, answer.message)
+            return
+        operation.answering = True
+        task = asyncio.ensure_future(self._finish(operation, answer, ran))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, operation: Operation, answer: Answer, ran: bool) -> None:
+        encoded = messages.encode(answer)
+        payload = replayed(operation, answer, ran)
+
+        def change(connection: Connection) -> None:
+            state, seconds = "failed", 0.0
+            if isinstance(answer, messages.Done):
+                state, seconds = "done", answer.device_seconds
+            first = rows.finish(connection, operation.request_id, state, encoded, seconds, payload)
+            if operation.sequenced:
+                rows.advance(connection, operation.model_id, operation.seq_id)
+            if first:
+                settle(connection, operation, answer)
+
+        while True:
+            try:
+                await self._ledger.write(change)
+                break
+            except ApiError as error:
+                log.error(
+                    "the answer of %s is kept in memory until it can be written: %s", operation.kind, error
+                )
+                await asyncio.sleep(1)
+        operation.answer = answer
+        operation.payload = None
+        if operation.kind == "create_model":
+            self.on_created(operation)
+        self.on_finished(operation)
+        self._remember(operation)
+
+    def _remember(self, operation: Operation) -> None:
+        self._pending.pop(operation.request_id, None)
+        self._remembered.add(operation)
+        operation.answered()
+
+    def fail(
+        self,
+        operations: Iterable[Operation],
+        message: str,
+        category: Literal["user", "server"] = "user",
+        ran: bool = False,
+    ) -> None:
+        """`ran`: the engine has begun them, and a replay must know that they failed."""
+        for operation in operations:
+            self.on_answer(messages.Failed(operation.request_id, message, category), ran)
+
+    # --- polls
+
+    async def find(self, owner: str, request_id: str) -> Operation | None:
+        """The owner's operation of that id, in whatever state; None for one whose answer was dropped."""
+        operation = self._pending.get(request_id) or self._remembered.get(request_id)
+        if operation is None:
+            row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
+            if row is None:
+                return None
+            # It may have been loaded, or have come to its answer, in the meantime.
+            operation = (
+                self._pending.get(request_id) or self._remembered.get(request_id) or self._from_row(row)
+            )
+        return operation if operation.owner == owner and not operation.expired else None
+
+    async def parts(self, operation: Operation) -> list[Operation]:
+        """Those whose answers together are its own: mostly itself. Without those that were dropped."""
+        found = [await self.find(operation.owner, each) for each in operation.reply.get("parts", [])]
+        return [part for part in found if part is not None] or [operation]
+
+    async def has_expired(self, owner: str, request_id: str) -> bool:
+        """Whether it was the owner's operation, and its answer was dropped."""
+        row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
+        return row is not None and row.owner == owner
+
+    async def forget_answers(self, owner: str, through: float) -> int:
+        """Of the owner's operations that were answered until then; of how many."""
+        dropped = await self._ledger.write(
+            lambda connection: retention.drop_answers_of(connection, owner, through)
+        )
+        self._remembered.forget(owner)
+        return dropped
+
+    def wake_all(self) -> None:
+        """Lets every poll answer that its operation is still pending."""
+        for operation in self._pending.values():
+            operation.finished.set()
+
+    def _from_row(self, row: Row) -> Operation:
+        operation = Operation(
+            row.id,
+            row.owner,
+            row.kind,
+            row.model_id or "",
+            row.seq_id or 0,
+            row.reply,
+            row.payload,
+            natural_key=row.natural_key,
+            rejected=row.state == "rejected",
+            committed=True,
+            dialect=row.dialect,
+        )
+        if row.answer is not None:
+            answer = messages.decode_from_engine(row.answer)
+            assert isinstance(answer, messages.Done | messages.Failed)
+            operation.answer = answer
+            operation.finished.set()
+        elif row.state == "accepted":
+            self._pending[row.id] = operation
+        else:
+            operation.expired = True
+            operation.finished.set()
+        return operation
+
+    def load(self, row: Row) -> Operation:
+        """The operation of a row, one object per operation."""
+        return self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
+
+    async def written(self) -> None:
+        """Waits until the answers received so far are written."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def settle(self) -> None:
+        """Waits until there is no answer left to write."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)

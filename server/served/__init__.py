@@ -1,0 +1,1 @@
+"""Samples as SGLang's and OpenAI's routes answer them."""

@@ -1,0 +1,65 @@
+"""What the inference routes call a model: a base model, or any sampler of the caller's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Row, select
+
+from ...engine import messages
+from ..backend import Backend
+from ..errors import NotFound
+from ..ledger.schema import samplers
+from ..wire.sampling import SampleFields
+from .sample_targets import LIVE, target
+
+LISTED = 1000  # samplers
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """`version` names the weights: the last part of their path, or `default` for a base model's."""
+
+    name: str
+    sampler: messages.SamplerRef
+    version: str = "default"
+
+
+async def find(backend: Backend, owner: str, name: str | None) -> ServedModel:
+    """A base model's name (None: the first one), a sampling session's id, the path of sampler weights or of a
+    model's live ones, or the last part of such a path: the newest of that name. Raises NotFound."""
+    if name is None:
+        name = next(iter(backend.base_models))
+    if name in backend.base_models:
+        return ServedModel(name, messages.SamplerRef(name))
+    if "://" in name:
+        version = "live" if name.endswith(LIVE) else name.rpartition("/")[2]
+        return ServedModel(name, await target(backend, owner, SampleFields(model_path=name)), version)
+    if ":sample:" in name:
+        sampler = await backend.samplers.find(owner, name)
+        await backend.samplers.sampled(sampler)
+        return ServedModel(name, sampler.ref, (sampler.model_path or name).rpartition("/")[2])
+    row = await backend.ledger.read(lambda connection: _newest(connection, owner, name))
+    if row is None:
+        known = ", ".join(backend.base_models)
+        raise NotFound(
+            f"unknown model {name[:192]!r}: name a base model ({known}), a sampling session, the path of "
+            "sampler weights, or the last part of one that a sampling session was created with"
+        )
+    return ServedModel(name, messages.SamplerRef(row.base_model, weights=row.directory), name)
+
+
+async def listed(backend: Backend, owner: str) -> list[Row]:
+    """The caller's samplers of named weights, newest first."""
+
+    def read(connection: Connection) -> list[Row]:
+        query = select(samplers).where(samplers.c.owner == owner, samplers.c.model_path.is_not(None))
+        return list(connection.execute(query.order_by(samplers.c.created_at.desc()).limit(LISTED)))
+
+    return await backend.ledger.read(read)
+
+
+def _newest(connection: Connection, owner: str, name: str) -> Row | None:
+    ends = samplers.c.model_path.endswith(f"/{name}", autoescape=True)
+    query = select(samplers).where(samplers.c.owner == owner, ends)
+    return connection.execute(query.order_by(samplers.c.created_at.desc()).limit(1)).first()

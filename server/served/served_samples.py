@@ -1,0 +1,112 @@
+"""Samples that are waited for in the request that asks for them: those of the inference routes."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from ...engine import messages
+from ..backend import Backend
+from ..errors import ApiError, BadRequest, Unavailable
+from ..operations.operation import Operation, Submission
+from ..wire.model_input import ModelInput, prompt_tokens
+from .sample_streams import SampleStream
+from .served_models import ServedModel
+
+
+class SampleFailed(ApiError):
+    """The engine's fault, not the request's."""
+
+    status = 500
+    category = "server"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`topk`: the most likely tokens wanted where each token was drawn."""
+
+    model: ServedModel
+    prompt: list[int]
+    params: messages.SamplingParams
+    num_samples: int = 1
+    topk: int = 0
+    prompt_logprobs: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Running:
+    asked: Asked
+    operation: Operation
+    stream: SampleStream | None
+
+
+async def submit(backend: Backend, owner: str, asked: Asked) -> Running:
+    """Accepted as any other sample is. Raises ApiError."""
+    if asked.num_samples > backend.settings.max_samples:
+        raise BadRequest(f"n: {asked.num_samples} is over the limit of {backend.settings.max_samples}")
+    model = backend.base_model(asked.model.sampler.base_model)
+    tokens = ModelInput(tokens=asked.prompt)
+    prompt = prompt_tokens(tokens, model.vocab_size, model.max_sequence_length - 1)
+    params = asked.params
+    if asked.stream and params.seed is None:  # an engine that begins it again draws the same
+        params = messages.SamplingParams(**{**_fields(params), "seed": secrets.randbits(63)})
+    stream: SampleStream | None = None
+
+    def message(request_id: str) -> messages.Sample:
+        nonlocal stream
+        if asked.stream:
+            stream = backend.streams.open(request_id)
+        return messages.Sample(
+            request_id=request_id,
+            sampler=asked.model.sampler,
+            prompt=prompt,
+            num_samples=asked.num_samples,
+            params=params,
+            prompt_logprobs=asked.prompt_logprobs,
+            topk_sample_logprobs=asked.topk,
+            stream=asked.stream,
+        )
+
+    with backend.admission.sample(owner) as accepted:
+        operation = await backend.operations.accept(Submission(owner, "sample", None, message))
+        accepted(operation)
+    return Running(asked, operation, stream)
+
+
+async def answer(running: Running) -> messages.SampleOutput:
+    """Raises BadRequest or SampleFailed for a sample that failed, Unavailable at a stop."""
+    await running.operation.finished.wait()
+    return _output(running.operation)
+
+
+async def drawn(backend: Backend, running: Running) -> AsyncIterator[messages.Drawn | messages.SampleOutput]:
+    """What is drawn, and at last the answer, which raises as `answer` does. To stop listening cancels it."""
+    assert running.stream is not None
+    operation = running.operation
+    try:
+        async for part in running.stream.until_answered(operation):
+            yield part
+        yield _output(operation)
+    finally:
+        backend.streams.close(operation.request_id)
+        if operation.answer is None and not backend.stopped:
+            cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", operation.request_id)
+            backend.engine.send(messages.encode(cancel))
+
+
+def _output(operation: Operation) -> messages.SampleOutput:
+    match operation.answer:
+        case messages.Done(output=messages.SampleOutput() as output):
+            return output
+        case messages.Failed(message=message, category="user"):
+            raise BadRequest(message)
+        case messages.Failed(message=message):
+            raise SampleFailed(message)
+    raise Unavailable("the server stops")
+
+
+def _fields(params: messages.SamplingParams) -> dict:
+    return {name: getattr(params, name) for name in params.__struct_fields__}

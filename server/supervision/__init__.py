@@ -1,0 +1,1 @@
+"""The engine's process: its start, its death, and how all goes on."""

@@ -1,0 +1,152 @@
+"""The engine as the rest of the server sees it: one process after another.
+
+An engine that ends without having been asked to is started again, and then everything that was accepted and
+not answered is sent to the new one. After a life in which it answered nothing there is a pause, each twice as
+long as the one before, so that an engine that cannot live does not keep the machine busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ...engine import messages
+from ..errors import Unavailable
+from .engine_process import EngineProcess
+
+log = logging.getLogger("tinsmith.supervisor")
+
+_PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_HOPELESS_STARTS = 5  # that many in a row which did not get ready: clients are told to stay away
+
+
+class Supervisor:
+    """`on_death` is told what the engine computed when it died, `on_start` that there is an empty new one."""
+
+    on_death: Callable[[list[tuple[str, str]]], None]
+    on_start: Callable[[], None]
+
+    def __init__(
+        self,
+        config: messages.EngineConfig,
+        on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
+        silence_seconds: float = 60.0,
+        module: str = "tinsmith.engine",
+    ):
+        self._make = lambda: EngineProcess(config, on_answer, silence_seconds, module)
+        self._process = self._make()
+        self._keeper: asyncio.Task | None = None
+        self._stopping = False
+        self._fruitless_lives = 0
+        self._failed_starts = 0
+        self.life = 0  # how many engines there have been
+        self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
+
+    async def start(self) -> None:
+        """Raises OSError if no process can be started at all."""
+        await self._begin()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def _begin(self) -> None:
+        process = self._make()
+        await process.start()
+        self._process = process
+        self.life += 1
+
+    async def _keep(self) -> None:
+        was_ever_ready = False
+        while True:
+            process = self._process
+            await process.ended.wait()
+            if self._stopping:
+                return
+            was_ever_ready |= process.was_ready
+            if process.refused and not was_ever_ready:
+                self.refused.set()
+                return
+            self._failed_starts = 0 if process.was_ready else self._failed_starts + 1
+            self._fruitless_lives = 0 if process.has_answered else self._fruitless_lives + 1
+            under_way = process.under_way()
+            await process.close()
+            self.on_death(under_way)
+            await self._begin_again()
+
+    async def _begin_again(self) -> None:
+        while True:
+            pause = _PAUSES_SECONDS[min(self._fruitless_lives, len(_PAUSES_SECONDS) - 1)]
+            log.warning("starting the engine again in %.0f s", pause)
+            await asyncio.sleep(pause)
+            try:
+                await self._begin()
+            except OSError as error:  # no memory or descriptors for a process; there may be some later
+                log.error("the engine cannot be started: %s", error)
+                self._fruitless_lives += 1
+                continue
+            self.on_start()
+            return
+
+    # --- what it is doing
+
+    @property
+    def phase(self) -> str:
+        """Those of messages.Status, `starting`, `restarting`, `dead` or `stopped`."""
+        if self._process.death is None:
+            return self._process.phase
+        return "dead" if self.death else "restarting"
+
+    @property
+    def text(self) -> str:
+        how = self._process.death
+        return self._process.text if how is None else f"the engine is started again: {how}"
+
+    @property
+    def ready(self) -> asyncio.Event:
+        return self._process.ready
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process, ready or on its way to be."""
+        return self.life > 0 and self._process.alive
+
+    @property
+    def death(self) -> str | None:
+        """Why it seems that there will be no engine; None while there is hope."""
+        hopeless = self.refused.is_set() or self._failed_starts >= _HOPELESS_STARTS
+        if not hopeless or self._process.was_ready:
+            return None
+        return self._process.death or "it does not get ready"
+
+    def require_submits(self) -> None:
+        """Raises Unavailable when nothing can be submitted; what comes between two engines can be."""
+        if self._stopping:
+            raise Unavailable("the server is stopping; try again later")
+        if (death := self.death) is not None:
+            raise Unavailable(f"the engine does not start ({death}); try again later")
+
+    # --- messages
+
+    def send(self, message: bytes) -> bool:
+        """An encoded message; False without an engine: the next one gets what the ledger has."""
+        if self.alive:
+            self._process.send(message)
+        return self.alive
+
+    async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
+        """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""
+        return await self._process.request(message)
+
+    # --- the end
+
+    def refuse_submits(self) -> None:
+        """From now on `require_submits` raises; what was accepted still runs."""
+        self._stopping = True
+
+    async def stop(self, patience_seconds: float) -> None:
+        """Lets the engine finish what it has, then ends it."""
+        self._stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self.life:
+            await self._process.stop(patience_seconds)
