@@ -41,6 +41,7 @@ def campaign(make: Callable[[random.Random], Case]) -> Callable[[Callable[..., N
         examples = max(1, -(-total // (SHARDS * BATCH)))
 
         @pytest.mark.parametrize("shard", range(SHARDS))
+        @pytest.mark.filterwarnings("ignore")  # they quote cases, which pytest-xdist cannot always carry
         def test(shard: int, request: pytest.FixtureRequest, record_property: Any) -> None:
             arguments = {name: request.getfixturevalue(name) for name in fixtures}
             count = 0
@@ -86,7 +87,7 @@ def _one(case: Any, check: Callable[..., None], arguments: dict[str, Any], where
     try:
         check(case, **arguments)
     except Exception as error:
-        raise AssertionError(f"{where}: {type(error).__name__}: {error}\n{_shown(case)}") from error
+        raise AssertionError(f"{where}: {type(error).__name__}: {ascii(str(error))}\n{_shown(case)}") from error
     seconds = time.process_time() - began
     assert seconds < MAX_CASE_SECONDS, f"{where}: {seconds:.1f} s\n{_shown(case)}"
 
