@@ -87,7 +87,7 @@ def _one(case: Any, check: Callable[..., None], arguments: dict[str, Any], where
     try:
         check(case, **arguments)
     except Exception as error:
-        raise AssertionError(f"{where}: {type(error).__name__}: {ascii(str(error))}\n{_shown(case)}") from error
+        raise AssertionError(f"{where}: {type(error).__name__}: {str(error)!a}\n{_shown(case)}") from error
     seconds = time.process_time() - began
     assert seconds < MAX_CASE_SECONDS, f"{where}: {seconds:.1f} s\n{_shown(case)}"
 
