@@ -39,12 +39,8 @@ def train(server: ServerProcess, rank: int, optimizer: str) -> tuple[list[np.nda
     return seen, sample.tokens, np.array(sample.logprobs)
 
 
-OTHERS = [
-    pytest.param(*each, marks=pytest.mark.slow) for each in ((0, "adamw"), (4, "dimuon"), (0, "dimuon"))
-]
-
-
-@pytest.mark.parametrize(("rank", "optimizer"), [(4, "adamw"), *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "optimizer"), [(4, "adamw"), (0, "adamw"), (4, "dimuon"), (0, "dimuon")])
 def test_a_mesh_gives_one_devices_results(
     servers: tuple[ServerProcess, ServerProcess], rank: int, optimizer: str
 ) -> None:
