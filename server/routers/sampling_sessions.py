@@ -13,7 +13,7 @@ from ..live.samplers import Sampler, number_of
 from ..operations.operation import Submission
 from ..served.sample_targets import Weights, weights
 from ..wire import requests
-from ..wire.sampling import CreateSamplingClient
+from ..wire.sampling import CreateSamplingClient, CreateSamplingSession
 from . import Backend, BackendOf, Owner, Said, future
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"])
@@ -21,11 +21,10 @@ router = APIRouter(prefix="/api/v1", tags=["sampling"])
 
 @router.post("/create_sampling_session")
 async def create_sampling_session(
-    body: requests.CreateSamplingSession, backend: BackendOf, owner: Owner
+    body: CreateSamplingSession, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
     """Of a session, with its number; or of a sampler checkpoint alone."""
-    found = await weights(backend, owner, body.base_model, body.model_path, body.model_id)
-    sampler = await _create(backend, owner, body.session_id, body.sampling_session_seq_id, found)
+    sampler = await _create(backend, owner, body)
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
 
@@ -34,8 +33,7 @@ async def create_sampling_client(
     body: CreateSamplingClient, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
     """As create_sampling_session; the request that it answers with is done at once."""
-    found = await weights(backend, owner, body.base_model, body.model_path)
-    sampler = await _create(backend, owner, body.session_id, body.sampling_session_seq_id, found)
+    sampler = await _create(backend, owner, body)
     reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
     reply |= _described(sampler, body.model_path)
     if body.sampling_params is not None:
@@ -66,9 +64,9 @@ def _described(sampler: Sampler, model_path: str | None) -> dict[str, Any]:
     }
 
 
-async def _create(
-    backend: Backend, owner: str, session_id: str | None, number: int | None, found: Weights
-) -> Sampler:
+async def _create(backend: Backend, owner: str, body: CreateSamplingSession) -> Sampler:
+    session_id, number = body.session_id, body.sampling_session_seq_id
+    found = await weights(backend, owner, body.base_model, body.model_path, body.model_id)
     if (session_id is None) != (number is None):
         raise BadRequest("session_id and sampling_session_seq_id come together")
     if session_id is not None:

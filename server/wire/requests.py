@@ -110,28 +110,6 @@ class LoadWeights(Body):
     user_metadata: Metadata | None = None
 
 
-class CreateSamplingSession(Body):
-    """Of a session; or of a sampler checkpoint alone, whose name engines then know (`lora_name`)."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "session_id": "session-abc-123",
-                    "sampling_session_seq_id": 0,
-                    "base_model": "Qwen/Qwen2.5-7B-Instruct",
-                    "model_path": None,
-                }
-            ]
-        }
-    )
-    session_id: Id | None = None
-    sampling_session_seq_id: SeqId | None = None
-    base_model: str | None = None
-    model_path: str | None = None
-    model_id: Id | None = None
-
-
 class JoinSamplingSession(Body):
     sampling_session_id: Id
 

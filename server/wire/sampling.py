@@ -156,12 +156,14 @@ class SampleNow(SampleFields):
         return self
 
 
-class CreateSamplingClient(Body):
+class CreateSamplingSession(Body):
+    """Of a session; or of a sampler checkpoint alone, whose name engines then know (`lora_name`)."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
-                    "session_id": "abc-123",
+                    "session_id": "session-abc-123",
                     "sampling_session_seq_id": 0,
                     "base_model": "Qwen/Qwen2.5-7B-Instruct",
                     "model_path": None,
@@ -173,4 +175,8 @@ class CreateSamplingClient(Body):
     sampling_session_seq_id: SeqId | None = None
     base_model: str | None = None
     model_path: str | None = None
+    model_id: Id | None = None
+
+
+class CreateSamplingClient(CreateSamplingSession):
     sampling_params: SamplingParams | None = None

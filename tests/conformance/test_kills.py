@@ -20,8 +20,8 @@ from conformance.batches import batch, logprobs
 from conformance.server_process import ServerProcess, Wire, datum
 from tinker import types
 
-KILLS = int(os.environ.get("TINSMITH_TEST_KILLS", "2"))
-DEATHS = 2  # of an operation that is given up
+KILLS = int(os.environ.get("TINSMITH_TEST_KILLS", "3"))
+DEATHS = 3  # of an operation that is given up
 
 
 class Killer:

@@ -50,7 +50,7 @@ VALID: list[tuple[type[Body], dict[str, Any]]] = [
     (requests.SaveWeights, SAVE),
     (requests.SaveWeightsForSampler, SAVE | {"kind": "inflight", "sampling_session_seq_id": 0}),
     (requests.LoadWeights, {"path": "tinker://s:train:0/weights/a", "model_id": "s:train:1", "seq_id": 1}),
-    (requests.CreateSamplingSession, {"session_id": "s", "sampling_session_seq_id": 0, "base_model": "m"}),
+    (sampling.CreateSamplingSession, {"session_id": "s", "sampling_session_seq_id": 0, "base_model": "m"}),
     *[
         (sampling.Sample, {"prompt": prompt, "num_samples": 2, "sampling_params": PARAMS} | more)
         for prompt in (PROMPT, {"tokens": [1, 2, 3, 4]})
