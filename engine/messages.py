@@ -101,14 +101,20 @@ class SamplingParams(msgspec.Struct, frozen=True):
     frequency_penalty: float = 0.0
 
 
+SamplingEngine = Literal["auto", "embedded", "sglang"]
+"""Who draws samples: this engine; an SGLang server; or that where it draws the same and is there."""
+
+
 class SamplerRef(msgspec.Struct, frozen=True):
     """The immutable weights of a sampler: a base model, and the adapter (or full weights) on top of it.
 
-    `weights` is the directory key that a `SaveSampler` named; None is the base model itself.
+    `weights` is the directory key that a `SaveSampler` named; None is the base model itself. `engine`: who may
+    draw (None: as the server is set), which is the server's to see to.
     """
 
     base_model: str
     weights: str | None = None
+    engine: SamplingEngine | None = None
 
 
 # --- operations -----------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     errors.install(app)
     openapi.install(app)
     app.state.metrics = Metrics()
+    app.state.metrics.registry.register(backend)
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.
     own = {imports.PATH: settings.max_import_bytes}

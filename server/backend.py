@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+
+from prometheus_client.core import Metric
 
 from ..engine import messages
 from .access.admission import Admission
@@ -15,6 +18,10 @@ from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
 from .base_models import BaseModel
 from .errors import BadRequest
+from .inference.divergence import Divergence
+from .inference.endpoints import Endpoints
+from .inference.registry import Registry
+from .inference.sampling import NoAdapters, Sampling
 from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .live.custom_losses import CustomLosses
@@ -38,7 +45,7 @@ from .supervision.supervisor import Supervisor
 log = logging.getLogger("tinsmith.server")
 
 
-@dataclass
+@dataclass(eq=False)
 class Backend:
     settings: Settings
     base_models: dict[str, BaseModel]
@@ -59,6 +66,10 @@ class Backend:
     sessions: Sessions = field(init=False)
     named_models: NamedModels = field(init=False)
     samplers: Samplers = field(init=False)
+    endpoints: Endpoints = field(init=False)
+    registry: Registry = field(init=False)
+    sampling: Sampling = field(init=False)
+    divergence: Divergence = field(init=False)
     live_samplers: LiveSamplers = field(default_factory=LiveSamplers)
     checkpoints: Checkpoints = field(init=False)
     sweep: Sweep = field(init=False)
@@ -88,6 +99,20 @@ class Backend:
         self.operations.on_finished = self.wandb.answered
         self.runs.on_finished = self._model_finished
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
+        self.endpoints = Endpoints(self.base_models)
+        self.registry = Registry(settings, self.ledger, self.endpoints)
+        self.sampling = Sampling(
+            self.operations,
+            self.endpoints,
+            NoAdapters(),
+            self.base_models,
+            settings.sampling_engine,
+            settings.sglang_patience_seconds,
+            self.streams.add,
+        )
+        fraction = settings.sglang_compared_percent / 100
+        self.divergence = Divergence(self.engine, self.endpoints, fraction)
+        self.sampling.on_answered = self.divergence.answered
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
@@ -99,6 +124,7 @@ class Backend:
         for owner in self.keys.owners:
             await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
         await self.engine.start()
+        await self.registry.start()
         await self.runs.resume()
         self.admission.take_up(self.operations.unanswered())
         forever = (
@@ -126,6 +152,7 @@ class Backend:
             log.info("finishing the work that is queued and saving the models")
             self.engine.refuse_submits()
             await self.runs.save_all()
+        await self.sampling.finish(self.settings.stop_patience_seconds)
         await self.engine.stop(self.settings.stop_patience_seconds)
         await self.operations.settle()
         await self.wandb.close()
@@ -139,7 +166,12 @@ class Backend:
         self.refused_saves.close()
         if not self._draining:
             await self.drain()
+        await self.endpoints.close()
         self.ledger.close()
+
+    def collect(self) -> Iterator[Metric]:
+        """For Prometheus."""
+        yield from self.divergence.collect()
 
     def base_model(self, name: str) -> BaseModel:
         """Raises BadRequest naming those there are."""

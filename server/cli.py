@@ -40,6 +40,9 @@ Examples:
   `export TINKER_API_KEY=$(tinsmith keys create alice)`, then
   `tinsmith serve --model Qwen/Qwen3-0.6B --host 0.0.0.0`
 
+- Sampling on an SGLang server that has the same model:
+  `tinsmith serve --model Qwen/Qwen3-8B --sglang http://127.0.0.1:30000`
+
 - On eight devices, parameters sharded over four of them, two replicas of the batch:
   `tinsmith serve --model Qwen/Qwen3-8B --mesh data=2,fsdp=4`
 
@@ -90,6 +93,18 @@ def serve(
     ] = None,
     max_sequence_length: Annotated[
         int | None, typer.Option(help="Longest sequence [default: the model's own limit].")
+    ] = None,
+    sglang: Annotated[
+        list[str] | None,
+        typer.Option(help="An SGLang server to sample on: its URL, or NAME=URL of a base model. Repeatable."),
+    ] = None,
+    sglang_api_key: Annotated[str | None, typer.Option(help="The key of these servers.")] = None,
+    sglang_allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A HOST, HOST:PORT or network whose servers clients may add. Repeatable."),
+    ] = None,
+    sampling_engine: Annotated[
+        str | None, typer.Option(help="Who draws samples: auto, embedded or sglang [default: auto].")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..engine import messages
+from .inference.addresses import Allowed
 from .ledger.keys import any_in
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -48,6 +49,18 @@ class Settings(BaseSettings):
     sampler_idle_seconds: float = Field(600.0, gt=0)
     # Weights that only a sampling session names are removed so long after its session's last sign of life.
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
+
+    # SGLang servers that sample for every tenant: a URL, or BASE_MODEL=URL; and their key. Clients may name
+    # others on this machine, and those allowed here: HOST, HOST:PORT or a network (10.0.0.0/8).
+    sglang: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    sglang_api_key: SecretStr | None = None
+    sglang_allow: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    # Who draws samples that do not say: SGLang where it does the same and is there, else the engine (auto);
+    # always the engine (embedded); or SGLang alone, which is then waited for so long.
+    sampling_engine: messages.SamplingEngine = "auto"
+    sglang_patience_seconds: float = Field(300.0, gt=0)
+    # Of the samples that SGLang draws, so many in a hundred are scored by the engine too, for `sampler/kl`.
+    sglang_compared_percent: float = Field(2.0, ge=0, le=100)
 
     # Whether clients' wandb_config is done, with the network or only into files in data_dir.
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
@@ -105,7 +118,7 @@ class Settings(BaseSettings):
     disk_reserve_bytes: int = Field(256 << 20, ge=0)
     stop_patience_seconds: float = Field(600.0, gt=0)
 
-    @field_validator("model", "api_key", mode="before")
+    @field_validator("model", "api_key", "sglang", "sglang_allow", mode="before")
     @classmethod
     def _comma_separated(cls, value: object) -> object:
         return (
@@ -126,6 +139,11 @@ class Settings(BaseSettings):
                 )
             axes[name] = int(size)
         return axes
+
+    @model_validator(mode="after")
+    def _known_addresses(self) -> Settings:
+        Allowed(self.sglang_urls, self.sglang_allow)
+        return self
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Settings:
@@ -154,6 +172,12 @@ class Settings(BaseSettings):
             lines = (line.strip() for line in self.api_key_file.read_text().splitlines())
             keys += [line for line in lines if line and not line.startswith("#")]
         return keys
+
+    @property
+    def sglang_urls(self) -> dict[str, str | None]:
+        """Each with the base model that it was named for."""
+        pairs = (entry.rpartition("=") for entry in self.sglang)
+        return {url.rstrip("/"): name or None for name, _, url in pairs}
 
     @property
     def ledger_url(self) -> str:

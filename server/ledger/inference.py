@@ -16,6 +16,11 @@ def endpoints(connection: Connection, owner: str) -> Sequence[Row]:
     return connection.execute(query.order_by(inference_endpoints.c.created_at)).all()
 
 
+def all_endpoints(connection: Connection) -> Sequence[Row]:
+    """Of all tenants."""
+    return connection.execute(select(inference_endpoints)).all()
+
+
 def add(connection: Connection, owner: str, host: str, port: int, fields: dict[str, Any], limit: int) -> bool:
     """Whether it was not there, and there was room."""
     known = endpoints(connection, owner)

@@ -116,6 +116,8 @@ samplers = Table(
     Column("directory", Text),  # of the weights; null: the base model itself
     # The model whose newest inflight weights it samples, its directory moving with them; null: it stays.
     Column("follows", String(192), index=True),
+    # Who draws its samples (messages.SamplingEngine); null: as the server is set.
+    Column("sampling_engine", String(16)),
     # Of its clients, which number their samples apart from the first one's.
     Column("copies", Integer, nullable=False, server_default="0"),
     Column("created_at", Float, nullable=False),
@@ -174,6 +176,27 @@ checkpoints = Table(
         sqlite_where=text("state = 'complete'"),
         postgresql_where=text("state = 'complete'"),
     ),
+)
+
+# Models that the server trains (server/rlve): where each stands, and what its steps were like.
+rlve_runs = Table(
+    "rlve_runs",
+    metadata,
+    Column("model_id", String(192), ForeignKey("models.id"), primary_key=True),
+    Column("state", String(16), nullable=False),  # running, stopping, stopped, finished, failed
+    Column("step", Integer, nullable=False),  # those that were counted
+    Column("attempt", Integer, nullable=False),  # at the next one, from 0
+    Column("difficulties", JSON, nullable=False),  # by environment
+    Column("message", Text),  # why it failed
+    Column("updated_at", Float, nullable=False),
+)
+
+rlve_steps = Table(
+    "rlve_steps",
+    metadata,
+    Column("model_id", String(192), ForeignKey("rlve_runs.model_id"), primary_key=True),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("metrics", JSON, nullable=False),
 )
 
 # What a tenant's operations used: one row per hour (of 3600 s since 1970), session, training run and base

@@ -38,6 +38,15 @@ def find_session(connection: Connection, session_id: str) -> Row | None:
     return connection.execute(select(sessions).where(sessions.c.id == session_id)).first()
 
 
+SAMPLING_ENGINE = "tinsmith_sampling_engine"
+"""In the metadata of a session: who draws the samples of its sampling sessions that do not say."""
+
+
+def sampling_engine_of_session(connection: Connection, session_id: str) -> str | None:
+    found = select(sessions.c.user_metadata).where(sessions.c.id == session_id)
+    return (connection.execute(found).scalar() or {}).get(SAMPLING_ENGINE)
+
+
 def list_sessions(connection: Connection, owner: str, limit: int, offset: int) -> Sequence[str]:
     query = select(sessions.c.id).where(sessions.c.owner == owner).order_by(sessions.c.created_at.desc())
     return connection.execute(query.limit(limit).offset(offset)).scalars().all()

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,10 +48,11 @@ class Sampler:
     model_path: str | None
     directory: str | None
     follows: str | None
+    engine: messages.SamplingEngine | None = None
 
     @property
     def ref(self) -> messages.SamplerRef:
-        return messages.SamplerRef(self.base_model, weights=self.directory)
+        return messages.SamplerRef(self.base_model, self.directory, self.engine)
 
 
 def sampler_id(session_id: str, sampling_session_seq_id: int | str) -> str:
@@ -76,7 +77,14 @@ def run_of(directory: str | None) -> str | None:
 
 def _sampler(row: Row) -> Sampler:
     return Sampler(
-        row.id, row.owner, row.session_id, row.base_model, row.model_path, row.directory, row.follows
+        row.id,
+        row.owner,
+        row.session_id,
+        row.base_model,
+        row.model_path,
+        row.directory,
+        row.follows,
+        row.sampling_engine,
     )
 
 
@@ -92,6 +100,7 @@ class Samplers:
         self._samplers: dict[str, Sampler] = {}
         self._alive: dict[str, float] = {}  # sessions, and when the ledger was told
         self._making: set[asyncio.Task] = set()
+        self.on_removed: Callable[[str], None] = lambda _directory: None
         operations.on_missing_weights = self._missing
 
     async def create(
@@ -102,13 +111,23 @@ class Samplers:
         base_model: str,
         model_path: str | None,
         directory: str | None,
+        engine: messages.SamplingEngine | None = None,
     ) -> Sampler:
         """The first one of this number stays: asking again with the same weights finds it."""
         identifier = sampler_id(session_id, seq_id)
 
         def change(connection: Connection) -> Row:
             if tenancy.find_sampler(connection, identifier) is None:
-                add(connection, owner, session_id, identifier, base_model, model_path, directory)
+                add(
+                    connection,
+                    owner,
+                    session_id,
+                    identifier,
+                    base_model,
+                    model_path,
+                    directory,
+                    engine=engine,
+                )
             row = tenancy.find_sampler(connection, identifier)
             assert row is not None
             return row
@@ -117,6 +136,11 @@ class Samplers:
         if (sampler.base_model, sampler.model_path) != (base_model, model_path):
             raise BadRequest(
                 f"sampling_session_seq_id {seq_id} of this session has other weights; use the next number"
+            )
+        if engine not in (None, sampler.engine):
+            raise BadRequest(
+                f"sampling_engine: sampling_session_seq_id {seq_id} of this session has another; use the next"
+                " number"
             )
         self._samplers[identifier] = sampler
         return sampler
@@ -188,6 +212,7 @@ class Samplers:
             self._samplers.pop(row.id, None)
             release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
             self._engine.send(messages.encode(release))
+            self.on_removed(row.directory)
             directory = paths.resolve(self._settings.data_dir, row.directory)
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
@@ -229,7 +254,9 @@ def add(
     model_path: str | None,
     directory: str | None,
     follows: str | None = None,
+    engine: messages.SamplingEngine | None = None,
 ) -> None:
+    """`engine` None: as its session is set, or the server."""
     tenancy.add_sampler(
         connection,
         id=identifier,
@@ -239,4 +266,5 @@ def add(
         model_path=model_path,
         directory=directory,
         follows=follows,
+        sampling_engine=engine or tenancy.sampling_engine_of_session(connection, session_id),
     )

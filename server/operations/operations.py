@@ -24,6 +24,7 @@ from ..storage.disk import Disk
 from ..supervision.supervisor import Supervisor
 from .answers import RememberedAnswers, replayed, settle
 from .dispatcher import Dispatcher
+from .elsewhere import Elsewhere, Nowhere
 from .operation import Answer, Operation, Submission, natural_key
 
 log = logging.getLogger("tinsmith.operations")
@@ -35,7 +36,8 @@ class Operations:
     """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `numbered`
     says which operation of which model a client means and raises ApiError for a model that is not its own,
     `on_created` is told of answered creations, `on_finished` of all answers. Samplers set
-    `on_missing_weights`, which gets a sample that the engine has no weights for, and why."""
+    `on_missing_weights`, which gets a sample that the engine has no weights for, and why. `elsewhere` answers
+    samples in the engine's place."""
 
     dispatcher: Dispatcher[Operation]
     numbered: Callable[[str, str, int], Awaitable[tuple[str, int]]]
@@ -50,6 +52,7 @@ class Operations:
         self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
         self.on_finished: Callable[[Operation], None] = lambda _operation: None
+        self.elsewhere: Elsewhere = Nowhere()
         self.accepted = 0  # since the start
 
     # --- submits
@@ -130,10 +133,23 @@ class Operations:
         return operation
 
     def send(self, operation: Operation) -> None:
-        """To the engine there is, once; without one it waits for the next."""
+        """To whoever is to answer it."""
+        if operation.kind != "sample" or not self.elsewhere.take(operation):
+            self.send_to_engine(operation)
+
+    def send_to_engine(self, operation: Operation) -> None:
+        """To the one there is, once; without one it waits for the next."""
         assert operation.payload is not None
         if operation.sent_in != self._engine.life and self._engine.send(operation.payload):
             operation.sent_in = self._engine.life
+
+    def cancel(self, sample: Operation) -> None:
+        """Its answer is then that it was cancelled, if it has none yet."""
+        if self.elsewhere.cancel(sample):
+            return
+        cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", sample.request_id)
+        if not self._engine.send(messages.encode(cancel)):
+            self.fail([sample], "cancelled")
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
         """All, or a model's, that the ledger has accepted and the engine has not answered, oldest first."""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 import time
-import uuid
 from typing import Any
 
 import orjson
@@ -181,7 +180,5 @@ async def cancel_future(body: requests.CancelFuture, backend: BackendOf, owner: 
     """Samples can be cancelled; training operations, whose successors count on them, cannot."""
     operation = await backend.operations.find(owner, body.request_id)
     if operation is not None and operation.kind == "sample" and operation.answer is None:
-        cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", operation.request_id)
-        if not backend.engine.send(messages.encode(cancel)):
-            backend.operations.fail([operation], "cancelled")
+        backend.operations.cancel(operation)
     return {"type": "cancel_future"}

@@ -1,12 +1,11 @@
-"""Inference servers beside this one: named, listed, forgotten. Weights are not sent to them yet.
+"""Inference servers beside this one: registered, listed, forgotten.
 
-Nothing here asks another machine anything. This server is an inference server too: named as one, it samples
-what it has trained, and there is nothing to send.
+This server is an inference server too: named as one, it samples what it has trained, and there is nothing to
+send.
 """
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,75 +14,96 @@ from sqlalchemy import Row
 
 from ... import __version__
 from ..errors import BadRequest, Gone, describe
+from ..inference.addresses import is_loopback
+from ..inference.endpoints import Registered
 from ..ledger import inference as rows
 from ..wire import inference as wire
 from . import Backend, BackendOf, Owner
 
 router = APIRouter(tags=["inference servers"])
 
-MAX_ENDPOINTS = 64  # of a tenant
 _NOT_YET = "this server does not send weights to others yet; add its own address to sample from it"
 
 
-def _is_this(request: Request, host: str, port: int) -> bool:
+def is_this(request: Request, host: str, port: int) -> bool:
     """Whether it is the address that the request came to, by whatever name of this machine."""
     own = request.url.port or (443 if request.url.scheme == "https" else 80)
-    return port == own and (host == request.url.hostname or _is_local(host))
+    return port == own and (host == request.url.hostname or is_loopback(host))
 
 
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+def _shown(request: Request, backend: Backend, owner: str, row: Row | wire.AddEndpoint) -> dict[str, Any]:
+    """One that the caller has named, or wants to; never its key."""
+    fields = row.model_dump() if isinstance(row, wire.AddEndpoint) else row.fields
+    shown = {"host": row.host, "port": row.port, "worker_port": None, "world_size": 1, "pool": "default"}
+    shown |= {key: value for key, value in fields.items() if key in shown}
+    if is_this(request, row.host, row.port):
+        return shown | {"healthy": True, "server_info": _of_this(backend), "problem": None}
+    return shown | _state(backend.endpoints.find(owner, row.host, row.port))
 
 
-def _shown(
-    request: Request, backend: Backend, host: str, port: int, fields: dict[str, Any]
-) -> dict[str, Any]:
-    """`healthy` is only known of this server itself; of others it is null."""
-    own = _is_this(request, host, port)
+def _of_this(backend: Backend) -> dict[str, Any]:
     model = next(iter(backend.base_models), None)
     about = {"model_path": model, "served_model_name": model, "tp_size": 1, "version": __version__}
-    about |= {"enable_lora": True, "max_lora_rank": backend.settings.max_rank, "quantization": None}
-    endpoint = {"host": host, "port": port, "worker_port": None, "world_size": 1, "pool": "default"}
-    endpoint |= {key: value for key, value in fields.items() if key in endpoint}
-    return endpoint | {"healthy": True if own else None, "server_info": about if own else None}
+    return about | {"enable_lora": True, "max_lora_rank": backend.settings.max_rank, "quantization": None}
+
+
+def _state(endpoint: Registered | None) -> dict[str, Any]:
+    """How it is, and what it says of itself, of which nothing else is told."""
+    if endpoint is None:
+        return {"healthy": False, "server_info": None, "problem": "it is not registered"}
+    about = None
+    if (limits := endpoint.limits) is not None:
+        names = ("model_path", "tp_size", "quantization", "dtype", "enable_lora", "max_lora_rank", "version")
+        about = {name: getattr(limits, name) for name in names}
+        about |= {"served_model_name": limits.served_name, "context_length": limits.context_length}
+    return {
+        "healthy": endpoint.healthy,
+        "server_info": about,
+        "problem": endpoint.problem or None,
+        "base_model": endpoint.base_model,
+        "weight_version": endpoint.weight_version,
+        "running": endpoint.running,
+    }
 
 
 @router.post("/add_inference_endpoint")
 async def add_inference_endpoint(
     body: wire.AddEndpoint, request: Request, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
-    fields = body.model_dump(exclude={"host", "port"})
-    added = await backend.ledger.write(
-        lambda connection: rows.add(connection, owner, body.host, body.port, fields, MAX_ENDPOINTS)
-    )
-    where, own = f"{body.host}:{body.port}", _is_this(request, body.host, body.port)
-    message = f"{where} is noted" if own else f"{where} is noted; {_NOT_YET}"
-    if not added:
-        message = f"{where} is there already, or {MAX_ENDPOINTS} others are"
+    """Only of a server that may be asked (`--sglang-allow`), answers, and has one of the base models."""
+    if body.base_model is not None:
+        backend.base_model(body.base_model)
+    here = is_this(request, body.host, body.port)
+    fields = body.model_dump(exclude={"host", "port"}) | {"is_this": here}
+    problem = await backend.registry.add(owner, body.host, body.port, fields)
+    where = f"{body.host}:{body.port}"
     return {
-        "success": added,
-        "message": message,
-        "endpoint": _shown(request, backend, body.host, body.port, fields) if added else None,
-        "weights_synced": added and own and body.sync_weights,
-        "sync_message": None if own or not body.sync_weights else _NOT_YET,
+        "success": problem is None,
+        "message": problem or f"{where} is registered",
+        "endpoint": _shown(request, backend, owner, body),
+        "weights_synced": problem is None and here and body.sync_weights,
+        "sync_message": None if here or not body.sync_weights else _NOT_YET,
     }
 
 
 @router.post("/remove_inference_endpoint")
 async def remove_inference_endpoint(body: wire.Endpoint, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    gone = await backend.ledger.write(lambda connection: rows.remove(connection, owner, body.host, body.port))
+    gone = await backend.registry.remove(owner, body.host, body.port)
     where = f"{body.host}:{body.port}"
     return {"success": gone, "message": f"{where} is forgotten" if gone else f"{where} is not there"}
 
 
 @router.get("/list_inference_endpoints")
 async def list_inference_endpoints(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """The caller's own; and how many of the operator's there are for everybody, and are healthy."""
     known = await backend.ledger.read(lambda connection: rows.endpoints(connection, owner))
-    shown = [_shown(request, backend, row.host, row.port, row.fields) for row in known]
-    return {"endpoints": shown, "count": len(shown)}
+    shown = [_shown(request, backend, owner, row) for row in known]
+    shared = [each for each in backend.endpoints.all(None, owner) if each.owner is None]
+    return {
+        "endpoints": shown,
+        "count": len(shown),
+        "of_operator": {"count": len(shared), "healthy": sum(each.healthy for each in shared)},
+    }
 
 
 @router.post("/sync_inference_weights")
@@ -101,7 +121,7 @@ async def sync_inference_weights(
     asked: list[Row] = [row for row in known if pools is None or row.fields.get("pool") in pools]
     synced = []
     for row in asked:
-        own = _is_this(request, row.host, row.port)
+        own = is_this(request, row.host, row.port)
         synced.append(
             {
                 "host": row.host,

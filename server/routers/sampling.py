@@ -13,6 +13,7 @@ from ..errors import BadRequest, Unavailable
 from ..ledger import samples
 from ..operations.operation import Operation, Submission
 from ..operations.provenance import sequence_id
+from ..served import sample_submits
 from ..served.sample_targets import target
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, prompt_tokens
@@ -88,28 +89,22 @@ async def _submit(
     dialect = said or "tinkercloud"
     params = body.sampling_params.message(dialect)
 
-    def message(request_id: str) -> messages.Sample:
-        return messages.Sample(
-            request_id=request_id,
-            sampler=sampler,
-            prompt=prompt,
-            num_samples=body.num_samples,
-            params=params,
-            prompt_logprobs=bool(body.prompt_logprobs),
-            topk_prompt_logprobs=body.topk_prompt_logprobs,
-            topk_sample_logprobs=body.topk_sample_logprobs,
-            prompt_logprobs_last_n=body.prompt_logprobs_last_n,
-            prompt_targets=targets,
-            prompt_alternatives=body.prompt_alt_tokens_k or 0,
-        )
-
+    sample = messages.Sample(
+        request_id="",
+        sampler=sampler,
+        prompt=prompt,
+        num_samples=body.num_samples,
+        params=params,
+        prompt_logprobs=bool(body.prompt_logprobs),
+        topk_prompt_logprobs=body.topk_prompt_logprobs,
+        topk_sample_logprobs=body.topk_sample_logprobs,
+        prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+        prompt_targets=targets,
+        prompt_alternatives=body.prompt_alt_tokens_k or 0,
+    )
     # The SDK has the tokenizer; others are told what the tokens say.
     reply = {} if dialect == "tinker" else {"base_model": sampler.base_model}
-    with backend.admission.sample(owner) as accepted:
-        operation = await backend.operations.accept(
-            Submission(owner, "sample", key, message, reply, dialect=dialect)
-        )
-        accepted(operation)
+    operation = await sample_submits.submit(backend, owner, sample, key, reply, dialect)
     if numbered:
         backend.completions.accepted(body.sampling_session_id or "", seq_id or 0, operation)
     return operation

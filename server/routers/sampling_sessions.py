@@ -76,7 +76,7 @@ async def _create(backend: Backend, owner: str, body: CreateSamplingSession) -> 
         which = number_of(found.run_id, (found.path or "").rpartition("/")[2])
     session_id = session_id or await _session_of(backend, owner, found)
     return await backend.samplers.create(
-        owner, session_id, which, found.base_model, found.path, found.directory
+        owner, session_id, which, found.base_model, found.path, found.directory, body.sampling_engine
     )
 
 
@@ -102,5 +102,8 @@ async def join_sampling_session(
 
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """`metrics`: how SGLang's log-probs compare to the engine's; null before any were compared."""
     sampler = await backend.samplers.find(owner, sampler_id)
-    return {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+    described = {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+    compared = backend.divergence.of(sampler.base_model, sampler.directory)
+    return described | {"sampling_engine": sampler.engine, "metrics": compared}

@@ -37,10 +37,12 @@ class SampleStreams:
     def __init__(self) -> None:
         self._streams: dict[str, SampleStream] = {}
 
-    def open(self, request_id: str) -> SampleStream:
+    def open(self, request_id: str) -> None:
         """Before the request goes to the engine."""
         self._streams[request_id] = SampleStream()
-        return self._streams[request_id]
+
+    def of(self, request_id: str) -> SampleStream | None:
+        return self._streams.get(request_id)
 
     def close(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

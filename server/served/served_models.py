@@ -46,7 +46,7 @@ async def find(backend: Backend, owner: str, name: str | None) -> ServedModel:
             f"unknown model {name[:192]!r}: name a base model ({known}), a sampling session, the path of "
             "sampler weights, or the last part of one that a sampling session was created with"
         )
-    return ServedModel(name, messages.SamplerRef(row.base_model, weights=row.directory), name)
+    return ServedModel(name, messages.SamplerRef(row.base_model, row.directory, row.sampling_engine), name)
 
 
 async def listed(backend: Backend, owner: str) -> list[Row]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from ...engine import messages
 from ..backend import Backend
 from ..errors import ApiError, BadRequest, Unavailable
-from ..operations.operation import Operation, Submission
+from ..operations.operation import Operation
 from ..wire.model_input import ModelInput, prompt_tokens
+from . import sample_submits
 from .sample_streams import SampleStream
 from .served_models import ServedModel
 
@@ -50,30 +49,18 @@ async def submit(backend: Backend, owner: str, asked: Asked) -> Running:
     model = backend.base_model(asked.model.sampler.base_model)
     tokens = ModelInput(tokens=asked.prompt)
     prompt = prompt_tokens(tokens, model.vocab_size, model.max_sequence_length - 1)
-    params = asked.params
-    if asked.stream and params.seed is None:  # an engine that begins it again draws the same
-        params = messages.SamplingParams(**{**_fields(params), "seed": secrets.randbits(63)})
-    stream: SampleStream | None = None
-
-    def message(request_id: str) -> messages.Sample:
-        nonlocal stream
-        if asked.stream:
-            stream = backend.streams.open(request_id)
-        return messages.Sample(
-            request_id=request_id,
-            sampler=asked.model.sampler,
-            prompt=prompt,
-            num_samples=asked.num_samples,
-            params=params,
-            prompt_logprobs=asked.prompt_logprobs,
-            topk_sample_logprobs=asked.topk,
-            stream=asked.stream,
-        )
-
-    with backend.admission.sample(owner) as accepted:
-        operation = await backend.operations.accept(Submission(owner, "sample", None, message))
-        accepted(operation)
-    return Running(asked, operation, stream)
+    sample = messages.Sample(
+        request_id="",
+        sampler=asked.model.sampler,
+        prompt=prompt,
+        num_samples=asked.num_samples,
+        params=asked.params,
+        prompt_logprobs=asked.prompt_logprobs,
+        topk_sample_logprobs=asked.topk,
+        stream=asked.stream,
+    )
+    operation = await sample_submits.submit(backend, owner, sample)
+    return Running(asked, operation, backend.streams.of(operation.request_id))
 
 
 async def answer(running: Running) -> messages.SampleOutput:
@@ -93,8 +80,7 @@ async def drawn(backend: Backend, running: Running) -> AsyncIterator[messages.Dr
     finally:
         backend.streams.close(operation.request_id)
         if operation.answer is None and not backend.stopped:
-            cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", operation.request_id)
-            backend.engine.send(messages.encode(cancel))
+            backend.operations.cancel(operation)
 
 
 def _output(operation: Operation) -> messages.SampleOutput:
@@ -106,7 +92,3 @@ def _output(operation: Operation) -> messages.SampleOutput:
         case messages.Failed(message=message):
             raise SampleFailed(message)
     raise Unavailable("the server stops")
-
-
-def _fields(params: messages.SamplingParams) -> dict:
-    return {name: getattr(params, name) for name in params.__struct_fields__}

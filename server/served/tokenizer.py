@@ -26,9 +26,7 @@ class ChatTokenizer:
         except Exception:  # the library raises nothing narrower
             raise BadRequest("this model has no tokenizer.json: send token ids instead of text") from None
         self._config = _read(folder / "tokenizer_config.json")
-        generation, model = _read(folder / "generation_config.json"), _read(folder / "config.json")
-        eos = generation.get("eos_token_id", model.get("eos_token_id"))
-        self.end_tokens: list[int] = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        self.end_tokens = end_tokens(folder)
         template = self._config.get("chat_template")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text()
@@ -66,6 +64,16 @@ class ChatTokenizer:
         except jinja2.TemplateError as error:
             raise BadRequest(f"messages: the model's chat template does not take them: {error}") from None
         return self.encode(text, add_special_tokens=False)  # the template has written them
+
+
+@lru_cache(maxsize=16)
+def end_tokens(folder: Path) -> list[int]:
+    """With which the model ends what it says, as the engine reads them. Read once."""
+    for file in ("generation_config.json", "config.json"):
+        eos = _read(folder / file).get("eos_token_id")
+        if eos is not None:
+            return eos if isinstance(eos, list) else [eos]
+    return []
 
 
 def _read(file: Path) -> dict[str, Any]:

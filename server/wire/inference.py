@@ -29,6 +29,9 @@ class AddEndpoint(Endpoint):
     master_port: Annotated[StrictInt, Field(ge=0, le=65535)] = 0
     group_name: Word = "weight_sync_group"
     buffer_size_mb: Annotated[StrictInt, Field(ge=1, le=1 << 20)] = 1024
+    # Extensions: its key, and which of this server's base models it has, where its own name does not say.
+    api_key: Annotated[str, StringConstraints(max_length=512, pattern=r"^[!-~]+$")] | None = None
+    base_model: Word | None = None
 
 
 class SyncWeights(Body):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AliasChoices,
@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from ...engine import messages
+from ..ledger.tenancy import SAMPLING_ENGINE
 from .body import Body, Id, Metadata, OfModel, SeqId, Sequenced
 from .models import LoraConfig, OptimizerConfig
 
@@ -40,6 +42,14 @@ class CreateSession(Body):
     session_id: Id | None = None
     base_model: str | None = None
     lora_config: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _sampling_engine(self) -> CreateSession:
+        asked = (self.user_metadata or {}).get(SAMPLING_ENGINE, "auto")
+        if asked not in get_args(messages.SamplingEngine):
+            known = ", ".join(get_args(messages.SamplingEngine))
+            raise ValueError(f"user_metadata.{SAMPLING_ENGINE}: {str(asked)[:64]!r} is none of {known}")
+        return self
 
 
 class SessionHeartbeat(Body):

@@ -176,6 +176,8 @@ class CreateSamplingSession(Body):
     base_model: str | None = None
     model_path: str | None = None
     model_id: Id | None = None
+    # An extension: who draws its samples; left out, as its session's metadata, or the server, says.
+    sampling_engine: messages.SamplingEngine | None = None
 
 
 class CreateSamplingClient(CreateSamplingSession):
