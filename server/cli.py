@@ -123,7 +123,7 @@ def serve(
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
-    for noisy in ("uvicorn", "alembic", "asyncio"):
+    for noisy in ("uvicorn", "alembic", "asyncio", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         base_models = [

@@ -121,6 +121,9 @@ class Registered:
         """Out of use until the next good check; what it samples is lost."""
         if self.reachable:
             log.warning("%s is out of use: %s", self.client.url, why)
+        self.leave(why)
+
+    def leave(self, why: str) -> None:
         self.healthy = self.reachable = False
         self.problem = why
         self._down.set()
@@ -205,7 +208,7 @@ class Endpoints:
 
     async def remove(self, endpoint: Registered) -> None:
         self._registered.pop(endpoint).cancel()
-        endpoint.eject("it is no longer registered")
+        endpoint.leave("it is no longer registered")
         self._wake()
         await endpoint.client.close()
 

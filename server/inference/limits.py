@@ -14,6 +14,7 @@ from .endpoint import Endpoint, EndpointSilent
 
 CUT_TOKENS = 2
 """By so many it ends a sequence before its context, or its pages of keys and values, are full."""
+_MORE_THAN_INPUT = 6  # tokens are in the context of 0.5.23 than it says in `max_req_input_len`
 # Of config.json: what makes another model of it.
 _ARCHITECTURE = (
     "vocab_size",
@@ -28,11 +29,13 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """`context_length`: tokens of a sequence, its prompt included. None: it has no limit, or does not say."""
+    """`context_length`: tokens of a sequence, its prompt included; `max_input`: prompts have fewer than that.
+    None: it has no limit, or does not say."""
 
     model_path: str
     served_name: str
     context_length: int | None
+    max_input: int | None
     max_total_tokens: int | None
     enable_lora: bool
     max_lora_rank: int | None
@@ -58,11 +61,12 @@ class Limits:
 def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits:
     """Raises TypeError or ValueError for what no SGLang says."""
     said = {key: value for key, value in server_info.items() if "key" not in key and "password" not in key}
-    targets = said.get("lora_target_modules")
+    targets, max_input = said.get("lora_target_modules"), _number(said, "max_req_input_len")
     return Limits(
         model_path=str(model_info.get("model_path") or said.get("model_path") or ""),
         served_name=str(said.get("served_model_name") or ""),
-        context_length=_number(said, "context_length"),
+        context_length=_number(said, "context_length") or (max_input and max_input + _MORE_THAN_INPUT),
+        max_input=max_input,
         max_total_tokens=_number(said, "max_total_num_tokens"),
         enable_lora=bool(said.get("enable_lora")),
         max_lora_rank=_number(said, "max_lora_rank"),

@@ -66,6 +66,8 @@ def _too_long(sample: messages.Sample, model: BaseModel, limits: Limits) -> str 
     longest, own = limits.longest, model.max_sequence_length
     prompt = len(sample.prompt) // 4
     wanted = prompt + _longest(sample, model)
+    if limits.max_input is not None and prompt >= limits.max_input:
+        return f"prompt: {prompt} tokens; the SGLang server takes fewer than {limits.max_input}"
     if longest is None or wanted <= longest or (wanted == own <= longest + CUT_TOKENS and prompt < longest):
         return None
     return f"max_tokens: {wanted} tokens with the prompt; the SGLang server takes {longest}"
