@@ -1,0 +1,82 @@
+"""One real SGLang for all tests here, and servers of ours that sample on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tinker")
+
+import tinker
+from conformance.conftest import ALICE, BOB
+from conformance.server_process import ServerProcess, Wire
+from tiny_models import write_model
+
+from .sglang_process import LORA, SglangProcess
+
+CACHE = Path(__file__).parents[2] / ".cache"
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> Path:
+    venv = Path(os.environ.get("TINSMITH_SGLANG_VENV") or CACHE / "sglang" / "venv")
+    if not (venv / ".installed").exists():
+        pytest.skip("no SGLang: `make sglang` makes its environment, where there is a python3.11 with torch")
+    return venv / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def sglang(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangProcess]:
+    """Of the tiny llama, in float32; up to six adapters of rank 16. A test that ends it starts it again."""
+    folder = tmp_path_factory.mktemp("sglang")
+    running = SglangProcess(sglang_python, write_model(folder / "tiny", "llama"), folder / "log", *LORA)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def make_tinsmith(
+    sglang: SglangProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ServerProcess]]:
+    """Servers with a data directory each, which sample on SGLang; killed afterwards."""
+    servers: list[ServerProcess] = []
+
+    def make(*options: str, **environment: str) -> ServerProcess:
+        data_dir = tmp_path_factory.mktemp("tinsmith") / "data"
+        keys = ("--api-key", f"alice={ALICE}", "--api-key", f"bob={BOB}", "--max-rank", "16")
+        where = ("--sglang", sglang.url)
+        cache_dir = CACHE / "tests" / "servers"
+        servers.append(
+            ServerProcess(sglang.model, data_dir, cache_dir, *keys, *where, *options, **environment)
+        )
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def tinsmith(make_tinsmith: Callable[..., ServerProcess]) -> Iterator[ServerProcess]:
+    running = make_tinsmith().start()
+    yield running
+    code = running.stop()
+    assert code == 0, running.log
+
+
+@pytest.fixture
+def alice(tinsmith: ServerProcess) -> Iterator[Wire]:
+    wire = Wire(tinsmith.url, ALICE)
+    yield wire
+    wire.http.close()
+
+
+@pytest.fixture
+def service(tinsmith: ServerProcess) -> Iterator[tinker.ServiceClient]:
+    client = tinker.ServiceClient(base_url=tinsmith.url, api_key=ALICE)
+    yield client
+    client.close("success").result()
