@@ -8,7 +8,7 @@ and to which the engine gives p,
 
 an estimate of the divergence KL(exp q || exp p) per token (k1 of J. Schulman 2020, "Approximating KL
 divergence"); and the mean of |q - p|, `sampler/logprob_difference`. Only of samples at temperature 1, and at
-0: their log-probs are untempered.
+0: their log-probs are untempered. An engine that sleeps is not woken for it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Divergence:
         is_new = (sample.sampler.base_model, sample.sampler.weights) not in self._of_weights
         chosen = self._fraction > 0 and (is_new or random.random() < self._fraction)
         busy = self._task is not None and not self._task.done()
-        if chosen and not busy and sample.params.temperature in (0.0, 1.0) and self._engine.ready.is_set():
+        awake = self._engine.ready.is_set() and not self._engine.is_asleep
+        if chosen and awake and not busy and sample.params.temperature in (0.0, 1.0):
             self._task = asyncio.ensure_future(self._compare(endpoint, sample, output.sequences[0]))
 
     async def _compare(

@@ -59,7 +59,10 @@ class Limits:
 
 
 def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits:
-    """Raises TypeError or ValueError for what no SGLang says."""
+    """Raises TypeError or ValueError for what no SGLang says. A server of our own kind says no number of
+    tokens; one that asked itself, by whatever name, would never end."""
+    if "max_total_num_tokens" not in server_info:
+        raise ValueError("it says no max_total_num_tokens")
     said = {key: value for key, value in server_info.items() if "key" not in key and "password" not in key}
     targets, max_input = said.get("lora_target_modules"), _number(said, "max_req_input_len")
     return Limits(

@@ -41,6 +41,7 @@ class Supervisor:
         self._fruitless_lives = 0
         self._failed_starts = 0
         self.life = 0  # how many engines there have been
+        self.is_asleep = False  # told to sleep, and nothing since
         self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
 
     async def start(self) -> None:
@@ -128,12 +129,14 @@ class Supervisor:
 
     def send(self, message: bytes) -> bool:
         """An encoded message; False without an engine: the next one gets what the ledger has."""
+        self.is_asleep = False
         if self.alive:
             self._process.send(message)
         return self.alive
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
         """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""
+        self.is_asleep = isinstance(message, messages.Sleep)
         return await self._process.request(message)
 
     # --- the end

@@ -192,9 +192,14 @@ def test_what_is_no_sample_is_not_taken(model: BaseModel, wrong: dict) -> None:
         drawing.take(wrong, VOCAB_SIZE)
 
 
+def test_our_own_kind_is_none() -> None:
+    with pytest.raises(ValueError, match="max_total_num_tokens"):
+        limits_of({"model_path": "tiny", "version": "0.1.0"}, {"model_path": "tiny"})
+
+
 def test_which_base_model_it_has(model: BaseModel, tmp_path: Path) -> None:
     def of(path: str, **said) -> Limits:
-        return limits_of({"context_length": 512} | said, {"model_path": path})
+        return limits_of({"context_length": 512, "max_total_num_tokens": 99} | said, {"model_path": path})
 
     assert base_model_of(of(str(model.folder)), [model]) == "tiny"
     assert base_model_of(of("/elsewhere", served_model_name="tiny"), [model]) == "tiny"

@@ -55,7 +55,7 @@ class Place:
             NoAdapters(),
             {model.name: model},
             engine,
-            patience_seconds=20.0,
+            patience_seconds=300.0,
             on_drawn=self.drawn.append,
         )
 
@@ -274,3 +274,21 @@ async def test_a_key_is_sent_and_never_told(sglang: Any) -> None:
     assert "127.0.0.1:9" in error.value.message
     assert "sk-secret" not in error.value.message + repr(client)
     await client.close()
+
+
+@pytest.mark.slow
+async def test_a_real_death_and_another_start(make_place: MakePlace, sglang: Any) -> None:
+    """kill -9 of SGLang in the middle of a sample, and a new one at the same place."""
+    place = await make_place()
+    alone = await make_place("sglang")
+    endpoint, other = place.add(sglang.url), alone.add(sglang.url)
+    await until(lambda: endpoint.healthy and other.healthy)
+    asked, waiting = await place.ask(max_tokens=450), await alone.ask(max_tokens=450)
+    await until(lambda: endpoint.running == other.running == 1)
+    sglang.kill()
+    await until(lambda: place.embedded == [asked])
+    sglang.start()
+    await until(lambda: endpoint.healthy, 60)
+    assert endpoint.life == 2
+    assert len(await tokens(waiting)) == 450
+    assert len(await tokens(await place.ask())) == 8
