@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, penalties, token_sampling
 from .attention import MASKED, attention
 from .config import ModelConfig
-from .decoder import Base, Decoder, visible_from
+from .decoder import Base, product_by_output, unembed, visible_from
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack, delta
 from .penalties import PenaltyRows
 from .token_sampling import SamplingRows
+from .weights_by_layer import BaseByLayer, open_layers, open_stack
 
 
 class PrefillRow(NamedTuple):
@@ -111,9 +111,8 @@ class PromptScores(NamedTuple):
 _SCORED_AT_ONCE = 64
 
 
-@partial(jax.jit, static_argnames="graph")
+@jax.jit
 def score(
-    graph: nnx.GraphDef,
     base: Base,
     lora: LoraStack | None,
     hidden_TD: Float[Array, "T D"],
@@ -126,13 +125,13 @@ def score(
 
     Next tokens are also drawn, A times with replacement, at `temperature_T` (0: the most likely one) from
     the uniforms `u_TA2`."""
-    model = nnx.merge(graph, base)
+    head_VD = unembed(base)
     T = hidden_TD.shape[0]
     size = min(_SCORED_AT_ONCE, T)
 
     def some(piece: tuple[Array, ...]) -> PromptScores:
         hidden, next_, temperature, u = piece
-        z = logits(model, base, lora, hidden[None], None)[0]
+        z = logits(head_VD, lora, hidden[None], None)[0]
         log_normalizer = jax.nn.logsumexp(z, axis=-1, keepdims=True)
         top = min(token_sampling.TOP_K, z.shape[-1])
         top_z, top_tokens = jax.lax.cond(
@@ -184,34 +183,10 @@ class Decoded(NamedTuple):
     top_logprobs: Float[Array, "M S top"]
 
 
-def by_layer(base: Base, widen: bool = False) -> Base:
-    """`base` with "layers" as a tuple of one tree per layer, which is how `decode` likes it best.
-
-    On one CPU device these are views of the stacked arrays, so that a decode step reads each weight where it
-    lies; cutting layers out of a stack inside a program copies them. With `widen` its matrices are float32
-    copies, for a CPU that would otherwise make them anew for every product. Elsewhere `base` itself.
-    """
-    leaves = jax.tree.leaves(base["layers"])
-    if not all(len(leaf.devices()) == 1 and leaf.device.platform == "cpu" for leaf in leaves):
-        return base
-    device = leaves[0].device
-
-    def wide(w: Array) -> Array:
-        return w.astype(jnp.float32) if widen and w.ndim > 1 else w
-
-    stacked = jax.tree.map(np.asarray, base["layers"])
-    layers = tuple(
-        jax.tree.map(lambda w, at=layer: wide(jax.device_put(w[at], device, may_alias=True)), stacked)
-        for layer in range(leaves[0].shape[0])
-    )
-    rest = {name: jax.tree.map(wide, part) for name, part in base.items() if name != "layers"}
-    return rest | {"layers": layers}
-
-
 @partial(jax.jit, static_argnames="graph", donate_argnames="pages")
 def decode(
     graph: nnx.GraphDef,
-    base: Base,
+    base: Base | BaseByLayer,
     pages: Pages,
     lora: LoraStack | None,
     rows: DecodeRows,
@@ -221,26 +196,19 @@ def decode(
 
     The context is read from the pages once; the tokens decoded here keep their keys and values beside it, and
     are written to the pages together at the end. A row ends when its budget is spent or one of `stop_tokens`
-    (-1 is none) was drawn. `base` may come from `by_layer`.
+    (-1 is none) was drawn. `base` and `lora` may come from `weights_by_layer`.
     """
     # Cut into layers outside of the loop over tokens, where XLA would do it again for every token.
-    layers = base["layers"]
-    if isinstance(layers, dict):
-        num_layers = jax.tree.leaves(layers)[0].shape[0]
-        layers = [jax.tree.map(lambda w, at=layer: w[at], layers) for layer in range(num_layers)]
-    models = [nnx.merge(graph, base | {"layers": layer}) for layer in layers]
-    blocks = [model.layers for model in models]
-    model = models[0]
+    model, blocks, head_VD, wide = open_layers(graph, base)
     config = model.config
     S, V = rows.last_token.shape[0], config.vocab_size
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    # the same, unless `by_layer` widened
-    dtype, wide = model.norm.weight.dtype, blocks[0].o_proj.weight.dtype
+    dtype = model.norm.weight.dtype
     contexts = [
         tuple(x.astype(wide) for x in kv_cache.read_layer(pages, layer, rows.table, dtype))
         for layer in range(L)
     ]
-    pairs = [jax.tree.map(lambda x, at=layer: x[at], lora["layers"]) if lora else {} for layer in range(L)]
+    pairs = open_stack(lora["layers"]) if lora and lora["layers"] else ({},) * L
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
 
@@ -252,7 +220,7 @@ def decode(
         step, alive, token, recent, seen, out = state
         position = rows.position + step
         at = model.rotation(position[:, None])
-        x = model.embed_tokens(token[:, None]).astype(dtype)
+        x = model.embed_tokens(token[:, None])
         context_visible, recent_visible = _visible(config, rows, step, M, pages.page_size)
         kept = []
         for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
@@ -268,7 +236,7 @@ def decode(
                 return _attend_parts(q.astype(wide), parts, config.head_dim**-0.5).astype(dtype)
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, wide) if lora else None)
-        z = logits(model, base, lora, model.norm(x), rows.adapter)[:, 0]
+        z = logits(head_VD, lora, model.norm(x), rows.adapter)[:, 0]
         if rows.penalties is not None:
             z = penalties.penalized(z, rows.penalties, seen)
         drawn = sample(z, u=rows.u[step])
@@ -292,21 +260,13 @@ def decode(
 
 
 def logits(
-    model: Decoder,
-    base: Base,
+    head_VD: Float[Array, "V D"],
     lora: LoraStack | None,
     hidden_BTD: Float[Array, "B T D"],
     row_adapter_B: Int[Array, " B"] | None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits, with the adapter on the head where there is one."""
-    if "lm_head" in base:
-        z = jnp.einsum(
-            "btd,dv->btv", hidden_BTD, base["lm_head"]["weight"], preferred_element_type=jnp.float32
-        )
-    else:
-        z = jnp.einsum(
-            "btd,vd->btv", hidden_BTD, base["embed_tokens"]["weight"], preferred_element_type=jnp.float32
-        )
+    z = product_by_output(hidden_BTD, head_VD)
     if lora is not None and "unembed" in lora:
         z = z + delta(hidden_BTD.astype(jnp.float32), lora["unembed"], lora["scale"], row_adapter_B)
     return z

@@ -54,7 +54,9 @@ _LINEAR_AXES: dict[str, LogicalAxes] = {
 
 
 class Linear(nnx.Module):
-    """x W + b, W [in, out], in x's dtype; computed in W's where that is wider."""
+    """x W + b, W [in, out], in x's dtype. W may lie [out, in] (`by_output`)."""
+
+    by_output = False
 
     def __init__(self, into: int, out: int, axes: LogicalAxes, bias: bool, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
@@ -63,8 +65,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...]
-        y_BTO = (x_BTI.astype(weight.dtype) @ weight).astype(x_BTI.dtype)
+        y_BTO = product_by_output(x_BTI, weight).astype(x_BTI.dtype) if self.by_output else x_BTI @ weight
         return y_BTO if self.bias is None else y_BTO + self.bias[...]
+
+
+def product_by_output(x_BTI: Float[Array, "B T I"], w_OI: Float[Array, "O I"]) -> Float[Array, "B T O"]:
+    """x W^T of a few rows in W's dtype, summed to float32."""
+    B, T, into = x_BTI.shape
+    rows = x_BTI.reshape(B * T, into).astype(w_OI.dtype)
+    if B * T == 1 and w_OI.dtype != jnp.float32:
+        rows = jnp.repeat(rows, 2, axis=0)  # with one row alone the CPU converts all of W for it
+    y_RO = jnp.einsum("ri,oi->ro", rows, w_OI, preferred_element_type=jnp.float32)
+    return y_RO[: B * T].reshape(B, T, -1)
 
 
 class Embedding(nnx.Module):

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...model import decode, kv_cache
+from ...model import kv_cache
 from ...model.config import ModelConfig
 from ...model.sharding import replicated
+from ...model.weights_by_layer import base_by_layer
 from .. import messages, processor
 from ..device_memory import device_share
 from .page_pool import PagePool
@@ -88,7 +89,7 @@ class Sampler:
             on_compile=on_compile,
         )
         self._weights: dict[str | None, Weights] = {
-            None: Weights(base, decode.by_layer(base, _is_widened(base)))
+            None: Weights(base, base_by_layer(base, _is_by_output(base)))
         }
         self._arrivals = 0
         self._turns = 0
@@ -109,7 +110,7 @@ class Sampler:
         copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
         if base is not None:
             own = copy(base)
-            self._weights[key] = Weights(own, decode.by_layer(own))
+            self._weights[key] = Weights(own, base_by_layer(own))
             return
         shared = self._weights[None]
         adapter = copy(adapter)
@@ -267,9 +268,8 @@ def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) ->
     return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
 
 
-def _is_widened(base: PyTree) -> bool:
-    """Whether to decode with float32 copies of bfloat16 weights: on a CPU without products in bfloat16, which
-    converts the weights for each, if the copies take at most a quarter of the memory."""
-    leaf = base["embed_tokens"]["weight"]
-    size = sum(4 * leaf.size for leaf in jax.tree.leaves(base))
-    return leaf.dtype == jnp.bfloat16 and processor.lacks_bfloat16() and size <= processor.memory_bytes() // 4
+def _is_by_output(base: PyTree) -> bool:
+    """Whether to decode with copies of the matrices that lie [out, in]: on a CPU that lacks products in
+    bfloat16 and converts other weights for each; if the copies take at most a quarter of the memory."""
+    is_emulated = base["embed_tokens"]["weight"].dtype == jnp.bfloat16 and processor.lacks_bfloat16()
+    return is_emulated and sum(x.nbytes for x in jax.tree.leaves(base)) <= processor.memory_bytes() // 4

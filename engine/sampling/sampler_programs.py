@@ -92,7 +92,7 @@ class SamplerPrograms:
         base = first.generation.weights.base
         context = self._context_pages(first.num_cached) if first.num_cached else 0
         row = prefill_row(pieces, bucket_of(self._prefill_buckets, used), self._page_size, context)
-        stack, _ = self.stacks.of([first.generation.weights])
+        stack = self.stacks.of([first.generation.weights])[0].stacked
         name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
         with self._timed(name):
             self._pages, hidden = decode.prefill(self._graph, base, self._pages, stack, row)
@@ -121,9 +121,7 @@ class SamplerPrograms:
             scores.write_to(tokens[at], u[at], temperature[at], first)
         want_top = np.bool_(any(scores.wants_top for *_, scores in asked))
         with self._timed(f"score {tokens.shape[1]} and {u.shape[1]} of {T} tokens{_kind(stack)}"):
-            computed = jax.device_get(
-                decode.score(self._graph, base, stack, hidden, tokens, want_top, temperature, u)
-            )
+            computed = jax.device_get(decode.score(base, stack, hidden, tokens, want_top, temperature, u))
         finite = [True] * len(pieces)
         for number, at, first, scores in asked:
             finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))
@@ -135,14 +133,16 @@ class SamplerPrograms:
         stack, adapter = self.stacks.of([s.generation.weights for s in chosen])
         pages = self._context_pages(positions)
         penalties = " with penalties" if any(map(is_penalized, chosen)) else ""
-        kind = f"over {pages * self._page_size}{penalties}{_kind(stack)}"
+        kind = f"over {pages * self._page_size}{penalties}{_kind(stack.stacked)}"
         slots = self._slots.choose(kind, len(chosen), soon)
         rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps)
         want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
         base = chosen[0].generation.weights.base_by_layer
         began = time.monotonic()
         with self._timed(f"decode {slots} slots {kind}"):
-            self._pages, decoded = decode.decode(self._graph, base, self._pages, stack, rows, want_top)
+            self._pages, decoded = decode.decode(
+                self._graph, base, self._pages, stack.by_layer, rows, want_top
+            )
             decoded = jax.device_get(decoded)
         self._slots.ran(kind, len(chosen), slots, time.monotonic() - began)
         return decoded

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ...model import lora
+from ...model.weights_by_layer import adapters_by_layer
 
 PyTree = Any
 
@@ -23,7 +24,7 @@ _numbers = itertools.count()
 class Weights:
     """What a request samples from: base weights, shared or its own, and an adapter on them.
 
-    `base_by_layer` is `decode.by_layer` of `base`.
+    `base_by_layer` is for decoding (`model.weights_by_layer`).
     """
 
     base: PyTree
@@ -33,8 +34,15 @@ class Weights:
     id: int = field(default_factory=lambda: next(_numbers))
 
 
+class AdapterStack(NamedTuple):
+    """`lora.stack_adapters` of a batch's adapters, also as decoding likes it; nothing without any."""
+
+    stacked: PyTree | None = None
+    by_layer: PyTree | None = None
+
+
 class AdapterStacks:
-    """`lora.stack_adapters` for the adapters of a batch, with the last few results kept.
+    """A stack for the adapters of a batch, with the last few results kept.
 
     The number of adapters is padded to a power of two, matrices and ranks to what the widest of them has,
     with zeros, so that few programs are compiled. One adapter alone keeps its own shape.
@@ -42,14 +50,14 @@ class AdapterStacks:
 
     def __init__(self, sharding: Any = None):
         self._sharding = sharding
-        self._kept: OrderedDict[tuple[int, ...], PyTree] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], AdapterStack] = OrderedDict()
 
-    def of(self, batch: list[Weights]) -> tuple[PyTree | None, list[int]]:
-        """The stack for the rows' weights, and each row's index in it; (None, zeros) without any adapter."""
+    def of(self, batch: list[Weights]) -> tuple[AdapterStack, list[int]]:
+        """The stack for the rows' weights, and each row's index in it; zeros without any adapter."""
         distinct = sorted({weights.id: weights for weights in batch}.values(), key=lambda w: w.id)
         index = {weights.id: i for i, weights in enumerate(distinct)}
         if all(weights.adapter is None for weights in distinct):
-            return None, [0] * len(batch)
+            return AdapterStack(), [0] * len(batch)
         key = tuple(index)
         if key not in self._kept:
             self._kept[key] = self._stack(distinct)
@@ -63,7 +71,7 @@ class AdapterStacks:
         for key in [key for key in self._kept if weights.id in key]:
             del self._kept[key]
 
-    def _stack(self, distinct: list[Weights]) -> PyTree:
+    def _stack(self, distinct: list[Weights]) -> AdapterStack:
         adapters: list[Any] = [weights.adapter for weights in distinct]
         scales = [weights.scale for weights in distinct]
         if len(adapters) > 1:
@@ -73,7 +81,9 @@ class AdapterStacks:
             adapters += [_padded(None, template)] * missing
             scales += [0.0] * missing
         stack = lora.stack_adapters(tuple(adapters), jnp.asarray(scales, jnp.float32))
-        return stack if self._sharding is None else jax.device_put(stack, self._sharding)
+        if self._sharding is not None:
+            stack = jax.device_put(stack, self._sharding)
+        return AdapterStack(stack, adapters_by_layer(stack))
 
 
 def _widest(adapters: list[PyTree]) -> PyTree:

@@ -1,0 +1,47 @@
+"""Weights laid out for decoding are the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tinsmith.model import decoder, weights_by_layer
+from tinsmith.model.config import read_config
+from tinsmith.model.decoder import product_by_output
+from tiny_models import write_model
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [(1, 1), (5, 1), (2, 3)])
+def test_products_by_output(rows, dtype):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*rows, 48), (20, 48)))
+    product = jax.jit(product_by_output)(x, w)
+    assert product.dtype == jnp.float32
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    np.testing.assert_allclose(product, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("by_output", [False, True])
+def test_opened_layers_compute_what_the_stack_does(tmp_path, by_output, tied):
+    write_model(tmp_path, "qwen2", tie_word_embeddings=tied)
+    config = read_config(tmp_path)
+    graph, _ = decoder.build(config, jnp.float32)
+    base = decoder.random_base(config, jnp.float32)
+    by_layer = weights_by_layer.base_by_layer(base, by_output)
+    x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, config.hidden_size)), jnp.float32)
+
+    @jax.jit
+    def run(base):
+        opened = weights_by_layer.open_layers(graph, base)
+        at = opened.model.rotation(jnp.arange(3)[None].repeat(2, axis=0))
+        x = x_BTD
+        for block in opened.blocks:
+            x = block(x, at, lambda q, k, v: q)
+        return product_by_output(x, opened.head_VD)
+
+    np.testing.assert_allclose(run(by_layer), run(base), atol=1e-5, rtol=1e-5)
+    assert len(by_layer.layers) == config.num_layers
+    assert (
+        by_layer.layers[1]["up_proj"]["weight"].shape == config.linears["up_proj"][:: -1 if by_output else 1]
+    )
