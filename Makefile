@@ -13,7 +13,7 @@ TORCH := torch==2.13.0
 VERSION := import sys; print('%d.%d' % sys.version_info[:2])
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test slow fuzz fuzzrest sdks cookbook methods lint format bench lock clean
+.PHONY: help install demo test slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,14 +26,17 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "==> $(VENV) from $$($(PYTHON) --version)"
 	@$(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$($(PYTHON) -c "$(VERSION)")')" \
 	  2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	@echo "==> $$(grep -c == requirements.lock) pinned packages (a minute or so)"
+	@$(PIP) install -qq --no-compile --no-deps -r requirements.lock & locked=$$!; torch=; \
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 	  echo "==> torch for the CPU (the tests compare with it; Tinsmith itself never imports it)"; \
-	  $(PIP) install -qq --no-compile $(TORCH) || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
+	  $(PIP) install -qq --no-compile --no-deps $(TORCH) && torch=$(TORCH) \
+	    || echo "==> No $(TORCH) here: the tests that compare with torch will be skipped"; \
 	else \
 	  echo "==> No torch for this Python: the tests that compare with it will be skipped"; \
-	fi
-	@echo "==> $$(grep -c == requirements.lock) pinned packages (a minute or so)"
-	@$(PIP) install -qq --no-compile --no-deps -r requirements.lock
+	fi; \
+	wait $$locked || exit 1; \
+	[ -z "$$torch" ] || $(PIP) install -qq --no-compile $$torch
 	@echo "==> tinsmith, editable"
 	@$(PIP) install -qq --no-deps --no-build-isolation -e .
 	@touch $@
@@ -42,7 +45,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (under 5 minutes)
 	@$(BIN)/python demo/sft.py
 
-test: lint ## lint, types, import arrows, and all tests but the slow ones
+test: lint sglang rlve ## lint, types, import arrows, and all tests but the slow ones
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 CASES ?= 1000000
@@ -69,6 +72,21 @@ $(COOKBOOK)/.installed: tests/cookbook/requirements.txt
 	$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps -r $<
 	@touch $@
 
+SGLANG := .cache/sglang/venv
+SGLANG_PYTHON ?= python3.11
+sglang: ## an environment with SGLang on the CPU, which the tests of sampling on it need (a minute, once)
+	@if ! command -v $(SGLANG_PYTHON) > /dev/null; then \
+	  echo "==> No $(SGLANG_PYTHON) here: the tests with a real SGLang will be skipped"; \
+	elif ! $(MAKE) --no-print-directory $(SGLANG)/.installed; then \
+	  echo "==> SGLang could not be installed here: the tests with a real one will be skipped"; \
+	fi
+
+$(SGLANG)/.installed: tests/sglang/requirements.txt
+	@echo "==> SGLang on the CPU in $(SGLANG)"
+	@$(SGLANG_PYTHON) -m venv --clear $(SGLANG)
+	@$(SGLANG)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps $(TORCH) -r $<
+	@touch $@
+
 methods: $(STAMP) ## write docs/compatibility.md's table of the SDK's methods from the tests that call them
 	TINSMITH_WRITE_METHODS=1 $(BIN)/python -m pytest -q -m "not slow" tests/conformance/test_sdk_*.py
 
@@ -87,11 +105,23 @@ format: $(STAMP) ## let ruff rewrite what it can
 bench: $(STAMP) ## training speed beside transformers + PEFT on torch
 	$(BIN)/python bench/train.py
 
+RLVE := $(VENV)/.rlve
+rlve: $(STAMP) ## reasoning-gym, which the tests of rlve_config need (a minute, once, and a C compiler)
+	@$(MAKE) --no-print-directory $(RLVE) \
+	  || echo "==> No reasoning-gym here: the tests that need it will be skipped"
+
+$(RLVE): requirements-rlve.lock $(STAMP)
+	@echo "==> reasoning-gym"
+	@$(PIP) install -qq --no-compile --no-deps -r $<
+	@touch $@
+
 lock: ## pin the newest packages that fit pyproject.toml (needs uv)
-	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal --all-extras --no-extra wandb --upgrade \
+	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal --all-extras --no-extra wandb --no-extra rlve --upgrade \
 	  --python-version 3.11 --override /dev/stdin --no-header --no-annotate --no-emit-index-url --quiet \
 	  | grep -v "sys_platform == 'never'" > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	uv pip compile pyproject.toml --universal --extra rlve --constraint requirements.lock --python-version 3.11 --upgrade \
+	  --no-header --no-annotate --no-emit-index-url --quiet | grep -vxFf requirements.lock > requirements-rlve.lock
 
 clean: ## remove environments and caches (downloaded models stay in ~/.cache/tinsmith)
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -50,7 +50,12 @@ def sample_in_a_crowd(sampler, asked, key):
 
 @pytest.mark.parametrize(
     ("variant", "spec"),
-    [("llama", lora()), ("qwen2", lora()), ("qwen3", lora()), ("llama", None)],
+    [
+        ("llama", lora()),
+        pytest.param("qwen2", lora(), marks=pytest.mark.slow),
+        ("qwen3", lora()),
+        ("llama", None),
+    ],
     ids=["llama", "qwen2", "qwen3", "full weights"],
 )
 def test_512_sampled_tokens_after_three_steps(tmp_path, variant, spec):

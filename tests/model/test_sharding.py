@@ -13,7 +13,11 @@ from tinsmith.model import sharding
 
 @pytest.mark.parametrize(
     ("variant", "meshes"),
-    [("llama3", ["fsdp=8", "data=2,fsdp=2,tensor=2", "tensor=8"]), ("qwen3", ["data=2,fsdp=2,tensor=2"])],
+    [
+        ("llama3", ["data=2,fsdp=2,tensor=2"]),
+        pytest.param("llama3", ["fsdp=8", "tensor=8"], marks=pytest.mark.slow),
+        ("qwen3", ["data=2,fsdp=2,tensor=2"]),
+    ],
 )
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):
     """Each mesh in a process of its own kind of machine: XLA's device count is fixed at start."""
