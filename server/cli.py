@@ -154,6 +154,7 @@ def _introduce(settings: Any, base_models: list[Any], port: int, needs_keys: boo
             f"  model {model.name}: {model.folder}, up to {model.max_sequence_length} tokens"
             for model in base_models
         ),
+        *(f"  samples on SGLang: {url}" for url in settings.sglang_urls),
         f"  data in {settings.data_dir.resolve()}",
         "Clients:",
         f"  export TINKER_BASE_URL={url}",

@@ -14,7 +14,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self.port = 0
-        self.sent = 0  # bytes to the server
+        self.heard = bytearray()  # by the server
 
     @property
     def url(self) -> str:
@@ -35,13 +35,16 @@ class Proxy:
         there, back = await asyncio.open_connection("127.0.0.1", self._to)
         self._writers |= {writer, back}
         with contextlib.suppress(ConnectionError):
-            await asyncio.gather(self._copy(reader, back, True), self._copy(there, writer, False))
+            await asyncio.gather(self._copy(reader, back, self.heard), self._copy(there, writer, None))
         self._writers -= {writer, back}
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counts: bool) -> None:
+    async def _copy(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bytearray | None
+    ) -> None:
         try:
             while data := await reader.read(1 << 16):
-                self.sent += len(data) if counts else 0
+                if heard is not None:
+                    heard += data
                 writer.write(data)
                 await writer.drain()
         finally:

@@ -267,7 +267,11 @@ async def test_one_of_another_model_is_not_used(make_place: MakePlace, sglang: A
     await until(lambda: place.embedded == [asked])
 
 
-async def test_a_key_is_sent_and_never_told(sglang: Any) -> None:
+async def test_a_key_is_sent_and_never_told(proxy: Proxy) -> None:
+    there = Endpoint(proxy.url, "sk-secret")
+    assert (await there.model_info())["weight_version"] == "default"
+    assert b"authorization: bearer sk-secret" in bytes(proxy.heard).lower()
+    await there.close()
     client = Endpoint("http://127.0.0.1:9", "sk-secret")
     with pytest.raises(EndpointDied) as error:
         await client.model_info()
