@@ -31,6 +31,7 @@ from .routers import (
     inference,
     models,
     openai,
+    rlve,
     sampler_weights,
     sampling,
     sampling_sessions,
@@ -86,6 +87,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
             inference,
             engine_info,
             sleep,
+            rlve,
         ),
     ):
         app.include_router(module.router)

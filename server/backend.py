@@ -33,6 +33,7 @@ from .live.wandb_runs import WandbRuns
 from .operations.completions import Completions
 from .operations.operations import Operations
 from .operations.refused_saves import RefusedSaves
+from .rlve.runs import RlveRuns
 from .served.named_models import NamedModels
 from .served.sample_streams import SampleStreams
 from .settings import Settings
@@ -66,6 +67,7 @@ class Backend:
     sessions: Sessions = field(init=False)
     named_models: NamedModels = field(init=False)
     samplers: Samplers = field(init=False)
+    rlve: RlveRuns = field(init=False)
     endpoints: Endpoints = field(init=False)
     registry: Registry = field(init=False)
     sampling: Sampling = field(init=False)
@@ -97,6 +99,8 @@ class Backend:
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.on_finished = self.wandb.answered
+        self.rlve = RlveRuns(self)
+        self.runs.on_created, self.runs.on_ending = self.rlve.created, self.rlve.end
         self.runs.on_finished = self._model_finished
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.endpoints = Endpoints(self.base_models)
@@ -127,6 +131,7 @@ class Backend:
         await self.registry.start()
         await self.runs.resume()
         self.admission.take_up(self.operations.unanswered())
+        await self.rlve.take_up()
         forever = (
             read_forever(self.ledger, self.keys, self.quotas),
             self.samplers.sweep_forever(),
@@ -148,6 +153,7 @@ class Backend:
     async def drain(self) -> None:
         """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""
         self._draining = True
+        await self.rlve.close()
         if self.engine.ready.is_set():
             log.info("finishing the work that is queued and saving the models")
             self.engine.refuse_submits()

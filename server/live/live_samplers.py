@@ -42,7 +42,8 @@ class LiveSamplers:
             versions = self._versions[run.id]
             if versions and backend.runs.last_seq(run) == versions[-1].seq_id:
                 return versions[-1].sampler
-            versions.append(await self._save(backend, run))
+            identifier = sampler_id(run.session_id, f"live-{uuid.uuid4().hex[:12]}")
+            versions.append(await save_unnamed(backend, run, identifier))
             while len(versions) > KEPT:
                 await backend.samplers.forget(versions.popleft().sampler)
             return versions[-1].sampler
@@ -52,25 +53,31 @@ class LiveSamplers:
         self._versions.pop(model_id, None)
         self._saving.pop(model_id, None)
 
-    async def _save(self, backend: Backend, run: Run) -> Live:
-        identifier = sampler_id(run.session_id, f"live-{uuid.uuid4().hex[:12]}")
-        directory = new_directory(run.id)
 
-        def also(connection: Connection, _request_id: str) -> None:
-            add(connection, run.owner, run.session_id, identifier, run.base_model, None, directory)
+async def save_unnamed(backend: Backend, run: Run, identifier: str, key: str | None = None) -> Live:
+    """The model's weights behind the operations that are queued, under a new sampler's id; two of the same
+    `key` are one.
 
-        saving = await submit(
-            backend,
-            run,
-            "save_unnamed_sampler",
-            None,
-            messages.SaveSampler("", run.id, directory, deferred=True),
-            {"type": "save_weights_for_sampler", "sampling_session_id": identifier},
-            also,
-        )
-        await saving.finished.wait()
-        if isinstance(saving.answer, messages.Failed):
-            raise BadRequest(f"the model's weights cannot be sampled: {saving.answer.message}")
-        if saving.answer is None:
-            raise Unavailable("the server stops")
-        return Live(await backend.samplers.find(run.owner, identifier), saving.seq_id)
+    Raises BadRequest, NotFound for one that was forgotten since, or Unavailable at a stop.
+    """
+    directory = new_directory(run.id)
+
+    def also(connection: Connection, _request_id: str) -> None:
+        add(connection, run.owner, run.session_id, identifier, run.base_model, None, directory)
+
+    saving = await submit(
+        backend,
+        run,
+        "save_unnamed_sampler",
+        None,
+        messages.SaveSampler("", run.id, directory, deferred=True),
+        {"type": "save_weights_for_sampler", "sampling_session_id": identifier},
+        also,
+        key=key,
+    )
+    await saving.finished.wait()
+    if isinstance(saving.answer, messages.Failed):
+        raise BadRequest(f"the model's weights cannot be sampled: {saving.answer.message}")
+    if saving.answer is None and not saving.expired:
+        raise Unavailable("the server stops")
+    return Live(await backend.samplers.find(run.owner, identifier), saving.seq_id)

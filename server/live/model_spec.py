@@ -10,6 +10,8 @@ from typing import Any
 from ...engine import messages
 from ..dialect import POINTS, Dialect
 from ..errors import BadRequest
+from ..rlve.spec import CONFIGURATION as RLVE
+from ..rlve.spec import rlve_of
 from ..settings import Settings
 from ..wire import models as wire
 from .wandb_runs import CONFIGURATION
@@ -39,17 +41,20 @@ def model_spec(body: wire.CreateModel, model_id: str, dialect: Dialect, settings
     warnings: list[str] = []
     if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
         raise BadRequest("objective: this server trains language models; it has no classification heads")
-    if body.rlve_config is not None and body.rlve_config.enabled:
-        raise BadRequest(
-            "rlve_config.enabled: this server has no environments; run the RL loop in the client, with "
-            "asample and forward_backward"
-        )
     optimizer = optimizer_of(body.optimizer_config, warnings)
+    rlve = rlve_of(body, optimizer["type"], settings, warnings)
+    lora_config = body.lora_config
+    if dialect == "xorl" and settings.full_weight and _is_xorls_full_weights(lora_config):
+        lora_config = wire.LoraConfig(rank=0)
+        warnings.append(
+            "lora_config: a rank of 32 and nothing else is what xorl-client asks full weights with; for an "
+            "adapter send dropout (0.0) too"
+        )
     message = messages.CreateModel(
         request_id="",
         model_id=model_id,
         base_model=body.base,
-        lora=lora_of(settings, body.lora_config, points.default_rank, warnings),
+        lora=lora_of(settings, lora_config, points.default_rank, warnings),
         optimizer=optimizer["type"],
         grad_normalization=body.grad_normalization or points.grad_normalization,
         target_alignment=body.target_alignment or points.target_alignment,
@@ -62,10 +67,17 @@ def model_spec(body: wire.CreateModel, model_id: str, dialect: Dialect, settings
         "max_seq_len": body.max_seq_len,
         "train_only": body.debug_train_only or None,
         CONFIGURATION: _wandb(body),
+        RLVE: None if rlve is None else {"config": rlve},
         "steps": step_defaults(body.optimizer_config) or None,
     }
     kept = {key: value for key, value in configuration.items() if value is not None}
     return ModelSpec(message, optimizer, kept, warnings)
+
+
+def _is_xorls_full_weights(config: wire.LoraConfig | None) -> bool:
+    """What `create_training_client` of xorl-client 0.1.0 sends; its `create_lora_training_client` sends a
+    dropout too, always."""
+    return config is not None and config.model_fields_set == {"rank"} and config.rank == 32
 
 
 def _wandb(body: wire.CreateModel) -> dict[str, str] | None:

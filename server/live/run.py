@@ -65,6 +65,7 @@ class Run:
     bytes_since_snapshot: int = 0
     used_at: float = field(default_factory=time.monotonic)  # for an operation
     may_be_saved: bool = True  # no engine died of it
+    driven: bool = False  # the server trains it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

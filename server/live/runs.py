@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Row
 from ...engine import messages
 from ..errors import BadRequest, NotFound, Unavailable
 from ..ledger import operations as operation_rows
+from ..ledger import rlve as rlve_rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
@@ -39,7 +40,8 @@ def model_id(session_id: str, model_seq_id: int) -> str:
 
 
 class Runs:
-    """`on_finished` is told of models of which nothing more will come."""
+    """`on_created` is told of new models, `on_ending` of those that are to end, `on_finished` of models of
+    which nothing more will come."""
 
     def __init__(self, ledger: Ledger, engine: Supervisor, operations: Operations, settings: Settings):
         self._ledger = ledger
@@ -47,6 +49,8 @@ class Runs:
         self._operations = operations
         self._settings = settings
         self._runs: dict[str, Run] = {}
+        self.on_created: Callable[[Run], None] = lambda _run: None
+        self.on_ending: Callable[[Run], None] = lambda _run: None
         self.on_finished: Callable[[str], None] = lambda _run_id: None
         self._aliases: dict[tuple[str, str], str] = {}  # owner and name: the newest model of it
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
@@ -80,6 +84,8 @@ class Runs:
 
     async def _numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
         run = await self.find(owner, run_id)
+        if run.driven:
+            raise BadRequest(f"model {run_id!r}: the server numbers its operations")
         return run.id, run.seq_base + seq_id
 
     async def restart_numbers(self, run: Run) -> None:
@@ -138,6 +144,8 @@ class Runs:
                 alias=new.alias,
                 configuration=new.configuration,
             )
+            if (rlve := new.configuration.get("rlve")) is not None:
+                rlve_rows.add(connection, message.model_id, rlve["difficulties"])
             run = Run(
                 message.model_id,
                 new.owner,
@@ -177,6 +185,7 @@ class Runs:
                 self._created(operation)
             elif not run.resident:
                 self._recovery.bring_back(run)
+            self.on_created(run)
         return operation
 
     def _created(self, operation: Operation) -> None:
@@ -263,6 +272,7 @@ class Runs:
         """The session is over: the engine forgets the model once its operations are done."""
         if run.state == "finished":
             return
+        self.on_ending(run)
         run.state = "finished"
         await self._ledger.write(
             lambda connection: tenancy.update_model(connection, run.id, state="finished")

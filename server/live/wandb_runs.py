@@ -76,6 +76,12 @@ class WandbRuns:
                     whole["loss:mean"] = whole["loss:sum"] / whole["valid_tokens:sum"]
                 self._work.put(partial(self._log, run, whole))
 
+    def tell(self, model_id: str, metrics: dict[str, float]) -> None:
+        """Of the model's next step, from elsewhere."""
+        run = self._find(model_id)
+        if run is not None and CONFIGURATION in run.configuration:
+            self._since_step.setdefault(model_id, {}).update(metrics)
+
     def finish(self, model_id: str) -> None:
         """Nothing more will come of the model."""
         self._keys.pop(model_id, None)

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...engine import messages
-from ..errors import ApiError, StorageQuotaExceeded
+from ..errors import ApiError, BadRequest, StorageQuotaExceeded
 from ..live.run import Run
+from .answers import REPLAYED
 from .operation import Operation, Submission, natural_key
 
 if TYPE_CHECKING:
     from ..backend import Backend
+
+_TRAINING = REPLAYED - {"save_unnamed_sampler"}
 
 
 async def submit(
@@ -23,9 +26,16 @@ async def submit(
     message: messages.ToEngine,
     reply: dict[str, Any] | None = None,
     also: Any = None,
+    key: str | None = None,
 ) -> Operation:
     """A sequenced operation of a model; without a `seq_id` it comes after all that have arrived. `message`
-    has no request id yet."""
+    has no request id yet. `key`, without a `seq_id`: two of the same are one. Only the server's own have one,
+    and are all that trains a model that the server trains."""
+    if run.driven and key is None and (seq_id is not None or kind in _TRAINING):
+        raise BadRequest(
+            f"{kind}: the server trains this model (rlve_config); stop it with stop_rlve first. Saves that "
+            "have no seq_id, and samples, are welcome meanwhile"
+        )
     number = backend.runs.reserve_seq(run) if seq_id is None else run.seq_base + seq_id
     try:
         if not backend.runs.is_alive(run):
@@ -35,7 +45,7 @@ async def submit(
                 Submission(
                     run.owner,
                     kind,
-                    None if seq_id is None else natural_key(run.id, number),
+                    key if seq_id is None else natural_key(run.id, number),
                     lambda request_id: msgspec.structs.replace(message, request_id=request_id),
                     {"model_id": run.name} | (reply or {}),
                     run.id,
@@ -49,6 +59,8 @@ async def submit(
         if seq_id is None:  # nobody will send this number again
             await backend.operations.give_up(run.owner, run.id, number, error.message)
         raise
+    if operation.seq_id != number:
+        await backend.operations.give_up(run.owner, run.id, number, f"{kind} was sent before")
     return operation
 
 

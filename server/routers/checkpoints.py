@@ -74,6 +74,7 @@ async def weights_info(body: requests.WeightsInfo, backend: BackendOf, owner: Ow
         "exists": True,
         "base_model": row.base_model,
         "is_lora": row.lora is not None,
+        "lora_rank": 0,  # as xorl-client asks for full weights when it goes on from a checkpoint
         "optimizer_config": row.optimizer,
         "created_at": iso(row.created_at),
         "size_bytes": row.size_bytes,

@@ -18,6 +18,7 @@ from ..live.runs import model_id
 from ..live.wandb_runs import CONFIGURATION
 from ..operations.operation import Operation, Submission
 from ..operations.saves import save_state
+from ..rlve.spec import CONFIGURATION as RLVE
 from ..served.named_models import Named, check_name, described, warnings_of
 from ..storage.checkpoints import iso
 from ..wire import models as wire
@@ -44,6 +45,8 @@ async def create_model(
         backend.wandb.check()
     if body.checkpoint_path is not None:
         spec = await _from_checkpoint(spec, body, backend, owner)
+    if (rlve := spec.configuration.get(RLVE)) is not None:
+        rlve["difficulties"] = await backend.rlve.difficulties(rlve["config"], body.base)
     reply = described(spec, base_url(request, backend))
     if of_session and body.session_id is not None:
         operation = await _create(spec, body, body.session_id, dialect, reply, backend, owner)
@@ -200,6 +203,8 @@ async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str,
     if run.lora is not None:
         info["lora_rank"] = run.lora["rank"]
         info["lora_alpha"] = run.lora["alpha"]
+    if RLVE in run.configuration:
+        info["rlve"] = await backend.rlve.described(run)
     return info
 
 

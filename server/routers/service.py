@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ... import __version__
+from ..rlve import environments
 from . import Backend, BackendOf, Owner, base_url
 
 router = APIRouter(tags=["service"])
@@ -60,7 +61,8 @@ async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
         "model_names": list(backend.base_models),
         "max_batch_size": backend.settings.max_datums,
         "features": ["lora", "gradient_accumulation", "checkpointing", "sampling"]
-        + (["full_weight"] if backend.settings.full_weight else []),
+        + (["full_weight"] if backend.settings.full_weight else [])
+        + (["rlve"] if environments.installed() else []),
         "version": __version__,
     }
 

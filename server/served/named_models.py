@@ -23,6 +23,7 @@ from ..live.runs import Runs, model_id
 from ..live.sessions import Sessions
 from ..operations.operation import Operation
 from ..operations.operations import Operations
+from ..rlve.spec import CONFIGURATION as RLVE
 
 _OVER = ("finished", "failed")
 
@@ -101,6 +102,12 @@ def _require_alike(run: Run, spec: ModelSpec) -> None:
                 f"model {run.name!r} is there already, with {field_name} {old!r} and not {new!r}; "
                 "call unload_model first, or choose another model_id"
             )
+    rlve = spec.configuration.get(RLVE)
+    if rlve is not None and rlve["config"] != run.configuration.get(RLVE, {}).get("config"):
+        raise BadRequest(
+            f"model {run.name!r} is there already, with another rlve_config; call unload_model first, or "
+            "choose another model_id"
+        )
     if _shape(there.lora) != _shape(asked.lora):
         raise BadRequest(
             f"model {run.name!r} is there already, with lora_config {_shape(there.lora)} and not "

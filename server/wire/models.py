@@ -18,6 +18,7 @@ from pydantic import (
 
 from ...engine import messages
 from .body import Body, Finite, Id, Metadata, OfModel, SeqId, as_json
+from .rlve import RlveConfig
 
 Positive = Annotated[StrictInt, Field(ge=1, lt=1 << 31)]
 Names = list[Annotated[str, Field(max_length=128)]]
@@ -55,12 +56,6 @@ class ParallelismConfig(Body):
     tensor_parallel_size: Positive = 1
     pipeline_parallel_size: Positive = 1
     num_gpus: Positive | None = None
-
-
-class RlveConfig(Body):
-    """Server-side RL is not here; a block that does not ask for it is fine."""
-
-    enabled: StrictBool = False
 
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(as_json)]

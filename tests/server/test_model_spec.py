@@ -7,10 +7,23 @@ from tinsmith.server.settings import Settings
 from tinsmith.server.wire.models import CreateModel, OptimizerConfig
 
 
-def test_server_side_rl_is_refused_by_name(tmp_path):
-    asked = CreateModel(base_model="tiny", rlve_config={"enabled": True, "environment_list": ["add"]})
-    with pytest.raises(BadRequest, match=r"rlve_config\.enabled: this server has no environments"):
-        model_spec(asked, "model", "tinkercloud", Settings(data_dir=tmp_path))
+@pytest.mark.parametrize(
+    ("dialect", "config", "full_weight", "rank"),
+    [
+        ("xorl", {"rank": 32}, True, None),
+        ("xorl", {"rank": 32, "dropout": 0.0}, True, 32),
+        ("xorl", {"rank": 16}, True, 16),
+        ("xorl", {"rank": 32}, False, 32),
+        ("tinkercloud", {"rank": 32}, True, 32),
+    ],
+)
+def test_what_xorls_client_asks_full_weights_with(tmp_path, dialect, config, full_weight, rank):
+    """Its `create_training_client` sends a rank of 32, and nothing else."""
+    asked = CreateModel(base_model="tiny", lora_config=config)
+    spec = model_spec(asked, "model", dialect, Settings(data_dir=tmp_path, full_weight=full_weight))
+    lora = spec.message.lora
+    assert (None if lora is None else lora.rank) == rank
+    assert any("full weights" in each for each in spec.warnings) == (rank is None)
 
 
 def test_muons_own_learning_rate_is_a_factor_of_the_other():
