@@ -13,6 +13,7 @@ def run(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, st
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("TINSMITH_NOTEBOOK_STEPS", str(steps))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of the other tests: for programs too small to be slow
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
