@@ -140,12 +140,14 @@ def error_response(
     request_path: str, status: int, message: str, category: str, headers: dict | None = None
 ) -> Response:
     """The one error body. A 5xx of a submit is retried by clients, a 4xx is final."""
+    # Messages quote what was sent, and JSON can have halves of surrogate pairs, which UTF-8 cannot.
+    message, path = (text.encode(errors="backslashreplace").decode() for text in (message, request_path))
     body = {
         "detail": message,
         "error": message,
         "category": category,
         "status_code": status,
-        "path": request_path,
+        "path": path,
     }
     return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
 

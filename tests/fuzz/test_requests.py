@@ -187,3 +187,9 @@ def test_what_no_answer_could_show_is_refused(value: Any) -> None:
 def test_half_a_character_is_no_stop_string() -> None:
     with pytest.raises(ValidationError, match="stop"):
         sampling.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
+
+
+def test_an_answer_may_quote_halves_of_surrogate_pairs() -> None:
+    answer = errors.error_response("/api/\udfff", 400, "chunk 0: \ud800 is not supported", "user")
+    said = json.loads(answer.body)
+    assert (said["error"], said["path"]) == ("chunk 0: \\ud800 is not supported", "/api/\\udfff")
