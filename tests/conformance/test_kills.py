@@ -130,6 +130,7 @@ def weights(server: ServerProcess, path: str) -> bytes:
     return file.read_bytes()
 
 
+@pytest.mark.timeout(600 + 30 * KILLS)
 def test_training_goes_on_through_random_kills(make_server) -> None:
     server: ServerProcess = make_server(
         TINSMITH_SNAPSHOT_OPERATIONS="7",
