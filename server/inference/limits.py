@@ -45,7 +45,6 @@ class Limits:
     quantization: str | None
     dtype: str
     tp_size: int
-    sampling_backend: str
     deterministic: bool
     version: str
     server_info: dict[str, Any]  # without its secrets
@@ -79,7 +78,6 @@ def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits
         quantization=said.get("quantization"),
         dtype=str(said.get("dtype") or ""),
         tp_size=_number(said, "tp_size") or 1,
-        sampling_backend=str(said.get("sampling_backend") or ""),
         deterministic=bool(said.get("enable_deterministic_inference")),
         version=str(said.get("version") or ""),
         server_info=said,

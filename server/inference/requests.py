@@ -38,9 +38,10 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
         return "repetition_penalty, presence_penalty, frequency_penalty: SGLang's are not the same"
     if not greedy and params.top_k == 1 and params.temperature != 1.0:
         return "top_k: 1 makes SGLang greedy, with other log-probs; send temperature 0"
-    one_by_one = limits is not None and limits.sampling_backend == "flashinfer"
-    if not greedy and params.top_k > 0 and params.top_p < 1.0 and not one_by_one:
-        return "top_k, top_p: together they are exact only where SGLang samples with flashinfer"
+    if not greedy and params.top_k > 0 and params.top_p < 1.0:
+        return "top_k, top_p: together they keep other tokens there, where top_p is of what is not filtered"
+    if params.seed is not None and params.min_p > 0.0:
+        return "seed, min_p: together they would end an SGLang server"
     if sample.prompt_targets is not None:
         return "target_prompt_logprobs: SGLang scores the same tokens at all positions"
     if sample.prompt_alternatives:

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def limits(**server_info) -> Limits:
-    said = {"context_length": 512, "max_total_num_tokens": 8192, "sampling_backend": "pytorch"}
+    said = {"context_length": 512, "max_total_num_tokens": 8192}
     return limits_of(said | server_info, {"model_path": "/models/tiny", "weight_version": "default"})
 
 
@@ -92,11 +92,11 @@ def test_what_it_does_otherwise_is_named(model: BaseModel, field: str, fields: d
 
 
 def test_what_depends_on_how_it_was_started(model: BaseModel) -> None:
-    seeded, both = sample(seed=3), sample(top_k=4, top_p=0.5)
+    seeded, deadly = sample(seed=3), sample(seed=3, min_p=0.1)
     deterministic = limits(enable_deterministic_inference=True)
     assert requests.why_not(seeded, model, deterministic, seeds=True) is None
     assert requests.why_not(seeded, model, deterministic, seeds=False) is not None  # another engine's numbers
-    assert requests.why_not(both, model, limits(sampling_backend="flashinfer"), seeds=False) is None
+    assert "min_p" in str(requests.why_not(deadly, model, deterministic, seeds=True))
     untempered = replace(limits(), tempered=False)
     assert "temperature" in str(requests.why_not(sample(temperature=0.7), model, untempered, seeds=False))
     assert requests.why_not(sample(temperature=0.0), model, untempered, seeds=False) is None
