@@ -32,7 +32,10 @@ ModelId = Annotated[Id, Field(validation_alias=AliasChoices("model_id", "session
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
+    # Only text that UTF-8 can write has a length: with a limit, halves of surrogate pairs are no strings.
+    model_config = ConfigDict(
+        extra="ignore", populate_by_name=True, protected_namespaces=(), str_max_length=1 << 28
+    )
 
 
 class OfModel(Body):

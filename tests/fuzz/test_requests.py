@@ -184,6 +184,11 @@ def test_what_no_answer_could_show_is_refused(value: Any) -> None:
         requests.CreateSession.model_validate({"user_metadata": {"a": value}})
 
 
+def test_half_a_character_is_no_name() -> None:
+    with pytest.raises(ValidationError, match="base_model"):
+        models.CreateModel.model_validate({"session_id": "s", "model_seq_id": 0, "base_model": "\ud800"})
+
+
 def test_half_a_character_is_no_stop_string() -> None:
     with pytest.raises(ValidationError, match="stop"):
         sampling.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
