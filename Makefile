@@ -45,7 +45,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (under 5 minutes)
 	@$(BIN)/python demo/sft.py
 
-test: lint sglang rlve ## lint, types, import arrows, and all tests but the slow ones
+test: $(STAMP) ## lint, types, import arrows, and all tests but the slow ones
+	@$(MAKE) --no-print-directory -j 3 lint sglang rlve
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 CASES ?= 1000000

@@ -142,6 +142,7 @@ def kill_engine(server: ServerProcess) -> None:
     psutil.wait_procs([engine], timeout=10)
 
 
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_not_the_end(
     server: ServerProcess, service: tinker.ServiceClient, expected: np.ndarray
 ) -> None:

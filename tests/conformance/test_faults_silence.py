@@ -41,6 +41,7 @@ def train(service: tinker.ServiceClient, disturb=lambda: None) -> np.ndarray:
     return np.concatenate(logprobs(training.forward(batch(), "cross_entropy").result()))
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_stopped_is_replaced(
     listening: ServerProcess, service: tinker.ServiceClient
 ) -> None:

@@ -173,6 +173,7 @@ def under_way(engine: psutil.Process) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_an_operation_that_every_engine_dies_of_fails_alone(mortal: ServerProcess) -> None:
     wire = Wire(mortal.url, "tml-local")

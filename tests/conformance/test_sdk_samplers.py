@@ -105,6 +105,7 @@ def strict(make_server) -> Iterator[ServerProcess]:
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_idle_samplers_leave_the_device_and_come_back(strict: ServerProcess) -> None:
     service = tinker.ServiceClient(base_url=strict.url, api_key="tml-alice")
     training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_samples_are_the_same_on_every_mesh():
     meshes = ["data=2,fsdp=2,tensor=2"]
     script = Path(__file__).with_name("sample_on_meshes.py")
