@@ -290,8 +290,12 @@ class Engine:
 
 
 def _forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:
-    logprobs = [
-        messages.Tensor("float32", logprobs.shape, np.ascontiguousarray(logprobs, "<f4").tobytes())
-        for logprobs in result.logprobs
+    losses = None if result.losses is None else _tensors(result.losses)
+    return messages.ForwardBackwardOutput(_tensors(result.logprobs), result.metrics, losses)
+
+
+def _tensors(arrays: list[np.ndarray]) -> list[messages.Tensor]:
+    return [
+        messages.Tensor("float32", array.shape, np.ascontiguousarray(array, "<f4").tobytes())
+        for array in arrays
     ]
-    return messages.ForwardBackwardOutput(logprobs, result.metrics)

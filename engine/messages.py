@@ -162,6 +162,7 @@ class ForwardBackward(_Request, frozen=True):
     """Loss and log-probs; unless `forward_only`, gradients are added to the model's accumulator.
 
     `custom_loss` is that of loss_fn `custom`: it travels with the operation, for a replay has nothing else.
+    `elementwise_loss`: the answer has the loss of each token too, of all losses but custom ones.
     """
 
     model_id: str
@@ -170,6 +171,7 @@ class ForwardBackward(_Request, frozen=True):
     loss_config: dict[str, LossValue] = {}
     forward_only: bool = False
     custom_loss: CustomLoss | None = None
+    elementwise_loss: bool = False
 
 
 class OptimStep(_Request, frozen=True):
@@ -322,10 +324,11 @@ class ModelCreated(msgspec.Struct, frozen=True, tag=True):
 
 
 class ForwardBackwardOutput(msgspec.Struct, frozen=True, tag=True):
-    """Per datum, in the client's order, float32 log-probs shaped like its `target_tokens`."""
+    """Per datum, in the client's order, float32 log-probs shaped like its `target_tokens`, and losses."""
 
     logprobs: list[Tensor]
     metrics: dict[str, float]
+    elementwise_loss: list[Tensor] | None = None
 
 
 class OptimStepOutput(msgspec.Struct, frozen=True, tag=True):

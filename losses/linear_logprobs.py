@@ -30,6 +30,7 @@ class HeadOutput(NamedTuple):
     """What one pass over the head gives."""
 
     logprobs: Float[Array, "B T K"]
+    losses: Float[Array, "B T K"]
     loss: Float[Array, " B"]  # summed over each row
     d_hidden: Float[Array, "B T D"]
     d_unembed: Float[Array, "V D"] | None
@@ -100,18 +101,19 @@ def linear_logprobs_and_gradient(
         forward = _forward(hidden, unembed, targets, lora, mask)
         loss, slope = loss_and_slope(forward.logprobs, inputs)
         d_hidden, totals = _backward(hidden, unembed, targets, slope, forward, lora, mask, totals)
-        return (loss_B + loss.sum((1, 2)), totals), (forward.logprobs, d_hidden)
+        return (loss_B + loss.sum((1, 2)), totals), (forward.logprobs, loss, d_hidden)
 
     cuts = _cuts(hidden.shape, targets.shape[2], chunk_tokens)
     zero = (jnp.zeros(B, jnp.float32), totals)
-    (loss_B, totals), (logprobs, d_hidden) = jax.lax.scan(body, zero, _cut((hidden, targets, inputs), cuts))
+    (loss_B, totals), kept = jax.lax.scan(body, zero, _cut((hidden, targets, inputs), cuts))
+    logprobs, losses, d_hidden = map(_join, kept)
     d_lora = None
     if lora is not None:
         d_lora = {
             "a": totals["a"].reshape(D, n, R).transpose(1, 0, 2),
             "b": totals["b"].reshape(V, n, R).transpose(1, 2, 0),
         }
-    return HeadOutput(_join(logprobs), loss_B, _join(d_hidden), totals.get("unembed"), d_lora)
+    return HeadOutput(logprobs, losses, loss_B, d_hidden, totals.get("unembed"), d_lora)
 
 
 def _forward(hidden, unembed, targets, lora, mask) -> _Chunk:

@@ -50,6 +50,7 @@ class Outputs(NamedTuple):
     """What the client's answer is made of."""
 
     logprobs: jax.Array  # [B, T, K] float32
+    losses: jax.Array  # [B, T, K] float32
     loss: jax.Array  # [B] float32, summed over the row
 
 
@@ -70,7 +71,7 @@ def forward_backward_adapters(
             tree | {"unembed": {"a": head.d_lora["a"][i], "b": head.d_lora["b"][i]}}
             for i, tree in enumerate(new)
         )
-    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.loss)
+    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.losses, head.loss)
 
 
 def forward_backward_weights(
@@ -90,7 +91,7 @@ def forward_backward_weights(
         new["lm_head"]["weight"] += head.d_unembed.T
     else:
         new["embed_tokens"]["weight"] += head.d_unembed
-    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.loss)
+    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.losses, head.loss)
 
 
 def forward_adapters(static: Static, base: Any, adapters: tuple, scale_n: jax.Array, batch: Batch) -> Outputs:
@@ -167,7 +168,7 @@ def _evaluate(static: Static, hidden: jax.Array, unembed: jax.Array, batch: Batc
     if static.sequence_level:
         inputs["sequence_log_ratio"] = _sequence_log_ratio(logprobs, batch)
     loss, _ = _row_losses(static, logprobs, inputs, batch.real, batch)
-    return Outputs(logprobs, loss.sum((1, 2)))
+    return Outputs(logprobs, loss, loss.sum((1, 2)))
 
 
 def _row_losses(static: Static, logprobs, inputs, real, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -163,7 +163,9 @@ class Trainer:
             aligned = [align(index, datum, chosen.loss) for index, datum in enumerate(data)]
             data = [each.datum for each in aligned]
         checked = validation.check_data(data, chosen, self.config.vocab_size, self.max_sequence_length)
-        return Job(state, checked, chosen, operation.forward_only, aligned)
+        return Job(
+            state, checked, chosen, operation.forward_only, aligned, elementwise=operation.elementwise_loss
+        )
 
     def start(self, jobs: Sequence[Job | CustomJob]) -> Run | CustomLossRun:
         """Pack the jobs into micro-batches; nothing runs until `Run.step`. Either all are custom or none is.

@@ -35,13 +35,14 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """One checked forward or forward_backward of one model."""
+    """One checked forward or forward_backward of one model; `elementwise`: its loss is asked for by token."""
 
     state: TrainingState
     data: list[TrainingDatum]
     chosen: ChosenLoss
     forward_only: bool = False
     aligned: list[Aligned] | None = None  # how the client laid the datums out; None: as `data` are
+    elementwise: bool = False
 
     @property
     def loss(self) -> Loss:
@@ -59,10 +60,12 @@ class Job:
 
 @dataclass(frozen=True)
 class JobOutput:
-    """Per datum, in the client's order, float32 log-probs shaped like its target_tokens; and the metrics."""
+    """Per datum, in the client's order, float32 log-probs and, where they are asked for, losses, shaped like
+    its target_tokens; and the metrics."""
 
     logprobs: list[np.ndarray]
     metrics: dict[str, float]
+    losses: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Run:
         self._gradients: dict[int, Any] = {}
         self._losses = np.zeros(len(self._jobs))
         self._logprobs: list[list[Any]] = [[None] * len(job.data) for job in self._jobs]
+        self._elementwise: list[list[Any]] = [[None] * len(job.data) for job in self._jobs]
         self._waiting = deque(self._plan(self._shapes))
         self._in_flight: deque[tuple[list[tuple[int, int]], MicroBatch, Outputs]] = deque()
         self.micro_batches = len(self._waiting)
@@ -213,14 +217,18 @@ class Run:
         )
 
     def _read_back(self, members: list[tuple[int, int]], micro_batch: MicroBatch, outputs: Outputs) -> None:
-        logprobs, losses = (np.asarray(array) for array in outputs)
+        loss = np.asarray(outputs.loss)
         for at, row in enumerate(micro_batch.rows):
-            self._losses[row.group] += losses[at]
-        for number, values in micro_batch.pick(logprobs).items():
-            job, index = members[number]
-            shape = self._jobs[job].data[index].shape
-            targets = 1 if len(shape) == 1 else shape[1]
-            self._logprobs[job][index] = values[:, :targets].reshape(shape)
+            self._losses[row.group] += loss[at]
+        kept = [(self._logprobs, outputs.logprobs)]
+        if any(self._jobs[row.group].elementwise for row in micro_batch.rows):
+            kept.append((self._elementwise, outputs.losses))
+        for by_datum, array in kept:
+            for number, values in micro_batch.pick(np.asarray(array)).items():
+                job, index = members[number]
+                shape = self._jobs[job].data[index].shape
+                targets = 1 if len(shape) == 1 else shape[1]
+                by_datum[job][index] = values[:, :targets].reshape(shape)
 
     def _finish(self, index: int) -> JobOutput | UserError:
         job, gradients = self._jobs[index], self._gradients.pop(index, None)
@@ -235,14 +243,15 @@ class Run:
                 job.state.valid_tokens += job.valid_tokens
             else:
                 job.state.failed_since_step += 1
-        return error or JobOutput(self._answered(index), self._metrics(index))
+        losses = self._laid_out(index, self._elementwise[index]) if job.elementwise and not error else None
+        return error or JobOutput(self._laid_out(index, self._logprobs[index]), self._metrics(index), losses)
 
-    def _answered(self, index: int) -> list[np.ndarray]:
-        """The log-probs as the client laid its datums out."""
-        logprobs, aligned = self._logprobs[index], self._jobs[index].aligned
+    def _laid_out(self, index: int, values: list[np.ndarray]) -> list[np.ndarray]:
+        """As the client laid its datums out."""
+        aligned = self._jobs[index].aligned
         if aligned is None:
-            return logprobs
-        return [each.answered(values) for each, values in zip(aligned, logprobs, strict=True)]
+            return values
+        return [each.answered(of_datum) for each, of_datum in zip(aligned, values, strict=True)]
 
     def _check(self, index: int) -> NonFiniteError | None:
         if np.isfinite(self._losses[index]):

@@ -66,7 +66,8 @@ def _size(answer: Answer | None) -> int:
     """Roughly the bytes of an answer in memory."""
     output = answer.output if isinstance(answer, messages.Done) else None
     if isinstance(output, messages.ForwardBackwardOutput):
-        return _OPERATION_BYTES + sum(len(tensor.data) for tensor in output.logprobs)
+        tensors = output.logprobs + (output.elementwise_loss or [])
+        return _OPERATION_BYTES + sum(len(tensor.data) for tensor in tensors)
     if isinstance(output, messages.SampleOutput):
         return _OPERATION_BYTES + sum(2 * len(sequence.tokens) for sequence in output.sequences)
     return _OPERATION_BYTES

@@ -106,7 +106,10 @@ class Answers:
                 if isinstance(part, messages.SampleOutput):
                     yield _event(self.of(running, part, part.sequences[0]))
                     continue
-                sampled_text.add(part.begin, tokens_of(part.tokens))
+                tokens = tokens_of(part.tokens)
+                if part.begin + len(tokens) <= len(sampled_text.tokens):  # of an engine that began it again
+                    continue
+                sampled_text.add(part.begin, tokens)
                 meta = self._meta(running, sampled_text.tokens) | {"finish_reason": None}
                 yield _event(
                     {"text": sampled_text.told, "output_ids": sampled_text.tokens, "meta_info": meta}

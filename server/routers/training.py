@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ...engine import messages
+from ..dialect import POINTS
 from ..errors import ApiError, BadRequest
 from ..live.run import Run
 from ..operations import provenance
@@ -16,6 +17,7 @@ from ..operations.submits import refuse, submit
 from ..wire import forward_backward as wire
 from ..wire import training as json_wire
 from ..wire.body import Sequenced
+from ..wire.losses import PER_TOKEN
 from . import Backend, BackendOf, Owner, future
 
 router = APIRouter(prefix="/api/v1", tags=["training"])
@@ -81,14 +83,18 @@ async def _message(
     custom_loss = None
     if body.loss_id is not None:
         custom_loss = await backend.custom_losses.find(run.owner, run.session_id, body.loss_id)
+    per_token = body.loss_config.get(PER_TOKEN, POINTS[run.dialect].elementwise_loss)
+    if per_token not in (False, True):  # 0 and 1 too
+        raise BadRequest(f"loss_fn_config[{PER_TOKEN!r}] is {per_token!r}; it must be true or false")
     return messages.ForwardBackward(
         request_id="",
         model_id=run.id,
         data=data,
         loss_fn=body.loss_fn,
-        loss_config=body.loss_config,
+        loss_config={key: value for key, value in body.loss_config.items() if key != PER_TOKEN},
         forward_only=forward_only,
         custom_loss=custom_loss,
+        elementwise_loss=bool(per_token) and custom_loss is None,
     )
 
 

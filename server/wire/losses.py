@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 from ..errors import BadRequest
 
+PER_TOKEN = "return_per_token"
+"""Of any loss: whether the answer has each token's. The server's business, not the engine's."""
 _POLICY = (
     *("eps_clip", "eps_clip_high", "eps_clip_c", "icepop_beta", "use_tis", "tis_clip_low", "tis_clip_high"),
     "compute_kl_stats",
@@ -25,7 +27,7 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
         "kl_coeff",
     ),
     "gspo": _THRESHOLDS,
-    "causallm_loss": ("return_per_token",),
+    "causallm_loss": (PER_TOKEN,),
     "policy_loss": _POLICY,
     "ppo_loss": _POLICY,
     "drgrpo": ("clip_low", "clip_high", "beta", "kl_type", "ratio_type"),
@@ -41,6 +43,6 @@ def check_loss(name: str, config: Iterable[str]) -> None:
         raise BadRequest(f"loss_fn: unknown loss {name[:64]!r}; this server has {', '.join(CONFIG_KEYS)}")
     keys = CONFIG_KEYS[name]
     for key in config:
-        if key not in keys:
+        if key not in (*keys, PER_TOKEN):
             takes = ", ".join(keys) or "none"
             raise BadRequest(f"loss_fn_config: unknown key {key[:64]!r} for loss {name!r}; it takes: {takes}")

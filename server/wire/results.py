@@ -123,16 +123,7 @@ def as_json(output: messages.Output, dialect: Dialect = "tinker") -> dict[str, A
         return {
             "loss_fn_output_type": OUTPUT_TYPE,
             "info": {},
-            "loss_fn_outputs": [
-                {
-                    "logprobs": {
-                        "data": np.frombuffer(tensor.data, _NUMPY[tensor.dtype]).tolist(),
-                        "dtype": tensor.dtype,
-                        "shape": list(tensor.shape),
-                    }
-                }
-                for tensor in output.logprobs
-            ],
+            "loss_fn_outputs": _loss_fn_outputs(output),
             "metrics": _metrics(output.metrics, dialect),
         }
     if isinstance(output, messages.SampleOutput):
@@ -142,6 +133,22 @@ def as_json(output: messages.Output, dialect: Dialect = "tinker") -> dict[str, A
     if isinstance(output, messages.StateSaved | messages.SamplerSaved):
         return {"size_bytes": output.size_bytes}
     return {}
+
+
+def _loss_fn_outputs(output: messages.ForwardBackwardOutput) -> list[dict[str, Any]]:
+    """Log-probs by target; and, where they are asked for, xorl's losses by target and tinkercloud's by
+    datum."""
+    found: list[dict[str, Any]] = [{"logprobs": _dense(tensor)} for tensor in output.logprobs]
+    for of_datum, tensor in zip(found, output.elementwise_loss or [], strict=False):
+        of_datum["elementwise_loss"] = _dense(tensor)
+        total = float(np.frombuffer(tensor.data, "<f4").sum(dtype=np.float64))
+        of_datum["loss"] = {"data": [total], "dtype": "float32", "shape": [1]}
+    return found
+
+
+def _dense(tensor: messages.Tensor) -> dict[str, Any]:
+    data = np.frombuffer(tensor.data, _NUMPY[tensor.dtype]).tolist()
+    return {"data": data, "dtype": tensor.dtype, "shape": list(tensor.shape)}
 
 
 def _step_as_json(metrics: dict[str, float]) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import platform
 import statistics
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -17,14 +20,39 @@ def milliseconds(call) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
+class Streamed:
+    """A stream that has begun: its events, as they come."""
+
+    def __init__(self, stack: contextlib.ExitStack, wire: Wire, path: str, body: dict[str, Any]):
+        answer = stack.enter_context(wire.http.stream("POST", path, json=body | {"stream": True}))
+        self._lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        self.events = [json.loads(next(self._lines))]
+
+    def to_its_end(self) -> list[dict[str, Any]]:
+        self.events += [json.loads(line) for line in self._lines if line != "[DONE]"]
+        return self.events
+
+
+GENERATED = {
+    "input_ids": [5, 6, 7],
+    "sampling_params": {"max_new_tokens": 450, "ignore_eos": True, "sampling_seed": 3},
+}
+COMPLETED = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 450, "seed": 4, "logprobs": 1}
+
+
 def test_between_two_engines_submits_are_accepted_and_polls_are_408(make_server) -> None:
+    """And streams that the first one has begun go on."""
     server: ServerProcess = make_server(TINSMITH_LONG_POLL_SECONDS="1").start()
     wire = Wire(server.url, "tml-local")
     model = wire.model()
     finished = wire.forward_backward(model, 1)
     wire.result(finished)
     first = server.engine
+    stack = contextlib.ExitStack()
+    generated = Streamed(stack, wire, "/generate", GENERATED)
+    completed = Streamed(stack, wire, "/v1/completions", COMPLETED)
     first.suspend()  # so that the next operation is still unanswered when it dies
+    assert server.health()["active_requests"], "the engine was too fast for this test"
     pending = wire.forward_backward(model, 2)
     first.kill()
     deadline = time.monotonic() + 10
@@ -41,6 +69,17 @@ def test_between_two_engines_submits_are_accepted_and_polls_are_408(make_server)
     assert "metrics" in wire.result(pending)
     assert "metrics" in wire.result(later)
     assert server.health()["engine"]["lives"] == 2
+    with stack:
+        events = generated.to_its_end()
+        lengths = [len(each["output_ids"]) for each in events]
+        assert lengths == sorted(lengths), "nothing is taken back"
+        whole = wire.http.post("/generate", json=GENERATED).json()
+        assert (events[-1]["output_ids"], events[-1]["text"]) == (whole["output_ids"], whole["text"])
+        chunks = [each["choices"][0] for each in completed.to_its_end()]
+        whole = wire.http.post("/v1/completions", json=COMPLETED).json()["choices"][0]
+        assert "".join(each["text"] for each in chunks) == whole["text"]
+        told = [token for each in chunks for token in each["logprobs"]["tokens"]]
+        assert told == whole["logprobs"]["tokens"]
     assert server.stop() == 0
 
 

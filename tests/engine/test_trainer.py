@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from engine_training import (
@@ -60,6 +61,33 @@ def test_outputs_come_in_the_clients_order_and_packing_changes_nothing(trainer):
     assert together.metrics["loss:sum"] == pytest.approx(want, rel=1e-4)
     assert all(key.count(":") == 1 for key in together.metrics)
     assert state.gradients is None
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_elementwise_losses_follow_the_formula_and_add_up(trainer, forward_only):
+    """In the client's order and layout, and only where they are asked for, though models share a batch."""
+    data = random_data(LENGTHS, loss="importance_sampling")
+    labels = datum([5, 6, 7, 8], labels=np.array([-100, 6, 9, 8]))
+    asked = msgspec.structs.replace(
+        operation(data, "importance_sampling", forward_only=forward_only), elementwise_loss=True
+    )
+    laid_out = msgspec.structs.replace(operation([labels], forward_only=forward_only), elementwise_loss=True)
+    jobs = [
+        trainer.job(model(trainer), asked),
+        trainer.job(model(trainer, seed=2), operation(data[:2], "importance_sampling", None, forward_only)),
+        trainer.job(model(trainer, seed=3, target_alignment="by_shape"), laid_out),
+    ]
+    first, second, third = trainer.forward_backward(jobs)
+    for one, logprobs, losses in zip(data, first.logprobs, first.losses, strict=True):
+        sampled, advantages = (
+            np.frombuffer(one.inputs[name].data, np.float32) for name in ("logprobs", "advantages")
+        )
+        np.testing.assert_allclose(losses, -np.exp(logprobs - sampled) * advantages, rtol=1e-4, atol=1e-5)
+    total = sum(float(losses.sum(dtype=np.float64)) for losses in first.losses)
+    assert total == pytest.approx(first.metrics["loss:sum"], rel=1e-4)
+    assert second.losses is None
+    np.testing.assert_allclose(third.losses[0], -third.logprobs[0], atol=1e-6)
+    assert third.losses[0].shape == (3,)
 
 
 def test_gradients_are_sums_over_calls(trainer):

@@ -41,6 +41,11 @@ def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
         assert (first["model_id"], stepped["metrics"]["grad_norm"] > 0) == ("sft", True)
     assert losses == sorted(losses, reverse=True)
     assert trained["metrics"]["valid_tokens:sum"] == 4
+    (of_datum,) = trained["loss_fn_outputs"]
+    by_token = of_datum["elementwise_loss"]["data"]
+    assert by_token[:3] == [0.0, 0.0, 0.0]
+    assert by_token[3:] == [-each for each in of_datum["logprobs"]["data"][3:]]
+    assert of_datum["loss"]["data"] == [pytest.approx(trained["metrics"]["loss:sum"], rel=1e-5)]
     path = xorl.done("save_weights", seq_id=7, path="half", **model)["path"]
     assert path == "xorl://sft/weights/half"
     forward = xorl.done("forward", seq_id=8, forward_input=BATCH, **model)
@@ -51,6 +56,9 @@ def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
     assert xorl.done("load_weights", seq_id=1, path=path, optimizer=True, **model)["path"] == path
     resumed = xorl.done("forward", seq_id=2, forward_input=BATCH, **model)
     assert resumed["loss_fn_outputs"] == forward["loss_fn_outputs"]
+    without = BATCH | {"loss_fn_params": {"return_per_token": False}}
+    plain = xorl.done("forward", seq_id=3, forward_input=without, **model)["loss_fn_outputs"][0]
+    assert plain.keys() == {"logprobs"}
     other = xorl.post("/api/v1/create_model", json=created | {"lora_config": {"rank": 4}})
     assert "unload_model" in other.json()["detail"]
     with Xorl(rest_server.url, BOB) as bob:
