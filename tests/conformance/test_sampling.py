@@ -106,7 +106,7 @@ def test_64_one_token_samples_at_once(server: ServerProcess, sampler: str) -> No
 
 def test_a_cancelled_sample_gives_its_slots_to_those_who_wait(wire: Wire, sampler: str) -> None:
     """The slots are full for a long time, but not when what fills them is cancelled."""
-    long = body_of(sampler, [5] * 20, num_samples=AT_ONCE, sampling_params={"max_tokens": 150, "stop": []})
+    long = body_of(sampler, [5] * 20, num_samples=AT_ONCE, sampling_params={"max_tokens": 300, "stop": []})
     short = body_of(sampler, [6] * 20, sampling_params={"max_tokens": 1})
 
     def timed(cancelled: int) -> float:
