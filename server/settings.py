@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     sglang_patience_seconds: float = Field(300.0, gt=0)
     # Of the samples that SGLang draws, so many in a hundred are scored by the engine too, for `sampler/kl`.
     sglang_compared_percent: float = Field(2.0, ge=0, le=100)
+    # Where the servers see the data directory (None: under the same path); how many adapters are kept on one
+    # that has no limit of its own; whether a save goes out as a whole model, in place of what they had.
+    sglang_data_dir: Path | None = None
+    sglang_adapters: int = Field(32, ge=1)
+    sglang_merge: bool = False
 
     # Whether clients' wandb_config is done, with the network or only into files in data_dir.
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
@@ -142,7 +147,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _known_addresses(self) -> Settings:
-        Allowed(self.sglang_urls, self.sglang_allow)
+        Allowed(self.sglang_urls, self.sglang_allow, self.is_loopback)
         return self
 
     @model_validator(mode="after")

@@ -38,12 +38,13 @@ def url_of(host: str, port: int) -> str:
 
 
 class Allowed:
-    """Loopback, what the operator serves with, and what else the operator allows: `HOST`, `HOST:PORT` or a
-    network like `10.0.0.0/8`. A name is compared as it is written; it is resolved by nobody here, so one that
-    is allowed is its resolver's to mean."""
+    """What the operator serves with, and what else the operator allows: `HOST`, `HOST:PORT` or a network like
+    `10.0.0.0/8`; and this machine, if only its own users can ask us (`loopback`). A name is compared as it is
+    written; it is resolved by nobody here, so one that is allowed is its resolver's to mean."""
 
-    def __init__(self, served: Iterable[str], allowed: Iterable[str]):
+    def __init__(self, served: Iterable[str], allowed: Iterable[str], loopback: bool):
         """Raises ValueError."""
+        self._loopback = loopback
         self._places = {host_and_port(url) for url in served}
         self._hosts: set[str] = set()
         self._networks: list[Network] = []
@@ -61,6 +62,6 @@ class Allowed:
         host, port = place[0].lower(), place[1]
         found = address(host)
         plain = host if found is None else str(found)
-        if is_loopback(host) or plain in self._hosts or (plain, port) in self._places:
+        if (self._loopback and is_loopback(host)) or plain in self._hosts or (plain, port) in self._places:
             return True
         return found is not None and any(found in network for network in self._networks)

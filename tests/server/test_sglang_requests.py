@@ -211,7 +211,8 @@ def test_which_base_model_it_has(model: BaseModel, tmp_path: Path) -> None:
 
 
 def test_which_machines_may_be_asked() -> None:
-    allowed = Allowed(["http://gpu-1:30000"], ["10.1.0.0/16", "gpu-2", "gpu-3:30001", "fd00::1"])
+    named = ["10.1.0.0/16", "gpu-2", "gpu-3:30001", "fd00::1"]
+    allowed = Allowed(["http://gpu-1:30000"], named, loopback=True)
     for place in [
         ("localhost", 1),
         ("127.0.0.1", 2),
@@ -235,6 +236,13 @@ def test_which_machines_may_be_asked() -> None:
         ("::ffff:10.1.2.3", 80),
         ("example.org", 443),
     ]:
+        assert place not in allowed, place
+
+
+def test_a_server_that_others_reach_is_not_sent_to_its_own_machine_by_them() -> None:
+    allowed = Allowed(["http://127.0.0.1:30000"], [], loopback=False)
+    assert ("127.0.0.1", 30000) in allowed
+    for place in [("127.0.0.1", 5432), ("localhost", 30000), ("::1", 30000)]:
         assert place not in allowed, place
 
 
