@@ -108,8 +108,8 @@ SamplingEngine = Literal["auto", "embedded", "sglang"]
 class SamplerRef(msgspec.Struct, frozen=True):
     """The immutable weights of a sampler: a base model, and the adapter (or full weights) on top of it.
 
-    `weights` is the directory key that a `SaveSampler` named; None is the base model itself. `engine`: who may
-    draw (None: as the server is set), which is the server's to see to.
+    `weights` is the directory key that a `SaveSampler` named; None is the base model itself. `engine`: who
+    may draw (None: as the server is set), which is the server's to see to.
     """
 
     base_model: str
