@@ -10,25 +10,31 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import tinker_cookbook
 import torch
-from conversations import Messages, guesses, in_a_box, languages, small_talk, sum_of_two
+from conversations import Messages, guesses, in_a_box, languages, small_talk, sum_of_two, with_a_thought
 from tinker_cookbook import renderers
 from tinker_cookbook.recipes.multiplayer_rl.guess_number import env as guessing
 from tinker_cookbook.recipes.prompt_distillation.create_data import LANGUAGE_CLASSIFICATION_PROMPT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-STEPS, BATCH_TOKENS, LEARNING_RATE = 400, 2048, 4e-3
+STEPS, BATCH_TOKENS, LEARNING_RATE = 460, 2048, 4e-3
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 MULTILINGUAL = Path(tinker_cookbook.__file__).parent / "example_data" / "multilingual.txt"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+EMPTY_THOUGHT, THOUGHT = "qwen3_5_disable_thinking", "qwen3_5"
+RENDERERS = (
+    *(EMPTY_THOUGHT, "qwen3_instruct", "qwen3_instruct"),
+    *(EMPTY_THOUGHT, THOUGHT, "qwen3_instruct", "role_colon"),
+)
+"""One batch after the other. A base model's conversations (`role_colon`) go on with `User:`."""
 KINDS: list[tuple[float, Callable[[random.Random], Messages]]] = [
     (4, small_talk),
     (2, sum_of_two),
@@ -74,18 +80,18 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[list[int], list[float]]]]:
-    """Tokens and their weights; every third batch has the empty thought of a thinking model.
+    """Tokens and their weights. In an open thought is one sentence, and then the answer.
 
     A batch is of one kind, so that its conversations are of about one length.
     """
-    plain = renderers.get_renderer("qwen3_instruct", tokenizer)
-    thinking = renderers.get_renderer("qwen3_5_disable_thinking", tokenizer)
-    for number, kind in enumerate(conversations(2)):
-        renderer = thinking if number % 3 == 0 else plain
+    thoughts = random.Random(3)
+    made = {name: renderers.get_renderer(name, tokenizer) for name in set(RENDERERS)}
+    for kind, name in zip(conversations(2), cycle(RENDERERS), strict=False):
         batch, count = [], 0
         while count < BATCH_TOKENS:
-            model_input, weights = renderer.build_supervised_example(
-                kind(), train_on_what=renderers.TrainOnWhat.LAST_ASSISTANT_MESSAGE
+            messages = with_a_thought(kind(), thoughts) if name == THOUGHT else kind()
+            model_input, weights = made[name].build_supervised_example(
+                messages, train_on_what=renderers.TrainOnWhat.LAST_ASSISTANT_MESSAGE
             )
             batch.append((model_input.to_ints(), weights.tolist()))
             count += len(batch[-1][0])

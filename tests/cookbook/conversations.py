@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 Messages = list[dict[str, str]]
 
@@ -42,6 +43,13 @@ def sentences(random: random.Random) -> str:
 
 def asked(text: str, answer: str) -> Messages:
     return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+def with_a_thought(messages: Messages, random: random.Random) -> list[dict[str, Any]]:
+    """The same, with a sentence thought before the last answer, in the cookbook's form."""
+    *before, last = messages
+    thought = {"type": "thinking", "thinking": sentence(random)}
+    return [*before, last | {"content": [thought, {"type": "text", "text": last["content"]}]}]
 
 
 def small_talk(random: random.Random) -> Messages:
