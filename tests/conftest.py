@@ -3,8 +3,11 @@
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadFileScheduling
 
 # Tests run on the CPU unless told otherwise, whatever accelerator the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,3 +24,22 @@ if version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 install_import_hook(["tinsmith.model", "tinsmith.losses"], "beartype.beartype")
+
+SGLANG = "tests/sglang/"
+
+
+class WithOneSglang(LoadFileScheduling):
+    """A file's tests in one worker, and in one those of all files that share a real SGLang."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return SGLANG if nodeid.startswith(SGLANG) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return WithOneSglang(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest piece first, for the other worker to have enough left."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SGLANG))
