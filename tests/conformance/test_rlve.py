@@ -159,6 +159,7 @@ def datum(prompt: list[int], sequence: dict[str, Any], advantage: float) -> dict
     }
 
 
+@pytest.mark.slow
 def test_it_is_what_a_client_would_do_whatever_dies_or_stops(make_server, tiny_model: Path) -> None:
     server: ServerProcess = make_server(TINSMITH_LONG_POLL_SECONDS="10").start()
     wire = Wire(server.url, "tml-local")
