@@ -13,6 +13,9 @@ TORCH := torch==2.13.0
 VERSION := import sys; print('%d.%d' % sys.version_info[:2])
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install demo test slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
 
 help: ## list the targets

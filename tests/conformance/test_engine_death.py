@@ -6,6 +6,8 @@ import contextlib
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -97,7 +99,14 @@ def seconds_to_first_poll(server: ServerProcess, pending: str) -> float:
     return took
 
 
-def test_polls_are_answered_within_5_seconds_of_a_start(make_server) -> None:
+def seconds_to_import() -> float:
+    """What of a start is Python's: the same machine, at the same time, with nothing done but imports."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import tinsmith.server.serve"], check=True)
+    return time.monotonic() - began
+
+
+def test_polls_are_answered_soon_after_a_start(make_server) -> None:
     server: ServerProcess = make_server(TINSMITH_LONG_POLL_SECONDS="0").start(wait_for_engine=False)
     server.engine.suspend()
     wire = Wire(server.url, "tml-local")
@@ -110,10 +119,11 @@ def test_polls_are_answered_within_5_seconds_of_a_start(make_server) -> None:
     )
     server.kill()
     # The best of a few: other tests keep the machine busy.
-    took = [seconds_to_first_poll(server, created.json()["request_id"])]
-    while min(took) >= 5 and len(took) < 4:
-        took.append(seconds_to_first_poll(server, created.json()["request_id"]))
-    assert min(took) < 5, took
+    ratios: list[float] = []
+    while not ratios or (min(ratios) >= 3 and len(ratios) < 4):
+        imports = seconds_to_import()
+        ratios.append(seconds_to_first_poll(server, created.json()["request_id"]) / imports)
+    assert min(ratios) < 3, ratios
 
 
 def test_the_server_answers_while_the_engine_loads_and_computes(make_server) -> None:
