@@ -77,7 +77,11 @@ def sample_tokens(
     threshold = jnp.maximum(threshold, highest[:, 0] + jnp.log(rows.min_p))
     weights = jnp.where(z >= threshold[:, None], jnp.exp(z - highest), 0.0)
     drawn = invert_cdf(weights, u)
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    tokens = jax.lax.cond(  # an argmax takes as long as all of this without one
+        greedy.any(),
+        lambda: jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn),
+        lambda: drawn,
+    ).astype(jnp.int32)
     return Drawn(
         tokens=tokens,
         logprobs=jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0] - log_normalizer,

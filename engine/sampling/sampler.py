@@ -37,6 +37,8 @@ from .tokenizer import TokenBytes
 
 PyTree = Any
 
+_FIRST_ROWS = 4  # of prompts, which those in the first of them wait for
+
 
 class Sampler:
     """Samples from one base model with any number of adapters (or full weights) on top of it.
@@ -94,7 +96,7 @@ class Sampler:
         self._arrivals = 0
         self._turns = 0
         self._generations: dict[str, Generation] = {}
-        self._prefilled_last = False
+        self._rows_since_decode = 0
         self._drawn: list[messages.Drawn] = []
 
     # --- weights -----------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class Sampler:
     def step(self) -> list[messages.Done | messages.Failed]:
         """Run one unit of work and return the answers of the requests that it finished, in no special order.
 
-        Prefill and decode chunks alternate where there is both. A request whose weights give non-finite
+        Prefill and decode chunks take turns where there is both (`_is_turn_of_prefill`). A request whose weights give non-finite
         log-probs is answered with Failed (category user); any other exception is a fault of ours and leaves
         the sampler unusable."""
         if not self.has_work:
@@ -196,11 +198,21 @@ class Sampler:
         with self._programs.ready():
             self._queue.admit()
             self._programs.copy(self._queue.start_sequences())
-            if self._queue.prefilling and not (self._queue.running and self._prefilled_last):
-                self._prefilled_last = True
+            if self._queue.prefilling and self._is_turn_of_prefill():
+                self._rows_since_decode += 1
                 return self._prefill()
-            self._prefilled_last = False
+            self._rows_since_decode = 0
             return self._decode()
+
+    def _is_turn_of_prefill(self) -> bool:
+        """One row of prompts between two chunks. A few before the first chunk of all who run: what arrived
+        together then decodes together, and a chunk of few sequences costs as much as one of many."""
+        running = self._queue.running
+        if not running:
+            return True
+        has_room = self._queue.wanted_slots > len(running)
+        all_new = all(sequence.last_turn == 0 for sequence in running)
+        return self._rows_since_decode < (_FIRST_ROWS if all_new and has_room else 1)
 
     def drawn(self) -> list[messages.Drawn]:
         """What was drawn since the last time, for requests that want to know."""

@@ -13,7 +13,7 @@ from ...model.token_sampling import SamplingRows, uniforms
 from .sequence import Prompt, Sequence
 
 SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
-CONTEXT_BUCKETS = (256, 1024, 4096, 16384, 65536, 262144)
+CONTEXT_BUCKETS = (192, 768, 3072, 12288, 49152, 196608, 786432)
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
 _STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all

@@ -132,7 +132,7 @@ def test_values_compile_nothing_and_the_programs_without_stay_as_they_are(model)
             ),
         )
     assert not any("penalties" in name for name in without)
-    assert [name for name in compiled if name not in without] == ["decode 1 slots over 256 with penalties"]
+    assert [name for name in compiled if name not in without] == ["decode 1 slots over 192 with penalties"]
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,24 @@ def test_cancelled_requests_leave_at_once_and_disturb_nobody(sampler):
     assert sampler._pool.num_free == free
 
 
+def test_what_comes_together_decodes_together_and_what_runs_waits_for_one_row(sampler):
+    for i in range(4):  # each prompt is a row, each answer a chunk
+        sampler.add(request(i, prompt_of(60, seed=i), max_tokens=8, stop_tokens=[]))
+    assert [len(sampler.step()) for _ in range(5)] == [0, 0, 0, 0, 4]
+
+    sampler.add(request("runs", prompt_of(60), max_tokens=64, stop_tokens=[]))
+    sampler.step()
+    sampler.step()
+    (runs,) = sampler._queue.running
+    for i in range(3):
+        sampler.add(request(i, prompt_of(60, seed=i), max_tokens=8, stop_tokens=[]))
+    lengths = []
+    for _ in range(6):
+        sampler.step()
+        lengths.append(len(runs.tokens))
+    assert lengths == [68, 76, 76, 84, 84, 92]
+
+
 def test_a_second_turn_finds_the_first_in_the_cache(model, sampler, adapters):
     first = request(0, prompt_of(50), max_tokens=30, seed=1, stop_tokens=[])
     (sampled,) = sequences(sample(sampler, first, "a"))

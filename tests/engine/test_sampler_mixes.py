@@ -141,7 +141,7 @@ def test_200_random_requests_compile_nothing_after_warm_up(new_sampler):
         sampler.add(
             request(
                 number,
-                rng.integers(3, 320, int(rng.integers(1, 190))),
+                rng.integers(3, 320, int(rng.integers(1, 150))),
                 int(rng.integers(1, 5)),
                 logprobs=bool(rng.integers(2)),
                 topk=int(rng.choice([0, 3])),
