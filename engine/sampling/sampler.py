@@ -190,9 +190,9 @@ class Sampler:
     def step(self) -> list[messages.Done | messages.Failed]:
         """Run one unit of work and return the answers of the requests that it finished, in no special order.
 
-        Prefill and decode chunks take turns where there is both (`_is_turn_of_prefill`). A request whose weights give non-finite
-        log-probs is answered with Failed (category user); any other exception is a fault of ours and leaves
-        the sampler unusable."""
+        Prefill and decode chunks take turns where there is both (`_is_turn_of_prefill`). A request whose
+        weights give non-finite log-probs is answered with Failed (category user); any other exception is a
+        fault of ours and leaves the sampler unusable."""
         if not self.has_work:
             return []
         with self._programs.ready():
