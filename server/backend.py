@@ -95,8 +95,8 @@ class Backend:
         self.operations = Operations(self.ledger, self.engine, self.disk)
         self.completions = Completions(self.ledger, self.operations)
         self.custom_losses = CustomLosses(self.ledger, self.operations, settings.custom_loss_server_side)
-        self.refused_saves = RefusedSaves(self.operations.consume, settings.refused_save_seconds)
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
+        self.refused_saves = RefusedSaves(self.runs.unused_numbers.consume, settings.refused_save_seconds)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.on_finished = self.wandb.answered
         self.rlve = RlveRuns(self)

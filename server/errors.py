@@ -173,7 +173,7 @@ def install(app: FastAPI) -> None:
         message = describe(list(error.errors()))
         # A sequenced operation that is refused still uses up its number (see dispatcher.py).
         if isinstance(error.body, dict):
-            await request.app.state.backend.operations.consume(
+            await request.app.state.backend.runs.unused_numbers.consume(
                 request.state.owner, error.body.get("model_id"), error.body.get("seq_id"), message
             )
         return error_response(request.url.path, 422, message, "user")

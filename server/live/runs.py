@@ -25,6 +25,7 @@ from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
+from ..operations.unused_numbers import UnusedNumbers
 from ..settings import Settings
 from ..supervision.recovery import Recovery
 from ..supervision.snapshots import Snapshots
@@ -59,7 +60,7 @@ class Runs:
         self.snapshots = Snapshots(ledger, engine, self._dispatcher, settings)
         self._recovery = Recovery(ledger, engine, operations, self._dispatcher, self._runs, settings)
         operations.dispatcher = self._dispatcher
-        operations.numbered = self._numbered
+        self.unused_numbers = UnusedNumbers(ledger, self._dispatcher, self._numbered)
         operations.on_created = self._created
 
     # --- finding and creating

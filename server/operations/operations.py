@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 from sqlalchemy import Connection, Row
 
@@ -25,7 +25,7 @@ from ..supervision.supervisor import Supervisor
 from .answers import RememberedAnswers, replayed, settle
 from .dispatcher import Dispatcher
 from .elsewhere import Elsewhere, Nowhere
-from .operation import Answer, Operation, Submission, natural_key
+from .operation import Answer, Operation, Submission
 
 log = logging.getLogger("tinsmith.operations")
 
@@ -33,14 +33,12 @@ _STATES = {messages.Done: "done", messages.Failed: "failed"}
 
 
 class Operations:
-    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `numbered`
-    says which operation of which model a client means and raises ApiError for a model that is not its own,
-    `on_created` is told of answered creations, `on_finished` of all answers. Samplers set
-    `on_missing_weights`, which gets a sample that the engine has no weights for, and why. `elsewhere` answers
-    samples in the engine's place."""
+    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `on_created`
+    is told of answered creations, `on_finished` of all answers. Samplers set `on_missing_weights`, which gets
+    a sample that the engine has no weights for, and why. `elsewhere` answers samples in the engine's
+    place."""
 
     dispatcher: Dispatcher[Operation]
-    numbered: Callable[[str, str, int], Awaitable[tuple[str, int]]]
     on_created: Callable[[Operation], None]
     on_missing_weights: Callable[[Operation, str], None]
 
@@ -162,48 +160,6 @@ class Operations:
             assert isinstance(operation.answer, messages.Failed)
             raise BadRequest(operation.answer.message)
         return operation
-
-    async def consume(self, owner: str, model_id: Any, seq_id: Any, message: str) -> None:
-        """A submit is refused: its number is used up, so that the operations after it run."""
-        if not isinstance(model_id, str) or not isinstance(seq_id, int) or not 0 < seq_id < 1 << 61:
-            return
-        try:
-            model_id, seq_id = await self.numbered(owner, model_id, seq_id)
-        except ApiError:
-            return
-        await self.give_up(owner, model_id, seq_id, message)
-
-    async def give_up(self, owner: str, model_id: str, seq_id: int, message: str) -> None:
-        """The number of an operation that will not be run, if it has not had its turn."""
-        if seq_id < self.dispatcher.next_seq(model_id):
-            return
-        request_id = f"req_{uuid.uuid4().hex}"
-        failure = messages.Failed(request_id, message, "user")
-        operation = Operation(
-            request_id, owner, "refused", model_id, seq_id, {}, None, failure, rejected=True
-        )
-
-        def change(connection: Connection) -> bool:
-            key = natural_key(model_id, seq_id)
-            if rows.find_by_natural_key(connection, key) is not None:
-                return False
-            rows.add(
-                connection,
-                id=request_id,
-                owner=owner,
-                natural_key=key,
-                kind=operation.kind,
-                model_id=model_id,
-                seq_id=seq_id,
-                reply={},
-                state="rejected",
-                answer=messages.encode(failure),
-            )
-            return True
-
-        if await self._ledger.write(change):
-            operation.finished.set()
-            self.dispatcher.add(operation)
 
     # --- answers
 

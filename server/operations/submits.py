@@ -57,16 +57,16 @@ async def submit(
             accepted(operation)
     except ApiError as error:
         if seq_id is None:  # nobody will send this number again
-            await backend.operations.give_up(run.owner, run.id, number, error.message)
+            await backend.runs.unused_numbers.give_up(run.owner, run.id, number, error.message)
         raise
     if operation.seq_id != number:
-        await backend.operations.give_up(run.owner, run.id, number, f"{kind} was sent before")
+        await backend.runs.unused_numbers.give_up(run.owner, run.id, number, f"{kind} was sent before")
     return operation
 
 
 async def refuse(backend: Backend, owner: str, model: Any, seq_id: Any, error: ApiError) -> None:
     """A submit is wrong for good: its number is used up. One without room may be sent again."""
     if error.final:
-        await backend.operations.consume(owner, model, seq_id, error.message)
+        await backend.runs.unused_numbers.consume(owner, model, seq_id, error.message)
     elif isinstance(error, StorageQuotaExceeded) and isinstance(seq_id, int):
         backend.refused_saves.refused(owner, model, seq_id, error.message)
