@@ -43,6 +43,36 @@ def attention(
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def attend_parts(
+    q_STNH: Float[Array, "S T N H"],
+    parts: list[tuple[Array, Array, Array]],
+    scale: float,
+) -> Float[Array, "S T N H"]:
+    """softmax(scale * q k^T) v over C keys that lie in several arrays of S rows; softmax in float32.
+
+    A part is (k [S K H C], v [S K C H], visible [S T C]).
+    """
+    S, T, N, H = q_STNH.shape
+    K = parts[0][0].shape[1]
+    q = (q_STNH * jnp.asarray(scale, q_STNH.dtype)).reshape(S, T, K, N // K, H)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(S, K, N // K * T, H)
+
+    def scores(keys: Array, visible: Array) -> Array:
+        found = jnp.einsum("skqh,skhc->skqc", q, keys).astype(jnp.float32)
+        found = found.reshape(S, K, N // K, T, keys.shape[3])
+        return jnp.where(visible[:, None, None], found, MASKED)
+
+    found = [scores(k, visible) for k, _, visible in parts]
+    highest = jnp.stack([z.max(-1) for z in found]).max(0)[..., None]
+    weights = [jnp.exp(z - highest) for z in found]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    mixed = sum(
+        jnp.einsum("skqc,skch->skqh", (w / total).astype(v.dtype).reshape(S, K, N // K * T, -1), v)
+        for w, (_, v, _) in zip(weights, parts, strict=True)
+    )
+    return mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
+
+
 @jax.custom_vjp
 def _attend(
     q_BKGTH: Float[Array, "B K G T H"],

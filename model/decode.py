@@ -1,12 +1,11 @@
-"""The sampler's three programs: prefill a chunk of prompts, score prompt tokens, decode a few tokens.
+"""The sampler's program that decodes a few tokens. Its programs for prompts are in `prefill`.
 
-They run the trainer's own blocks (`decoder.Block`) with an `attend` that reads and writes pages of keys and
-values, so that sampler and trainer compute the same log-probs. Shapes depend only on the bucket of
-sequences, of context pages and of prefilled tokens; everything else is traced.
+It runs the trainer's own blocks (`decoder.Block`) with an `attend` that reads pages of keys and values, so
+that sampler and trainer compute the same log-probs. Shapes depend only on the bucket of sequences and of
+context pages; everything else is traced.
 
-Axis letters: S sequences, T tokens of a prefill row, D hidden, N query heads, K kv heads, G = N / K, H head
-dim, V vocabulary, L layers, P pages of a table, C context positions, M tokens decoded by one call, E stop
-tokens looked at.
+Axis letters: S sequences, D hidden, K kv heads, H head dim, V vocabulary, L layers, P pages of a table, C
+context positions, M tokens decoded by one call, E stop tokens looked at.
 """
 
 from __future__ import annotations
@@ -20,140 +19,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, penalties, token_sampling
-from .attention import MASKED, attention
+from .attention import attend_parts
 from .config import ModelConfig
-from .decoder import Base, product_by_output, unembed, visible_from
+from .decoder import Base, logits
 from .kv_cache import Pages
-from .lora import LayerLora, LoraStack, delta
+from .lora import LayerLora, LoraStack
 from .penalties import PenaltyRows
 from .token_sampling import SamplingRows
 from .weights_by_layer import BaseByLayer, open_layers, open_stack
-
-
-class PrefillRow(NamedTuple):
-    """One row of prompt tokens: several whole prompts, or a piece of one that continues `table`'s pages.
-
-    `start` is the first token of the row that belongs to the same prompt. `page`, `offset` say where each
-    token's key and value go (page 0 for padding). The first `context` positions of `table` are the prompt's
-    beginning, already cached (only for a row of one prompt; else the table is empty).
-    """
-
-    tokens: Int[Array, " T"]
-    position: Int[Array, " T"]
-    start: Int[Array, " T"]
-    page: Int[Array, " T"]
-    offset: Int[Array, " T"]
-    table: Int[Array, " P"]
-    context: Int[Array, ""]
-
-
-@partial(jax.jit, static_argnames="graph", donate_argnames="pages")
-def prefill(
-    graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, row: PrefillRow
-) -> tuple[Pages, Float[Array, "T D"]]:
-    """Run prompt tokens through the trunk, keep their keys and values, return the final hidden states.
-
-    `lora` holds one adapter."""
-    model = nnx.merge(graph, base)
-    config = model.config
-    context_visible, own_visible = _visible_in_prompt(config, row, pages.page_size)
-    at = model.rotation(row.position[None])
-    block_graph, stacked = nnx.split(model.layers)
-
-    def step(x_BTD: Array, layer: tuple) -> tuple[Array, tuple]:
-        weights, pairs, index = layer
-        kept = []
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            kept.extend((k[0], v[0]))
-            if not len(row.table):
-                return attention(q, k, v, visible_from(config, row.start[None]), config.head_dim**-0.5)
-            context = kv_cache.read_layer(pages, index, row.table[None], q.dtype)
-            own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
-            parts = [(*context, context_visible), own]
-            return _attend_parts(q, parts, config.head_dim**-0.5)
-
-        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        x_BTD = nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora)
-        return x_BTD, tuple(kept)
-
-    x_BTD = model.embed_tokens(row.tokens[None])
-    layers = (stacked, {} if lora is None else lora["layers"], jnp.arange(config.num_layers))
-    x_BTD, (k_LTKH, v_LTKH) = jax.lax.scan(step, x_BTD, layers)
-    pages = kv_cache.write(pages, k_LTKH.swapaxes(0, 1), v_LTKH.swapaxes(0, 1), row.page, row.offset)
-    return pages, model.norm(x_BTD)[0]
-
-
-def _visible_in_prompt(
-    config: ModelConfig, row: PrefillRow, page_size: int
-) -> tuple[Bool[Array, "1 T C"], Bool[Array, "1 T T"]]:
-    """Which positions of the cached beginning, and which of the row, each token of the row sees."""
-    context, own = jnp.arange(row.table.shape[0] * page_size), jnp.arange(row.tokens.shape[0])
-    first = jnp.zeros_like(row.position)
-    if config.sliding_window is not None:
-        first = row.position - config.sliding_window + 1
-    context_visible = (context < row.context) & (context >= first[:, None])
-    own_visible = (own <= own[:, None]) & (row.position >= first[:, None]) & (own >= row.start[:, None])
-    return context_visible[None], own_visible[None]
-
-
-class PromptScores(NamedTuple):
-    """Log-probs (temperature 1) of W given next tokens, of the most likely ones where asked for, and of A
-    that are drawn."""
-
-    logprobs: Float[Array, "T W"]
-    top_tokens: Int[Array, "T top"]
-    top_logprobs: Float[Array, "T top"]
-    drawn: Int[Array, "T A"]
-    drawn_logprobs: Float[Array, "T A"]
-
-
-_SCORED_AT_ONCE = 64
-
-
-@jax.jit
-def score(
-    base: Base,
-    lora: LoraStack | None,
-    hidden_TD: Float[Array, "T D"],
-    next_TW: Int[Array, "T W"],
-    want_top: Bool[Array, ""],
-    temperature_T: Float[Array, " T"],
-    u_TA2: Float[Array, "T A 2"],
-) -> PromptScores:
-    """log p(next token | tokens so far) from prefill's hidden states, a few tokens' logits at a time.
-
-    Next tokens are also drawn, A times with replacement, at `temperature_T` (0: the most likely one) from
-    the uniforms `u_TA2`."""
-    head_VD = unembed(base)
-    T = hidden_TD.shape[0]
-    size = min(_SCORED_AT_ONCE, T)
-
-    def some(piece: tuple[Array, ...]) -> PromptScores:
-        hidden, next_, temperature, u = piece
-        z = logits(head_VD, lora, hidden[None], None)[0]
-        log_normalizer = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-        top = min(token_sampling.TOP_K, z.shape[-1])
-        top_z, top_tokens = jax.lax.cond(
-            want_top,
-            lambda: tuple(jax.lax.top_k(z, top)),
-            lambda: (jnp.zeros((size, top), z.dtype), jnp.zeros((size, top), jnp.int32)),
-        )
-        chosen = jnp.take_along_axis(z, next_, axis=-1)
-        drawn = jnp.zeros(u.shape[:2], jnp.int32)
-        if u.shape[1]:
-            drawn = token_sampling.draw_many(z, temperature, u)
-        return PromptScores(
-            chosen - log_normalizer,
-            top_tokens.astype(jnp.int32),
-            top_z - log_normalizer,
-            drawn,
-            jnp.take_along_axis(z, drawn, axis=-1) - log_normalizer,
-        )
-
-    per_token = (hidden_TD, next_TW, temperature_T, u_TA2)
-    pieces = tuple(x.reshape(T // size, size, *x.shape[1:]) for x in per_token)
-    return jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), jax.lax.map(some, pieces))
 
 
 class DecodeRows(NamedTuple):
@@ -233,7 +106,7 @@ def decode(
                 )
                 kept.append(now)
                 parts = [(*context, context_visible), (*now, recent_visible)]
-                return _attend_parts(q.astype(wide), parts, config.head_dim**-0.5).astype(dtype)
+                return attend_parts(q.astype(wide), parts, config.head_dim**-0.5).astype(dtype)
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, wide) if lora else None)
         z = logits(head_VD, lora, model.norm(x), rows.adapter)[:, 0]
@@ -259,19 +132,6 @@ def decode(
     return _append(pages, rows, recent, dtype), Decoded(steps, *out)
 
 
-def logits(
-    head_VD: Float[Array, "V D"],
-    lora: LoraStack | None,
-    hidden_BTD: Float[Array, "B T D"],
-    row_adapter_B: Int[Array, " B"] | None,
-) -> Float[Array, "B T V"]:
-    """Float32 logits, with the adapter on the head where there is one."""
-    z = product_by_output(hidden_BTD, head_VD)
-    if lora is not None and "unembed" in lora:
-        z = z + delta(hidden_BTD.astype(jnp.float32), lora["unembed"], lora["scale"], row_adapter_B)
-    return z
-
-
 def _visible(
     config: ModelConfig, rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int
 ) -> tuple[Bool[Array, "S 1 C"], Bool[Array, "S 1 M"]]:
@@ -286,36 +146,6 @@ def _visible(
         context_visible &= context >= first
         recent_visible &= length + recent >= first
     return context_visible, recent_visible
-
-
-def _attend_parts(
-    q_STNH: Float[Array, "S T N H"],
-    parts: list[tuple[Array, Array, Array]],
-    scale: float,
-) -> Float[Array, "S T N H"]:
-    """softmax(scale * q k^T) v over keys that lie in several arrays; softmax in float32.
-
-    A part is (k [S K H C], v [S K C H], visible [S T C]).
-    """
-    S, T, N, H = q_STNH.shape
-    K = parts[0][0].shape[1]
-    q = (q_STNH * jnp.asarray(scale, q_STNH.dtype)).reshape(S, T, K, N // K, H)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(S, K, N // K * T, H)
-
-    def scores(keys: Array, visible: Array) -> Array:
-        found = jnp.einsum("skqh,skhc->skqc", q, keys).astype(jnp.float32)
-        found = found.reshape(S, K, N // K, T, keys.shape[3])
-        return jnp.where(visible[:, None, None], found, MASKED)
-
-    found = [scores(k, visible) for k, _, visible in parts]
-    highest = jnp.stack([z.max(-1) for z in found]).max(0)[..., None]
-    weights = [jnp.exp(z - highest) for z in found]
-    total = sum(w.sum(-1, keepdims=True) for w in weights)
-    mixed = sum(
-        jnp.einsum("skqc,skch->skqh", (w / total).astype(v.dtype).reshape(S, K, N // K * T, -1), v)
-        for w, (_, v, _) in zip(weights, parts, strict=True)
-    )
-    return mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
 
 
 def _append(pages: Pages, rows: DecodeRows, recent: Any, dtype: Any) -> Pages:

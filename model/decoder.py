@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from .attention import attention
 from .config import ModelConfig
-from .lora import LayerLora, LoraStack
+from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
 from .sharding import LogicalAxes, constrain
 
@@ -248,3 +248,16 @@ def unembed(base: Base) -> Float[Array, "V D"]:
     if "lm_head" in base:
         return base["lm_head"]["weight"].T
     return base["embed_tokens"]["weight"]
+
+
+def logits(
+    head_VD: Float[Array, "V D"],
+    lora: LoraStack | None,
+    hidden_BTD: Float[Array, "B T D"],
+    row_adapter_B: Int[Array, " B"] | None,
+) -> Float[Array, "B T V"]:
+    """Float32 logits, with the adapter on the head where there is one."""
+    z = product_by_output(hidden_BTD, head_VD)
+    if lora is not None and "unembed" in lora:
+        z = z + delta(hidden_BTD.astype(jnp.float32), lora["unembed"], lora["scale"], row_adapter_B)
+    return z

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...model.decode import PromptScores as Computed
+from ...model.prefill import PromptScores as Computed
 from ...model.token_sampling import uniforms
 from .. import messages
 
@@ -124,7 +124,7 @@ class PromptScores:
     def write_to(
         self, tokens: np.ndarray, u: np.ndarray, temperature: np.ndarray, first_position: int
     ) -> None:
-        """Fill the rows of `decode.score`'s arguments for the following positions."""
+        """Fill the rows of `prefill.score`'s arguments for the following positions."""
         count = len(tokens)
         tokens[:, 0] = self._prompt[first_position : first_position + count]
         if self._targets is not None:

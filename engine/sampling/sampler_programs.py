@@ -1,4 +1,4 @@
-"""The sampler's device side: the pages' arrays, and the programs of `model.decode` by bucket of shapes."""
+"""The sampler's device side: the pages' arrays, and the model's programs by bucket of shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...model import decode, kv_cache
+from ...model import decode, kv_cache, prefill
 from ...model.config import ModelConfig
 from ...model.decode import Decoded
 from ...model.sharding import replicated
@@ -95,7 +95,7 @@ class SamplerPrograms:
         stack = self.stacks.of([first.generation.weights])[0].stacked
         name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
         with self._timed(name):
-            self._pages, hidden = decode.prefill(self._graph, base, self._pages, stack, row)
+            self._pages, hidden = prefill.prefill(self._graph, base, self._pages, stack, row)
             hidden.block_until_ready()
         return self._score(pieces, base, stack, hidden)
 
@@ -121,7 +121,7 @@ class SamplerPrograms:
             scores.write_to(tokens[at], u[at], temperature[at], first)
         want_top = np.bool_(any(scores.wants_top for *_, scores in asked))
         with self._timed(f"score {tokens.shape[1]} and {u.shape[1]} of {T} tokens{_kind(stack)}"):
-            computed = jax.device_get(decode.score(base, stack, hidden, tokens, want_top, temperature, u))
+            computed = jax.device_get(prefill.score(base, stack, hidden, tokens, want_top, temperature, u))
         finite = [True] * len(pieces)
         for number, at, first, scores in asked:
             finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ...model.decode import DecodeRows, PrefillRow
+from ...model.decode import DecodeRows
 from ...model.penalties import PenaltyRows
+from ...model.prefill import PrefillRow
 from ...model.token_sampling import SamplingRows, uniforms
 from .sequence import Prompt, Sequence
 

@@ -8,7 +8,7 @@ from engine_sampling import load_tiny, make_sampler, random_adapter, request, ru
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinsmith.engine import messages
-from tinsmith.model import decode, kv_cache
+from tinsmith.model import decode, kv_cache, prefill
 
 KEYS = (None, "a", "b", "full")
 CAPACITY = 704  # of the KV cache: less than four long requests need
@@ -127,7 +127,7 @@ def warm_up(sampler):
 
 
 def test_200_random_requests_compile_nothing_after_warm_up(new_sampler):
-    programs = (decode.prefill, decode.decode, decode.score, kv_cache.copy_pages)
+    programs = (prefill.prefill, decode.decode, prefill.score, kv_cache.copy_pages)
     reported = []
     sampler = new_sampler(on_compile=lambda name, seconds: reported.append(name))
     warm_up(sampler)
