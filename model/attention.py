@@ -50,7 +50,8 @@ def attend_parts(
 ) -> Float[Array, "S T N H"]:
     """softmax(scale * q k^T) v over C keys that lie in several arrays of S rows; softmax in float32.
 
-    A part is (k [S K H C], v [S K C H], visible [S T C]).
+    A part is (k [S K H C], v [S K C H], visible [S T C]), each in a dtype of its own; products with two-byte
+    floats are summed to float32.
     """
     S, T, N, H = q_STNH.shape
     K = parts[0][0].shape[1]
@@ -58,7 +59,7 @@ def attend_parts(
     q = q.transpose(0, 2, 3, 1, 4).reshape(S, K, N // K * T, H)
 
     def scores(keys: Array, visible: Array) -> Array:
-        found = jnp.einsum("skqh,skhc->skqc", q, keys).astype(jnp.float32)
+        found = jnp.einsum("skqh,skhc->skqc", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
         found = found.reshape(S, K, N // K, T, keys.shape[3])
         return jnp.where(visible[:, None, None], found, MASKED)
 
@@ -67,10 +68,16 @@ def attend_parts(
     weights = [jnp.exp(z - highest) for z in found]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     mixed = sum(
-        jnp.einsum("skqc,skch->skqh", (w / total).astype(v.dtype).reshape(S, K, N // K * T, -1), v)
+        jnp.einsum(
+            "skqc,skch->skqh",
+            (w / total).astype(v.dtype).reshape(S, K, N // K * T, -1),
+            v,
+            preferred_element_type=jnp.float32,
+        )
         for w, (_, v, _) in zip(weights, parts, strict=True)
     )
-    return mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
+    mixed = mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
+    return mixed.astype(q_STNH.dtype)
 
 
 @jax.custom_vjp

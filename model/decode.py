@@ -77,10 +77,7 @@ def decode(
     S, V = rows.last_token.shape[0], config.vocab_size
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     dtype = model.norm.weight.dtype
-    contexts = [
-        tuple(x.astype(wide) for x in kv_cache.read_layer(pages, layer, rows.table, dtype))
-        for layer in range(L)
-    ]
+    contexts = [kv_cache.read_layer(pages, layer, rows.table, dtype) for layer in range(L)]
     pairs = open_stack(lora["layers"]) if lora and lora["layers"] else ({},) * L
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
@@ -101,12 +98,12 @@ def decode(
             def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
                 put, (keys, values) = jax.lax.dynamic_update_slice, layer_recent
                 now = (
-                    put(keys, k.astype(wide).transpose(0, 2, 3, 1), (0, 0, 0, step)),
-                    put(values, v.astype(wide).swapaxes(1, 2), (0, 0, step, 0)),
+                    put(keys, k.transpose(0, 2, 3, 1), (0, 0, 0, step)),
+                    put(values, v.swapaxes(1, 2), (0, 0, step, 0)),
                 )
                 kept.append(now)
                 parts = [(*context, context_visible), (*now, recent_visible)]
-                return attend_parts(q.astype(wide), parts, config.head_dim**-0.5).astype(dtype)
+                return attend_parts(q, parts, config.head_dim**-0.5)
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, wide) if lora else None)
         z = logits(head_VD, lora, model.norm(x), rows.adapter)[:, 0]
@@ -119,7 +116,7 @@ def decode(
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
-    recent = tuple((jnp.zeros((S, K, H, M), wide), jnp.zeros((S, K, M, H), wide)) for _ in range(L))
+    recent = tuple((jnp.zeros((S, K, H, M), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
     out = (
         jnp.zeros((M, S), jnp.int32),
         jnp.zeros((M, S), jnp.float32),

@@ -72,7 +72,7 @@ def _by_layer(layers: PyTree, by_output: bool = False) -> tuple[PyTree, ...]:
 class OpenLayers(NamedTuple):
     """A decoder's modules one by one, inside a traced function. `model`'s own blocks are not to be used.
 
-    `wide` is what attention and adapters are computed in."""
+    `wide` is what adapters are computed in."""
 
     model: Decoder
     blocks: list[Block]
