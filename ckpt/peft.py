@@ -41,6 +41,8 @@ _UNSUPPORTED = (
     "fan_in_fan_out",
     "trainable_token_indices",
 )
+# SGLang and vLLM read these as one matrix, and do not take an adapter of some of them.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_ALPHA = 1e6
@@ -66,8 +68,11 @@ def save_adapter(
 ) -> int:
     """Write an adapter (arrays in host or device memory, rank padded or not); the directory appears whole.
 
-    Returns its size in bytes.
+    Serving engines need q, k and v together, and gate and up: one that has no adapter where another of them
+    has gets one of zeros. Its scale is lora_alpha / r, and nothing else in the config changes it. Returns the
+    size in bytes.
     """
+    adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
     for module, layer, name in _modules(adapter, config):
         pair = adapter["unembed"] if name == "unembed" else adapter["layers"][name]
@@ -96,6 +101,21 @@ def save_adapter(
         size = size_bytes(writing)
         digests.write(writing)
     return size
+
+
+def _whole(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """With zeros for what is left out of the matrices that are read as one."""
+    layers = dict(adapter["layers"])
+    for group in _FUSED:
+        given = next((layers[name] for name in group if name in layers), None)
+        if given is None:
+            continue
+        padded_rank = given["a"].shape[-1]
+        for name in group:
+            into, out = config.linears[name]
+            shapes = {"a": (config.num_layers, into, padded_rank), "b": (config.num_layers, padded_rank, out)}
+            layers.setdefault(name, {side: np.zeros(shape, np.float32) for side, shape in shapes.items()})
+    return adapter | {"layers": layers}
 
 
 def is_adapter(directory: Path) -> bool:

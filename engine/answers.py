@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import uuid
 
+import numpy as np
+
 from . import log_lines, messages
 from .errors import MissingWeights, UserError, reason
+from .training.training_run import JobOutput
 
 log = logging.getLogger(__name__)
 
@@ -39,3 +42,16 @@ def note(request: messages.ToEngine, answer: messages.Done | messages.Failed) ->
             log_lines.result(answer.output),
             answer.device_seconds,
         )
+
+
+def forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:
+    """Log-probs, and losses, as float32 bytes, in the client's order."""
+    losses = None if result.losses is None else _tensors(result.losses)
+    return messages.ForwardBackwardOutput(_tensors(result.logprobs), result.metrics, losses)
+
+
+def _tensors(arrays: list[np.ndarray]) -> list[messages.Tensor]:
+    return [
+        messages.Tensor("float32", array.shape, np.ascontiguousarray(array, "<f4").tobytes())
+        for array in arrays
+    ]

@@ -26,9 +26,10 @@ class DeferredExports:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-export")
         self._failed: defaultdict[str, list[Export]] = defaultdict(list)  # of the thread
 
-    def add(self, model_id: str, export: Export) -> None:
-        """Run `export` soon, and not in this thread."""
-        self._thread.submit(self._try, model_id, export, time.monotonic() + self._delay)
+    def add(self, model_id: str, export: Export, urgent: bool = False) -> None:
+        """Run `export` soon, and not in this thread; `urgent`: as soon as those before it are done."""
+        delay = 0.0 if urgent else self._delay
+        self._thread.submit(self._try, model_id, export, time.monotonic() + delay)
 
     def after(self, model_id: str, size_bytes: Future[int]) -> Future[int]:
         """`size_bytes`, once all exports of the model so far are on disk too; or what kept one from it."""

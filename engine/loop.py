@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Hashable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-
-import numpy as np
+from functools import partial
 
 from . import messages
-from .answers import answer_to, note
+from .answers import answer_to, forward_backward_output, note
 from .base_models import BaseModel
 from .errors import MissingWeights, UserError
 from .models import Models, Writing
@@ -26,13 +25,14 @@ from .scheduler import ModelOperation, Scheduler, Unit
 from .sleep import Sleep
 from .socket import Socket
 from .training.custom_loss_run import CustomJob
-from .training.custom_losses import load
-from .training.training_run import Job, JobOutput
+from .training.custom_losses import check
+from .training.training_run import Job
 from .under_way import UnderWay
 
 log = logging.getLogger(__name__)
 
 Request = messages.ToEngine
+_LOOK_SECONDS = 0.001  # at what is being written while its model is held
 CheckedOperation = tuple[messages.ForwardBackward, Job | CustomJob]
 
 
@@ -106,8 +106,10 @@ class Engine:
                 self._add_sample(request)
             case messages.Cancel():
                 self._cancel(request)
+            case messages.ExportWeights():
+                self._answer_to(request, partial(self._models.export, request))
             case messages.CheckCustomLoss():
-                self._check_custom_loss(request)
+                self._answer_to(request, partial(check, request.loss))
             case messages.ReleaseSampler():
                 for samplers in self._samplers:
                     samplers.release(request.weights)
@@ -133,14 +135,6 @@ class Engine:
             if isinstance(cancelled, messages.SaveSampler):
                 self._add_awaiting(cancelled)
         self._answer(request, messages.Nothing())
-
-    def _check_custom_loss(self, request: messages.CheckCustomLoss) -> None:
-        outcome: messages.Output | UserError = messages.Nothing()
-        try:
-            load(request.loss)
-        except UserError as error:
-            outcome = error
-        self._answer(request, outcome)
 
     # --- train --------------------------------------------------------------------------------------------
 
@@ -171,6 +165,9 @@ class Engine:
             outcome = self._models.run(operation)
         except Exception as error:
             outcome = error
+        while isinstance(outcome, Writing) and outcome.holds_model and not outcome.size_bytes.done():
+            wait([outcome.size_bytes], _LOOK_SECONDS)
+            yield
         self._finish(unit, operation, outcome)
         yield
 
@@ -203,7 +200,7 @@ class Engine:
         while not run.step():
             yield
         for (operation, _), result in zip(batch, run.results, strict=True):
-            outcome = result if isinstance(result, UserError) else _forward_backward_output(result)
+            outcome = result if isinstance(result, UserError) else forward_backward_output(result)
             self._finish(unit, operation, outcome)
 
     def _compute_alone(
@@ -226,19 +223,35 @@ class Engine:
         """Answer an operation, at once or when it is on disk; what waits behind it may run."""
         self._scheduler.finish(operation)
         seconds = unit.seconds + time.perf_counter() - unit.turn_began
-        if not isinstance(outcome, Writing):
-            self._answer(operation, outcome, seconds)
-            if isinstance(operation, messages.SaveSampler):
-                self._add_awaiting(operation)
+        if isinstance(outcome, Writing):
+            self._answer_written(operation, outcome, seconds)
             return
+        self._answer(operation, outcome, seconds)
+        if isinstance(operation, messages.SaveSampler):
+            self._add_awaiting(operation)
+
+    def _answer_to(self, request: Request, outcome: Callable[[], messages.Output | Writing]) -> None:
+        """What has no turn: it is short, or goes on beside the work."""
+        try:
+            found = outcome()
+        except Exception as error:
+            self._answer(request, error)
+            return
+        if isinstance(found, Writing):
+            self._answer_written(request, found)
+        else:
+            self._answer(request, found)
+
+    def _answer_written(self, request: Request, writing: Writing, seconds: float = 0.0) -> None:
+        """When it is on disk."""
 
         def answer(size: Future[int]) -> None:  # in the thread that wrote
             error = size.exception()
-            self._answer(operation, error or outcome.output(size.result()), seconds)
+            self._answer(request, error or writing.output(size.result()), seconds)
             self._socket.post(Written())
 
         self._writing += 1
-        outcome.size_bytes.add_done_callback(answer)
+        writing.size_bytes.add_done_callback(answer)
 
     # --- sample -------------------------------------------------------------------------------------------
 
@@ -287,15 +300,3 @@ class Engine:
         answer = answer_to(request, outcome, seconds)
         self._socket.send(answer)
         note(request, answer)
-
-
-def _forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:
-    losses = None if result.losses is None else _tensors(result.losses)
-    return messages.ForwardBackwardOutput(_tensors(result.logprobs), result.metrics, losses)
-
-
-def _tensors(arrays: list[np.ndarray]) -> list[messages.Tensor]:
-    return [
-        messages.Tensor("float32", array.shape, np.ascontiguousarray(array, "<f4").tobytes())
-        for array in arrays
-    ]

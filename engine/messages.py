@@ -211,6 +211,7 @@ class SaveSampler(_Request, frozen=True):
     answer. A directory that a deferred save finds complete stays as it is: it is being replayed. A SaveState
     of the model is answered when all deferred saves before it are on disk.
 
+    `urgent`: a deferred save is written at once, for somebody else to sample it.
     `merged` (not deferred): an adapter is written as full weights too, its base model's with it inside.
     With `recipients` (not deferred) the files are encrypted to them. Neither is for anybody here to sample.
     """
@@ -218,8 +219,27 @@ class SaveSampler(_Request, frozen=True):
     model_id: str
     directory: str
     deferred: bool = False
+    urgent: bool = False
     recipients: list[str] = []  # `ckpt.age`
     merged: bool = False
+
+
+class Fp8(msgspec.Struct, frozen=True):
+    """How matrices become float8, see `ckpt.fp8`."""
+
+    block: tuple[int, int] | None = (128, 128)
+    kept: list[str] = []
+
+
+class ExportWeights(_Request, frozen=True):
+    """Write full weights into `directory` as a Hugging Face folder, for servers of others: the base model's,
+    or those of `weights` (the directory of a `SaveSampler` or a `SaveState`), an adapter inside its base
+    model's. `SamplerSaved` when they are on disk."""
+
+    base_model: str
+    weights: str | None
+    directory: str
+    fp8: Fp8 | None = None
 
 
 TOPK_LIMIT = 64  # most likely tokens that a request may ask for per position
@@ -306,6 +326,7 @@ ToEngine = (
     | SaveState
     | LoadState
     | SaveSampler
+    | ExportWeights
     | Sample
     | DeleteModel
     | Cancel

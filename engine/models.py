@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import jax
 import msgspec
 import numpy as np
 
-from ..ckpt import age, digests, merged, paths, peft, training_state
-from ..ckpt.atomic import atomic_directory, size_bytes
+from ..ckpt import digests, paths, peft, training_state
+from ..ckpt.atomic import size_bytes
 from ..model.lora import ATTENTION_LINEARS, MLP_LINEARS
-from . import lora_specs, messages
+from . import exports, lora_specs, messages
 from .base_models import BaseModel
 from .deferred_exports import DeferredExports
 from .errors import UserError
@@ -38,10 +37,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Writing:
-    """An answer that waits for the disk: `output(size_bytes)` when `size_bytes` is there."""
+    """An answer that waits for the disk: `output(size_bytes)` when `size_bytes` is there. `holds_model`: the
+    model's own weights are being written, a file's at a time, and must not change before that."""
 
     size_bytes: Future[int]
     output: Callable[[int], messages.Output]
+    holds_model: bool = False
 
 
 class Models:
@@ -241,15 +242,17 @@ class Models:
         model = self.find(operation.model_id)
         key, directory = operation.directory, paths.resolve(self._config.data_dir, operation.directory)
         if not operation.deferred:
-            # A copy, not a view: the next step writes into the arrays' memory while a thread writes files.
-            weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), model.state.weights)
-            write = partial(_export, model.base, model.state.lora, weights)
-            if operation.merged and model.state.lora is not None:
-                write = partial(_export_merged, model.base, model.state.lora, weights)
+            weights, lora = model.state.weights, model.state.lora
+            if lora is not None:
+                # A copy, not a view: the next step writes into the arrays' memory meanwhile.
+                weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), weights)
+            write = partial(exports.save_weights, model.base, lora, weights)
+            if operation.merged and lora is not None:
+                write = partial(exports.save_merged, model.base, lora, weights)
             if operation.recipients:
-                write = partial(_export_encrypted, write, recipients=operation.recipients)
-            size = self._writers.submit(write, directory)
-            return Writing(self._track(key, size), messages.SamplerSaved)
+                write = partial(exports.save_encrypted, write, recipients=operation.recipients)
+            size = self._track(key, self._writers.submit(write, directory))
+            return Writing(size, messages.SamplerSaved, holds_model=lora is None)
         if directory.is_dir():
             return messages.SamplerSaved(size_bytes(directory))
         base, lora, samplers = model.base, model.state.lora, model.base.samplers
@@ -257,43 +260,21 @@ class Models:
         weights = frozen.base if lora is None else frozen.adapter
 
         def export() -> None:
-            _export(base, lora, weights, directory)
+            exports.save_weights(base, lora, weights, directory)
             samplers.written(key)
 
-        self._deferred.add(operation.model_id, export)
+        self._deferred.add(operation.model_id, export, operation.urgent)
         return messages.SamplerSaved(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)))
+
+    def export(self, request: messages.ExportWeights) -> Writing:
+        """Raises UserError for an unknown base model."""
+        base, data_dir = self.base(request.base_model), self._config.data_dir
+        source = None if request.weights is None else paths.resolve(data_dir, request.weights)
+        directory = paths.resolve(data_dir, request.directory)
+        size = self._writers.submit(exports.export_stored, base, source, directory, request.fp8)
+        return Writing(self._track(request.directory, size), messages.SamplerSaved)
 
     def _track(self, key: str, size: Future[int]) -> Future[int]:
         self._writing[key] = size
         size.add_done_callback(lambda _: self._writing.pop(key, None))
         return size
-
-
-def _export(base: BaseModel, lora: messages.LoraSpec | None, weights: Any, directory: Path) -> int:
-    """Write an adapter, or merged weights, as others read them; its size in bytes."""
-    if lora is None:
-        return merged.save_merged(directory, weights, base.config, base_folder=base.folder)
-    return peft.save_adapter(
-        directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
-    )
-
-
-def _export_merged(base: BaseModel, lora: messages.LoraSpec, adapter: Any, directory: Path) -> int:
-    """Write the base model's weights with the adapter in them; their size in bytes."""
-    scale = lora.alpha / lora.rank
-    return merged.save_merged(
-        directory, base.trainer.base, base.config, base_folder=base.folder, adapter=adapter, scale=scale
-    )
-
-
-def _export_encrypted(export: Callable[[Path], int], directory: Path, recipients: list[str]) -> int:
-    """The same files, each encrypted; their size in bytes. It appears when no plain one is left."""
-    with atomic_directory(directory) as writing:
-        plain = writing / "plain"
-        export(plain)
-        for file in sorted(plain.glob("[!.]*")):
-            age.encrypt(file, writing / (file.name + age.SUFFIX), recipients)
-        shutil.rmtree(plain)
-        size = size_bytes(writing)
-        digests.write(writing)
-    return size

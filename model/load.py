@@ -99,7 +99,7 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         ours = ".".join(key.key for key in path)
-        views = list(_hf_views(tensors, ours, names[ours], leaf.shape))
+        views = list(hf_views(tensors, ours, names[ours], leaf.shape))
         stacked = ours.startswith("layers.")
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -120,7 +120,7 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
     return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
-def _hf_views(
+def hf_views(
     tensors: MappedTensors, ours: str, pattern: str, shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
     """The file's views of one of our parameters, one per layer, in our orientation."""

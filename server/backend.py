@@ -18,10 +18,11 @@ from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
 from .base_models import BaseModel
 from .errors import BadRequest
+from .inference.distribution import Distribution
 from .inference.divergence import Divergence
 from .inference.endpoints import Endpoints
 from .inference.registry import Registry
-from .inference.sampling import NoAdapters, Sampling
+from .inference.sampling import Sampling
 from .ledger import tenancy
 from .ledger.ledger import Ledger
 from .live.custom_losses import CustomLosses
@@ -69,6 +70,7 @@ class Backend:
     samplers: Samplers = field(init=False)
     rlve: RlveRuns = field(init=False)
     endpoints: Endpoints = field(init=False)
+    distribution: Distribution = field(init=False)
     registry: Registry = field(init=False)
     sampling: Sampling = field(init=False)
     divergence: Divergence = field(init=False)
@@ -105,10 +107,14 @@ class Backend:
         self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
         self.endpoints = Endpoints(self.base_models)
         self.registry = Registry(settings, self.ledger, self.endpoints)
+        self.distribution = Distribution(
+            settings, self.keys, self.engine, self.disk, self.endpoints, self.base_models
+        )
+        self.samplers.on_removed = self.distribution.adapters.removed
         self.sampling = Sampling(
             self.operations,
             self.endpoints,
-            NoAdapters(),
+            self.distribution.adapters,
             self.base_models,
             settings.sampling_engine,
             settings.sglang_patience_seconds,
@@ -120,6 +126,7 @@ class Backend:
         self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
+        self.sweep.on_removed = self.distribution.adapters.removed
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
         self.copies = Copies(self.ledger, self.disk, self.quotas, settings.data_dir)
         await self.copies.take_up()
@@ -172,6 +179,7 @@ class Backend:
         self.refused_saves.close()
         if not self._draining:
             await self.drain()
+        await self.distribution.close()
         await self.endpoints.close()
         self.ledger.close()
 

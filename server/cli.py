@@ -106,6 +106,12 @@ def serve(
     sampling_engine: Annotated[
         str | None, typer.Option(help="Who draws samples: auto, embedded or sglang [default: auto].")
     ] = None,
+    sglang_data_dir: Annotated[
+        Path | None, typer.Option(help="Where these servers have the data directory [default: there too].")
+    ] = None,
+    sglang_merge: Annotated[
+        bool | None, typer.Option(help="What is saved goes to them as a whole model, not as an adapter.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     given = {key: value for key, value in locals().items() if value is not None}

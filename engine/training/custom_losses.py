@@ -85,6 +85,12 @@ def load(loss: messages.CustomLoss) -> interpreter.Graph:
         raise UserError(f"custom loss {loss.name!r}: {error}") from None
 
 
+def check(loss: messages.CustomLoss) -> messages.Nothing:
+    """Raises UserError for one that `load` does not take."""
+    load(loss)
+    return messages.Nothing()
+
+
 def _compile(graph: interpreter.Graph, values: dict[str, np.ndarray]) -> Any:
     def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array]) -> Any:
         return interpreter.evaluate(graph, others | {"logprobs": logprobs})

@@ -81,6 +81,11 @@ class ApiKeys:
     def owners(self) -> list[str]:
         return sorted({key.owner for key in self._given}) or [LOCAL_OWNER]
 
+    @property
+    def tenants(self) -> set[str]:
+        """Of all keys that there are now."""
+        return {key.owner for key in (*self._given, *self._stored)} or {LOCAL_OWNER}
+
     def find(self, key: str | None) -> ApiKey | None:
         """None if it is no key of this server."""
         if not self._required:

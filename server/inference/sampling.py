@@ -41,16 +41,6 @@ class Adapters(Protocol):
         """It does not have it, whatever was said."""
 
 
-class NoAdapters:
-    """Only base models are sampled."""
-
-    async def ensure(self, endpoint: Registered, sampler: messages.SamplerRef) -> str:
-        raise CannotServe(f"{endpoint.client.url} is given no adapters")
-
-    def lost(self, endpoint: Registered, sampler: messages.SamplerRef) -> None:
-        pass
-
-
 class Sampling:
     """`default`: by whom samples are answered that say nothing; `patience_seconds`: for so long those wait
     for a server that are for SGLang alone; `on_drawn`: told of tokens of streams; `on_answered`: of what a

@@ -65,16 +65,18 @@ async def save_unnamed(backend: Backend, run: Run, identifier: str, key: str | N
     def also(connection: Connection, _request_id: str) -> None:
         add(connection, run.owner, run.session_id, identifier, run.base_model, None, directory)
 
+    is_awaited = backend.distribution.is_awaited(run.base_model, run.owner)
     saving = await submit(
         backend,
         run,
         "save_unnamed_sampler",
         None,
-        messages.SaveSampler("", run.id, directory, deferred=True),
+        messages.SaveSampler("", run.id, directory, deferred=True, urgent=is_awaited),
         {"type": "save_weights_for_sampler", "sampling_session_id": identifier},
         also,
         key=key,
     )
+    backend.distribution.follow(saving, run.base_model)
     await saving.finished.wait()
     if isinstance(saving.answer, messages.Failed):
         raise BadRequest(f"the model's weights cannot be sampled: {saving.answer.message}")

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import ValidationError
 from sqlalchemy import Row
 
 from ... import __version__
-from ..errors import BadRequest, Gone, describe
+from ..errors import Gone
 from ..inference.addresses import is_loopback
 from ..inference.endpoints import Registered
 from ..ledger import inference as rows
@@ -21,8 +20,6 @@ from ..wire import inference as wire
 from . import Backend, BackendOf, Owner
 
 router = APIRouter(tags=["inference servers"])
-
-_NOT_YET = "this server does not send weights to others yet; add its own address to sample from it"
 
 
 def is_this(request: Request, host: str, port: int) -> bool:
@@ -82,7 +79,7 @@ async def add_inference_endpoint(
         "message": problem or f"{where} is registered",
         "endpoint": _shown(request, backend, owner, body),
         "weights_synced": problem is None and here and body.sync_weights,
-        "sync_message": None if here or not body.sync_weights else _NOT_YET,
+        "sync_message": None if here or not body.sync_weights else "sync_inference_weights brings them",
     }
 
 
@@ -104,67 +101,6 @@ async def list_inference_endpoints(request: Request, backend: BackendOf, owner: 
         "count": len(shown),
         "of_operator": {"count": len(shared), "healthy": sum(each.healthy for each in shared)},
     }
-
-
-@router.post("/sync_inference_weights")
-@router.post("/api/v1/sync_inference_weights")
-async def sync_inference_weights(
-    body: wire.SyncWeights, request: Request, backend: BackendOf, owner: Owner
-) -> dict[str, Any]:
-    """Succeeds where there is nothing to send: every server that was named is this one."""
-    if body.model_id is not None:
-        await backend.runs.find(owner, body.model_id)
-    if body.quantization is not None:
-        _quantization(body.quantization)
-    known = await backend.ledger.read(lambda connection: rows.endpoints(connection, owner))
-    pools = body.pools
-    asked: list[Row] = [row for row in known if pools is None or row.fields.get("pool") in pools]
-    synced = []
-    for row in asked:
-        own = is_this(request, row.host, row.port)
-        synced.append(
-            {
-                "host": row.host,
-                "port": row.port,
-                "success": own,
-                "message": "it samples what is trained here" if own else _NOT_YET,
-            }
-        )
-    success = bool(synced) and all(each["success"] for each in synced)
-    return {
-        "success": success,
-        "message": "nothing had to be sent" if success else (_NOT_YET if synced else "no server is named"),
-        "transfer_time": 0.0,
-        "total_bytes": 0,
-        "num_parameters": 0,
-        "num_buckets": 0,
-        "timing_breakdown": {},
-        "endpoints_synced": synced,
-    }
-
-
-@router.post("/api/v1/set_sync_quantization")
-async def set_sync_quantization(
-    body: wire.SetQuantization, backend: BackendOf, owner: Owner
-) -> dict[str, Any]:
-    """Kept for the weights that will be sent to other servers."""
-    chosen = _quantization(body.quantization) if body.quantization else None
-    await backend.ledger.write(lambda connection: rows.set_quantization(connection, owner, chosen))
-    message = "weights go out as they are" if chosen is None else f"weights go out as {chosen['fmt']}"
-    return {"quantization": chosen, "message": f"{message}; {_NOT_YET}"}
-
-
-def _quantization(given: dict[str, Any]) -> dict[str, Any] | None:
-    """Normalised. Raises BadRequest."""
-    try:
-        chosen = wire.Quantization.model_validate(given)
-    except ValidationError as error:
-        raise BadRequest(f"quantization: {describe([*map(dict, error.errors())])}") from None
-    if chosen.quant_method == "none":
-        return None
-    size = chosen.weight_block_size
-    block = [size, size] if isinstance(size, int) else list(size)
-    return chosen.model_dump() | {"weight_block_size": block}
 
 
 _INSTEAD = {

@@ -40,15 +40,17 @@ async def save_weights_for_sampler(
             kind, (directory, reply, also) = "save_weights_for_sampler", _named(body, name, run, backend)
         else:
             kind, (directory, reply, also) = "save_unnamed_sampler", _unnamed(body, run)
+        is_awaited = name is None and backend.distribution.is_awaited(run.base_model, owner)
         operation = await submit(
             backend,
             run,
             kind,
             body.seq_id,
-            messages.SaveSampler("", run.id, directory, deferred=name is None),
+            messages.SaveSampler("", run.id, directory, deferred=name is None, urgent=is_awaited),
             reply | {"router_address": base_url(request, backend)},
             also,
         )
+        backend.distribution.follow(operation, run.base_model)
     except ApiError as error:
         await refuse(backend, owner, body.model_id, body.seq_id, error)
         raise

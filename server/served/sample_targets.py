@@ -59,14 +59,15 @@ async def target(backend: Backend, owner: str, body: SampleFields) -> messages.S
     if body.model_path is not None and body.model_path.endswith(LIVE):
         live = body.model_path.removesuffix(LIVE).rpartition("://")[2]
     if live is not None:
-        return (await _live(backend, owner, live)).ref
+        return (await live_sampler(backend, owner, live)).ref
     if body.base_model is None and body.model_path is None:
         raise BadRequest("give sampling_session_id, model_id, model_path or base_model: whose samples?")
     found = await weights(backend, owner, body.base_model, body.model_path)
     return messages.SamplerRef(found.base_model, weights=found.directory)
 
 
-async def _live(backend: Backend, owner: str, name: str) -> Sampler:
+async def live_sampler(backend: Backend, owner: str, name: str) -> Sampler:
+    """Of a model as it is now. Raises NotFound for one that cannot be sampled."""
     run = await backend.runs.find_trainable(owner, name)
     if run.configuration.get("train_only"):
         raise NotFound(f"model {run.name!r} has no sampler: it was created with debug_train_only")

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 from ...engine import messages
 from ..errors import BadRequest
+from . import safetensors_header
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 32 << 20  # of safetensors
 _MAX_MEMBERS = 1000
 _MAX_EXTENSION_BYTES = 64 << 10
 _EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
@@ -142,12 +142,11 @@ def described(directory: Path) -> messages.LoraSpec:
 
 def _modules(file: Path) -> set[str]:
     """The last names of the modules with an A, from the header of safetensors."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise BadRequest(f"{TENSORS_FILE} is not safetensors: its header would have {length} bytes")
-        header = _object(opened.read(length), TENSORS_FILE)
-    return {name.split(".")[-3] for name in header if name.endswith(".lora_A.weight") and name.count(".") > 2}
+    try:
+        names = safetensors_header.header(file)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    return {name.split(".")[-3] for name in names if name.endswith(".lora_A.weight") and name.count(".") > 2}
 
 
 def _object(content: bytes, what: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
 class Sweep:
-    """`used_bytes`: by kind, as of the last sweep."""
+    """`used_bytes`: by kind, as of the last sweep. `on_removed` is told of checkpoints' directories."""
 
     def __init__(self, ledger: Ledger, engine: Supervisor, snapshots: Snapshots, settings: Settings):
         self._ledger = ledger
@@ -45,6 +45,7 @@ class Sweep:
         self._settings = settings
         self._data_dir = settings.data_dir
         self.used_bytes = dict.fromkeys(KINDS, 0)
+        self.on_removed: Callable[[str], None] = lambda _directory: None
 
     async def sweep(self) -> None:
         """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
@@ -120,6 +121,7 @@ class Sweep:
     async def _forget(self, directories: list[str]) -> None:
         for key in directories:
             self._engine.send(messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key)))
+            self.on_removed(key)
         await self._ledger.write(partial(retention.forget_checkpoints, directories=directories))
 
     async def _of_known_models(self, keys: list[str]) -> list[str]:

@@ -47,6 +47,9 @@ class SyncWeights(Body):
     weight_version: Word | None = None
     quantization: dict[str, Any] | None = None
     pools: Annotated[list[Word], Field(max_length=64)] | None = None
+    # Extensions: other weights than a model's as they are now.
+    model_path: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    base_model: Word | None = None
 
 
 class Quantization(Body):
@@ -55,6 +58,7 @@ class Quantization(Body):
     weight_block_size: (
         Annotated[StrictInt, Field(ge=1, le=4096)]
         | tuple[Annotated[StrictInt, Field(ge=1, le=4096)], Annotated[StrictInt, Field(ge=1, le=4096)]]
+        | None  # one scale for a whole matrix
     ) = (128, 128)
     modules_to_not_convert: Annotated[list[Word], Field(max_length=256)] = Field(default_factory=list)
     activation_scheme: Literal["dynamic"] = "dynamic"

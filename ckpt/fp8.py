@@ -1,0 +1,89 @@
+"""Weights in float8 (e4m3) with float32 scales, in the layout that SGLang and vLLM read as `fp8`.
+
+    W[i, j] ~ weight[i, j] x scale[i // rows, j // columns]
+
+A block's scale is its largest magnitude / 448, the largest that the format has, so that nothing overflows:
+the error of a weight is at most 1/28 of its block's largest one (half of the spacing 32 at 448), or 1/16 of
+itself where that is less, but for the format's smallest numbers. A matrix's scales are a tensor beside it:
+`weight_scale_inv` [ceil(out / rows), ceil(in / columns)] of blocks, or `weight_scale`, one number, of a whole
+matrix. DeepSeek-V3 (arXiv:2412.19437, section 3.3) has blocks of 128 x 128; they are the default of servers.
+
+The matrices of the layers are quantized, as servers expect; embeddings, the unembedding, norms and biases are
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from .hf_folder import Tensors
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+LARGEST = float(ml_dtypes.finfo(E4M3).max)
+_MATRIX = "_proj.weight"
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Servers read these as one matrix: all of them are quantized, or none is."""
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """`block`: rows and columns that share a scale; None: a whole matrix does. `kept`: modules, by their
+    Hugging Face name or the last part of it, that stay as they are."""
+
+    block: tuple[int, int] | None = (128, 128)
+    kept: tuple[str, ...] = ()
+
+    def config(self, names: Iterable[str]) -> dict[str, Any]:
+        """What config.json of a model with these tensors says of it."""
+        matrices = [name for name in names if name.endswith(_MATRIX)]
+        kept = [name.removesuffix(".weight") for name in matrices if not self.quantizes(name)]
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": None if self.block is None else list(self.block),
+            "modules_to_not_convert": ["lm_head", *kept],
+        }
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a tensor, by its Hugging Face name, is a matrix that is not kept."""
+        parents, _, module = name.removesuffix(".weight").rpartition(".")
+        fused = next((group for group in _FUSED if module in group), (module,))
+        modules = [f"{parents}.{each}" for each in fused]
+        kept = any(each == kept or each.endswith(f".{kept}") for each in modules for kept in self.kept)
+        return name.endswith(_MATRIX) and not kept
+
+
+def quantized(tensors: Tensors, spec: Fp8) -> Iterator[tuple[str, np.ndarray]]:
+    """The same tensors, matrices of the layers in float8 and their scales beside them."""
+    scale_name = "weight_scale" if spec.block is None else "weight_scale_inv"
+    for name, array in tensors:
+        if not spec.quantizes(name):
+            yield name, array
+            continue
+        weight, scale = quantize(array, spec.block)
+        yield name, weight
+        yield name.removesuffix("weight") + scale_name, scale
+
+
+def quantize(
+    weight_OI: Float[np.ndarray, "O I"], block: tuple[int, int] | None
+) -> tuple[Float[np.ndarray, "O I"], Float[np.ndarray, ...]]:
+    """A matrix in float8 and its float32 scales, [blocks of O, blocks of I], or [] of a whole matrix."""
+    O, I = weight_OI.shape  # noqa: E741  the letters of the shapes
+    rows, columns = block or (O, I)
+    blocks = (-(-O // rows), -(-I // columns))
+    padded = np.zeros((blocks[0] * rows, blocks[1] * columns), np.float32)
+    padded[:O, :I] = weight_OI
+    by_block = padded.reshape(blocks[0], rows, blocks[1], columns)
+    largest = np.abs(by_block).max(axis=(1, 3))
+    scale = np.where(largest > 0, largest / LARGEST, 1.0).astype(np.float32)
+    scaled = np.clip(by_block / scale[:, None, :, None], -LARGEST, LARGEST).astype(E4M3)
+    weight = np.ascontiguousarray(scaled.reshape(padded.shape)[:O, :I])
+    return weight, scale.reshape(()) if block is None else scale

@@ -1,0 +1,104 @@
+"""A Hugging Face model folder, written as its tensors come: config, sharded safetensors, tokenizer.
+
+The tensors are an iterator: those of one file are in memory at a time, and nobody needs to know beforehand
+how many there will be.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from . import digests
+from .atomic import atomic_directory, size_bytes
+
+Tensors = Iterable[tuple[str, np.ndarray]]
+"""Hugging Face names and their arrays, contiguous."""
+
+SHARD_BYTES = 4 << 30
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files of the base model's folder that go along, where it has them."""
+
+
+def write_folder(
+    directory: Path,
+    tensors: Tensors,
+    *,
+    base_folder: Path,
+    config: dict[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write a model that began as that of `base_folder`; its config.json with the changes in `config`.
+
+    A file holds up to `shard_bytes`; a tensor above that has one of its own. The directory appears whole;
+    returns its size in bytes.
+    """
+    base_folder = Path(base_folder)
+    with atomic_directory(directory) as writing:
+        files = _write_shards(writing, tensors, shard_bytes)
+        _name_shards(writing, files)
+        hf_config = json.loads((base_folder / "config.json").read_text())
+        hf_config.pop("torch_dtype", None)
+        _write_json(writing / "config.json", hf_config | config)
+        for name in COPIED:
+            if (base_folder / name).is_file():
+                shutil.copyfile(base_folder / name, writing / name)
+        size = size_bytes(writing)
+        digests.write(writing)
+    return size
+
+
+def _write_shards(writing: Path, tensors: Tensors, shard_bytes: int) -> list[dict[str, int]]:
+    """The names and bytes of each file's tensors; file i is called `shard-i`."""
+    files: list[dict[str, int]] = []
+    shard: dict[str, np.ndarray] = {}
+
+    def close() -> None:
+        save_file(shard, writing / f"shard-{len(files)}", {"format": "pt"})
+        files.append({name: array.nbytes for name, array in shard.items()})
+        shard.clear()
+
+    filled = 0
+    for name, array in tensors:
+        if shard and filled + array.nbytes > shard_bytes:
+            close()
+            filled = 0
+        shard[name] = array
+        filled += array.nbytes
+    close()
+    return files
+
+
+def _name_shards(writing: Path, files: list[dict[str, int]]) -> None:
+    """As transformers calls them, with an index if there are several."""
+    if len(files) == 1:
+        (writing / "shard-0").rename(writing / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, sizes in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        (writing / f"shard-{index}").rename(writing / file)
+        weight_map |= dict.fromkeys(sizes, file)
+    total_size = sum(size for sizes in files for size in sizes.values())
+    index_of = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    _write_json(writing / "model.safetensors.index.json", index_of)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

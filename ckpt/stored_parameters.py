@@ -1,0 +1,63 @@
+"""Full weights on disk, one parameter at a time: a training state's, or a Hugging Face folder's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ..model import decoder
+from ..model.config import ModelConfig
+from ..model.families import tensor_names
+from ..model.load import MappedTensors, hf_views
+from . import digests, training_state
+from .merged import Parameters
+
+
+def of_training_state(directory: Path) -> Parameters:
+    """Each is read when it is asked for, into host memory.
+
+    Raises FileNotFoundError or ValueError for a directory that holds no full weights, DamagedFiles if a file
+    has changed since it was written.
+    """
+    directory = Path(directory).absolute()
+    digests.check(directory)
+    if training_state.read_metadata(directory)["lora"] is not None:
+        raise ValueError(f"training state {directory.name} is of an adapter, not of full weights")
+
+    def parameter(name: str) -> np.ndarray:
+        tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(("weights", *name.split("."))):
+            tree = {key: tree}
+        with ocp.PyTreeCheckpointer() as reader:
+            restored = reader.restore(
+                directory / "arrays",
+                ocp.args.PyTreeRestore(item=tree, restore_args=tree, partial_restore=True),
+            )
+        (array,) = jax.tree.leaves(restored)
+        return array
+
+    return parameter
+
+
+def of_folder(directory: Path, config: ModelConfig) -> Parameters:
+    """Views of its mapped files. Raises WeightsError for a tensor that does not fit `config`, DamagedFiles if
+    a file has changed since it was written."""
+    digests.check(directory)
+    tensors, names = MappedTensors(Path(directory)), tensor_names(config)
+    _, abstract = decoder.build(config, jnp.float32)
+    shapes = {
+        ".".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+
+    def parameter(name: str) -> Any:
+        tensors.forget_pages()
+        views = list(hf_views(tensors, name, names[name], shapes[name]))
+        return views if "{layer}" in names[name] else views[0]
+
+    return parameter
