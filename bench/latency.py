@@ -29,13 +29,15 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 
 
-def start(model: str, data_dir: Path) -> tuple[subprocess.Popen, str]:
-    """The server's process, once its engine is ready, and its URL."""
+def start(model: str, data_dir: Path, *options: str) -> tuple[subprocess.Popen, str]:
+    """The server's process, once its engine is ready, and its URL; it calls the model `base`."""
     command = [sys.executable, "-m", "tinsmith.server.cli", "serve", "--model", f"base={model}"]
     log = data_dir.with_suffix(".log")
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--port", "0", "--data-dir", str(data_dir)], stdout=output, stderr=subprocess.STDOUT
+            [*command, "--port", "0", "--data-dir", str(data_dir), *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     while server.poll() is None:
         found = re.search(r"TINKER_BASE_URL=(\S+)", log.read_text())

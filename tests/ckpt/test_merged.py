@@ -1,8 +1,10 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
-from tinsmith.ckpt.merged import save_merged
+from tinsmith.ckpt import stored_parameters, training_state
+from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.ckpt.peft import save_adapter
 from tinsmith.model.config import read_config
 from tinsmith.model.families import is_transposed, tensor_names
@@ -34,9 +36,8 @@ def test_the_folder_holds_the_weights_under_their_own_names(tmp_path, variant, s
     folder = write_model(tmp_path / "base", variant)
     config = read_config(folder)
     weights = random_weights(hf_config(variant), seed=7)
-    size = save_merged(
-        tmp_path / "out", our_base(config, weights), config, base_folder=folder, shard_bytes=shard_bytes
-    )
+    base = in_memory(our_base(config, weights))
+    size = save_merged(tmp_path / "out", base, config, base_folder=folder, shard_bytes=shard_bytes)
     assert size == sum(path.stat().st_size for path in (tmp_path / "out").glob("[!.]*"))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert (len(files) == 1) == (shard_bytes == 1 << 30)
@@ -58,7 +59,7 @@ def test_transformers_loads_it_with_equal_log_probs(tmp_path, variant):
     folder = write_model(tmp_path / "base", variant)
     trained = write_model(tmp_path / "trained", variant, seed=7)
     config = read_config(folder)
-    base = our_base(config, random_weights(hf_config(variant), seed=7))
+    base = in_memory(our_base(config, random_weights(hf_config(variant), seed=7)))
     out = tmp_path / "out"
     save_merged(out, base, config, base_folder=folder, shard_bytes=20_000)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
@@ -79,7 +80,7 @@ def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
     folder = write_model(tmp_path / "base", variant)
     config = read_config(folder)
     adapter = random_adapter(config)
-    base = our_base(config, random_weights(hf_config(variant)))
+    base = in_memory(our_base(config, random_weights(hf_config(variant))))
     out = tmp_path / "out"
     save_merged(
         out, base, config, base_folder=folder, adapter=adapter, scale=ALPHA / RANK, shard_bytes=20_000
@@ -97,3 +98,75 @@ def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
         ).abs().max() > 0.1
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
     assert not read_config(out).tie_embeddings
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_it_is_what_merge_and_unload_makes(tmp_path, variant):
+    """Of models whose embeddings are tied PEFT would change the embedding too: those without its adapter."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "base", variant)
+    config = read_config(folder)
+    adapter = random_adapter(config, train_unembed=not config.tie_embeddings)
+    base = in_memory(our_base(config, random_weights(hf_config(variant))))
+    out = tmp_path / "out"
+    save_merged(
+        out, base, config, base_folder=folder, adapter=adapter, scale=ALPHA / RANK, shard_bytes=20_000
+    )
+    save_adapter(tmp_path / "adapter", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    beside = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
+    )
+    expected = beside.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), weight.numpy(), atol=1e-5, err_msg=name)
+    moved = (
+        expected["model.layers.1.mlp.down_proj.weight"].numpy()
+        - random_weights(hf_config(variant))["model.layers.1.mlp.down_proj.weight"]
+    )
+    assert np.abs(moved).max() > 0.1
+
+
+def test_weights_on_disk_are_read_one_parameter_at_a_time(tmp_path):
+    """A training state's, and a folder's that was written before; a few files' worth is in memory."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
+    folder = write_model(tmp_path / "base", "qwen3", **shape)
+    config = read_config(folder)
+    weights = random_weights(hf_config("qwen3", **shape), seed=7)
+    metadata = {"lora": None, "base_model": "tiny"}
+    training_state.save(tmp_path / "state", {"weights": our_base(config, weights)}, metadata).result()
+    total, shard_bytes = sum(array.nbytes for array in weights.values()), 1 << 20
+    del weights
+
+    def written(name, parameters):
+        save_merged(tmp_path / name, parameters, config, base_folder=folder, shard_bytes=shard_bytes)
+
+    written("warm", stored_parameters.of_training_state(tmp_path / "state"))
+    tracemalloc.start()
+    written("from_state", stored_parameters.of_training_state(tmp_path / "state"))
+    written("from_folder", stored_parameters.of_folder(tmp_path / "from_state", config))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = 8 * 256 * 512 * 4  # one parameter of all layers
+    assert most < largest + 3 * shard_bytes < total / 2
+
+    from safetensors.numpy import load_file
+
+    for name in ("from_state", "from_folder"):
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        assert len(files) > 8
+        found = {key: array for file in files for key, array in load_file(file).items()}
+        for key, array in random_weights(hf_config("qwen3", **shape), seed=7).items():
+            np.testing.assert_array_equal(found[key], array, err_msg=key)
+
+
+def test_a_state_of_an_adapter_is_no_full_weights(tmp_path):
+    metadata = {"lora": {"rank": 4}, "base_model": "tiny"}
+    training_state.save(tmp_path / "state", {"weights": {"a": np.zeros(3)}}, metadata).result()
+    with pytest.raises(ValueError, match="of an adapter"):
+        stored_parameters.of_training_state(tmp_path / "state")

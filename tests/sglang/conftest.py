@@ -38,7 +38,7 @@ def sglang(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     running.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make_tinsmith(
     sglang: SglangProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., ServerProcess]]:
@@ -60,7 +60,7 @@ def make_tinsmith(
         server.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tinsmith(make_tinsmith: Callable[..., ServerProcess]) -> Iterator[ServerProcess]:
     running = make_tinsmith().start()
     yield running

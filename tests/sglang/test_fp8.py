@@ -1,0 +1,77 @@
+"""What we write in float8 is what SGLang reads.
+
+Its CPU backend has float8 only with Intel's AMX, so no server is asked here: its own functions, taken from
+its files as they are, turn what we wrote into numbers again.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import pytest
+from tinsmith.ckpt.fp8 import Fp8
+from tinsmith.ckpt.merged import in_memory, save_merged
+from tinsmith.model.config import read_config
+
+from tests.ckpt.test_merged import our_base
+from tests.tiny_models import hf_config, random_weights, write_model
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def quantization(sglang_python: Path) -> Path:
+    (layers,) = (sglang_python.parents[1] / "lib").glob("python3*/site-packages/sglang/srt/layers")
+    return layers / "quantization"
+
+
+def function_of(file: Path, name: str) -> Any:
+    """A function of a file without what the file imports, which takes ten seconds."""
+    module = ast.parse(file.read_text())
+    module.body = [each for each in module.body if isinstance(each, ast.FunctionDef) and each.name == name]
+    names = {"torch": torch, "List": list, "Union": Union}  # those of its annotations
+    exec(compile(module, str(file), "exec"), names)
+    return names[name]
+
+
+@pytest.mark.parametrize("block", [(16, 16), None], ids=["block", "tensor"])
+def test_sglang_s_own_functions_read_what_is_near(tmp_path: Path, quantization: Path, block: Any) -> None:
+    """Weights to float8's rounding, and log-probs near those of the model that was quantized."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "base", "llama")
+    weights = random_weights(hf_config("llama"))
+    base = in_memory(our_base(read_config(folder), weights))
+    save_merged(tmp_path / "out", base, read_config(folder), base_folder=folder, fp8=Fp8(block))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    if block is None:
+        dequantize = function_of(quantization / "utils.py", "per_tensor_dequantize")
+    else:
+        of_blocks = function_of(quantization / "fp8_utils.py", "block_quant_dequant")
+
+        def dequantize(weight: Any, scale: Any) -> Any:
+            return of_blocks(weight, scale, list(block), torch.float32)
+
+    read = {}
+    for name, weight in weights.items():
+        read[name] = found.pop(name)
+        if name.endswith("_proj.weight"):
+            assert read[name].dtype == torch.float8_e4m3fn
+            scale = found.pop(f"{name}_scale" if block is None else f"{name}_scale_inv")
+            assert scale.dtype == torch.float32
+            read[name] = dequantize(read[name], scale).float()
+            error = np.abs(read[name].numpy() - weight)
+            assert 0 < error.max() <= np.abs(weight).max() * 2.0**-4
+    assert not found
+    tokens = torch.tensor([np.random.default_rng(0).integers(0, 320, 64).tolist()])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logprobs = []
+    for state in ({}, read):
+        model.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            logprobs.append(torch.log_softmax(model(tokens).logits, -1))
+    assert 0 < (logprobs[0] - logprobs[1]).abs().mean() < 0.25  # scales that are off make several units

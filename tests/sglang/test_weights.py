@@ -1,0 +1,221 @@
+"""What is trained is sampled on SGLang, version by version, through the unmodified SDK."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import httpx
+import numpy as np
+import pytest
+import tinker
+from conformance.batches import logprobs
+from conformance.server_process import ServerProcess, Wire
+from tinker import types
+
+from .sglang_process import SglangProcess
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
+ADAM = types.AdamParams(learning_rate=3e-2)
+GREEDY = types.SamplingParams(max_tokens=10, temperature=0.0, stop=[])
+DRAWN = types.SamplingParams(max_tokens=10, temperature=1.0, stop=[])
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def counted(alice: Wire, name: str) -> float:
+    """The sum of a metric of ours."""
+    found = re.findall(rf"^{name}(?:_total)?{{.*}} (\S+)$", alice.http.get("/metrics").text, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def drawn_there(alice: Wire) -> float:
+    return counted(alice, "tinsmith_sglang_samples")
+
+
+def is_up(alice: Wire) -> bool:
+    return counted(alice, "tinsmith_sglang_up") == 1.0
+
+
+def sampled(
+    sampler: tinker.SamplingClient, params: types.SamplingParams, count: int = 1
+) -> list[list[types.SampledSequence]]:
+    """Of each prompt, all at once."""
+    futures = [
+        sampler.sample(types.ModelInput.from_ints(prompt), num_samples=count, sampling_params=params)
+        for prompt in PROMPTS
+    ]
+    return [list(future.result().sequences) for future in futures]
+
+
+def rollout(prompt: list[int], sequence: types.SampledSequence, advantage: float) -> types.Datum:
+    unscored, count = len(prompt) - 1, len(sequence.tokens)
+    assert sequence.logprobs is not None
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(prompt + sequence.tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": prompt[1:] + sequence.tokens,
+            "logprobs": [0.0] * unscored + list(sequence.logprobs),
+            "advantages": [0.0] * unscored + [advantage] * count,
+        },
+    )
+
+
+def reward(tokens: list[int]) -> float:
+    return float(np.mean([token % 2 == 0 for token in tokens]))
+
+
+def step(training: tinker.TrainingClient, groups: list[list[types.SampledSequence]]) -> float:
+    """One step on rollouts; the mean difference of their log-probs from the trainer's."""
+    data = []
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        rewards = [reward(sequence.tokens) for sequence in group]
+        data += [rollout(prompt, each, r - np.mean(rewards)) for each, r in zip(group, rewards, strict=True)]
+    done = training.forward_backward(data, "importance_sampling").result()
+    differences = []
+    for datum, found in zip(data, logprobs(done), strict=True):
+        said = np.asarray(datum.loss_fn_inputs["logprobs"].data)
+        differences.append(np.abs(found - said)[said != 0])
+    training.optim_step(ADAM).result()
+    return float(np.mean(np.concatenate(differences)))
+
+
+def texts(groups: list[list[types.SampledSequence]]) -> list[list[int]]:
+    return [list(group[0].tokens) for group in groups]
+
+
+def test_an_rl_loop_of_two_models_draws_on_sglang(
+    tinsmith: ServerProcess, service: tinker.ServiceClient, alice: Wire
+) -> None:
+    """Three versions of each, and the base model: log-probs are the trainer's, and all of them differ."""
+    until(lambda: is_up(alice))
+    before = drawn_there(alice)
+    models = [
+        service.create_lora_training_client(base_model="tiny", rank=rank, seed=rank).result()
+        for rank in (4, 8)
+    ]
+    base = service.create_sampling_client(base_model="tiny")
+    plain = texts(sampled(base, GREEDY))
+    said: list[list[list[list[int]]]] = [[], []]
+    for version in range(3):
+        for model, told in zip(models, said, strict=True):
+            path = model.save_weights_for_sampler(f"v{version}").result().path
+            sampler = service.create_sampling_client(model_path=path)
+            told.append(texts(sampled(sampler, GREEDY)))
+            assert step(model, sampled(sampler, DRAWN, 4)) <= 1e-4
+        assert texts(sampled(base, GREEDY)) == plain
+    for told in said:
+        assert told[0] == plain, "a fresh adapter changes nothing"
+        assert told[1] != told[0]
+        assert told[2] != told[1]
+    assert said[0][2] != said[1][2]
+    # Of each version four samples (two prompts, twice), of the base model eight: all were drawn there.
+    assert drawn_there(alice) - before == 2 * 3 * 4 + 8
+
+
+def test_unnamed_weights_are_drawn_on_sglang_at_once(
+    tinsmith: ServerProcess, service: tinker.ServiceClient, sglang: SglangProcess, alice: Wire
+) -> None:
+    """And more versions than it has room for: an older one comes back when it is asked for."""
+    until(lambda: is_up(alice))
+    model = service.create_lora_training_client(base_model="tiny", rank=4, seed=1).result()
+    before = drawn_there(alice)
+    samplers, told = [], []
+    for _ in range(8):
+        samplers.append(model.save_weights_and_get_sampling_client().result())
+        told.append(texts(sampled(samplers[-1], GREEDY)))
+        assert step(model, sampled(samplers[-1], DRAWN, 2)) <= 1e-4
+    assert texts(sampled(samplers[1], GREEDY)) == told[1]
+    assert told[1] != told[7]
+    assert drawn_there(alice) - before == 8 * 4 + 2
+    loaded = httpx.get(f"{sglang.url}/v1/models").json()["data"]
+    assert len([each for each in loaded if each.get("parent")]) <= 6
+
+
+def test_a_loop_finishes_though_sglang_is_killed_and_comes_back(
+    tinsmith: ServerProcess, service: tinker.ServiceClient, sglang: SglangProcess, alice: Wire
+) -> None:
+    until(lambda: is_up(alice))
+    model = service.create_lora_training_client(base_model="tiny", rank=4, seed=2).result()
+    for version in range(4):
+        path = model.save_weights_for_sampler(f"v{version}").result().path
+        sampler = service.create_sampling_client(model_path=path)
+        if version == 1:
+            futures = [
+                sampler.sample(types.ModelInput.from_ints(PROMPTS[0]), 4, sampling_params=DRAWN)
+                for _ in range(8)
+            ]
+            sglang.kill()
+            assert all(len(future.result().sequences) == 4 for future in futures)
+            assert not is_up(alice)
+        if version == 3:
+            sglang.start()
+            until(lambda: is_up(alice))
+            before = drawn_there(alice)
+        assert step(model, sampled(sampler, DRAWN, 2)) <= 1e-4
+    assert drawn_there(alice) - before == 2, "what was saved meanwhile is there again"
+
+
+@pytest.fixture
+def own(tinsmith: ServerProcess, sglang: SglangProcess, alice: Wire):
+    """The same server once more, as alice's own: others' are not hers to change."""
+    added = alice.http.post("/add_inference_endpoint", json={"host": "localhost", "port": sglang.port})
+    assert added.json()["success"], added.text
+    yield
+    given = alice.post("sync_inference_weights", base_model="tiny").json()
+    assert given["success"], given
+    alice.http.post("/remove_inference_endpoint", json={"host": "localhost", "port": sglang.port})
+
+
+def test_whole_models_replace_each_other_on_sglang(
+    tinsmith: ServerProcess, service: tinker.ServiceClient, sglang: SglangProcess, alice: Wire, own: None
+) -> None:
+    """A model's newest weights, a saved version's, and at last the base model's."""
+    model = service.create_lora_training_client(
+        base_model="tiny", rank=4, seed=3, train_unembed=False
+    ).result()
+    base = service.create_sampling_client(base_model="tiny")
+    plain = texts(sampled(base, GREEDY))
+    step(model, sampled(base, DRAWN, 4))
+    path = model.save_weights_for_sampler("one").result().path
+    sampler = service.create_sampling_client(model_path=path)
+    synced = alice.post("sync_inference_weights", model_path=path, weight_version="one").json()
+    assert synced["success"], synced
+    (there,) = synced["endpoints_synced"]
+    assert there["seconds"]["loaded"] > 0
+    assert synced["timing_breakdown"].keys() == {"save", "export", "check", "push"}
+    assert synced["num_parameters"] > 10_000
+    assert synced["total_bytes"] >= 4 * synced["num_parameters"]
+    assert httpx.get(f"{sglang.url}/model_info").json()["weight_version"] == "one"
+    before = drawn_there(alice)
+    assert step(model, sampled(sampler, DRAWN, 4)) <= 1e-4
+    assert drawn_there(alice) - before == 2
+    assert texts(sampled(sampler, GREEDY)) != plain
+    before = drawn_there(alice)
+    assert texts(sampled(base, GREEDY)) == plain, "which it has not any more"
+    assert drawn_there(alice) == before
+    newest = alice.post("sync_inference_weights", model_id=model.model_id, pause_mode="abort").json()
+    assert newest["success"], newest
+    assert newest["weight_version"] != "one"
+
+
+def test_weights_that_sglang_would_not_survive_are_not_sent(
+    tinsmith: ServerProcess, service: tinker.ServiceClient, sglang: SglangProcess, alice: Wire, own: None
+) -> None:
+    """An unembedding of its own where the server's is tied, and float8 that it was not started in."""
+    model = service.create_lora_training_client(base_model="tiny", rank=4, seed=3).result()
+    before = httpx.get(f"{sglang.url}/model_info").json()["weight_version"]
+    for body, reason in (
+        ({}, "shares with the embedding"),
+        ({"quantization": {"quant_method": "fp8"}}, "was started in"),
+    ):
+        answer = alice.post("sync_inference_weights", model_id=model.model_id, **body).json()
+        assert not answer["success"]
+        assert reason in answer["endpoints_synced"][0]["message"]
+    assert httpx.get(f"{sglang.url}/model_info").json()["weight_version"] == before
