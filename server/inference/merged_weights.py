@@ -175,7 +175,10 @@ class MergedWeights:
         if self._turns[endpoint.client.url].locked():
             return
         wanted = self._wanted.get(endpoint)
-        if wanted is None:
+        was_given_others = (
+            wanted is not None and not wanted.failures and info.get("weight_version") != "default"
+        )
+        if wanted is None or was_given_others:  # under another name of the server, say: the last ones count
             self._begin(self._recognise(endpoint, info))
         elif time.monotonic() >= wanted.again_at:
             self._begin(self._again(endpoint, wanted))

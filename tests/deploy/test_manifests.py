@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import kubernetes_validate as validator
 import pytest
 import yaml
 
@@ -40,11 +40,10 @@ def test_compose_takes_its_file(tmp_path: Path) -> None:
 
 def test_kubernetes_takes_its_manifests() -> None:
     """Strictly: no field that it does not know."""
-    validator = pytest.importorskip("kubernetes_validate")
     assert len(documents()) == 6
     for document in documents():
         validator.validate(document, "1.34", strict=True)
-    wrong = json.loads(json.dumps(documents()[-1]))
+    (wrong,) = (each for each in documents() if each["kind"] == "StatefulSet")
     wrong["spec"]["template"]["spec"]["container"] = []
     with pytest.raises(validator.ValidationError):
         validator.validate(wrong, "1.34", strict=True)
