@@ -37,11 +37,22 @@ def function_of(file: Path, name: str) -> Any:
     return names[name]
 
 
+def logprobs(folder: Path, weights: dict[str, Any]) -> Any:
+    """Of 64 tokens, by transformers: of the folder's model with some weights of its replaced."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(weights, strict=False)
+    tokens = torch.tensor([np.random.default_rng(0).integers(0, 320, 64).tolist()])
+    with torch.no_grad():
+        return torch.log_softmax(model(tokens).logits, -1)
+
+
 @pytest.mark.parametrize("block", [(16, 16), None], ids=["block", "tensor"])
 def test_sglang_s_own_functions_read_what_is_near(tmp_path: Path, quantization: Path, block: Any) -> None:
-    """Weights to float8's rounding, and log-probs near those of the model that was quantized."""
+    """Each weight is half a unit in the last place of float8 away at most, with its block's scale. So
+    log-probs are nearer than those of weights that all are so far away, some up and some down."""
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     folder = write_model(tmp_path / "base", "llama")
     weights = random_weights(hf_config("llama"))
@@ -56,22 +67,29 @@ def test_sglang_s_own_functions_read_what_is_near(tmp_path: Path, quantization: 
         def dequantize(weight: Any, scale: Any) -> Any:
             return of_blocks(weight, scale, list(block), torch.float32)
 
-    read = {}
-    for name, weight in weights.items():
-        read[name] = found.pop(name)
+    read, furthest = {}, {}
+    for name, array in weights.items():
+        weight, read[name] = torch.from_numpy(array), found.pop(name)
         if name.endswith("_proj.weight"):
             assert read[name].dtype == torch.float8_e4m3fn
             scale = found.pop(f"{name}_scale" if block is None else f"{name}_scale_inv")
             assert scale.dtype == torch.float32
+            # Three bits of mantissa: half a unit is 2^-4 of the number, or of the smallest normal one.
+            smallest = dequantize(torch.full_like(weight, 2.0**-6).to(torch.float8_e4m3fn), scale).float()
+            furthest[name] = torch.maximum(weight.abs(), smallest) * 2.0**-4
             read[name] = dequantize(read[name], scale).float()
-            error = np.abs(read[name].numpy() - weight)
-            assert 0 < error.max() <= np.abs(weight).max() * 2.0**-4
+            error = (read[name] - weight).abs()
+            assert error.max() > 0
+            assert (error <= furthest[name] * (1 + 1e-6)).all()
     assert not found
-    tokens = torch.tensor([np.random.default_rng(0).integers(0, 320, 64).tolist()])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    logprobs = []
-    for state in ({}, read):
-        model.load_state_dict(state, strict=False)
-        with torch.no_grad():
-            logprobs.append(torch.log_softmax(model(tokens).logits, -1))
-    assert 0 < (logprobs[0] - logprobs[1]).abs().mean() < 0.25  # scales that are off make several units
+    exact = logprobs(folder, {})
+    differences = [(logprobs(folder, read) - exact).abs().mean()]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        moved = {
+            name: torch.from_numpy(weights[name])
+            + far * (torch.randint(0, 2, far.shape, generator=generator) * 2 - 1)
+            for name, far in furthest.items()
+        }
+        differences.append((logprobs(folder, moved) - exact).abs().mean())
+    assert 0 < differences[0] < min(differences[1:])
