@@ -27,10 +27,10 @@ class Server:
     def __init__(self, data_dir: Path, **settings):
         self.settings = Settings(data_dir=data_dir, **settings)
         self.ledger = Ledger(self.settings.ledger_url)
-        engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
-        self.operations = Operations(self.ledger, engine, Disk(data_dir, 0))
-        self.runs = Runs(self.ledger, engine, self.operations, self.settings)
-        self.sweep = Sweep(self.ledger, engine, self.runs.snapshots, self.settings)
+        self.engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
+        self.operations = Operations(self.ledger, self.engine, Disk(data_dir, 0))
+        self.runs = Runs(self.ledger, self.engine, self.operations, self.settings)
+        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.settings)
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
 
     async def sample(self, number: int, tokens: int = 0) -> str:

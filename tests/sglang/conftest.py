@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,14 @@ pytest.importorskip("tinker")
 import tinker
 from conformance.conftest import ALICE, BOB
 from conformance.server_process import ServerProcess, Wire
+from tinsmith.engine import messages
+from tinsmith.server.base_models import resolve
+from tinsmith.server.inference import endpoints as registered
+from tinsmith.server.ledger import tenancy
 from tiny_models import write_model
 
+from .place import MakePlace, Place
+from .proxy import Proxy
 from .sglang_process import LORA, SglangProcess
 
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -80,3 +88,32 @@ def service(tinsmith: ServerProcess) -> Iterator[tinker.ServiceClient]:
     client = tinker.ServiceClient(base_url=tinsmith.url, api_key=ALICE)
     yield client
     client.close("success").result()
+
+
+@pytest.fixture
+async def make_place(
+    tmp_path: Path, sglang: Any, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[MakePlace]:
+    monkeypatch.setattr(registered, "CHECK_SECONDS", 0.1)
+    places: list[Place] = []
+    model = resolve(f"tiny={sglang.model}", tmp_path, None)
+
+    async def make(
+        engine: messages.SamplingEngine = "auto", data_dir: Path | None = None, **settings: Any
+    ) -> Place:
+        places.append(Place(data_dir or tmp_path / f"data{len(places)}", model, engine, **settings))
+        owner = partial(tenancy.ensure_tenant, tenant="me")
+        await places[-1].server.ledger.write(owner)
+        return places[-1]
+
+    yield make
+    for place in places:
+        await place.close()
+
+
+@pytest.fixture
+async def proxy(sglang: Any) -> AsyncIterator[Proxy]:
+    made = Proxy(sglang.port)
+    await made.open()
+    yield made
+    made.kill()

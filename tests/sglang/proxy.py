@@ -7,7 +7,8 @@ import contextlib
 
 
 class Proxy:
-    """On one port of this machine, also when it is opened again."""
+    """On one port of this machine, also when it is opened again. `cut_at`: it is cut when it hears that,
+    which the server does not."""
 
     def __init__(self, port: int):
         self._to = port
@@ -15,6 +16,7 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self.port = 0
         self.heard = bytearray()  # by the server
+        self.cut_at: bytes | None = None
 
     @property
     def url(self) -> str:
@@ -44,6 +46,9 @@ class Proxy:
         try:
             while data := await reader.read(1 << 16):
                 if heard is not None:
+                    if self.cut_at is not None and self.cut_at in data:
+                        self.kill()
+                        return
                     heard += data
                 writer.write(data)
                 await writer.drain()

@@ -4,118 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engineless import Server
 from tinsmith.engine import messages
-from tinsmith.server.base_models import BaseModel, resolve
-from tinsmith.server.inference import endpoints as registered
+from tinsmith.server.base_models import BaseModel
 from tinsmith.server.inference.endpoint import Endpoint, EndpointDied
 from tinsmith.server.inference.endpoints import Endpoints, Registered
-from tinsmith.server.inference.sampling import Sampling
-from tinsmith.server.ledger import tenancy
-from tinsmith.server.operations.operation import Operation, Submission
 
+from .place import MakePlace, tokens, until
 from .proxy import Proxy
 
-PROMPT = [5, 9, 77, 30, 12, 6]
-
-
-MakePlace = Callable[..., Awaitable["Place"]]
 LONG = 120  # tokens: more than a second
-
-
-class NoAdapters:
-    async def ensure(self, endpoint: Registered, sampler: messages.SamplerRef) -> str:
-        raise AssertionError
-
-    def lost(self, endpoint: Registered, sampler: messages.SamplerRef) -> None:
-        raise AssertionError
-
-
-class Place:
-    """The server without routers and engine; what would go to the engine is `embedded`."""
-
-    def __init__(self, data_dir: Path, model: BaseModel, engine: messages.SamplingEngine):
-        data_dir.mkdir()
-        self.server = Server(data_dir)
-        self.operations = self.server.operations
-        self.endpoints = Endpoints({model.name: model})
-        self.drawn: list[messages.Drawn] = []
-        self.embedded: list[Operation] = []
-        self.operations.send_to_engine = self.embedded.append  # type: ignore[method-assign]
-        self.sampling = Sampling(
-            self.operations,
-            self.endpoints,
-            NoAdapters(),
-            {model.name: model},
-            engine,
-            patience_seconds=300.0,
-            on_drawn=self.drawn.append,
-        )
-
-    def add(self, url: str) -> Registered:
-        endpoint = Registered(Endpoint(url), None, None)
-        self.endpoints.add(endpoint)
-        return endpoint
-
-    async def ask(self, max_tokens: int = 8, stream: bool = False) -> Operation:
-        params = messages.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_tokens=[])
-        prompt = np.asarray(PROMPT, "<i4").tobytes()
-
-        def message(request_id: str) -> messages.Sample:
-            ref = messages.SamplerRef("tiny")
-            return messages.Sample(request_id, ref, prompt, 1, params, stream=stream)
-
-        return await self.operations.accept(Submission("me", "sample", None, message))
-
-
-@pytest.fixture
-async def make_place(
-    tmp_path: Path, sglang: Any, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[MakePlace]:
-    monkeypatch.setattr(registered, "CHECK_SECONDS", 0.1)
-    places: list[Place] = []
-    model = resolve(f"tiny={sglang.model}", tmp_path, None)
-
-    async def make(engine: messages.SamplingEngine = "auto") -> Place:
-        places.append(Place(tmp_path / f"data{len(places)}", model, engine))
-        owner = partial(tenancy.ensure_tenant, tenant="me")
-        await places[-1].server.ledger.write(owner)
-        return places[-1]
-
-    yield make
-    for place in places:
-        await place.sampling.finish(0)
-        await place.endpoints.close()
-        place.server.ledger.close()
-
-
-@pytest.fixture
-async def proxy(sglang: Any) -> AsyncIterator[Proxy]:
-    made = Proxy(sglang.port)
-    await made.open()
-    yield made
-    made.kill()
-
-
-async def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-
-
-async def tokens(operation: Operation, seconds: float = 60.0) -> list[int]:
-    await asyncio.wait_for(operation.finished.wait(), seconds)
-    assert isinstance(operation.answer, messages.Done), operation.answer
-    assert isinstance(operation.answer.output, messages.SampleOutput)
-    return np.frombuffer(operation.answer.output.sequences[0].tokens, "<i4").tolist()
 
 
 async def under_way(proxy: Proxy, endpoint: Registered) -> None:

@@ -1,0 +1,176 @@
+"""Whole models on servers that fail, come back, or were given them before our own restart."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tinsmith.engine import messages
+from tinsmith.server.inference.endpoints import Registered
+from tinsmith.server.inference.merged_weights import Synced
+from tiny_models import write_model
+
+from .place import PROMPT, MakePlace, Place, tokens, until
+from .proxy import Proxy
+from .sglang_process import SglangProcess
+
+torch = pytest.importorskip("torch")
+
+KEY = "checkpoints/run/sampler_weights/one-1"
+
+
+def greedy(folder: Path) -> list[int]:
+    """What transformers draws of the folder's model."""
+    from transformers import AutoModelForCausalLM
+
+    model, drawn = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), list(PROMPT)
+    with torch.no_grad():
+        for _ in range(8):
+            drawn.append(int(model(torch.tensor([drawn])).logits[0, -1].argmax()))
+    return drawn[len(PROMPT) :]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("trained") / "model", "llama", seed=7)
+
+
+@pytest.fixture(scope="module")
+def expected(sglang: SglangProcess, trained: Path) -> tuple[list[int], list[int]]:
+    """Of the base model, and of the trained one."""
+    base, other = greedy(sglang.model), greedy(trained)
+    assert base != other
+    return base, other
+
+
+def give_its_own(url: str, model: Path) -> None:
+    """It has what it has after a start."""
+    update = {"model_path": str(model), "weight_version": "default"}
+    assert httpx.post(f"{url}/update_weights_from_disk", json=update, timeout=60).json()["success"]
+
+
+@pytest.fixture(autouse=True)
+async def as_at_its_start(sglang: SglangProcess) -> AsyncIterator[None]:
+    yield
+    give_its_own(sglang.url, sglang.model)
+
+
+def save(place: Place, trained: Path) -> messages.SamplerRef:
+    """Full weights, where a save would have written them."""
+    shutil.copytree(trained, place.data_dir / KEY)
+    return messages.SamplerRef("tiny", KEY)
+
+
+async def sync(place: Place, sampler: messages.SamplerRef, *servers: Registered) -> Synced:
+    await until(lambda: all(each.healthy for each in servers))
+    return await place.distribution.merged.sync(sampler, list(servers))
+
+
+def version(url: str) -> str:
+    return httpx.get(f"{url}/model_info", timeout=60).json()["weight_version"]
+
+
+async def test_a_server_that_comes_back_with_its_own_model_is_given_the_other_again(
+    make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
+) -> None:
+    place = await make_place("sglang")
+    endpoint = place.add(proxy.url)
+    sampler = save(place, trained)
+    synced = await sync(place, sampler, endpoint)
+    assert synced.success, synced
+    assert await tokens(await place.ask(weights=KEY)) == expected[1]
+    proxy.kill()
+    await until(lambda: not endpoint.healthy)
+    give_its_own(sglang.url, sglang.model)
+    await proxy.open()
+    asked = await place.ask(weights=KEY)
+    assert await tokens(asked) == expected[1]
+    assert version(sglang.url) == synced.version
+    assert (endpoint.life, place.embedded) == (2, [])
+
+
+async def test_the_next_start_knows_what_a_server_was_given(
+    make_place: MakePlace, sglang: SglangProcess, trained: Path, expected: Any
+) -> None:
+    place = await make_place()
+    assert (await sync(place, save(place, trained), place.add(sglang.url))).success
+    await place.endpoints.close()
+    next_start = await make_place(data_dir=place.data_dir)
+    endpoint = next_start.add(sglang.url)
+    await until(lambda: endpoint.healthy)
+    assert endpoint.weights == KEY
+    assert await tokens(await next_start.ask(weights=KEY)) == expected[1]
+    of_base = await next_start.ask()
+    await until(lambda: next_start.embedded == [of_base])
+
+
+async def test_when_no_server_takes_new_weights_all_go_on_with_theirs(
+    make_place: MakePlace, sglang: SglangProcess, tmp_path: Path, trained: Path, expected: Any
+) -> None:
+    """The volume is not where it was said to be."""
+    place = await make_place(sglang_data_dir=tmp_path / "elsewhere")
+    endpoint = place.add(sglang.url)
+    synced = await sync(place, save(place, trained), endpoint)
+    assert not synced.success
+    assert str(tmp_path / "elsewhere") in synced.pushed[0].problem
+    await until(lambda: endpoint.healthy)
+    assert version(sglang.url) == "default"
+    assert await tokens(await place.ask()) == expected[0]
+    of_new = await place.ask(weights=KEY)
+    await until(lambda: place.embedded == [of_new])
+
+
+async def in_a_pool_of_which_one_fails(
+    place: Place, sampler: messages.SamplerRef, good: Registered, failing: Registered, expected: Any
+) -> None:
+    synced = await sync(place, sampler, good, failing)
+    assert [each.problem is None for each in synced.pushed] == [True, False]
+    assert not failing.healthy
+    assert await tokens(await place.ask(weights=KEY)) == expected[1]
+    assert (good.answered, failing.answered) == (1, 0)
+    of_base = await place.ask()
+    await until(lambda: place.embedded == [of_base])
+
+
+async def test_of_a_pool_only_those_that_took_the_weights_are_used(
+    make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
+) -> None:
+    place = await make_place()
+    good, failing = place.add(sglang.url), place.add(proxy.url)
+    proxy.cut_at = b"/update_weights_from_disk"
+    await in_a_pool_of_which_one_fails(place, save(place, trained), good, failing, expected)
+
+
+@pytest.mark.slow
+async def test_a_server_that_dies_of_a_sync_is_given_the_weights_at_its_next_start(
+    make_place: MakePlace,
+    sglang: SglangProcess,
+    sglang_python: Path,
+    tmp_path: Path,
+    trained: Path,
+    expected: Any,
+) -> None:
+    """Two real ones; nothing of the older weights is drawn by either meanwhile."""
+    other = SglangProcess(sglang_python, sglang.model, tmp_path / "log").start()
+    try:
+        proxy = Proxy(other.port)
+        await proxy.open()
+        place = await make_place()
+        good, failing = place.add(sglang.url), place.add(proxy.url)
+        proxy.cut_at = b"/update_weights_from_disk"
+        await in_a_pool_of_which_one_fails(place, save(place, trained), good, failing, expected)
+        other.restart()
+        proxy.cut_at = None
+        await proxy.open()
+        await until(lambda: failing.healthy)
+        assert version(other.url) == version(sglang.url) == good.weight_version
+        await place.endpoints.remove(good)
+        assert await tokens(await place.ask(weights=KEY)) == expected[1]
+        assert failing.answered == 1
+    finally:
+        proxy.kill()
+        other.stop()
