@@ -85,7 +85,7 @@ def measured(url: str, sglang: str, rank: int, versions: int) -> dict[str, list[
         while adapters(sglang) <= known:
             time.sleep(0.005)
         times.append(time.perf_counter())
-        sampler = service.create_sampling_client(model_path=path)
+        sampler = service.create_sampling_client(model_path=path).result()
         begin = time.perf_counter()
         sampler.sample(prompt, num_samples=1, sampling_params=one).result()
         seconds["save"].append(times[1] - times[0])

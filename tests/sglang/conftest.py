@@ -25,6 +25,7 @@ from .place import MakePlace, Place
 from .proxy import Proxy
 from .sglang_process import LORA, SglangProcess
 
+TENANTS = (("alice", ALICE), ("bob", BOB))
 CACHE = Path(__file__).parents[2] / ".cache"
 
 
@@ -53,10 +54,12 @@ def make_tinsmith(
     """Servers with a data directory each, which sample on SGLang; killed afterwards."""
     servers: list[ServerProcess] = []
 
-    def make(*options: str, **environment: str) -> ServerProcess:
+    def make(
+        *options: str, tenants: tuple[tuple[str, str], ...] = TENANTS, **environment: str
+    ) -> ServerProcess:
         data_dir = tmp_path_factory.mktemp("tinsmith") / "data"
-        keys = ("--api-key", f"alice={ALICE}", "--api-key", f"bob={BOB}", "--max-rank", "16")
-        where = ("--sglang", sglang.url)
+        keys = [f"--api-key={owner}={key}" for owner, key in tenants]
+        where = ("--max-rank", "16", "--sglang", sglang.url)
         cache_dir = CACHE / "tests" / "servers"
         servers.append(
             ServerProcess(sglang.model, data_dir, cache_dir, *keys, *where, *options, **environment)

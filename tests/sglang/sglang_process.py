@@ -103,6 +103,16 @@ class SglangProcess:
 
     stop = kill  # it has nothing to save
 
+    def reset_weights(self) -> None:
+        """The weights that it has after a start."""
+        update = {"model_path": str(self.model), "weight_version": "default"}
+        answer = httpx.post(f"{self.url}/update_weights_from_disk", json=update, timeout=60).json()
+        assert answer["success"], answer
+
+    @property
+    def weight_version(self) -> str:
+        return httpx.get(f"{self.url}/model_info", timeout=60).json()["weight_version"]
+
     def restart(self) -> None:
         self.kill()
         self.start()

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from tinsmith.engine import messages
 from tinsmith.server.inference.endpoints import Registered
@@ -47,16 +46,10 @@ def expected(sglang: SglangProcess, trained: Path) -> tuple[list[int], list[int]
     return base, other
 
 
-def give_its_own(url: str, model: Path) -> None:
-    """It has what it has after a start."""
-    update = {"model_path": str(model), "weight_version": "default"}
-    assert httpx.post(f"{url}/update_weights_from_disk", json=update, timeout=60).json()["success"]
-
-
 @pytest.fixture(autouse=True)
 async def as_at_its_start(sglang: SglangProcess) -> AsyncIterator[None]:
     yield
-    give_its_own(sglang.url, sglang.model)
+    sglang.reset_weights()
 
 
 def save(place: Place, trained: Path) -> messages.SamplerRef:
@@ -70,10 +63,6 @@ async def sync(place: Place, sampler: messages.SamplerRef, *servers: Registered)
     return await place.distribution.merged.sync(sampler, list(servers))
 
 
-def version(url: str) -> str:
-    return httpx.get(f"{url}/model_info", timeout=60).json()["weight_version"]
-
-
 async def test_a_server_that_comes_back_with_its_own_model_is_given_the_other_again(
     make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
 ) -> None:
@@ -85,11 +74,11 @@ async def test_a_server_that_comes_back_with_its_own_model_is_given_the_other_ag
     assert await tokens(await place.ask(weights=KEY)) == expected[1]
     proxy.kill()
     await until(lambda: not endpoint.healthy)
-    give_its_own(sglang.url, sglang.model)
+    sglang.reset_weights()
     await proxy.open()
     asked = await place.ask(weights=KEY)
     assert await tokens(asked) == expected[1]
-    assert version(sglang.url) == synced.version
+    assert sglang.weight_version == synced.version
     assert (endpoint.life, place.embedded) == (2, [])
 
 
@@ -118,7 +107,7 @@ async def test_when_no_server_takes_new_weights_all_go_on_with_theirs(
     assert not synced.success
     assert str(tmp_path / "elsewhere") in synced.pushed[0].problem
     await until(lambda: endpoint.healthy)
-    assert version(sglang.url) == "default"
+    assert sglang.weight_version == "default"
     assert await tokens(await place.ask()) == expected[0]
     of_new = await place.ask(weights=KEY)
     await until(lambda: place.embedded == [of_new])
@@ -167,7 +156,7 @@ async def test_a_server_that_dies_of_a_sync_is_given_the_weights_at_its_next_sta
         proxy.cut_at = None
         await proxy.open()
         await until(lambda: failing.healthy)
-        assert version(other.url) == version(sglang.url) == good.weight_version
+        assert other.weight_version == sglang.weight_version == good.weight_version
         await place.endpoints.remove(good)
         assert await tokens(await place.ask(weights=KEY)) == expected[1]
         assert failing.answered == 1

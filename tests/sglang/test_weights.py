@@ -2,92 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable
-
 import httpx
-import numpy as np
 import pytest
 import tinker
-from conformance.batches import logprobs
 from conformance.server_process import ServerProcess, Wire
 from tinker import types
 
+from .rollouts import DRAWN, GREEDY, PROMPTS, drawn_there, is_up, sampled, step, texts, until
 from .sglang_process import SglangProcess
-
-PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
-ADAM = types.AdamParams(learning_rate=3e-2)
-GREEDY = types.SamplingParams(max_tokens=10, temperature=0.0, stop=[])
-DRAWN = types.SamplingParams(max_tokens=10, temperature=1.0, stop=[])
-
-
-def until(true: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def counted(alice: Wire, name: str) -> float:
-    """The sum of a metric of ours."""
-    found = re.findall(rf"^{name}(?:_total)?{{.*}} (\S+)$", alice.http.get("/metrics").text, re.MULTILINE)
-    return sum(map(float, found))
-
-
-def drawn_there(alice: Wire) -> float:
-    return counted(alice, "tinsmith_sglang_samples")
-
-
-def is_up(alice: Wire) -> bool:
-    return counted(alice, "tinsmith_sglang_up") == 1.0
-
-
-def sampled(
-    sampler: tinker.SamplingClient, params: types.SamplingParams, count: int = 1
-) -> list[list[types.SampledSequence]]:
-    """Of each prompt, all at once."""
-    futures = [
-        sampler.sample(types.ModelInput.from_ints(prompt), num_samples=count, sampling_params=params)
-        for prompt in PROMPTS
-    ]
-    return [list(future.result().sequences) for future in futures]
-
-
-def rollout(prompt: list[int], sequence: types.SampledSequence, advantage: float) -> types.Datum:
-    unscored, count = len(prompt) - 1, len(sequence.tokens)
-    assert sequence.logprobs is not None
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(prompt + sequence.tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": prompt[1:] + sequence.tokens,
-            "logprobs": [0.0] * unscored + list(sequence.logprobs),
-            "advantages": [0.0] * unscored + [advantage] * count,
-        },
-    )
-
-
-def reward(tokens: list[int]) -> float:
-    return float(np.mean([token % 2 == 0 for token in tokens]))
-
-
-def step(training: tinker.TrainingClient, groups: list[list[types.SampledSequence]]) -> float:
-    """One step on rollouts; the mean difference of their log-probs from the trainer's."""
-    data = []
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        rewards = [reward(sequence.tokens) for sequence in group]
-        data += [rollout(prompt, each, r - np.mean(rewards)) for each, r in zip(group, rewards, strict=True)]
-    done = training.forward_backward(data, "importance_sampling").result()
-    differences = []
-    for datum, found in zip(data, logprobs(done), strict=True):
-        said = np.asarray(datum.loss_fn_inputs["logprobs"].data)
-        differences.append(np.abs(found - said)[said != 0])
-    training.optim_step(ADAM).result()
-    return float(np.mean(np.concatenate(differences)))
-
-
-def texts(groups: list[list[types.SampledSequence]]) -> list[list[int]]:
-    return [list(group[0].tokens) for group in groups]
 
 
 def test_an_rl_loop_of_two_models_draws_on_sglang(
@@ -100,13 +22,13 @@ def test_an_rl_loop_of_two_models_draws_on_sglang(
         service.create_lora_training_client(base_model="tiny", rank=rank, seed=rank).result()
         for rank in (4, 8)
     ]
-    base = service.create_sampling_client(base_model="tiny")
+    base = service.create_sampling_client(base_model="tiny").result()
     plain = texts(sampled(base, GREEDY))
     said: list[list[list[list[int]]]] = [[], []]
     for version in range(3):
         for model, told in zip(models, said, strict=True):
             path = model.save_weights_for_sampler(f"v{version}").result().path
-            sampler = service.create_sampling_client(model_path=path)
+            sampler = service.create_sampling_client(model_path=path).result()
             told.append(texts(sampled(sampler, GREEDY)))
             assert step(model, sampled(sampler, DRAWN, 4)) <= 1e-4
         assert texts(sampled(base, GREEDY)) == plain
@@ -145,7 +67,7 @@ def test_a_loop_finishes_though_sglang_is_killed_and_comes_back(
     model = service.create_lora_training_client(base_model="tiny", rank=4, seed=2).result()
     for version in range(4):
         path = model.save_weights_for_sampler(f"v{version}").result().path
-        sampler = service.create_sampling_client(model_path=path)
+        sampler = service.create_sampling_client(model_path=path).result()
         if version == 1:
             futures = [
                 sampler.sample(types.ModelInput.from_ints(PROMPTS[0]), 4, sampling_params=DRAWN)
@@ -180,11 +102,11 @@ def test_whole_models_replace_each_other_on_sglang(
     model = service.create_lora_training_client(
         base_model="tiny", rank=4, seed=3, train_unembed=False
     ).result()
-    base = service.create_sampling_client(base_model="tiny")
+    base = service.create_sampling_client(base_model="tiny").result()
     plain = texts(sampled(base, GREEDY))
     step(model, sampled(base, DRAWN, 4))
     path = model.save_weights_for_sampler("one").result().path
-    sampler = service.create_sampling_client(model_path=path)
+    sampler = service.create_sampling_client(model_path=path).result()
     synced = alice.post("sync_inference_weights", model_path=path, weight_version="one").json()
     assert synced["success"], synced
     (there,) = synced["endpoints_synced"]
@@ -192,7 +114,7 @@ def test_whole_models_replace_each_other_on_sglang(
     assert synced["timing_breakdown"].keys() == {"save", "export", "check", "push"}
     assert synced["num_parameters"] > 10_000
     assert synced["total_bytes"] >= 4 * synced["num_parameters"]
-    assert httpx.get(f"{sglang.url}/model_info").json()["weight_version"] == "one"
+    assert sglang.weight_version == "one"
     before = drawn_there(alice)
     assert step(model, sampled(sampler, DRAWN, 4)) <= 1e-4
     assert drawn_there(alice) - before == 2
@@ -210,7 +132,7 @@ def test_weights_that_sglang_would_not_survive_are_not_sent(
 ) -> None:
     """An unembedding of its own where the server's is tied, and float8 that it was not started in."""
     model = service.create_lora_training_client(base_model="tiny", rank=4, seed=3).result()
-    before = httpx.get(f"{sglang.url}/model_info").json()["weight_version"]
+    before = sglang.weight_version
     for body, reason in (
         ({}, "shares with the embedding"),
         ({"quantization": {"quant_method": "fp8"}}, "was started in"),
@@ -218,4 +140,4 @@ def test_weights_that_sglang_would_not_survive_are_not_sent(
         answer = alice.post("sync_inference_weights", model_id=model.model_id, **body).json()
         assert not answer["success"]
         assert reason in answer["endpoints_synced"][0]["message"]
-    assert httpx.get(f"{sglang.url}/model_info").json()["weight_version"] == before
+    assert sglang.weight_version == before
