@@ -5,6 +5,7 @@
 Each version: one training step, a named save, a token from SGLang. `save`: until the SDK has the path;
 `load`: until SGLang lists the adapter, which it is told to load without being asked; `usable`: both; `first
 token`: from then on, of SGLang alone. Medians; the first version is left out, its programs are compiled.
+`difference`: of the log-probs of 32 tokens that SGLang drew from the trainer's, the mean of its magnitude.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import httpx
+import numpy as np
 import tinker
 from latency import ROOT, start
 from rich.console import Console
@@ -48,7 +50,7 @@ def main() -> None:
             only = ("--sglang", f"base={sglang.url}", "--sampling-engine", "sglang")
             server, url = start(options.model, Path(folder) / "data", *only)
             try:
-                seconds = measured(url, sglang.url, options.rank, options.versions)
+                seconds, differences = measured(url, sglang.url, options.rank, options.versions)
             finally:
                 server.terminate()
                 server.wait()
@@ -60,12 +62,14 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase in PHASES:
         table.add_row(phase, f"{medians[phase]:.3f}", f"{max(seconds[phase][1:]):.3f}")
-    Console().print(table)
+    Console().print(table, f"difference: {statistics.mean(differences):.1e}, at most {max(differences):.1e}")
     if options.json:
-        options.json.write_text(json.dumps({"medians": medians, "all": seconds}, indent=2) + "\n")
+        found = {"medians": medians, "all": seconds, "differences": differences}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def measured(url: str, sglang: str, rank: int, versions: int) -> dict[str, list[float]]:
+def measured(url: str, sglang: str, rank: int, versions: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of each phase, and differences, by version."""
     service = tinker.ServiceClient(base_url=url, api_key="tml-bench")
     training = service.create_lora_training_client(base_model="base", rank=rank).result()
     prompt = types.ModelInput.from_ints(list(range(100, 116)))
@@ -75,9 +79,10 @@ def measured(url: str, sglang: str, rank: int, versions: int) -> dict[str, list[
     )
     one = types.SamplingParams(max_tokens=1, temperature=0.0)
     seconds: dict[str, list[float]] = defaultdict(list)
+    differences: list[float] = []
     for version in range(versions + 1):
         training.forward_backward([datum], "cross_entropy").result()
-        training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
+        training.optim_step(types.AdamParams(learning_rate=1e-3)).result()
         known = adapters(sglang)
         times = [time.perf_counter()]
         path = training.save_weights_for_sampler(f"v{version}").result().path
@@ -92,7 +97,22 @@ def measured(url: str, sglang: str, rank: int, versions: int) -> dict[str, list[
         seconds["load"].append(times[2] - times[1])
         seconds["usable"].append(times[2] - times[0])
         seconds["first token"].append(time.perf_counter() - begin)
-    return dict(seconds)
+        differences.append(difference(training, sampler, prompt.to_ints()))
+    return dict(seconds), differences
+
+
+def difference(training: tinker.TrainingClient, sampler: tinker.SamplingClient, prompt: list[int]) -> float:
+    """Of the log-probs of tokens that were drawn, by who drew them and by the trainer."""
+    drawn = types.SamplingParams(max_tokens=32, temperature=1.0, stop=[])
+    asked = sampler.sample(types.ModelInput.from_ints(prompt), num_samples=1, sampling_params=drawn)
+    (sequence,) = asked.result().sequences
+    tokens = prompt + list(sequence.tokens)
+    datum = types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
+    )
+    scored = training.forward([datum], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
+    return float(np.mean(np.abs(np.asarray(scored[len(prompt) - 1 :]) - sequence.logprobs)))
 
 
 def adapters(sglang: str) -> set[str]:
