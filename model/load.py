@@ -120,9 +120,7 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
     return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
-def hf_views(
-    tensors: MappedTensors, ours: str, pattern: str, shape: tuple[int, ...]
-) -> Iterator[np.ndarray]:
+def hf_views(tensors: MappedTensors, ours: str, pattern: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """The file's views of one of our parameters, one per layer, in our orientation."""
     stacked = "{layer}" in pattern
     inner = shape[1:] if stacked else shape
