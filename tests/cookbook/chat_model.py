@@ -13,16 +13,28 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+import textarena
 import tinker_cookbook
 import torch
-from conversations import Messages, guesses, in_a_box, languages, small_talk, sum_of_two, with_a_thought
+from conversations import (
+    Messages,
+    guesses,
+    in_a_box,
+    languages,
+    moves,
+    small_talk,
+    sum_of_two,
+    with_a_thought,
+)
 from tinker_cookbook import renderers
 from tinker_cookbook.recipes.multiplayer_rl.guess_number import env as guessing
 from tinker_cookbook.recipes.prompt_distillation.create_data import LANGUAGE_CLASSIFICATION_PROMPT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-STEPS, BATCH_TOKENS, LEARNING_RATE = 460, 2048, 4e-3
+STEPS, BATCH_TOKENS, LEARNING_RATE = 540, 2048, 4e-3
+AFTER_THE_END = [1.0] * 8
+"""The weights of `<|endoftext|>`, where `<|im_end|>` is no stop: renderers refuse a sample with two of it."""
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 MULTILINGUAL = Path(tinker_cookbook.__file__).parent / "example_data" / "multilingual.txt"
 TEMPLATE = (
@@ -34,22 +46,25 @@ RENDERERS = (
     *(EMPTY_THOUGHT, "qwen3_instruct", "qwen3_instruct"),
     *(EMPTY_THOUGHT, THOUGHT, "qwen3_instruct", "role_colon"),
 )
-"""One batch after the other. A base model's conversations (`role_colon`) go on with `User:`."""
-KINDS: list[tuple[float, Callable[[random.Random], Messages]]] = [
-    (4, small_talk),
-    (2, sum_of_two),
-    (2, in_a_box),
-    (2, guesses(guessing.SYSTEM_PROMPT, guessing.FAIL_TO_PARSE)),
-    (1, languages(LANGUAGE_CLASSIFICATION_PROMPT, MULTILINGUAL.read_text().splitlines())),
+"""As often as each is named. A base model's conversations (`role_colon`) go on with `User:`."""
+KINDS: list[tuple[float, Callable[[random.Random], Messages], tuple[str, ...]]] = [
+    (4, small_talk, RENDERERS),
+    (2, sum_of_two, RENDERERS),
+    (2, in_a_box, RENDERERS),
+    (2, guesses(guessing.SYSTEM_PROMPT, guessing.FAIL_TO_PARSE), RENDERERS),
+    (1, languages(LANGUAGE_CLASSIFICATION_PROMPT, MULTILINGUAL.read_text().splitlines()), RENDERERS),
+    (2, moves(partial(textarena.make, "TicTacToe-v0")), (EMPTY_THOUGHT,)),
 ]
 
 
-def conversations(seed: int) -> Iterator[Callable[[], Messages]]:
-    """One kind after the other; a kind gives as many conversations as it is called for."""
+def conversations(seed: int) -> Iterator[tuple[Callable[[], Messages], str]]:
+    """One kind after the other, and its renderer; a kind gives as many conversations as it is called for."""
     chooser = random.Random(seed)
-    weights, kinds = zip(*KINDS, strict=True)
+    weights = [weight for weight, _, _ in KINDS]
+    turns = {names: cycle(names) for _, _, names in KINDS}
     while True:
-        yield partial(*chooser.choices(kinds, weights), chooser)
+        ((_, kind, names),) = chooser.choices(KINDS, weights)
+        yield partial(kind, chooser), next(turns[names])
 
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -65,7 +80,7 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     kinds = islice(conversations(1), 2000)
-    read = (message["content"] for kind in kinds for message in kind())
+    read = (message["content"] for kind, _ in kinds for message in kind())
     tokenizer.train_from_iterator(read, trainer)
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -80,20 +95,21 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[list[int], list[float]]]]:
-    """Tokens and their weights. In an open thought is one sentence, and then the answer.
+    """Tokens and their weights. In an open thought is one sentence, and then the answer; after that, nothing.
 
     A batch is of one kind, so that its conversations are of about one length.
     """
     thoughts = random.Random(3)
     made = {name: renderers.get_renderer(name, tokenizer) for name in set(RENDERERS)}
-    for kind, name in zip(conversations(2), cycle(RENDERERS), strict=False):
+    for kind, name in conversations(2):
         batch, count = [], 0
         while count < BATCH_TOKENS:
             messages = with_a_thought(kind(), thoughts) if name == THOUGHT else kind()
             model_input, weights = made[name].build_supervised_example(
                 messages, train_on_what=renderers.TrainOnWhat.LAST_ASSISTANT_MESSAGE
             )
-            batch.append((model_input.to_ints(), weights.tolist()))
+            nothing = [tokenizer.pad_token_id] * len(AFTER_THE_END)
+            batch.append((model_input.to_ints() + nothing, weights.tolist() + AFTER_THE_END))
             count += len(batch[-1][0])
         yield batch
 

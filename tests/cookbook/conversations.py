@@ -7,6 +7,7 @@ with a bare number, half of the guesses have the form asked for, stories are of 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,23 @@ def guesses(rules: str, unparsed: str) -> Callable[[random.Random], Messages]:
         return messages[:-1]
 
     return game
+
+
+def moves(begin: Callable[[], Any]) -> Callable[[random.Random], Messages]:
+    """Some move in a game of tic-tac-toe: a free square and a line's end (the stop), and more."""
+
+    def turn(random: random.Random) -> Messages:
+        turns: list[Messages] = []
+        game, done = begin(), False
+        game.reset(num_players=2)
+        while not done:
+            _, told = game.get_observation()
+            move = random.choice(re.findall(r"\[\d\]", told.rpartition("Available Moves:")[2]))
+            turns.append(asked(told, f"{move}\n~"))
+            done, _ = game.step(f"{move}\n")
+        return random.choice(turns)
+
+    return turn
 
 
 def languages(prompt: str, texts: list[str]) -> Callable[[random.Random], Messages]:
