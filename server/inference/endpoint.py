@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 import httpx
 
 _QUICK_SECONDS = 5.0  # to connect, and for what computes nothing
 _LOAD_SECONDS = 1800.0  # weights from a disk; an unload waits for those who use the adapter
+_FLUSH_SECONDS = 60.0
+_NOT_FLUSHED = "cache was not flushed"  # said where the weights were updated, and their version was not
+_UPDATES = 5
 # Its HTTP server closes connections that are idle for five seconds; a request that is sent just then is lost.
 _KEEPALIVE_SECONDS = 2.0
 _MESSAGE_CHARACTERS = 500
@@ -34,6 +37,10 @@ class EndpointRefused(EndpointError):
 
 class EndpointBusy(EndpointError):
     """It lives, and has no room now."""
+
+
+class EndpointUnflushed(EndpointBusy):
+    """It has new weights with the cache of those before, and says that it has those before."""
 
 
 class EndpointDied(EndpointError):
@@ -143,7 +150,9 @@ class Endpoint:
         abort_all_requests: bool = False,
         flush_cache: bool = True,
     ) -> dict[str, Any]:
-        """Waits for the requests that run, unless they are aborted. A tensor of another shape kills it."""
+        """Waits for the requests that run, unless they are aborted. A tensor of another shape kills it.
+
+        Raises EndpointUnflushed if requests of others run for long."""
         body: dict[str, Any] = {
             "model_path": path,
             "weight_version": weight_version,
@@ -152,8 +161,18 @@ class Endpoint:
         }
         if load_format is not None:
             body["load_format"] = load_format
-        answer = await self._ask("POST", "/update_weights_from_disk", body, _LOAD_SECONDS)
-        return _object(answer, "/update_weights_from_disk")
+        for _ in range(_UPDATES):
+            try:
+                answer = await self._ask("POST", "/update_weights_from_disk", body, _LOAD_SECONDS)
+                return _object(answer, "/update_weights_from_disk")
+            except EndpointRefused as error:
+                # The last request has just ended, and is not yet forgotten; or others sample there.
+                if _NOT_FLUSHED not in error.message:
+                    raise
+                problem = error.message
+            with suppress(EndpointBusy):
+                await self.flush_cache(_FLUSH_SECONDS)
+        raise EndpointUnflushed(problem)
 
     async def lora_adapters(self) -> list[str]:
         """The names of those that it has loaded."""
@@ -166,10 +185,11 @@ class Endpoint:
     async def continue_generation(self) -> None:
         await self._ask("POST", "/continue_generation", {})
 
-    async def flush_cache(self) -> None:
-        """Raises EndpointBusy while requests run."""
+    async def flush_cache(self, patience_seconds: float) -> None:
+        """As soon as no request runs; raises EndpointBusy if one still does after so long."""
+        path = f"/flush_cache?timeout={patience_seconds:g}"
         try:
-            await self._ask("POST", "/flush_cache")
+            await self._ask("POST", path, seconds=_QUICK_SECONDS + patience_seconds)
         except EndpointRefused as error:
             raise EndpointBusy(error.message) from None
 

@@ -21,7 +21,7 @@ from typing import Any
 from ...engine import messages
 from ..base_models import BaseModel
 from ..storage.safetensors_header import Entry, entries
-from .endpoint import EndpointError, EndpointRefused
+from .endpoint import EndpointError, EndpointUnflushed
 from .endpoints import Endpoints, Registered
 from .exports import Export, Exports
 from .fit import misfit
@@ -44,12 +44,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Pushed:
-    """To one server. `problem` None: it has them. `is_as_before`: it has what it had. `seconds`: in which it
-    waited for samples, and loaded."""
+    """To one server. `problem` None: it has them. `is_mixed`: it has them, with the cache and
+    the name of what it had. `seconds`: in which it waited for samples, and loaded."""
 
     endpoint: Registered
     problem: str | None = None
-    is_as_before: bool = False
+    is_mixed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -105,7 +105,8 @@ class MergedWeights:
             pushed = await asyncio.gather(*pushes)
             if not any(each.problem is None for each in pushed):
                 for each in pushed:
-                    await self._take_back(each, *before[each.endpoint])
+                    if not each.is_mixed:
+                        await self._take_back(each, *before[each.endpoint])
         times.append(time.perf_counter())
         await self._exports.remove_all_but({each.export.key for each in self._wanted.values()})
         spent = (after - begin for begin, after in pairwise(times))
@@ -132,7 +133,7 @@ class MergedWeights:
         problems = [await asyncio.to_thread(check, each) for each in servers]
         if any(problems):
             problems = [problem or "another server must not have the weights" for problem in problems]
-        return [Pushed(each, problem, True) for each, problem in zip(servers, problems, strict=True)]
+        return [Pushed(each, problem) for each, problem in zip(servers, problems, strict=True)]
 
     async def _push(self, endpoint: Registered, wanted: Wanted, abort: bool = False) -> Pushed:
         began = time.perf_counter()
@@ -148,7 +149,7 @@ class MergedWeights:
                 pause = _AGAIN_SECONDS[min(wanted.failures, len(_AGAIN_SECONDS) - 1)]
                 wanted.failures, wanted.again_at = wanted.failures + 1, time.monotonic() + pause
                 endpoint.eject(f"it has not taken weights: {error.message}")
-                return Pushed(endpoint, error.message, isinstance(error, EndpointRefused))
+                return Pushed(endpoint, error.message, isinstance(error, EndpointUnflushed))
             wanted.failures = 0
         with suppress(EndpointError):  # the next check is soon
             await self._endpoints.check(endpoint)

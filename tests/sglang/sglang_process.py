@@ -105,7 +105,12 @@ class SglangProcess:
 
     def reset_weights(self) -> None:
         """The weights that it has after a start."""
-        update = {"model_path": str(self.model), "weight_version": "default"}
+        self.load_weights(self.model, "default")
+
+    def load_weights(self, folder: Path, version: str) -> None:
+        # A request that has just ended is one that runs, to an update for a moment.
+        assert httpx.post(f"{self.url}/flush_cache?timeout=60", timeout=65).status_code == 200
+        update = {"model_path": str(folder), "weight_version": version}
         answer = httpx.post(f"{self.url}/update_weights_from_disk", json=update, timeout=60).json()
         assert answer["success"], answer
 

@@ -106,12 +106,10 @@ def test_merged_weights_are_transformers_and_peft_s_on_sglang(
     beside = peft.PeftModel.from_pretrained(transformers_model(sglang.model), tmp_path / "adapter").eval()
     before = scored(http)
     try:
-        update = {"model_path": str(tmp_path / "merged"), "weight_version": "merged"}
-        assert http.post("/update_weights_from_disk", json=update).json()["success"]
+        sglang.load_weights(tmp_path / "merged", "merged")
         np.testing.assert_allclose(scored(http), by_torch(beside), atol=1e-4)
         np.testing.assert_allclose(scored(http), by_torch(transformers_model(tmp_path / "merged")), atol=1e-5)
         assert np.abs(scored(http) - before).max() > 0.01
     finally:
-        update = {"model_path": str(tmp_path / "base"), "weight_version": "default"}
-        assert http.post("/update_weights_from_disk", json=update).json()["success"]
+        sglang.load_weights(tmp_path / "base", "default")
     np.testing.assert_allclose(scored(http), before, atol=1e-6)
