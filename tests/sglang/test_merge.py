@@ -22,6 +22,7 @@ def merging(make_tinsmith: Callable[..., ServerProcess], sglang: SglangProcess) 
     sglang.reset_weights()
 
 
+@pytest.mark.slow
 def test_what_is_saved_replaces_what_a_server_has(merging: ServerProcess, sglang: SglangProcess) -> None:
     """An adapter inside its base model, and full weights, which are known after another start of ours."""
     alice = Wire(merging.url, ALICE)
