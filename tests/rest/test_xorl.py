@@ -136,7 +136,8 @@ def run(server: ServerProcess, sdk: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_its_sdk_trains_and_resumes(rest_server: ServerProcess, sdk: Path) -> None:
     trained = run(rest_server, sdk, "supervised", "from-sdk")
-    assert trained["losses"] == sorted(trained["losses"], reverse=True)
+    first, *_, last = trained["losses"]
+    assert last < first / 2, "its client gives no seed: some adapters overshoot on the way down"
     assert trained["saved"] == "xorl://from-sdk/weights/half"
     assert trained["listed"] == ["sampler_weights/from-sdk/s1", "weights/from-sdk/half"]
     assert "no_such_loss" in trained["refused"]
