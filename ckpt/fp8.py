@@ -22,13 +22,11 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from .hf_folder import Tensors
+from .hf_folder import READ_AS_ONE, Tensors
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = float(ml_dtypes.finfo(E4M3).max)
 _MATRIX = "_proj.weight"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Servers read these as one matrix: all of them are quantized, or none is."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Fp8:
     def quantizes(self, name: str) -> bool:
         """Whether a tensor, by its Hugging Face name, is a matrix that is not kept."""
         parents, _, module = name.removesuffix(".weight").rpartition(".")
-        fused = next((group for group in _FUSED if module in group), (module,))
+        fused = next((group for group in READ_AS_ONE if module in group), (module,))
         modules = [f"{parents}.{each}" for each in fused]
         kept = any(each == kept or each.endswith(f".{kept}") for each in modules for kept in self.kept)
         return name.endswith(_MATRIX) and not kept

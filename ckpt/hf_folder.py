@@ -21,6 +21,9 @@ from .atomic import atomic_directory, size_bytes
 Tensors = Iterable[tuple[str, np.ndarray]]
 """Hugging Face names and their arrays, contiguous."""
 
+READ_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Matrices that SGLang and vLLM hold as one: what is done to one of them is done to all."""
+
 SHARD_BYTES = 4 << 30
 COPIED = (
     "generation_config.json",

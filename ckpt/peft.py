@@ -28,6 +28,7 @@ from ..model.families import FAMILIES
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank
 from . import digests
 from .atomic import atomic_directory, size_bytes
+from .hf_folder import READ_AS_ONE
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -41,8 +42,6 @@ _UNSUPPORTED = (
     "fan_in_fan_out",
     "trainable_token_indices",
 )
-# SGLang and vLLM read these as one matrix, and do not take an adapter of some of them.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_ALPHA = 1e6
@@ -106,7 +105,7 @@ def save_adapter(
 def _whole(adapter: Adapter, config: ModelConfig) -> Adapter:
     """With zeros for what is left out of the matrices that are read as one."""
     layers = dict(adapter["layers"])
-    for group in _FUSED:
+    for group in READ_AS_ONE:
         given = next((layers[name] for name in group if name in layers), None)
         if given is None:
             continue

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..engine import messages
+from .storage.safetensors_header import Entry, entries
 
 SMOLLM2 = "smollm2-135m"
 
@@ -23,6 +25,11 @@ class BaseModel:
     @property
     def message(self) -> messages.BaseModel:
         return messages.BaseModel(self.name, str(self.folder))
+
+    @cached_property
+    def tensors(self) -> dict[str, Entry]:
+        """Read at the first use. Raises OSError, ValueError."""
+        return entries(self.folder)
 
 
 def smollm2_folder(cache_dir: Path) -> Path:

@@ -19,7 +19,6 @@ from typing import Any
 from ...engine import messages
 from ..base_models import BaseModel
 from ..settings import Settings
-from ..storage.safetensors_header import Entry, entries
 from .adapter_folders import is_adapter, problem
 from .endpoint import CannotServe, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
@@ -55,7 +54,6 @@ class Adapters:
         self._folders = folders
         self._endpoints = endpoints
         self._base_models = base_models
-        self._tensors: dict[str, dict[str, Entry]] = {}  # of base models
         self._loaded: weakref.WeakKeyDictionary[Registered, Loaded] = weakref.WeakKeyDictionary()
         self._saved: OrderedDict[messages.SamplerRef, str] = OrderedDict()  # and whose, the newest last
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,12 +139,10 @@ class Adapters:
         folder = await self._folders.whole(sampler.weights)
         if not is_adapter(folder):
             raise CannotServe("these are full weights: sync_inference_weights brings them to a server")
-        base = sampler.base_model
+        base = self._base_models[sampler.base_model]
+        max_rank = None if limits is None else limits.max_lora_rank
         try:
-            if base not in self._tensors:
-                self._tensors[base] = await asyncio.to_thread(entries, self._base_models[base].folder)
-            max_rank = None if limits is None else limits.max_lora_rank
-            found = await asyncio.to_thread(problem, folder, self._tensors[base], max_rank)
+            found = await asyncio.to_thread(lambda: problem(folder, base.tensors, max_rank))
         except (OSError, ValueError, KeyError) as error:
             found = f"the adapter's files cannot be read: {error!r}"
         if found is not None:

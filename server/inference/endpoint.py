@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import httpx
@@ -141,43 +141,25 @@ class Endpoint:
         answer = await self._ask("POST", "/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
         return _object(answer, "/unload_lora_adapter").get("loaded_adapters") or {}
 
-    async def update_weights_from_disk(
-        self,
-        path: str,
-        weight_version: str,
-        *,
-        load_format: str | None = None,
-        abort_all_requests: bool = False,
-        flush_cache: bool = True,
-    ) -> dict[str, Any]:
-        """Waits for the requests that run, unless they are aborted. A tensor of another shape kills it.
+    async def update_weights_from_disk(self, path: str, weight_version: str) -> dict[str, Any]:
+        """Waits for the requests that run, and flushes the cache. A tensor of another shape kills it.
 
-        Raises EndpointUnflushed if requests of others run for long."""
-        body: dict[str, Any] = {
-            "model_path": path,
-            "weight_version": weight_version,
-            "abort_all_requests": abort_all_requests,
-            "flush_cache": flush_cache,
-        }
-        if load_format is not None:
-            body["load_format"] = load_format
+        Raises EndpointUnflushed if it has them from some time on, and does not come to say so."""
+        body = {"model_path": path, "weight_version": weight_version}
+        is_unflushed, problem = False, ""
         for _ in range(_UPDATES):
             try:
+                if is_unflushed:
+                    await self.flush_cache(_FLUSH_SECONDS)
                 answer = await self._ask("POST", "/update_weights_from_disk", body, _LOAD_SECONDS)
                 return _object(answer, "/update_weights_from_disk")
-            except EndpointRefused as error:
-                # The last request has just ended, and is not yet forgotten; or others sample there.
-                if _NOT_FLUSHED not in error.message:
+            except EndpointError as error:
+                # Its last request has just ended, and is not yet forgotten; or others sample there.
+                is_unflushed |= isinstance(error, EndpointRefused) and _NOT_FLUSHED in error.message
+                if not is_unflushed:
                     raise
                 problem = error.message
-            with suppress(EndpointBusy):
-                await self.flush_cache(_FLUSH_SECONDS)
         raise EndpointUnflushed(problem)
-
-    async def lora_adapters(self) -> list[str]:
-        """The names of those that it has loaded."""
-        models = _object(await self._ask("GET", "/v1/models"), "/v1/models").get("data") or []
-        return [str(model["id"]) for model in models if model.get("parent")]
 
     async def pause_generation(self, mode: PauseMode) -> None:
         await self._ask("POST", "/pause_generation", {"mode": mode}, _LOAD_SECONDS)

@@ -20,7 +20,6 @@ from typing import Any
 
 from ...engine import messages
 from ..base_models import BaseModel
-from ..storage.safetensors_header import Entry, entries
 from .endpoint import EndpointError, EndpointUnflushed
 from .endpoints import Endpoints, Registered
 from .exports import Export, Exports
@@ -75,7 +74,6 @@ class MergedWeights:
         self._exports = exports
         self._endpoints = endpoints
         self._base_models = base_models
-        self._tensors: dict[str, dict[str, Entry]] = {}  # of base models
         self._wanted: weakref.WeakKeyDictionary[Registered, Wanted] = weakref.WeakKeyDictionary()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by URL
         self._tasks: set[asyncio.Task[None]] = set()
@@ -120,13 +118,11 @@ class MergedWeights:
     # --- one server
 
     async def _checked(self, export: Export, servers: list[Registered]) -> list[Pushed]:
-        name = export.base_model
-        if name not in self._tensors:
-            self._tensors[name] = await asyncio.to_thread(entries, self._base_models[name].folder)
+        base = self._base_models[export.base_model]
 
         def check(endpoint: Registered) -> str | None:
             try:
-                return misfit(export, endpoint, self._tensors[name], self._folders)
+                return misfit(export, endpoint, base.tensors, self._folders)
             except (OSError, ValueError) as error:
                 return f"its model's files cannot be read: {error}"
 

@@ -86,6 +86,35 @@ async def test_new_weights_that_find_a_request_there_are_flushed_in_when_it_has_
     await client.close()
 
 
+async def test_new_weights_under_the_old_name_are_not_used(
+    make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
+) -> None:
+    """The only server of a sync takes them, and is cut off before it says so: it is not as it was."""
+    place = await make_place()
+    endpoint = place.add(proxy.url)
+    await until(lambda: endpoint.healthy)
+    others = Endpoint(sglang.url)
+    sampling = {"max_new_tokens": 200, "ignore_eos": True}
+    running = asyncio.ensure_future(others.generate({"input_ids": [*PROMPT], "sampling_params": sampling}))
+    await asyncio.sleep(0.2)
+    await others.pause_generation("in_place")
+    proxy.cut_at = b"/flush_cache"
+    try:
+        synced = await sync(place, save(place, trained), endpoint)
+    finally:
+        await others.continue_generation()
+    await running
+    await others.close()
+    assert not synced.success
+    assert sglang.weight_version == "default"
+    proxy.cut_at = None
+    await proxy.open()
+    await until(lambda: endpoint.healthy)
+    of_base = await place.ask()
+    await until(lambda: place.embedded == [of_base])
+    assert await tokens(await place.ask(weights=KEY)) == expected[1]
+
+
 async def test_a_server_that_comes_back_with_its_own_model_is_given_the_other_again(
     make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
 ) -> None:
