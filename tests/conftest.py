@@ -26,6 +26,7 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 install_import_hook(["tinsmith.model", "tinsmith.losses"], "beartype.beartype")
 
 SGLANG = "tests/sglang/"
+LONGEST = (SGLANG, "tests/demo/test_notebooks.py")
 
 
 class WithOneSglang(LoadFileScheduling):
@@ -41,5 +42,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest piece first, for the other worker to have enough left."""
-    items.sort(key=lambda item: not item.nodeid.startswith(SGLANG))
+    """The longest pieces first, for the workers to come to an end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))

@@ -13,7 +13,6 @@ def run(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, st
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("TINSMITH_NOTEBOOK_STEPS", str(steps))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of the other tests: for programs too small to be slow
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
@@ -32,7 +31,7 @@ def curve(text: str, name: str) -> list[float]:
 
 
 def test_sft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TINSMITH_NOTEBOOK_BATCH", "6")
+    monkeypatch.setenv("TINSMITH_NOTEBOOK_BATCH", "4")  # all three fit one program
     text, tables = run("01_sft.ipynb", 3, monkeypatch)
     first, *_, last = curve(text, "NLL per answer token")
     assert last < 0.9 * first, "three steps are enough to see the loss fall"
