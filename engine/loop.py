@@ -275,9 +275,8 @@ class Engine:
 
     def _sample(self, samplers: SamplerCache) -> None:
         """Give the sampler one turn. One that fails has lost its requests, and begins anew."""
-        self._under_way.note(request for of, request in self._sampling.values() if of is samplers)
         try:
-            answers = samplers.sampler.step()
+            answers = samplers.sampler.step(self._under_way.note)
         except Exception as error:
             lost = [request for of, request in self._sampling.values() if of is samplers]
             for request in lost:

@@ -1,10 +1,10 @@
-"""The sampler's two programs for prompts: prefill a chunk of them, score their tokens.
+"""The sampler's two programs for prompts: prefill rows of them, score their tokens.
 
 They run the trainer's own blocks (`decoder.Block`) with an `attend` that reads pages of keys and values, so
-that sampler and trainer compute the same log-probs. Shapes depend only on the bucket of context pages and of
-prefilled tokens; everything else is traced.
+that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of rows, of their
+tokens and of context pages; everything else is traced.
 
-Axis letters: T tokens of a prefill row, D hidden, V vocabulary, L layers, K kv heads, H head dim, P pages of
+Axis letters: S rows, T tokens of a row, D hidden, V vocabulary, L layers, K kv heads, H head dim, P pages of
 a table, C context positions, W tokens scored and A tokens drawn per position.
 """
 
@@ -26,34 +26,35 @@ from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
 
 
-class PrefillRow(NamedTuple):
-    """One row of prompt tokens: several whole prompts, or a piece of one that continues `table`'s pages.
+class PrefillRows(NamedTuple):
+    """Rows of prompt tokens: of several whole prompts each, or of one each that continues `table`'s pages.
 
     `start` is the first token of the row that belongs to the same prompt. `page`, `offset` say where each
-    token's key and value go (page 0 for padding). The first `context` positions of `table` are the prompt's
-    beginning, already cached (only for a row of one prompt; else the table is empty).
+    token's key and value go (page 0 for padding). The first `context` positions of a row's `table` are its
+    prompt's beginning, already cached; the tables of whole prompts have no pages.
     """
 
-    tokens: Int[Array, " T"]
-    position: Int[Array, " T"]
-    start: Int[Array, " T"]
-    page: Int[Array, " T"]
-    offset: Int[Array, " T"]
-    table: Int[Array, " P"]
-    context: Int[Array, ""]
+    tokens: Int[Array, "S T"]
+    position: Int[Array, "S T"]
+    start: Int[Array, "S T"]
+    page: Int[Array, "S T"]
+    offset: Int[Array, "S T"]
+    table: Int[Array, "S P"]
+    context: Int[Array, " S"]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="pages")
 def prefill(
-    graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, row: PrefillRow
-) -> tuple[Pages, Float[Array, "T D"]]:
-    """Run prompt tokens through the trunk, keep their keys and values, return the final hidden states.
+    graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, rows: PrefillRows
+) -> tuple[Pages, Float[Array, "ST D"]]:
+    """Run prompt tokens through the trunk, keep their keys and values, return the final hidden states, row
+    after row.
 
     `lora` holds one adapter."""
     model = nnx.merge(graph, base)
     config = model.config
-    context_visible, own_visible = _visible_in_prompt(config, row, pages.page_size)
-    at = model.rotation(row.position[None])
+    context_visible, own_visible = _visible_in_prompt(config, rows, pages.page_size)
+    at = model.rotation(rows.position)
     block_graph, stacked = nnx.split(model.layers)
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, tuple]:
@@ -61,10 +62,10 @@ def prefill(
         kept = []
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            kept.extend((k[0], v[0]))
-            if not len(row.table):
-                return attention(q, k, v, visible_from(config, row.start[None]), config.head_dim**-0.5)
-            context = kv_cache.read_layer(pages, index, row.table[None], q.dtype)
+            kept.extend((k, v))
+            if not rows.table.shape[1]:
+                return attention(q, k, v, visible_from(config, rows.start), config.head_dim**-0.5)
+            context = kv_cache.read_layer(pages, index, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
             return attend_parts(q, parts, config.head_dim**-0.5)
@@ -73,24 +74,26 @@ def prefill(
         x_BTD = nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora)
         return x_BTD, tuple(kept)
 
-    x_BTD = model.embed_tokens(row.tokens[None])
+    x_BTD = model.embed_tokens(rows.tokens)
     layers = (stacked, {} if lora is None else lora["layers"], jnp.arange(config.num_layers))
-    x_BTD, (k_LTKH, v_LTKH) = jax.lax.scan(step, x_BTD, layers)
-    pages = kv_cache.write(pages, k_LTKH.swapaxes(0, 1), v_LTKH.swapaxes(0, 1), row.page, row.offset)
-    return pages, model.norm(x_BTD)[0]
+    x_BTD, kept = jax.lax.scan(step, x_BTD, layers)
+    k_WLKH, v_WLKH = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept)
+    pages = kv_cache.write(pages, k_WLKH, v_WLKH, rows.page.reshape(-1), rows.offset.reshape(-1))
+    return pages, model.norm(x_BTD).reshape(-1, config.hidden_size)
 
 
 def _visible_in_prompt(
-    config: ModelConfig, row: PrefillRow, page_size: int
-) -> tuple[Bool[Array, "1 T C"], Bool[Array, "1 T T"]]:
-    """Which positions of the cached beginning, and which of the row, each token of the row sees."""
-    context, own = jnp.arange(row.table.shape[0] * page_size), jnp.arange(row.tokens.shape[0])
-    first = jnp.zeros_like(row.position)
+    config: ModelConfig, rows: PrefillRows, page_size: int
+) -> tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]:
+    """Which positions of the cached beginning, and which of its row, each token of a row sees."""
+    context, own = jnp.arange(rows.table.shape[1] * page_size), jnp.arange(rows.tokens.shape[1])
+    first = jnp.zeros_like(rows.position)
     if config.sliding_window is not None:
-        first = row.position - config.sliding_window + 1
-    context_visible = (context < row.context) & (context >= first[:, None])
-    own_visible = (own <= own[:, None]) & (row.position >= first[:, None]) & (own >= row.start[:, None])
-    return context_visible[None], own_visible[None]
+        first = rows.position - config.sliding_window + 1
+    first, start = first[..., None], rows.start[..., None]
+    context_visible = (context < rows.context[:, None, None]) & (context >= first)
+    own_visible = (own <= own[:, None]) & (rows.position[:, None] >= first) & (own >= start)
+    return context_visible, own_visible
 
 
 class PromptScores(NamedTuple):

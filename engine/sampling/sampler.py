@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -76,7 +76,6 @@ class Sampler:
         num_pages = 1 + max(1, tokens // page_size)
         self._pool = PagePool(num_pages, page_size)
         self._longest = min(max_length, self._pool.capacity)
-        self._prefill_tokens = prefill_tokens
         self._queue = SamplingQueue(self._pool, max_slots, decode_steps)
         self._programs = SamplerPrograms(
             graph,
@@ -187,8 +186,11 @@ class Sampler:
     def has_work(self) -> bool:
         return bool(self._generations)
 
-    def step(self) -> list[messages.Done | messages.Failed]:
+    def step(
+        self, note: Callable[[Iterable[messages.Sample]], None] = lambda requests: None
+    ) -> list[messages.Done | messages.Failed]:
         """Run one unit of work and return the answers of the requests that it finished, in no special order.
+        `note` hears before of those that it computes.
 
         Prefill and decode chunks take turns where there is both (`_is_turn_of_prefill`). A request whose
         weights give non-finite log-probs is answered with Failed (category user); any other exception is a
@@ -200,8 +202,12 @@ class Sampler:
             self._programs.copy(self._queue.start_sequences())
             if self._queue.prefilling and self._is_turn_of_prefill():
                 self._rows_since_decode += 1
-                return self._prefill()
+                pieces = self._queue.next_pieces(self._programs.prefill_lengths)
+                note(prompt.generation.request for prompt, _ in pieces)
+                return self._prefill(pieces)
             self._rows_since_decode = 0
+            running = {id(s.generation): s.generation.request for s in self._queue.running}
+            note(running.values())
             return self._decode()
 
     def _is_turn_of_prefill(self) -> bool:
@@ -219,10 +225,9 @@ class Sampler:
         drawn, self._drawn = self._drawn, []
         return drawn
 
-    def _prefill(self) -> list[messages.Done | messages.Failed]:
-        """One row of prompt tokens."""
+    def _prefill(self, pieces: list[tuple[Prompt, int]]) -> list[messages.Done | messages.Failed]:
+        """Rows of prompt tokens, as many as a program takes."""
         began = time.monotonic()
-        pieces = self._queue.next_row(self._prefill_tokens)
         finite = self._programs.prefill(pieces)
         seconds = (time.monotonic() - began) / len(pieces)
         for prompt, count in pieces:

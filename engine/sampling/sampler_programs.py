@@ -19,11 +19,12 @@ from .prompt_scores import PromptScores
 from .sampler_rows import (
     CONTEXT_BUCKETS,
     DRAW_BUCKETS,
+    PREFILL_BUCKETS,
     TARGET_BUCKETS,
     bucket_of,
     decode_rows,
     is_penalized,
-    prefill_row,
+    prefill_rows,
 )
 from .sampler_weights import AdapterStacks
 from .sequence import Prompt, Sequence
@@ -58,7 +59,7 @@ class SamplerPrograms:
         self._dtype = dtype
         self._num_pages, self._page_size = num_pages, page_size
         self._longest = longest
-        self._prefill_buckets = [t for t in (64, 256, 1024) if t < prefill_tokens] + [prefill_tokens]
+        self.prefill_lengths = [t for t in PREFILL_BUCKETS if t < prefill_tokens] + [prefill_tokens]
         self._decode_steps = decode_steps
         self._mesh = mesh
         self._on_compile = on_compile or (lambda name, seconds: None)
@@ -86,29 +87,32 @@ class SamplerPrograms:
             self._pages = kv_cache.copy_pages(self._pages, source, target)
 
     def prefill(self, pieces: list[tuple[Prompt, int]]) -> list[bool]:
-        """Run the next tokens of each prompt (`SamplingQueue.next_row`), and answer what is asked about those
-        that follow them; per piece, False if a log-prob is not finite."""
-        first, used = pieces[0][0], sum(count for _, count in pieces)
-        base = first.generation.weights.base
-        context = self._context_pages(first.num_cached) if first.num_cached else 0
-        row = prefill_row(pieces, bucket_of(self._prefill_buckets, used), self._page_size, context)
-        stack = self.stacks.of([first.generation.weights])[0].stacked
-        name = f"prefill {len(row.tokens)} tokens after {len(row.table) * self._page_size}{_kind(stack)}"
+        """Run the next tokens of each prompt (`SamplingQueue.next_pieces`), and answer what is asked about
+        those that follow them; per piece, False if a log-prob is not finite."""
+        weights, cached = pieces[0][0].generation.weights, max(prompt.num_cached for prompt, _ in pieces)
+        context = self._context_pages(cached) if cached else 0
+        rows, places = prefill_rows(pieces, self.prefill_lengths, self._page_size, context)
+        stack = self.stacks.of([weights])[0].stacked
+        S, T = rows.tokens.shape
+        name = f"prefill {S} x {T} tokens after {context * self._page_size}{_kind(stack)}"
         with self._timed(name):
-            self._pages, hidden = prefill.prefill(self._graph, base, self._pages, stack, row)
+            self._pages, hidden = prefill.prefill(self._graph, weights.base, self._pages, stack, rows)
             hidden.block_until_ready()
-        return self._score(pieces, base, stack, hidden)
+        return self._score(pieces, places, weights.base, stack, hidden)
 
     def _score(
-        self, pieces: list[tuple[Prompt, int]], base: PyTree, stack: PyTree, hidden: jax.Array
+        self,
+        pieces: list[tuple[Prompt, int]],
+        places: list[slice],
+        base: PyTree,
+        stack: PyTree,
+        hidden: jax.Array,
     ) -> list[bool]:
-        asked: list[tuple[int, slice, int, PromptScores]] = []  # piece, row's tokens, position, scores
-        begin = 0
-        for number, (prompt, count) in enumerate(pieces):
+        asked: list[tuple[int, slice, int, PromptScores]] = []  # piece, its tokens, position, scores
+        for number, ((prompt, count), place) in enumerate(zip(pieces, places, strict=True)):
             scores, first = prompt.generation.scores, prompt.num_cached + 1
             if prompt.is_scored and first + count > scores.first_position:
-                asked.append((number, slice(begin, begin + count), first, scores))
-            begin += count
+                asked.append((number, place, first, scores))
         if not asked:
             return [True] * len(pieces)
         T = hidden.shape[0]

@@ -9,12 +9,13 @@ import numpy as np
 
 from ...model.decode import DecodeRows
 from ...model.penalties import PenaltyRows
-from ...model.prefill import PrefillRow
+from ...model.prefill import PrefillRows
 from ...model.token_sampling import SamplingRows, uniforms
 from .sequence import Prompt, Sequence
 
 SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
 CONTEXT_BUCKETS = (192, 768, 3072, 12288, 49152, 196608, 786432)
+PREFILL_BUCKETS = (64, 128, 256, 1024)  # tokens of a row of prompts
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
 _STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
@@ -25,29 +26,35 @@ def bucket_of(buckets: Iterable[int], size: int) -> int:
     return min(bucket for bucket in buckets if bucket >= size)
 
 
-def prefill_row(
-    pieces: list[tuple[Prompt, int]], size: int, page_size: int, context_pages: int
-) -> PrefillRow:
-    """The next `count` tokens of each prompt, side by side in a row of `size`.
+def prefill_rows(
+    pieces: list[tuple[Prompt, int]], lengths: list[int], page_size: int, context_pages: int
+) -> tuple[PrefillRows, list[slice]]:
+    """The next `count` tokens of each prompt, and where they are, row after row.
 
-    A prompt that continues its cached beginning is alone in its row, with a table of `context_pages`.
+    Whole prompts lie side by side in one row (`context_pages` 0). Those that continue their cached beginnings
+    have a row each, with tables of `context_pages`: one row, or as many as the longest of the `lengths` that
+    a row may have is cut into.
     """
-    tokens, position, page, offset = (np.zeros(size, np.int32) for _ in range(4))
-    start = np.arange(size, dtype=np.int32)  # padding sees itself
-    context = pieces[0][0].num_cached
-    at = 0
-    for prompt, count in pieces:
-        here = slice(at, at + count)
-        position[here] = prompt.num_cached + np.arange(count)
-        tokens[here] = prompt.tokens[prompt.num_cached : prompt.num_cached + count]
-        start[here] = at
-        page[here] = np.array(prompt.pages, np.int32)[position[here] // page_size]
-        offset[here] = position[here] % page_size
-        at += count
-    used = context // page_size
-    table = np.zeros(context_pages, np.int32)
-    table[:used] = pieces[0][0].pages[:used]
-    return PrefillRow(tokens, position, start, page, offset, table, np.int32(context))
+    counts = [count for _, count in pieces]
+    T = bucket_of(lengths, max(counts) if context_pages else sum(counts))
+    S = lengths[-1] // T if len(pieces) > 1 and context_pages else 1
+    tokens, position, page, offset = (np.zeros((S, T), np.int32) for _ in range(4))
+    start = np.tile(np.arange(T, dtype=np.int32), (S, 1))  # padding sees itself
+    table, context = np.zeros((S, context_pages), np.int32), np.zeros(S, np.int32)
+    places, end = [], 0
+    for index, (prompt, count) in enumerate(pieces):
+        row, at = (index, 0) if context_pages else (0, end)
+        here, end = slice(at, at + count), at + count
+        position[row, here] = prompt.num_cached + np.arange(count)
+        tokens[row, here] = prompt.tokens[prompt.num_cached : prompt.num_cached + count]
+        start[row, here] = at
+        page[row, here] = np.array(prompt.pages, np.int32)[position[row, here] // page_size]
+        offset[row, here] = position[row, here] % page_size
+        context[row] = prompt.num_cached
+        cached = prompt.pages[: prompt.num_cached // page_size]
+        table[row, : len(cached)] = cached
+        places.append(slice(row * T + at, row * T + at + count))
+    return PrefillRows(tokens, position, start, page, offset, table, context), places
 
 
 def decode_rows(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from itertools import chain, islice
 
 import numpy as np
 
 from .page_pool import PagePool
+from .sampler_rows import CONTEXT_BUCKETS, bucket_of
 from .sequence import Generation, Prompt, Sequence
 
 
@@ -69,19 +71,32 @@ class SamplingQueue:
             end = prompt.generation.scores.first_position - 1
         return self.pool.find(prompt.generation.weights.id, prompt.tokens[:end])
 
-    def next_row(self, most_tokens: int) -> list[tuple[Prompt, int]]:
-        """What to prefill next: whole short prompts of the same weights side by side, or a piece of a long
-        one; each with how many of its tokens. At least one prompt is prefilling."""
-        first = self.prefilling[0]
-        pieces = [(first, min(first.target - first.num_cached, most_tokens))]
-        used = pieces[0][1]
-        if first.num_cached == 0 and used == first.target:
-            for prompt in list(self.prefilling)[1:]:
-                fits = used + prompt.target <= most_tokens
-                if fits and prompt.num_cached == 0 and prompt.generation.weights is first.generation.weights:
-                    pieces.append((prompt, prompt.target))
-                    used += prompt.target
-        return pieces
+    def next_pieces(self, lengths: list[int]) -> list[tuple[Prompt, int]]:
+        """What to prefill next, in rows of these `lengths`: short prompts of the same weights together, or a
+        piece of a long one; each with how many of its tokens. At least one prompt is prefilling.
+
+        Whole prompts share a row. Those that continue a cached beginning have a row each, of the first one's
+        length and context at most; at least half of as many as are computed.
+        """
+        first, most = self.prefilling[0], lengths[-1]
+        if first.missing > most:
+            return [(first, most)]
+        length, context = bucket_of(lengths, first.missing), bucket_of(CONTEXT_BUCKETS, first.num_cached)
+        most_pieces = most // length if first.num_cached else len(self.prefilling)
+        pieces, used = [(first, first.missing)], first.missing
+        for prompt in islice(self.prefilling, 1, None):
+            if len(pieces) == most_pieces:
+                break
+            if prompt.generation.weights is not first.generation.weights:
+                continue
+            if first.num_cached:
+                fits = 0 < prompt.num_cached <= context and prompt.missing <= length
+            else:
+                fits = prompt.num_cached == 0 and used + prompt.missing <= most
+            if fits:
+                pieces.append((prompt, prompt.missing))
+                used += prompt.missing
+        return pieces if first.num_cached == 0 or 2 * len(pieces) >= most_pieces else pieces[:1]
 
     def prefilled(self, prompt: Prompt, count: int) -> None:
         """So many more tokens of a prompt are in its pages."""
@@ -122,8 +137,12 @@ class SamplingQueue:
     @property
     def wanted_slots(self) -> int:
         """For all samples that run or wait, as far as there are slots."""
-        held = (*self.prefilling, *self._cached, *self._waiting)
-        return min(self._max_slots, len(self.running) + sum(len(prompt.sequences) for prompt in held))
+        wanted = len(self.running)
+        for prompt in chain(self.prefilling, self._cached, self._waiting):
+            if wanted >= self._max_slots:
+                break
+            wanted += len(prompt.sequences)
+        return min(self._max_slots, wanted)
 
     # --- running -----------------------------------------------------------------------------------------
 

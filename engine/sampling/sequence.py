@@ -138,6 +138,11 @@ class Prompt:
         return len(self.tokens) - 1
 
     @property
+    def missing(self) -> int:
+        """Tokens that are not cached yet."""
+        return self.target - self.num_cached
+
+    @property
     def is_scored(self) -> bool:
         """Whether something is asked about these tokens, so that they must run through the trunk, cached or
         not."""
@@ -145,7 +150,7 @@ class Prompt:
 
     @property
     def is_cached(self) -> bool:
-        return self.num_cached == self.target
+        return self.missing == 0
 
 
 def seed_of(seed: int | None) -> int:

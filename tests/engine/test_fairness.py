@@ -54,9 +54,9 @@ def turns(tmp_path, monkeypatch):
     taken = []
 
     def noted(letter, step):
-        def wrapped(self):
+        def wrapped(self, *arguments):
             taken.append(letter)
-            return step(self)
+            return step(self, *arguments)
 
         return wrapped
 

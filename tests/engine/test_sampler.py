@@ -4,6 +4,7 @@ against one pass of the trainer's trunk. Mixes of requests: test_sampler_mixes."
 from itertools import chain
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from engine_sampling import (
@@ -214,6 +215,36 @@ def test_a_second_turn_finds_the_first_in_the_cache(model, sampler, adapters):
     assert output.prompt_cache_hit_tokens == 64  # whole pages of the 79 cached tokens
     check_logprobs(model, prompt, sequences(output)[0], adapter=adapters["a"])
     assert sample(sampler, second, "b").prompt_cache_hit_tokens == 0, "other weights, other keys and values"
+
+
+def test_prompts_that_go_on_from_cached_beginnings_share_a_program(model, sampler, adapters):
+    """Two whole pages of each are there; what is missing of the last one does not fit a row of 64."""
+    together = make_sampler(model, prefill_tokens=256, max_slots=16, kv_cache_tokens=4096)
+    together.register("a", adapters["a"], scale=2.0)
+    sample(together, request("first", prompt_of(40), max_tokens=1), "a")
+    asked = [
+        msgspec.structs.replace(
+            request(i, [*prompt_of(40), *prompt_of(length, seed=i)], logprobs=True, max_tokens=8, seed=i),
+            prompt_logprobs_last_n=4,
+        )
+        for i, length in enumerate((5, 20, 33, 50, 12, 65))
+    ]
+    rows = []
+    prefill = together._programs.prefill
+    together._programs.prefill = lambda pieces: rows.append(len(pieces)) or prefill(pieces)
+    for one in asked:
+        together.add(one, "a")
+    answers = run_all(together)
+    assert rows == [4, 1, 1], "the last two alone: fewer than half of the rows, and too long a one"
+    for one in asked:
+        answer, expected = answers[one.request_id], sample(sampler, one, "a")
+        assert answer.prompt_cache_hit_tokens == 32
+        (ours,), (theirs,) = sequences(answer), sequences(expected)
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+        scores = [np.frombuffer(output.prompt_logprobs, np.float32) for output in (answer, expected)]
+        assert np.isfinite(scores[0]).sum() == 4
+        np.testing.assert_allclose(*scores, atol=1e-5)
 
 
 def test_registered_weights_do_not_change_with_their_source(model, sampler):
