@@ -67,7 +67,7 @@ sdks: $(STAMP) ## one program with each of five older Tinker SDKs, which pip fet
 	$(BIN)/python -m pytest -v -m slow tests/conformance/test_old_sdks.py
 
 COOKBOOK := .cache/cookbook/venv
-cookbook: $(STAMP) $(COOKBOOK)/.installed ## tinker-cookbook's programs as they are, on a server (half an hour)
+cookbook: $(STAMP) $(COOKBOOK)/.installed ## tinker-cookbook's programs as they are, on a server (an hour)
 	$(BIN)/python -m pytest -v -m slow tests/cookbook
 
 $(COOKBOOK)/.installed: tests/cookbook/requirements.txt
