@@ -206,13 +206,13 @@ class Sampler:
                 note(prompt.generation.request for prompt, _ in pieces)
                 return self._prefill(pieces)
             self._rows_since_decode = 0
-            running = {id(s.generation): s.generation.request for s in self._queue.running}
-            note(running.values())
+            running = dict.fromkeys(sequence.generation for sequence in self._queue.running)
+            note(generation.request for generation in running)
             return self._decode()
 
     def _is_turn_of_prefill(self) -> bool:
-        """One row of prompts between two chunks. A few before the first chunk of all who run: what arrived
-        together then decodes together, and a chunk of few sequences costs as much as one of many."""
+        """One program of prompts between two chunks. A few before the first chunk of all who run: what
+        arrived together then decodes together, and a chunk of few sequences costs as much as one of many."""
         running = self._queue.running
         if not running:
             return True

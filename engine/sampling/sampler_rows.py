@@ -32,8 +32,7 @@ def prefill_rows(
     """The next `count` tokens of each prompt, and where they are, row after row.
 
     Whole prompts lie side by side in one row (`context_pages` 0). Those that continue their cached beginnings
-    have a row each, with tables of `context_pages`: one row, or as many as the longest of the `lengths` that
-    a row may have is cut into.
+    have a row each, with tables of `context_pages`: one row, or all that have `lengths[-1]` tokens together.
     """
     counts = [count for _, count in pieces]
     T = bucket_of(lengths, max(counts) if context_pages else sum(counts))

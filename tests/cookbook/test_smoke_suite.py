@@ -58,7 +58,7 @@ def test_its_own_tests_pass(
             timeout=7000,
             PATH=os.pathsep.join((str(suite / "bin"), str(python.parent), os.environ["PATH"])),
             PYTHONPATH=str(suite),
-            SMOKE_TEST_TIMEOUT="5000",
+            SMOKE_TEST_TIMEOUT=os.environ.get("SMOKE_TEST_TIMEOUT", "1500"),
         )
     finally:
         for case in ElementTree.parse(report).iter("testcase"):

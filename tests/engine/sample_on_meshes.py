@@ -16,18 +16,30 @@ adapter = random_adapter(model.config, 1)
 def sampled(axes):
     mesh = sharding.make_mesh(axes)
     base = load.load_base(folder, model.config, jnp.float32, mesh)
-    sampler = make_sampler(model._replace(base=base), mesh=mesh)
+    sampler = make_sampler(model._replace(base=base), mesh=mesh, prefill_tokens=128)
     sampler.register("a", adapter, scale=2.0)
     for i, key in enumerate([None, "a", "a"]):
-        prompt = np.random.default_rng(i).integers(3, 320, (5, 20, 100)[i])
+        prompt = prompt_of(i)
         penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.5} if i == 2 else {}
         asked = request(i, prompt, logprobs=True, max_tokens=20, seed=i, stop_tokens=[], **penalties)
         sampler.add(asked, key)
     answers = run_all(sampler)
+    for i in (3, 4):  # both go on from a cached beginning, in one program
+        prompt = [*prompt_of(2), *prompt_of(i)]
+        sampler.add(request(i, prompt, max_tokens=20, seed=i, stop_tokens=[]), "a")
+    started = []
+    prefill = sampler._programs.prefill
+    sampler._programs.prefill = lambda pieces: started.append(len(pieces)) or prefill(pieces)
+    answers |= run_all(sampler)
+    assert started == [2]
     return [
-        (sequences(answers[str(i)])[0], np.frombuffer(answers[str(i)].prompt_logprobs, np.float32)[1:])
-        for i in range(3)
+        (sequences(answer)[0], np.frombuffer(answer.prompt_logprobs or b"", np.float32)[1:])
+        for _, answer in sorted(answers.items())
     ]
+
+
+def prompt_of(i):
+    return np.random.default_rng(i).integers(3, 320, (5, 20, 100, 9, 12)[i])
 
 
 expected = sampled(None)

@@ -49,14 +49,18 @@ def turns(tmp_path, monkeypatch):
         str(CACHE),
         [messages.BaseModel("tiny", str(folder))],
         kv_cache_tokens=8192,
+        under_way=str(tmp_path / "under_way"),
     )
     base = base_models.load(config.base_models[0], config, make_mesh())
-    taken = []
+    taken, under_way = [], {"t": set(), "s": set()}
 
     def noted(letter, step):
         def wrapped(self, *arguments):
             taken.append(letter)
-            return step(self, *arguments)
+            answers = step(self, *arguments)
+            lines = (tmp_path / "under_way").read_text().partition("\0")[0].splitlines()
+            under_way[letter].update(line.partition("\t")[0] for line in lines)
+            return answers
 
         return wrapped
 
@@ -68,6 +72,9 @@ def turns(tmp_path, monkeypatch):
         Engine(config, {"tiny": base}, socket).run()
         failed = [answer for answer in socket.sent if isinstance(answer, messages.Failed)]
         assert not failed
+        for letter, kind in (("t", messages.ForwardBackward), ("s", messages.Sample)):
+            asked = {request.request_id for request in requests if isinstance(request, kind)}
+            assert under_way[letter] == asked, "it is noted of what the engine would have died"
         return "".join(taken)
 
     return run

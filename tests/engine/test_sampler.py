@@ -242,9 +242,21 @@ def test_prompts_that_go_on_from_cached_beginnings_share_a_program(model, sample
         (ours,), (theirs,) = sequences(answer), sequences(expected)
         assert ours.tokens == theirs.tokens
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+        prompt = np.frombuffer(one.prompt, np.int32)
+        check_logprobs(model, prompt, ours, adapter=adapters["a"])
         scores = [np.frombuffer(output.prompt_logprobs, np.float32) for output in (answer, expected)]
         assert np.isfinite(scores[0]).sum() == 4
         np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+def test_before_a_turn_it_names_the_requests_that_are_computed_in_it(sampler):
+    sampler.add(request("runs", prompt_of(30), 2, max_tokens=64, stop_tokens=[]))
+    for index in range(3):
+        sampler.add(request(index, prompt_of(60, seed=index), max_tokens=8, stop_tokens=[]))
+    named = []
+    for _ in range(6):
+        sampler.step(lambda requests: named.append([each.request_id for each in requests]))
+    assert named[:4] == [["runs"], ["0"], ["1"], ["runs", "0", "1"]]
 
 
 def test_registered_weights_do_not_change_with_their_source(model, sampler):
