@@ -89,7 +89,8 @@ def decode(
     def one_token(state: tuple) -> tuple:
         step, alive, token, recent, seen, out = state
         position = rows.position + step
-        at = model.rotation(position[:, None])
+        # Kept apart from the blocks, into each of which XLA would fold the cosines' computation.
+        at = jax.lax.optimization_barrier(model.rotation(position[:, None]))
         x = model.embed_tokens(token[:, None])
         context_visible, recent_visible = _visible(config, rows, step, M, pages.page_size)
         kept = []

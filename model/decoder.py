@@ -18,6 +18,7 @@ Letters: B rows, T tokens, D hidden, N query heads, K kv heads, H head dim, F ff
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -107,6 +108,16 @@ class RMSNorm(nnx.Module):
         return scaled.astype(x.dtype) * self.weight[...]
 
 
+@partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+def gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """silu(gate) * up (SwiGLU, arXiv:2002.05202): float32 inside and rounded once, the inputs' dtype outside.
+
+    A backward keeps the two inputs and computes what is between again.
+    """
+    gate32, up32 = gate_BTF.astype(jnp.float32), up_BTF.astype(jnp.float32)
+    return (jax.nn.silu(gate32) * up32).astype(gate_BTF.dtype)
+
+
 class Block(nnx.Module):
     """Pre-norm attention and gated MLP."""
 
@@ -138,7 +149,7 @@ class Block(nnx.Module):
         mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), _RESIDUAL)
         y = self.post_attention_layernorm(x_BTD)
-        y_BTF = jax.nn.silu(linear("gate_proj", y)) * linear("up_proj", y)
+        y_BTF = gated(linear("gate_proj", y), linear("up_proj", y))
         return constrain(x_BTD + linear("down_proj", y_BTF), _RESIDUAL)
 
 

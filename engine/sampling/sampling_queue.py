@@ -66,17 +66,24 @@ class SamplingQueue:
             (self._cached if prompt.is_cached else self.prefilling).append(prompt)
 
     def _find_cached(self, prompt: Prompt) -> list[int]:
-        end = prompt.target
-        if prompt.is_scored:  # the token before the first that is asked about must be computed
-            end = prompt.generation.scores.first_position - 1
-        return self.pool.find(prompt.generation.weights.id, prompt.tokens[:end])
+        return self.pool.find(prompt.generation.weights.id, prompt.tokens[: prompt.reusable])
+
+    def _shared_pages(self, prompt: Prompt, other: Prompt) -> int:
+        """How many of a prompt's pages are those of `other`, once that is cached."""
+        if prompt.generation.weights is not other.generation.weights:
+            return 0
+        length = min(prompt.reusable, other.target)
+        differs = prompt.tokens[:length] != other.tokens[:length]
+        same = int(differs.argmax()) if differs.any() else length
+        return same // self.pool.page_size
 
     def next_pieces(self, lengths: list[int]) -> list[tuple[Prompt, int]]:
         """What to prefill next, in rows of these `lengths`: short prompts of the same weights together, or a
         piece of a long one; each with how many of its tokens. At least one prompt is prefilling.
 
         Whole prompts share a row. Those that continue a cached beginning have a row each, of the first one's
-        length and context at most; at least half of as many as are computed.
+        length and context at most; at least half of as many as are computed. A prompt that begins as one of
+        them does waits until that one is cached.
         """
         first, most = self.prefilling[0], lengths[-1]
         if first.missing > most:
@@ -93,7 +100,10 @@ class SamplingQueue:
                 fits = 0 < prompt.num_cached <= context and prompt.missing <= length
             else:
                 fits = prompt.num_cached == 0 and used + prompt.missing <= most
-            if fits:
+            if fits and not any(
+                self._shared_pages(prompt, other) * self.pool.page_size > prompt.num_cached
+                for other, _ in pieces
+            ):
                 pieces.append((prompt, prompt.missing))
                 used += prompt.missing
         return pieces if first.num_cached == 0 or 2 * len(pieces) >= most_pieces else pieces[:1]
@@ -105,6 +115,23 @@ class SamplingQueue:
             self.prefilling.remove(prompt)
             self._cached.append(prompt)
             self.pool.publish(prompt.generation.weights.id, prompt.tokens[: prompt.target], prompt.pages)
+            for other in list(self.prefilling):
+                self._reuse(other, prompt)
+
+    def _reuse(self, prompt: Prompt, other: Prompt) -> None:
+        """Let a prompt have the pages of a cached one that begins as it does, instead of its own."""
+        page_size = self.pool.page_size
+        begin, end = prompt.num_cached // page_size, self._shared_pages(prompt, other)
+        if end <= begin:
+            return
+        self.pool.share(other.pages[begin:end])
+        self.pool.release(prompt.pages[begin:end])
+        prompt.pages[begin:end] = other.pages[begin:end]
+        prompt.num_cached = end * page_size
+        prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, prompt.num_cached)
+        if prompt.is_cached:
+            self.prefilling.remove(prompt)
+            self._cached.append(prompt)
 
     def start_sequences(self) -> list[tuple[int, int]]:
         """Let samples of cached prompts run, as far as there are slots and pages. Returns the pages to be

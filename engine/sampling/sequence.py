@@ -143,6 +143,12 @@ class Prompt:
         return self.target - self.num_cached
 
     @property
+    def reusable(self) -> int:
+        """How many of the first tokens may come from the cache: all, or those before the one that the first
+        token asked about follows."""
+        return self.generation.scores.first_position - 1 if self.is_scored else self.target
+
+    @property
     def is_scored(self) -> bool:
         """Whether something is asked about these tokens, so that they must run through the trunk, cached or
         not."""

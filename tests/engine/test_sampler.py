@@ -249,6 +249,51 @@ def test_prompts_that_go_on_from_cached_beginnings_share_a_program(model, sample
         np.testing.assert_allclose(*scores, atol=1e-5)
 
 
+def test_prompts_that_arrive_together_have_their_common_beginning_computed_once(model, adapters):
+    """As a group of an RL loop does. 100 tokens are six whole pages, three more, and the last, not cached."""
+    together = make_sampler(model, prefill_tokens=256, max_slots=16, kv_cache_tokens=4096)
+    for key, adapter in adapters.items():
+        together.register(key, adapter, scale=2.0)
+    group = [request(f"same {i}", prompt_of(100), max_tokens=8, seed=i) for i in range(5)]
+    tail = [*prompt_of(70), *prompt_of(40, seed=3)]
+    group.append(request("begins alike", tail, max_tokens=8, seed=7))
+    scored = request("is scored", prompt_of(100), logprobs=True, max_tokens=8, seed=8)
+    group.append(msgspec.structs.replace(scored, prompt_logprobs_last_n=50))
+    group.append(request("whole pages", prompt_of(97), max_tokens=8, seed=9))
+    computed = []
+    prefill = together._programs.prefill
+    together._programs.prefill = lambda pieces: computed.append([n for _, n in pieces]) or prefill(pieces)
+    for one in group:
+        together.add(one, "a")
+    together.add(request("other weights", prompt_of(100), max_tokens=8, seed=6), "b")
+    answers = run_all(together)
+    hits = {request_id: answer.prompt_cache_hit_tokens for request_id, answer in answers.items()}
+    assert hits == {
+        **{f"same {i}": 96 for i in range(5)},
+        "same 0": 0,
+        "begins alike": 64,
+        "is scored": 48,  # the token before the first of its last fifty must be computed
+        "whole pages": 96,  # all that it needs
+        "other weights": 0,
+    }
+    assert sum(map(sum, computed)) == 99 + 4 * 3 + (109 - 64) + (99 - 48) + 99
+    assert together._pool.num_free == 4096 // 16, "every page came back"
+    for one in group:
+        answer = answers[one.request_id]
+        check_logprobs(model, np.frombuffer(one.prompt, np.int32), *sequences(answer), adapter=adapters["a"])
+    alone = make_sampler(model)
+    alone.register("a", adapters["a"], scale=2.0)
+    for one in group:
+        expected = sample(alone, one, "a")
+        assert sequences(answers[one.request_id])[0].tokens == sequences(expected)[0].tokens
+        if one.prompt_logprobs:
+            scores = [
+                np.frombuffer(o.prompt_logprobs, np.float32) for o in (answers[one.request_id], expected)
+            ]
+            assert np.isfinite(scores[0]).sum() == 50
+            np.testing.assert_allclose(*scores, atol=1e-5)
+
+
 def test_before_a_turn_it_names_the_requests_that_are_computed_in_it(sampler):
     sampler.add(request("runs", prompt_of(30), 2, max_tokens=64, stop_tokens=[]))
     for index in range(3):
