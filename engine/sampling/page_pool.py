@@ -62,27 +62,28 @@ class PagePool:
                 if page not in self._hash_of:
                     self._free.move_to_end(page, last=False)
 
-    def find(self, weights_id: int, tokens: np.ndarray) -> list[int]:
-        """The published pages that hold the longest beginning of `tokens`; share them before use."""
+    def find(self, digests: Iterable[bytes]) -> list[int]:
+        """The published pages of these `digests`, up to the first that has none; share them before use."""
         found = []
-        for digest in self._digests(weights_id, tokens):
+        for digest in digests:
             if (page := self._page_of.get(digest)) is None:
                 break
             found.append(page)
         return found
 
-    def publish(self, weights_id: int, tokens: np.ndarray, pages: Sequence[int]) -> None:
-        """Make the full pages of `tokens`, held in `pages` in order, findable."""
-        for digest, page in zip(self._digests(weights_id, tokens), pages, strict=False):
+    def publish(self, digests: Iterable[bytes], pages: Sequence[int]) -> None:
+        """Make full pages, held in `pages` in order, findable."""
+        for digest, page in zip(digests, pages, strict=False):
             if digest not in self._page_of and page not in self._hash_of:
                 self._page_of[digest] = page
                 self._hash_of[page] = digest
 
-    def _digests(self, weights_id: int, tokens: np.ndarray) -> Iterable[bytes]:
-        """A hash per full page, of everything up to its end."""
+    def digests(self, weights_id: int, tokens: np.ndarray) -> list[bytes]:
+        """A hash per full page of `tokens`, of everything up to its end and the weights."""
         data = np.asarray(tokens, np.int32)
-        digest = weights_id.to_bytes(8, "little")
+        digests, digest = [], weights_id.to_bytes(8, "little")
         for end in range(self.page_size, len(data) + 1, self.page_size):
             page = data[end - self.page_size : end].tobytes()
             digest = hashlib.blake2b(digest + page, digest_size=16).digest()
-            yield digest
+            digests.append(digest)
+        return digests

@@ -16,6 +16,8 @@ from .page_pool import PagePool
 from .sampler_rows import CONTEXT_BUCKETS, bucket_of
 from .sequence import Generation, Prompt, Sequence
 
+_LOOKED_AT = 64  # prompts, when those of a program are chosen
+
 
 class SamplingQueue:
     """A prompt goes from waiting to prefilling when it has its pages, and to cached when they are filled; its
@@ -32,6 +34,7 @@ class SamplingQueue:
         self.running: list[Sequence] = []
 
     def add(self, prompt: Prompt) -> None:
+        prompt.digests = self.pool.digests(prompt.generation.weights.id, prompt.tokens[: prompt.target])
         bisect.insort(self._waiting, prompt, key=lambda p: p.generation.arrival)
 
     def drop(self, generation: Generation) -> None:
@@ -48,7 +51,10 @@ class SamplingQueue:
     # --- from waiting to running -------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Give the oldest waiting prompts their pages, as far as there are any."""
+        """Give the oldest waiting prompts their pages, as far as there are any; and those that are next to be
+        prefilled what was computed for others meanwhile."""
+        for prompt in list(islice(self.prefilling, _LOOKED_AT)):
+            self._reuse(prompt)
         while self._waiting:
             prompt = self._waiting[0]
             held = self._find_cached(prompt)
@@ -65,17 +71,25 @@ class SamplingQueue:
             self._waiting.pop(0)
             (self._cached if prompt.is_cached else self.prefilling).append(prompt)
 
-    def _find_cached(self, prompt: Prompt) -> list[int]:
-        return self.pool.find(prompt.generation.weights.id, prompt.tokens[: prompt.reusable])
+    def _find_cached(self, prompt: Prompt, first_page: int = 0) -> list[int]:
+        """What the cache holds of a prompt from a page on."""
+        return self.pool.find(prompt.digests[first_page : prompt.reusable // self.pool.page_size])
 
-    def _shared_pages(self, prompt: Prompt, other: Prompt) -> int:
-        """How many of a prompt's pages are those of `other`, once that is cached."""
-        if prompt.generation.weights is not other.generation.weights:
-            return 0
-        length = min(prompt.reusable, other.target)
-        differs = prompt.tokens[:length] != other.tokens[:length]
-        same = int(differs.argmax()) if differs.any() else length
-        return same // self.pool.page_size
+    def _reuse(self, prompt: Prompt) -> None:
+        """Let a prompt have pages that were published since it got its own, instead of these."""
+        begin = prompt.num_cached // self.pool.page_size
+        found = self._find_cached(prompt, begin)
+        if not found:
+            return
+        end = begin + len(found)
+        self.pool.share(found)
+        self.pool.release(prompt.pages[begin:end])
+        prompt.pages[begin:end] = found
+        prompt.num_cached = end * self.pool.page_size
+        prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, prompt.num_cached)
+        if prompt.is_cached:
+            self.prefilling.remove(prompt)
+            self._cached.append(prompt)
 
     def next_pieces(self, lengths: list[int]) -> list[tuple[Prompt, int]]:
         """What to prefill next, in rows of these `lengths`: short prompts of the same weights together, or a
@@ -91,7 +105,8 @@ class SamplingQueue:
         length, context = bucket_of(lengths, first.missing), bucket_of(CONTEXT_BUCKETS, first.num_cached)
         most_pieces = most // length if first.num_cached else len(self.prefilling)
         pieces, used = [(first, first.missing)], first.missing
-        for prompt in islice(self.prefilling, 1, None):
+        coming = set(first.digests)
+        for prompt in islice(self.prefilling, 1, _LOOKED_AT):
             if len(pieces) == most_pieces:
                 break
             if prompt.generation.weights is not first.generation.weights:
@@ -100,12 +115,12 @@ class SamplingQueue:
                 fits = 0 < prompt.num_cached <= context and prompt.missing <= length
             else:
                 fits = prompt.num_cached == 0 and used + prompt.missing <= most
-            if fits and not any(
-                self._shared_pages(prompt, other) * self.pool.page_size > prompt.num_cached
-                for other, _ in pieces
-            ):
+            next_page = prompt.num_cached // self.pool.page_size
+            waits = next_page < prompt.reusable // self.pool.page_size and prompt.digests[next_page] in coming
+            if fits and not waits:
                 pieces.append((prompt, prompt.missing))
                 used += prompt.missing
+                coming.update(prompt.digests)
         return pieces if first.num_cached == 0 or 2 * len(pieces) >= most_pieces else pieces[:1]
 
     def prefilled(self, prompt: Prompt, count: int) -> None:
@@ -114,24 +129,7 @@ class SamplingQueue:
         if prompt.is_cached:
             self.prefilling.remove(prompt)
             self._cached.append(prompt)
-            self.pool.publish(prompt.generation.weights.id, prompt.tokens[: prompt.target], prompt.pages)
-            for other in list(self.prefilling):
-                self._reuse(other, prompt)
-
-    def _reuse(self, prompt: Prompt, other: Prompt) -> None:
-        """Let a prompt have the pages of a cached one that begins as it does, instead of its own."""
-        page_size = self.pool.page_size
-        begin, end = prompt.num_cached // page_size, self._shared_pages(prompt, other)
-        if end <= begin:
-            return
-        self.pool.share(other.pages[begin:end])
-        self.pool.release(prompt.pages[begin:end])
-        prompt.pages[begin:end] = other.pages[begin:end]
-        prompt.num_cached = end * page_size
-        prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, prompt.num_cached)
-        if prompt.is_cached:
-            self.prefilling.remove(prompt)
-            self._cached.append(prompt)
+            self.pool.publish(prompt.digests, prompt.pages)
 
     def start_sequences(self) -> list[tuple[int, int]]:
         """Let samples of cached prompts run, as far as there are slots and pages. Returns the pages to be
@@ -219,5 +217,5 @@ class SamplingQueue:
         """A running sequence has ended: its slot is free, and what is in its full pages may be found."""
         self.running.remove(sequence)
         cached = np.array(sequence.tokens[: sequence.num_cached], np.int32)
-        self.pool.publish(sequence.generation.weights.id, cached, sequence.pages)
+        self.pool.publish(self.pool.digests(sequence.generation.weights.id, cached), sequence.pages)
         self.pool.release(sequence.pages)

@@ -125,6 +125,7 @@ class Prompt:
     generation: Generation
     sequences: deque[Sequence]
     tokens: np.ndarray  # the last one is not cached: the first decode step runs it
+    digests: list[bytes] = field(default_factory=list)  # of its full pages (`PagePool.digests`)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
 
