@@ -62,10 +62,12 @@ class Sampler:
         prefill_tokens: int = 512,
         decode_steps: int = 16,
         on_compile: Callable[[str, float], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
         `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
-        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time.
+        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time;
+        `clock` tells how long programs take.
         """
         self._config = config
         self._token_bytes = token_bytes
@@ -95,7 +97,9 @@ class Sampler:
         self._arrivals = 0
         self._turns = 0
         self._generations: dict[str, Generation] = {}
-        self._rows_since_decode = 0
+        self._clock = clock
+        self._prefills_since_decode: list[float] = []  # seconds
+        self._decode_seconds = 0.0  # of the last chunk
         self._drawn: list[messages.Drawn] = []
 
     # --- weights -----------------------------------------------------------------------------------------
@@ -201,24 +205,26 @@ class Sampler:
             self._queue.admit()
             self._programs.copy(self._queue.start_sequences())
             if self._queue.prefilling and self._is_turn_of_prefill():
-                self._rows_since_decode += 1
                 pieces = self._queue.next_pieces(self._programs.prefill_lengths)
                 note(prompt.generation.request for prompt, _ in pieces)
                 return self._prefill(pieces)
-            self._rows_since_decode = 0
+            self._prefills_since_decode = []
             running = dict.fromkeys(sequence.generation for sequence in self._queue.running)
             note(generation.request for generation in running)
             return self._decode()
 
     def _is_turn_of_prefill(self) -> bool:
-        """One program of prompts between two chunks. A few before the first chunk of all who run: what
-        arrived together then decodes together, and a chunk of few sequences costs as much as one of many."""
-        running = self._queue.running
-        if not running:
+        """One program of prompts between two chunks, or more where there are slots for them: a chunk of few
+        sequences costs as much as one of many. A few before the first chunk of all who run, so that what
+        arrived together decodes together; later as many as take no longer than the last chunk did."""
+        running, seconds = self._queue.running, self._prefills_since_decode
+        if not running or not seconds:
             return True
-        has_room = self._queue.wanted_slots > len(running)
-        all_new = all(sequence.last_turn == 0 for sequence in running)
-        return self._rows_since_decode < (_FIRST_ROWS if all_new and has_room else 1)
+        if self._queue.wanted_slots == len(running):
+            return False
+        if all(sequence.last_turn == 0 for sequence in running) and len(seconds) < _FIRST_ROWS:
+            return True
+        return sum(seconds) + seconds[-1] < self._decode_seconds
 
     def drawn(self) -> list[messages.Drawn]:
         """What was drawn since the last time, for requests that want to know."""
@@ -227,25 +233,27 @@ class Sampler:
 
     def _prefill(self, pieces: list[tuple[Prompt, int]]) -> list[messages.Done | messages.Failed]:
         """Rows of prompt tokens, as many as a program takes."""
-        began = time.monotonic()
+        began = self._clock()
         finite = self._programs.prefill(pieces)
-        seconds = (time.monotonic() - began) / len(pieces)
+        seconds = self._clock() - began
+        self._prefills_since_decode.append(seconds)
         for prompt, count in pieces:
-            prompt.generation.device_seconds += seconds
+            prompt.generation.device_seconds += seconds / len(pieces)
             self._queue.prefilled(prompt, count)
         broken = {p.generation for (p, _), is_finite in zip(pieces, finite, strict=True) if not is_finite}
         return [self._fail_not_finite(generation) for generation in broken]
 
     def _decode(self) -> list[messages.Done | messages.Failed]:
         """A few tokens for running sequences that share base weights."""
-        began = time.monotonic()
+        began = self._clock()
         chosen = self._queue.next_batch()
         if not chosen:
             return []
         self._turns += 1
         positions = max(self._queue.positions_after_chunk(sequence) for sequence in chosen)
         decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
-        seconds = (time.monotonic() - began) / len(chosen)
+        self._decode_seconds = self._clock() - began
+        seconds = self._decode_seconds / len(chosen)
         answers: list[messages.Done | messages.Failed] = []
         for row, sequence in enumerate(chosen):
             sequence.last_turn = self._turns

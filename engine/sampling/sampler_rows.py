@@ -14,7 +14,7 @@ from ...model.token_sampling import SamplingRows, uniforms
 from .sequence import Prompt, Sequence
 
 SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
-CONTEXT_BUCKETS = (192, 768, 3072, 12288, 49152, 196608, 786432)
+CONTEXT_BUCKETS = tuple(192 << doublings for doublings in range(13))  # up to 786,432 positions
 PREFILL_BUCKETS = (64, 128, 256, 1024)  # tokens of a row of prompts
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position

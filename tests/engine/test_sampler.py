@@ -34,7 +34,8 @@ def adapters(model):
 
 @pytest.fixture
 def sampler(model, adapters):
-    sampler = make_sampler(model)
+    """One for which nothing takes any time, so that prompts and chunks take turns."""
+    sampler = make_sampler(model, clock=lambda: 0.0)
     for key, adapter in adapters.items():
         sampler.register(key, adapter, scale=2.0)
     return sampler
@@ -204,6 +205,33 @@ def test_what_comes_together_decodes_together_and_what_runs_waits_for_one_row(sa
         sampler.step()
         lengths.append(len(runs.tokens))
     assert lengths == [68, 76, 76, 84, 84, 92]
+
+
+def test_prompts_fill_empty_slots_for_as_long_as_a_chunk_takes(model):
+    now = 0.0
+    sampler = make_sampler(model, max_slots=16, kv_cache_tokens=4096, clock=lambda: now)
+
+    def taking(seconds, program):
+        def run(*arguments):
+            nonlocal now
+            now += seconds
+            return program(*arguments)
+
+        return run
+
+    sampler._programs.prefill = taking(1.0, sampler._programs.prefill)
+    sampler._programs.decode = taking(3.5, sampler._programs.decode)
+    sampler.add(request("runs", prompt_of(60), max_tokens=64, stop_tokens=[]))
+    sampler.step()
+    sampler.step()
+    (runs,) = sampler._queue.running
+    for i in range(8):  # each prompt is a row
+        sampler.add(request(i, prompt_of(60, seed=i + 1), max_tokens=30, stop_tokens=[]))
+    lengths = []
+    for _ in range(11):
+        sampler.step()
+        lengths.append(len(runs.tokens))
+    assert lengths == [68, 68, 68, 76, 76, 76, 76, 84, 84, 84, 92]
 
 
 def test_a_second_turn_finds_the_first_in_the_cache(model, sampler, adapters):
