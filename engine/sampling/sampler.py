@@ -62,12 +62,10 @@ class Sampler:
         prefill_tokens: int = 512,
         decode_steps: int = 16,
         on_compile: Callable[[str, float], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ):
         """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
         `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
-        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time;
-        `clock` tells how long programs take.
+        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time.
         """
         self._config = config
         self._token_bytes = token_bytes
@@ -97,9 +95,7 @@ class Sampler:
         self._arrivals = 0
         self._turns = 0
         self._generations: dict[str, Generation] = {}
-        self._clock = clock
-        self._prefills_since_decode: list[float] = []  # seconds
-        self._decode_seconds = 0.0  # of the last chunk
+        self._rows_since_decode = 0
         self._drawn: list[messages.Drawn] = []
 
     # --- weights -----------------------------------------------------------------------------------------
@@ -205,26 +201,24 @@ class Sampler:
             self._queue.admit()
             self._programs.copy(self._queue.start_sequences())
             if self._queue.prefilling and self._is_turn_of_prefill():
+                self._rows_since_decode += 1
                 pieces = self._queue.next_pieces(self._programs.prefill_lengths)
                 note(prompt.generation.request for prompt, _ in pieces)
                 return self._prefill(pieces)
-            self._prefills_since_decode = []
+            self._rows_since_decode = 0
             running = dict.fromkeys(sequence.generation for sequence in self._queue.running)
             note(generation.request for generation in running)
             return self._decode()
 
     def _is_turn_of_prefill(self) -> bool:
-        """One program of prompts between two chunks, or more where there are slots for them: a chunk of few
-        sequences costs as much as one of many. A few before the first chunk of all who run, so that what
-        arrived together decodes together; later as many as take no longer than the last chunk did."""
-        running, seconds = self._queue.running, self._prefills_since_decode
-        if not running or not seconds:
+        """One program of prompts between two chunks. A few before the first chunk of all who run: what
+        arrived together then decodes together, and a chunk of few sequences costs as much as one of many."""
+        running = self._queue.running
+        if not running:
             return True
-        if self._queue.wanted_slots == len(running):
-            return False
-        if all(sequence.last_turn == 0 for sequence in running) and len(seconds) < _FIRST_ROWS:
-            return True
-        return sum(seconds) + seconds[-1] < self._decode_seconds
+        has_room = self._queue.wanted_slots > len(running)
+        all_new = all(sequence.last_turn == 0 for sequence in running)
+        return self._rows_since_decode < (_FIRST_ROWS if all_new and has_room else 1)
 
     def drawn(self) -> list[messages.Drawn]:
         """What was drawn since the last time, for requests that want to know."""
@@ -233,27 +227,25 @@ class Sampler:
 
     def _prefill(self, pieces: list[tuple[Prompt, int]]) -> list[messages.Done | messages.Failed]:
         """Rows of prompt tokens, as many as a program takes."""
-        began = self._clock()
+        began = time.monotonic()
         finite = self._programs.prefill(pieces)
-        seconds = self._clock() - began
-        self._prefills_since_decode.append(seconds)
+        seconds = (time.monotonic() - began) / len(pieces)
         for prompt, count in pieces:
-            prompt.generation.device_seconds += seconds / len(pieces)
+            prompt.generation.device_seconds += seconds
             self._queue.prefilled(prompt, count)
         broken = {p.generation for (p, _), is_finite in zip(pieces, finite, strict=True) if not is_finite}
         return [self._fail_not_finite(generation) for generation in broken]
 
     def _decode(self) -> list[messages.Done | messages.Failed]:
         """A few tokens for running sequences that share base weights."""
-        began = self._clock()
+        began = time.monotonic()
         chosen = self._queue.next_batch()
         if not chosen:
             return []
         self._turns += 1
         positions = max(self._queue.positions_after_chunk(sequence) for sequence in chosen)
         decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
-        self._decode_seconds = self._clock() - began
-        seconds = self._decode_seconds / len(chosen)
+        seconds = (time.monotonic() - began) / len(chosen)
         answers: list[messages.Done | messages.Failed] = []
         for row, sequence in enumerate(chosen):
             sequence.last_turn = self._turns

@@ -34,8 +34,7 @@ def adapters(model):
 
 @pytest.fixture
 def sampler(model, adapters):
-    """One for which nothing takes any time, so that prompts and chunks take turns."""
-    sampler = make_sampler(model, clock=lambda: 0.0)
+    sampler = make_sampler(model)
     for key, adapter in adapters.items():
         sampler.register(key, adapter, scale=2.0)
     return sampler
@@ -207,33 +206,6 @@ def test_what_comes_together_decodes_together_and_what_runs_waits_for_one_row(sa
     assert lengths == [68, 76, 76, 84, 84, 92]
 
 
-def test_prompts_fill_empty_slots_for_as_long_as_a_chunk_takes(model):
-    now = 0.0
-    sampler = make_sampler(model, max_slots=16, kv_cache_tokens=4096, clock=lambda: now)
-
-    def taking(seconds, program):
-        def run(*arguments):
-            nonlocal now
-            now += seconds
-            return program(*arguments)
-
-        return run
-
-    sampler._programs.prefill = taking(1.0, sampler._programs.prefill)
-    sampler._programs.decode = taking(3.5, sampler._programs.decode)
-    sampler.add(request("runs", prompt_of(60), max_tokens=64, stop_tokens=[]))
-    sampler.step()
-    sampler.step()
-    (runs,) = sampler._queue.running
-    for i in range(8):  # each prompt is a row
-        sampler.add(request(i, prompt_of(60, seed=i + 1), max_tokens=30, stop_tokens=[]))
-    lengths = []
-    for _ in range(11):
-        sampler.step()
-        lengths.append(len(runs.tokens))
-    assert lengths == [68, 68, 68, 76, 76, 76, 76, 84, 84, 84, 92]
-
-
 def test_a_second_turn_finds_the_first_in_the_cache(model, sampler, adapters):
     first = request(0, prompt_of(50), max_tokens=30, seed=1, stop_tokens=[])
     (sampled,) = sequences(sample(sampler, first, "a"))
@@ -312,12 +284,10 @@ def test_prompts_that_arrive_together_have_their_common_beginning_computed_once(
     alone = make_sampler(model)
     alone.register("a", adapters["a"], scale=2.0)
     for one in group:
-        expected = sample(alone, one, "a")
-        assert sequences(answers[one.request_id])[0].tokens == sequences(expected)[0].tokens
+        answer, expected = answers[one.request_id], sample(alone, one, "a")
+        assert sequences(answer)[0].tokens == sequences(expected)[0].tokens
         if one.prompt_logprobs:
-            scores = [
-                np.frombuffer(o.prompt_logprobs, np.float32) for o in (answers[one.request_id], expected)
-            ]
+            scores = [np.frombuffer(output.prompt_logprobs, np.float32) for output in (answer, expected)]
             assert np.isfinite(scores[0]).sum() == 50
             np.testing.assert_allclose(*scores, atol=1e-5)
 
