@@ -25,6 +25,8 @@ from .limits import Limits, are_tempered, base_model_of, limits_of, mismatch
 log = logging.getLogger("tinsmith.inference")
 
 CHECK_SECONDS = 2.0
+DEFAULT_VERSION = "default"
+"""What SGLang calls the weights that it was started with."""
 _FAILED_CHECKS = 3  # in a row: a busy machine is no dead server
 _FLAPPING_SECONDS = 600.0
 _OUT_SECONDS = (0.0, 2.0, 5.0, 15.0, 60.0)  # after the first death within that time, the second, ...
@@ -47,7 +49,7 @@ class Registered:
     life: int = 0
     limits: Limits | None = None
     weights: str | None = None
-    weight_version: str = "default"
+    weight_version: str = DEFAULT_VERSION
     problem: str = "it has not been asked yet"
     running: int = 0  # samples
     answered: int = 0
@@ -261,7 +263,7 @@ class Endpoints:
                 return
             endpoint.base_model = found
             endpoint.up(replace(limits, tempered=await are_tempered(endpoint.client)))
-        if info.get("weight_version", "default") != endpoint.weight_version:
+        if info.get("weight_version", DEFAULT_VERSION) != endpoint.weight_version:
             endpoint.healthy, endpoint.problem = False, f"it has weights {info.get('weight_version')!r}"
             self.on_other_weights(endpoint, info)
         elif not endpoint.healthy:

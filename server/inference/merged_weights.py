@@ -8,6 +8,7 @@ it is to have; or, if no server of a sync has taken the new weights, goes on wit
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 import weakref
@@ -15,13 +16,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from ...engine import messages
 from ..base_models import BaseModel
 from .endpoint import EndpointError, EndpointUnflushed
-from .endpoints import Endpoints, Registered
+from .endpoints import DEFAULT_VERSION, Endpoints, Registered
 from .exports import Export, Exports
 from .fit import misfit
 from .folders import Folders, server_name
@@ -77,6 +77,7 @@ class MergedWeights:
         self._wanted: weakref.WeakKeyDictionary[Registered, Wanted] = weakref.WeakKeyDictionary()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by URL
         self._tasks: set[asyncio.Task[None]] = set()
+        self._names: defaultdict[int, dict[str, str | None]] = defaultdict(lambda: {DEFAULT_VERSION: None})
         endpoints.on_other_weights = self._other_weights
 
     async def sync(
@@ -89,12 +90,13 @@ class MergedWeights:
         abort: bool = False,
     ) -> Synced:
         """Brings the weights to these servers of their base model, to all of them or, where one must not have
-        them, to none. `abort`: samples under way there are not waited for. Raises CannotServe or ApiError for
-        weights that cannot be had."""
+        them, to none. `version` is what they call it, with a number after it where that is the name of others
+        there. `abort`: samples under way there are not waited for. Raises CannotServe or ApiError for weights
+        that cannot be had."""
         times = [time.perf_counter()]
         export = await self._exports.make(sampler, fp8)
         times.append(time.perf_counter())
-        name = version or server_name(export.key)
+        name = self._name(export, version, {each.port for each in servers})
         pushed = await self._checked(export, servers)
         times.append(time.perf_counter())
         if all(each.problem is None for each in pushed):
@@ -107,13 +109,28 @@ class MergedWeights:
                         await self._take_back(each, *before[each.endpoint])
         times.append(time.perf_counter())
         await self._exports.remove_all_but({each.export.key for each in self._wanted.values()})
-        spent = (after - begin for begin, after in pairwise(times))
+        spent = (after - begin for begin, after in itertools.pairwise(times))
         return Synced(export, name, pushed, dict(zip(("export", "check", "push"), spent, strict=True)))
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _name(self, export: Export, asked: str | None, ports: set[int]) -> str:
+        """What the servers are to call it: as it was asked, unless one of them calls, or was to call, other
+        weights so. Samples are known by the name, also to who has the same server under another host."""
+        known = [self._names[port] for port in ports]
+        there = (each for each in self._endpoints.everybody() if each.port in ports)
+        known += [{each.weight_version: each.weights} for each in there]
+        name = own = asked or server_name(export.key)
+        for count in itertools.count(2):
+            if all(names.get(name, export.weights) == export.weights for names in known):
+                break
+            name = f"{own}.{count}"
+        for port in ports:
+            self._names[port][name] = export.weights
+        return name
 
     # --- one server
 
@@ -173,7 +190,7 @@ class MergedWeights:
             return
         wanted = self._wanted.get(endpoint)
         was_given_others = (
-            wanted is not None and not wanted.failures and info.get("weight_version") != "default"
+            wanted is not None and not wanted.failures and info.get("weight_version") != DEFAULT_VERSION
         )
         if wanted is None or was_given_others:  # under another name of the server, say: the last ones count
             self._begin(self._recognise(endpoint, info))

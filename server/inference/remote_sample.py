@@ -37,12 +37,15 @@ class RemoteSample:
         self._model = model
         self._on_drawn = on_drawn
 
-    async def draw(self, endpoint: Registered, lora: str | None) -> messages.SampleOutput:
-        """All of it there. Raises EndpointError."""
+    async def draw(
+        self, endpoint: Registered, lora: str | None, weight_version: str
+    ) -> messages.SampleOutput:
+        """All of it there, with the adapter upon the weights that it calls so. What the server is to have may
+        change meanwhile. Raises EndpointError."""
         rid = f"{self.request_id}.{next(_attempts)}"
         under_way: set[str] = set()
         try:
-            return await self._draw(endpoint, lora, rid, under_way)
+            return await self._draw(endpoint, lora, weight_version, rid, under_way)
         except asyncio.CancelledError:
             if under_way:
                 task = asyncio.ensure_future(_abort(endpoint, sorted(under_way)))
@@ -51,7 +54,7 @@ class RemoteSample:
             raise
 
     async def _draw(
-        self, endpoint: Registered, lora: str | None, rid: str, under_way: set[str]
+        self, endpoint: Registered, lora: str | None, weight_version: str, rid: str, under_way: set[str]
     ) -> messages.SampleOutput:
         assert endpoint.limits is not None
         sample, scores = self.sample, {}
@@ -66,10 +69,10 @@ class RemoteSample:
                 name = f"{rid}.{index}.{len(drawing.tokens)}"
                 bodies[index] = requests.body(sample, drawing, name, lora, seed)
             under_way.update(body["rid"] for body in bodies.values())
-            answers = await self._answers(endpoint, bodies, drawings)
+            answers = await self._answers(endpoint, weight_version, bodies, drawings)
             under_way.clear()
             for answer in answers.values():
-                _require_weights(answer, endpoint.weight_version)
+                _require_weights(answer, weight_version)
             if None in answers:
                 scores = requests.prompt_scores(sample, answers.pop(None))
             first = first or list(answers.values())
@@ -79,12 +82,18 @@ class RemoteSample:
         return requests.output(drawings, first, scores)
 
     async def _answers(
-        self, endpoint: Registered, bodies: dict[Any, dict[str, Any]], drawings: list[Drawing]
+        self,
+        endpoint: Registered,
+        weight_version: str,
+        bodies: dict[Any, dict[str, Any]],
+        drawings: list[Drawing],
     ) -> dict[Any, Answer]:
         """By the keys of the bodies."""
         if self.sample.stream:
             asked = (
-                self._streamed(endpoint, body, index, None if index is None else drawings[index])
+                self._streamed(
+                    endpoint, weight_version, body, index, None if index is None else drawings[index]
+                )
                 for index, body in bodies.items()
             )
             return dict(zip(bodies, await asyncio.gather(*asked), strict=True))
@@ -94,12 +103,17 @@ class RemoteSample:
         return dict(zip(bodies, answers, strict=True))
 
     async def _streamed(
-        self, endpoint: Registered, body: dict[str, Any], index: Any, drawing: Drawing | None
+        self,
+        endpoint: Registered,
+        weight_version: str,
+        body: dict[str, Any],
+        index: Any,
+        drawing: Drawing | None,
     ) -> Answer:
         """The last part, which has all; of those before it is told."""
         last: Answer | None = None
         async for part in endpoint.client.stream(body):
-            _require_weights(part, endpoint.weight_version)
+            _require_weights(part, weight_version)
             last = part
             if drawing is None:
                 continue

@@ -221,12 +221,13 @@ class Sampling:
         async with endpoint.sampling():
             if not endpoint.healthy or endpoint.weights not in (None, sampler.weights):
                 raise EndpointBusy(f"{endpoint.client.url} has other weights now")
+            version = endpoint.weight_version
             if endpoint.weights == sampler.weights:
-                return await endpoint.while_up(remote.draw(endpoint, None))
+                return await endpoint.while_up(remote.draw(endpoint, None, version))
             for is_last in (False, True):
                 name = await endpoint.while_up(self._adapters.ensure(endpoint, sampler))
                 try:
-                    return await endpoint.while_up(remote.draw(endpoint, name))
+                    return await endpoint.while_up(remote.draw(endpoint, name, version))
                 except EndpointRefused as error:
                     if is_last or name not in error.message:
                         raise

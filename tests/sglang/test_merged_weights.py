@@ -150,6 +150,54 @@ async def test_the_next_start_knows_what_a_server_was_given(
     await until(lambda: next_start.embedded == [of_base])
 
 
+async def test_a_sample_begun_with_other_weights_is_drawn_anew(
+    make_place: MakePlace, sglang: SglangProcess, trained: Path, expected: Any
+) -> None:
+    """The server is there under two names. One brings it new weights while a sample by the other has been
+    found its weights and is not sent yet; the other has noticed when its answer comes."""
+    place = await make_place()
+    operator, own = place.add(sglang.url), place.add(f"http://localhost:{sglang.port}")
+    await until(lambda: operator.healthy and own.healthy)
+    await place.endpoints.remove(own)
+    generate = operator.client.generate
+
+    async def after_a_sync(body: dict[str, Any]) -> list[dict[str, Any]]:
+        sampler = save(place, trained)
+        own = place.add(f"http://localhost:{sglang.port}")
+        assert (await sync(place, sampler, own)).success
+        answers = await generate(body)
+        await place.endpoints.remove(own)
+        await until(lambda: operator.weights == KEY)
+        return answers
+
+    operator.client.generate = after_a_sync  # type: ignore[method-assign]
+    of_base = await place.ask()
+    await until(lambda: place.embedded == [of_base])
+    operator.client.generate = generate  # type: ignore[method-assign]
+    await until(lambda: operator.healthy)
+    assert await tokens(await place.ask(weights=KEY)) == expected[1]
+
+
+async def test_a_name_is_of_one_version_s_weights(
+    make_place: MakePlace, sglang: SglangProcess, trained: Path, tmp_path: Path, expected: Any
+) -> None:
+    """`latest` at each step, say; and the name of what the server was started with."""
+    place = await make_place()
+    endpoint = place.add(sglang.url)
+    sampler, other = save(place, trained), messages.SamplerRef("tiny", KEY.replace("one", "two"))
+    assert other.weights is not None
+    shutil.copytree(write_model(tmp_path / "other", "llama", seed=8), place.data_dir / other.weights)
+    merged, names = place.distribution.merged, []
+    await until(lambda: endpoint.healthy)
+    for weights, name in ((sampler, "latest"), (other, "latest"), (sampler, "latest"), (other, "default")):
+        synced = await merged.sync(weights, [endpoint], version=name)
+        assert synced.success
+        assert sglang.weight_version == synced.version
+        names.append(synced.version)
+        await until(lambda: endpoint.healthy)
+    assert names == ["latest", "latest.2", "latest", "default.2"]
+
+
 async def test_when_no_server_takes_new_weights_all_go_on_with_theirs(
     make_place: MakePlace, sglang: SglangProcess, tmp_path: Path, trained: Path, expected: Any
 ) -> None:
