@@ -99,8 +99,8 @@ def decode(
             def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
                 put, (keys, values) = jax.lax.dynamic_update_slice, layer_recent
                 now = (
-                    put(keys, k.transpose(0, 2, 3, 1), (0, 0, 0, step)),
-                    put(values, v.swapaxes(1, 2), (0, 0, step, 0)),
+                    put(keys, k.transpose(0, 2, 3, 1).astype(keys.dtype), (0, 0, 0, step)),
+                    put(values, v.swapaxes(1, 2).astype(values.dtype), (0, 0, step, 0)),
                 )
                 kept.append(now)
                 parts = [(*context, context_visible), (*now, recent_visible)]
@@ -117,7 +117,8 @@ def decode(
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
-    recent = tuple((jnp.zeros((S, K, H, M), dtype), jnp.zeros((S, K, M, H), dtype)) for _ in range(L))
+    # In float32: to put one bfloat16 into an array, a CPU converts all of it there and back.
+    recent = tuple((jnp.zeros((S, K, H, M)), jnp.zeros((S, K, M, H))) for _ in range(L))
     out = (
         jnp.zeros((M, S), jnp.int32),
         jnp.zeros((M, S), jnp.float32),

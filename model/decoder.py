@@ -81,7 +81,10 @@ def product_by_output(x_BTI: Float[Array, "B T I"], w_OI: Float[Array, "O I"]) -
 
 
 class Embedding(nnx.Module):
-    """A table of token vectors, [V, D]."""
+    """A table of token vectors, [V, D]. Floats of two bytes may lie there as integers of the same bits, and
+    `bits_of` is their dtype then: to read a few bfloat16s, a CPU converts all of the table to float32."""
+
+    bits_of: Any = None
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -90,7 +93,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # gathered over fsdp first: a row of the batch and a column of the table cannot share that mesh axis
-        return constrain(self.weight[...], ("vocab", "hidden"))[tokens_BT]
+        rows_BTD = constrain(self.weight[...], ("vocab", "hidden"))[tokens_BT]
+        return rows_BTD if self.bits_of is None else jax.lax.bitcast_convert_type(rows_BTD, self.bits_of)
 
 
 class RMSNorm(nnx.Module):

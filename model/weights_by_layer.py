@@ -20,12 +20,22 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BaseByLayer:
-    """A base with "layers" as one tree per layer. With `by_output` the matrices of its linears and its head
+    """A base with "layers" as one tree per layer.
+
+    `rest` is its other parts, with an embedding of two-byte floats as integers (`decoder.Embedding`); one
+    that is the head as well lies in `tied_VD` as it was. With `by_output` the matrices of the linears and the head
     are [out, in]: those a CPU's kernels read as they lie, and in two bytes where they have two."""
 
     rest: Base
+    tied_VD: Array | None
     layers: tuple[Base, ...]
     by_output: bool = field(metadata={"static": True})
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        if self.tied_VD is not None:
+            return self.tied_VD
+        return self.rest["lm_head"]["weight"] if self.by_output else unembed(self.rest)
 
 
 def base_by_layer(base: Base, by_output: bool = False) -> Base | BaseByLayer:
@@ -37,9 +47,19 @@ def base_by_layer(base: Base, by_output: bool = False) -> Base | BaseByLayer:
     if not _is_on_one_cpu(base["layers"]):
         return base
     rest = {name: part for name, part in base.items() if name != "layers"}
+    table_VD = base["embed_tokens"]["weight"]
+    rest["embed_tokens"] = {"weight": _bits(table_VD)}
+    tied_VD = None if "lm_head" in rest else table_VD
     if by_output and "lm_head" in rest:
         rest["lm_head"] = {"weight": rest["lm_head"]["weight"].T}
-    return BaseByLayer(rest, _by_layer(base["layers"], by_output), by_output)
+    return BaseByLayer(rest, tied_VD, _by_layer(base["layers"], by_output), by_output)
+
+
+def _bits(table_VD: Float[Array, "V D"]) -> Array:
+    """A view as integers of floats of two bytes; others as they are."""
+    if table_VD.dtype.itemsize != 2:
+        return table_VD
+    return jax.device_put(np.asarray(table_VD).view(np.uint16), table_VD.device, may_alias=True)
 
 
 def adapters_by_layer(stack: LoraStack) -> LoraStack:
@@ -83,17 +103,18 @@ class OpenLayers(NamedTuple):
 def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
     """The decoder of `base`, which may come from `base_by_layer`."""
     if not isinstance(base, BaseByLayer):
-        base = BaseByLayer(base, open_stack(base["layers"]), by_output=False)
+        tied_VD = None if "lm_head" in base else base["embed_tokens"]["weight"]
+        base = BaseByLayer(base, tied_VD, open_stack(base["layers"]), by_output=False)
     models = [nnx.merge(graph, base.rest | {"layers": layer}) for layer in base.layers]
     model, blocks = models[0], [model.layers for model in models]
-    if not base.by_output:
-        return OpenLayers(model, blocks, unembed(base.rest), model.norm.weight.dtype)
-    for block in blocks:
-        for part in vars(block).values():
-            if isinstance(part, Linear):
-                part.by_output = True
-    head = base.rest["embed_tokens" if model.lm_head is None else "lm_head"]["weight"]
-    return OpenLayers(model, blocks, head, jnp.float32)
+    dtype = model.norm.weight.dtype
+    if model.embed_tokens.weight.dtype != dtype:
+        model.embed_tokens.bits_of = dtype
+    if base.by_output:
+        linears = (part for block in blocks for part in vars(block).values() if isinstance(part, Linear))
+        for linear in linears:
+            linear.by_output = True
+    return OpenLayers(model, blocks, base.head, jnp.float32 if base.by_output else dtype)
 
 
 def open_stack(layers: PyTree) -> tuple[PyTree, ...]:

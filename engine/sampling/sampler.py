@@ -76,7 +76,9 @@ class Sampler:
         num_pages = 1 + max(1, tokens // page_size)
         self._pool = PagePool(num_pages, page_size)
         self._longest = min(max_length, self._pool.capacity)
-        self._queue = SamplingQueue(self._pool, max_slots, decode_steps)
+        weights_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
+        weights_positions = weights_bytes // kv_cache.bytes_per_token(config, dtype)
+        self._queue = SamplingQueue(self._pool, max_slots, decode_steps, weights_positions)
         self._programs = SamplerPrograms(
             graph,
             config,
@@ -93,7 +95,6 @@ class Sampler:
             None: Weights(base, base_by_layer(base, _is_by_output(base)))
         }
         self._arrivals = 0
-        self._turns = 0
         self._generations: dict[str, Generation] = {}
         self._rows_since_decode = 0
         self._drawn: list[messages.Drawn] = []
@@ -217,7 +218,7 @@ class Sampler:
         if not running:
             return True
         has_room = self._queue.wanted_slots > len(running)
-        all_new = all(sequence.last_turn == 0 for sequence in running)
+        all_new = all(sequence.is_new for sequence in running)
         return self._rows_since_decode < (_FIRST_ROWS if all_new and has_room else 1)
 
     def drawn(self) -> list[messages.Drawn]:
@@ -242,13 +243,11 @@ class Sampler:
         chosen = self._queue.next_batch()
         if not chosen:
             return []
-        self._turns += 1
         positions = max(self._queue.positions_after_chunk(sequence) for sequence in chosen)
         decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
         seconds = (time.monotonic() - began) / len(chosen)
         answers: list[messages.Done | messages.Failed] = []
         for row, sequence in enumerate(chosen):
-            sequence.last_turn = self._turns
             generation = sequence.generation
             generation.device_seconds += seconds
             if generation.request.request_id not in self._generations:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 
 import numpy as np
 
@@ -23,11 +23,14 @@ class SamplingQueue:
     """A prompt goes from waiting to prefilling when it has its pages, and to cached when they are filled; its
     samples go from there to running one by one, as far as there are slots."""
 
-    def __init__(self, pool: PagePool, max_slots: int, decode_steps: int):
-        """`decode_steps` are the tokens of a decode chunk."""
+    def __init__(self, pool: PagePool, max_slots: int, decode_steps: int, weights_positions: int = 0):
+        """`decode_steps` are the tokens of a decode chunk; `weights_positions`, of how many cached positions
+        the keys and values are as many bytes as the weights."""
         self.pool = pool
+        self.turn = 0  # decode chunks so far
         self._max_slots = max_slots
         self._decode_steps = decode_steps
+        self._weights_positions = weights_positions
         self._waiting: list[Prompt] = []  # oldest request first
         self.prefilling: deque[Prompt] = deque()  # have their pages
         self._cached: deque[Prompt] = deque()  # hold pages for samples that do not run yet
@@ -155,7 +158,7 @@ class SamplingQueue:
                     pages = prompt.pages[:shared] + own
                     self.pool.share(pages[:shared])
             sequence = prompt.sequences.popleft()
-            sequence.pages = pages
+            sequence.pages, sequence.last_turn = pages, self.turn
             self.running.append(sequence)
         return copies
 
@@ -172,17 +175,41 @@ class SamplingQueue:
     # --- running -----------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[Sequence]:
-        """The sequences to decode now, with pages for a chunk: those that waited longest first, all over the
-        same base weights. None, if they gave way to others."""
+        """The sequences to decode now, with pages for a chunk: who waited longest, and those over the same base
+        weights whose contexts are of a like length. None, if they gave way to others."""
         oldest = min(self.running, key=lambda s: s.last_turn, default=None)
         if oldest is None:
             return []
         base = oldest.generation.weights.base
-        chosen = [s for s in self.running if s.generation.weights.base is base]
+        chosen = self._read_with(oldest, [s for s in self.running if s.generation.weights.base is base])
         for sequence in chosen:
             if sequence in self.running:  # it may have given way to an older one meanwhile
                 self._grow(sequence)
-        return [sequence for sequence in chosen if sequence in self.running]
+        chosen = [sequence for sequence in chosen if sequence in self.running]
+        self.turn += 1
+        for sequence in chosen:
+            sequence.last_turn = self.turn
+        return chosen
+
+    def _read_with(self, oldest: Sequence, sequences: list[Sequence]) -> list[Sequence]:
+        """Those that are best read with the oldest. A chunk reads as many positions of each sequence as of the
+        longest; those that are so much shorter that this is more than the weights have one of their own."""
+
+        def context(sequence: Sequence) -> int:
+            return bucket_of(CONTEXT_BUCKETS, self.positions_after_chunk(sequence))
+
+        together: list[Sequence] = []
+        longest = more = 0
+        for length, group in groupby(sorted(sequences, key=context, reverse=True), context):
+            alike = list(group)
+            more += (longest - length) * len(alike) if together else 0
+            if more > self._weights_positions:
+                if oldest in together:
+                    break
+                together, more = [], 0
+            longest = longest if together else length
+            together += alike
+        return together
 
     def positions_after_chunk(self, sequence: Sequence) -> int:
         return sequence.num_cached + min(self._decode_steps, sequence.stop.remaining)

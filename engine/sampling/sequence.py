@@ -59,12 +59,17 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    last_turn: int = 0  # number of the decode chunk that it was last in
+    last_turn: int = 0  # number of the decode chunk that it was last in, or before which it came
     told: int = 0  # of its sample's tokens, by `drawn`
 
     @property
     def num_cached(self) -> int:
         return len(self.tokens) - 1
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has drawn nothing yet."""
+        return not self.logprobs
 
     def take(self, row: int, decoded: Decoded) -> StopReason | Literal["not finite"] | None:
         """Append the tokens of a row of a decode chunk, up to the sequence's end; why it ended, if it did."""

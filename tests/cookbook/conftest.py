@@ -60,6 +60,7 @@ def server(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         tmp_path_factory.mktemp("server") / "data",
         CACHE / "compiled",
         *("--model", f"{workplace.CHAT}={chat_model}", *names),
+        XLA_FLAGS="",  # compiled as for anybody, not as for tests, which are over sooner
     )
     running.start()
     yield running
