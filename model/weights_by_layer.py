@@ -23,8 +23,8 @@ class BaseByLayer:
     """A base with "layers" as one tree per layer.
 
     `rest` is its other parts, with an embedding of two-byte floats as integers (`decoder.Embedding`); one
-    that is the head as well lies in `tied_VD` as it was. With `by_output` the matrices of the linears and the head
-    are [out, in]: those a CPU's kernels read as they lie, and in two bytes where they have two."""
+    that is the head as well lies in `tied_VD` as it was. With `by_output` the matrices of the linears and the
+    head are [out, in]: those a CPU's kernels read as they lie, and in two bytes where they have two."""
 
     rest: Base
     tied_VD: Array | None

@@ -175,8 +175,8 @@ class SamplingQueue:
     # --- running -----------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[Sequence]:
-        """The sequences to decode now, with pages for a chunk: who waited longest, and those over the same base
-        weights whose contexts are of a like length. None, if they gave way to others."""
+        """The sequences to decode now, with pages for a chunk: who waited longest, and those over the same
+        base weights whose contexts are of a like length. None, if they gave way to others."""
         oldest = min(self.running, key=lambda s: s.last_turn, default=None)
         if oldest is None:
             return []
@@ -192,8 +192,9 @@ class SamplingQueue:
         return chosen
 
     def _read_with(self, oldest: Sequence, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that are best read with the oldest. A chunk reads as many positions of each sequence as of the
-        longest; those that are so much shorter that this is more than the weights have one of their own."""
+        """Those that are best read with the oldest. A chunk reads as many positions of each sequence as of
+        the longest; those that are so much shorter that this is more to read than the weights have a chunk
+        of their own."""
 
         def context(sequence: Sequence) -> int:
             return bucket_of(CONTEXT_BUCKETS, self.positions_after_chunk(sequence))

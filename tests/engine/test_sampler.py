@@ -1,6 +1,7 @@
 """The sampler: log-probs, stops, sharing, memory, cancelling; everything against the request run alone or
 against one pass of the trainer's trunk. Mixes of requests: test_sampler_mixes."""
 
+from collections import deque
 from itertools import chain
 
 import jax
@@ -290,6 +291,35 @@ def test_prompts_that_arrive_together_have_their_common_beginning_computed_once(
             scores = [np.frombuffer(output.prompt_logprobs, np.float32) for output in (answer, expected)]
             assert np.isfinite(scores[0]).sum() == 50
             np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights_are_more", [False, True])
+def test_a_long_context_is_not_read_for_short_ones(model, sampler, weights_are_more):
+    """Unless the weights are more to read than it is. New ones do not push it aside."""
+    mixed = make_sampler(model, max_slots=16, kv_cache_tokens=4096)
+    if weights_are_more:
+        mixed._queue._weights_positions = 10**6
+    long = request("long", prompt_of(400), max_tokens=40, stop_tokens=[], seed=1)
+    short = [request(i, prompt_of(20, seed=i), max_tokens=16, stop_tokens=[], seed=i) for i in range(12)]
+    batches = []
+    decode = mixed._programs.decode
+    mixed._programs.decode = lambda chosen, *of: (
+        batches.append([len(s.tokens) for s in chosen]) or decode(chosen, *of)
+    )
+    mixed.add(long)
+    answers, waiting = {}, deque(short)
+    while mixed.has_work:
+        if waiting and len(mixed._generations) < 4:
+            mixed.add(waiting.popleft())
+        answers |= {answer.request_id: answer.output for answer in mixed.step()}
+    longs = [index for index, batch in enumerate(batches) if max(batch) > 384]
+    assert len(longs) == 5
+    assert longs[-1] - longs[0] <= 8, "every second chunk at least"
+    assert any(len(batches[index]) > 1 for index in longs) == weights_are_more
+    for one in (long, *short):
+        (ours,), (alone,) = sequences(answers[one.request_id]), sequences(sample(sampler, one))
+        assert ours.tokens == alone.tokens
+        np.testing.assert_allclose(ours.logprobs, alone.logprobs, atol=1e-5)
 
 
 def test_before_a_turn_it_names_the_requests_that_are_computed_in_it(sampler):
