@@ -23,11 +23,11 @@ class SamplingQueue:
     """A prompt goes from waiting to prefilling when it has its pages, and to cached when they are filled; its
     samples go from there to running one by one, as far as there are slots."""
 
-    def __init__(self, pool: PagePool, max_slots: int, decode_steps: int, weights_positions: int = 0):
+    def __init__(self, pool: PagePool, max_slots: int, decode_steps: int, weights_positions: int):
         """`decode_steps` are the tokens of a decode chunk; `weights_positions`, of how many cached positions
         the keys and values are as many bytes as the weights."""
         self.pool = pool
-        self.turn = 0  # decode chunks so far
+        self._turn = 0  # decode chunks so far
         self._max_slots = max_slots
         self._decode_steps = decode_steps
         self._weights_positions = weights_positions
@@ -158,7 +158,7 @@ class SamplingQueue:
                     pages = prompt.pages[:shared] + own
                     self.pool.share(pages[:shared])
             sequence = prompt.sequences.popleft()
-            sequence.pages, sequence.last_turn = pages, self.turn
+            sequence.pages, sequence.last_turn = pages, self._turn
             self.running.append(sequence)
         return copies
 
@@ -186,9 +186,9 @@ class SamplingQueue:
             if sequence in self.running:  # it may have given way to an older one meanwhile
                 self._grow(sequence)
         chosen = [sequence for sequence in chosen if sequence in self.running]
-        self.turn += 1
+        self._turn += 1
         for sequence in chosen:
-            sequence.last_turn = self.turn
+            sequence.last_turn = self._turn
         return chosen
 
     def _read_with(self, oldest: Sequence, sequences: list[Sequence]) -> list[Sequence]:
