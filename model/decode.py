@@ -88,22 +88,18 @@ def decode(
 
     def one_token(state: tuple) -> tuple:
         step, alive, token, recent, seen, out = state
-        position = rows.position + step
-        # Kept apart from the blocks, into each of which XLA would fold the cosines' computation.
-        at = jax.lax.optimization_barrier(model.rotation(position[:, None]))
+        at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1), rotations)
         x = model.embed_tokens(token[:, None])
         context_visible, recent_visible = _visible(config, rows, step, M, pages.page_size)
         kept = []
         for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
 
             def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
-                put, (keys, values) = jax.lax.dynamic_update_slice, layer_recent
-                now = (
-                    put(keys, k.transpose(0, 2, 3, 1).astype(keys.dtype), (0, 0, 0, step)),
-                    put(values, v.swapaxes(1, 2).astype(values.dtype), (0, 0, step, 0)),
-                )
+                new = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v))
+                put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, step, 0))
+                keys, values = now = tuple(map(put, layer_recent, new))
                 kept.append(now)
-                parts = [(*context, context_visible), (*now, recent_visible)]
+                parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
                 return attend_parts(q, parts, config.head_dim**-0.5)
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, wide) if lora else None)
@@ -117,8 +113,10 @@ def decode(
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
+    # For all tokens here, before the loop: in it XLA would fold the cosines' computation into every block.
+    rotations = model.rotation(rows.position[:, None] + jnp.arange(M))
     # In float32: to put one bfloat16 into an array, a CPU converts all of it there and back.
-    recent = tuple((jnp.zeros((S, K, H, M)), jnp.zeros((S, K, M, H))) for _ in range(L))
+    recent = ((jnp.zeros((S, K, M, H)),) * 2,) * L
     out = (
         jnp.zeros((M, S), jnp.int32),
         jnp.zeros((M, S), jnp.float32),
@@ -150,14 +148,13 @@ def _visible(
 def _append(pages: Pages, rows: DecodeRows, recent: Any, dtype: Any) -> Pages:
     """Write this call's keys and values to the pages; what has no page in the table goes to page 0."""
     S, P = rows.table.shape
-    M = recent[0][0].shape[3]
+    M = rows.u.shape[0]
     position = rows.position[:, None] + jnp.arange(M)
     column = position // pages.page_size
     page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
     page = jnp.where(column < P, page, 0).reshape(-1)
 
-    k_LSKHM, v_LSKMH = (jnp.stack(of).astype(dtype) for of in zip(*recent, strict=True))
+    k_LSKMH, v_LSKMH = (jnp.stack(of).astype(dtype) for of in zip(*recent, strict=True))
     L, _, K, _, H = v_LSKMH.shape
-    k_WLKH = k_LSKHM.transpose(1, 4, 0, 2, 3).reshape(S * M, L, K, H)
-    v_WLKH = v_LSKMH.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)
+    k_WLKH, v_WLKH = (x.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H) for x in (k_LSKMH, v_LSKMH))
     return kv_cache.write(pages, k_WLKH, v_WLKH, page, (position % pages.page_size).reshape(-1))

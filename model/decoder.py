@@ -55,7 +55,7 @@ _LINEAR_AXES: dict[str, LogicalAxes] = {
 
 
 class Linear(nnx.Module):
-    """x W + b, W [in, out], in x's dtype. W may lie [out, in] (`by_output`)."""
+    """x W + b, W [in, out], in x's dtype. W may lie [out, in] (`by_output`): the sums are float32 then."""
 
     by_output = False
 
@@ -66,7 +66,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...]
-        y_BTO = product_by_output(x_BTI, weight).astype(x_BTI.dtype) if self.by_output else x_BTI @ weight
+        y_BTO = product_by_output(x_BTI, weight) if self.by_output else x_BTI @ weight
         return y_BTO if self.bias is None else y_BTO + self.bias[...]
 
 
@@ -144,7 +144,7 @@ class Block(nnx.Module):
 
         def linear(name: str, x: Array) -> Array:
             y = getattr(self, name)(x)
-            return y if lora is None else lora.add(name, x, y)
+            return (y if lora is None else lora.add(name, x, y)).astype(x.dtype)
 
         y = self.input_layernorm(x_BTD)
         q, k, v = (linear(n, y).reshape(B, T, -1, self.head_dim) for n in ("q_proj", "k_proj", "v_proj"))

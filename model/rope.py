@@ -50,6 +50,14 @@ def rotation(config: ModelConfig, position_BT: Int[Array, "B T"]) -> Rotation:
 
 def rotate(x_BTNH: Float[Array, "B T N H"], at: Rotation) -> Float[Array, "B T N H"]:
     """Turn each pair (x[i], x[i + H/2]) by its angle; float32 inside, the dtype of x outside."""
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * at.cos_BTH - b * at.sin_BTH, b * at.cos_BTH + a * at.sin_BTH], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    x32 = x_BTNH.astype(jnp.float32)
+    if x_BTNH.shape[1] > 1:
+        a, b = jnp.split(x32, 2, axis=-1)
+        turned = jnp.concatenate([a * at.cos_BTH - b * at.sin_BTH, b * at.cos_BTH + a * at.sin_BTH], axis=-1)
+        return turned.astype(x_BTNH.dtype)
+    # The same for one token a row: a CPU concatenates element by element, and reverses the halves in vectors.
+    # With many tokens this form is the slower one.
+    halves = x32.reshape(*x32.shape[:-1], 2, -1)
+    signs = jnp.array([[-1.0], [1.0]])
+    turned = halves * at.cos_BTH[..., None, :] + halves[..., ::-1, :] * (signs * at.sin_BTH[..., None, :])
+    return turned.reshape(x32.shape).astype(x_BTNH.dtype)
