@@ -161,8 +161,11 @@ def main() -> None:
         server, url = start(model, data_dir)
         try:
             steps = RLSteps(url, arguments)
-            for _ in range(arguments.warm_up + arguments.steps):
+            count = arguments.warm_up + arguments.steps
+            for number in range(1, count + 1):
                 steps.run()
+                took = ", ".join(f"{phase} {seconds[-1]:.1f} s" for phase, seconds in steps.seconds.items())
+                print(f"step {number} of {count}: {took}", file=sys.stderr, flush=True)
             steps.began.append(time.time())  # what follows is of no step
             for _ in range(1 + arguments.syncs):
                 steps.first_token()
