@@ -16,10 +16,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
+.PHONY: help install demo test test-quick slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with everything that the demo and the tests need
 
@@ -51,6 +51,14 @@ demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (u
 test: $(STAMP) ## lint, types, import arrows, and all tests but the slow ones
 	@$(MAKE) --no-print-directory -j 3 lint sglang rlve
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+# What starts no server and compiles little.
+QUICK := tests/server tests/losses tests/ckpt $(addprefix tests/engine/test_, scheduler.py packing.py validation.py \
+  stop.py slots.py) $(addprefix tests/model/test_, rope.py token_sampling.py)
+SLOWEST := tests/server/test_rlve.py tests/ckpt/test_smollm2.py
+test-quick: $(STAMP) ## lint, types, import arrows, and the tests that need no server (two minutes)
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK) $(addprefix --ignore=, $(SLOWEST))
 
 CASES ?= 1000000
 fuzz: $(STAMP) ## damaged input for every decoder, a million cases or CASES=...
