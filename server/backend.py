@@ -32,6 +32,7 @@ from .live.samplers import Samplers
 from .live.sessions import Sessions
 from .live.wandb_runs import WandbRuns
 from .operations.completions import Completions
+from .operations.operation import Operation
 from .operations.operations import Operations
 from .operations.refused_saves import RefusedSaves
 from .rlve.runs import RlveRuns
@@ -100,7 +101,7 @@ class Backend:
         self.runs = Runs(self.ledger, self.engine, self.operations, settings)
         self.refused_saves = RefusedSaves(self.runs.unused_numbers.consume, settings.refused_save_seconds)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
-        self.operations.on_finished = self.wandb.answered
+        self.operations.on_finished = self._operation_finished
         self.rlve = RlveRuns(self)
         self.runs.on_created, self.runs.on_ending = self.rlve.created, self.rlve.end
         self.runs.on_finished = self._model_finished
@@ -152,6 +153,10 @@ class Backend:
             self.streams.add(answer)
         else:
             self.operations.on_answer(answer)
+
+    def _operation_finished(self, operation: Operation) -> None:
+        self.admission.answered(operation)
+        self.wandb.answered(operation)
 
     def _model_finished(self, model_id: str) -> None:
         self.wandb.finish(model_id)

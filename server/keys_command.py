@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +57,9 @@ def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
 
 
 def _check_tenant(tenant: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", tenant):
+    from .access.given_keys import is_owner
+
+    if not is_owner(tenant):
         typer.echo(f"tinsmith: tenant {tenant!r}: use up to 64 letters, digits and . _ - @", err=True)
         raise typer.Exit(2)
 

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..engine import messages
+from .access import given_keys
 from .inference.addresses import Allowed
 from .ledger.keys import any_in
 
@@ -130,6 +131,13 @@ class Settings(BaseSettings):
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _no_empty_list_of_keys(cls, value: object) -> object:
+        if isinstance(value, str) and not value.replace(",", "").strip():
+            raise ValueError("it is set, but has no key in it; unset it to serve without keys")
+        return value
+
     @field_validator("mesh", mode="before")
     @classmethod
     def _axes(cls, value: object) -> object:
@@ -148,6 +156,11 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _known_addresses(self) -> Settings:
         Allowed(self.sglang_urls, self.sglang_allow, self.is_loopback)
+        return self
+
+    @model_validator(mode="after")
+    def _keys_that_clients_can_send(self) -> Settings:
+        given_keys.parse(self.api_keys)
         return self
 
     @model_validator(mode="after")
@@ -174,8 +187,11 @@ class Settings(BaseSettings):
         """Those given and those in the file, one a line, `#` for comments."""
         keys = list(self.api_key)
         if self.api_key_file is not None:
-            lines = (line.strip() for line in self.api_key_file.read_text().splitlines())
-            keys += [line for line in lines if line and not line.startswith("#")]
+            lines = (line.strip() for line in self.api_key_file.read_text("utf-8-sig").splitlines())
+            in_file = [line for line in lines if line and not line.startswith("#")]
+            if not in_file:
+                raise ValueError(f"api_key_file: {self.api_key_file} has no key in it")
+            keys += in_file
         return keys
 
     @property

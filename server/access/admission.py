@@ -33,14 +33,11 @@ class Waiting:
     """The operations of each tenant that are accepted, or about to be, and not answered."""
 
     def __init__(self) -> None:
-        self._accepted: defaultdict[str, set[Operation]] = defaultdict(set)
+        self._accepted: dict[str, set[Operation]] = {}
         self._arriving: Counter[str] = Counter()
 
     def reaches(self, limit: int, tenant: str) -> bool:
-        accepted = self._accepted[tenant]
-        if len(accepted) + self._arriving[tenant] >= limit:
-            accepted -= {operation for operation in accepted if operation.settled}
-        return len(accepted) + self._arriving[tenant] >= limit
+        return len(self._accepted.get(tenant, ())) + self._arriving[tenant] >= limit
 
     @contextmanager
     def arriving(self, tenant: str) -> Iterator[Callable[[Operation], None]]:
@@ -50,11 +47,21 @@ class Waiting:
             yield self.add
         finally:
             self._arriving[tenant] -= 1
+            if not self._arriving[tenant]:
+                del self._arriving[tenant]
 
     def add(self, operation: Operation) -> None:
         """It was accepted, now or before."""
         if not operation.settled:
-            self._accepted[operation.owner].add(operation)
+            self._accepted.setdefault(operation.owner, set()).add(operation)
+
+    def discard(self, operation: Operation) -> None:
+        """It was answered. Does nothing if it did not wait here."""
+        waiting = self._accepted.get(operation.owner)
+        if waiting is not None:
+            waiting.discard(operation)
+            if not waiting:
+                del self._accepted[operation.owner]
 
 
 class Admission:
@@ -73,6 +80,11 @@ class Admission:
         """Those of before the start."""
         for operation in unanswered:
             (self._samples if operation.kind == "sample" else self._operations).add(operation)
+
+    def answered(self, operation: Operation) -> None:
+        """The operation leaves its place to another one."""
+        for waiting in (self._samples, self._operations, self._early):
+            waiting.discard(operation)
 
     def paused(self, tenant: str) -> str | None:
         """Why the tenant was told to wait, if it was just now."""
@@ -134,6 +146,8 @@ class Admission:
             yield
         finally:
             self._creating[tenant] -= 1
+            if not self._creating[tenant]:
+                del self._creating[tenant]
 
     def come_back(self, tenant: str, alive: list[Run]) -> None:
         """A model that left the engine is needed again. Raises TooManyRequests."""

@@ -1,26 +1,28 @@
 """Who is asking: one mechanism in front of every route.
 
 A key belongs to an owner; everything is created with an owner and is invisible to all others. Keys are given
-at the start, or are in the ledger, where `tinsmith keys` puts them. Without any (possible on loopback only)
-every caller is the one owner `local`. Keys are kept as SHA-256 digests and compared in constant time. A token
-(tokens.py) stands for the key that it was exchanged for.
+at the start (given_keys.py), or are in the ledger, where `tinsmith keys` puts them. Without any (possible on
+loopback only) every caller is the one owner `local`. Keys are kept and looked up as SHA-256 digests, so the
+time that a look-up takes tells nothing about the keys. A token (tokens.py) stands for the key that it was
+exchanged for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import ApiError, InvalidToken, Unauthorized, error_response
 from ..ledger import keys as rows
 from ..ledger.ledger import Ledger
+from . import given_keys
 from .admission import Admission
 from .quotas import Quotas
 from .signed_urls import SIGNATURE, UrlSigner
@@ -59,56 +61,60 @@ class Caller:
 
 
 class ApiKeys:
-    """Each entry is `KEY` or `OWNER=KEY`; several keys may share an owner.
+    """The keys that open this server: those given at its start, and those of the ledger, which `read` adds.
 
-    Keys of the ledger are added by `read`. Once there was a key, callers need one, also when all are revoked.
+    Once there was a key, callers need one, even after all keys have been revoked.
     """
 
     def __init__(self, entries: list[str]):
-        self._given: list[ApiKey] = []
-        for entry in entries:
-            owner, separator, key = entry.partition("=")
-            if not separator or owner.startswith("tml-"):  # keys may end in '='
-                owner, key = "", entry
-            digest = rows.digest(key)
-            identifier = digest.hex()[:12]
-            note = "given to the server at its start"
-            self._given.append(ApiKey(identifier, owner or f"key-{identifier}", digest, note, False))
-        self._stored: list[ApiKey] = []
+        """`entries`: each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client could send."""
+        note = "given to the server at its start"
+        self._given = [
+            ApiKey(key.identifier, key.owner, key.digest, note, False) for key in given_keys.parse(entries)
+        ]
         self._required = bool(entries)
+        self._index([])
+
+    def _index(self, stored: list[ApiKey]) -> None:
+        keys = (*self._given, *stored)
+        self._by_digest = {key.digest: key for key in keys}
+        self._by_id = {key.id: key for key in keys}
+        self._tenants = frozenset(key.owner for key in keys) or frozenset({LOCAL_OWNER})
+
+    @property
+    def required(self) -> bool:
+        """Whether callers need a key."""
+        return self._required
 
     @property
     def owners(self) -> list[str]:
         return sorted({key.owner for key in self._given}) or [LOCAL_OWNER]
 
     @property
-    def tenants(self) -> set[str]:
-        """Of all keys that there are now."""
-        return {key.owner for key in (*self._given, *self._stored)} or {LOCAL_OWNER}
+    def tenants(self) -> frozenset[str]:
+        """The owners of all keys that there are now."""
+        return self._tenants
 
     def find(self, key: str | None) -> ApiKey | None:
-        """None if it is no key of this server."""
+        """Return None for what is no key of this server."""
         if not self._required:
             return NO_KEY
-        digest = rows.digest(key or "")
-        found = None
-        for known in (*self._given, *self._stored):  # all of them: the time taken says nothing
-            if hmac.compare_digest(known.digest, digest):
-                found = known
-        return found
+        return self._by_digest.get(rows.digest(key)) if key else None
 
     def with_id(self, identifier: str) -> ApiKey | None:
-        return next((key for key in (*self._given, *self._stored) if key.id == identifier), None)
+        return self._by_id.get(identifier)
 
     async def read(self, ledger: Ledger) -> None:
-        """Takes up the keys that the ledger has now."""
+        """Take up the keys that the ledger has now."""
         stored = await ledger.read(rows.all_keys)
-        self._stored = [
-            ApiKey(row.id, row.tenant, row.digest, row.note or "", True)
-            for row in stored
-            if row.revoked_at is None
-        ]
         self._required |= bool(stored)
+        self._index(
+            [
+                ApiKey(row.id, row.tenant, row.digest, row.note or "", True)
+                for row in stored
+                if row.revoked_at is None
+            ]
+        )
 
 
 async def read_forever(ledger: Ledger, keys: ApiKeys, quotas: Quotas) -> None:
@@ -154,10 +160,7 @@ class Authentication:
 
     def _caller(self, scope: Scope) -> Caller:
         """By key or token, or, without one, by the URL's signature. Raises Unauthorized, or Forbidden."""
-        headers = HTTPConnection(scope).headers
-        key = headers.get("x-api-key")
-        if key is None and headers.get("authorization", "").lower().startswith("bearer "):
-            key = headers["authorization"][7:].strip()
+        key = _sent_key(HTTPConnection(scope).headers)
         query = scope["query_string"].decode("latin-1")
         if key is None and f"{SIGNATURE}=" in query:
             return Caller(self._signer.tenant_of(scope["method"], scope["path"], query), None)
@@ -178,3 +181,12 @@ class Authentication:
         if key is None or key.owner != claims.owner:
             raise InvalidToken("invalid token: the key that it was made for is not valid any more")
         return Caller(key.owner, key, token)
+
+
+def _sent_key(headers: Headers) -> str | None:
+    """The key or token that a request was sent with. An empty header says nothing."""
+    key = headers.get("x-api-key", "").strip()
+    if not key:
+        scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
+        key = credentials.strip() if scheme.lower() == "bearer" else ""
+    return key or None

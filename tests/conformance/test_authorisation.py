@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -366,3 +367,29 @@ def test_one_s_own_session_does_not_open_anothers_things(server: ServerProcess, 
         model_path=alices.exported,
     )
     assert sampling.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "message"),
+    [
+        ({"X-API-Key": ""}, 401, "missing API key"),
+        ({"X-API-Key": "  "}, 401, "missing API key"),
+        ({"Authorization": "Bearer"}, 401, "missing API key"),
+        ({"Authorization": "Bearer "}, 401, "missing API key"),
+        ({"X-API-Key": "", "Authorization": f"Bearer {ALICE}"}, 200, ""),
+        ({"Authorization": f"bearer   {ALICE}"}, 200, ""),
+        ({"Authorization": f"BEARER {ALICE} "}, 200, ""),
+        ({"X-API-Key": f" {ALICE} "}, 200, ""),
+        ({"Authorization": f"Basic {ALICE}"}, 401, "missing API key"),
+        ({"X-API-Key": "tml-", "Authorization": f"Bearer {ALICE}"}, 401, "does not know it"),
+    ],
+)
+def test_an_empty_header_is_no_key(
+    server: ServerProcess, headers: dict[str, str], status: int, message: str
+) -> None:
+    connection = HTTPConnection("127.0.0.1", server.port)  # unlike httpx it sends any header
+    connection.request("GET", "/api/v1/sessions", headers=headers)
+    answer = connection.getresponse()
+    assert answer.status == status
+    assert message in answer.read().decode()
+    connection.close()

@@ -42,6 +42,7 @@ def test_a_tenant_has_so_many_samples_waiting() -> None:
     with gate.sample("you"):
         pass
     first.answer = messages.Failed(first.request_id, "", "user")
+    gate.answered(first)
     with gate.sample("me") as accepted, pytest.raises(TooManyRequests):
         gate.sample("me")  # while the one before it is written to the ledger
     with gate.sample("me") as accepted:

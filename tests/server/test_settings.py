@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,69 @@ def test_the_server_imports_no_array_library() -> None:
         " if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+NO_KEYS = {
+    "": "is empty",
+    " ": "is empty",
+    "alice=": "of alice) is empty",
+    "alice= ": "of alice) is empty",
+    "tml-": "is empty",
+    "alice=tml-": "is empty",
+    "secret": "begin with tml-",
+    "alice=secret": "begin with tml-",
+    "eyJhbGciOiJIUzI1NiJ9.e30.x": "begin with tml-",  # the SDK would take it for a token
+    "TML-secret": "begin with tml-",
+    "=tml-secret": "owner's name",
+    "a/b=tml-secret": "owner's name",
+    "alice =tml-secret": "owner's name",
+    "tml-two words": "no spaces",
+    "tml-sécret": "ASCII",
+    "tml-a\tb": "ASCII",
+    "tml-" + "a" * 512: "512",
+}
+
+
+@pytest.mark.parametrize("entry", NO_KEYS)
+def test_a_key_that_no_client_could_send_is_refused_at_the_start(entry: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=re.escape(NO_KEYS[entry])) as refused:
+        Settings(api_key=["bob=tml-fine", entry])
+    assert "secret" not in str(refused.value.errors()[0]["msg"])
+    started = CliRunner().invoke(app, ["serve", "--model", str(tmp_path), "--api-key", entry])
+    assert started.exit_code == 2
+    assert NO_KEYS[entry] in started.output
+    assert len(started.output.splitlines()) == 1
+    if entry.strip() and "\t" not in entry:
+        (tmp_path / "keys").write_text(f"# ours\n\n   \ntml-fine\n{entry}\n")
+        with pytest.raises(ValidationError, match=re.escape(NO_KEYS[entry])):
+            Settings(api_key_file=tmp_path / "keys")
+
+
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_an_empty_list_of_keys_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TINSMITH_API_KEY", value)
+    with pytest.raises(ValidationError, match="no key in it"):
+        Settings()
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# tml-a\n", "\ufeff\n"])
+def test_a_file_without_keys_does_not_open_the_server(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(ValidationError, match="no key in it"):
+        Settings(api_key_file=file)
+
+
+def test_two_owners_cannot_share_a_key() -> None:
+    with pytest.raises(ValidationError, match="alice and bob have the same key"):
+        Settings(api_key=["alice=tml-a", "bob=tml-a"])
+    assert len(ApiKeys(["alice=tml-a", "alice=tml-a"]).tenants) == 1
+
+
+def test_looking_up_a_key_takes_the_same_time_however_many_there_are() -> None:
+    few, many = (ApiKeys([f"tml-{number}" for number in range(count)]) for count in (1, 50_000))
+
+    def seconds(keys: ApiKeys) -> float:
+        return min(timeit.repeat(lambda: (keys.find("tml-0"), keys.find("tml-x")), number=100, repeat=5))
+
+    assert seconds(many) < 10 * seconds(few)
