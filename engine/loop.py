@@ -130,6 +130,10 @@ class Engine:
         if request.target in self._sampling:
             samplers, cancelled = self._sampling.pop(request.target)
             samplers.sampler.cancel(request.target)
+        for waiting in self._awaiting.values():
+            if sample := next((each for each in waiting if each.request_id == request.target), None):
+                waiting.remove(sample)
+                cancelled = sample
         if cancelled is not None:
             self._answer(cancelled, UserError("cancelled"))
             if isinstance(cancelled, messages.SaveSampler):

@@ -31,6 +31,7 @@ class Operation:
     expired: bool = False  # it had an answer, which was dropped
     committed: bool = False  # it is in the ledger
     answering: bool = False
+    cancelled: bool = False  # nobody waits for it any more
     sent_in: int = 0  # the engine's life in which it was sent
     weights_made_in: int = 0  # that in which the weights it samples were made again
     natural_key: str | None = None

@@ -29,6 +29,7 @@ from .operation import Answer, Operation, Submission
 
 log = logging.getLogger("tinsmith.operations")
 
+_CANCELLED = "cancelled"
 _STATES = {messages.Done: "done", messages.Failed: "failed"}
 
 
@@ -132,7 +133,9 @@ class Operations:
 
     def send(self, operation: Operation) -> None:
         """To whoever is to answer it."""
-        if operation.kind != "sample" or not self.elsewhere.take(operation):
+        if operation.cancelled:
+            self.fail([operation], _CANCELLED)
+        elif operation.kind != "sample" or not self.elsewhere.take(operation):
             self.send_to_engine(operation)
 
     def send_to_engine(self, operation: Operation) -> None:
@@ -143,11 +146,14 @@ class Operations:
 
     def cancel(self, sample: Operation) -> None:
         """Its answer is then that it was cancelled, if it has none yet."""
+        if sample.answering or sample.settled:
+            return
+        sample.cancelled = True
         if self.elsewhere.cancel(sample):
             return
         cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", sample.request_id)
         if not self._engine.send(messages.encode(cancel)):
-            self.fail([sample], "cancelled")
+            self.fail([sample], _CANCELLED)
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
         """All, or a model's, that the ledger has accepted and the engine has not answered, oldest first."""
@@ -168,7 +174,9 @@ class Operations:
         operation = self._pending.get(answer.request_id)
         if operation is None or operation.answering:
             return
-        if isinstance(answer, messages.Failed) and answer.category == "missing":
+        if isinstance(answer, messages.Failed) and answer.category == "missing" and operation.cancelled:
+            answer = messages.Failed(answer.request_id, _CANCELLED, "user")
+        elif isinstance(answer, messages.Failed) and answer.category == "missing":
             self.on_missing_weights(operation, answer.message)
             return
         operation.answering = True

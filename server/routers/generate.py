@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from ...engine import messages
 from ..errors import ApiError
 from ..served import served_models, served_samples, tokenizer
+from ..served.hang_ups import while_connected
+from ..served.request_samples import RequestSamples
 from ..served.sampled_text import SampledText
 from ..served.served_samples import Asked, Running
 from ..wire import generate as wire
@@ -26,34 +28,39 @@ DONE = b"data: [DONE]\n\n"
 
 
 @router.post("/generate", response_model=None)
-async def generate(body: wire.Generate, backend: BackendOf, owner: Owner) -> Response:
+async def generate(body: wire.Generate, request: Request, backend: BackendOf, owner: Owner) -> Response:
     """One object; a list of several prompts, or of several samples. With `stream` server-sent events, each
-    with all there is so far."""
+    with all there is so far. Closing the connection cancels the samples."""
+    return await while_connected(request, _generate(body, backend, owner))
+
+
+async def _generate(body: wire.Generate, backend: Backend, owner: str) -> Response:
     model = await served_models.find(backend, owner, body.lora_path or body.model)
     base = backend.base_model(model.sampler.base_model)
     text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
     params = body.sampling_params
     began = time.monotonic()
-    running = [
-        await served_samples.submit(
-            backend,
-            owner,
-            Asked(
-                model,
-                text.encode(prompt) if isinstance(prompt, str) else prompt,
-                params.message(text.end_tokens),
-                num_samples=params.n,
-                topk=body.top_logprobs_num if body.return_logprob else 0,
-                prompt_logprobs=body.return_logprob and body.logprob_start_len >= 0,
-                stream=body.stream,
-            ),
-        )
-        for prompt in body.prompts
-    ]
     answers = Answers(body, text, began)
-    if body.stream:
-        return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
-    outputs = [await served_samples.answer(each) for each in running]
+    async with RequestSamples(backend, owner) as samples:
+        running = [
+            await served_samples.submit(
+                samples,
+                Asked(
+                    model,
+                    text.encode(prompt) if isinstance(prompt, str) else prompt,
+                    params.message(text.end_tokens),
+                    num_samples=params.n,
+                    topk=body.top_logprobs_num if body.return_logprob else 0,
+                    prompt_logprobs=body.return_logprob and body.logprob_start_len >= 0,
+                    stream=body.stream,
+                ),
+            )
+            for prompt in body.prompts
+        ]
+        if body.stream:
+            samples.disown()
+            return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
+        outputs = [await served_samples.answer(each) for each in running]
     found = [
         answers.of(each, output, sequence)
         for each, output in zip(running, outputs, strict=True)

@@ -6,11 +6,13 @@ import asyncio
 from typing import Any
 
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from ..served import served_models, served_samples, tokenizer
+from ..served.hang_ups import while_connected
 from ..served.openai_answers import Answers, ChatAnswers, CompletionAnswers
+from ..served.request_samples import RequestSamples
 from ..served.served_samples import Asked
 from ..wire.openai import ChatCompletions, Completions
 from . import Backend, BackendOf, Owner
@@ -21,8 +23,13 @@ _COMPLETION_TOKENS = 16  # of a completion that does not say; OpenAI's default
 
 
 @router.post("/completions", response_model=None)
-async def completions(body: Completions, backend: BackendOf, owner: Owner) -> Response:
-    """Of one prompt or several, `n` each. With `stream` server-sent events."""
+async def completions(body: Completions, request: Request, backend: BackendOf, owner: Owner) -> Response:
+    """Of one prompt or several, `n` each. With `stream` server-sent events. Closing the connection cancels
+    the samples."""
+    return await while_connected(request, _completions(body, backend, owner))
+
+
+async def _completions(body: Completions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
     prompts = [text.encode(each) if isinstance(each, str) else each for each in body.prompts]
     asked = [
@@ -41,9 +48,15 @@ async def completions(body: Completions, backend: BackendOf, owner: Owner) -> Re
 
 
 @router.post("/chat/completions", response_model=None)
-async def chat_completions(body: ChatCompletions, backend: BackendOf, owner: Owner) -> Response:
+async def chat_completions(
+    body: ChatCompletions, request: Request, backend: BackendOf, owner: Owner
+) -> Response:
     """The conversation as the model's chat template writes it, gone on with. With `stream` server-sent
-    events."""
+    events. Closing the connection cancels the samples."""
+    return await while_connected(request, _chat_completions(body, backend, owner))
+
+
+async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
     asked = Asked(
         model,
@@ -66,9 +79,11 @@ async def _named(
 
 
 async def _answered(backend: Backend, owner: str, answers: Answers, asked: list[Asked]) -> Response:
-    running = [await served_samples.submit(backend, owner, each) for each in asked]
-    if asked[0].stream:
-        return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
-    outputs = [await served_samples.answer(each) for each in running]
+    async with RequestSamples(backend, owner) as samples:
+        running = [await served_samples.submit(samples, each) for each in asked]
+        if asked[0].stream:
+            samples.disown()
+            return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
+        outputs = [await served_samples.answer(each) for each in running]
     whole: dict[str, Any] = answers.whole(list(zip(running, outputs, strict=True)))
     return Response(orjson.dumps(whole), media_type="application/json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ...engine import messages
@@ -14,6 +14,8 @@ from ..ledger import samples
 from ..operations.operation import Operation, Submission
 from ..operations.provenance import sequence_id
 from ..served import sample_submits
+from ..served.hang_ups import while_connected
+from ..served.request_samples import RequestSamples
 from ..served.sample_targets import target
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, prompt_tokens
@@ -33,24 +35,54 @@ async def asample(body: wire.Sample, backend: BackendOf, owner: Owner, said: Sai
 
 @router.post("/sample", response_model=None)
 async def sample(
-    body: wire.SampleNow, backend: BackendOf, owner: Owner, said: Said, wait: bool | None = None
+    body: wire.SampleNow,
+    request: Request,
+    backend: BackendOf,
+    owner: Owner,
+    said: Said,
+    wait: bool | None = None,
 ) -> Response | dict[str, Any]:
-    """Of one `prompt`: the samples, when they are there. Of `prompts`: a request to poll. `wait` chooses."""
+    """Of one `prompt`: the samples, when they are there. Of `prompts`: a request to poll. `wait` chooses.
+    Closing the connection cancels samples that the request waits for, unless they are numbered: sending
+    those again finds them."""
+    if body.prompts is None if wait is None else wait:
+        return await while_connected(request, _sample_and_wait(body, backend, owner, said))
+    async with RequestSamples(backend, owner) as samples:
+        operation = await _sample_now(body, samples, said)
+        samples.disown()
+    return future(operation)
+
+
+async def _sample_and_wait(
+    body: wire.SampleNow, backend: Backend, owner: str, said: Dialect | None
+) -> Response:
+    async with RequestSamples(backend, owner) as samples:
+        operation = await _sample_now(body, samples, said)
+        if _is_numbered(body):
+            samples.disown()
+        parts = await backend.operations.parts(operation)
+        for part in parts:
+            await part.finished.wait()
+            if part.answer is None:
+                raise Unavailable("the server stops")
+        return answered(backend, operation, parts, said or operation.dialect)
+
+
+async def _sample_now(body: wire.SampleNow, samples: RequestSamples, said: Dialect | None) -> Operation:
+    """All prompts are accepted, or none."""
+    backend, owner = samples.backend, samples.owner
     sampler = await target(backend, owner, body)
     if body.prompt is not None:
-        operation = await _submit(body, body.prompt, sampler, body.seq_id, backend, owner, said)
-    else:
-        inputs = [ModelInput(tokens=tokens) for tokens in body.prompts or []]
-        each = [await _submit(body, prompt, sampler, None, backend, owner, said) for prompt in inputs]
-        operation = await _all(each, backend, owner, said)
-    if not (body.prompts is None if wait is None else wait):
-        return future(operation)
-    parts = await backend.operations.parts(operation)
-    for part in parts:
-        await part.finished.wait()
-        if part.answer is None:
-            raise Unavailable("the server stops")
-    return answered(backend, operation, parts, said or operation.dialect)
+        return await samples.own(_submit(body, body.prompt, sampler, body.seq_id, backend, owner, said))
+    inputs = [ModelInput(tokens=tokens) for tokens in body.prompts or []]
+    each = [
+        await samples.own(_submit(body, prompt, sampler, None, backend, owner, said)) for prompt in inputs
+    ]
+    return await _all(each, backend, owner, said)
+
+
+def _is_numbered(body: wire.SampleFields) -> bool:
+    return body.sampling_session_id is not None and body.seq_id is not None
 
 
 async def _all(each: list[Operation], backend: Backend, owner: str, said: Dialect | None) -> Operation:
@@ -84,7 +116,7 @@ async def _submit(
         )
     prompt = prompt_tokens(given, model.vocab_size, model.max_sequence_length - 1)
     targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
-    numbered = body.sampling_session_id is not None and seq_id is not None
+    numbered = _is_numbered(body) and seq_id is not None
     key = samples.natural_key(body.sampling_session_id or "", seq_id or 0) if numbered else None
     dialect = said or "tinkercloud"
     params = body.sampling_params.message(dialect)

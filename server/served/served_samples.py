@@ -11,6 +11,7 @@ from ..errors import ApiError, BadRequest, Unavailable
 from ..operations.operation import Operation
 from ..wire.model_input import ModelInput, prompt_tokens
 from . import sample_submits
+from .request_samples import RequestSamples, cancel
 from .sample_streams import SampleStream
 from .served_models import ServedModel
 
@@ -42,8 +43,9 @@ class Running:
     stream: SampleStream | None
 
 
-async def submit(backend: Backend, owner: str, asked: Asked) -> Running:
+async def submit(samples: RequestSamples, asked: Asked) -> Running:
     """Accepted as any other sample is. Raises ApiError."""
+    backend, owner = samples.backend, samples.owner
     if asked.num_samples > backend.settings.max_samples:
         raise BadRequest(f"n: {asked.num_samples} is over the limit of {backend.settings.max_samples}")
     model = backend.base_model(asked.model.sampler.base_model)
@@ -59,7 +61,7 @@ async def submit(backend: Backend, owner: str, asked: Asked) -> Running:
         topk_sample_logprobs=asked.topk,
         stream=asked.stream,
     )
-    operation = await sample_submits.submit(backend, owner, sample)
+    operation = await samples.own(sample_submits.submit(backend, owner, sample))
     return Running(asked, operation, backend.streams.of(operation.request_id))
 
 
@@ -78,9 +80,7 @@ async def drawn(backend: Backend, running: Running) -> AsyncIterator[messages.Dr
             yield part
         yield _output(operation)
     finally:
-        backend.streams.close(operation.request_id)
-        if operation.answer is None and not backend.stopped:
-            backend.operations.cancel(operation)
+        cancel(backend, operation)
 
 
 def _output(operation: Operation) -> messages.SampleOutput:

@@ -1,0 +1,52 @@
+"""Samples that live no longer than the HTTP request that waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from ..backend import Backend
+from ..operations.operation import Operation
+
+
+class RequestSamples:
+    """The samples of one HTTP request. Leaving the context cancels those that have no answer yet."""
+
+    def __init__(self, backend: Backend, owner: str):
+        self.backend = backend
+        self.owner = owner
+        self._owned: list[Operation] = []
+
+    async def __aenter__(self) -> RequestSamples:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        for operation in self._owned:
+            cancel(self.backend, operation)
+
+    async def own(self, submitting: Coroutine[Any, Any, Operation]) -> Operation:
+        """Await a submit and own its sample, also when the request ends before the submit does."""
+        submitted = asyncio.ensure_future(submitting)
+        try:
+            operation = await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(self._cancel_late)
+            raise
+        self._owned.append(operation)
+        return operation
+
+    def disown(self) -> None:
+        """Let the samples outlive the request; streams cancel their own (`served_samples.drawn`)."""
+        self._owned.clear()
+
+    def _cancel_late(self, submitted: asyncio.Task[Operation]) -> None:
+        if not submitted.cancelled() and submitted.exception() is None:
+            cancel(self.backend, submitted.result())
+
+
+def cancel(backend: Backend, operation: Operation) -> None:
+    """Stop drawing a sample that nobody waits for any more."""
+    backend.streams.close(operation.request_id)
+    if operation.answer is None and not backend.stopped:
+        backend.operations.cancel(operation)
