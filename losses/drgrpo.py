@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .loss import Loss, Reference
+from .loss import Loss, Reference, clipped_surrogate
 
 KL_TYPES = ("k1", "k2", "k3")
 _LARGEST_LOG_RATIO = 10.0  # of k3's exponential
@@ -37,19 +37,17 @@ def drgrpo(
     beta: Float[Array, ""] | float,
     kl_type: Float[Array, ""] | float,
 ) -> Float[Array, "*N"]:
-    """max(-r·A, -clip(r, 1 - clip_low, 1 + clip_high)·A) + beta · KL(p || ref) (`kl`), where A is not 0.
+    """max(-r·A, -clip(r, 1 - clip_low, 1 + clip_high)·A) + beta · KL(p || ref) (`kl`).
 
     r = exp(logprobs - old_logprobs). What Dr. GRPO changes of GRPO is what it leaves out: neither lengths nor
     standard deviations divide anything. A token without an advantage (a prompt's, say) is not trained, by the
     KL term neither, as in xorl. Source: Liu et al. 2025 (arXiv:2503.20783), eq. 3; clip_high as in DAPO
     (arXiv:2503.14476); names and defaults as on xorl's pages.
     """
-    ratio = jnp.exp(logprobs - old_logprobs)
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
+    loss = clipped_surrogate(logprobs - old_logprobs, advantages, 1 - clip_low, 1 + clip_high)
     # Without a reference its log-probs are zeros, and 0 · inf is not 0.
     divergence = jnp.where(beta == 0, 0.0, beta * kl(logprobs - ref_logprobs, kl_type))
-    return jnp.where(advantages == 0, 0.0, loss + divergence)
+    return loss + divergence
 
 
 def drgrpo_sequence(

@@ -13,8 +13,9 @@ def dro(
 ) -> Float[Array, "*N"]:
     """-(logprobs · A - β/2 · (logprobs - sampled_logprobs)²).
 
-    A quadratic penalty holds the policy near the sampler. Source: Richemond et al. 2024 (arXiv:2405.19107);
-    the default β of 0.05 is the value in the Tinker documentation's example.
+    A quadratic penalty holds the policy near the sampler, at the tokens that have an advantage: at the others
+    (a prompt's, say) `logprobs` are placeholders. Source: Richemond et al. 2024 (arXiv:2405.19107); the
+    default β of 0.05 is the value in the Tinker documentation's example.
     """
     return -(logprobs * advantages - 0.5 * beta * (logprobs - sampled_logprobs) ** 2)
 
@@ -25,5 +26,4 @@ LOSS = Loss(
     inputs=("logprobs", "advantages"),
     config={"beta": 0.05},
     valid="advantages",
-    maskable=False,  # the penalty is on every token
 )

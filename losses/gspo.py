@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .loss import Loss
+from .loss import Loss, clipped_surrogate
 
 
 def gspo(
@@ -25,9 +25,8 @@ def gspo(
     Source: Zheng et al. 2025 (arXiv:2507.18071), the token-level objective GSPO-token (eq. 13 and 14).
     The default thresholds are that paper's clipping ranges, 3e-4 to the left of 1 and 4e-4 to the right.
     """
-    ratio = jnp.exp(sequence_log_ratio + logprobs - jax.lax.stop_gradient(logprobs))
-    clipped = jnp.clip(ratio, clip_low_threshold, clip_high_threshold)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+    log_ratio = sequence_log_ratio + logprobs - jax.lax.stop_gradient(logprobs)
+    return clipped_surrogate(log_ratio, advantages, clip_low_threshold, clip_high_threshold)
 
 
 def sequence_log_ratio(

@@ -34,18 +34,18 @@ class Loss:
 
     `function(logprobs, *inputs, *config)` gives the loss of each token; the sum over all tokens and datums is
     the loss, and nothing is normalised. It must be elementwise: each loss depends on its own log-prob only.
+    `loss_and_slope` masks it: the function may return anything, NaN included, where the `valid` input is 0.
     """
 
     name: str
     function: Callable[..., Array]
     inputs: tuple[str, ...]  # per-token inputs besides target_tokens, in the function's order
     config: Mapping[str, float]  # config keys and their defaults, in the function's order
-    valid: str  # the input whose nonzero entries are the loss's valid tokens
+    valid: str  # the input that is 0 at masked tokens: these add nothing, to the loss or to its gradient
     multi_target: bool = False  # takes (N, K) targets
     sequence_level: bool = False  # needs the log-probs of the whole sequence first (`gspo`)
     sequence_mask: str = "sequence_ratio_mask"  # the input over whose nonzero entries its mean goes
     defaults: Mapping[str, float] = field(default_factory=dict)  # of inputs that a datum may leave out
-    maskable: bool = True  # a token whose `valid` input is 0 adds nothing: it can carry a mask
     reference: Reference | None = None
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # words, each for its place's number
     flags: tuple[str, ...] = ()  # config keys that are true or false
@@ -77,17 +77,38 @@ def loss_and_slope(
     inputs: dict[str, Float[Array, "T K"]],
     config: Float[Array, " P"],
 ) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
-    """The loss of each token, and its derivative by that token's log-prob, of `losses[index]`.
+    """Return the loss of each token and its derivative by that token's log-prob, for `losses[index]`.
 
-    The index and the config values are traced: another loss or threshold compiles nothing.
+    Both are 0 at masked tokens, whatever placeholder their log-probs are. The index and the config values are
+    traced: another loss or threshold compiles nothing.
     """
 
     def branch(loss: Loss):
         def evaluate(logprobs, inputs, config):
             arguments = [inputs[name] for name in loss.inputs] + list(config[: len(loss.config)])
             value, pull = jax.vjp(lambda lp: loss.function(lp, *arguments), logprobs)
-            return value, pull(jnp.ones_like(value))[0]
+            slope = pull(jnp.ones_like(value))[0]
+            kept = inputs[loss.valid] != 0
+            # Selected, not multiplied: a placeholder's ratio may overflow, and 0 · inf is not 0.
+            return jnp.where(kept, value, 0.0), jnp.where(kept, slope, 0.0)
 
         return evaluate
 
     return jax.lax.switch(index, [branch(loss) for loss in losses], logprobs, inputs, config)
+
+
+def clipped_surrogate(
+    log_ratio: Float[Array, "*N"],
+    advantages: Float[Array, "*N"],
+    low: Float[Array, ""] | float,
+    high: Float[Array, ""] | float,
+) -> Float[Array, "*N"]:
+    """Return -min(r·A, clip(r, low, high)·A), r = exp(log_ratio), A = advantages.
+
+    A clipped token's gradient is 0 even where r overflows. Source: Schulman et al. 2017 (arXiv:1707.06347),
+    eq. 7.
+    """
+    ratio = jnp.exp(log_ratio)
+    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+    free = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
+    return -jnp.where(clipped, jnp.where(advantages > 0, high, low), free) * advantages

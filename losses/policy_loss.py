@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .loss import Loss, Reference
+from .loss import Loss, Reference, clipped_surrogate
 
 
 def policy_loss(
@@ -41,16 +41,13 @@ def policy_loss(
     """
     log_ratio = logprobs - old_logprobs
     outside = (icepop_beta > 0) & (jnp.abs(log_ratio) > jnp.log(icepop_beta))
-    kept = ~outside & (advantages != 0)
-    # The exponentials of what is masked or bounded must not overflow: 0 · inf is not 0.
-    log_ratio = jnp.where(kept, log_ratio, 0.0)
+    # The exponentials of dropped and bounded tokens must not overflow: 0 · inf is not 0.
+    log_ratio = jnp.where(outside, 0.0, log_ratio)
     dual = (eps_clip_c > 0) & (advantages < 0)
     log_ratio = jnp.where(dual, jnp.minimum(log_ratio, jnp.log(eps_clip_c)), log_ratio)
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - eps_clip, 1 + eps_clip_high)
-    loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
+    loss = clipped_surrogate(log_ratio, advantages, 1 - eps_clip, 1 + eps_clip_high)
     tis = jnp.clip(jnp.exp(old_logprobs - rollout_logprobs), tis_clip_low, tis_clip_high)
-    return jnp.where(kept, jnp.where(use_tis > 0, tis, 1.0) * loss, 0.0)
+    return jnp.where(outside, 0.0, jnp.where(use_tis > 0, tis, 1.0) * loss)
 
 
 def metrics(

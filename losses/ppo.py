@@ -1,9 +1,8 @@
 """Proximal policy optimisation."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .loss import Loss
+from .loss import Loss, clipped_surrogate
 
 
 def ppo(
@@ -18,9 +17,8 @@ def ppo(
     The thresholds bound the ratio itself (0.8 and 1.2, not an epsilon of 0.2). Source: Schulman et al. 2017
     (arXiv:1707.06347), eq. 7; thresholds as in the Tinker documentation.
     """
-    ratio = jnp.exp(logprobs - sampled_logprobs)
-    clipped = jnp.clip(ratio, clip_low_threshold, clip_high_threshold)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+    log_ratio = logprobs - sampled_logprobs
+    return clipped_surrogate(log_ratio, advantages, clip_low_threshold, clip_high_threshold)
 
 
 LOSS = Loss(

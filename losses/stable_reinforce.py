@@ -34,7 +34,7 @@ def stable_reinforce(
     """
     log_ratio = logprobs - sampled_logprobs
     ratio = jnp.exp(log_ratio)
-    kept = (ratio >= mask_low_threshold) & (ratio <= mask_high_threshold) & (advantages != 0)
+    kept = (ratio >= mask_low_threshold) & (ratio <= mask_high_threshold)
     log_ratio = jnp.where(kept, log_ratio, 0.0)  # a dropped token's ratio may overflow; 0 · inf is not 0
     ratio = jnp.exp(log_ratio)
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, truncation_threshold))

@@ -123,8 +123,6 @@ def _masked(index: int, inputs: dict[str, Tensor], loss: Loss) -> dict[str, Tens
     mask, weights = inputs.get("mask"), inputs.get(loss.valid)
     if mask is None:
         return inputs
-    if not loss.maskable:
-        raise UserError(f"datum {index}: loss {loss.name!r} is on every token; it takes no mask")
     inputs = {name: tensor for name, tensor in inputs.items() if name != "mask"}
     values = _array(index, "mask", mask).astype(np.float32)
     if weights is None and loss.valid == "weights":
@@ -136,7 +134,8 @@ def _masked(index: int, inputs: dict[str, Tensor], loss: Loss) -> dict[str, Tens
             f"datum {index}: loss_fn_inputs['mask'] has shape {list(values.shape)}, {loss.valid} "
             f"{list(weights.shape)}: it must be the same"
         )
-    return inputs | {loss.valid: _tensor(values * _array(index, loss.valid, weights), weights)}
+    weighted = np.where(values == 0, 0, values * _array(index, loss.valid, weights))  # 0 · NaN is not 0
+    return inputs | {loss.valid: _tensor(weighted, weights)}
 
 
 def _without_ignored(
@@ -150,11 +149,6 @@ def _without_ignored(
     ignored = targets == IGNORED
     if not ignored.any():
         return inputs, None
-    if not loss.maskable:
-        raise UserError(
-            f"datum {index}: loss {loss.name!r} is on every token: it takes target_tokens for each, none "
-            f"of them {IGNORED}"
-        )
     inputs = inputs | {"target_tokens": _tensor(np.where(ignored, 0, targets), tensor)}
     weights = inputs.get(loss.valid)
     if weights is None and loss.valid in loss.defaults:

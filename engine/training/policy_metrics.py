@@ -36,8 +36,20 @@ def policy_metrics(
     metrics = {"kl_sampled:sum": float(-difference.sum(dtype=np.float64))}
     if not len(difference):
         return metrics
+    with np.errstate(over="ignore"):  # a clipped token's ratio may overflow
+        metrics |= _means(chosen, learner, inputs, difference)
+    largest = np.finfo(np.float64).max
+    return {
+        name: float(np.nan_to_num(value, posinf=largest, neginf=-largest)) for name, value in metrics.items()
+    }
+
+
+def _means(
+    chosen: ChosenLoss, learner: np.ndarray, inputs: dict[str, np.ndarray], difference: np.ndarray
+) -> dict[str, float]:
+    loss = chosen.loss
     ratio = np.exp(difference, dtype=np.float64)
-    metrics["ratio:min"], metrics["ratio:max"] = float(ratio.min()), float(ratio.max())
+    metrics = {"ratio:min": float(ratio.min()), "ratio:max": float(ratio.max())}
     if "compute_kl_stats" in chosen.reports:
         metrics["kl_sample_train_k3:mean"] = float((ratio - 1 - difference).mean())
         metrics["entropy_sample:mean"] = float(-inputs["logprobs"].mean(dtype=np.float64))

@@ -137,11 +137,17 @@ def _check_datum(
             f"datum {index}: loss_fn_inputs[{name!r}] is not supported per token; put it into loss_fn_config"
         )
     targets, shape = _check_targets(index, datum.inputs["target_tokens"], length, loss, vocab_size)
-    inputs = {
-        name: _check_input(index, name, datum.inputs[name], shape).reshape(targets.shape)
-        for name in (*loss.required_inputs[1:], *loss.defaults)
-        if name in datum.inputs
-    }
+    names = [name for name in (*loss.required_inputs[1:], *loss.defaults) if name in datum.inputs]
+    # The loss's masks first: what they mask is a placeholder in the other inputs.
+    masks = {loss.valid, loss.sequence_mask} if loss.sequence_level else {loss.valid}
+    inputs = {}
+    masked = np.ones(shape, bool)
+    for name in sorted(names, key=lambda name: name not in masks):
+        placeholder = None if name in masks else masked
+        values = _check_input(index, name, datum.inputs[name], shape, placeholder)
+        if name in masks:
+            masked &= values == 0
+        inputs[name] = values.reshape(targets.shape)
     for name, default in loss.defaults.items():
         inputs.setdefault(name, np.full(targets.shape, default, np.float32))
     if loss.sequence_level:
@@ -153,7 +159,7 @@ def _check_datum(
                 f"datum {index}: loss_fn_inputs has no {name!r}; loss {loss.name!r} needs it where "
                 f"{loss.reference.when} is not 0"
             )
-        values = _check_input(index, name, datum.inputs[name], shape)
+        values = _check_input(index, name, datum.inputs[name], shape, masked)
         inputs["reference_logprobs"] = values.reshape(targets.shape)
     return TrainingDatum(tokens, targets, inputs, shape)
 
@@ -179,7 +185,10 @@ def _check_targets(
     return targets.astype(np.int32).reshape(length, -1), shape
 
 
-def _check_input(index: int, name: str, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+def _check_input(
+    index: int, name: str, tensor: Tensor, shape: tuple[int, ...], masked: np.ndarray | None = None
+) -> np.ndarray:
+    """The input's values. Where `masked` is True they may be anything, and are given as 0."""
     where = f"datum {index}: loss_fn_inputs[{name!r}]"
     if tensor.dtype != "float32":
         raise UserError(f"{where} has dtype {tensor.dtype}; it must be float32")
@@ -188,6 +197,8 @@ def _check_input(index: int, name: str, tensor: Tensor, shape: tuple[int, ...]) 
             f"{where} has shape {list(tensor.shape)}; it must be {list(shape)}, that of target_tokens"
         )
     values = decode(where, tensor)
+    if masked is not None:
+        values = np.where(masked, np.float32(0), values)
     if not np.isfinite(values).all():
         at = np.argwhere(~np.isfinite(values))[0].tolist()
         raise UserError(f"{where} is {values[tuple(at)]} at position {at}; every value must be finite")

@@ -110,7 +110,6 @@ def test_a_batch_of_only_masked_tokens_steps_nowhere(trainer):
             r"'logprobs'\] has shape \[8\]; .* must be \[3\]",
         ),
         ("ppo", {"target_tokens": TOKENS, "logprobs": Q, "old_logprobs": Q}, "old_logprobs and logprobs"),
-        ("dro", {"labels": TOKENS, "logprobs": Q, "advantages": A}, "loss 'dro' is on every token"),
         ("ppo", {"target_tokens": TOKENS, "logprobs": Q, "mask": Q}, "no 'advantages'"),
         (
             "policy_loss",

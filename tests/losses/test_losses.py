@@ -99,8 +99,12 @@ FORMULAS = {
         lambda lp, i, low, high: -clip(ratio(lp, i), low, high) * i["advantages"],
     ),
     "dro": (
-        lambda lp, i, beta: -(lp * i["advantages"] - beta / 2 * (lp - i["logprobs"]) ** 2),
-        lambda lp, i, beta: -(i["advantages"] - beta * (lp - i["logprobs"])),
+        lambda lp, i, beta: np.where(
+            i["advantages"] == 0, 0, -(lp * i["advantages"] - beta / 2 * (lp - i["logprobs"]) ** 2)
+        ),
+        lambda lp, i, beta: np.where(
+            i["advantages"] == 0, 0, -(i["advantages"] - beta * (lp - i["logprobs"]))
+        ),
     ),
     "stable_reinforce": (
         lambda lp, i, low, high, cap, kl: np.where(
@@ -213,6 +217,48 @@ def test_policy_loss_of_ratios_that_overflow(options, monkeypatch):
     assert np.isfinite(loss[2]) == np.isfinite(slope[2]) == bounded
 
 
+@pytest.mark.parametrize("placeholder", [0.0, -100.0, -1e4, 1e4, -3e38, 3e38, -np.inf, np.nan])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_masked_token_adds_nothing_whatever_its_log_probs(name, placeholder, monkeypatch):
+    config = {**LOSSES[name].config, **CONFIGS.get(name, {})}
+    masked = RNG.random(N) < 0.3
+    mask = LOSSES[name].valid
+    monkeypatch.setitem(INPUTS, mask, np.where(masked, 0, INPUTS[mask]))
+    value, derivative = FORMULAS[name]
+    want = [np.where(masked, 0, of(LOGPROBS, INPUTS, *config.values())) for of in (value, derivative)]
+    for other in ("logprobs", "reference_logprobs", "sequence_log_ratio"):
+        monkeypatch.setitem(INPUTS, other, np.where(masked, placeholder, INPUTS[other]))
+    loss, slope = run(name, np.where(masked, placeholder, LOGPROBS), config)
+    assert not np.any([loss[masked], slope[masked]])
+    np.testing.assert_allclose(loss, want[0], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, want[1], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("log_ratio", [-500.0, 500.0])
+@pytest.mark.parametrize("name", ["ppo", "gspo", "policy_loss", "ppo_loss", "drgrpo", "drgrpo_sequence"])
+def test_clipped_tokens_have_no_gradient_though_their_ratio_overflows(name, log_ratio, monkeypatch):
+    for key, values in list(INPUTS.items()):
+        monkeypatch.setitem(INPUTS, key, values[:2])
+    lp = np.array([-1.0, -1.0])
+    monkeypatch.setitem(INPUTS, "logprobs", lp - log_ratio)
+    monkeypatch.setitem(INPUTS, "sequence_log_ratio", np.full(2, log_ratio))
+    monkeypatch.setitem(INPUTS, "advantages", np.array([3.0, -3.0]))
+    config = REGISTRY["ppo"].config | LOSSES[name].config
+    low = config.get("clip_low", config.get("eps_clip"))
+    high = config.get("clip_high", config.get("eps_clip_high"))
+    bounds = (
+        (config["clip_low_threshold"], config["clip_high_threshold"]) if low is None else (1 - low, 1 + high)
+    )
+    loss, slope = run(name, lp, LOSSES[name].config)
+    clipped, free = (0, 1) if log_ratio > 0 else (1, 0)
+    assert loss[clipped] == pytest.approx(-3 * bounds[1] if log_ratio > 0 else 3 * bounds[0], rel=1e-5)
+    assert slope[clipped] == 0
+    if log_ratio > 0:  # nothing bounds this one: it fails, rather than count as anything
+        assert np.isinf(loss[free])
+    else:
+        assert loss[free] == slope[free] == 0
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "dro"])
 def test_slope_is_the_finite_difference(name):
     """Of the losses without a stopped gradient."""
@@ -317,7 +363,7 @@ def test_slopes_equal_torch_autograd(name, default):
         "importance_sampling": lambda: -r * A,
         "ppo": lambda low, high: -torch.minimum(r * A, r.clamp(low, high) * A),
         "cispo": lambda low, high: -r.clamp(low, high).detach() * lp * A,
-        "dro": lambda beta: -(lp * A - 0.5 * beta * (lp - i["logprobs"]) ** 2),
+        "dro": lambda beta: -(lp * A - 0.5 * beta * (lp - i["logprobs"]) ** 2) * (A != 0),
         "stable_reinforce": lambda low, high, cap, kl: (
             ((r >= low) & (r <= high) & (A != 0))
             * (-r.clamp(max=cap).detach() * A * lp + kl * (r - 1 - torch.log(r)))
