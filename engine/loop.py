@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from .sleep import Sleep
 from .socket import Socket
 from .training.custom_loss_run import CustomJob
 from .training.custom_losses import check
-from .training.training_run import Job
+from .training.training_run import Job, JobOutput
 from .under_way import UnderWay
 
 log = logging.getLogger(__name__)
@@ -184,42 +184,46 @@ class Engine:
                 batch.append((operation, self._models.job(operation)))
             except Exception as error:
                 self._finish(unit, operation, error)
-        gradients = [job.state.gradients for _, job in batch]
-        try:
-            yield from self._compute(unit, batch)
-        except Exception as error:
-            if len(batch) > 1:
-                log.exception("a batch of %d models failed; each is tried alone", len(batch))
-            for (operation, job), before in zip(batch, gradients, strict=True):
-                if len(batch) > 1 and job.state.gradients is before:
-                    yield from self._compute_alone(unit, operation, job)
-                else:
-                    self._fail_forward_backward(unit, operation, job, error)
-
-    def _compute(self, unit: Unit, batch: list[CheckedOperation]) -> Iterator[None]:
         if not batch:
             return
+        try:
+            results = yield from self._compute(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                self._finish_forward_backward(unit, batch[0], self._failed(batch[0], error))
+                return
+            log.exception("a batch of %d models failed; each is tried alone", len(batch))
+        else:
+            for each, result in zip(batch, results, strict=True):
+                self._finish_forward_backward(unit, each, result)
+            return
+        for each in batch:
+            try:
+                (result,) = yield from self._compute([each])
+            except Exception as error:
+                result = self._failed(each, error)
+            self._finish_forward_backward(unit, each, result)
+
+    def _compute(
+        self, batch: list[CheckedOperation]
+    ) -> Generator[None, None, Sequence[JobOutput | Exception]]:
+        """Return one output or error per operation. Where this raises, no gradient has been added."""
         trainer = self._models.find(batch[0][0].model_id).base.trainer
         run = trainer.start([job for _, job in batch])
         while not run.step():
             yield
-        for (operation, _), result in zip(batch, run.results, strict=True):
-            outcome = result if isinstance(result, UserError) else forward_backward_output(result)
-            self._finish(unit, operation, outcome)
+        return run.results
 
-    def _compute_alone(
-        self, unit: Unit, operation: messages.ForwardBackward, job: Job | CustomJob
-    ) -> Iterator[None]:
-        try:
-            yield from self._compute(unit, [(operation, job)])
-        except Exception as error:
-            self._fail_forward_backward(unit, operation, job, error)
-
-    def _fail_forward_backward(
-        self, unit: Unit, operation: messages.ForwardBackward, job: Job | CustomJob, error: Exception
-    ) -> None:
+    def _failed(self, checked: CheckedOperation, error: Exception) -> Exception:
+        operation, job = checked
         job.state.failed_since_step += not operation.forward_only
-        self._finish(unit, operation, error)
+        return error
+
+    def _finish_forward_backward(
+        self, unit: Unit, checked: CheckedOperation, result: JobOutput | Exception
+    ) -> None:
+        outcome = forward_backward_output(result) if isinstance(result, JobOutput) else result
+        self._finish(unit, checked[0], outcome)
 
     def _finish(
         self, unit: Unit, operation: ModelOperation, outcome: messages.Output | Writing | Exception

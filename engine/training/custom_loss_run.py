@@ -93,12 +93,12 @@ def _input(index: int, datum: messages.Datum, name: str, rank: int) -> np.ndarra
 
 
 class CustomLossRun:
-    """As `Run`: `results` is there once `step` has said True."""
+    """As `Run`: after `step` returns True, `results` holds one output or error per job."""
 
     def __init__(self, trainer: Trainer, jobs: Sequence[CustomJob]):
         self._trainer = trainer
         self._jobs = list(jobs)
-        self.results: list[JobOutput | UserError] = []
+        self.results: list[JobOutput | Exception] = []
         self._stages = self._run()
 
     def step(self) -> bool:
@@ -111,19 +111,18 @@ class CustomLossRun:
         )
         while not forward.step():
             yield False
-        outcomes: list[list[Differentiated] | UserError] = []
+        outcomes: list[list[Differentiated] | Exception] = []
         for job, output in zip(self._jobs, forward.results, strict=True):
-            outcome: list[Differentiated] | UserError
+            outcome: list[Differentiated] | Exception
             try:
                 outcome = yield from self._differentiate(job, output)
-            except UserError as error:
+            except Exception as error:
                 outcome = error
-                job.state.failed_since_step += not job.linear.forward_only
             outcomes.append(outcome)
         backward = {
             at: _with_weights(job.linear, outcome)
             for at, (job, outcome) in enumerate(zip(self._jobs, outcomes, strict=True))
-            if not isinstance(outcome, UserError) and not job.linear.forward_only
+            if not isinstance(outcome, Exception) and not job.linear.forward_only
         }
         results = dict(enumerate(forward.results))
         if backward:
@@ -131,14 +130,17 @@ class CustomLossRun:
             while not run.step():
                 yield False
             results |= dict(zip(backward, run.results, strict=True))
+        for job, outcome in zip(self._jobs, outcomes, strict=True):
+            failed = isinstance(outcome, Exception) and not job.linear.forward_only
+            job.state.failed_since_step += failed  # the others' failures the run has counted
         self.results = [_output(results[at], outcome) for at, outcome in enumerate(outcomes)]
         yield True
 
     def _differentiate(
-        self, job: CustomJob, output: JobOutput | UserError
+        self, job: CustomJob, output: JobOutput | Exception
     ) -> Generator[bool, None, list[Differentiated]]:
         """Yields between turns; returns what there is of each datum. Raises UserError naming one."""
-        if isinstance(output, UserError):
+        if isinstance(output, Exception):
             raise output
         differentiated = []
         began = time.perf_counter()
@@ -175,11 +177,11 @@ def _with_weights(linear: Job, differentiated: list[Differentiated]) -> Job:
 
 
 def _output(
-    output: JobOutput | UserError, outcome: list[Differentiated] | UserError
-) -> JobOutput | UserError:
+    output: JobOutput | Exception, outcome: list[Differentiated] | Exception
+) -> JobOutput | Exception:
     """The client's log-probs, and the metrics of the loss it wrote instead of those of the linear one."""
-    if isinstance(outcome, UserError) or isinstance(output, UserError):
-        return outcome if isinstance(outcome, UserError) else output
+    if isinstance(outcome, Exception) or isinstance(output, Exception):
+        return outcome if isinstance(outcome, Exception) else output
     valid = sum(int((each.gradient.reshape(len(each.gradient), -1) != 0).any(-1).sum()) for each in outcome)
     metrics = {
         **output.metrics,

@@ -107,12 +107,10 @@ def forward_weights(static: Static, weights: Any, batch: Batch) -> Outputs:
     return _evaluate(static, _trunk(static, base, batch, None), decoder.unembed(base), batch, None)
 
 
-def accumulate(total: Any, addition: Any) -> tuple[Any, Any, jax.Array]:
-    """(total + addition, zeros, True), or (total, zeros, False) where the sum would not be finite."""
+def accumulate(total: Any, addition: Any) -> tuple[Any, jax.Array]:
+    """Return total + addition, and whether all of it is finite."""
     summed = jax.tree.map(jnp.add, total, addition)
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(summed)]).all()
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), summed, total)
-    return kept, jax.tree.map(jnp.zeros_like, addition), finite
+    return summed, jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(summed)]).all()
 
 
 def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ...model import decoder, sharding
 from ...model.config import ModelConfig
 from ...model.lora import init_lora
+from ..device_memory import device_share
 from ..errors import UserError
 from ..messages import ForwardBackward, GradNormalization, LoraSpec, TargetAlignment
 from ..optimizers import optimizer_families
@@ -27,10 +28,13 @@ from .custom_loss_run import CustomJob, CustomLossRun, custom_job
 from .custom_losses import CustomLosses
 from .gradient_programs import GradientPrograms
 from .packing import shape_table
+from .recycled import RecycledTrees
 from .train_step import Static
 from .training_run import Job, JobOutput, Run
 from .training_state import TrainingState
 from .training_structure import describe, structure
+
+_ZEROS_SHARE, _ZEROS_ON_CPU = 1 / 64, 1 << 28  # of the device's memory; bytes
 
 
 class Trainer:
@@ -78,7 +82,7 @@ class Trainer:
             self.programs, self.mesh, config, base, self._base_shardings, static, remat
         )
         self.custom_losses = CustomLosses()
-        self._zeros: dict[Any, list[Any]] = {}
+        self._zeros = RecycledTrees(device_share(_ZEROS_SHARE, _ZEROS_ON_CPU))
 
     @property
     def base(self) -> decoder.Base:
@@ -177,8 +181,8 @@ class Trainer:
             return CustomLossRun(self, custom)
         return Run(self, [job for job in jobs if isinstance(job, Job)])
 
-    def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | UserError]:
-        """Run the jobs to the end: of each its output, or what was wrong with it."""
+    def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | Exception]:
+        """Run the jobs to the end; one output or error per job (`Run`)."""
         run = self.start(jobs)
         while not run.step():
             pass
@@ -254,21 +258,22 @@ class Trainer:
         return structure(state.lora)
 
     def zeros(self, state: TrainingState) -> Any:
-        """A zero tree like the state's gradients, for the caller to keep or to `recycle`."""
-        pool = self._zeros.setdefault(self.structure(state), [])
-        return pool.pop() if pool else self._new_zeros(state.weights)
+        """Return a zero tree like the state's gradients, for the caller to keep or to `recycle`."""
+        zeros = self._zeros.take(self.structure(state))
+        return self._new_zeros(state.weights) if zeros is None else zeros
 
     def recycle(self, state: TrainingState, zeros: Any) -> None:
-        """Keep a tree of zeros for the next run. Full weights are too large to keep idle."""
+        """Keep a tree of zeros for a later run. Full weights are too large to keep idle."""
         if state.lora is not None:
-            self._zeros.setdefault(self.structure(state), []).append(zeros)
+            self._zeros.put(self.structure(state), zeros)
 
     def forget_zeros(self) -> None:
-        """Free what `recycle` has kept."""
+        """Free the recycled trees."""
         self._zeros.clear()
 
     def accumulate(self, state: TrainingState, gradients: Any) -> bool:
-        """Add a run's gradients to the state's; False, and nothing added, where the sum is not finite."""
+        """Add a run's gradients (donated) to the state's. Return False, and add nothing, if the sum would not
+        be finite. Nothing is added when this raises either: the old sum stays until the new one is there."""
         total = self.zeros(state) if state.gradients is None else state.gradients
         key, pin = self.structure(state), self._shardings(state)
         program = self.programs.get(
@@ -276,16 +281,15 @@ class Trainer:
             f"accumulate {describe(key)}",
             train_step.accumulate,
             (total, gradients),
-            donate=(0, 1),
-            out_shardings=(pin, pin, self._replicated),
+            donate=(1,),
+            out_shardings=(pin, self._replicated),
         )
-        total, zeros, finite = program(total, gradients)
-        self.recycle(state, zeros)
-        finite = bool(finite)
-        if finite or state.gradients is not None:
-            state.gradients = total
-        else:
+        summed, finite = program(total, gradients)
+        finite = bool(finite)  # waits for the device, which may fail only now
+        if state.gradients is None:
             self.recycle(state, total)
+        if finite:
+            state.gradients = summed
         return finite
 
     def _shardings(self, state: TrainingState) -> Any:

@@ -82,14 +82,18 @@ _Planned = tuple[_Kind, list[tuple[int, int]], MicroBatch]
 
 
 class Run:
-    """See `Trainer.start`. `results`, of each job its output or error, is there once `step` has said True."""
+    """One device batch (`Trainer.start`). After `step` returns True, `results` has one output or error a job.
+
+    A job is all or nothing: its gradient has been added and its result is an output, or nothing has been
+    added and its result is an error. Where `step` raises, nothing has been added for any job.
+    """
 
     def __init__(self, trainer: Trainer, jobs: Sequence[Job]):
         self._trainer = trainer
         self._jobs = list(jobs)
         self._shapes = trainer.shapes
         self._out_of_memory = False
-        self.results: list[JobOutput | UserError] = []
+        self.results: list[JobOutput | Exception] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -230,21 +234,26 @@ class Run:
                 targets = 1 if len(shape) == 1 else shape[1]
                 by_datum[job][index] = values[:, :targets].reshape(shape)
 
-    def _finish(self, index: int) -> JobOutput | UserError:
+    def _finish(self, index: int) -> JobOutput | Exception:
         job, gradients = self._jobs[index], self._gradients.pop(index, None)
-        error = self._check(index)
-        if gradients is not None:
-            if error is None and not self._trainer.accumulate(job.state, gradients):
-                error = NonFiniteError(
+        try:
+            self._check(index)
+            output, valid_tokens = self._output(index), job.valid_tokens
+            # The last thing that can fail.
+            if gradients is not None and not self._trainer.accumulate(job.state, gradients):
+                raise NonFiniteError(
                     "the gradient is not finite; nothing was accumulated. "
                     "Look for extreme weights, advantages or probability ratios, or a diverged model"
                 )
-            if error is None:
-                job.state.valid_tokens += job.valid_tokens
-            else:
-                job.state.failed_since_step += 1
-        losses = self._laid_out(index, self._elementwise[index]) if job.elementwise and not error else None
-        return error or JobOutput(self._laid_out(index, self._logprobs[index]), self._metrics(index), losses)
+        except Exception as error:
+            job.state.failed_since_step += not job.forward_only
+            return error
+        job.state.valid_tokens += 0 if job.forward_only else valid_tokens
+        return output
+
+    def _output(self, index: int) -> JobOutput:
+        losses = self._laid_out(index, self._elementwise[index]) if self._jobs[index].elementwise else None
+        return JobOutput(self._laid_out(index, self._logprobs[index]), self._metrics(index), losses)
 
     def _laid_out(self, index: int, values: list[np.ndarray]) -> list[np.ndarray]:
         """As the client laid its datums out."""
@@ -253,18 +262,18 @@ class Run:
             return values
         return [each.answered(of_datum) for each, of_datum in zip(aligned, values, strict=True)]
 
-    def _check(self, index: int) -> NonFiniteError | None:
-        if np.isfinite(self._losses[index]):
-            return None
+    def _check(self, index: int) -> None:
+        """Raise NonFiniteError for a loss or log-probs that are not finite."""
         for at, logprobs in enumerate(self._logprobs[index]):
             if not np.isfinite(logprobs).all():
-                return NonFiniteError(
+                raise NonFiniteError(
                     f"datum {at}: log-probs are not finite; nothing was accumulated. The model has diverged"
                 )
-        return NonFiniteError(
-            f"the loss is {self._losses[index]}; nothing was accumulated. "
-            "Look for extreme weights, advantages or probability ratios"
-        )
+        if not np.isfinite(self._losses[index]):
+            raise NonFiniteError(
+                f"the loss is {self._losses[index]}; nothing was accumulated. "
+                "Look for extreme weights, advantages or probability ratios"
+            )
 
     def _metrics(self, index: int) -> dict[str, float]:
         """Each key has one colon, and the reduction after it by which a client combines chunks."""

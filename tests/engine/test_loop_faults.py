@@ -125,6 +125,49 @@ def test_a_fault_is_told_to_its_owner_alone_and_its_step_is_refused(run, base, m
     assert isinstance(answers["4"], messages.Done)
 
 
+@pytest.mark.parametrize("when", ["before the sum", "after the sum"])
+def test_a_fault_while_adding_leaves_each_model_added_and_done_or_neither(run, base, monkeypatch, when):
+    trainer, adding = base[1].trainer, []
+    get = trainer.programs.get
+
+    def failing(key, *arguments, **options):
+        program = get(key, *arguments, **options)
+        if key[0] != "accumulate":
+            return program
+
+        def fail_for_the_second(total, gradients):
+            adding.append(total)
+            if len(adding) == 5:  # the second call of a model, in a batch with the others'
+                if when == "after the sum":
+                    program(total, gradients)
+                raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return program(total, gradients)
+
+        return fail_for_the_second
+
+    def calls(**times):
+        return [
+            request
+            for model_id, count in times.items()
+            for request in (
+                create(model_id),
+                *(forward_backward(f"{model_id}{n}", model_id) for n in range(count)),
+                optim_step(f"step-{model_id}", model_id),
+            )
+        ]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.programs, "get", failing)
+        answers = run(*calls(a=2, b=2, c=2))
+    assert len(adding) == 6
+    (failed,) = [name for name, answer in answers.items() if isinstance(answer, messages.Failed)]
+    assert "out of memory" in answers[failed].message
+    expected = run(*calls(**(dict.fromkeys("abc", 2) | {failed[0]: 1})))
+    for name, answer in expected.items():
+        if name.startswith("step-"):
+            assert answers[name].output.metrics == pytest.approx(answer.output.metrics, rel=1e-4), name
+
+
 def test_a_sampler_that_fails_is_replaced(run, base, monkeypatch):
     samplers = base[1].samplers
     expected = run(sample("1"))["1"].output

@@ -23,6 +23,7 @@ from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, DimuonParams
 from tinsmith.engine.training.training_run import NonFiniteError
 from tinsmith.engine.training.training_state import TrainingState
+from tinsmith.losses import REGISTRY
 
 ADAM = AdamParams(learning_rate=1e-2, eps=1e-8)
 LENGTHS = [9, 64, 3, 30, 17, 1, 40]
@@ -234,6 +235,52 @@ def test_token_mean_divides_by_the_valid_tokens_of_all_calls(trainer):
     norms = [trainer.optim_step(state, ADAM)["grad_norm"] for state in (mean, sum_)]
     assert norms[0] * 14 == pytest.approx(norms[1], rel=1e-5)
     assert mean.valid_tokens == 0
+
+
+@pytest.mark.parametrize("placeholder", [-100.0, 1e4, -np.inf, np.nan])
+def test_masked_tokens_change_neither_gradients_nor_metrics(trainer, placeholder):
+    """With any loss. The placeholder stands where a log-prob of about that of the others could."""
+    for name, loss in REGISTRY.items():
+        kept, found = random_data([7], loss="gspo")[0], []
+        mask = np.array([0, 0, 1, 1, 0, 1, 1], np.float32)
+        advantages = np.array([0, 0, 1, -1, 0, 1, -1], np.float32)
+        for value in (-5.7, placeholder):
+            inputs = {
+                key: np.where(mask == 0, np.float32(value), np.float32(-5.5)).astype(np.float32)
+                for key in ("logprobs", "ref_logprobs", "rollout_logprobs")
+            }
+            inputs |= {"weights": advantages, "advantages": advantages, "sequence_ratio_mask": mask}
+            data = [
+                msgspec.structs.replace(kept, inputs=kept.inputs | {k: tensor(v) for k, v in inputs.items()})
+            ]
+            state = model(trainer)
+            options = {"beta": 0.3} if "beta" in loss.config else {}
+            options |= {"use_tis": True} if "use_tis" in loss.config else {}
+            options |= {"compute_kl_stats": True} if "compute_kl_stats" in loss.reports else {}
+            output = run(trainer, state, data, name, options)
+            found.append((output.metrics, jax.tree.leaves(state.gradients)))
+        (metrics, gradients), (also, others) = found
+        assert metrics == also, name
+        assert all(np.array_equal(a, b) for a, b in zip(gradients, others, strict=True)), name
+        assert any(np.abs(gradient).max() > 0 for gradient in gradients)
+
+
+def test_what_is_not_finite_fails_its_own_job_alone(trainer):
+    good = random_data(LENGTHS)
+    bad = random_data([6, 9], seed=1)
+    bad[0].inputs["weights"] = tensor(np.full(6, 3e38, np.float32))
+    alone, first, diverged, overflowing = (model(trainer, seed) for seed in (1, 1, 2, 3))
+    run(trainer, alone, good)
+    diverged.weights = jax.tree.map(
+        lambda w: jax.device_put(np.full(w.shape, np.inf, np.float32), w.sharding), diverged.weights
+    )
+    batch = [(diverged, good), (first, good), (overflowing, bad)]
+    results = trainer.forward_backward([trainer.job(state, operation(data)) for state, data in batch])
+    assert [isinstance(result, NonFiniteError) for result in results] == [True, False, True]
+    assert worst(first.gradients, alone.gradients) < 1e-5
+    assert diverged.gradients is None
+    assert overflowing.gradients is None
+    assert [state.failed_since_step for state in (diverged, first, overflowing)] == [1, 0, 1]
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_alone(trainer):
