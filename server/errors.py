@@ -1,7 +1,8 @@
 """What can go wrong, as exceptions, and the one place that turns them into HTTP answers.
 
 Every error body has the same keys in all dialects: `detail` and `error` (the message), `category`
-(`user` or `server`), `status_code` and `path`.
+(`user` or `server`), `status_code` and `path`. Under `/v1`, `error` is an object, as OpenAI's clients expect
+(`openai_errors.py`), and a body that cannot be read is 400 rather than 422.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fastapi.responses import Response
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
+from . import openai_errors
+
 log = logging.getLogger("tinsmith.server")
 
 
@@ -27,6 +30,8 @@ class ApiError(Exception):
     status = 500
     category = "server"
     headers: dict[str, str] = {}  # noqa: RUF012
+    code: str | None = None
+    """OpenAI's word for it, where there is one."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -84,6 +89,14 @@ class NotFound(ApiError):
     category = "user"
 
 
+class UnknownModel(NotFound):
+    code = "model_not_found"
+
+
+class ContextTooLong(BadRequest):
+    code = "context_length_exceeded"
+
+
 class Gone(ApiError):
     """It was there once, or never; it will not come back."""
 
@@ -137,19 +150,36 @@ def internal_error(what: str, error: BaseException) -> str:
 
 
 def error_response(
-    request_path: str, status: int, message: str, category: str, headers: dict | None = None
+    request_path: str,
+    status: int,
+    message: str,
+    category: str,
+    headers: dict | None = None,
+    *,
+    param: str | None = None,
+    code: str | None = None,
 ) -> Response:
-    """The one error body. A 5xx of a submit is retried by clients, a 4xx is final."""
+    """The one error body. A 5xx of a submit is retried by clients, a 4xx is final. `param` and `code` are
+    shown to OpenAI's clients only: the field that is wrong, and OpenAI's word for the error."""
     # Messages quote what was sent, and JSON can have halves of surrogate pairs, which UTF-8 cannot.
     message, path = (text.encode(errors="backslashreplace").decode() for text in (message, request_path))
-    body = {
+    body: dict[str, Any] = {
         "detail": message,
         "error": message,
         "category": category,
         "status_code": status,
         "path": path,
     }
+    if openai_errors.speaks_openai(path):
+        body["error"] = openai_errors.error_object(status, message, param, code)
     return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
+
+
+def api_error_response(request_path: str, error: ApiError) -> Response:
+    """`error_response` of an exception."""
+    return error_response(
+        request_path, error.status, error.message, error.category, error.headers, code=error.code
+    )
 
 
 def describe(errors: list[dict[str, Any]]) -> str:
@@ -166,16 +196,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
-        return error_response(request.url.path, error.status, error.message, error.category, error.headers)
+        return api_error_response(request.url.path, error)
 
     @app.exception_handler(RequestValidationError)
     async def _validation_error(request: Request, error: RequestValidationError) -> Response:
-        message = describe(list(error.errors()))
+        errors = list(error.errors())
+        message = describe(errors)
         # A sequenced operation that is refused still uses up its number (see dispatcher.py).
         if isinstance(error.body, dict):
             await request.app.state.backend.runs.unused_numbers.consume(
                 request.state.owner, error.body.get("model_id"), error.body.get("seq_id"), message
             )
+        if openai_errors.speaks_openai(request.url.path):
+            param = openai_errors.field_path(errors[0]["loc"]) if errors else None
+            return error_response(request.url.path, 400, message, "user", param=param)
         return error_response(request.url.path, 422, message, "user")
 
     @app.exception_handler(OperationalError)
@@ -187,8 +221,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
         category = "user" if error.status_code < 500 else "server"
+        code, message = None, str(error.detail)
+        if error.status_code == 404 and openai_errors.speaks_openai(request.url.path):
+            code = openai_errors.UNKNOWN_URL
+            message = f"there is no route {request.method} {request.url.path}"
         return error_response(
-            request.url.path, error.status_code, str(error.detail), category, dict(error.headers or {})
+            request.url.path, error.status_code, message, category, dict(error.headers or {}), code=code
         )
 
     @app.exception_handler(Exception)

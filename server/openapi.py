@@ -22,13 +22,27 @@ request is where that matters. What takes long is answered with a `request_id`, 
 retrieve_future."""
 
 _REF = "#/components/schemas/{model}"
+_OPENAI_ERROR = {
+    "type": "object",
+    "title": "OpenAI error",
+    "required": ["message", "type", "param", "code"],
+    "properties": {
+        "message": {"type": "string", "description": "what was wrong, where, and what would be right"},
+        "type": {"type": "string"},
+        "param": {"type": ["string", "null"], "description": "the field that is wrong"},
+        "code": {"type": ["string", "null"]},
+    },
+}
 _ERROR = {
     "type": "object",
     "title": "Error",
     "required": ["detail", "error", "category", "status_code", "path"],
     "properties": {
         "detail": {"type": "string", "description": "what was wrong, where, and what would be right"},
-        "error": {"type": "string", "description": "the same"},
+        "error": {
+            "description": "the same, under /v1 in OpenAI's shape",
+            "anyOf": [{"type": "string"}, _OPENAI_ERROR],
+        },
         "category": {"enum": ["user", "server"]},
         "status_code": {"type": "integer"},
         "path": {"type": "string"},

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import ApiError, InvalidToken, Unauthorized, error_response
+from ..errors import ApiError, InvalidToken, Unauthorized, api_error_response
 from ..ledger import keys as rows
 from ..ledger.ledger import Ledger
 from . import given_keys
@@ -152,8 +152,7 @@ class Authentication:
             caller = self._caller(scope)
             self._admission.request(caller.owner)
         except ApiError as error:
-            answer = error_response(scope["path"], error.status, error.message, error.category, error.headers)
-            await answer(scope, receive, send)
+            await api_error_response(scope["path"], error)(scope, receive, send)
             return
         scope.setdefault("state", {}).update(caller=caller, owner=caller.owner)
         await self._app(scope, receive, send)

@@ -26,6 +26,14 @@ async def models(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
+@router.get("/v1/models/{name:path}")
+async def model(name: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Any model that completions take, by whatever name they take it."""
+    found = await served_models.describe(backend, owner, name)
+    base = backend.base_model(found.parent or found.name)
+    return _model(found.name, found.parent, base.max_sequence_length, found.created)
+
+
 def _model(name: str, parent: str | None, max_length: int, created: float) -> dict[str, Any]:
     return {
         "id": name,

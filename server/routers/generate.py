@@ -40,27 +40,25 @@ async def _generate(body: wire.Generate, backend: Backend, owner: str) -> Respon
     text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
     params = body.sampling_params
     began = time.monotonic()
+    asked = [
+        Asked(
+            model,
+            text.encode(prompt) if isinstance(prompt, str) else prompt,
+            params.message(text.end_tokens),
+            num_samples=params.n,
+            topk=body.top_logprobs_num if body.return_logprob else 0,
+            prompt_logprobs=body.return_logprob and body.logprob_start_len >= 0,
+            stream=body.stream,
+        )
+        for prompt in body.prompts
+    ]
     answers = Answers(body, text, began)
     async with RequestSamples(backend, owner) as samples:
-        running = [
-            await served_samples.submit(
-                samples,
-                Asked(
-                    model,
-                    text.encode(prompt) if isinstance(prompt, str) else prompt,
-                    params.message(text.end_tokens),
-                    num_samples=params.n,
-                    topk=body.top_logprobs_num if body.return_logprob else 0,
-                    prompt_logprobs=body.return_logprob and body.logprob_start_len >= 0,
-                    stream=body.stream,
-                ),
-            )
-            for prompt in body.prompts
-        ]
+        running = await served_samples.submit(samples, asked)
         if body.stream:
             samples.disown()
             return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
-        outputs = [await served_samples.answer(each) for each in running]
+        outputs = await served_samples.answers(running)
     found = [
         answers.of(each, output, sequence)
         for each, output in zip(running, outputs, strict=True)
@@ -109,7 +107,7 @@ class Answers:
     async def events(self, backend: Backend, running: Running) -> AsyncIterator[bytes]:
         sampled_text = self.sampled_text(running.asked)
         try:
-            async for part in served_samples.drawn(backend, running):
+            async for _, part in served_samples.drawn(backend, [running]):
                 if isinstance(part, messages.SampleOutput):
                     yield _event(self.of(running, part, part.sequences[0]))
                     continue

@@ -65,6 +65,7 @@ async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str)
         num_samples=body.n or 1,
         topk=body.top_logprobs or 0,
         stream=bool(body.stream),
+        prompt_field="messages",
     )
     answers = ChatAnswers(body.model, text, bool(body.logprobs), body.with_usage)
     return await _answered(backend, owner, answers, [asked])
@@ -80,10 +81,10 @@ async def _named(
 
 async def _answered(backend: Backend, owner: str, answers: Answers, asked: list[Asked]) -> Response:
     async with RequestSamples(backend, owner) as samples:
-        running = [await served_samples.submit(samples, each) for each in asked]
+        running = await served_samples.submit(samples, asked)
         if asked[0].stream:
             samples.disown()
-            return StreamingResponse(answers.events(backend, running[0]), media_type="text/event-stream")
-        outputs = [await served_samples.answer(each) for each in running]
+            return StreamingResponse(answers.events(backend, running), media_type="text/event-stream")
+        outputs = await served_samples.answers(running)
     whole: dict[str, Any] = answers.whole(list(zip(running, outputs, strict=True)))
     return Response(orjson.dumps(whole), media_type="application/json")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,8 @@ import orjson
 
 from ...engine import messages
 from ..backend import Backend
-from ..errors import ApiError
+from ..errors import ApiError, internal_error
+from ..openai_errors import error_object
 from ..wire.sampled import likely_of, logprobs_of, tokens_of
 from . import served_samples
 from .sampled_text import SampledText
@@ -43,58 +44,51 @@ class Answers:
     ) -> dict[str, Any]:
         raise NotImplementedError
 
-    def logprobs(self, tokens: list[int], logprobs: list[float], likely: Likely) -> dict[str, Any]:
+    def logprobs(
+        self, tokens: list[int], logprobs: list[float], likely: Likely, offset: int
+    ) -> dict[str, Any]:
+        """`offset`: the number of characters before the first of these tokens."""
         raise NotImplementedError
 
     def whole(self, answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for running, output in answered:
             for sequence in output.sequences:
-                tokens = tokens_of(sequence.tokens)
-                text = self._sampled_text(running).whole(tokens, sequence.stop_reason)
-                logprobs = None
-                if self.with_logprobs:
-                    logprobs = self.logprobs(tokens, logprobs_of(sequence.logprobs), likely_of(sequence.topk))
+                text = self._sampled_text(running).whole(tokens_of(sequence.tokens), sequence.stop_reason)
+                logprobs = _Told(self).logprobs(sequence)
                 choices.append(self.choice(len(choices), text, sequence.stop_reason, logprobs))
         body = self._body(answered[0][0], self.kind, choices)
         return body | {"usage": _usage(answered)}
 
-    async def events(self, backend: Backend, running: Running) -> AsyncIterator[bytes]:
-        texts = [self._sampled_text(running) for _ in range(running.asked.num_samples)]
-        seen: defaultdict[int, int] = defaultdict(int)  # tokens told of, by sequence
+    async def events(self, backend: Backend, running: list[Running]) -> AsyncIterator[bytes]:
+        """The choices of the first prompt come first in the numbering, then those of the next."""
+        first_choice = list(itertools.accumulate((each.asked.num_samples for each in running), initial=0))
+        texts = [self._sampled_text(each) for each in running for _ in range(each.asked.num_samples)]
+        told = [_Told(self) for _ in texts]
+        answered: list[tuple[Running, messages.SampleOutput]] = []
         try:
-            async for part in served_samples.drawn(backend, running):
+            async for place, part in served_samples.drawn(backend, running):
                 if isinstance(part, messages.SampleOutput):
-                    for index, sequence in enumerate(part.sequences):
-                        tokens, begin = tokens_of(sequence.tokens), seen[index]
-                        text = texts[index].end(tokens, sequence.stop_reason)
-                        found = self._logprobs_from(begin, sequence.tokens, sequence.logprobs, sequence.topk)
-                        delta = self.delta(index, text, sequence.stop_reason, found, begin == 0)
-                        yield self._event(running, [delta])
-                    if self.with_usage:
-                        yield self._event(running, [], _usage([(running, part)]))
+                    answered.append((running[place], part))
+                    for index, sequence in enumerate(part.sequences, first_choice[place]):
+                        text = texts[index].end(tokens_of(sequence.tokens), sequence.stop_reason)
+                        first, logprobs = told[index].count == 0, told[index].logprobs(sequence)
+                        delta = self.delta(index, text, sequence.stop_reason, logprobs, first)
+                        yield self._event(running[0], [delta])
                     continue
-                index, behind = part.index, seen[part.index] - part.begin
+                index = first_choice[place] + part.index
+                if part.begin + len(part.tokens) // 4 <= told[index].count:  # an engine began it again
+                    continue
                 text = texts[index].add(part.begin, tokens_of(part.tokens))
-                count = len(part.tokens) // 4
-                if behind >= count:  # of an engine that began it again
-                    continue
-                found = self._logprobs_from(behind, part.tokens, part.logprobs, part.topk)
-                delta = self.delta(index, text, None, found, seen[index] == 0)
-                seen[index] = part.begin + count
-                yield self._event(running, [delta])
+                first, logprobs = told[index].count == 0, told[index].logprobs(part, part.begin)
+                yield self._event(running[0], [self.delta(index, text, None, logprobs, first)])
+            if self.with_usage:
+                yield self._event(running[0], [], _usage(answered))
         except ApiError as error:
-            yield _data({"error": {"message": error.message, "code": error.status}})
+            yield _error_event(error.status, error.message, error.code)
+        except Exception as error:
+            yield _error_event(500, internal_error("a stream of samples", error))
         yield b"data: [DONE]\n\n"
-
-    def _logprobs_from(
-        self, begin: int, tokens: bytes, logprobs: bytes, topk: messages.TopK | None
-    ) -> dict[str, Any] | None:
-        if not self.with_logprobs:
-            return None
-        return self.logprobs(
-            tokens_of(tokens)[begin:], logprobs_of(logprobs)[begin:], likely_of(topk)[begin:]
-        )
 
     def _sampled_text(self, running: Running) -> SampledText:
         params = running.asked.params
@@ -131,9 +125,11 @@ class CompletionAnswers(Answers):
     ) -> dict[str, Any]:
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
-    def logprobs(self, tokens: list[int], logprobs: list[float], likely: Likely) -> dict[str, Any]:
+    def logprobs(
+        self, tokens: list[int], logprobs: list[float], likely: Likely, offset: int
+    ) -> dict[str, Any]:
         written = [self.text.token(token) for token in tokens]
-        offsets = [sum(map(len, written[:at])) for at in range(len(written))]
+        offsets = [*itertools.accumulate(map(len, written[:-1]), initial=offset)][: len(written)]
         top = [{self.text.token(token): value for token, value in row} for row in likely]
         return {
             "tokens": written,
@@ -159,7 +155,9 @@ class ChatAnswers(Answers):
         delta = ({"role": "assistant"} if first else {}) | {"content": text}
         return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
 
-    def logprobs(self, tokens: list[int], logprobs: list[float], likely: Likely) -> dict[str, Any]:
+    def logprobs(
+        self, tokens: list[int], logprobs: list[float], likely: Likely, offset: int
+    ) -> dict[str, Any]:
         content = [
             self._entry(token, value)
             | {"top_logprobs": [self._entry(*pair) for pair in (likely[at] if likely else [])]}
@@ -172,10 +170,37 @@ class ChatAnswers(Answers):
         return {"token": written, "logprob": logprob, "bytes": list(written.encode())}
 
 
+@dataclass
+class _Told:
+    """What a stream has said of one choice: the log-probs of how many tokens, and of how many characters."""
+
+    answers: Answers
+    count: int = 0
+    characters: int = 0
+
+    def logprobs(
+        self, part: messages.SampledSequence | messages.Drawn, begin: int = 0
+    ) -> dict[str, Any] | None:
+        """The log-probs of the tokens that were not told of before; `part` begins with the `begin`-th."""
+        new = self.count - begin
+        tokens = tokens_of(part.tokens)[new:]
+        self.count += len(tokens)
+        if not self.answers.with_logprobs:
+            return None
+        offset = self.characters
+        self.characters += sum(len(self.answers.text.token(token)) for token in tokens)
+        values, likely = logprobs_of(part.logprobs)[new:], likely_of(part.topk)[new:]
+        return self.answers.logprobs(tokens, values, likely, offset)
+
+
 def _usage(answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, int]:
     prompt = sum(len(running.asked.prompt) for running, _ in answered)
     drawn = sum(len(sequence.tokens) // 4 for _, output in answered for sequence in output.sequences)
     return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+
+def _error_event(status: int, message: str, code: str | None = None) -> bytes:
+    return _data({"error": error_object(status, message, code=code)})
 
 
 def _data(body: dict[str, Any]) -> bytes:

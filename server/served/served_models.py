@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, select
 
 from ...engine import messages
 from ..backend import Backend
-from ..errors import NotFound
+from ..errors import UnknownModel
 from ..ledger.schema import samplers
 from ..wire.sampling import SampleFields
 from .sample_targets import LIVE, target
@@ -42,11 +42,33 @@ async def find(backend: Backend, owner: str, name: str | None) -> ServedModel:
     row = await backend.ledger.read(lambda connection: _newest(connection, owner, name))
     if row is None:
         known = ", ".join(backend.base_models)
-        raise NotFound(
+        raise UnknownModel(
             f"unknown model {name[:192]!r}: name a base model ({known}), a sampling session, the path of "
             "sampler weights, or the last part of one that a sampling session was created with"
         )
     return ServedModel(name, messages.SamplerRef(row.base_model, row.directory, row.sampling_engine), name)
+
+
+@dataclass(frozen=True)
+class Described:
+    """`parent`: the base model of a sampler; `created` in seconds, 0 where it is not known."""
+
+    name: str
+    parent: str | None
+    created: float = 0.0
+
+
+async def describe(backend: Backend, owner: str, name: str) -> Described:
+    """What `find` finds, without preparing it for samples. Raises NotFound."""
+    if name in backend.base_models:
+        return Described(name, None)
+    if name.endswith(LIVE):
+        run = await backend.runs.find_trainable(owner, name.removesuffix(LIVE).rpartition("://")[2])
+        return Described(name, run.create_message.base_model)
+    row = await backend.ledger.read(lambda connection: _by_path(connection, owner, name))
+    if row is not None:
+        return Described(name, row.base_model, row.created_at)
+    return Described(name, (await find(backend, owner, name)).sampler.base_model)
 
 
 async def listed(backend: Backend, owner: str) -> list[Row]:
@@ -62,4 +84,9 @@ async def listed(backend: Backend, owner: str) -> list[Row]:
 def _newest(connection: Connection, owner: str, name: str) -> Row | None:
     ends = samplers.c.model_path.endswith(f"/{name}", autoescape=True)
     query = select(samplers).where(samplers.c.owner == owner, ends)
+    return connection.execute(query.order_by(samplers.c.created_at.desc()).limit(1)).first()
+
+
+def _by_path(connection: Connection, owner: str, path: str) -> Row | None:
+    query = select(samplers).where(samplers.c.owner == owner, samplers.c.model_path == path)
     return connection.execute(query.order_by(samplers.c.created_at.desc()).limit(1)).first()

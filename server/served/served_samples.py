@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from ...engine import messages
@@ -25,7 +26,8 @@ class SampleFailed(ApiError):
 
 @dataclass(frozen=True)
 class Asked:
-    """`topk`: the most likely tokens wanted where each token was drawn."""
+    """`topk`: the most likely tokens wanted where each token was drawn. `prompt_field`: where the request has
+    the prompt, for its errors."""
 
     model: ServedModel
     prompt: list[int]
@@ -34,6 +36,7 @@ class Asked:
     topk: int = 0
     prompt_logprobs: bool = False
     stream: bool = False
+    prompt_field: str = "prompt"
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,67 @@ class Running:
     stream: SampleStream | None
 
 
-async def submit(samples: RequestSamples, asked: Asked) -> Running:
-    """Accepted as any other sample is. Raises ApiError."""
+async def submit(samples: RequestSamples, asked: Sequence[Asked]) -> list[Running]:
+    """Accept all of these samples or none: a wrong one is refused before any is accepted. Raises ApiError."""
     backend, owner = samples.backend, samples.owner
+    running: list[Running] = []
+    for each, sample in [(each, _sample(backend, owner, each)) for each in asked]:
+        operation = await samples.own(sample_submits.submit(backend, owner, sample))
+        running.append(Running(each, operation, backend.streams.of(operation.request_id)))
+    return running
+
+
+async def answers(running: Sequence[Running]) -> list[messages.SampleOutput]:
+    """Wait for all, or until one fails. Raises BadRequest or SampleFailed for a sample that failed,
+    Unavailable at a stop."""
+    waiting = [asyncio.ensure_future(_answer(each.operation)) for each in running]
+    try:
+        return await asyncio.gather(*waiting)
+    finally:
+        for each in waiting:
+            each.cancel()
+
+
+async def drawn(
+    backend: Backend, running: Sequence[Running]
+) -> AsyncIterator[tuple[int, messages.Drawn | messages.SampleOutput]]:
+    """Yield what is drawn for each, by its place in `running`, and at last its answer. Raises as `answers`
+    does; then, or when the caller stops listening, all that are not answered are cancelled."""
+    parts: asyncio.Queue[tuple[int, messages.Drawn | None]] = asyncio.Queue()
+
+    async def follow(place: int, each: Running) -> None:
+        assert each.stream is not None
+        try:
+            async for part in each.stream.until_answered(each.operation):
+                parts.put_nowait((place, part))
+        finally:
+            parts.put_nowait((place, None))
+
+    following = [asyncio.ensure_future(follow(place, each)) for place, each in enumerate(running)]
+    try:
+        unanswered = len(running)
+        while unanswered:
+            place, part = await parts.get()
+            if part is not None:
+                yield place, part
+                continue
+            await following[place]  # raises what it raised
+            unanswered -= 1
+            yield place, _output(running[place].operation)
+    finally:
+        for task in following:
+            task.cancel()
+        for each in running:
+            cancel(backend, each.operation)
+
+
+def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
+    """Raises ApiError for one that cannot be served."""
     if asked.num_samples > backend.settings.max_samples:
         raise BadRequest(f"n: {asked.num_samples} is over the limit of {backend.settings.max_samples}")
     model = backend.base_model(asked.model.sampler.base_model)
     tokens = ModelInput(tokens=asked.prompt)
-    prompt = prompt_tokens(tokens, model.vocab_size, model.max_sequence_length - 1)
+    prompt = prompt_tokens(tokens, model.vocab_size, model.max_sequence_length - 1, asked.prompt_field)
     sample = messages.Sample(
         request_id="",
         sampler=asked.model.sampler,
@@ -61,26 +117,13 @@ async def submit(samples: RequestSamples, asked: Asked) -> Running:
         topk_sample_logprobs=asked.topk,
         stream=asked.stream,
     )
-    operation = await samples.own(sample_submits.submit(backend, owner, sample))
-    return Running(asked, operation, backend.streams.of(operation.request_id))
+    backend.sampling.check(owner, sample)
+    return sample
 
 
-async def answer(running: Running) -> messages.SampleOutput:
-    """Raises BadRequest or SampleFailed for a sample that failed, Unavailable at a stop."""
-    await running.operation.finished.wait()
-    return _output(running.operation)
-
-
-async def drawn(backend: Backend, running: Running) -> AsyncIterator[messages.Drawn | messages.SampleOutput]:
-    """What is drawn, and at last the answer, which raises as `answer` does. To stop listening cancels it."""
-    assert running.stream is not None
-    operation = running.operation
-    try:
-        async for part in running.stream.until_answered(operation):
-            yield part
-        yield _output(operation)
-    finally:
-        cancel(backend, operation)
+async def _answer(operation: Operation) -> messages.SampleOutput:
+    await operation.finished.wait()
+    return _output(operation)
 
 
 def _output(operation: Operation) -> messages.SampleOutput:

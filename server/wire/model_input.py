@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import StrictInt
 
-from ..errors import BadRequest
+from ..errors import BadRequest, ContextTooLong
 from .body import Body
 
 
@@ -44,7 +44,7 @@ def prompt_tokens(prompt: ModelInput, vocab_size: int, max_length: int, where: s
     if not tokens:
         raise BadRequest(f"{where}: no tokens; send at least one")
     if len(tokens) > max_length:
-        raise BadRequest(f"{where}: {len(tokens)} tokens are over the model's limit of {max_length}")
+        raise ContextTooLong(f"{where}: {len(tokens)} tokens are over the model's limit of {max_length}")
     for position, token in enumerate(tokens):
         if not 0 <= token < (vocab_size or 1 << 31):
             raise BadRequest(

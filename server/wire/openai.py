@@ -96,8 +96,6 @@ class Completions(_Completions):
     def _number(self) -> Completions:
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise ValueError(f"prompt: send 1 to {MAX_PROMPTS}")
-        if self.stream and len(self.prompts) > 1:
-            raise ValueError("stream: send one prompt")
         return self
 
 
