@@ -11,6 +11,7 @@ from .. import __version__
 from . import errors, openapi
 from .access.admission import Admission
 from .access.auth import ApiKeys, Authentication
+from .access.browsers import AllowedHosts, BrowserChecks
 from .access.quotas import Quotas
 from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
@@ -102,4 +103,5 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     own = {imports.PATH: settings.max_import_bytes}
     app.add_middleware(BodyLimits, usual=settings.max_body_bytes, own=own)
     app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
+    app.add_middleware(BrowserChecks, keys=keys, hosts=AllowedHosts(settings.own_hosts))
     return app

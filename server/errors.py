@@ -109,6 +109,13 @@ class TooLarge(ApiError):
     category = "user"
 
 
+class UnsupportedMediaType(ApiError):
+    """The body's content type is missing, or is not taken here."""
+
+    status = 415
+    category = "user"
+
+
 class TooManyRequests(ApiError):
     """Sent again later, the request is welcome. The SDK waits, samples for a second and all else for
     `seconds`, and sends fewer samples at once."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..engine import messages
 from .access import given_keys
-from .inference.addresses import Allowed
+from .inference.addresses import Allowed, is_loopback
 from .ledger.keys import any_in
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -51,8 +53,8 @@ class Settings(BaseSettings):
     # Weights that only a sampling session names are removed so long after its session's last sign of life.
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
 
-    # SGLang servers that sample for every tenant: a URL, or BASE_MODEL=URL; and their key. Clients may name
-    # others on this machine, and those allowed here: HOST, HOST:PORT or a network (10.0.0.0/8).
+    # SGLang servers that sample for every tenant: a URL, or BASE_MODEL=URL; and their key. Clients may
+    # register others only where they are allowed here: HOST, HOST:PORT or a network (10.0.0.0/8).
     sglang: Annotated[list[str], NoDecode] = Field(default_factory=list)
     sglang_api_key: SecretStr | None = None
     sglang_allow: Annotated[list[str], NoDecode] = Field(default_factory=list)
@@ -89,6 +91,9 @@ class Settings(BaseSettings):
     # they begin with `public_url`.
     signed_url_seconds: float = Field(3600.0, gt=0)
     public_url: str | None = None
+    # Without keys, requests to and pages of other hosts than this machine are refused, but for these:
+    # names, *.example.org, or * for any.
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
     # Clients are told to exchange their key for tokens (JSON Web Tokens), which are good for so long. The SDK
     # takes a new one when a minute is left.
     token_exchange: bool = False
@@ -124,7 +129,7 @@ class Settings(BaseSettings):
     disk_reserve_bytes: int = Field(256 << 20, ge=0)
     stop_patience_seconds: float = Field(600.0, gt=0)
 
-    @field_validator("model", "api_key", "sglang", "sglang_allow", mode="before")
+    @field_validator("model", "api_key", "sglang", "sglang_allow", "allowed_hosts", mode="before")
     @classmethod
     def _comma_separated(cls, value: object) -> object:
         return (
@@ -155,8 +160,18 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _known_addresses(self) -> Settings:
-        Allowed(self.sglang_urls, self.sglang_allow, self.is_loopback)
+        Allowed(self.sglang_urls, self.sglang_allow).close()
         return self
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_of_hosts(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-][A-Za-z0-9._-]*|[0-9A-Fa-f:]+", name):
+                raise ValueError(
+                    f"{name!r}: write a host's name without scheme and port, *.example.org, or *"
+                )
+        return names
 
     @model_validator(mode="after")
     def _keys_that_clients_can_send(self) -> Settings:
@@ -181,6 +196,12 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def own_hosts(self) -> list[str]:
+        """The names by which clients may reach a server without keys, besides those of loopback."""
+        public = urlsplit(self.public_url or "").hostname
+        return [*self.allowed_hosts, *([public] if public and not is_loopback(public) else [])]
 
     @property
     def api_keys(self) -> list[str]:

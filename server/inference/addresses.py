@@ -1,12 +1,23 @@
-"""Which machines this server may ask anything: what a client names could be anybody's."""
+"""Which machines this server may ask anything: what a client names could be anybody's.
+
+Nothing is allowed but what the operator names. Loopback, link-local (where clouds keep their metadata and
+credentials), multicast and unspecified addresses are never meant by a wider network: `0.0.0.0/0` allows the
+public and private ones only.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import socket
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_RESOLVING_SECONDS = 5.0
 
 
 def host_and_port(url: str) -> tuple[str, int]:
@@ -19,49 +30,132 @@ def host_and_port(url: str) -> tuple[str, int]:
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def address(host: str) -> Address | None:
+    """The IP address that `host` is; IPv4 written as IPv6 is IPv4. None for a name."""
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
     try:
-        return ipaddress.ip_address(host.strip("[]"))
+        found = ipaddress.ip_address(host)
     except ValueError:
         return None
+    return _plain(found)
+
+
+def _plain(found: Address) -> Address:
+    """IPv4 that is written as IPv6 (`::ffff:a.b.c.d`, 6to4, Teredo, NAT64) is where it leads."""
+    if isinstance(found, ipaddress.IPv4Address):
+        return found
+    if found.ipv4_mapped is not None:
+        return found.ipv4_mapped
+    if found.sixtofour is not None:
+        return found.sixtofour
+    if found.teredo is not None:
+        return found.teredo[1]
+    is_embedded = found in _NAT64 or (int(found) >> 32 == 0 and int(found) > 1)
+    return ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if is_embedded else found
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_loopback(host: str) -> bool:
     found = address(host)
-    return host == "localhost" if found is None else found.is_loopback
+    return host.lower() == "localhost" if found is None else found.is_loopback
 
 
 def url_of(host: str, port: int) -> str:
     found = address(host)
-    bracketed = f"[{found}]" if isinstance(found, ipaddress.IPv6Address) else host
-    return f"http://{bracketed}:{port}"
+    plain = host if found is None else f"[{found}]" if found.version == 6 else str(found)
+    return f"http://{plain}:{port}"
+
+
+def _is_special(found: Address | Network) -> bool:
+    """Whether only an entry for just such addresses allows it."""
+    return found.is_loopback or found.is_link_local or found.is_multicast or found.is_unspecified
+
+
+class NotAllowed(Exception):
+    """The host leads to no address that the operator allows. The message does not say where it leads."""
 
 
 class Allowed:
     """What the operator serves with, and what else the operator allows: `HOST`, `HOST:PORT` or a network like
-    `10.0.0.0/8`; and this machine, if only its own users can ask us (`loopback`). A name is compared as it is
-    written; it is resolved by nobody here, so one that is allowed is its resolver's to mean."""
+    `10.0.0.0/8`. Names are allowed as they are written, and may lead to any address but a link-local,
+    multicast or unspecified one. Nobody resolves a name that is not allowed."""
 
-    def __init__(self, served: Iterable[str], allowed: Iterable[str], loopback: bool):
+    def __init__(self, served: Iterable[str], allowed: Iterable[str]):
         """Raises ValueError."""
-        self._loopback = loopback
-        self._places = {host_and_port(url) for url in served}
+        self._places: set[tuple[str, int]] = set()
         self._hosts: set[str] = set()
         self._networks: list[Network] = []
+        for url in served:
+            self._allow_place(*host_and_port(url))
         for entry in allowed:
             if "/" in entry:
                 self._networks.append(ipaddress.ip_network(entry))
-            elif (found := address(entry)) is not None:
-                self._hosts.add(str(found))
-            elif ":" in entry:
-                self._places.add(host_and_port(f"http://{entry}"))
+            elif ":" in entry and address(entry) is None:
+                self._allow_place(*host_and_port(f"http://{entry}"))
             else:
-                self._hosts.add(entry.lower())
+                self._hosts.update(_names(entry))
+        # Apart from all other threads: looking up a name may take long.
+        self._resolvers = ThreadPoolExecutor(4, "resolver")
+
+    def _allow_place(self, host: str, port: int) -> None:
+        self._places.update((name, port) for name in _names(host))
 
     def __contains__(self, place: tuple[str, int]) -> bool:
-        host, port = place[0].lower(), place[1]
-        found = address(host)
-        plain = host if found is None else str(found)
-        if (self._loopback and is_loopback(host)) or plain in self._hosts or (plain, port) in self._places:
+        """Whether the host is named, or is an address in an allowed network."""
+        host, port = _normal(place[0]), place[1]
+        if host in self._hosts or (host, port) in self._places:
             return True
-        return found is not None and any(found in network for network in self._networks)
+        found = address(host)
+        if found is None:
+            return host == _LOCALHOST and any((name, port) in self for name in _LOOPBACK)
+        return any(_covers(network, found) for network in self._networks)
+
+    async def resolve(self, host: str, port: int) -> str:
+        """The address to connect to. Raises NotAllowed, and OSError for a name that leads nowhere.
+
+        Whoever connects has to use this address, not the name: the name may lead elsewhere a moment later.
+        """
+        if (host, port) not in self:
+            raise NotAllowed(f"{host}:{port} is not allowed")
+        literal = address(host)
+        if literal is not None:
+            return str(literal)
+        for found in await self._addresses(host, port):
+            is_network_s_own = found.is_link_local or found.is_multicast or found.is_unspecified
+            if not is_network_s_own or (str(found), port) in self:
+                return str(found)
+        raise NotAllowed(f"{host}:{port} leads to an address that is not allowed")
+
+    async def _addresses(self, host: str, port: int) -> list[Address]:
+        def look_up() -> list[Address]:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            # What follows a % is the interface of a link-local address.
+            return [_plain(ipaddress.ip_address(str(each[4][0]).partition("%")[0])) for each in found]
+
+        looking = asyncio.get_running_loop().run_in_executor(self._resolvers, look_up)
+        return await asyncio.wait_for(looking, _RESOLVING_SECONDS)
+
+    def close(self) -> None:
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
+
+
+_LOCALHOST = "localhost"
+_LOOPBACK = ("127.0.0.1", "::1")
+
+
+def _names(host: str) -> tuple[str, ...]:
+    """The host as places are compared; `localhost` is the loopback addresses too."""
+    plain = _normal(host)
+    return (plain, *_LOOPBACK) if plain == _LOCALHOST else (plain,)
+
+
+def _normal(host: str) -> str:
+    found = address(host)
+    return host.lower().rstrip(".") if found is None else str(found)
+
+
+def _covers(network: Network, found: Address) -> bool:
+    return found in network and (_is_special(network) or not _is_special(found))

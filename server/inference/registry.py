@@ -24,7 +24,7 @@ class Registry:
         self._settings = settings
         self._ledger = ledger
         self._endpoints = endpoints
-        self._allowed = Allowed(settings.sglang_urls, settings.sglang_allow, settings.is_loopback)
+        self._allowed = Allowed(settings.sglang_urls, settings.sglang_allow)
 
     async def start(self) -> None:
         """All that there were, and those of the settings."""

@@ -11,7 +11,7 @@ import pytest
 from conformance.server_process import ServerProcess, Wire
 
 STALL_SECONDS = 2.0
-HEAD = b"POST /api/v1/create_session HTTP/1.1\r\nHost: tinsmith\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /api/v1/create_session HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = b'{"tags": [], "sdk_version": "0.38.0"}'
 
 
@@ -73,7 +73,7 @@ def test_who_does_not_read_is_not_waited_for(server: ServerProcess) -> None:
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     deaf.connect(("127.0.0.1", server.port))
     deaf.settimeout(20)
-    request = b"GET /openapi.json HTTP/1.1\r\nHost: tinsmith\r\n\r\n"
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
     def ask_on() -> None:
         for _ in range(200):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -16,7 +18,115 @@ from typer.testing import CliRunner, Result
 
 @pytest.fixture(scope="module")
 def keyless(make_server) -> ServerProcess:
-    return make_server().start(wait_for_engine=False)
+    allowed = {"TINSMITH_ALLOWED_HOSTS": "*.colab.example,gpu-1"}
+    return make_server(**allowed).start(wait_for_engine=False)
+
+
+def raw(server: ServerProcess, method: str, path: str, body: str | None, headers: dict[str, str]) -> str:
+    """The status and the body of the answer to exactly these headers; PORT is the server's port."""
+    connection = HTTPConnection("127.0.0.1", server.port)
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in headers.items():
+        connection.putheader(name, value.replace("PORT", str(server.port)))
+    if body is not None:
+        connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(None if body is None else body.encode())
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    assert "access-control-allow-origin" not in {name.lower() for name, _ in answer.getheaders()}
+    return f"{answer.status} {text}"
+
+
+HERE = {"Host": "127.0.0.1:PORT"}
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+SESSION = json.dumps({"tags": []})
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        HERE | JSON,
+        {"Host": "localhost:PORT"} | JSON,
+        {"Host": "LocalHost"} | JSON,
+        {"Host": "127.0.0.2"} | JSON,
+        {"Host": "[::1]:PORT"} | JSON,
+        {"Host": "tinsmith.localhost:PORT"} | JSON,
+        {"Host": "a.colab.example"} | JSON,
+        {"Host": "gpu-1:1234"} | JSON,
+        JSON,  # HTTP/1.0 and no browser
+        HERE | {"Content-Type": "application/json; charset=utf-8"},
+        # Our own pages, /docs among them; and pages that the operator allows.
+        HERE | JSON | {"Origin": "http://127.0.0.1:PORT", "Sec-Fetch-Site": "same-origin"},
+        {"Host": "localhost:PORT", "Origin": "http://localhost:PORT"} | JSON,
+        {"Host": "localhost:PORT", "Origin": "http://127.0.0.1:PORT"} | JSON,
+        HERE | JSON | {"Origin": "https://x.colab.example", "Sec-Fetch-Site": "cross-site"},
+        {"Host": "gpu-1", "Origin": "https://gpu-1"} | JSON,
+    ],
+)
+def test_without_keys_this_machine_s_clients_are_served(keyless: ServerProcess, headers: dict) -> None:
+    answer = raw(keyless, "POST", "/api/v1/create_session", SESSION, headers)
+    assert answer.startswith("200 "), answer
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "name"),
+    [
+        ({"Host": "evil.example"} | JSON, 403, "Host"),
+        ({"Host": "evil.example:PORT"} | JSON, 403, "Host"),
+        ({"Host": "127.0.0.1.evil.example"} | JSON, 403, "Host"),
+        ({"Host": "localhost.evil.example"} | JSON, 403, "Host"),
+        ({"Host": "evillocalhost"} | JSON, 403, "Host"),
+        ({"Host": "colab.example"} | JSON, 403, "Host"),
+        ({"Host": "10.0.0.2"} | JSON, 403, "Host"),
+        ({"Host": "0.0.0.0:PORT"} | JSON, 403, "Host"),
+        ({"Host": "[::2]"} | JSON, 403, "Host"),
+        ({"Host": "a@evil.example:x"} | JSON, 403, "Host"),
+        ({"Host": ""} | JSON, 403, "Host"),
+        (HERE | JSON | {"Origin": "https://evil.example"}, 403, "Origin"),
+        (HERE | JSON | {"Origin": "null"}, 403, "Origin"),
+        (HERE | JSON | {"Origin": "http://127.0.0.1:1"}, 403, "Origin"),
+        (HERE | JSON | {"Origin": "http://127.0.0.1"}, 403, "Origin"),
+        (HERE | JSON | {"Origin": "http://gpu-10"}, 403, "Origin"),
+        (HERE | JSON | {"Origin": "chrome-extension://abcdef"}, 403, "Origin"),
+        # A page that was reached by a rebound name is of the same origin as what it asks.
+        ({"Host": "evil.example:PORT", "Origin": "http://evil.example:PORT"} | JSON, 403, "Host"),
+        (HERE | JSON | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403, "Sec-Fetch-Site"),
+        (HERE | JSON | {"Sec-Fetch-Site": "same-site"}, 403, "Sec-Fetch-Site"),
+        (HERE | JSON | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403, "Sec-Fetch"),
+        (HERE, 415, "Content-Type"),
+        (HERE | {"Content-Type": "text/plain"}, 415, "Content-Type"),
+        (HERE | {"Content-Type": "text/plain;charset=UTF-8"}, 415, "Content-Type"),
+        (HERE | {"Content-Type": "text/plain, application/json"}, 415, "Content-Type"),
+        (HERE | {"Content-Type": "multipart/form-data; boundary=x"}, 415, "Content-Type"),
+        (HERE | FORM | {"Origin": "http://127.0.0.1:PORT"}, 415, "Content-Type"),
+        (HERE | FORM | {"Referer": "https://evil.example/"}, 415, "Content-Type"),
+        (HERE | FORM | {"User-Agent": "Mozilla/5.0"}, 415, "Content-Type"),
+    ],
+)
+def test_without_keys_a_web_page_of_another_site_does_nothing(
+    keyless: ServerProcess, headers: dict, status: int, name: str
+) -> None:
+    before = sessions(keyless, None).json()
+    answer = raw(keyless, "POST", "/api/v1/create_session", SESSION, headers)
+    assert answer.startswith(f"{status} "), answer
+    assert name in json.loads(answer[4:])["error"]
+    assert sessions(keyless, None).json() == before
+
+
+def test_without_keys_a_page_reads_nothing_but_a_link_may_be_followed(keyless: ServerProcess) -> None:
+    foreign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    for path in ("/api/v1/sessions", "/docs", "/health", "/metrics"):
+        assert raw(keyless, "GET", path, None, {"Host": "evil.example"}).startswith("403 ")
+        assert raw(keyless, "GET", path, None, HERE | foreign).startswith("403 ")
+    visit = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert raw(keyless, "GET", "/docs", None, HERE | visit).startswith("200 ")
+    preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    assert raw(keyless, "OPTIONS", "/api/v1/create_session", None, HERE | preflight).startswith("403 ")
+    # `curl -d` says that its JSON is a form; what comes of it is the route's to say.
+    sent_by_curl = HERE | FORM | {"User-Agent": "curl/8.5.0"}
+    assert "Content-Type: " not in raw(keyless, "POST", "/api/v1/create_session", SESSION, sent_by_curl)
 
 
 def keys(data_dir: Path, *arguments: str) -> Result:
@@ -45,9 +155,9 @@ def test_created_used_revoked_refused(keyless: ServerProcess) -> None:
     assert len(alice) > 40
 
     assert becomes(keyless, None, 401), "without a key no longer"
-    assert sessions(keyless, local).status_code == 200
+    assert becomes(keyless, local, 200)
     assert sessions(keyless, "tml-guess").status_code == 401
-    assert sessions(keyless, local).json() == {"sessions": [before]}
+    assert sessions(keyless, local).json()["sessions"][0] == before
     mine = Wire(keyless.url, alice).session()
     assert sessions(keyless, alice).json() == {"sessions": [mine]}
     assert sessions(keyless, bob).json() == {"sessions": []}

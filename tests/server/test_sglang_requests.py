@@ -211,39 +211,66 @@ def test_which_base_model_it_has(model: BaseModel, tmp_path: Path) -> None:
 
 
 def test_which_machines_may_be_asked() -> None:
-    named = ["10.1.0.0/16", "gpu-2", "gpu-3:30001", "fd00::1"]
-    allowed = Allowed(["http://gpu-1:30000"], named, loopback=True)
+    named = ["10.1.0.0/16", "gpu-2", "gpu-3:30001", "fd00::1", "127.0.0.5", "[fd00::2]:30002"]
+    allowed = Allowed(["http://gpu-1:30000", "http://127.0.0.1:30000"], named)
     for place in [
-        ("localhost", 1),
-        ("127.0.0.1", 2),
-        ("127.8.8.8", 2),
-        ("[::1]", 3),
         ("gpu-1", 30000),
+        ("127.0.0.1", 30000),
+        ("localhost", 30000),
         ("10.1.2.3", 80),
         ("GPU-2", 5),
+        ("gpu-2.", 5),
         ("gpu-3", 30001),
         ("fd00:0::1", 8),
+        ("[fd00::1]", 8),
+        ("fd00::2", 30002),
+        ("::ffff:10.1.2.3", 80),
+        ("127.0.0.5", 80),
     ]:
         assert place in allowed, place
     for place in [
         ("gpu-1", 30001),
         ("gpu-3", 30000),
         ("10.2.0.1", 80),
+        ("127.0.0.1", 5432),
+        ("localhost", 5432),
+        ("::1", 30000),
+        ("127.8.8.8", 2),
         ("169.254.169.254", 80),
         ("localhost.example.org", 80),
-        ("2130706433", 80),
-        ("0.0.0.0", 80),
-        ("::ffff:10.1.2.3", 80),
+        ("2130706433", 30000),
+        ("127.1", 30000),
+        ("0x7f000001", 30000),
+        ("0.0.0.0", 30000),
+        ("::", 30000),
+        ("100.64.0.1", 80),
+        ("192.168.0.1", 80),
+        ("224.0.0.1", 80),
+        ("fe80::1", 80),
+        ("::ffff:10.2.0.1", 80),
+        ("::ffff:169.254.169.254", 80),
+        ("64:ff9b::a9fe:a9fe", 80),
+        ("2002:a9fe:a9fe::", 80),
+        ("fd00::2", 30003),
         ("example.org", 443),
     ]:
         assert place not in allowed, place
 
 
-def test_a_server_that_others_reach_is_not_sent_to_its_own_machine_by_them() -> None:
-    allowed = Allowed(["http://127.0.0.1:30000"], [], loopback=False)
-    assert ("127.0.0.1", 30000) in allowed
-    for place in [("127.0.0.1", 5432), ("localhost", 30000), ("::1", 30000)]:
-        assert place not in allowed, place
+def test_a_wide_network_is_not_this_machine_nor_its_cloud_s_metadata() -> None:
+    wide = Allowed([], ["0.0.0.0/0", "::/0"])
+    for host in ("10.0.0.1", "192.168.1.1", "100.64.0.1", "93.184.216.34", "2606:2800::1", "fd00::1"):
+        assert (host, 80) in wide, host
+    for host in ("127.0.0.1", "::1", "169.254.169.254", "fe80::1", "224.0.0.1", "0.0.0.0", "::"):
+        assert (host, 80) not in wide, host
+        assert (f"::ffff:{host}", 80) not in wide, host
+    assert ("localhost", 80) not in wide
+    for entry, host in [
+        ("127.0.0.0/8", "127.3.4.5"),
+        ("169.254.0.0/16", "169.254.1.1"),
+        ("localhost", "::1"),
+    ]:
+        assert (host, 80) in Allowed([], [entry])
 
 
 @pytest.mark.parametrize(
