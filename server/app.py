@@ -18,6 +18,7 @@ from .access.tokens import Tokens
 from .backend import Backend
 from .base_models import BaseModel, resolve
 from .body_limits import BodyLimits
+from .ledger.ledger import Ledger
 from .metrics import Measured, Metrics
 from .routers import (
     accounts,
@@ -49,8 +50,10 @@ from .routers import (
 from .settings import Settings
 
 
-def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -> FastAPI:
-    """`base_models` defaults to resolving `settings.model`."""
+def create_app(
+    settings: Settings, base_models: list[BaseModel] | None = None, ledger: Ledger | None = None
+) -> FastAPI:
+    """`base_models` defaults to resolving `settings.model`, `ledger` to opening it at the start."""
     if base_models is None:
         base_models = [
             resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
@@ -61,7 +64,7 @@ def create_app(settings: Settings, base_models: list[BaseModel] | None = None) -
     signer = UrlSigner(settings.data_dir, settings.signed_url_seconds)
     known = {model.name: model for model in base_models}
     tokens = Tokens(signer, settings.token_seconds)
-    backend = Backend(settings, known, keys, quotas, admission, signer, tokens)
+    backend = Backend(settings, known, keys, quotas, admission, signer, tokens, ledger)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -24,7 +24,7 @@ from .inference.endpoints import Endpoints
 from .inference.registry import Registry
 from .inference.sampling import Sampling
 from .ledger import tenancy
-from .ledger.ledger import Ledger
+from .ledger.ledger import Ledger, open_owned
 from .live.custom_losses import CustomLosses
 from .live.live_samplers import LiveSamplers
 from .live.runs import Runs
@@ -57,6 +57,7 @@ class Backend:
     admission: Admission
     signer: UrlSigner
     tokens: Tokens
+    opened: Ledger | None = None  # the ledger, if it has been opened already
     ledger: Ledger = field(init=False)
     disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)
@@ -87,13 +88,15 @@ class Backend:
     async def start(self) -> None:
         """Opens the ledger, starts the engine without waiting for it, takes up what was unfinished."""
         settings = self.settings
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
+        self.ledger = self.opened or open_owned(
+            settings.data_dir, settings.ledger_url, settings.sync_every_commit
+        )
         self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes)
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
             self._answered,
             settings.engine_silence_seconds,
+            inherited=() if self.ledger.owner is None else self.ledger.owner.descriptors,
         )
         self.operations = Operations(self.ledger, self.engine, self.disk)
         self.completions = Completions(self.ledger, self.operations)

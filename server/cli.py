@@ -117,6 +117,8 @@ def serve(
     given = {key: value for key, value in locals().items() if value is not None}
     from .base_models import resolve
     from .ledger.keys import any_in
+    from .ledger.ledger import Ledger, check
+    from .ledger.ownership import claim
     from .serve import listen, run
     from .settings import Settings
 
@@ -131,16 +133,24 @@ def serve(
     )
     for noisy in ("uvicorn", "alembic", "asyncio", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    owner = None
     try:
+        check(settings.ledger_url)
+        if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
+            owner = claim(settings.data_dir, settings.ledger_url)
         base_models = [
             resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
         ]
         listener = listen(settings.host, settings.port)
+        owner = owner or claim(settings.data_dir, settings.ledger_url)
+        ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)
     except (ValueError, OSError, RuntimeError) as error:
+        if owner is not None:
+            owner.release()
         _fail(str(error))
     needs_keys = bool(settings.api_keys) or any_in(settings.ledger_url)
     _introduce(settings, base_models, listener.getsockname()[1], needs_keys)
-    if not run(settings, base_models, listener):
+    if not run(settings, base_models, listener, ledger):
         raise typer.Exit(1)
     typer.echo("stopped; everything is saved")
 

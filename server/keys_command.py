@@ -53,7 +53,11 @@ def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
         finally:
             ledger.close()
 
-    return asyncio.run(write())
+    try:
+        return asyncio.run(write())
+    except ValueError as error:
+        typer.echo(f"tinsmith: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _check_tenant(tenant: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import socket
 from types import FrameType
 
@@ -13,6 +14,7 @@ import uvicorn
 from .app import create_app
 from .base_models import BaseModel
 from .connections import Connection, allow_many
+from .ledger.ledger import Ledger
 from .settings import Settings
 
 log = logging.getLogger("tinsmith.server")
@@ -29,9 +31,10 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        watch = asyncio.ensure_future(self._watch_start())
+        watches = [asyncio.ensure_future(each) for each in (self._watch_start(), self._watch_lease())]
         await super().serve(sockets)
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
 
     async def _watch_start(self) -> None:
         """An engine that refuses to start at all would do so the next time too."""
@@ -41,6 +44,17 @@ class Server(uvicorn.Server):
         if self._draining is None:
             log.error("the engine could not start; its messages above say why")
             self.failed = self.should_exit = True
+
+    async def _watch_lease(self) -> None:
+        """A server that another one has replaced ends at once: what it has in memory may be wrong by now."""
+        while not self.started:
+            await asyncio.sleep(0.05)
+        backend = self.config.app.state.backend  # type: ignore[union-attr]
+        await asyncio.shield(asyncio.wrap_future(backend.ledger.lost))
+        log.error("stopping at once, with the engine: this server does not own its ledger any more")
+        backend.engine.kill()
+        logging.shutdown()
+        os._exit(1)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not noted as captured: uvicorn would raise it again at the end, and the exit code would not be 0.
@@ -73,10 +87,10 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket) -> bool:
+def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket, ledger: Ledger) -> bool:
     """Serves on `listener` until SIGINT or SIGTERM; whether it started, and stopped with all saved."""
     config = uvicorn.Config(
-        create_app(settings, base_models),
+        create_app(settings, base_models, ledger),
         http=Connection,
         log_config=None,
         access_log=False,

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sqlalchemy import Connection, Row, create_engine, insert, inspect, make_url, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from . import audit
+from .faults import LedgerUnusable, why_unusable
 from .schema import api_keys
 from .tenancy import ensure_tenant
 
@@ -54,11 +56,16 @@ def any_in(url: str) -> bool:
     location = make_url(url)
     if location.get_backend_name() == "sqlite" and not Path(location.database or "").is_file():
         return False
-    engine = create_engine(location)
+    try:
+        engine = create_engine(location)
+    except ImportError as error:
+        raise LedgerUnusable(f"database_url: {error}") from error
     try:
         with engine.connect() as connection:
             if not inspect(connection).has_table(api_keys.name):
                 return False
             return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
+    except SQLAlchemyError as error:
+        raise LedgerUnusable(why_unusable(engine, error)) from error
     finally:
         engine.dispose()

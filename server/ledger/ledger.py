@@ -3,31 +3,43 @@
 The event loop never waits for a disk: `write` hands a function over a connection to the writer thread and
 returns a future; whatever is waiting when the thread gets to it is committed together, each function in its
 own savepoint, and the futures resolve after the commit. Functions run in the order of the `write` calls.
+
+A server owns its ledger: each of its transactions, also one that only reads, begins with a look at the lease
+(lease.py). Commands such as `tinsmith keys` write without owning it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, OperationalError
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from ..errors import StorageFull, Unavailable
+from . import lease as leases
+from .faults import LedgerUnusable, damaged, file_of, why_unusable
+from .ownership import Ownership, claim, require_local, sqlite_file
 
 log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")
 BUSY_MILLISECONDS = 10_000  # how long another process may hold the database before a write fails
 _JOURNAL_BYTES = 64 << 20  # of the write-ahead log that stay on disk after a burst
 _GROUP = 256  # functions in one commit, at most
+_MIGRATING = 0x74696E736D697468  # the advisory lock, in PostgreSQL, of those that migrate
+_LOOK_SECONDS = 0.5  # whether the lease has expired
 
 
 def _connect(url: str, sync_every_commit: bool) -> Engine:
@@ -52,12 +64,6 @@ def _connect(url: str, sync_every_commit: bool) -> Engine:
     return engine
 
 
-def _file_of(engine: Engine) -> Path | None:
-    """None for a database in memory, or of another kind."""
-    name = engine.url.database
-    return Path(name) if engine.dialect.name == "sqlite" and name and name != ":memory:" else None
-
-
 def _identity(file: Path) -> tuple[int, int] | None:
     """Of the file that has this name now."""
     try:
@@ -74,22 +80,108 @@ class Ledger:
     too, `sync_every_commit` waits for the disk at every commit, which costs milliseconds.
     """
 
-    def __init__(self, url: str, sync_every_commit: bool = False):
-        self._engine = _connect(url, sync_every_commit)
-        self._migrate()
-        self._file = _file_of(self._engine)
+    def __init__(self, url: str, sync_every_commit: bool = False, owner: Ownership | None = None):
+        """`owner`: the server that is to own the ledger, until `close`; it has locked an SQLite file.
+
+        Raises LedgerUnusable, and InUse while another server owns the ledger.
+        """
+        file = sqlite_file(url)
+        if file is not None:
+            require_local(file)
+        self.lost: concurrent.futures.Future[None] = concurrent.futures.Future()
+        """Done once another server owns the ledger: this one has to end."""
+        self.owner = owner
+        self._lease: leases.Lease | None = None
+        try:
+            self._engine = _connect(url, sync_every_commit)
+        except (ArgumentError, ImportError) as error:
+            raise LedgerUnusable(f"database_url: {error}") from error
+        try:
+            if owner is not None and self._has_lease():
+                self._own(owner, unlocked=file is not None)  # before anything is changed in another's ledger
+            self._migrate()
+            if owner is not None and self._lease is None:
+                self._own(owner, unlocked=file is not None)
+        except (SQLAlchemyError, CommandError) as error:
+            self._engine.dispose()
+            raise LedgerUnusable(why_unusable(self._engine, error)) from error
+        except BaseException:
+            self._engine.dispose()
+            raise
+        self._file = file_of(self._engine)
         self._identity = self._file and _identity(self._file)
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
         self._writer.start()
+        self._closing = threading.Event()
+        self._renewer = threading.Thread(target=self._renew_forever, name="lease", daemon=True)
+        if self._lease is not None:
+            self._renewer.start()
 
     def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config = _migrations()
         with self._engine.connect().execution_options(writes=True) as connection:
+            if self._engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
+
+    # --- the lease
+
+    def _has_lease(self) -> bool:
+        with self._engine.connect() as connection:
+            return inspect(connection).has_table("lease")
+
+    def _own(self, owner: Ownership, unlocked: bool) -> None:
+        """Waits for a lease that may be a dead server's. Raises InUse for one that is renewed meanwhile."""
+        renewed_at: float | None = None
+        while True:
+            with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+                found = leases.acquire(connection, owner.holder, unlocked, renewed_at)
+            if isinstance(found, leases.Lease):
+                self._lease = found
+                return
+            if renewed_at is None:
+                log.warning("the ledger has an owner; waiting for its lease to be renewed or to expire")
+                renewed_at = found
+            time.sleep(_LOOK_SECONDS)
+
+    def _require_lease(self, connection: Connection) -> None:
+        """Raises LeaseLost when another server owns the ledger."""
+        if self._lease is not None and not leases.is_held(connection, self._lease.generation):
+            self._lose()
+            raise LeaseLost
+
+    def _lose(self) -> None:
+        try:
+            self.lost.set_result(None)
+        except concurrent.futures.InvalidStateError:
+            return  # it is known
+        log.error("another server owns the ledger now; this one writes nothing any more")
+
+    def _renew_forever(self) -> None:
+        assert self._lease is not None
+        while not self._closing.wait(leases.RENEWAL_SECONDS) and not self.lost.done():
+            try:
+                self._require_file()
+                with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+                    held = leases.renew(connection, self._lease.generation)
+                if not held:
+                    self._lose()
+            except Exception as error:  # transactions look for themselves; the next renewal may succeed
+                log.debug("the lease could not be renewed: %s", error)
+
+    def _release(self) -> None:
+        assert self._lease is not None
+        try:
+            self._require_file()
+            with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+                leases.release(connection, self._lease.generation)
+        except Exception as error:
+            log.debug("the lease could not be released: %s", error)
+
+    # --- reading and writing
 
     def write(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
         """Queues `change` and returns at once; the future resolves when it is on disk.
@@ -110,13 +202,20 @@ class Ledger:
         """As `read`, in the caller's thread: for start-up."""
         self._require_file()
         with self._engine.connect() as connection:
+            self._require_lease(connection)
             return query(connection)
 
     def close(self) -> None:
         """Writes what is queued, then stops."""
         self._changes.put(None)
         self._writer.join()
+        if self._lease is not None:
+            self._closing.set()
+            self._renewer.join()
+            self._release()
         self._engine.dispose()
+        if self.owner is not None:
+            self.owner.release()
 
     def _require_file(self) -> None:
         """Raises Unavailable when the file was deleted, moved or replaced: SQLite would go on writing where
@@ -144,28 +243,87 @@ class Ledger:
             self._require_file()
             with self._engine.connect().execution_options(writes=True) as connection:
                 if len(group) == 1:
-                    outcomes = [_alone(connection, *group[0][:2])]
+                    outcomes = [self._alone(connection, *group[0][:2])]
                 else:
                     with connection.begin():
+                        self._require_lease(connection)
                         outcomes = [_among_others(connection, *each[:2]) for each in group]
         except Exception as error:
-            log.exception("the ledger could not be written")
+            if not isinstance(error, LeaseLost):
+                log.exception("the ledger could not be written")
             outcomes = [(done, None, _unwritable(error)) for _change, done, _loop in group]
         try:
             group[0][2].call_soon_threadsafe(_resolve, outcomes)
         except RuntimeError:  # the event loop is closed: nobody waits any more
             log.debug("the event loop is closed")
 
+    def _alone(
+        self, connection: Connection, change: Callable[[Connection], T], done: asyncio.Future[T]
+    ) -> tuple:
+        """The transaction is its savepoint."""
+        try:
+            with connection.begin():
+                self._require_lease(connection)
+                value = change(connection)
+            return done, value, None
+        except Exception as error:
+            _raise_if_unwritable(error)
+            return done, None, error
 
-def _alone(connection: Connection, change: Callable[[Connection], T], done: asyncio.Future[T]) -> tuple:
-    """The transaction is its savepoint."""
+
+class LeaseLost(Unavailable):
+    """Another server owns the ledger; whoever asks again may be answered by that one."""
+
+    def __init__(self) -> None:
+        super().__init__("another server owns this server's ledger now, and this one stops; try again")
+
+
+def open_owned(data_dir: Path, url: str, sync_every_commit: bool = False) -> Ledger:
+    """The data directory and its ledger, for this server alone. Raises as `claim` and `Ledger` do."""
+    owner = claim(data_dir, url)
     try:
-        with connection.begin():
-            value = change(connection)
-        return done, value, None
-    except Exception as error:
-        _raise_if_unwritable(error)
-        return done, None, error
+        return Ledger(url, sync_every_commit, owner)
+    except BaseException:
+        owner.release()
+        raise
+
+
+def check(url: str) -> None:
+    """Open the ledger at `url`, if it is there, and change nothing.
+
+    Raises LedgerUnusable for one that is damaged or newer than this version of Tinsmith.
+    """
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        return
+    try:
+        engine = create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise LedgerUnusable(f"database_url: {error}") from error
+    try:
+        with engine.connect() as connection:
+            if file is not None and file.stat().st_size <= _CHECKED_BYTES:
+                found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                if found != "ok":
+                    raise LedgerUnusable(damaged(file, str(found)))
+            if inspect(connection).has_table("alembic_version"):
+                for revision in connection.exec_driver_sql(
+                    "SELECT version_num FROM alembic_version"
+                ).scalars():
+                    ScriptDirectory.from_config(_migrations()).get_revision(revision)
+    except (SQLAlchemyError, CommandError) as error:
+        raise LedgerUnusable(why_unusable(engine, error)) from error
+    finally:
+        engine.dispose()
+
+
+_CHECKED_BYTES = 256 << 20  # reading more would take long
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
 
 
 def _among_others(

@@ -24,6 +24,17 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+# One row: the server that owns the ledger (lease.py).
+lease = Table(
+    "lease",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("ledger", String(32), nullable=False),  # what tells this ledger from every other one
+    Column("generation", BigInteger, nullable=False),
+    Column("holder", JSON),  # null: released, or never held
+    Column("renewed_at", Float, nullable=False),
+)
+
 tenants = Table(
     "tenants",
     metadata,

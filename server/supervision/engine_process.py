@@ -10,6 +10,7 @@ that gives no sign of life for `silence_seconds` is killed: it is stopped, or ha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -74,11 +75,13 @@ class EngineProcess:
         on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
         silence_seconds: float,
         module: str = "tinsmith.engine",
+        inherited: tuple[int, ...] = (),
     ):
         self._config = config
         self._silence_seconds = silence_seconds
         self._silence = Silence(config.beat_seconds)
         self._module = module
+        self._inherited = inherited
         self._on_answer = on_answer
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._requests: dict[str, asyncio.Future[messages.Done | messages.Failed]] = {}
@@ -112,6 +115,7 @@ class EngineProcess:
             env=engine_environment(),
             start_new_session=True,  # Ctrl-C is for the server, which then stops the engine in order
             preexec_fn=_die_with_parent(),
+            pass_fds=self._inherited,
         )
         config = msgspec.structs.replace(
             self._config, address=address, under_way=f"{self._directory}/under_way"
@@ -161,6 +165,12 @@ class EngineProcess:
         self._requests[message.request_id] = answer
         self.send(messages.encode(message))
         return await answer
+
+    def kill(self) -> None:
+        self._stopping = True
+        if self._process is not None and self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def stop(self, patience_seconds: float) -> None:
         """Lets the engine finish what it has, then ends it. Idle or not yet loaded, it ends at once."""

@@ -33,8 +33,10 @@ class Supervisor:
         on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
         silence_seconds: float = 60.0,
         module: str = "tinsmith.engine",
+        inherited: tuple[int, ...] = (),
     ):
-        self._make = lambda: EngineProcess(config, on_answer, silence_seconds, module)
+        """`inherited`: descriptors that each engine has open as long as it lives."""
+        self._make = lambda: EngineProcess(config, on_answer, silence_seconds, module, inherited)
         self._process = self._make()
         self._keeper: asyncio.Task | None = None
         self._stopping = False
@@ -144,6 +146,11 @@ class Supervisor:
     def refuse_submits(self) -> None:
         """From now on `require_submits` raises; what was accepted still runs."""
         self._stopping = True
+
+    def kill(self) -> None:
+        """Ends the engine at once, for good."""
+        self._stopping = True
+        self._process.kill()
 
     async def stop(self, patience_seconds: float) -> None:
         """Lets the engine finish what it has, then ends it."""

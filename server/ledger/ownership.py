@@ -1,0 +1,212 @@
+"""One server per data directory.
+
+A server locks a file in its data directory, and another one beside an SQLite ledger that is somewhere else.
+Its engine inherits the open files, and the system releases a lock once no process has its file open any more.
+So the directory of a killed server is free as soon as its engine has ended too, and not before.
+
+Where locks do not reach (PostgreSQL, volumes of several machines) the lease in the ledger decides (lease.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import orjson
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from .faults import LedgerUnusable
+from .filesystems import network_filesystem
+
+log = logging.getLogger("tinsmith.ledger")
+
+EXPIRY_SECONDS = 20.0
+"""A holder on another machine that gave no sign of life for so long is taken to be dead."""
+_ENDING_SECONDS = 1.0  # a process that was just killed is there a little longer
+_ENGINE_ENDING_SECONDS = 60.0  # of a server that has ended: its device may take a while to let go
+_LOOK_SECONDS = 0.05
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class InUse(ValueError):
+    """Another server has the data directory, or the ledger. The message names it."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A server's process. `machine` and `born` tell it from others that had the same number."""
+
+    host: str
+    pid: int
+    since: float
+    machine: str  # a start of a machine, and the processes that see each other on it; empty: unknown
+    born: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        return cls(socket.gethostname(), os.getpid(), time.time(), _machine(), _born(os.getpid()) or "")
+
+    @classmethod
+    def of(cls, values: Any) -> Holder | None:
+        """From `values()`; None if these are no holder's."""
+        names = {field.name for field in fields(cls)}
+        return cls(**values) if isinstance(values, dict) and values.keys() == names else None
+
+    def values(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def has_ended(self) -> bool | None:
+        """None if that cannot be seen from here."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _born(self.pid) != self.born
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, since {since}"
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> str | None:
+    """When the process was started, in the system's ticks; None for one that has ended."""
+    try:
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else others[18]
+
+
+class FileLock:
+    """An exclusive lock on a file that says who has it. Raises InUse and OSError."""
+
+    def __init__(self, path: Path, holder: Holder, name: str):
+        self._path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock(name)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        written = os.pwrite(self.descriptor, orjson.dumps(holder.values()), 0)
+        os.ftruncate(self.descriptor, written)
+
+    def _lock(self, name: str) -> None:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                holder = self._holder()
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s cannot be locked: %s", self._path, error.strerror)
+                return
+            ended = None if holder is None else holder.has_ended()
+            patience = {True: _ENGINE_ENDING_SECONDS, False: _ENDING_SECONDS, None: EXPIRY_SECONDS}[ended]
+            if time.monotonic() - began > patience:
+                raise InUse(in_use(name, holder, "which has ended; its engine has not" if ended else ""))
+            time.sleep(_LOOK_SECONDS)
+
+    def _holder(self) -> Holder | None:
+        try:
+            return Holder.of(orjson.loads(os.pread(self.descriptor, 4096, 0)))
+        except orjson.JSONDecodeError:
+            return None  # it is being written
+
+    def release(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def in_use(name: str, holder: Holder | None, remark: str = "", other: str = "--data-dir") -> str:
+    who = "a process that does not say its name" if holder is None else str(holder)
+    return (
+        f"{name} is in use by another server: {who}{f' ({remark})' if remark else ''}; stop that one, "
+        f"or choose another {other}"
+    )
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite ledger; None for one in memory and for other databases.
+
+    Raises LedgerUnusable for what is no URL of a database.
+    """
+    try:
+        location = make_url(url)
+    except ArgumentError as error:
+        raise LedgerUnusable("database_url: write sqlite:////path/to/ledger.db or postgresql://…") from error
+    if location.get_backend_name() != "sqlite" or location.database in (None, "", ":memory:"):
+        return None
+    return Path(str(location.database))
+
+
+class Ownership:
+    """This server's hold on its data directory and on its SQLite ledger, until `release` or its end."""
+
+    def __init__(self, holder: Holder, locks: list[FileLock]):
+        self.holder = holder
+        self._locks = locks
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Open files that the engine inherits, so that they stay locked until it has ended as well."""
+        return tuple(lock.descriptor for lock in self._locks)
+
+    def release(self) -> None:
+        for lock in self._locks:
+            lock.release()
+
+
+def claim(data_dir: Path, ledger_url: str) -> Ownership:
+    """Make the data directory, if it is not there, and take hold of it.
+
+    Raises InUse if another server has it, LedgerUnusable for an SQLite ledger on a network file system, and
+    OSError for a directory that cannot be written.
+    """
+    ledger = sqlite_file(ledger_url)
+    if ledger is not None:
+        require_local(ledger)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    files = {data_dir / "owner.lock": f"the data directory {data_dir.resolve()}"}
+    if ledger is not None and ledger.parent.resolve() != data_dir.resolve():
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        files[ledger.with_name(f"{ledger.name}.lock")] = f"the ledger {ledger}"
+    holder = Holder.this_process()
+    locks: list[FileLock] = []
+    try:
+        for path, name in files.items():
+            locks.append(FileLock(path, holder, name))
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
+    return Ownership(holder, locks)
+
+
+def require_local(ledger: Path) -> None:
+    """Raises LedgerUnusable for a file on a network file system."""
+    found = network_filesystem(ledger.parent)
+    if found is not None:
+        raise LedgerUnusable(
+            f"the ledger {ledger} would be on a network file system ({found}), where SQLite's write-ahead "
+            "log is not safe. Put the data directory on a local disk; or leave it there, and set "
+            "TINSMITH_DATABASE_URL to sqlite:////local/disk/ledger.db or to a PostgreSQL database"
+        )
