@@ -14,41 +14,30 @@ Axes: L layers, R rank.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..model.config import ModelConfig
-from ..model.families import FAMILIES
+from ..model.families import FAMILIES, is_transposed
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank
-from . import digests
+from . import digests, peft_config
 from .atomic import atomic_directory, size_bytes
 from .hf_folder import READ_AS_ONE
+from .peft_config import AdapterConfig, AdapterError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."  # what PEFT puts before the names of the base model's modules
 
-# Features of PEFT that change the function which the matrices A and B stand for.
-_UNSUPPORTED = (
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "trainable_token_indices",
-)
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
-_MAX_CONFIG_BYTES = 1 << 20
-_MAX_ALPHA = 1e6
 
-
-class AdapterError(ValueError):
-    """The directory holds an adapter that the model cannot use; the message says why."""
+Unchanged = Callable[[str], np.ndarray]
+"""From our dotted name of one of the base model's parameters to its array."""
 
 
 @dataclass(frozen=True)
@@ -121,85 +110,94 @@ def is_adapter(directory: Path) -> bool:
     return (Path(directory) / CONFIG_FILE).is_file() and (Path(directory) / ADAPTER_FILE).is_file()
 
 
-def load_adapter(directory: Path, config: ModelConfig) -> SavedAdapter:
+def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = None) -> SavedAdapter:
     """Read an adapter into host memory, its rank padded with zeros to its bucket (`lora.pad_rank`).
 
-    A layer that a module's adapter leaves out gets zeros. Raises FileNotFoundError where there is no adapter;
-    AdapterError if it is not one for this model, or uses what a plain LoRA has not (DoRA, a rank per module,
-    biases, modules saved whole).
+    A layer that a module's adapter leaves out gets zeros. Modules may have ranks and scales of their own
+    (`rank_pattern`, `alpha_pattern`): a smaller rank is padded with zeros, and B carries what a scale differs
+    by. `base` is needed for a file that has copies of the base's embedding or unembedding, as PEFT sometimes
+    adds: they must be the base's own.
+
+    Raises FileNotFoundError where there is no adapter; AdapterError if it is not one for this model, or is
+    more than a plain LoRA (`peft_config`).
     """
     directory = Path(directory)
     if not is_adapter(directory):
         raise FileNotFoundError(f"no PEFT adapter in {directory.name}")
+    where = f"PEFT adapter {directory.name}"
     adapter_config = _read_config(directory)
-    refused = [key for key in _UNSUPPORTED if adapter_config.get(key)]
-    if adapter_config.get("bias", "none") != "none":
-        refused.append("bias")
-    if refused:
-        raise AdapterError(
-            f"PEFT adapter {directory.name} uses {', '.join(refused)}; only plain LoRA is supported"
-        )
-    rank = adapter_config["r"]
+    tensors = _read_tensors(directory)
+    a_shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
+    rank, alpha = adapter_config.overall(shape[0] for shape in a_shapes if shape)
+    if not 1 <= rank <= RANK_BUCKETS[-1]:
+        raise AdapterError(f"{where}: a lora_A has rank {rank}; ranks of 1 to {RANK_BUCKETS[-1]} are read")
     padded_rank = pad_rank(rank)
-    alpha = float(adapter_config["lora_alpha"]) * (
-        math.sqrt(rank) if adapter_config.get("use_rslora") else 1.0
-    )
 
     linears = {**config.linears, "unembed": (config.hidden_size, config.vocab_size)}
-    tensors = _read_tensors(directory)
     adapter: Adapter = {"layers": {}}
     for module, layer, name in _modules(None, config):
         into, out = linears[name]
-        for side, shape in (("a", (into, rank)), ("b", (rank, out))):
+        of_base = module.removeprefix(_PREFIX)
+        true_rank = adapter_config.rank_of(of_base)
+        factor = np.float32(adapter_config.scale_of(of_base) / (alpha / rank))
+        for side, shape in (("a", (into, true_rank)), ("b", (true_rank, out))):
             tensor = tensors.pop(f"{module}.lora_{side.upper()}.weight", None)
             if tensor is None:
                 continue
+            if (field := adapter_config.leaves_out(of_base)) is not None:
+                raise AdapterError(
+                    f"{where}: {field} leaves out {of_base}, for which there are tensors; PEFT would not "
+                    "load them"
+                )
             if tensor.T.shape != shape:
                 raise AdapterError(
-                    f"PEFT adapter {directory.name}: {module}.lora_{side.upper()} has shape {tensor.shape}; "
-                    f"expected {shape[::-1]}"
+                    f"{where}: {module}.lora_{side.upper()} has shape {tensor.shape}; expected {shape[::-1]}"
                 )
             padded = (into, padded_rank) if side == "a" else (padded_rank, out)
             pair = adapter["layers"] if layer is not None else adapter
             stored = pair.setdefault(name, {}).setdefault(
                 side, np.zeros(padded if layer is None else (config.num_layers, *padded), np.float32)
             )
-            (stored if layer is None else stored[layer])[: shape[0], : shape[1]] = tensor.T
-    # PEFT adds a copy of an unembedding that has an adapter. It is the base's, which LoRA leaves as it is.
-    for module, _, name in _modules(None, config)[-1:]:
-        copied = tensors.pop(f"{module}.base_layer.weight", None)
-        if copied is not None and copied.shape != linears[name][::-1]:
-            raise AdapterError(
-                f"PEFT adapter {directory.name}: {module} has shape {copied.shape}; "
-                f"the model's is {linears[name][::-1]}"
-            )
+            at = (stored if layer is None else stored[layer])[: shape[0], : shape[1]]
+            at[:] = tensor.T if side == "a" or factor == 1 else tensor.T.astype(np.float32) * factor
+    _take_copies(tensors, config, base, where)
     if tensors:
-        raise AdapterError(f"PEFT adapter {directory.name}: the model has no place for {min(tensors)}")
+        raise AdapterError(f"{where}: the model has no place for {min(tensors)}")
     for name, pair in (*adapter["layers"].items(), ("unembed", adapter.get("unembed"))):
         if pair is not None and len(pair) != 2:
-            raise AdapterError(f"PEFT adapter {directory.name}: {name} has one of lora_A and lora_B alone")
-    return SavedAdapter(adapter, rank, alpha, adapter_config.get("base_model_name_or_path") or "")
+            raise AdapterError(f"{where}: {name} has one of lora_A and lora_B alone")
+    return SavedAdapter(adapter, rank, alpha, adapter_config.base_model)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """The adapter's config with a rank that we have, a finite alpha, and the base model's name or None."""
-    try:
-        with (directory / CONFIG_FILE).open("rb") as file:
-            read = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"PEFT adapter {directory.name}: {CONFIG_FILE} is not JSON: {error}") from None
-    if not isinstance(read, dict):
-        raise AdapterError(f"PEFT adapter {directory.name}: {CONFIG_FILE} is not an object")
-    rank, base = read.get("r"), read.get("base_model_name_or_path")
-    alpha: Any = read.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= RANK_BUCKETS[-1]:
-        raise AdapterError(f"PEFT adapter {directory.name}: r is not a rank of 1 to {RANK_BUCKETS[-1]}")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not is_number or not -_MAX_ALPHA <= alpha <= _MAX_ALPHA:
-        raise AdapterError(f"PEFT adapter {directory.name}: lora_alpha is not a number up to {_MAX_ALPHA:g}")
-    if base is not None and not isinstance(base, str):
-        raise AdapterError(f"PEFT adapter {directory.name}: base_model_name_or_path is not a text")
-    return read
+def _take_copies(
+    tensors: dict[str, np.ndarray], config: ModelConfig, base: Unchanged | None, where: str
+) -> None:
+    """Take out what PEFT copies of the base model: an unembedding that has an adapter, and embeddings that it
+    was told to save. PEFT loads them over the base's, so they must be the same. Raises AdapterError."""
+    names = FAMILIES[config.family].TENSORS
+    unembedding = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    shape = (config.vocab_size, config.hidden_size)
+    for ours, parameter in (("embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight", unembedding)):
+        module = _PREFIX + names[ours].removesuffix(".weight")
+        for name in (f"{module}.weight", f"{module}.base_layer.weight"):
+            copied = tensors.pop(name, None)
+            if copied is None:
+                continue
+            if copied.shape != shape:
+                raise AdapterError(f"{where}: {name} has shape {copied.shape}; the model's is {shape}")
+            own = None if base is None else np.asarray(base(parameter))
+            own = own.T if own is not None and is_transposed(parameter) else own
+            # In the copy's precision: it may have been rounded when it was saved.
+            if own is None or not np.array_equal(own.astype(copied.dtype), copied):
+                raise AdapterError(
+                    f"{where}: {name} is not the base model's; weights trained beside an adapter are not read"
+                )
+
+
+def _read_config(directory: Path) -> AdapterConfig:
+    with (directory / CONFIG_FILE).open("rb") as file:
+        content = file.read(peft_config.MAX_BYTES)
+    return peft_config.read(content, f"PEFT adapter {directory.name}: {CONFIG_FILE}")
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -220,10 +218,8 @@ def _modules(adapter: Adapter | None, config: ModelConfig) -> list[tuple[str, in
     names = FAMILIES[config.family].TENSORS
     modules: list[tuple[str, int | None, str]] = []
     for name in config.linears if adapter is None else adapter["layers"]:
-        pattern = "base_model.model." + names[f"layers.{name}.weight"].removesuffix(".weight")
+        pattern = _PREFIX + names[f"layers.{name}.weight"].removesuffix(".weight")
         modules += [(pattern.format(layer=layer), layer, name) for layer in range(config.num_layers)]
     if adapter is None or "unembed" in adapter:
-        modules.append(
-            ("base_model.model." + names["lm_head.weight"].removesuffix(".weight"), None, "unembed")
-        )
+        modules.append((_PREFIX + names["lm_head.weight"].removesuffix(".weight"), None, "unembed"))
     return modules

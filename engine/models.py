@@ -13,7 +13,7 @@ import jax
 import msgspec
 import numpy as np
 
-from ..ckpt import digests, paths, peft, training_state
+from ..ckpt import digests, merged, paths, peft, training_state
 from ..ckpt.atomic import size_bytes
 from ..model.lora import ATTENTION_LINEARS, MLP_LINEARS
 from . import exports, lora_specs, messages
@@ -199,7 +199,7 @@ class Models:
     def _restore_adapter(self, base: BaseModel, directory: Path, family: str) -> TrainingState:
         try:
             digests.check(directory)
-            saved = peft.load_adapter(directory, base.config)
+            saved = peft.load_adapter(directory, base.config, merged.in_memory(base.trainer.base))
         except peft.AdapterError as error:
             raise UserError(str(error)) from error
         layers = saved.adapter["layers"]

@@ -8,19 +8,17 @@ base model is for the engine to say (`ckpt.peft.load_adapter`).
 
 from __future__ import annotations
 
-import json
-import math
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from ...ckpt import peft_config
 from ...engine import messages
 from ..errors import BadRequest
 from . import safetensors_header
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_MAX_CONFIG_BYTES = 1 << 20
 _MAX_MEMBERS = 1000
 _MAX_EXTENSION_BYTES = 64 << 10
 _EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
@@ -40,8 +38,8 @@ def unpack(tar: BinaryIO, directory: Path) -> None:
             continue
         if path.name in found:
             raise BadRequest(f"the archive has two adapters, {found[path.name].parent} and {path.parent}")
-        if path.name == CONFIG_FILE and member.size > _MAX_CONFIG_BYTES:
-            raise BadRequest(f"{CONFIG_FILE} has {member.size} bytes; it may have {_MAX_CONFIG_BYTES}")
+        if path.name == CONFIG_FILE and member.size > peft_config.MAX_BYTES:
+            raise BadRequest(f"{CONFIG_FILE} has {member.size} bytes; it may have {peft_config.MAX_BYTES}")
         found[path.name] = path
         with (directory / path.name).open("xb") as file:
             _copy(tar, file, member.size)
@@ -119,20 +117,19 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 
 def described(directory: Path) -> messages.LoraSpec:
-    """The rank, alpha and kinds of modules that the files say they have. Raises BadRequest."""
-    config = _object((directory / CONFIG_FILE).read_bytes(), CONFIG_FILE)
-    rank: Any = config.get("r")
-    alpha: Any = config.get("lora_alpha")
-    if config.get("peft_type") != "LORA":
-        raise BadRequest(f"{CONFIG_FILE}: peft_type is {str(config.get('peft_type'))[:64]!r}, not 'LORA'")
-    if type(rank) is not int or not 1 <= rank <= 1 << 20:
-        raise BadRequest(f"{CONFIG_FILE}: r is {str(rank)[:64]}, which is no rank")
-    if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
-        raise BadRequest(f"{CONFIG_FILE}: lora_alpha is {str(alpha)[:64]}; it must be a positive number")
-    modules = _modules(directory / TENSORS_FILE)
+    """The rank, alpha and kinds of modules that the files say they have. Raises BadRequest for an adapter
+    that is more than a plain LoRA."""
+    try:
+        config = peft_config.read((directory / CONFIG_FILE).read_bytes())
+        entries = safetensors_header.entries(directory / TENSORS_FILE)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    ranks = {name: entry.shape[0] for name, entry in entries.items() if _is_a(name) and entry.shape}
+    modules = {name.split(".")[-3] for name in ranks}
+    rank, alpha = config.overall(ranks.values())
     return messages.LoraSpec(
         rank=rank,
-        alpha=float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0),
+        alpha=alpha,
         seed=0,
         train_attn=bool(modules & _ATTENTION),
         train_mlp=bool(modules & _MLP),
@@ -140,20 +137,5 @@ def described(directory: Path) -> messages.LoraSpec:
     )
 
 
-def _modules(file: Path) -> set[str]:
-    """The last names of the modules with an A, from the header of safetensors."""
-    try:
-        names = safetensors_header.header(file)
-    except ValueError as error:
-        raise BadRequest(str(error)) from None
-    return {name.split(".")[-3] for name in names if name.endswith(".lora_A.weight") and name.count(".") > 2}
-
-
-def _object(content: bytes, what: str) -> dict[str, Any]:
-    try:
-        read = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{what} does not hold JSON where it should: {str(error)[:200]}") from None
-    if not isinstance(read, dict):
-        raise BadRequest(f"{what} does not hold an object where it should")
-    return read
+def _is_a(name: str) -> bool:
+    return name.endswith(".lora_A.weight") and name.count(".") > 2

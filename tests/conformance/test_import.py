@@ -29,17 +29,19 @@ peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]  # most leave some out
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tiny_model: Path, folder: Path, **fields: object) -> Path:
     """What PEFT writes, its B random."""
     torch.manual_seed(3)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"
-    )
+    plain = {"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "init_lora_weights": False}
+    config = peft.LoraConfig(**plain | fields, task_type="CAUSAL_LM")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
-    written = tmp_path_factory.mktemp("peft") / "adapter"
-    model.save_pretrained(written)
-    return written
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tiny_model, tmp_path_factory.mktemp("peft") / "adapter")
 
 
 def command(server: ServerProcess, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -94,6 +96,20 @@ def test_what_peft_saved_is_sampled_and_trained_as_by_peft(
         tokens = [*datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].data[-1]]
         sampled += sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result()[1:]
     np.testing.assert_allclose(sampled, expected, atol=1e-4)
+
+
+def test_ranks_and_scales_of_single_modules_are_peft_s(
+    server: ServerProcess, service: tinker.ServiceClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    ranks, alphas = {"v_proj": 1, "layers.0.mlp.down_proj": 5}, {"q_proj": 2, "lm_head": 11}
+    adapter = written(tiny_model, tmp_path / "a", rank_pattern=ranks, alpha_pattern=alphas, use_rslora=True)
+    done = command(server, adapter, "--model", "tiny", "--name", "patterns")
+    assert done.returncode == 0, done.stderr
+    training = service.create_training_client_from_state(done.stdout.split()[0]).result()
+    assert training.get_info().lora_rank == 5
+    data = batch(2, seed=6)
+    found = np.concatenate(logprobs(training.forward(data, "cross_entropy").result()))
+    np.testing.assert_allclose(found, by_peft(tiny_model, adapter, data), atol=1e-4)
 
 
 def post(server: ServerProcess, body: bytes, key: str = ALICE, **query: str) -> httpx.Response:
@@ -181,7 +197,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
     "another rank": (with_config(r=4), "shape"),
     "alpha": (with_config(lora_alpha=-1), "positive"),
     "dora": (with_config(use_dora=True), "use_dora"),
-    "ranks": (with_config(rank_pattern={"q_proj": 3}), "rank_pattern"),
+    "ranks": (with_config(rank_pattern={"lm_head": 3}), "shape"),
+    "PiSSA": (with_config(init_lora_weights="pissa"), "init_lora_weights"),
+    "activated": (with_config(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
     "header": (with_tensors(struct.pack("<Q", 1 << 60)), "not safetensors"),
     "tensors": (with_tensors(struct.pack("<Q", 2) + b"[]"), "object"),
     "another model": (of_another_size, "shape"),

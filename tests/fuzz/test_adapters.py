@@ -20,7 +20,10 @@ from tinsmith.model.config import ModelConfig, read_config
 from tinsmith.model.lora import pad_rank
 from tiny_models import write_model
 
-CONFIG = {"r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "base_model_name_or_path": "tiny"}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False}
+CONFIG |= {"base_model_name_or_path": "tiny", "target_modules": ["q_proj", "k_proj"], "exclude_modules": None}
+CONFIG |= {"rank_pattern": {"k_proj": 1}, "alpha_pattern": {"layers.1.self_attn.q_proj": 2.5}}
+CONFIG |= {"layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True}
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 DTYPES = ["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X", "", None, 3]
 
@@ -125,10 +128,12 @@ def test_adapters(rng: random.Random, adapter: Adapter) -> None:
         (b"{", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "not an object"),
-        (b"{}", "r is not a rank"),
-        (b'{"r": 100000, "lora_alpha": 1}', "r is not a rank"),
-        (b'{"r": 2, "lora_alpha": NaN}', "lora_alpha is not"),
-        (b'{"r": 2, "lora_alpha": 1, "base_model_name_or_path": 3}', "not a text"),
+        (b"{}", "peft_type is None"),
+        (b'{"peft_type": "LORA"}', "r is None, which is no rank"),
+        (b'{"peft_type": "LORA", "r": 100000, "lora_alpha": 1}', "r is 100000, which is no rank"),
+        (b'{"peft_type": "LORA", "r": 2, "lora_alpha": NaN}', "lora_alpha is nan"),
+        (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 5e-324}', "lora_alpha is 5e-324"),
+        (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "base_model_name_or_path": 3}', "not a text"),
     ],
 )
 def test_configs_that_are_none(adapter: Adapter, config: bytes, reason: str) -> None:
