@@ -189,12 +189,18 @@ def api_error_response(request_path: str, error: ApiError) -> Response:
     )
 
 
+_MESSAGES = {"extra_forbidden": "not supported here, or not with this value"}
+
+
 def describe(errors: list[dict[str, Any]]) -> str:
     """Pydantic's errors in one line: `lora_config.rank: Input should be ...; ...`."""
     parts = []
     for error in errors[:5]:
-        where = ".".join(str(part) for part in error["loc"] if part != "body")
-        parts.append(f"{where}: {error['msg']}" if where else error["msg"])
+        where = ".".join(
+            str(part) for part in error["loc"] if part != "body" and not openai_errors.is_union_tag(part)
+        )
+        message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
     return "; ".join(parts) or "invalid request"
 
 
@@ -215,7 +221,7 @@ def install(app: FastAPI) -> None:
                 request.state.owner, error.body.get("model_id"), error.body.get("seq_id"), message
             )
         if openai_errors.speaks_openai(request.url.path):
-            param = openai_errors.field_path(errors[0]["loc"]) if errors else None
+            param = openai_errors.invalid_field(errors[0]) if errors else None
             return error_response(request.url.path, 400, message, "user", param=param)
         return error_response(request.url.path, 422, message, "user")
 

@@ -7,7 +7,7 @@ leaves their exceptions empty.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 UNKNOWN_URL = "unknown_url"
@@ -36,16 +36,20 @@ def error_object(
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
-def field_path(location: Sequence[Any]) -> str | None:
-    """Return the field that a location of pydantic's names, such as `messages[0].content`."""
+def invalid_field(error: Mapping[str, Any]) -> str | None:
+    """Return the field that one of pydantic's errors is about, such as `messages[0].content`."""
     path = ""
-    for part in location:
-        if part == "body":
-            continue
+    for part in error["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif isinstance(part, str) and part.isidentifier() and part not in _UNION_TAGS:
+        elif part != "body" and not is_union_tag(part):
             path += f".{part}" if path else part
-        else:
-            break
+    own = _FIELD.match(str(error["ctx"]["error"])) if error["type"] == "value_error" else None
+    if own:
+        path += f".{own[1]}" if path else own[1]
     return path if path[:1].isidentifier() else None
+
+
+def is_union_tag(part: str | int) -> bool:
+    """Whether a part of a location is not a field, but which of several types was tried."""
+    return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier())

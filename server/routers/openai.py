@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
-from ..served import served_models, served_samples, tokenizer
+from ..served import conversations, served_models, served_samples, tokenizer
 from ..served.hang_ups import while_connected
 from ..served.openai_answers import Answers, ChatAnswers, CompletionAnswers
 from ..served.request_samples import RequestSamples
@@ -18,8 +18,6 @@ from ..wire.openai import ChatCompletions, Completions
 from . import Backend, BackendOf, Owner
 
 router = APIRouter(prefix="/v1", tags=["inference"])
-
-_COMPLETION_TOKENS = 16  # of a completion that does not say; OpenAI's default
 
 
 @router.post("/completions", response_model=None)
@@ -32,18 +30,30 @@ async def completions(body: Completions, request: Request, backend: BackendOf, o
 async def _completions(body: Completions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
     prompts = [text.encode(each) if isinstance(each, str) else each for each in body.prompts]
+    scores_prompt = body.echo and body.logprobs is not None
     asked = [
         Asked(
             model,
             prompt,
-            body.params(text.end_tokens, _COMPLETION_TOKENS),
-            num_samples=body.n or 1,
+            body.params(text.end_tokens),
+            num_samples=body.num_samples,
             topk=body.logprobs or 0,
-            stream=bool(body.stream),
+            prompt_logprobs=scores_prompt,
+            prompt_topk=(body.logprobs or 0) if scores_prompt else 0,
+            stream=body.stream,
+            echo=(given if isinstance(given, str) else text.decode(given)) if body.echo else None,
         )
-        for prompt in prompts
+        for given, prompt in zip(body.prompts, prompts, strict=True)
     ]
-    answers = CompletionAnswers(body.model, text, body.logprobs is not None, body.with_usage)
+    answers = CompletionAnswers(
+        body.model,
+        text,
+        body.logprobs is not None,
+        body.with_usage,
+        body.n,
+        body.no_stop_trim,
+        body.skip_special_tokens,
+    )
     return await _answered(backend, owner, answers, asked)
 
 
@@ -58,16 +68,25 @@ async def chat_completions(
 
 async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
+    turns = [message.turn() for message in body.messages]
     asked = Asked(
         model,
-        text.conversation([message.turn() for message in body.messages]),
-        body.params(text.end_tokens, None),
-        num_samples=body.n or 1,
-        topk=body.top_logprobs or 0,
-        stream=bool(body.stream),
+        await asyncio.to_thread(conversations.tokens, text, turns),
+        body.params(text.end_tokens),
+        num_samples=body.n,
+        topk=body.top_logprobs,
+        stream=body.stream,
         prompt_field="messages",
     )
-    answers = ChatAnswers(body.model, text, bool(body.logprobs), body.with_usage)
+    answers = ChatAnswers(
+        body.model,
+        text,
+        body.logprobs,
+        body.with_usage,
+        body.n,
+        body.no_stop_trim,
+        body.skip_special_tokens,
+    )
     return await _answered(backend, owner, answers, [asked])
 
 

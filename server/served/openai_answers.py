@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,23 +14,38 @@ from ...engine import messages
 from ..backend import Backend
 from ..errors import ApiError, internal_error
 from ..openai_errors import error_object
-from ..wire.sampled import likely_of, logprobs_of, tokens_of
+from ..wire.sampled import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from . import served_samples
 from .sampled_text import SampledText
-from .served_samples import Running
+from .served_samples import Asked, Running
 from .tokenizer import ChatTokenizer
 
-Likely = list[list[tuple[int, float]]]
+Likely = list[tuple[int, float]]
+"""The most likely tokens at one position, and their log-probs."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of a choice. `likely` is None where none were asked for. `logprob` and `likely` are None for
+    the first token of a prompt, which nothing predicts."""
+
+    token: int
+    logprob: float | None
+    likely: Likely | None
 
 
 @dataclass
 class Answers:
-    """What both have in common. `model`: as the client calls it."""
+    """What both kinds have in common. `model`: as the client calls it. `num_choices`: how many of a prompt's
+    samples are returned, the likeliest ones."""
 
     model: str
     text: ChatTokenizer
     with_logprobs: bool
     with_usage: bool  # at the end of a stream
+    num_choices: int
+    keep_stop: bool = False
+    skip_special_tokens: bool = True
     prefix: str = ""
     kind: str = ""
     chunk_kind: str = ""
@@ -44,44 +59,42 @@ class Answers:
     ) -> dict[str, Any]:
         raise NotImplementedError
 
-    def logprobs(
-        self, tokens: list[int], logprobs: list[float], likely: Likely, offset: int
-    ) -> dict[str, Any]:
+    def logprobs(self, scored: list[Scored], offset: int) -> dict[str, Any]:
         """`offset`: the number of characters before the first of these tokens."""
         raise NotImplementedError
+
+    def lengths(self, tokens: list[int]) -> list[int]:
+        """How many characters each token adds to the text."""
+        return [len(self.text.token(token)) for token in tokens]
 
     def whole(self, answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for running, output in answered:
-            for sequence in output.sequences:
-                text = self._sampled_text(running).whole(tokens_of(sequence.tokens), sequence.stop_reason)
-                logprobs = _Told(self).logprobs(sequence)
+            for sequence in _likeliest(output.sequences, self.num_choices):
+                choice = _Choice(self, running.asked)
+                text, logprobs = choice.end(output, sequence)
                 choices.append(self.choice(len(choices), text, sequence.stop_reason, logprobs))
         body = self._body(answered[0][0], self.kind, choices)
         return body | {"usage": _usage(answered)}
 
     async def events(self, backend: Backend, running: list[Running]) -> AsyncIterator[bytes]:
         """The choices of the first prompt come first in the numbering, then those of the next."""
-        first_choice = list(itertools.accumulate((each.asked.num_samples for each in running), initial=0))
-        texts = [self._sampled_text(each) for each in running for _ in range(each.asked.num_samples)]
-        told = [_Told(self) for _ in texts]
+        choices = [_Choice(self, each.asked) for each in running for _ in range(self.num_choices)]
         answered: list[tuple[Running, messages.SampleOutput]] = []
         try:
             async for place, part in served_samples.drawn(backend, running):
                 if isinstance(part, messages.SampleOutput):
                     answered.append((running[place], part))
-                    for index, sequence in enumerate(part.sequences, first_choice[place]):
-                        text = texts[index].end(tokens_of(sequence.tokens), sequence.stop_reason)
-                        first, logprobs = told[index].count == 0, told[index].logprobs(sequence)
+                    for index, sequence in enumerate(part.sequences, place * self.num_choices):
+                        first = choices[index].is_new
+                        text, logprobs = choices[index].end(part, sequence)
                         delta = self.delta(index, text, sequence.stop_reason, logprobs, first)
                         yield self._event(running[0], [delta])
                     continue
-                index = first_choice[place] + part.index
-                if part.begin + len(part.tokens) // 4 <= told[index].count:  # an engine began it again
-                    continue
-                text = texts[index].add(part.begin, tokens_of(part.tokens))
-                first, logprobs = told[index].count == 0, told[index].logprobs(part, part.begin)
-                yield self._event(running[0], [self.delta(index, text, None, logprobs, first)])
+                index = place * self.num_choices + part.index
+                first, more = choices[index].is_new, choices[index].add(part)
+                if more is not None:
+                    yield self._event(running[0], [self.delta(index, more[0], None, more[1], first)])
             if self.with_usage:
                 yield self._event(running[0], [], _usage(answered))
         except ApiError as error:
@@ -89,10 +102,6 @@ class Answers:
         except Exception as error:
             yield _error_event(500, internal_error("a stream of samples", error))
         yield b"data: [DONE]\n\n"
-
-    def _sampled_text(self, running: Running) -> SampledText:
-        params = running.asked.params
-        return SampledText(self.text, params.stop_strings, params.stop_tokens or [])
 
     def _body(self, running: Running, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -105,7 +114,7 @@ class Answers:
         }
 
     def _event(
-        self, running: Running, choices: list[dict[str, Any]], usage: dict[str, int] | None = None
+        self, running: Running, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
     ) -> bytes:
         body = self._body(running, self.chunk_kind, choices)
         return _data(body | ({"usage": usage} if self.with_usage else {}))
@@ -125,18 +134,24 @@ class CompletionAnswers(Answers):
     ) -> dict[str, Any]:
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
-    def logprobs(
-        self, tokens: list[int], logprobs: list[float], likely: Likely, offset: int
-    ) -> dict[str, Any]:
-        written = [self.text.token(token) for token in tokens]
-        offsets = [*itertools.accumulate(map(len, written[:-1]), initial=offset)][: len(written)]
-        top = [{self.text.token(token): value for token, value in row} for row in likely]
+    def logprobs(self, scored: list[Scored], offset: int) -> dict[str, Any]:
+        tokens = [each.token for each in scored]
+        offsets = [*itertools.accumulate(self.lengths(tokens), initial=offset)]
+        top = [None if each.likely is None else self._by_text(each.likely) for each in scored]
         return {
-            "tokens": written,
-            "token_logprobs": logprobs,
-            "top_logprobs": top or None,
-            "text_offset": offsets,
+            "tokens": [self.text.token(token) for token in tokens],
+            "token_logprobs": [each.logprob for each in scored],
+            "top_logprobs": top if any(top) else None,
+            "text_offset": offsets[: len(tokens)],
         }
+
+    def _by_text(self, likely: Likely) -> dict[str, float]:
+        """Of tokens that are written alike, the likeliest has the text; the others are keyed by their ids."""
+        found: dict[str, float] = {}
+        for token, value in likely:  # the likeliest first
+            text = self.text.token(token)
+            found[f"token_id:{token}" if text in found else text] = value
+        return found
 
 
 @dataclass
@@ -155,48 +170,121 @@ class ChatAnswers(Answers):
         delta = ({"role": "assistant"} if first else {}) | {"content": text}
         return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
 
-    def logprobs(
-        self, tokens: list[int], logprobs: list[float], likely: Likely, offset: int
-    ) -> dict[str, Any]:
+    def logprobs(self, scored: list[Scored], offset: int) -> dict[str, Any]:
         content = [
-            self._entry(token, value)
-            | {"top_logprobs": [self._entry(*pair) for pair in (likely[at] if likely else [])]}
-            for at, (token, value) in enumerate(zip(tokens, logprobs, strict=True))
+            self._entry(each.token, each.logprob)
+            | {"top_logprobs": [self._entry(*pair) for pair in each.likely or []]}
+            for each in scored
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         written = self.text.token(token)
         return {"token": written, "logprob": logprob, "bytes": list(written.encode())}
 
 
-@dataclass
-class _Told:
-    """What a stream has said of one choice: the log-probs of how many tokens, and of how many characters."""
+class _Choice:
+    """What has been told of one choice."""
 
-    answers: Answers
-    count: int = 0
-    characters: int = 0
+    def __init__(self, answers: Answers, asked: Asked):
+        self._answers = answers
+        self._asked = asked
+        self._text = SampledText(
+            answers.text,
+            asked.params.stop_strings,
+            asked.params.stop_tokens or [],
+            keep_stop=answers.keep_stop,
+            skip_special_tokens=answers.skip_special_tokens,
+        )
+        self._tokens = 0
+        self._characters = 0
+        self.is_new = True
 
-    def logprobs(
-        self, part: messages.SampledSequence | messages.Drawn, begin: int = 0
-    ) -> dict[str, Any] | None:
-        """The log-probs of the tokens that were not told of before; `part` begins with the `begin`-th."""
-        new = self.count - begin
-        tokens = tokens_of(part.tokens)[new:]
-        self.count += len(tokens)
-        if not self.answers.with_logprobs:
+    def add(self, part: messages.Drawn) -> tuple[str, dict[str, Any] | None] | None:
+        """The text and the log-probs that are new, or None for nothing new."""
+        if self._asked.prompt_logprobs:  # which are there only at the end, and come first
             return None
-        offset = self.characters
-        self.characters += sum(len(self.answers.text.token(token)) for token in tokens)
-        values, likely = logprobs_of(part.logprobs)[new:], likely_of(part.topk)[new:]
-        return self.answers.logprobs(tokens, values, likely, offset)
+        if part.begin + len(part.tokens) // 4 <= self._tokens:  # an engine began it again
+            return None
+        text = self._text.add(part.begin, tokens_of(part.tokens))
+        return self._echo() + text, self._logprobs(part, part.begin)
+
+    def end(
+        self, output: messages.SampleOutput, sequence: messages.SampledSequence
+    ) -> tuple[str, dict[str, Any] | None]:
+        """All that is left to tell."""
+        text = self._text.end(tokens_of(sequence.tokens), sequence.stop_reason)
+        prompt: list[Scored] = []
+        if self._asked.prompt_logprobs:
+            values, likely = prompt_logprobs_of(output), likely_of(output.topk_prompt_logprobs)
+            prompt = _scored(self._asked.prompt, values, likely)
+        return self._echo() + text, self._logprobs(sequence, 0, prompt)
+
+    def _echo(self) -> str:
+        """The prompt, before the first part."""
+        echo = (self._asked.echo or "") if self.is_new else ""
+        self.is_new = False
+        self._characters += len(echo)
+        return echo
+
+    def _logprobs(
+        self,
+        part: messages.SampledSequence | messages.Drawn,
+        begin: int,
+        prompt: Sequence[Scored] = (),
+    ) -> dict[str, Any] | None:
+        """Those of the tokens that were not told of before; `part` begins with the `begin`-th."""
+        new = self._tokens - begin
+        tokens = tokens_of(part.tokens)[new:]
+        self._tokens += len(tokens)
+        if not self._answers.with_logprobs:
+            return None
+        scored = _scored(tokens, logprobs_of(part.logprobs)[new:], likely_of(part.topk)[new:])
+        found = self._answers.logprobs(scored, self._characters)
+        self._characters += sum(self._answers.lengths(tokens))
+        if not prompt:
+            return found
+        before = self._answers.logprobs([*prompt], 0)
+        top = (before["top_logprobs"] or [None] * len(prompt)) + (
+            found["top_logprobs"] or [None] * len(tokens)
+        )
+        return {name: before[name] + found[name] for name in before if name != "top_logprobs"} | {
+            "top_logprobs": top if any(top) else None
+        }
 
 
-def _usage(answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, int]:
+def _scored(
+    tokens: Sequence[int], logprobs: Sequence[float | None], likely: Sequence[Likely]
+) -> list[Scored]:
+    rows: Sequence[Likely | None] = likely or [None] * len(tokens)
+    return [
+        Scored(token, logprob, None if logprob is None else row)
+        for token, logprob, row in zip(tokens, logprobs, rows, strict=True)
+    ]
+
+
+def _likeliest(sequences: list[messages.SampledSequence], count: int) -> list[messages.SampledSequence]:
+    """Those with the highest log-prob per token, in the order in which they were drawn if all are kept."""
+    if count >= len(sequences):
+        return sequences
+
+    def score(sequence: messages.SampledSequence) -> float:
+        values = logprobs_of(sequence.logprobs)
+        return sum(values) / len(values) if values else 0.0
+
+    return sorted(sequences, key=score, reverse=True)[:count]
+
+
+def _usage(answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, Any]:
     prompt = sum(len(running.asked.prompt) for running, _ in answered)
     drawn = sum(len(sequence.tokens) // 4 for _, output in answered for sequence in output.sequences)
-    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+    cached = sum(output.prompt_cache_hit_tokens for _, output in answered)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": drawn,
+        "total_tokens": prompt + drawn,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _error_event(status: int, message: str, code: str | None = None) -> bytes:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from ...engine import messages
 from ..backend import Backend
 from ..errors import ApiError, BadRequest, Unavailable
@@ -26,8 +28,9 @@ class SampleFailed(ApiError):
 
 @dataclass(frozen=True)
 class Asked:
-    """`topk`: the most likely tokens wanted where each token was drawn. `prompt_field`: where the request has
-    the prompt, for its errors."""
+    """`topk`, `prompt_topk`: how many of the most likely tokens are wanted at each token drawn, and of the
+    prompt. `params.max_tokens` may be 0. `echo`: the text that the answer begins with. `prompt_field`: where
+    the request has the prompt, for its errors."""
 
     model: ServedModel
     prompt: list[int]
@@ -35,8 +38,14 @@ class Asked:
     num_samples: int = 1
     topk: int = 0
     prompt_logprobs: bool = False
+    prompt_topk: int = 0
     stream: bool = False
+    echo: str | None = None
     prompt_field: str = "prompt"
+
+    @property
+    def draws_nothing(self) -> bool:
+        return self.params.max_tokens == 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ async def submit(samples: RequestSamples, asked: Sequence[Asked]) -> list[Runnin
 async def answers(running: Sequence[Running]) -> list[messages.SampleOutput]:
     """Wait for all, or until one fails. Raises BadRequest or SampleFailed for a sample that failed,
     Unavailable at a stop."""
-    waiting = [asyncio.ensure_future(_answer(each.operation)) for each in running]
+    waiting = [asyncio.ensure_future(_answer(each)) for each in running]
     try:
         return await asyncio.gather(*waiting)
     finally:
@@ -88,11 +97,12 @@ async def drawn(
         while unanswered:
             place, part = await parts.get()
             if part is not None:
-                yield place, part
+                if not running[place].asked.draws_nothing:
+                    yield place, part
                 continue
             await following[place]  # raises what it raised
             unanswered -= 1
-            yield place, _output(running[place].operation)
+            yield place, _output(running[place])
     finally:
         for task in following:
             task.cancel()
@@ -111,9 +121,11 @@ def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
         request_id="",
         sampler=asked.model.sampler,
         prompt=prompt,
-        num_samples=asked.num_samples,
-        params=asked.params,
+        # The engine draws at least one token.
+        num_samples=1 if asked.draws_nothing else asked.num_samples,
+        params=msgspec.structs.replace(asked.params, max_tokens=1) if asked.draws_nothing else asked.params,
         prompt_logprobs=asked.prompt_logprobs,
+        topk_prompt_logprobs=asked.prompt_topk,
         topk_sample_logprobs=asked.topk,
         stream=asked.stream,
     )
@@ -121,14 +133,17 @@ def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
     return sample
 
 
-async def _answer(operation: Operation) -> messages.SampleOutput:
-    await operation.finished.wait()
-    return _output(operation)
+async def _answer(running: Running) -> messages.SampleOutput:
+    await running.operation.finished.wait()
+    return _output(running)
 
 
-def _output(operation: Operation) -> messages.SampleOutput:
-    match operation.answer:
+def _output(running: Running) -> messages.SampleOutput:
+    match running.operation.answer:
         case messages.Done(output=messages.SampleOutput() as output):
+            if running.asked.draws_nothing:
+                nothing = messages.SampledSequence(b"", b"", "length")
+                return msgspec.structs.replace(output, sequences=[nothing] * running.asked.num_samples)
             return output
         case messages.Failed(message=message, category="user"):
             raise BadRequest(message)

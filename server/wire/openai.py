@@ -1,90 +1,149 @@
 """The bodies of OpenAI's `/v1/completions` and `/v1/chat/completions`.
 
-What a body may say is what is done; any other field is refused by its name, but for those that only label a
-request (`user`, `metadata`).
+Every field is honoured, or refused with an error that names it. Fields that only label a request (`user`,
+`metadata`, ...) are accepted and not used.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from ...engine.messages import TOPK_LIMIT, SamplingParams
-from ..errors import BadRequest
-from .body import Body, Finite, Int64, as_json
+from .body import Finite, Int64, as_json
+from .unsupported import StrictBody, Unsupported, anything, empty, empty_or, only
 
 _Strings = Annotated[str | list[str] | None, AfterValidator(as_json)]
+_Text = Annotated[str, AfterValidator(as_json)]
+_COMPLETION_TOKENS = 16  # OpenAI's default
 MAX_PROMPTS = 64
 
 
-class StreamOptions(Body):
-    model_config = ConfigDict(extra="forbid")
+def _no_biases(value: Any) -> bool:
+    return isinstance(value, dict) and not any(value.values())
+
+
+class StreamOptions(StrictBody):
+    UNSUPPORTED: ClassVar[Unsupported] = {
+        "include_obfuscation": only(False),
+        "continuous_usage_stats": only(False),
+    }
     include_usage: StrictBool = False
 
 
-class ResponseFormat(Body):
+class ResponseFormat(StrictBody):
     type: Literal["text"]
 
 
-class _Completions(Body):
-    """`top_k`, `min_p`, `repetition_penalty` and `stop_token_ids` are extensions, as SGLang and vLLM have."""
+class _Completions(StrictBody):
+    """`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `skip_special_tokens` and
+    `no_stop_trim` are extensions, as SGLang has them."""
 
-    model_config = ConfigDict(extra="forbid")
+    UNSUPPORTED: ClassVar[Unsupported] = {
+        "logit_bias": _no_biases,
+        # Of OpenAI's platform: hints, and what it does with an answer afterwards.
+        "store": only(False),
+        "service_tier": only("auto", "default"),
+        "prompt_cache_retention": only("in_memory", "in-memory"),
+        "prompt_cache_options": empty,
+        "moderation": empty,
+        # Of SGLang and vLLM, at their defaults.
+        "min_tokens": only(0),
+        "use_beam_search": only(False),
+        "length_penalty": only(1),
+        "early_stopping": only(False),
+        "include_stop_str_in_output": only(False),
+        "spaces_between_special_tokens": only(True),
+        "allowed_token_ids": only(),
+        "bad_words": empty,
+        "stop_regex": empty,
+        "regex": empty,
+        "ebnf": empty,
+        "json_schema": empty,
+        "custom_params": empty,
+        "return_hidden_states": only(False),
+        "return_routed_experts": only(False),
+        "return_token_ids": only(False),
+        "return_tokens_as_token_ids": only(False),
+        "return_meta_info": only(False),
+        "truncate_prompt_tokens": only(),
+        "priority": only(0),
+        "cache_salt": empty,
+        "extra_key": empty,
+    }
     model: str
     max_tokens: Annotated[Int64, Field(ge=1)] | None = None
-    temperature: Finite | None = Field(1.0, ge=0, le=100)
-    top_p: Finite | None = Field(1.0, gt=0, le=1)
-    n: StrictInt | None = Field(1, ge=1)
+    temperature: Finite = Field(1.0, ge=0, le=100)
+    top_p: Finite = Field(1.0, ge=0, le=1)
+    n: StrictInt = Field(1, ge=1)
     stop: _Strings = None
     seed: StrictInt | None = None
-    presence_penalty: Finite | None = Field(0.0, ge=-2, le=2)
-    frequency_penalty: Finite | None = Field(0.0, ge=-2, le=2)
-    stream: StrictBool | None = False
-    stream_options: StreamOptions | None = None
+    presence_penalty: Finite = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
+    stream: StrictBool = False
+    stream_options: StreamOptions = StreamOptions()
     user: str | None = None
     metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     top_k: Int64 = Field(-1, ge=-1, le=1 << 31)
     min_p: Finite = Field(0.0, ge=0, le=1)
     repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
     stop_token_ids: list[Int64] | None = None
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    no_stop_trim: StrictBool = False
 
     @model_validator(mode="after")
     def _options(self) -> _Completions:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream")
+        if self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options: include_usage is for streams only; send stream too")
         return self
 
     @property
     def with_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options.include_usage
 
-    def params(self, end_tokens: list[int], default_max_tokens: int | None) -> SamplingParams:
+    def params(self, end_tokens: list[int]) -> SamplingParams:
+        """`end_tokens`: the model's own, which `ignore_eos` switches off, as it does `stop_token_ids`."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        greedy = self.top_p == 0.0  # only the most likely token is left
         return SamplingParams(
-            max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
+            max_tokens=self.max_tokens,
             seed=None if self.seed is None else self.seed % (1 << 64),
             stop_strings=[each for each in stop if each],
-            stop_tokens=[*end_tokens, *(self.stop_token_ids or [])],
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=-1 if self.top_k == 0 else self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            stop_tokens=[] if self.ignore_eos else [*end_tokens, *(self.stop_token_ids or [])],
+            temperature=self.temperature,
+            top_k=1 if greedy else -1 if self.top_k == 0 else self.top_k,
+            top_p=1.0 if greedy else self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
         )
 
 
 class Completions(_Completions):
-    """`prompt`: a text, its tokens, or several of either."""
+    """`prompt`: a text, its tokens, or several of either. With `echo` each choice begins with its prompt;
+    `max_tokens` may then be 0, which only scores it. Of `best_of` samples the `n` are returned whose tokens
+    are the most likely on average."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"examples": [{"model": "tiny", "prompt": "Once upon", "max_tokens": 16}]},
     )
+    UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
+        "suffix": empty,
+        "response_format": only({"type": "text"}),
+        "add_special_tokens": only(True),
+        "prompt_logprobs": only(),
+    }
     prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: Annotated[Int64, Field(ge=0)] = _COMPLETION_TOKENS
     logprobs: StrictInt | None = Field(None, ge=0, le=TOPK_LIMIT)
+    echo: StrictBool = False
+    best_of: StrictInt | None = Field(None, ge=1)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -92,53 +151,159 @@ class Completions(_Completions):
         several = isinstance(given, list) and (not given or isinstance(given[0], (str, list)))
         return given if several else [given]
 
+    @property
+    def num_samples(self) -> int:
+        """How many are drawn of each prompt."""
+        return self.n if self.best_of is None else self.best_of
+
     @model_validator(mode="after")
     def _number(self) -> Completions:
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise ValueError(f"prompt: send 1 to {MAX_PROMPTS}")
+        if self.num_samples < self.n:
+            raise ValueError(f"best_of: {self.best_of}; it must be at least n, which is {self.n}")
+        if self.stream and self.num_samples > self.n:
+            raise ValueError("best_of: the best are known only at the end; send stream false, or best_of n")
         return self
 
 
-class Part(Body):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: Annotated[str, AfterValidator(as_json)]
+class Part(StrictBody):
+    """Text, or a refusal of an earlier answer."""
+
+    type: Literal["text", "refusal"]
+    text: _Text | None = None
+    refusal: _Text | None = None
+
+    @property
+    def content(self) -> str:
+        return (self.text if self.type == "text" else self.refusal) or ""
+
+    @model_validator(mode="after")
+    def _filled(self) -> Part:
+        if (self.text if self.type == "text" else self.refusal) is None:
+            raise ValueError(f"{self.type}: Field required")
+        return self
 
 
-class ChatMessage(Body):
-    model_config = ConfigDict(extra="forbid")
-    role: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(as_json)]
-    content: Annotated[str, AfterValidator(as_json)] | list[Part]
-    name: str | None = None
+class Function(StrictBody):
+    name: _Text
+    arguments: _Text = "{}"
 
-    def turn(self) -> dict[str, str]:
+
+class ToolCall(StrictBody):
+    UNSUPPORTED: ClassVar[Unsupported] = {"index": anything}  # of a stream's deltas
+    id: _Text | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+    def called(self) -> dict[str, Any]:
+        """As chat templates take it: the arguments are an object, where their text is one."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"type": "function", "function": function} | ({} if self.id is None else {"id": self.id})
+
+
+class ChatMessage(StrictBody):
+    """Any message that OpenAI's clients send, an earlier answer's own included."""
+
+    UNSUPPORTED: ClassVar[Unsupported] = {
+        # What answers say about themselves.
+        "annotations": anything,
+        "logprobs": anything,
+        "audio": empty,
+        "function_call": empty,
+        "tool_calls": empty,
+    }
+    role: Annotated[_Text, Field(min_length=1, max_length=64)]
+    content: _Text | list[Part] | None = None
+    name: _Text | None = None
+    refusal: _Text | None = None
+    reasoning_content: _Text | None = None
+    reasoning: _Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: _Text | None = None
+
+    @model_validator(mode="after")
+    def _filled(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content: Field required")
+        return self
+
+    def turn(self) -> dict[str, Any]:
         """As chat templates take it."""
-        if self.name is not None:
-            raise BadRequest("messages: name: chat templates have no place for it")
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": self.role, "content": text}
+        if isinstance(self.content, list):
+            text = "".join(part.content for part in self.content)
+        else:
+            text = self.refusal or "" if self.content is None else self.content
+        turn: dict[str, Any] = {"role": self.role, "content": text}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.called() for call in self.tool_calls]
+        others = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_call_id": self.tool_call_id,
+        }
+        return turn | {name: value for name, value in others.items() if value is not None}
 
 
 class ChatCompletions(_Completions):
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
             ]
         },
     )
+    UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
+        "tools": empty,
+        "tool_choice": only("none", "auto"),
+        "parallel_tool_calls": only(True, False),
+        "functions": empty,
+        "function_call": only("none", "auto"),
+        "modalities": empty_or(["text"]),
+        "audio": empty,
+        "prediction": empty,
+        "reasoning_effort": only(),
+        "verbosity": only("medium"),
+        "web_search_options": only(),
+        "chat_template": only(),
+        "chat_template_kwargs": empty,
+        "documents": empty,
+        "add_generation_prompt": only(True),
+        "continue_final_message": only(False),
+        "add_special_tokens": only(False),
+        "echo": only(False),
+        "best_of": only(1),
+        "separate_reasoning": only(False),
+        "stream_reasoning": only(True, False),
+        "prompt_logprobs": only(),
+    }
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[Int64, Field(ge=1)] | None = None
-    logprobs: StrictBool | None = False
-    top_logprobs: StrictInt | None = Field(None, ge=0, le=TOPK_LIMIT)
+    logprobs: StrictBool = False
+    top_logprobs: StrictInt = Field(0, ge=0, le=TOPK_LIMIT)
     response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tools(cls, body: Any) -> Any:
+        """Tools that the model may not call ask for nothing."""
+        if isinstance(body, dict):
+            for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
+                if body.get(choice) == "none":
+                    body = {name: value for name, value in body.items() if name != tools}
+        return body
 
     @model_validator(mode="after")
     def _agree(self) -> ChatCompletions:
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
-                raise ValueError("max_tokens and max_completion_tokens are the same; send one of them")
+                raise ValueError(
+                    "max_completion_tokens: it means the same as max_tokens; send one of them, or equal ones"
+                )
             self.max_tokens = self.max_completion_tokens
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")

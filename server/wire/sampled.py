@@ -15,6 +15,12 @@ def logprobs_of(encoded: bytes) -> list[float]:
     return np.frombuffer(encoded, "<f4").tolist()
 
 
+def prompt_logprobs_of(output: messages.SampleOutput) -> list[float | None]:
+    """Of each token of the prompt; the first has none."""
+    values: list[float | None] = [*logprobs_of(output.prompt_logprobs or b"")]
+    return [None, *values[1:]]
+
+
 def likely_of(topk: messages.TopK | None) -> list[list[tuple[int, float]]]:
     """Of each drawn token the most likely ones and their log-probs."""
     if topk is None:

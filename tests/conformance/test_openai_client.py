@@ -6,6 +6,7 @@ import http.client
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -13,6 +14,9 @@ import openai
 import pytest
 from conformance.conftest import ALICE
 from conformance.server_process import ServerProcess, Wire
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 PROMPT = [5, 9, 77, 30, 12, 6]
 
@@ -110,7 +114,7 @@ def test_every_answer_under_v1_has_the_shape(server: ServerProcess, alice: Wire)
     connection.close()
     assert answers[401][0].json()["error"]["code"] == "invalid_api_key"
     assert answers[404][0].json()["error"]["code"] == "unknown_url"
-    assert alice.http.post("/generate", json={}).json()["error"] == "Value error, send text, or input_ids"
+    assert alice.http.post("/generate", json={}).json()["error"] == "send text, or input_ids"
 
 
 def test_models_are_retrieved_by_all_their_names(client: openai.OpenAI, alice: Wire, path: str) -> None:
@@ -169,3 +173,213 @@ def test_a_stream_of_several_prompts_numbers_its_choices(client: openai.OpenAI) 
         assert len(mine) >= 2
         assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
     assert chunks[-1].usage == whole.usage
+
+
+# --- fields that ask for nothing, and those that are refused
+
+NOTHING = {
+    "logit_bias": {},
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "stop": [],
+    "stream": False,
+    "stream_options": None,
+    "user": "somebody",
+    "top_p": 1,
+    "store": False,
+    "service_tier": "auto",
+    "min_tokens": 0,
+    "metadata": {},
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "seed": None,
+}
+NOTHING_OF_COMPLETIONS = NOTHING | {"echo": False, "best_of": 1, "suffix": "", "logprobs": None}
+NOTHING_OF_CHATS = NOTHING | {
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "audio": None,
+    "prediction": None,
+    "reasoning_effort": None,
+    "verbosity": "medium",
+    "web_search_options": None,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "max_completion_tokens": 2,
+}
+TURNS = [{"role": "user", "content": "a"}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def plain(alice: Wire, route: str, **fields) -> dict:
+    answer = alice.http.post(route, json={"model": "tiny", "max_tokens": 2, "temperature": 0} | fields)
+    assert answer.status_code == 200, (fields, answer.text)
+    return answer.json()["choices"][0]
+
+
+def test_fields_that_ask_for_nothing_change_nothing(alice: Wire) -> None:
+    """Each alone, all together, and all of them null."""
+    for route, base, fields in (
+        ("/v1/completions", {"prompt": "a"}, NOTHING_OF_COMPLETIONS),
+        ("/v1/chat/completions", {"messages": TURNS}, NOTHING_OF_CHATS),
+    ):
+        bare = plain(alice, route, **base)
+        for name, value in fields.items():
+            assert plain(alice, route, **base, **{name: value}) == bare
+        assert plain(alice, route, **base, **fields) == bare
+        assert plain(alice, route, **base, **dict.fromkeys(fields)) == bare
+    with_tools = {"messages": TURNS, "tools": [TOOL], "tool_choice": "none"}
+    assert plain(alice, "/v1/chat/completions", **with_tools) == bare
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        ("/v1/completions", {"logit_bias": {"5": 3}}, "logit_bias"),
+        ("/v1/completions", {"best_of": 2, "n": 3}, "best_of"),
+        ("/v1/completions", {"best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"best_of": True}, "best_of"),
+        ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/completions", {"min_tokens": 1}, "min_tokens"),
+        ("/v1/completions", {"max_tokens": -1}, "max_tokens"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"store": True}, "store"),
+        ("/v1/chat/completions", {"tools": [TOOL]}, "tools"),
+        ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "auto"}, "tools"),
+        ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format.type"),
+        ("/v1/chat/completions", {"modalities": ["text", "audio"]}, "modalities"),
+        ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"max_completion_tokens": 3}, "max_completion_tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        (
+            "/v1/chat/completions",
+            {"messages": [*TURNS, {"role": "user", "content": "b", "audio": {"id": "x"}}]},
+            "messages[1].audio",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [*TURNS, {"role": "user", "name": "bob", "content": "b"}]},
+            "messages[1].name",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(alice: Wire, route: str, fields: dict, param: str) -> None:
+    base = {"model": "tiny", "prompt": "a", "messages": TURNS, "max_tokens": 2}
+    del base["prompt" if "chat" in route else "messages"]
+    answer = alice.http.post(route, json=base | fields)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+# --- history
+
+
+def test_an_answers_own_message_is_history(client: openai.OpenAI, tiny_model: Path) -> None:
+    """As the client has it, as its fields, and as JSON with what other servers write into theirs."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    first = client.chat.completions.create(model="tiny", messages=TURNS, max_tokens=3)
+    message = first.choices[0].message
+    turns = [*TURNS, {"role": "assistant", "content": message.content}, *TURNS]
+    want = len(tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+    others = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    others |= {"reasoning_content": None, "logprobs": None, "parsed": None, "name": None}
+    for again in (message, message.model_dump(), {**message.to_dict(), **others}, {**turns[1], **others}):
+        second = client.chat.completions.create(model="tiny", messages=[*TURNS, again, *TURNS], max_tokens=1)
+        assert second.usage.prompt_tokens == want
+
+
+def test_messages_of_every_kind(client: openai.OpenAI, tiny_model: Path) -> None:
+    """What the template gets, by the number of tokens that transformers makes of it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+
+    def length(turns: list[dict]) -> int:
+        done = client.chat.completions.create(model="tiny", messages=turns, max_tokens=1)
+        return done.usage.prompt_tokens
+
+    def wanted(*turns: tuple[str, str]) -> int:
+        written = [{"role": role, "content": content} for role, content in turns]
+        return len(tokenizer.apply_chat_template(written, add_generation_prompt=True)["input_ids"])
+
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert length([{"role": "user", "content": parts}]) == wanted(("user", "one two"))
+    assert length([{"role": "developer", "content": "x"}, *TURNS]) == wanted(
+        ("developer", "x"), ("user", "a")
+    )
+    refused = {"role": "assistant", "content": None, "refusal": "I will not"}
+    assert length([*TURNS, refused]) == wanted(("user", "a"), ("assistant", "I will not"))
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}
+    assert length([*TURNS, refused]) == wanted(("user", "a"), ("assistant", "No"))
+    assert length([*TURNS, {"role": "assistant"}]) == wanted(("user", "a"), ("assistant", ""))
+    told = {"role": "tool", "tool_call_id": "call_1", "name": "look", "content": "seen"}
+    assert length([*TURNS, told]) == wanted(("user", "a"), ("tool", "seen"))
+    called = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    with pytest.raises(openai.BadRequestError) as raised:  # the tiny model's template has no calls
+        length([*TURNS, {"role": "assistant", "content": None, "tool_calls": [called]}, told])
+    assert raised.value.param == "messages[1].tool_calls"
+
+
+# --- echo, scores, best_of
+
+
+def test_echo_scores_the_prompt(client: openai.OpenAI, tiny_model: Path) -> None:
+    """As evaluations ask for it: nothing is drawn. Against transformers."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    text = "A tinsmith mends"
+    ids = tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        want = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    scores = [want[at, token].item() for at, token in enumerate(ids[1:])]
+    for prompt in (text, ids):
+        done = client.completions.create(
+            model="tiny", prompt=[prompt, prompt[:4]], max_tokens=0, echo=True, logprobs=3
+        )
+        choice = done.choices[0]
+        assert (choice.text, choice.finish_reason) == (text, "length")
+        assert done.usage.completion_tokens == 0
+        assert choice.logprobs.token_logprobs[0] is None
+        np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], scores, atol=1e-4)
+        assert choice.logprobs.top_logprobs[0] is None
+        for row, likely in zip(want, choice.logprobs.top_logprobs[1:], strict=False):
+            np.testing.assert_allclose([*likely.values()], row.topk(3).values, atol=1e-4)
+        assert "".join(choice.logprobs.tokens) == text
+        starts = [len(tokenizer.decode(ids[:at])) for at in range(len(ids))]
+        assert choice.logprobs.text_offset == starts
+
+
+def test_echo_comes_before_what_is_drawn(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "prompt": "Once upon", "max_tokens": 20, "seed": 3, "n": 2}
+    drawn = client.completions.create(**asked, logprobs=1)
+    echoed = client.completions.create(**asked, logprobs=1, echo=True)
+    for plain, whole in zip(drawn.choices, echoed.choices, strict=True):
+        assert whole.text == "Once upon" + plain.text
+        count = len(plain.logprobs.tokens)
+        assert whole.logprobs.tokens[-count:] == plain.logprobs.tokens
+        assert whole.logprobs.text_offset[-count:] == [
+            len("Once upon") + at for at in plain.logprobs.text_offset
+        ]
+    for fields in ({}, {"logprobs": 1}):
+        chunks = list(client.completions.create(**asked, echo=True, stream=True, **fields))
+        for whole in echoed.choices:
+            mine = [c for chunk in chunks for c in chunk.choices if c.index == whole.index]
+            assert "".join(c.text for c in mine) == whole.text
+            if fields:
+                assert [x for c in mine for x in c.logprobs.text_offset] == whole.logprobs.text_offset
+
+
+def test_the_best_of_several(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "prompt": "Once", "max_tokens": 8, "seed": 9, "logprobs": 0}
+    every = client.completions.create(**asked, n=4)
+    means = {choice.text: np.mean(choice.logprobs.token_logprobs) for choice in every.choices}
+    best = client.completions.create(**asked, n=2, best_of=4)
+    assert [choice.text for choice in best.choices] == sorted(means, key=means.__getitem__)[:1:-1]
+    assert best.usage.completion_tokens == every.usage.completion_tokens
+    assert best.choices[0].logprobs.top_logprobs is None
