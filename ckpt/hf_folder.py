@@ -57,7 +57,8 @@ def write_folder(
         files = _write_shards(writing, tensors, shard_bytes)
         _name_shards(writing, files)
         hf_config = json.loads((base_folder / "config.json").read_text())
-        hf_config.pop("torch_dtype", None)
+        for key in ("torch_dtype", "transformers_weights"):
+            hf_config.pop(key, None)
         _write_json(writing / "config.json", hf_config | config)
         for name in COPIED:
             if (base_folder / name).is_file():

@@ -59,8 +59,8 @@ def save_merged(
     directory appears whole; returns its size in bytes.
     """
     hf_config: dict[str, Any] = {"dtype": str(parameters("norm.weight").dtype)}
-    if adapter is not None and "unembed" in adapter:
-        hf_config["tie_word_embeddings"] = False
+    if not config.tie_embeddings or (adapter is not None and "unembed" in adapter):
+        hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says of its own head
     tensors: Tensors = _tensors(parameters, config, adapter, scale)
     if fp8 is not None:
         tensors = quantized(tensors, fp8)

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 
 from ..model import decoder
 from ..model.config import ModelConfig
-from ..model.families import tensor_names
-from ..model.load import MappedTensors, hf_views
+from ..model.load import hf_views
+from ..model.weight_files import MappedTensors
 from . import digests, training_state
 from .merged import Parameters
 
@@ -48,7 +48,8 @@ def of_folder(directory: Path, config: ModelConfig) -> Parameters:
     """Views of its mapped files. Raises WeightsError for a tensor that does not fit `config`, DamagedFiles if
     a file has changed since it was written."""
     digests.check(directory)
-    tensors, names = MappedTensors(Path(directory)), tensor_names(config)
+    tensors = MappedTensors(Path(directory))
+    names = tensors.names(config)
     _, abstract = decoder.build(config, jnp.float32)
     shapes = {
         ".".join(key.key for key in path): leaf.shape

@@ -12,7 +12,7 @@ import msgspec
 from ..ckpt import age, digests, merged, peft, stored_parameters, training_state
 from ..ckpt.atomic import atomic_directory, size_bytes
 from ..ckpt.fp8 import Fp8
-from ..model.load import WeightsError
+from ..model.weight_files import WeightsError
 from . import messages
 from .base_models import BaseModel
 from .errors import UserError

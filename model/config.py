@@ -1,11 +1,11 @@
-"""The shape of a decoder, read from a Hugging Face folder."""
+"""The shape of a decoder, read from a Hugging Face folder. Imports no array library."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 class UnsupportedModelError(ValueError):
@@ -16,15 +16,22 @@ class UnsupportedModelError(ValueError):
 class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the pre-training's.
 
-    `llama3`: low frequencies divided by `factor`, high ones kept, a linear blend between
-    (Llama 3.1's rule). `linear`: all divided by `factor`.
+    `llama3`: low frequencies divided by `factor`, high ones kept, a linear blend between (Llama 3.1's rule).
+    `linear`: all divided by `factor`. `yarn` (arXiv:2309.00071): frequencies that turn fewer than `beta_slow`
+    times in the original context are divided by `factor`, those that turn more than `beta_fast` times are
+    kept, with a linear blend between; cosine and sine are multiplied by `attention_factor`. With `truncate`
+    the blend begins and ends at whole dimensions.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,14 @@ class ModelConfig:
     max_sequence_length: int
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    attention_bias: bool = False
-    """q, k and v have biases (Qwen2)."""
+    biased: tuple[str, ...] = ()
+    """The linears that have biases: q, k and v of Qwen2; others where config.json says so."""
     qk_norm: bool = False
     """Each head of q and k goes through an RMSNorm before rope (Qwen3)."""
     sliding_window: int | None = None
-    """Every query sees at most this many keys, itself included."""
+    """In windowed layers, every query sees at most this many keys, itself included."""
+    windowed_layers: tuple[bool, ...] | None = None
+    """Which layers have the window, one entry per layer; None: all of them."""
     eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -68,25 +77,86 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
+    """Read a model's config, and look into its weight files where config.json alone cannot be trusted.
+
+    As in transformers, a model that config.json calls tied is not tied if its files hold a different head.
+    Raises UnsupportedModelError as `stated_config`, WeightsError for files that are not safetensors.
+    """
+    from .weight_files import has_another_head
+
+    config = stated_config(folder)
+    if config.tie_embeddings and has_another_head(Path(folder)):
+        return replace(config, tie_embeddings=False)
+    return config
+
+
+def stated_config(folder: Path) -> ModelConfig:
     """Read config.json, and generation_config.json's end-of-sequence tokens where there are any.
 
-    Raises UnsupportedModelError for a missing file, an unknown family or an option we do not compute.
+    Raises UnsupportedModelError for a missing or damaged file, an unknown family, or an option that we do not
+    compute.
     """
     from .families import FAMILIES
 
-    hf = _read_json(Path(folder) / "config.json")
+    folder = Path(folder)
+    hf = read_json(folder / "config.json")
     if hf is None:
-        raise UnsupportedModelError(f"{folder} has no config.json: not a Hugging Face model folder")
-    family = FAMILIES.get(hf.get("model_type", ""))
+        raise UnsupportedModelError(_why_no_config(folder))
+    model_type = hf.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UnsupportedModelError(
-            f"{folder}: model_type {hf.get('model_type')!r} is not supported; known: {', '.join(FAMILIES)}"
+            f"{folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
         )
-    generation = _read_json(Path(folder) / "generation_config.json") or {}
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the adapter's base model, and the adapter on top of it
+        raise UnsupportedModelError(
+            f"{folder} has an adapter_config.json beside its config.json: is it a model or an adapter? Serve "
+            "the model from a folder without adapter files"
+        )
+    _refuse_quantized(folder, hf)
+    generation = read_json(folder / "generation_config.json") or {}
     if generation.get("eos_token_id") is not None:
         hf = hf | {"eos_token_id": generation["eos_token_id"]}
-    return family.read(hf)
+    try:
+        return family.read(hf)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder}/config.json: {error}") from None
 
 
-def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file. Raises UnsupportedModelError for damage."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedModelError(f"{path} cannot be read: {str(error)[:200]}") from None
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _refuse_quantized(folder: Path, hf: dict[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if stated := hf.get(key):
+            method = stated.get("quant_method") if isinstance(stated, dict) else stated
+            raise UnsupportedModelError(
+                f"{folder}: its weights are quantized ({key}: {method or 'of an unnamed method'}), which is "
+                "not supported; give the unquantized model (float32, float16 or bfloat16)"
+            )
+
+
+def _why_no_config(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+        return (
+            f"{folder} is a PEFT adapter{f' of {base}' if base else ''}, not a model: serve its base model, "
+            "and import the adapter with tinsmith checkpoints import"
+        )
+    if any(folder.glob("*.gguf")):
+        return (
+            f"{folder} has GGUF files and no config.json: GGUF models are not supported; give the model's "
+            "Hugging Face folder"
+        )
+    return f"{folder} has no config.json: not a Hugging Face model folder"

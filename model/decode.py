@@ -79,6 +79,8 @@ def decode(
     dtype = model.norm.weight.dtype
     contexts = [kv_cache.read_layer(pages, layer, rows.table, dtype) for layer in range(L)]
     pairs = open_stack(lora["layers"]) if lora and lora["layers"] else ({},) * L
+    has_window = config.windowed_layers or (config.sliding_window is not None,) * L
+    masks = set(has_window)
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
 
@@ -90,11 +92,17 @@ def decode(
         step, alive, token, recent, seen, out = state
         at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1), rotations)
         x = model.embed_tokens(token[:, None])
-        context_visible, recent_visible = _visible(config, rows, step, M, pages.page_size)
+        visible = {windowed: _visible(config, rows, step, M, pages.page_size, windowed) for windowed in masks}
         kept = []
-        for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
+        for block, context, layer_recent, pair, windowed in zip(
+            blocks, contexts, recent, pairs, has_window, strict=True
+        ):
+            seen_keys = visible[windowed]
 
-            def attend(q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent) -> Array:
+            def attend(
+                q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent, seen_keys=seen_keys
+            ) -> Array:
+                context_visible, recent_visible = seen_keys
                 new = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v))
                 put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, step, 0))
                 keys, values = now = tuple(map(put, layer_recent, new))
@@ -130,15 +138,16 @@ def decode(
 
 
 def _visible(
-    config: ModelConfig, rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int
+    config: ModelConfig, rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int, windowed: bool
 ) -> tuple[Bool[Array, "S 1 C"], Bool[Array, "S 1 M"]]:
-    """Which cached positions, and which of this call's M, a token of step `step` sees."""
+    """Which cached positions, and which of this call's M, a token of step `step` sees, in the layers with the
+    sliding window or in those without."""
     S, P = rows.table.shape
     length = rows.position[:, None, None]
     context = jnp.arange(P * page_size)
     recent = jnp.broadcast_to(jnp.arange(M), (S, 1, M))
     context_visible, recent_visible = context < length, recent <= step
-    if config.sliding_window is not None:
+    if windowed:
         first = length + step - config.sliding_window + 1
         context_visible &= context >= first
         recent_visible &= length + recent >= first

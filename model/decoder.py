@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .attention import attention
 from .config import ModelConfig
@@ -127,8 +127,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         for name, (into, out) in config.linears.items():
-            bias = config.attention_bias and name in ("q_proj", "k_proj", "v_proj")
-            setattr(self, name, Linear(into, out, _LINEAR_AXES[name], bias, dtype, rngs))
+            setattr(self, name, Linear(into, out, _LINEAR_AXES[name], name in config.biased, dtype, rngs))
         D, H, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         self.input_layernorm = RMSNorm(D, "hidden", eps, dtype)
         self.post_attention_layernorm = RMSNorm(D, "hidden", eps, dtype)
@@ -232,30 +231,41 @@ def trunk(
     """
     model = nnx.merge(graph, base)
     config = model.config
-    start_BT = visible_from(config, start_BT)
+    first_seen = visible_from(config, start_BT)
     at = model.rotation(position_BT)
     block_graph, stacked = nnx.split(model.layers)
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        return attention(q, k, v, start_BT, config.head_dim**-0.5)
-
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, None]:
-        weights, pairs = layer
+        weights, pairs, windowed = layer
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return attention(q, k, v, first_seen(windowed), config.head_dim**-0.5)
+
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
         return nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora), None
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     x_BTD = constrain(model.embed_tokens(tokens_BT), _RESIDUAL)
-    x_BTD, _ = jax.lax.scan(step, x_BTD, (stacked, {} if lora is None else lora["layers"]))
+    layers = (stacked, {} if lora is None else lora["layers"], windowed_by_layer(config))
+    x_BTD, _ = jax.lax.scan(step, x_BTD, layers)
     return model.norm(x_BTD)
 
 
-def visible_from(config: ModelConfig, start_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """`start_BT` moved forward by the model's sliding window, if it has one."""
+def windowed_by_layer(config: ModelConfig) -> Bool[Array, " L"] | None:
+    """Which layers have the sliding window, to scan over; None where all layers are alike."""
+    return None if config.windowed_layers is None else jnp.array(config.windowed_layers)
+
+
+def visible_from(
+    config: ModelConfig, start_BT: Int[Array, "B T"]
+) -> Callable[[Bool[Array, ""] | None], Int[Array, "B T"]]:
+    """The first key that each token sees, as a function of a layer's entry in `windowed_by_layer`: `start_BT`
+    moved forward by the sliding window in the layers that have one, else `start_BT` itself."""
     if config.sliding_window is None:
-        return start_BT
-    return jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - config.sliding_window + 1)
+        return lambda windowed: start_BT
+    narrowed_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - config.sliding_window + 1)
+    return lambda windowed: narrowed_BT if windowed is None else jnp.where(windowed, narrowed_BT, start_BT)
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:

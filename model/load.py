@@ -7,71 +7,23 @@ model, only the slice in hand.
 
 from __future__ import annotations
 
-import json
-import mmap
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from . import decoder, families
 from .config import ModelConfig
 from .sharding import make_mesh, shardings_for
+from .weight_files import MappedTensors, unread
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+log = logging.getLogger(__name__)
 
-
-class WeightsError(ValueError):
-    """The weight files do not hold the model that config.json describes; the message names the tensor."""
-
-
-class MappedTensors:
-    """The tensors of a folder's safetensors files as read-only views of mapped memory."""
-
-    def __init__(self, folder: Path):
-        self._maps: list[mmap.mmap] = []
-        self._views: dict[str, np.ndarray] = {}
-        for file in _weight_files(folder):
-            self._map(file)
-
-    def _map(self, file: Path) -> None:
-        with file.open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        header_size = int.from_bytes(mapped[:8], "little")
-        if header_size > len(mapped) - 8:
-            raise WeightsError(f"{file.name} is not a whole safetensors file")
-        header = json.loads(mapped[8 : 8 + header_size])
-        header.pop("__metadata__", None)
-        self._maps.append(mapped)
-        for name, entry in header.items():
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                continue  # nothing that we compute with; asked for, it is reported as missing
-            begin, end = entry["data_offsets"]
-            if 8 + header_size + end > len(mapped):
-                raise WeightsError(f"{file.name} is cut short: {name} lies beyond its end")
-            count = (end - begin) // np.dtype(dtype).itemsize
-            view = np.frombuffer(mapped, dtype, count, offset=8 + header_size + begin)
-            self._views[name] = view.reshape(entry["shape"])
-
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The view of tensor `name`. Raises WeightsError when it is missing or of another shape."""
-        view = self._views.get(name)
-        if view is None:
-            raise WeightsError(f"the weight files have no float tensor {name!r}")
-        if view.shape != shape:
-            raise WeightsError(f"{name} has shape {view.shape} in the file; config.json means {shape}")
-        return view
-
-    def forget_pages(self) -> None:
-        """Let the kernel drop what has been read; the pages come back from the file when asked for."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
+_NAMED_UNREAD = 5
 
 
 def find_model(model: str) -> Path:
@@ -95,7 +47,10 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
     _, abstract = decoder.build(config, dtype)
     shardings = shardings_for(abstract, decoder.logical_axes(config), mesh)
     tensors = MappedTensors(Path(folder))
-    names = families.tensor_names(config)
+    names = tensors.names(config)
+    if ignored := unread(Path(folder), config):
+        some = ", ".join(ignored[:_NAMED_UNREAD])
+        log.warning("%s: %d tensors are not of this model and are ignored: %s", folder, len(ignored), some)
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         ours = ".".join(key.key for key in path)
@@ -128,17 +83,3 @@ def hf_views(tensors: MappedTensors, ours: str, pattern: str, shape: tuple[int, 
     for layer in range(shape[0] if stacked else 1):
         view = tensors.get(pattern.format(layer=layer), inner[::-1] if transposed else inner)
         yield view.T if transposed else view
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightsError(f"{folder} has no .safetensors files")
-    for file in files:
-        if not file.exists():
-            raise WeightsError(f"{file.name} is named by the index, but is not in {folder}")
-    return files

@@ -10,6 +10,7 @@ a table, C context positions, W tokens scored and A tokens drawn per position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import kv_cache, token_sampling
 from .attention import attend_parts, attention
 from .config import ModelConfig
-from .decoder import Base, logits, unembed, visible_from
+from .decoder import Base, logits, unembed, visible_from, windowed_by_layer
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
 
@@ -53,18 +54,20 @@ def prefill(
     `lora` holds one adapter."""
     model = nnx.merge(graph, base)
     config = model.config
-    context_visible, own_visible = _visible_in_prompt(config, rows, pages.page_size)
+    first_seen = visible_from(config, rows.start)
+    visible = _visible_in_prompt(config, rows, pages.page_size)
     at = model.rotation(rows.position)
     block_graph, stacked = nnx.split(model.layers)
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, tuple]:
-        weights, pairs, index = layer
+        weights, pairs, windowed, index = layer
         kept = []
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             kept.extend((k, v))
             if not rows.table.shape[1]:
-                return attention(q, k, v, visible_from(config, rows.start), config.head_dim**-0.5)
+                return attention(q, k, v, first_seen(windowed), config.head_dim**-0.5)
+            context_visible, own_visible = visible(windowed)
             context = kv_cache.read_layer(pages, index, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
@@ -75,7 +78,8 @@ def prefill(
         return x_BTD, tuple(kept)
 
     x_BTD = model.embed_tokens(rows.tokens)
-    layers = (stacked, {} if lora is None else lora["layers"], jnp.arange(config.num_layers))
+    pairs = {} if lora is None else lora["layers"]
+    layers = (stacked, pairs, windowed_by_layer(config), jnp.arange(config.num_layers))
     x_BTD, kept = jax.lax.scan(step, x_BTD, layers)
     k_WLKH, v_WLKH = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept)
     pages = kv_cache.write(pages, k_WLKH, v_WLKH, rows.page.reshape(-1), rows.offset.reshape(-1))
@@ -84,16 +88,24 @@ def prefill(
 
 def _visible_in_prompt(
     config: ModelConfig, rows: PrefillRows, page_size: int
-) -> tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]:
-    """Which positions of the cached beginning, and which of its row, each token of a row sees."""
+) -> Callable[[Bool[Array, ""] | None], tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]]:
+    """Which positions of the cached beginning, and which of its row, each token of a row sees.
+
+    A function of a layer's entry in `windowed_by_layer`."""
     context, own = jnp.arange(rows.table.shape[1] * page_size), jnp.arange(rows.tokens.shape[1])
-    first = jnp.zeros_like(rows.position)
-    if config.sliding_window is not None:
-        first = rows.position - config.sliding_window + 1
-    first, start = first[..., None], rows.start[..., None]
-    context_visible = (context < rows.context[:, None, None]) & (context >= first)
-    own_visible = (own <= own[:, None]) & (rows.position[:, None] >= first) & (own >= start)
-    return context_visible, own_visible
+    window = config.sliding_window
+
+    def visible(windowed: Bool[Array, ""] | None) -> tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]:
+        first = jnp.zeros_like(rows.position)
+        if window is not None:
+            narrowed = rows.position - window + 1
+            first = narrowed if windowed is None else jnp.where(windowed, narrowed, first)
+        first, start = first[..., None], rows.start[..., None]
+        context_visible = (context < rows.context[:, None, None]) & (context >= first)
+        own_visible = (own <= own[:, None]) & (rows.position[:, None] >= first) & (own >= start)
+        return context_visible, own_visible
+
+    return visible
 
 
 class PromptScores(NamedTuple):

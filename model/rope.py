@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .config import ModelConfig
+from .config import ModelConfig, RopeScaling
 
 
 class Rotation(NamedTuple):
@@ -25,7 +25,7 @@ class Rotation(NamedTuple):
 def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
     """theta^(-2i/H), stretched as `config.rope_scaling` says.
 
-    llama3's rule: transformers, `modeling_rope_utils._compute_llama3_parameters`.
+    llama3's rule: transformers, `modeling_rope_utils._compute_llama3_parameters`; yarn's: arXiv:2309.00071.
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -34,6 +34,9 @@ def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
         return frequencies.astype(np.float32)
     if scaling.kind == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
+    if scaling.kind == "yarn":
+        kept = _yarn_kept(config, scaling)
+        return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
     wavelength = 2 * math.pi / frequencies
     cycles = scaling.original_max_position / wavelength
     # 0 where the wave is longer than the old context allows, 1 where it is short, linear between
@@ -42,10 +45,31 @@ def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
+def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
+    """How much of each frequency is kept: 1 for fast ones, 0 for slow ones, linear between."""
+    H = config.head_dim
+
+    def dimension(turns: float) -> float:
+        """Of the pair that turns so many times in the original context."""
+        wavelength = scaling.original_max_position / turns
+        return H * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, H - 1)
+    if first == last:
+        last += 0.001  # as transformers: a step instead of a ramp
+    return 1 - np.clip((np.arange(H // 2) - first) / (last - first), 0.0, 1.0)
+
+
 def rotation(config: ModelConfig, position_BT: Int[Array, "B T"]) -> Rotation:
     """The angles of tokens at `position_BT` (counted from the start of their own sequence), in float32."""
     angle = position_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1:
+        cos, sin = cos * config.rope_scaling.attention_factor, sin * config.rope_scaling.attention_factor
+    return Rotation(cos, sin)
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], at: Rotation) -> Float[Array, "B T N H"]:

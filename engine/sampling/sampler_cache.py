@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from ...ckpt import digests, paths, peft
 from ...model.config import ModelConfig
-from ...model.load import WeightsError, load_base
+from ...model.load import load_base
+from ...model.weight_files import WeightsError
 from .. import messages
 from ..errors import MissingWeights, UserError
 from ..parking import Parked

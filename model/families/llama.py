@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..config import ModelConfig, RopeScaling, UnsupportedModelError
+from typing import Any
+
+from ..config import ModelConfig, UnsupportedModelError
+from .options import flag, number, tokens, whole
+from .rotary import read_rope
 
 TENSORS = {
     "embed_tokens.weight": "model.embed_tokens.weight",
@@ -19,77 +23,93 @@ TENSORS = {
     "lm_head.weight": "lm_head.weight",
 }
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
-def read(hf: dict) -> ModelConfig:
-    """A Llama config.json as our config."""
-    return read_common(hf, family="llama")
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+}
+"""What transformers takes where config.json leaves a key out; the families differ in them."""
+
+OF_OTHERS = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "attention_chunk_size": None,
+    "no_rope_layers": None,
+    "num_experts": 0,
+    "num_local_experts": 0,
+    "per_layer_config": None,
+}
+"""Options that change the arithmetic of other families, with their neutral values. Transformers ignores them
+here; a folder that sets one was made for a reader that does not."""
 
 
-def read_common(hf: dict, family: str, **family_options) -> ModelConfig:
+def read(hf: dict[str, Any]) -> ModelConfig:
+    """A Llama config.json as our config. It has no sliding windows, whatever else it says."""
+    attention = ATTENTION if flag(hf, "attention_bias") else ()
+    mlp = MLP if flag(hf, "mlp_bias") else ()
+    if not hf.get("head_dim") and whole(hf, "hidden_size", 4096) % whole(hf, "num_attention_heads", 32):
+        raise UnsupportedModelError("hidden_size is not a multiple of num_attention_heads")
+    return read_common(hf, DEFAULTS, family="llama", biased=attention + mlp)
+
+
+def read_common(hf: dict[str, Any], defaults: dict[str, Any], **family_options: Any) -> ModelConfig:
     """What all dense families share; `family_options` are the ModelConfig fields that differ.
 
-    Raises UnsupportedModelError for options that would change the arithmetic and that we do not have.
+    Raises UnsupportedModelError for values that are none, and for options that would change the arithmetic
+    and that we do not have.
     """
-    _reject_unknown_arithmetic(hf, family, has_qkv_bias=family_options.get("attention_bias", False))
-    theta, scaling = _read_rope(hf)
-    eos = hf.get("eos_token_id")
-    options = {
-        "family": family,
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
-        "num_heads": hf["num_attention_heads"],
-        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+    _reject_unknown_arithmetic(hf)
+    heads = whole(hf, "num_attention_heads", defaults["num_attention_heads"])
+    stated_kv_heads = hf.get("num_key_value_heads", defaults["num_key_value_heads"])
+    kv_heads = heads if stated_kv_heads is None else whole(hf, "num_key_value_heads", stated_kv_heads)
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+        )
+    hidden_size = whole(hf, "hidden_size", defaults["hidden_size"])
+    stated_head_dim = hf.get("head_dim", defaults["head_dim"])
+    head_dim = hidden_size // heads if stated_head_dim is None else whole(hf, "head_dim", stated_head_dim)
+    if head_dim % 2 or not head_dim:
+        raise UnsupportedModelError(f"head_dim is {head_dim}; rotary embeddings need an even number")
+    max_position = whole(hf, "max_position_embeddings", defaults["max_position_embeddings"])
+    theta, scaling = read_rope(hf, max_position)
+    options: dict[str, Any] = {
+        "vocab_size": whole(hf, "vocab_size", defaults["vocab_size"]),
+        "hidden_size": hidden_size,
+        "intermediate_size": whole(hf, "intermediate_size", defaults["intermediate_size"]),
+        "num_layers": whole(hf, "num_hidden_layers", defaults["num_hidden_layers"]),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": number(hf, "rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_sequence_length": hf.get("max_position_embeddings", 2048),
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "sliding_window": _read_sliding_window(hf),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "max_sequence_length": max_position,
+        "tie_embeddings": flag(hf, "tie_word_embeddings"),
+        "eos_token_ids": tokens(hf, "eos_token_id", defaults["eos_token_id"]),
     }
     return ModelConfig(**(options | family_options))
 
 
-def _read_rope(hf: dict) -> tuple[float, RopeScaling | None]:
-    """Both layouts: `rope_theta` beside `rope_scaling`, and transformers 5's one `rope_parameters`."""
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if hf.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position=int(rope["original_max_position_embeddings"]),
-        )
-    raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known: default, linear, llama3")
-
-
-def _read_sliding_window(hf: dict) -> int | None:
-    if not hf.get("use_sliding_window", False) or not hf.get("sliding_window"):
-        return None
-    kinds = set(hf.get("layer_types") or ())
-    first_windowed_layer = hf.get("max_window_layers", 0)
-    if kinds == {"full_attention"} or first_windowed_layer >= hf["num_hidden_layers"]:
-        return None
-    if len(kinds) > 1 or (not kinds and first_windowed_layer > 0):
-        raise UnsupportedModelError("layers with and without a sliding window in one model are not supported")
-    return hf["sliding_window"]
-
-
-def _reject_unknown_arithmetic(hf: dict, family: str, has_qkv_bias: bool) -> None:
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act {hf['hidden_act']!r} is not supported; known: silu")
-    for option in ("attention_bias", "mlp_bias"):
-        if hf.get(option, False) and not (option == "attention_bias" and has_qkv_bias):
-            raise UnsupportedModelError(f"{option} is not supported for {family}")
+def _reject_unknown_arithmetic(hf: dict[str, Any]) -> None:
+    act = hf.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise UnsupportedModelError(f"hidden_act {act!r} is not supported; known: silu")
+    for option, neutral in OF_OTHERS.items():
+        if (value := hf.get(option, neutral)) not in (neutral, None):
+            raise UnsupportedModelError(f"{option} {value!r} is not supported for {hf['model_type']}")

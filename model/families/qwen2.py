@@ -1,16 +1,32 @@
-"""Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and sliding windows."""
 
 from __future__ import annotations
 
-from ..config import ModelConfig
-from . import llama
+from typing import Any
 
-TENSORS = llama.TENSORS | {
-    f"layers.{name}.bias": f"model.layers.{{layer}}.self_attn.{name}.bias"
-    for name in ("q_proj", "k_proj", "v_proj")
+from ..config import ModelConfig, UnsupportedModelError
+from . import llama
+from .windows import read_windows
+
+TENSORS = llama.TENSORS
+
+DEFAULTS = llama.DEFAULTS | {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "eos_token_id": None,
 }
 
 
-def read(hf: dict) -> ModelConfig:
+def read(hf: dict[str, Any]) -> ModelConfig:
     """A Qwen2 config.json as our config."""
-    return llama.read_common(hf, family="qwen2", attention_bias=True)
+    refuse_mlp_bias(hf)
+    # `attention_bias` means nothing here: q, k and v have biases, o has none
+    biased = ("q_proj", "k_proj", "v_proj")
+    return llama.read_common(hf, DEFAULTS, family="qwen2", biased=biased, **read_windows(hf))
+
+
+def refuse_mlp_bias(hf: dict[str, Any]) -> None:
+    if hf.get("mlp_bias"):
+        raise UnsupportedModelError(f"mlp_bias is not supported for {hf['model_type']}")

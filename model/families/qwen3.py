@@ -1,17 +1,26 @@
-"""Qwen3 (dense): Llama with an RMSNorm on each head of q and k, and a head size of its own."""
+"""Qwen3 (dense): Llama with an RMSNorm on each head of q and k, its own head size, and sliding windows."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config import ModelConfig
-from . import llama
+from . import llama, qwen2
+from .options import flag
+from .windows import read_windows
 
 TENSORS = llama.TENSORS | {
     f"layers.{name}.weight": f"model.layers.{{layer}}.self_attn.{name}.weight"
     for name in ("q_norm", "k_norm")
 }
 
+DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
-def read(hf: dict) -> ModelConfig:
+
+def read(hf: dict[str, Any]) -> ModelConfig:
     """A Qwen3 config.json as our config."""
-    head_dim = hf.get("head_dim") or 128  # transformers' default, where the file leaves it out
-    return llama.read_common(hf, family="qwen3", qk_norm=True, head_dim=head_dim)
+    qwen2.refuse_mlp_bias(hf)
+    if hf.get("head_dim", 0) is None:
+        hf = {key: value for key, value in hf.items() if key != "head_dim"}
+    biased = llama.ATTENTION if flag(hf, "attention_bias") else ()
+    return llama.read_common(hf, DEFAULTS, family="qwen3", qk_norm=True, biased=biased, **read_windows(hf))

@@ -3,6 +3,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tinsmith.ckpt import stored_parameters, training_state
 from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.ckpt.peft import save_adapter
@@ -98,6 +99,19 @@ def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
         ).abs().max() > 0.1
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
     assert not read_config(out).tie_embeddings
+
+
+def test_a_head_that_config_json_denies_is_written_as_one(tmp_path):
+    """The base model's config.json says tied, and its files hold a head: the export says what it is."""
+    folder = write_model(tmp_path / "base", num_hidden_layers=1, tokenizer=False)
+    weights = random_weights(hf_config(num_hidden_layers=1)) | {
+        "lm_head.weight": np.ones((320, 32), np.float32)
+    }
+    save_file(weights, folder / "model.safetensors")
+    config = read_config(folder)
+    save_merged(tmp_path / "out", in_memory(our_base(config, weights)), config, base_folder=folder)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert read_config(tmp_path / "out") == config
 
 
 @pytest.mark.reference

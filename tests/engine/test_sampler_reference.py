@@ -40,9 +40,17 @@ def merge(hf, adapter):
         add(hf.lm_head.weight, adapter["unembed"]["a"], adapter["unembed"]["b"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_tokens_are_those_of_generate(tmp_path, variant):
-    model = load_tiny(tmp_path, variant)
+WINDOW = {"use_sliding_window": True, "sliding_window": 21}
+WINDOWS = [
+    ("qwen2", WINDOW | {"max_window_layers": 0}),
+    ("qwen3", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+]
+
+
+@pytest.mark.parametrize(("variant", "overrides"), [*((each, {}) for each in VARIANTS), *WINDOWS])
+def test_greedy_tokens_are_those_of_generate(tmp_path, variant, overrides):
+    """The long prompt takes two prefills, and windows end inside the first."""
+    model = load_tiny(tmp_path, variant, **overrides)
     sampler = make_sampler(model)
     adapter = random_adapter(model.config, 1)
     sampler.register("a", adapter, scale=SCALE)

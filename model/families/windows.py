@@ -1,0 +1,51 @@
+"""Sliding windows as Qwen2's and Qwen3's config.json describe them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import UnsupportedModelError
+from .options import flag, whole
+
+_LEGACY = {"attention": "full_attention"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_windows(hf: dict[str, Any]) -> dict[str, Any]:
+    """`sliding_window` and `windowed_layers` of a ModelConfig.
+
+    As in transformers: `layer_types` decides where it is given. Where it is not, layers from
+    `max_window_layers` (28) on have the window if `use_sliding_window`. A window that reaches as far back as
+    the longest sequence is none.
+    """
+    num_layers = whole(hf, "num_hidden_layers", 32)
+    size = hf.get("sliding_window", 4096) if flag(hf, "use_sliding_window") else None
+    if hf.get("layer_types") is not None:
+        windowed = _of_layer_types(hf["layer_types"], num_layers, size)
+    elif size is not None:
+        first = whole(hf, "max_window_layers", 28, least=-(2**31))
+        windowed = tuple(layer >= first for layer in range(num_layers))
+    else:
+        windowed = ()
+    if not any(windowed):
+        return {}
+    size = whole({"sliding_window": size}, "sliding_window")
+    if size >= whole(hf, "max_position_embeddings", 32_768):
+        return {}
+    return {"sliding_window": size, "windowed_layers": None if all(windowed) else windowed}
+
+
+def _of_layer_types(stated: Any, num_layers: int, size: Any) -> tuple[bool, ...]:
+    if not isinstance(stated, list) or len(stated) != num_layers:
+        count = f"{len(stated)} entries" if isinstance(stated, list) else repr(stated)
+        raise UnsupportedModelError(f"layer_types has {count}; it must list all {num_layers} layers")
+    types = [_LEGACY.get(each, each) if isinstance(each, str) else each for each in stated]
+    for each in types:
+        if each not in (FULL, SLIDING):
+            raise UnsupportedModelError(f"layer_types: {each!r} is not supported; known: {FULL}, {SLIDING}")
+    if SLIDING in types and size is None:
+        raise UnsupportedModelError(
+            f"layer_types has {SLIDING}, but there is no window: use_sliding_window is false, or "
+            "sliding_window is null"
+        )
+    return tuple(each == SLIDING for each in types)

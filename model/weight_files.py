@@ -1,0 +1,249 @@
+"""The safetensors files of a model folder: which of them count, what they hold. Imports no array library.
+
+Reference: transformers 5, `modeling_utils._get_resolved_checkpoint_files`: model.safetensors, else the files
+that model.safetensors.index.json names; a later file's tensor replaces an earlier one's. Other files in the
+folder (shards of an older save, consolidated.safetensors, adapters, .bin files) do not count.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import ml_dtypes
+import numpy as np
+
+from .config import ModelConfig, read_json
+from .families import tensor_names, tensor_shapes
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""Of the tensors that we read, by the format's name of it."""
+
+_MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
+_COMPARED_BYTES = 64 << 20
+_BASE_PREFIX = "model."
+T = TypeVar("T")
+
+
+class WeightsError(ValueError):
+    """The weight files do not hold the model that config.json describes; the message names the tensor."""
+
+
+class Stored(NamedTuple):
+    """What a tensor is, and where it lies in its file. `dtype` as the format spells it: F32, BF16, ..."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model's weights. Raises WeightsError if there are none, or one is missing."""
+    explicit = (read_json(folder / "config.json") or {}).get("transformers_weights")
+    if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit):
+        raise WeightsError(f"transformers_weights {explicit!r} is not the name of a file in {folder}")
+    name = explicit or (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    if not name.endswith(".index.json"):
+        return [_present(folder, name, "config.json")]
+    if not (folder / name).is_file():
+        raise WeightsError(_why_no_weights(folder))
+    weight_map = (read_json(folder / name) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{name} in {folder} has no weight_map: it names no files")
+    files = sorted(set(map(str, weight_map.values())))
+    return [_present(folder, file, "the index") for file in files]
+
+
+def headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the model's files, by its name there, without reading it.
+
+    Raises WeightsError, OSError."""
+    found: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        found |= header(file)
+    return found
+
+
+def header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file. Raises WeightsError for a file that is damaged or cut short."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise WeightsError(f"{file.name} is not a whole safetensors file")
+        try:
+            entries = json.loads(opened.read(length))
+            entries.pop("__metadata__", None)
+            found = {name: _stored(file, entry, 8 + length) for name, entry in entries.items()}
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            raise WeightsError(f"the header of {file.name} is damaged") from None
+    for name, stored in found.items():
+        if stored.end > size:
+            raise WeightsError(f"{file.name} is cut short: {name} lies beyond its end")
+        if stored.dtype in DTYPES:
+            expected = prod(stored.shape) * np.dtype(DTYPES[stored.dtype]).itemsize
+            if stored.begin < 8 + length or stored.end - stored.begin != expected:
+                raise WeightsError(f"the header of {file.name} is damaged: {name} has not its shape's size")
+    return found
+
+
+def find(tensors: Mapping[str, T], name: str) -> T | None:
+    """A tensor by its Hugging Face name, also in files of the model without its head (LlamaModel and so on),
+    which name it without `model.`."""
+    found = tensors.get(name)
+    return tensors.get(name.removeprefix(_BASE_PREFIX)) if found is None else found
+
+
+def check(folder: Path, config: ModelConfig) -> None:
+    """Whether the files hold every tensor of `config`, by their headers. Raises WeightsError naming one."""
+    stored = headers(folder)
+    for name, shape in tensor_shapes(config).items():
+        if name == EMBEDDING and config.tie_embeddings and find(stored, name) is None:
+            name = HEAD
+        found = find(stored, name)
+        if found is None:
+            raise WeightsError(_missing(name, stored))
+        if found.dtype not in DTYPES:
+            raise WeightsError(
+                f"{name} has dtype {found.dtype} in {found.file.name}; known: {', '.join(DTYPES)}"
+            )
+        if found.shape != shape:
+            raise WeightsError(_misshapen(name, found.shape, shape))
+
+
+def unread(folder: Path, config: ModelConfig) -> list[str]:
+    """The tensors of the files that `config` has no use for, but for tables that every reader computes."""
+    names = set(tensor_shapes(config))
+    names |= {name.removeprefix(_BASE_PREFIX) for name in names}
+    if config.tie_embeddings:
+        names.add(HEAD)
+    return sorted(name for name in headers(folder) if name not in names and "rotary_emb.inv_freq" not in name)
+
+
+def has_another_head(folder: Path) -> bool:
+    """Whether the files hold an embedding and a head that differ. False if there are no files (yet)."""
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    tensors = MappedTensors(folder)
+    embedding, head = tensors.find(EMBEDDING), tensors.find(HEAD)
+    if embedding is None or head is None:
+        return False
+    return embedding.shape != head.shape or not _equal(embedding, head)
+
+
+class MappedTensors:
+    """The tensors of a folder's safetensors files as read-only views of mapped memory."""
+
+    def __init__(self, folder: Path):
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._views: dict[str, np.ndarray] = {}
+        self._unreadable: dict[str, str] = {}
+        for name, stored in headers(folder).items():
+            if stored.dtype in DTYPES:
+                self._views[name] = self._view(stored)
+            else:
+                self._unreadable[name] = stored.dtype
+
+    def _view(self, stored: Stored) -> np.ndarray:
+        if stored.file not in self._maps:
+            with stored.file.open("rb") as opened:
+                self._maps[stored.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        count = prod(stored.shape)
+        view = np.frombuffer(self._maps[stored.file], DTYPES[stored.dtype], count, offset=stored.begin)
+        return view.reshape(stored.shape)
+
+    def find(self, name: str) -> np.ndarray | None:
+        return find(self._views, name)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The view of tensor `name`. Raises WeightsError when it is missing or of another shape."""
+        view = self.find(name)
+        if view is None:
+            if (dtype := find(self._unreadable, name)) is not None:
+                raise WeightsError(f"{name} has dtype {dtype} in the file; known: {', '.join(DTYPES)}")
+            raise WeightsError(_missing(name, self._views))
+        if view.shape != shape:
+            raise WeightsError(_misshapen(name, view.shape, shape))
+        return view
+
+    def forget_pages(self) -> None:
+        """Let the kernel drop what has been read; the pages come back from the file when asked for."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def names(self, config: ModelConfig) -> dict[str, str]:
+        """`families.tensor_names`, of these files: a tied model may be stored as its head alone."""
+        names = tensor_names(config)
+        if config.tie_embeddings and self.find(EMBEDDING) is None and self.find(HEAD) is not None:
+            names["embed_tokens.weight"] = HEAD
+        return names
+
+
+def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(size) for size in entry["shape"])
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(entry)
+    return Stored(file, str(entry["dtype"]), shape, data + begin, data + end)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    rows = max(1, _COMPARED_BYTES // max(1, a[:1].nbytes))
+    return all(
+        np.array_equal(a[at : at + rows].astype(np.float32), b[at : at + rows].astype(np.float32))
+        for at in range(0, len(a), rows)
+    )
+
+
+def _present(folder: Path, name: str, named_by: str) -> Path:
+    file = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise WeightsError(f"{name!r}, named by {named_by}, is not inside {folder}")
+    if not file.is_file():
+        raise WeightsError(f"{name} is named by {named_by}, but is not in {folder}")
+    return file
+
+
+def _missing(name: str, there: Mapping[str, Any]) -> str:
+    some = ", ".join(list(there)[:3])
+    hint = ""
+    if name == HEAD:
+        hint = " (config.json says that the head is not tied to the embedding)"
+    elif some:
+        hint = f" (they have {len(there)} others: {some}{', ...' if len(there) > 3 else ''})"
+    return f"the weight files have no float tensor {name!r}{hint}"
+
+
+def _misshapen(name: str, there: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"{name} has shape {there} in the file; config.json means {wanted}"
+
+
+def _why_no_weights(folder: Path) -> str:
+    safetensors = sorted(file.name for file in folder.glob("*.safetensors"))
+    if safetensors:
+        return (
+            f"{folder} has neither {SINGLE} nor {INDEX}; {safetensors[0]} alone does not say which files "
+            "make up the model"
+        )
+    others = (
+        f for kind in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5") for f in _names(folder, kind)
+    )
+    if other := next(others, None):
+        return (
+            f"{folder} has no .safetensors files, and {other} is not read: convert the model with "
+            "save_pretrained(folder) of transformers"
+        )
+    return f"{folder} has no .safetensors files"
+
+
+def _names(folder: Path, pattern: str) -> Iterator[str]:
+    return (file.name for file in sorted(folder.glob(pattern)) if file.name != "training_args.bin")

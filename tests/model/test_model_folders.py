@@ -1,0 +1,344 @@
+"""Folders mean what transformers loads from them: windows, rotary embeddings, heads, biases, files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tinsmith.model import config as config_lib
+from tinsmith.model import decoder, load, weight_files
+from tinsmith.model.families import FAMILIES, tensor_shapes
+from tiny_models import hf_config, write_model
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.reference
+
+TOKENS = np.random.default_rng(0).integers(3, 320, 40).astype(np.int32)
+
+
+def ours(folder, dtype=jnp.float32):
+    config = config_lib.read_config(folder)
+    weight_files.check(folder, config)
+    base = load.load_base(folder, config, dtype)
+    graph, _ = decoder.build(config, dtype)
+    position = np.arange(len(TOKENS), dtype=np.int32)[None]
+    hidden = jax.jit(decoder.trunk, static_argnums=0)(
+        graph, base, TOKENS[None], position, np.zeros_like(position)
+    )
+    return np.asarray(jax.nn.log_softmax(hidden[0] @ decoder.unembed(base).T))
+
+
+def reference(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor(TOKENS[None])).logits[0], -1).numpy()
+
+
+def assert_as_transformers(folder):
+    np.testing.assert_allclose(ours(folder), reference(folder), atol=1e-4)
+
+
+def changed(folder, variant, removed=(), **changes):
+    """A random model of two layers whose config.json has the changes, and lacks what is removed."""
+    write_model(folder, variant, tokenizer=False, num_hidden_layers=2)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in removed}))
+    return folder
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "windows"),
+    [
+        ("qwen2", WINDOW, [None, None]),  # max_window_layers is 28 where it is not said
+        ("qwen3", WINDOW | {"max_window_layers": 0}, [4, 4]),
+        ("qwen2", WINDOW | {"max_window_layers": 1}, [None, 4]),
+        ("qwen3", WINDOW | {"layer_types": [SLIDING, FULL], "max_window_layers": 28}, [4, None]),
+        ("qwen2", WINDOW | {"layer_types": [SLIDING] * 2, "max_window_layers": 28}, [4, 4]),
+        ("qwen3", WINDOW | {"layer_types": [FULL, "attention"], "max_window_layers": 0}, [None, None]),
+        ("qwen2", WINDOW | {"sliding_window": None, "max_window_layers": 0}, [None, None]),
+        ("qwen2", WINDOW | {"sliding_window": 512, "max_window_layers": 0}, [None, None]),
+        ("qwen2", {"sliding_window": 4, "max_window_layers": 0}, [None, None]),
+        ("llama", WINDOW | {"max_window_layers": 0}, [None, None]),
+        ("llama", WINDOW | {"layer_types": [SLIDING, FULL]}, [None, None]),
+    ],
+)
+def test_sliding_windows(tmp_path, variant, changes, windows):
+    folder = changed(tmp_path, variant, **changes)
+    config = config_lib.read_config(folder)
+    found = config.windowed_layers or (config.sliding_window is not None,) * 2
+    assert [config.sliding_window if windowed else None for windowed in found] == windows
+    assert_as_transformers(folder)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": YARN},
+        {"rope_scaling": YARN | {"attention_factor": 0.7, "beta_fast": 4, "truncate": False}},
+        {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "factor": None}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8,
+                "low_freq_factor": 1,
+                "high_freq_factor": 4,
+            }
+        },
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_theta": 500, "partial_rotary_factor": 1.0}},
+        {"original_max_position_embeddings": 32, "rope_scaling": YARN},
+    ],
+)
+def test_rotary_embeddings(tmp_path, changes):
+    assert_as_transformers(changed(tmp_path, "qwen3", removed=["rope_theta"], **changes))
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {"attention_bias": True}),
+        (
+            "llama",
+            {"num_key_value_heads": None, "pretraining_tp": 2, "hidden_act": "swish", "head_dim": None},
+        ),
+    ],
+)
+def test_biases_and_values_that_change_nothing(tmp_path, variant, changes):
+    folder = changed(tmp_path, variant, **changes)
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(1)
+    for name, shape in tensor_shapes(config_lib.stated_config(folder)).items():
+        if name not in tensors or tensors[name].shape != shape:
+            tensors[name] = rng.standard_normal(shape).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family):
+    from transformers import AutoConfig
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    config, theirs = config_lib.read_config(tmp_path), AutoConfig.for_model(family)
+    same = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "rms_norm_eps": "rms_norm_eps",
+        "max_sequence_length": "max_position_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
+    }
+    assert {name: getattr(config, name) for name in same} == {
+        name: getattr(theirs, their) for name, their in same.items()
+    }
+    assert (
+        config.head_dim == getattr(theirs, "head_dim", None)
+        or theirs.hidden_size // theirs.num_attention_heads
+    )
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+
+
+PARTIAL = {"partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("variant", "change", "message"),
+    [
+        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ("llama", {"model_type": None}, "model_type None"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", PARTIAL, "partial_rotary_factor 0.5"),
+        ("qwen2", {"rope_parameters": {"rope_type": "default"} | PARTIAL}, "partial_rotary_factor 0.5"),
+        ("qwen3", {"rope_scaling": {"type": "linear", "factor": 2.0} | PARTIAL}, "partial_rotary_factor 0.5"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type 'longrope'"),
+        ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope_type 'mrope'"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ("qwen3", {"rope_parameters": {FULL: {"rope_theta": 1e4}}}, "an entry per layer type"),
+        ("llama", {"rope_theta": None}, "rope_theta is None"),
+        ("llama", {"hidden_size": "32"}, "hidden_size is '32'"),
+        ("llama", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
+        ("llama", {"hidden_size": 34}, "hidden_size is not a multiple"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings is None"),
+        ("llama", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+        ("qwen2", WINDOW | {"sliding_window": 0, "max_window_layers": 0}, "sliding_window is 0"),
+        ("qwen2", {"layer_types": [SLIDING, FULL]}, "there is no window"),
+        ("qwen3", WINDOW | {"layer_types": [SLIDING]}, "layer_types has 1 entries"),
+        ("qwen3", {"layer_types": ["chunked_attention", FULL]}, "'chunked_attention' is not supported"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: gptq"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: fp8"),
+        ("llama", {"quantization": {"group_size": 64, "bits": 4}}, "quantized"),
+    ],
+)  # fmt: skip
+def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, variant, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(variant, num_hidden_layers=2) | change))
+    with pytest.raises(config_lib.UnsupportedModelError, match=message):
+        config_lib.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"no config\.json"),
+        ({"config.json": "{'"}, "cannot be read"),
+        ({"config.json": "[1]"}, "does not hold a JSON object"),
+        ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, "a PEFT adapter of org/base"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "GGUF"),
+        (
+            {"config.json": '{"model_type": "llama"}', "adapter_config.json": "{}"},
+            "adapter_config.json beside",
+        ),
+    ],
+)
+def test_folders_that_are_no_models_are_refused(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(config_lib.UnsupportedModelError, match=message):
+        config_lib.read_config(tmp_path)
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_head_of_its_own_although_config_json_says_tied(tmp_path):
+    folder = write_model(tmp_path, "llama", num_hidden_layers=1)
+    head = np.random.default_rng(1).standard_normal((320, 32)).astype(np.float32)
+    rewrite(folder, lambda tensors: tensors.update({weight_files.HEAD: head}))
+    assert not config_lib.read_config(folder).tie_embeddings
+    assert_as_transformers(folder)
+
+
+def test_a_head_that_is_the_embedding_stays_tied(tmp_path):
+    folder = write_model(tmp_path, "llama", num_hidden_layers=1)
+    rewrite(
+        folder, lambda tensors: tensors.update({weight_files.HEAD: tensors[weight_files.EMBEDDING].copy()})
+    )
+    assert config_lib.read_config(folder).tie_embeddings
+    assert_as_transformers(folder)
+
+
+def test_a_tied_model_stored_as_its_head_alone(tmp_path):
+    folder = write_model(tmp_path, "llama", num_hidden_layers=1)
+    rewrite(folder, lambda tensors: tensors.update({weight_files.HEAD: tensors.pop(weight_files.EMBEDDING)}))
+    assert_as_transformers(folder)
+
+
+def test_a_model_stored_without_its_prefix(tmp_path):
+    from transformers import AutoModel
+
+    folder = write_model(tmp_path / "whole", "qwen3", tie_word_embeddings=True, num_hidden_layers=1)
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "trunk")
+    assert "embed_tokens.weight" in load_file(tmp_path / "trunk" / "model.safetensors")
+    assert_as_transformers(tmp_path / "trunk")
+
+
+def test_one_file_wins_over_an_index_and_an_index_over_other_files(tmp_path):
+    """Older saves that a newer one left in place: shards with their index, and a file that no index names."""
+    old = write_model(tmp_path, "llama", shards=2, seed=1, num_hidden_layers=1)
+    (old / "zz.safetensors").write_bytes((old / "model-00001-of-00002.safetensors").read_bytes())
+    garbage = {name: np.zeros_like(w) for name, w in load_file(old / "zz.safetensors").items()}
+    save_file(garbage, old / "zz.safetensors", {"format": "pt"})
+    assert_as_transformers(old)
+    sharded = ours(old)
+    write_model(tmp_path, "llama", seed=2, num_hidden_layers=1)
+    assert_as_transformers(tmp_path)
+    assert np.abs(ours(tmp_path) - sharded).max() > 0.1
+
+
+def test_a_file_that_config_json_names_wins_over_all(tmp_path):
+    folder = write_model(tmp_path, "llama", seed=1, num_hidden_layers=1)
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    write_model(tmp_path, "llama", seed=2, num_hidden_layers=1, transformers_weights="mine.safetensors")
+    assert_as_transformers(tmp_path)
+
+
+def test_extra_tensors_are_ignored_and_named_in_the_log(tmp_path, caplog):
+    folder = write_model(tmp_path, "llama", num_hidden_layers=1)
+    extra = {"model.layers.7.mlp.up_proj.weight": np.ones(3, np.float32), "score.bias": np.ones(2, np.int64)}
+    rewrite(folder, lambda tensors: tensors.update(extra))
+    assert_as_transformers(folder)
+    assert "model.layers.7.mlp.up_proj.weight, score.bias" in caplog.text
+
+
+def test_float64_weights(tmp_path):
+    folder = write_model(tmp_path, "llama", num_hidden_layers=1)
+    rewrite(folder, lambda tensors: tensors.update({k: w.astype(np.float64) for k, w in tensors.items()}))
+    assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("variant", "change", "message"),
+    [
+        ("llama3", lambda w: w.pop("lm_head.weight"), "no float tensor 'lm_head.weight'.*not tied"),
+        (
+            "llama3",
+            lambda w: w.pop("model.embed_tokens.weight"),
+            "no float tensor 'model.embed_tokens.weight'",
+        ),
+        ("llama", lambda w: w.pop("model.embed_tokens.weight"), "no float tensor 'lm_head.weight'"),
+        (
+            "llama",
+            lambda w: w.update({"model.norm.weight": w["model.norm.weight"].astype(np.int8)}),
+            "model.norm.weight has dtype I8",
+        ),
+        (
+            "llama",
+            lambda w: w.update({"lm_head.weight": np.ones((9, 32), np.float32)}),
+            r"lm_head.*\(9, 32\)",
+        ),
+    ],
+)
+def test_weights_are_never_made_up(tmp_path, variant, change, message):
+    folder = write_model(tmp_path, variant, num_hidden_layers=1)
+    rewrite(folder, change)
+    config = config_lib.read_config(folder)
+    with pytest.raises(weight_files.WeightsError, match=message):
+        weight_files.check(folder, config)
+    with pytest.raises(weight_files.WeightsError):
+        load.load_base(folder, config, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model-00001-of-00002.safetensors": b""}, "neither model.safetensors nor"),
+        ({"pytorch_model.bin": b""}, "pytorch_model.bin is not read: convert"),
+        ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b.safetensors"}}'}, "is not inside"),
+        (
+            {"model.safetensors": b"version https://git-lfs.github.com/spec/v1"},
+            "not a whole safetensors file",
+        ),
+        ({"model.safetensors": b"\2\0\0\0\0\0\0\0[]"}, "damaged"),
+    ],
+)
+def test_what_is_wrong_with_the_files_is_said(tmp_path, files, message):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config("llama")))
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(weight_files.WeightsError, match=message):
+        weight_files.headers(tmp_path)
