@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import msgspec
 
+from ..ckpt.tokenizer_files import without_torch
 from ..model.load import find_model
 from ..model.sharding import make_mesh
 from . import base_models, compilation, messages
@@ -28,6 +29,7 @@ log = logging.getLogger("tinsmith.engine")
 
 
 def main() -> int:
+    without_torch()
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=messages.EngineConfig)
     logging.basicConfig(
         level=config.log_level.upper(),

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ..ckpt import tokenizer_files
+from ..ckpt.token_bytes import TokenBytes
 from ..model import decoder
 from ..model.config import ModelConfig, read_config
 from ..model.load import find_model, load_base
@@ -20,7 +22,6 @@ from .compilation import log_compiled
 from .device_memory import device_share
 from .sampling.sampler import Sampler, default_kv_cache_tokens
 from .sampling.sampler_cache import SamplerCache
-from .sampling.tokenizer import TokenBytes
 from .training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
             trainer.base,
             config,
             token_bytes=token_bytes,
+            end_tokens=tokenizer_files.end_tokens(folder),
             mesh=mesh,
             kv_cache_tokens=kv_cache_tokens,
             max_sequence_length=limit,

@@ -115,6 +115,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     given = {key: value for key, value in locals().items() if value is not None}
+    from ..ckpt.tokenizer_files import without_torch
     from .base_models import resolve
     from .ledger.keys import any_in
     from .ledger.ledger import Ledger, check
@@ -122,6 +123,7 @@ def serve(
     from .serve import listen, run
     from .settings import Settings
 
+    without_torch()
     try:
         settings = Settings(**given)
     except ValidationError as error:

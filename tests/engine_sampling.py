@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.engine import messages
 from tinsmith.engine.sampling.sampler import Sampler
-from tinsmith.engine.sampling.tokenizer import TokenBytes
 from tinsmith.model import config as config_lib
 from tinsmith.model import decoder, load, lora
 from tiny_models import write_model

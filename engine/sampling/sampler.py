@@ -19,12 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...ckpt.token_bytes import TokenBytes
+from ...ckpt.tokenizer_files import TokenizerError
 from ...model import kv_cache
 from ...model.config import ModelConfig
 from ...model.sharding import replicated
 from ...model.weights_by_layer import base_by_layer
 from .. import messages, processor
 from ..device_memory import device_share
+from ..errors import UserError
 from .page_pool import PagePool
 from .prompt_scores import PromptScores
 from .sample_checks import check_request
@@ -33,7 +36,6 @@ from .sampler_weights import Weights
 from .sampling_queue import SamplingQueue
 from .sequence import Generation, Prompt, Sequence, seed_of
 from .stop import StopRule, implicit_stop_tokens
-from .tokenizer import TokenBytes
 
 PyTree = Any
 
@@ -54,6 +56,7 @@ class Sampler:
         config: ModelConfig,
         *,
         token_bytes: TokenBytes | None = None,
+        end_tokens: Iterable[int] | None = None,
         mesh: Any = None,
         kv_cache_tokens: int | None = None,
         max_sequence_length: int | None = None,
@@ -65,10 +68,12 @@ class Sampler:
     ):
         """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
         `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
-        multiple of `page_size`. `on_compile(name, seconds)` is called when a program ran for the first time.
+        multiple of `page_size`. `end_tokens` end a sample that names no stop (None: those of the config).
+        `on_compile(name, seconds)` is called when a program ran for the first time.
         """
         self._config = config
         self._token_bytes = token_bytes
+        self._end_tokens = tuple(config.eos_token_ids if end_tokens is None else end_tokens)
         self._mesh = mesh
         dtype = base["embed_tokens"]["weight"].dtype
         max_length = max_sequence_length or config.max_sequence_length
@@ -147,12 +152,15 @@ class Sampler:
         longest = self._longest
         check_request(request, prompt, self._config.vocab_size, longest, self._token_bytes is not None)
         params = request.params
+        if params.stop_strings and self._token_bytes is not None:
+            try:
+                self._token_bytes.read()
+            except TokenizerError as error:
+                raise UserError(f"stop: {error}; give stop token ids instead") from None
         # The last token sampled is never fed back, so it needs no position of its own.
         room = longest + 1 - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        stop_tokens = implicit_stop_tokens(
-            params.stop_tokens, params.stop_strings, self._config.eos_token_ids
-        )
+        stop_tokens = implicit_stop_tokens(params.stop_tokens, params.stop_strings, self._end_tokens)
         seed = seed_of(params.seed)
         generation = Generation(
             request=request,

@@ -58,7 +58,8 @@ class RemoteSample:
     ) -> messages.SampleOutput:
         assert endpoint.limits is not None
         sample, scores = self.sample, {}
-        drawings = requests.drawings(sample, self._model, endpoint.limits)
+        # Where there are stop strings this may read the tokenizer.
+        drawings = await asyncio.to_thread(requests.drawings, sample, self._model, endpoint.limits)
         bodies: dict[Any, dict[str, Any]] = {}
         if requests.scores_prompt(sample):
             bodies[None] = requests.prompt_body(sample, f"{rid}.prompt", lora)

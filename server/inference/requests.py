@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ...ckpt.tokenizer_files import end_tokens, has_tokenizer
 from ...engine import messages
 from ..base_models import BaseModel
-from ..errors import BadRequest
-from ..served.tokenizer import end_tokens, of_folder
+from ..served.tokenizer import of_folder
 from ..wire.sampled import tokens_of
 from .drawing import Drawing, Stops, likely, table
 from .endpoint import EndpointRefused
@@ -54,11 +54,8 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
         )
     if limits is not None and (problem := _too_long(sample, model, limits)) is not None:
         return problem
-    if any(params.stop_strings):
-        try:
-            of_folder(model.folder)
-        except BadRequest:
-            return "stop: this model has no tokenizer on the server; give stop token ids instead"
+    if any(params.stop_strings) and not has_tokenizer(model.folder):
+        return "stop: this model has no tokenizer on the server; give stop token ids instead"
     return None
 
 
@@ -89,7 +86,7 @@ def drawings(sample: messages.Sample, model: BaseModel, limits: Limits) -> list[
     strings = tuple(string for string in params.stop_strings if string)
     stop_tokens = params.stop_tokens
     if stop_tokens is None:
-        stop_tokens = [] if params.stop_strings else end_tokens(model.folder)
+        stop_tokens = [] if params.stop_strings else [*end_tokens(model.folder)]
     known = frozenset(token for token in stop_tokens if 0 <= token < model.vocab_size)
     decode = partial(of_folder(model.folder).decode, skip_special_tokens=False) if strings else None
     stops = Stops(known, strings, longest, decode)

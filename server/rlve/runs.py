@@ -41,7 +41,7 @@ class RlveRuns:
     async def difficulties(self, config: dict[str, Any], base_model: str) -> dict[str, Any]:
         """What each environment begins with. Raises BadRequest for what cannot be had."""
         asked = RlveConfig.model_validate(config)
-        tokenizer = of_folder(self._backend.base_model(base_model).folder)
+        tokenizer = await asyncio.to_thread(of_folder, self._backend.base_model(base_model).folder)
         prompt("?", asked.custom_prompt_preprocessor, asked.answer_marker_type, tokenizer)
         begin = {}
         for name in dict.fromkeys(asked.environment_list):

@@ -82,6 +82,7 @@ class Answers:
             asked.params.stop_tokens or [],
             keep_stop=params.no_stop_trim,
             skip_special_tokens=params.skip_special_tokens,
+            prompt=asked.prompt,
         )
 
     def of(

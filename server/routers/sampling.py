@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +19,7 @@ from ..served import sample_submits
 from ..served.hang_ups import while_connected
 from ..served.request_samples import RequestSamples
 from ..served.sample_targets import target
+from ..served.tokenizer import of_folder
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, prompt_tokens
 from . import Backend, BackendOf, Owner, Said, future
@@ -136,6 +139,9 @@ async def _submit(
     )
     # The SDK has the tokenizer; others are told what the tokens say.
     reply = {} if dialect == "tinker" else {"base_model": sampler.base_model}
+    if reply:
+        with contextlib.suppress(BadRequest):  # the answer then has no text
+            await asyncio.to_thread(of_folder, model.folder)
     operation = await sample_submits.submit(backend, owner, sample, key, reply, dialect)
     if numbered:
         backend.completions.accepted(body.sampling_session_id or "", seq_id or 0, operation)

@@ -65,7 +65,7 @@ class Answers:
 
     def lengths(self, tokens: list[int]) -> list[int]:
         """How many characters each token adds to the text."""
-        return [len(self.text.token(token)) for token in tokens]
+        return self.text.lengths(tokens)
 
     def whole(self, answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
@@ -179,8 +179,8 @@ class ChatAnswers(Answers):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        written = self.text.token(token)
-        return {"token": written, "logprob": logprob, "bytes": list(written.encode())}
+        written = self.text.token(token).removeprefix("bytes:")
+        return {"token": written, "logprob": logprob, "bytes": list(self.text.token_bytes(token))}
 
 
 class _Choice:
@@ -195,6 +195,7 @@ class _Choice:
             asked.params.stop_tokens or [],
             keep_stop=answers.keep_stop,
             skip_special_tokens=answers.skip_special_tokens,
+            prompt=asked.prompt,
         )
         self._tokens = 0
         self._characters = 0

@@ -1,4 +1,4 @@
-"""What a sample says, as text: without what ended it, and without what may turn out to be its end."""
+"""A sample as text: without what ended it, and without what may turn out to be its end."""
 
 from __future__ import annotations
 
@@ -7,23 +7,36 @@ from dataclasses import dataclass, field
 
 from .tokenizer import ChatTokenizer
 
+_NOT_WHOLE = "�"
+_CONTEXT = 64  # tokens
+
 
 @dataclass
 class SampledText:
-    """One sequence's growing text. `keep_stop`: what ended it is part of it."""
+    """The growing text of one sequence, which goes on where `prompt` ends. `keep_stop`: its text has what
+    ended it."""
 
     tokenizer: ChatTokenizer
     stop_strings: Sequence[str]
     stop_tokens: Sequence[int]
     keep_stop: bool = False
     skip_special_tokens: bool = True
+    prompt: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     told: str = ""
+    _settled: int = 0  # tokens whose text is in `_text`, and ends with a whole character
+    _text: str = ""
 
     def add(self, begin: int, tokens: list[int]) -> str:
         """Tokens from the `begin`-th on; the text that is certain now and was not before."""
+        if begin < self._settled:  # of an engine that began the sequence again
+            self._settled, self._text = 0, ""
         self.tokens[begin:] = tokens
-        text = self._without_stop(self.tokenizer.whole_characters(self.tokens, self.skip_special_tokens))
+        new = self._continuation(self._settled, self.tokens)
+        if new and not new.endswith(_NOT_WHOLE):
+            self._settled, self._text, new = len(self.tokens), self._text + new, ""
+        # Some bytes of a last character may still be to come.
+        text = self._without_stop(self._text + new.rstrip(_NOT_WHOLE))
         return self._tell(text[: len(text) - self._perhaps_stop(text)])
 
     def end(self, tokens: list[int], stop_reason: str) -> str:
@@ -32,11 +45,11 @@ class SampledText:
         return self._tell(self.whole(tokens, stop_reason))
 
     def whole(self, tokens: list[int], stop_reason: str) -> str:
-        ended_by = self.matched(tokens, stop_reason)
-        if isinstance(ended_by, int) and not self.keep_stop:
-            tokens = tokens[:-1]
-        text = self.tokenizer.decode(tokens, self.skip_special_tokens)
-        return self._without_stop(text) if stop_reason == "stop" else text
+        """The text of all tokens."""
+        ended_by = None if self.keep_stop else self.matched(tokens, stop_reason)
+        if isinstance(ended_by, str):
+            return self._before(ended_by, tokens)
+        return self._continuation(0, tokens if ended_by is None else tokens[:-1])
 
     def matched(self, tokens: list[int], stop_reason: str) -> int | str | None:
         """The token or the string that ended it."""
@@ -44,9 +57,24 @@ class SampledText:
             return None
         if tokens and tokens[-1] in self.stop_tokens:
             return tokens[-1]
-        text = self.tokenizer.decode(tokens, self.skip_special_tokens)
-        found = [(text.find(stop), stop) for stop in self.stop_strings if stop in text]
+        text = b"".join(map(self.tokenizer.token_bytes, tokens))
+        found = [(at, stop) for stop in self.stop_strings if stop and (at := text.find(stop.encode())) >= 0]
         return min(found)[1] if found else tokens[-1] if tokens else None
+
+    def _before(self, stop: str, tokens: list[int]) -> str:
+        """The text before a stop string, which is looked for as the sampler does: in the bytes of all tokens,
+        special ones too. It may begin within a token."""
+        pieces = [self.tokenizer.token_bytes(token) for token in tokens]
+        at, whole = b"".join(pieces).find(stop.encode()), 0
+        while whole < len(pieces) and len(pieces[whole]) <= at:
+            at -= len(pieces[whole])
+            whole += 1
+        rest = pieces[whole][:at].decode(errors="ignore") if whole < len(pieces) else ""
+        return self._continuation(0, tokens[:whole]) + rest
+
+    def _continuation(self, begin: int, tokens: list[int]) -> str:
+        before = [*self.prompt[-_CONTEXT:], *tokens[max(0, begin - _CONTEXT) : begin]]
+        return self.tokenizer.continuation(before, tokens[begin:], self.skip_special_tokens)
 
     def _without_stop(self, text: str) -> str:
         if self.keep_stop:
@@ -69,7 +97,6 @@ class SampledText:
         )
 
     def _tell(self, text: str) -> str:
-        if not text.startswith(self.told):  # what was told cannot be taken back
-            return ""
-        new, self.told = text[len(self.told) :], text
+        new = text[len(self.told) :]  # what was told cannot be taken back
+        self.told += new
         return new

@@ -2,103 +2,96 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
-
+from ...ckpt import tokenizer_files
+from ...ckpt.token_bytes import TokenBytes
 from ..errors import BadRequest
+from . import chat_template
 
 _NOT_WHOLE = "�"  # what half a character is decoded as
+_CONTEXT = 8  # tokens before a piece of text that it is decoded with
 
 
 class ChatTokenizer:
-    """A folder's `tokenizer.json`, its chat template, and the tokens that end what the model says."""
+    """A model folder's tokenizer as transformers loads it, and the tokens that end what the model says."""
 
     def __init__(self, folder: Path):
-        """Raises BadRequest for a folder without a tokenizer."""
+        """Raises BadRequest for a folder without a tokenizer, or with one that cannot be read."""
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception:  # the library raises nothing narrower
-            raise BadRequest("this model has no tokenizer.json: send token ids instead of text") from None
-        self._config = _read(folder / "tokenizer_config.json")
-        self.end_tokens = end_tokens(folder)
-        template = self._config.get("chat_template")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text()
-        if isinstance(template, list):  # several, by name
-            template = next((each["template"] for each in template if each["name"] == "default"), None)
-        self._template = template
+            self._tokenizer = tokenizer_files.load(folder)
+        except tokenizer_files.TokenizerError as error:
+            raise BadRequest(f"{error}; send token ids instead of text") from None
+        self._backend = self._tokenizer.backend_tokenizer
+        self._special = frozenset(self._tokenizer.all_special_ids)
+        self.token_bytes = TokenBytes(lambda: self._backend)
+        """The exact bytes of a token, which may be a part of a character."""
+        own = self._tokenizer.eos_token_id  # where no file names it, the one of the tokenizer's class
+        ends = tokenizer_files.end_tokens(folder)
+        self.end_tokens = [*ends, own] if isinstance(own, int) and own not in ends else [*ends]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises BadRequest for a text that the vocabulary cannot write."""
+        try:
+            # The batch call lets other threads run meanwhile.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except Exception as error:  # the library raises nothing narrower
+            raise BadRequest(f"the model's tokenizer does not take this text: {error}") from None
 
-    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of tokens that begin one."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
-    def whole_characters(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        """The text without a last character of which some bytes are still to come."""
-        text = self.decode(tokens, skip_special_tokens)
-        return text.rstrip(_NOT_WHOLE) if text.endswith(_NOT_WHOLE) else text
+    def continuation(
+        self, before: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool = True
+    ) -> str:
+        """The text that `tokens` add to that of the tokens `before` them.
+
+        Decoders of sentencepiece's kind strip a space at the beginning of a text, so a sample that is
+        decoded without its prompt loses it.
+        """
+        tail: Sequence[int] = before[-_CONTEXT:]
+        before_text = self.decode(tail, skip_special_tokens)
+        while not before_text and len(tail) < len(before):  # none of them is written: look further back
+            tail = before[-2 * len(tail) :]
+            before_text = self.decode(tail, skip_special_tokens)
+        whole = self.decode([*tail, *tokens], skip_special_tokens)
+        for beginning in (before_text, before_text.rstrip(_NOT_WHOLE)):  # may end within a character
+            if whole.startswith(beginning):
+                return whole[len(beginning) :]
+        return self.decode(tokens, skip_special_tokens)
 
     def token(self, token: int) -> str:
-        """What one token is written as."""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
-
-    def conversation(self, turns: list[dict[str, Any]]) -> list[int]:
-        """The tokens of a conversation that the model is to go on with. Raises BadRequest for one that the
-        template does not take."""
-        if self._template is None:
-            raise BadRequest("this model has no chat template: use /v1/completions")
-        special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in self._config.items()
-            if name.endswith("_token") and isinstance(value, (str, dict))
-        }
+        """What one token is written as; a part of a character as OpenAI writes it, `bytes:\\xe2\\x82`."""
+        written = self.token_bytes(token)
         try:
-            text = _compiled(self._template).render(messages=turns, add_generation_prompt=True, **special)
-        except jinja2.TemplateError as error:
-            raise BadRequest(f"messages: the model's chat template does not take them: {error}") from None
+            return written.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
+
+    def lengths(self, tokens: Sequence[int]) -> list[int]:
+        """How many characters of the text each token begins; special tokens are not part of the text."""
+        return [0 if token in self._special else _characters(self.token_bytes(token)) for token in tokens]
+
+    def conversation(self, turns: list[dict[str, Any]], **variables: Any) -> list[int]:
+        """The tokens of a conversation that the model is to go on with.
+
+        `variables` are further ones of the template, as `apply_chat_template` takes them: `tools`,
+        `documents`, `enable_thinking`. Raises BadRequest for a conversation that the template does not take.
+        """
+        text = chat_template.rendered(self._tokenizer, turns, variables)
         return self.encode(text, add_special_tokens=False)  # the template has written them
 
 
-@lru_cache(maxsize=16)
-def end_tokens(folder: Path) -> list[int]:
-    """With which the model ends what it says, as the engine reads them. Read once."""
-    for file in ("generation_config.json", "config.json"):
-        eos = _read(folder / file).get("eos_token_id")
-        if eos is not None:
-            return eos if isinstance(eos, list) else [eos]
-    return []
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-    """As transformers compiles chat templates: in a sandbox, with its two extensions of the language."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    return environment.from_string(template)
+def _characters(utf8: bytes) -> int:
+    """How many begin in it."""
+    return sum(byte & 0xC0 != 0x80 for byte in utf8)
 
 
 @lru_cache(maxsize=16)
 def of_folder(folder: Path) -> ChatTokenizer:
-    """Read once. Raises BadRequest."""
+    """Read once. The first call in a process takes seconds: make it in a thread. Raises BadRequest."""
     return ChatTokenizer(folder)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.engine.sampling.stop import StopRule, implicit_stop_tokens
-from tinsmith.engine.sampling.tokenizer import TokenBytes
 from tiny_models import write_tokenizer
 
 # pieces that overlap, and the bytes of "é" and "€" one by one
@@ -74,7 +74,7 @@ def token_bytes(tmp_path_factory):
 def test_token_bytes_join_to_the_text(token_bytes):
     from tokenizers import Tokenizer
 
-    tokenizer: Tokenizer = token_bytes._tokenizer
+    tokenizer: Tokenizer = token_bytes.tokenizer
     for text in [
         "the tinsmith makes",
         " naïve café €5\n\n\tx",
@@ -92,7 +92,7 @@ def test_every_byte_has_a_token(token_bytes):
 
 
 def test_a_string_across_tokens_of_a_real_tokenizer_ends_with_the_whole_token(token_bytes):
-    ids = token_bytes._tokenizer.encode("a user asks and", add_special_tokens=False).ids
+    ids = token_bytes.tokenizer.encode("a user asks and", add_special_tokens=False).ids
     rule = StopRule((), ["r a"], 100, token_bytes)
     reasons = [rule.after(token) for token in ids]
     end = reasons.index("stop")

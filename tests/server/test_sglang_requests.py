@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.engine import messages
 from tinsmith.engine.sampling.stop import StopRule
-from tinsmith.engine.sampling.tokenizer import TokenBytes
 from tinsmith.server.base_models import BaseModel, resolve
 from tinsmith.server.inference import requests
 from tinsmith.server.inference.addresses import Allowed, host_and_port
