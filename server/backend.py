@@ -31,6 +31,7 @@ from .live.runs import Runs
 from .live.samplers import Samplers
 from .live.sessions import Sessions
 from .live.wandb_runs import WandbRuns
+from .offload import Offload
 from .operations.completions import Completions
 from .operations.operation import Operation
 from .operations.operations import Operations
@@ -46,6 +47,10 @@ from .storage.sweep import Sweep
 from .supervision.supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.server")
+
+# What a worker takes by itself, and, as Python's objects, for each byte of a body of JSON.
+_WORKER_BYTES = 1 << 30
+_MEMORY_PER_BODY_BYTE = 16
 
 
 @dataclass(eq=False)
@@ -81,6 +86,7 @@ class Backend:
     sweep: Sweep = field(init=False)
     copies: Copies = field(init=False)
     streams: SampleStreams = field(default_factory=SampleStreams)
+    offload: Offload = field(init=False)
     _background: list[asyncio.Task] = field(default_factory=list)
     stopped: bool = False
     _draining: bool = False
@@ -91,6 +97,7 @@ class Backend:
         self.ledger = self.opened or open_owned(
             settings.data_dir, settings.ledger_url, settings.sync_every_commit
         )
+        self.offload = Offload(_WORKER_BYTES + _MEMORY_PER_BODY_BYTE * settings.max_body_bytes)
         self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes)
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
@@ -185,6 +192,7 @@ class Backend:
         for task in self._background:
             task.cancel()
         self.refused_saves.close()
+        self.offload.close()
         if not self._draining:
             await self.drain()
         await self.distribution.close()

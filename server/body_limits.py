@@ -9,6 +9,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_response
 
+# The bodies of all other routes describe something: names, paths, metadata.
+USUAL_BYTES = 1 << 20
+# Prompts: the longest contexts there are, and the tokens whose log-probs are asked for at each place of one.
+SAMPLING_BYTES = 16 << 20
+_TRAINING = ("/api/v1/forward_backward", "/api/v1/forward")
+_SAMPLING = (
+    *("/api/v1/asample", "/api/v1/sample"),
+    *("/generate", "/v1/completions", "/v1/chat/completions"),
+)
+
+
+def of_training_and_sampling(max_body_bytes: int) -> dict[str, int]:
+    """Bytes that the bodies of these routes may have, by path; training may take as much as any body."""
+    own = dict.fromkeys(_TRAINING, max_body_bytes)
+    return own | dict.fromkeys(_SAMPLING, min(SAMPLING_BYTES, max_body_bytes))
+
 
 class BodyLimits:
     """ASGI middleware: bodies of at most `usual` bytes, and on some paths of as many as `own` says."""

@@ -15,8 +15,9 @@ from ..storage.copies import session_of
 from ..wire import requests
 from ..wire.body import OfModel
 from . import BackendOf, Limit, Offset, Owner
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["checkpoints"])
+router = APIRouter(prefix="/api/v1", tags=["checkpoints"], route_class=BodyRoute)
 
 LISTED = 1000  # of a model, at most
 

@@ -6,8 +6,9 @@ from fastapi import APIRouter
 
 from ..wire.custom_loss import CreateCustomLoss
 from . import BackendOf, Owner, future
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["training"])
+router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
 @router.post("/create_custom_loss")

@@ -19,8 +19,9 @@ from ..operations.operation import Operation
 from ..served.tokenizer import of_folder
 from ..wire import requests, results
 from . import Backend, BackendOf, Owner, Said
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["futures"])
+router = APIRouter(prefix="/api/v1", tags=["futures"], route_class=BodyRoute)
 
 # Answers over this size are announced first, where the client allows it, so that it can bound its memory.
 METADATA_FIRST_BYTES = 1 << 20

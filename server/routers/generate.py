@@ -15,14 +15,16 @@ from ...engine import messages
 from ..errors import ApiError
 from ..served import served_models, served_samples, tokenizer
 from ..served.hang_ups import while_connected
+from ..served.prompts import Prompts
 from ..served.request_samples import RequestSamples
 from ..served.sampled_text import SampledText
 from ..served.served_samples import Asked, Running
 from ..wire import generate as wire
 from ..wire.sampled import tokens_of
 from . import Backend, BackendOf, Owner
+from .bodies import BodyRoute
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=BodyRoute)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -40,10 +42,11 @@ async def _generate(body: wire.Generate, backend: Backend, owner: str) -> Respon
     text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
     params = body.sampling_params
     began = time.monotonic()
+    prompts = Prompts(backend, owner, model, text)
     asked = [
         Asked(
             model,
-            text.encode(prompt) if isinstance(prompt, str) else prompt,
+            await prompts.of(prompt),
             params.message(text.end_tokens),
             num_samples=params.n,
             topk=body.top_logprobs_num if body.return_logprob else 0,

@@ -18,8 +18,9 @@ from ..inference.endpoints import Registered
 from ..ledger import inference as rows
 from ..wire import inference as wire
 from . import Backend, BackendOf, Owner
+from .bodies import BodyRoute
 
-router = APIRouter(tags=["inference servers"])
+router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
 
 def is_this(request: Request, host: str, port: int) -> bool:

@@ -24,8 +24,9 @@ from ..storage.checkpoints import iso
 from ..wire import models as wire
 from ..wire.body import DEFAULT_MODEL, OfModel
 from . import Backend, BackendOf, Owner, Said, base_url, future
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["models"])
+router = APIRouter(prefix="/api/v1", tags=["models"], route_class=BodyRoute)
 
 
 @router.post("/create_model")

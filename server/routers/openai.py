@@ -9,15 +9,17 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
-from ..served import conversations, served_models, served_samples, tokenizer
+from ..served import served_models, served_samples, tokenizer
 from ..served.hang_ups import while_connected
 from ..served.openai_answers import Answers, ChatAnswers, CompletionAnswers
+from ..served.prompts import Prompts
 from ..served.request_samples import RequestSamples
 from ..served.served_samples import Asked
 from ..wire.openai import ChatCompletions, Completions
 from . import Backend, BackendOf, Owner
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/v1", tags=["inference"])
+router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 
 
 @router.post("/completions", response_model=None)
@@ -29,12 +31,12 @@ async def completions(body: Completions, request: Request, backend: BackendOf, o
 
 async def _completions(body: Completions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
-    prompts = [text.encode(each) if isinstance(each, str) else each for each in body.prompts]
+    prompts = Prompts(backend, owner, model, text)
     scores_prompt = body.echo and body.logprobs is not None
     asked = [
         Asked(
             model,
-            prompt,
+            await prompts.of(given),
             body.params(text.end_tokens),
             num_samples=body.num_samples,
             topk=body.logprobs or 0,
@@ -43,7 +45,7 @@ async def _completions(body: Completions, backend: Backend, owner: str) -> Respo
             stream=body.stream,
             echo=(given if isinstance(given, str) else text.decode(given)) if body.echo else None,
         )
-        for given, prompt in zip(body.prompts, prompts, strict=True)
+        for given in body.prompts
     ]
     answers = CompletionAnswers(
         body.model,
@@ -68,10 +70,10 @@ async def chat_completions(
 
 async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
-    turns = [message.turn() for message in body.messages]
+    prompts = Prompts(backend, owner, model, text)
     asked = Asked(
         model,
-        await asyncio.to_thread(conversations.tokens, text, turns),
+        await prompts.of_conversation([message.turn() for message in body.messages]),
         body.params(text.end_tokens),
         num_samples=body.n,
         topk=body.top_logprobs,

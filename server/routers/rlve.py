@@ -9,8 +9,9 @@ from fastapi import APIRouter
 
 from ..wire.body import OfModel
 from . import BackendOf, Owner
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["training"])
+router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
 @router.post("/stop_rlve")

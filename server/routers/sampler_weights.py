@@ -21,8 +21,9 @@ from ..operations.submits import refuse, submit
 from ..storage.checkpoints import named
 from ..wire import requests
 from . import Backend, BackendOf, Owner, base_url, future
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["weights"])
+router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)
 
 
 @router.post("/save_weights_for_sampler")

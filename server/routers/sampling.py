@@ -23,9 +23,10 @@ from ..served.tokenizer import of_folder
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, prompt_tokens
 from . import Backend, BackendOf, Owner, Said, future
+from .bodies import BodyRoute
 from .futures import answered
 
-router = APIRouter(prefix="/api/v1", tags=["sampling"])
+router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 
 
 @router.post("/asample")
@@ -77,7 +78,7 @@ async def _sample_now(body: wire.SampleNow, samples: RequestSamples, said: Diale
     sampler = await target(backend, owner, body)
     if body.prompt is not None:
         return await samples.own(_submit(body, body.prompt, sampler, body.seq_id, backend, owner, said))
-    inputs = [ModelInput(tokens=tokens) for tokens in body.prompts or []]
+    inputs = [ModelInput.model_construct(tokens=tokens) for tokens in body.prompts or []]
     each = [
         await samples.own(_submit(body, prompt, sampler, None, backend, owner, said)) for prompt in inputs
     ]

@@ -15,8 +15,9 @@ from ..served.sample_targets import Weights, weights
 from ..wire import requests
 from ..wire.sampling import CreateSamplingClient, CreateSamplingSession
 from . import Backend, BackendOf, Owner, Said, future
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["sampling"])
+router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 
 
 @router.post("/create_sampling_session")

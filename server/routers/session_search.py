@@ -10,8 +10,9 @@ from ..ledger import session_search as rows
 from ..storage.checkpoints import as_strings, iso
 from ..wire import session_search as wire
 from . import BackendOf, Owner
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["sessions"])
+router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
 
 # Heartbeats are written down once a minute.
 _LEAST_ACTIVE_SECONDS = 180.0

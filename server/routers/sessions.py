@@ -17,8 +17,9 @@ from ..storage.checkpoints import as_strings
 from ..wire import requests
 from ..wire.models import CreateModel
 from . import Backend, BackendOf, Limit, Offset, Owner, Said, base_url
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["sessions"])
+router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
 
 AccessScope = Literal["owned", "accessible"]
 """The same for sessions: nobody publishes one."""

@@ -19,9 +19,10 @@ from ..served.sample_targets import live_sampler, weights
 from ..wire import inference as wire
 from ..wire.body import DEFAULT_MODEL
 from . import BackendOf, Owner
+from .bodies import BodyRoute
 from .inference import is_this
 
-router = APIRouter(tags=["inference servers"])
+router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
 
 @router.post("/sync_inference_weights")

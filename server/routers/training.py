@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,18 +10,19 @@ from ...engine import messages
 from ..dialect import POINTS
 from ..errors import ApiError, BadRequest
 from ..live.run import Run
+from ..offload import INLINE_BYTES
 from ..operations import provenance
 from ..operations.submits import refuse, submit
 from ..wire import forward_backward as wire
 from ..wire import training as json_wire
 from ..wire.body import Sequenced
 from ..wire.losses import PER_TOKEN
+from ..wire.training_body import ReadBody, with_datums
+from ..wire.training_body import read as read_body
 from . import Backend, BackendOf, Owner, future
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["training"])
-
-_PROTOBUF = "application/x-protobuf"
-_DECODED_ASIDE_BYTES = 128 << 10  # larger bodies are decoded in a thread, so that polls need not wait
+router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
 @router.post("/forward_backward")
@@ -41,27 +40,14 @@ async def forward(request: Request, backend: BackendOf, owner: Owner) -> dict[st
 async def _forward_backward(
     request: Request, backend: Backend, owner: str, forward_only: bool
 ) -> dict[str, Any]:
-    raw = await request.body()
-    is_protobuf = request.headers.get("content-type", "").partition(";")[0].strip() == _PROTOBUF
-    model, seq_id = None, None
+    read = await _read(request, backend, owner)
+    model, seq_id = read.model_id, read.seq_id
     try:
-        raw = wire.decompress(
-            raw, request.headers.get("content-encoding", ""), backend.settings.max_body_bytes
-        )
-        read: Callable[..., wire.ForwardBackwardBody] = wire.decode
-        named: Callable[..., tuple[Any, Any]] = wire.peek
-        if not is_protobuf:
-            read, named = json_wire.decode, json_wire.peek
-        if len(raw) > _DECODED_ASIDE_BYTES:
-            model, seq_id = await asyncio.to_thread(named, raw)
-            body = await asyncio.to_thread(read, raw, backend.settings.max_datums)
-        else:
-            model, seq_id = named(raw)
-            body = read(raw, backend.settings.max_datums)
-        if is_protobuf or seq_id is not None:
-            _check_seq_id(body.seq_id)
-            seq_id = body.seq_id
-        model = body.model_id
+        if read.error is not None:
+            raise read.error
+        if seq_id is not None:
+            _check_seq_id(seq_id)
+        body = await with_datums(read)
         run = await backend.runs.find_trainable(owner, body.model_id)
         _check_limits(body, run)
         only = forward_only or body.forward_only
@@ -72,6 +58,17 @@ async def _forward_backward(
         await refuse(backend, owner, model, seq_id, error)
         raise
     return future(operation)
+
+
+async def _read(request: Request, backend: Backend, owner: str) -> ReadBody:
+    """Small bodies are read here, large ones in a worker; what is compressed may be large."""
+    raw = await request.body()
+    encoding = request.headers.get("content-encoding", "")
+    as_sent = (request.headers.get("content-type", ""), encoding)
+    within = (backend.settings.max_body_bytes, backend.settings.max_datums)
+    if len(raw) <= INLINE_BYTES and encoding in ("", "identity"):
+        return read_body(raw, *as_sent, *within)
+    return await backend.offload.in_process(owner, read_body, raw, *as_sent, *within)
 
 
 async def _message(

@@ -18,8 +18,9 @@ from ..operations.saves import save_state
 from ..operations.submits import refuse, submit
 from ..wire import requests
 from . import Backend, BackendOf, Owner, Said, future
+from .bodies import BodyRoute
 
-router = APIRouter(prefix="/api/v1", tags=["weights"])
+router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)
 
 
 @router.post("/save_weights")

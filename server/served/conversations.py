@@ -12,8 +12,8 @@ _DEVELOPER, _SYSTEM = "developer", "system"
 _ROLES_OF_TOOLS = ("tool", "function")  # their names repeat those of the calls
 
 
-def tokens(text: ChatTokenizer, turns: list[Turn]) -> list[int]:
-    """Return the prompt that the model is to go on with.
+def written(text: ChatTokenizer, turns: list[Turn]) -> str:
+    """Return the text that the model is to go on with.
 
     Templates know few roles and fields, and drop others silently. So a developer's message is a system one
     where the template has none of that role, and names and tool calls that the template would drop are
@@ -35,14 +35,14 @@ def tokens(text: ChatTokenizer, turns: list[Turn]) -> list[int]:
     return found
 
 
-def _with_developer(text: ChatTokenizer, turns: list[Turn]) -> list[int]:
+def _with_developer(text: ChatTokenizer, turns: list[Turn]) -> str:
     others = [turn for turn in turns if turn["role"] != _DEVELOPER]
     if len(others) == len(turns):
-        return text.conversation(turns)
+        return text.written(turns)
     as_system = [turn | {"role": _SYSTEM} if turn["role"] == _DEVELOPER else turn for turn in turns]
     try:
-        found = text.conversation(turns)
-        dropped = bool(others) and found == text.conversation(others)
+        found = text.written(turns)
+        dropped = bool(others) and found == text.written(others)
     except BadRequest:
-        return text.conversation(as_system)
-    return text.conversation(as_system) if dropped else found
+        return text.written(as_system)
+    return text.written(as_system) if dropped else found

@@ -77,13 +77,20 @@ class ChatTokenizer:
         return [0 if token in self._special else _characters(self.token_bytes(token)) for token in tokens]
 
     def conversation(self, turns: list[dict[str, Any]], **variables: Any) -> list[int]:
-        """The tokens of a conversation that the model is to go on with.
+        """The tokens of `written`."""
+        return self.encode_written(self.written(turns, **variables))
+
+    def written(self, turns: list[dict[str, Any]], **variables: Any) -> str:
+        """The text of a conversation that the model is to go on with.
 
         `variables` are further ones of the template, as `apply_chat_template` takes them: `tools`,
         `documents`, `enable_thinking`. Raises BadRequest for a conversation that the template does not take.
         """
-        text = chat_template.rendered(self._tokenizer, turns, variables)
-        return self.encode(text, add_special_tokens=False)  # the template has written them
+        return chat_template.rendered(self._tokenizer, turns, variables)
+
+    def encode_written(self, text: str) -> list[int]:
+        """The tokens of what a template has written, special ones included. Raises BadRequest."""
+        return self.encode(text, add_special_tokens=False)
 
 
 def _characters(utf8: bytes) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -19,6 +18,7 @@ from ...engine import messages
 from ..dialect import POINTS, Dialect
 from ..errors import BadRequest
 from .body import Body, Finite, Id, Int64, SeqId, as_json
+from .integers import Integers
 from .model_input import ModelInput
 from .tensors import check_csr
 
@@ -71,27 +71,27 @@ class SamplingParams(Body):
 class TargetTokens(Body):
     """int64 [prompt_len - 1, K], dense or, with both kinds of indices, compressed sparse rows."""
 
-    data: list[Int64]
+    data: Integers
     dtype: Literal["int64"] = "int64"
     shape: tuple[Int64, Int64]
-    sparse_crow_indices: list[Int64] | None = None
-    sparse_col_indices: list[Int64] | None = None
+    sparse_crow_indices: Integers | None = None
+    sparse_col_indices: Integers | None = None
 
     def message(self) -> messages.PromptCells:
         """Raises BadRequest where data, shape and indices do not agree."""
         where = "target_prompt_logprobs"
         rows, columns = self.shape
-        outside = next((token for token in self.data if not -1 <= token < 1 << 31), None)
-        if outside is not None:
-            raise BadRequest(f"{where}: {outside} is no token id, nor -1 for nothing")
-        values = np.asarray(self.data, "<i4").tobytes()
+        outside = (self.data < -1) | (self.data >= 1 << 31)
+        if outside.any():
+            raise BadRequest(f"{where}: {self.data[outside][0]} is no token id, nor -1 for nothing")
+        values = self.data.astype("<i4").tobytes()
         if self.sparse_crow_indices is None or self.sparse_col_indices is None:
-            if self.sparse_crow_indices is not self.sparse_col_indices:
+            if self.sparse_crow_indices is not None or self.sparse_col_indices is not None:
                 raise BadRequest(f"{where}: sparse_crow_indices and sparse_col_indices come together")
             if min(rows, columns) < 0 or rows * columns != len(self.data):
                 raise BadRequest(f"{where}: shape {[rows, columns]} does not hold {len(self.data)} values")
             return messages.PromptCells((rows, columns), values)
-        crow, cols = (np.asarray(i, "<i8") for i in (self.sparse_crow_indices, self.sparse_col_indices))
+        crow, cols = self.sparse_crow_indices, self.sparse_col_indices
         check_csr(len(self.data), (rows, columns), crow, cols, where)
         return messages.PromptCells((rows, columns), values, crow.tobytes(), cols.tobytes())
 
@@ -147,7 +147,7 @@ class SampleNow(SampleFields):
     otherwise."""
 
     prompt: ModelInput | None = None
-    prompts: Annotated[list[list[StrictInt]], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    prompts: Annotated[list[Integers], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
 
     @model_validator(mode="after")
     def _either(self) -> SampleNow:

@@ -162,7 +162,7 @@ def _tensor(name: str, given: TensorData | list[Number], where: str) -> pb.Tenso
     return pb.Tensor(dtype=code, shape=tensor.shape or [], sparse_csr=sparse)
 
 
-def _array(values: list[Any], stored: str, where: str) -> bytes:
+def _array(values: list[Any] | np.ndarray, stored: str, where: str) -> bytes:
     """Raises BadRequest for numbers that the dtype does not have."""
     try:
         array = np.asarray(values, np.float64 if stored == "<f4" else None)

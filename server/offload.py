@@ -1,0 +1,154 @@
+"""Work that would hold up the event loop, done beside it: in threads or in processes.
+
+Threads are for calls that release Python's global interpreter lock, as the tokenizer's do. Parsing JSON or
+protobuf keeps the lock, so that nobody else is answered meanwhile even if a thread does it; large bodies are
+parsed in worker processes, which are started when the first one comes. Each owner has one turn at a time of
+either kind, so that a crowd of one owner's work does not keep out the others'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import struct
+import sys
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Concatenate, ParamSpec, TypeVar
+
+from .errors import TooLarge, Unavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+log = logging.getLogger("tinsmith.offload")
+
+INLINE_BYTES = 64 << 10
+"""A body up to this size is parsed on the event loop: it takes a few milliseconds."""
+JOB_SECONDS = 120.0
+_PROCESSES = 2
+_THREADS = 2
+_PIECE_BYTES = 1 << 20
+SIZE = struct.Struct("<Q")
+
+
+@dataclass
+class _Turn:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted_by: int = 0
+
+
+class Offload:
+    """`memory_bytes`: how much memory a worker process may use."""
+
+    def __init__(self, memory_bytes: int, job_seconds: float = JOB_SECONDS):
+        self._memory_bytes = memory_bytes
+        self._job_seconds = job_seconds
+        self._threads = ThreadPoolExecutor(_THREADS, "offload")
+        self._turns: dict[tuple[str, str], _Turn] = {}
+        self._places = asyncio.Semaphore(_PROCESSES)
+        self._idle: list[_Worker] = []
+        self._closed = False
+
+    async def in_thread(self, owner: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `call` returns. It should release the interpreter's lock wherever it is slow."""
+        async with self._turn("thread", owner):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, partial(call, *args, **kwargs))
+
+    async def in_process(
+        self,
+        owner: str,
+        call: Callable[Concatenate[bytes, P], T],
+        body: bytes,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Return what `call(body, ...)` returns in a worker, or raise what it raises.
+
+        `call` is a module's function; arguments and results are pickled. Raises TooLarge for a body that
+        takes more memory or time than a worker has.
+        """
+        job = pickle.dumps((call, args, kwargs), pickle.HIGHEST_PROTOCOL)
+        async with self._turn("process", owner), self._places:
+            worker = self._idle.pop() if self._idle else await _Worker.start(self._memory_bytes)
+            try:
+                answer = await asyncio.wait_for(worker.run(job, body), self._job_seconds)
+            except BaseException as error:  # also a cancelled request: its worker is in the middle of a job
+                worker.kill()
+                if isinstance(error, TimeoutError | OSError | asyncio.IncompleteReadError):
+                    log.warning("a worker was ended over a body of %d bytes: %r", len(body), error)
+                    raise TooLarge(
+                        f"the body of {len(body)} bytes takes more memory or time to read than it may; send "
+                        "less at once"
+                    ) from None
+                raise
+            if self._closed:
+                worker.kill()
+            else:
+                self._idle.append(worker)
+        done, result = pickle.loads(answer)
+        if not done:
+            raise result
+        return result
+
+    def close(self) -> None:
+        self._closed = True
+        for worker in self._idle:
+            worker.kill()
+        self._idle.clear()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @asynccontextmanager
+    async def _turn(self, kind: str, owner: str) -> AsyncIterator[None]:
+        turn = self._turns.setdefault((kind, owner), _Turn())
+        turn.wanted_by += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.wanted_by -= 1
+            if not turn.wanted_by:
+                del self._turns[kind, owner]
+
+
+class _Worker:
+    """One process of `offload_worker.py`. It ends when its standard input does: at the latest with us."""
+
+    def __init__(self, process: asyncio.subprocess.Process):
+        self._process = process
+
+    @staticmethod
+    async def start(memory_bytes: int) -> _Worker:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tinsmith.server.offload_worker", str(memory_bytes)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=_PIECE_BYTES,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is for the server
+            )
+        except OSError as error:
+            raise Unavailable(f"no process can be started to read the body: {error.strerror}") from None
+        return _Worker(process)
+
+    async def run(self, job: bytes, body: bytes) -> bytes:
+        """The pickled answer. Raises OSError or IncompleteReadError if the worker dies."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(SIZE.pack(len(job)) + job + SIZE.pack(len(body)))
+        for at in range(0, len(body), _PIECE_BYTES):
+            self._process.stdin.write(body[at : at + _PIECE_BYTES])
+            await self._process.stdin.drain()
+        (size,) = SIZE.unpack(await self._process.stdout.readexactly(SIZE.size))
+        return await self._process.stdout.readexactly(size)
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()

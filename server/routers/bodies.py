@@ -1,0 +1,81 @@
+"""Large JSON bodies are parsed and checked in another process; FastAPI then finds them as they should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from ..backend import Backend
+from ..errors import BadRequest
+from ..offload import INLINE_BYTES
+
+
+class InvalidBody(Exception):
+    """`errors` are pydantic's; `model_id` and `seq_id` are those of the body, whatever they are."""
+
+    def __init__(self, errors: list[dict[str, Any]], model_id: Any = None, seq_id: Any = None):
+        super().__init__(errors, model_id, seq_id)
+        self.errors, self.model_id, self.seq_id = errors, model_id, seq_id
+
+
+class BodyRoute(APIRoute):
+    """Use it as the `route_class` of routers whose routes have bodies."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        model = None if self.body_field is None else self.body_field.field_info.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return handle
+
+        async def handle_any_size(request: Request) -> Response:
+            if _is_json(request):
+                raw = await request.body()
+                if len(raw) > INLINE_BYTES:
+                    request._json = await _parsed_aside(request, raw, model)
+            return await handle(request)
+
+        return handle_any_size
+
+
+async def _parsed_aside(request: Request, raw: bytes, model: type[BaseModel]) -> BaseModel:
+    backend: Backend = request.app.state.backend
+    try:
+        return await backend.offload.in_process(request.state.owner, parse, raw, model)
+    except InvalidBody as error:
+        numbered = {"model_id": error.model_id, "seq_id": error.seq_id}
+        raise RequestValidationError(error.errors, body=numbered) from None
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def parse(raw: bytes, model: type[BaseModel]) -> BaseModel:
+    """The body as FastAPI would read it. Raises InvalidBody, or BadRequest."""
+    try:
+        content = json.loads(raw)
+    except json.JSONDecodeError as error:
+        place = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error"}
+        raise InvalidBody([place | {"ctx": {"error": error.msg}}]) from None
+    except (ValueError, RecursionError):
+        raise BadRequest("There was an error parsing the body") from None
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        errors = [
+            {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
+            for each in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        numbers = [content.get(name) for name in ("model_id", "seq_id")] if isinstance(content, dict) else []
+        raise InvalidBody(errors[:100], *map(_scalar, numbers)) from None
+
+
+def _scalar(value: Any) -> Any:
+    return value if isinstance(value, (str, int)) else None
