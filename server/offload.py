@@ -65,12 +65,13 @@ class Offload:
         self,
         owner: str,
         call: Callable[Concatenate[bytes, P], T],
-        body: bytes,
+        body: list[bytes],
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
         """Return what `call(body, ...)` returns in a worker, or raise what it raises.
 
+        The body is given in the pieces that it came in: to join 50 MiB of them takes a tenth of a second.
         `call` is a module's function; arguments and results are pickled. Raises TooLarge for a body that
         takes more memory or time than a worker has.
         """
@@ -82,9 +83,10 @@ class Offload:
             except BaseException as error:  # also a cancelled request: its worker is in the middle of a job
                 worker.kill()
                 if isinstance(error, TimeoutError | OSError | asyncio.IncompleteReadError):
-                    log.warning("a worker was ended over a body of %d bytes: %r", len(body), error)
+                    size = sum(map(len, body))
+                    log.warning("a worker was ended over a body of %d bytes: %r", size, error)
                     raise TooLarge(
-                        f"the body of {len(body)} bytes takes more memory or time to read than it may; send "
+                        f"the body of {size} bytes takes more memory or time to read than it may; send "
                         "less at once"
                     ) from None
                 raise
@@ -138,13 +140,13 @@ class _Worker:
             raise Unavailable(f"no process can be started to read the body: {error.strerror}") from None
         return _Worker(process)
 
-    async def run(self, job: bytes, body: bytes) -> bytes:
+    async def run(self, job: bytes, body: list[bytes]) -> bytes:
         """The pickled answer. Raises OSError or IncompleteReadError if the worker dies."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(SIZE.pack(len(job)) + job + SIZE.pack(len(body)))
-        for at in range(0, len(body), _PIECE_BYTES):
-            self._process.stdin.write(body[at : at + _PIECE_BYTES])
+        self._process.stdin.write(SIZE.pack(len(job)) + job + SIZE.pack(sum(map(len, body))))
+        for piece in body:
+            self._process.stdin.write(piece)
             await self._process.stdin.drain()
         (size,) = SIZE.unpack(await self._process.stdout.readexactly(SIZE.size))
         return await self._process.stdout.readexactly(size)

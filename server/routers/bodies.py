@@ -35,18 +35,27 @@ class BodyRoute(APIRoute):
 
         async def handle_any_size(request: Request) -> Response:
             if _is_json(request):
-                raw = await request.body()
-                if len(raw) > INLINE_BYTES:
-                    request._json = await _parsed_aside(request, raw, model)
+                pieces = await received(request)
+                if sum(map(len, pieces)) > INLINE_BYTES:
+                    request._body = b"parsed"
+                    request._json = await _parsed_aside(request, pieces, model)
+                else:
+                    request._body = b"".join(pieces)
             return await handle(request)
 
         return handle_any_size
 
 
-async def _parsed_aside(request: Request, raw: bytes, model: type[BaseModel]) -> BaseModel:
+async def received(request: Request) -> list[bytes]:
+    """The body in the pieces that it comes in."""
+    return [piece async for piece in request.stream()]
+
+
+async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseModel]) -> BaseModel:
     backend: Backend = request.app.state.backend
+    longest = max((each.max_sequence_length for each in backend.base_models.values()), default=0)
     try:
-        return await backend.offload.in_process(request.state.owner, parse, raw, model)
+        return await backend.offload.in_process(request.state.owner, parse, pieces, model, longest)
     except InvalidBody as error:
         numbered = {"model_id": error.model_id, "seq_id": error.seq_id}
         raise RequestValidationError(error.errors, body=numbered) from None
@@ -57,8 +66,9 @@ def _is_json(request: Request) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def parse(raw: bytes, model: type[BaseModel]) -> BaseModel:
-    """The body as FastAPI would read it. Raises InvalidBody, or BadRequest."""
+def parse(raw: bytes, model: type[BaseModel], longest: int) -> BaseModel:
+    """The body as FastAPI would read it, if no prompt has more than the `longest` context's tokens. Raises
+    InvalidBody, or BadRequest."""
     try:
         content = json.loads(raw)
     except json.JSONDecodeError as error:
@@ -67,7 +77,7 @@ def parse(raw: bytes, model: type[BaseModel]) -> BaseModel:
     except (ValueError, RecursionError):
         raise BadRequest("There was an error parsing the body") from None
     try:
-        return model.model_validate(content)
+        body = model.model_validate(content)
     except ValidationError as error:
         errors = [
             {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
@@ -75,6 +85,11 @@ def parse(raw: bytes, model: type[BaseModel]) -> BaseModel:
         ]
         numbers = [content.get(name) for name in ("model_id", "seq_id")] if isinstance(content, dict) else []
         raise InvalidBody(errors[:100], *map(_scalar, numbers)) from None
+
+    for prompt in getattr(body, "prompts", None) or []:
+        if not isinstance(prompt, str) and len(prompt) > longest:
+            raise BadRequest(f"prompt: {len(prompt)} tokens are over the limit of {longest}")
+    return body
 
 
 def _scalar(value: Any) -> Any:

@@ -20,7 +20,7 @@ from ..wire.losses import PER_TOKEN
 from ..wire.training_body import ReadBody, with_datums
 from ..wire.training_body import read as read_body
 from . import Backend, BackendOf, Owner, future
-from .bodies import BodyRoute
+from .bodies import BodyRoute, received
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
@@ -62,13 +62,13 @@ async def _forward_backward(
 
 async def _read(request: Request, backend: Backend, owner: str) -> ReadBody:
     """Small bodies are read here, large ones in a worker; what is compressed may be large."""
-    raw = await request.body()
+    pieces = await received(request)
     encoding = request.headers.get("content-encoding", "")
     as_sent = (request.headers.get("content-type", ""), encoding)
     within = (backend.settings.max_body_bytes, backend.settings.max_datums)
-    if len(raw) <= INLINE_BYTES and encoding in ("", "identity"):
-        return read_body(raw, *as_sent, *within)
-    return await backend.offload.in_process(owner, read_body, raw, *as_sent, *within)
+    if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
+        return read_body(b"".join(pieces), *as_sent, *within)
+    return await backend.offload.in_process(owner, read_body, pieces, *as_sent, *within)
 
 
 async def _message(
