@@ -197,6 +197,7 @@ class Backend:
             await self.drain()
         await self.distribution.close()
         await self.endpoints.close()
+        self.registry.close()
         self.ledger.close()
 
     def collect(self) -> Iterator[Metric]:

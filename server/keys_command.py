@@ -41,10 +41,11 @@ DataDir = Annotated[Path | None, typer.Option(help="The server's data directory 
 
 def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
     from .ledger.ledger import Ledger
+    from .private_files import make_directory
     from .settings import Settings
 
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(settings.data_dir)
 
     async def write() -> T:
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 import orjson
 
 from ..errors import Forbidden
+from ..private_files import read_or_create
 
 SIGNATURE = "signature"
 _SECRET_BYTES = 32
@@ -36,16 +36,7 @@ class UrlSigner:
 
     @cached_property
     def _secret(self) -> bytes:
-        if not self._file.exists():
-            made = self._file.with_name(f"{self._file.name}.tmp-{os.getpid()}")
-            made.unlink(missing_ok=True)
-            descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(_SECRET_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(made, self._file)
-        secret = self._file.read_bytes()
+        secret = read_or_create(self._file, lambda: secrets.token_bytes(_SECRET_BYTES))
         if len(secret) != _SECRET_BYTES:
             raise OSError(f"{self._file} is damaged; remove it, and the server makes a new one")
         return secret

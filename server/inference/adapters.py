@@ -126,7 +126,7 @@ class Adapters:
                 await endpoint.client.load_lora_adapter(name, self._folders.there(sampler.weights))
             except EndpointRefused as error:
                 # Of an earlier life of this server's: a name is always of the same adapter.
-                if "already loaded" not in error.message:
+                if "already loaded" not in error.detail:
                     raise CannotServe(error.message) from None
             loaded.names[name] = sampler
 

@@ -105,7 +105,7 @@ class Allowed:
 
     def __contains__(self, place: tuple[str, int]) -> bool:
         """Whether the host is named, or is an address in an allowed network."""
-        host, port = _normal(place[0]), place[1]
+        host, port = plain_host(place[0]), place[1]
         if host in self._hosts or (host, port) in self._places:
             return True
         found = address(host)
@@ -148,11 +148,12 @@ _LOOPBACK = ("127.0.0.1", "::1")
 
 def _names(host: str) -> tuple[str, ...]:
     """The host as places are compared; `localhost` is the loopback addresses too."""
-    plain = _normal(host)
+    plain = plain_host(host)
     return (plain, *_LOOPBACK) if plain == _LOCALHOST else (plain,)
 
 
-def _normal(host: str) -> str:
+def plain_host(host: str) -> str:
+    """The host as hosts are compared: an address in its usual form, a name in lower case."""
     found = address(host)
     return host.lower().rstrip(".") if found is None else str(found)
 

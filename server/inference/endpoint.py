@@ -1,13 +1,22 @@
-"""One SGLang server by its HTTP contract (that of 0.5.23). What it serves, and for whom: endpoints.py."""
+"""One SGLang server by its HTTP contract (that of 0.5.23). What it serves, and for whom: endpoints.py.
+
+A tenant's server may be anything: its answers are bounded in bytes, never decompressed, redirects are not
+followed, and nothing that an unexpected answer says is repeated to the tenant.
+"""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import httpx
+import orjson
+
+from .addresses import Allowed
+from .pinned import PinnedTransport
 
 _QUICK_SECONDS = 5.0  # to connect, and for what computes nothing
 _LOAD_SECONDS = 1800.0  # weights from a disk; an unload waits for those who use the adapter
@@ -17,21 +26,30 @@ _UPDATES = 5
 # Its HTTP server closes connections that are idle for five seconds; a request that is sent just then is lost.
 _KEEPALIVE_SECONDS = 2.0
 _MESSAGE_CHARACTERS = 500
+# Bytes of answers: about itself and about weights; of samples by what was asked for, and at most.
+_PLAIN_BYTES = 1 << 20
+_TOKEN_BYTES, _MOST_BYTES = 256, 256 << 20
+_TENANT_BYTES = 64 << 20
+_LONGEST_CONTEXT = 1 << 20  # tokens, where a request names no number of them
+_QUICKLY_PARSED = 64 << 10
+_MORE_PARTS = 16  # of a stream than it has tokens
 
 
 class EndpointError(Exception):
-    """`message` names the server's URL, and never its key."""
+    """`message` is for the client: it names the server's URL, and never its key. `detail` may have more, of
+    what the server says; nobody but this server reads it."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, detail: str = ""):
         super().__init__(message)
         self.message = message
+        self.detail = detail or message
 
 
 class EndpointRefused(EndpointError):
     """It lives, and does not do this."""
 
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
+    def __init__(self, message: str, status: int = 400, detail: str = ""):
+        super().__init__(message, detail)
         self.status = status
 
 
@@ -58,16 +76,48 @@ class CannotServe(EndpointError):
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class Endpoint:
-    """`url` has no slash at its end."""
+class Room:
+    """The bytes of answers that are held at once: without limit, or those of all servers of a tenant."""
 
-    def __init__(self, url: str, api_key: str | None = None):
+    def __init__(self, limit: float = math.inf):
+        self._limit = limit
+        self._held = 0
+
+    def take(self, size: int) -> bool:
+        """Whether there was room."""
+        if self._held + size > self._limit:
+            return False
+        self._held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self._held -= size
+
+
+class Endpoint:
+    """`url` has no slash at its end. `allowed`: of a tenant's server, the addresses where it may be; None: it
+    is the operator's. `room` is shared by the servers of a tenant."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        allowed: Allowed | None = None,
+        room: Room | None = None,
+    ):
         self.url = url.rstrip("/")
+        self.is_operators = allowed is None
+        self._room = room or Room()
+        self._most_bytes = _MOST_BYTES if self.is_operators else _TENANT_BYTES
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS)
+        key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
             base_url=self.url,
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            headers=key | {"Accept-Encoding": "identity"},
             timeout=_QUICK_SECONDS,
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS),
+            limits=limits,
+            transport=None if allowed is None else PinnedTransport(allowed, limits),
+            follow_redirects=False,
             trust_env=False,  # no proxy, and no key from a netrc file
         )
 
@@ -96,33 +146,29 @@ class Endpoint:
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """A list also of one. As long as it takes: whoever asks watches over the server meanwhile."""
-        answer = await self._ask("POST", "/generate", body, None)
-        return answer if isinstance(answer, list) else [_object(answer, "/generate")]
+        answer = await self._ask("POST", "/generate", body, None, self._sample_bytes(body))
+        return [_object(each, "/generate") for each in (answer if isinstance(answer, list) else [answer])]
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Each part has all there is so far."""
-        async with self._streamed(body) as answer:
-            async for line in answer.aiter_lines():
-                said = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or said == "[DONE]":
+        parts = beside = 0
+        async with self._answered("POST", "/generate", body | {"stream": True}, None) as answer:
+            if answer.status_code != 200:
+                await self._read(answer, "/generate", _PLAIN_BYTES)
+            async for line in self._lines(answer, self._sample_bytes(body)):
+                said = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:") or said == b"[DONE]":
+                    beside += len(line) + 1  # comments, which keep connections alive
+                    if beside > _PLAIN_BYTES:
+                        raise self._too_long("/generate", _PLAIN_BYTES)
                     continue
-                part = json.loads(said)
+                part = _object(orjson.loads(said), "/generate")
                 if "error" in part:
-                    raise EndpointRefused(f"{self.url}/generate: {_reason(part)}")
+                    raise self._refused("/generate", "refused", part)
+                parts += 1
+                if parts > _most_tokens(body) + _MORE_PARTS:
+                    raise EndpointRefused(f"{self.url}/generate: a stream has more parts than tokens")
                 yield part
-
-    @asynccontextmanager
-    async def _streamed(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
-        timeout = httpx.Timeout(_QUICK_SECONDS, read=None)
-        asked = self._http.stream("POST", "/generate", json=body | {"stream": True}, timeout=timeout)
-        try:
-            async with asked as answer:
-                if answer.status_code != 200:
-                    await answer.aread()
-                    self._read(answer, "/generate")
-                yield answer
-        except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise self._died("/generate", error) from None
 
     async def abort_request(self, rid: str) -> None:
         """One that has ended, or is unknown, is none."""
@@ -146,7 +192,8 @@ class Endpoint:
 
         Raises EndpointUnflushed if it has them from some time on, and does not come to say so."""
         body = {"model_path": path, "weight_version": weight_version}
-        is_unflushed, problem = False, ""
+        is_unflushed = False
+        problem: EndpointError | None = None
         for _ in range(_UPDATES):
             try:
                 if is_unflushed:
@@ -155,11 +202,12 @@ class Endpoint:
                 return _object(answer, "/update_weights_from_disk")
             except EndpointError as error:
                 # Its last request has just ended, and is not yet forgotten; or others sample there.
-                is_unflushed |= isinstance(error, EndpointRefused) and _NOT_FLUSHED in error.message
+                is_unflushed |= isinstance(error, EndpointRefused) and _NOT_FLUSHED in error.detail
                 if not is_unflushed:
                     raise
-                problem = error.message
-        raise EndpointUnflushed(problem)
+                problem = error
+        assert problem is not None
+        raise EndpointUnflushed(problem.message, problem.detail)
 
     async def pause_generation(self, mode: PauseMode) -> None:
         await self._ask("POST", "/pause_generation", {"mode": mode}, _LOAD_SECONDS)
@@ -173,7 +221,7 @@ class Endpoint:
         try:
             await self._ask("POST", path, seconds=_QUICK_SECONDS + patience_seconds)
         except EndpointRefused as error:
-            raise EndpointBusy(error.message) from None
+            raise EndpointBusy(error.message, error.detail) from None
 
     # --- the wire
 
@@ -183,33 +231,114 @@ class Endpoint:
         path: str,
         body: dict[str, Any] | None = None,
         seconds: float | None = _QUICK_SECONDS,
+        most_bytes: int = _PLAIN_BYTES,
     ) -> Any:
+        """What it answers, within that many seconds and bytes. Raises EndpointError."""
+        try:
+            async with asyncio.timeout(None if seconds is None else _QUICK_SECONDS + seconds):
+                async with self._answered(method, path, body, seconds) as answer:
+                    return await self._read(answer, path, most_bytes)
+        except TimeoutError as error:
+            raise self._died(path, error) from None
+
+    @asynccontextmanager
+    async def _answered(
+        self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer, of which nothing has been read but its head."""
         timeout = httpx.Timeout(_QUICK_SECONDS, read=seconds)
         try:
-            answer = await self._http.request(method, path, json=body, timeout=timeout)
-        except httpx.HTTPError as error:
+            async with self._http.stream(method, path, json=body, timeout=timeout) as answer:
+                if answer.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+                    raise EndpointRefused(
+                        f"{self.url}{path}: the answer is compressed, which was not asked for"
+                    )
+                yield answer
+        except (httpx.HTTPError, httpx.InvalidURL, orjson.JSONDecodeError) as error:
             raise self._died(path, error) from None
-        return self._read(answer, path)
+
+    async def _lines(self, answer: httpx.Response, most_bytes: int) -> AsyncIterator[bytes]:
+        """The lines of a body. Raises EndpointRefused for one that is longer than that."""
+        line = bytearray()
+        async for data in answer.aiter_raw():
+            begin = 0
+            while (end := data.find(b"\n", begin)) >= 0:
+                line += data[begin:end]
+                yield bytes(line)
+                line.clear()
+                begin = end + 1
+            line += data[begin:]
+            if len(line) > most_bytes:
+                raise self._too_long("/generate", most_bytes)
+        if line:
+            yield bytes(line)
+
+    async def _read(self, answer: httpx.Response, path: str, most_bytes: int) -> Any:
+        """What it says, None where that is nothing. Raises EndpointError."""
+        content = bytearray()
+        try:
+            async for data in answer.aiter_raw():
+                if len(content) + len(data) > most_bytes:
+                    raise self._too_long(path, most_bytes)
+                if not self._room.take(len(data)):
+                    raise EndpointBusy(f"{self.url}{path}: too many long answers at once")
+                content += data
+            said = await _parsed(bytes(content))
+        finally:
+            self._room.give_back(len(content))
+        status = answer.status_code
+        if status == 200 and not (isinstance(said, dict) and said.get("success") is False):
+            return None if isinstance(said, bytes) else said
+        raise self._refused(path, status, said)
+
+    def _sample_bytes(self, body: dict[str, Any]) -> int:
+        """How long the answer may be: so much for each token, and for each likely one beside it."""
+        prompts = body.get("input_ids") or [0]
+        known = sum(map(len, prompts)) if isinstance(prompts[0], list) else len(prompts)
+        topk = body.get("top_logprobs_num") or 0
+        beside = max(topk) if isinstance(topk, list) else topk
+        size = _PLAIN_BYTES + _TOKEN_BYTES * (known + _most_tokens(body)) * (1 + beside)
+        return min(self._most_bytes, size)
+
+    def _refused(self, path: str, status: int | str, said: Any) -> EndpointError:
+        """What an error of its own means. Of a tenant's server nothing that it says is in the message."""
+        message = f"{self.url}{path} is answered {status}"
+        detail = f"{message}: {_reason(said)}"
+        shown = detail if self.is_operators else message
+        if status in (429, 503):
+            return EndpointBusy(shown, detail)
+        if status in (502, 504):
+            return EndpointDied(shown, detail)
+        return EndpointRefused(shown, status if isinstance(status, int) else 400, detail)
+
+    def _too_long(self, path: str, most_bytes: int) -> EndpointRefused:
+        return EndpointRefused(f"{self.url}{path}: the answer is longer than {most_bytes} bytes")
 
     def _died(self, path: str, error: Exception) -> EndpointDied:
-        kind = EndpointSilent if isinstance(error, httpx.TimeoutException) else EndpointDied
-        return kind(f"{self.url}{path}: {type(error).__name__} {error}".rstrip())
+        kind = EndpointSilent if isinstance(error, (httpx.TimeoutException, TimeoutError)) else EndpointDied
+        message = f"{self.url}{path}: {type(error).__name__}"
+        detail = f"{message} {error}".rstrip()  # it may quote what was answered
+        return kind(detail if self.is_operators else message, detail)
 
-    def _read(self, answer: httpx.Response, path: str) -> Any:
-        """What it says, null where that is nothing. Raises EndpointError."""
-        try:
-            said = answer.json() if answer.content else None
-        except ValueError:
-            said = answer.text if answer.status_code != 200 or path == "/generate" else None
-        status, where = answer.status_code, f"{self.url}{path}"
-        if status == 200 and not (isinstance(said, dict) and said.get("success") is False):
-            return said
-        reason = f"{where} is answered {status}: {_reason(said)}"
-        if status in (429, 503):
-            raise EndpointBusy(reason)
-        if status in (502, 504):
-            raise EndpointDied(reason)
-        raise EndpointRefused(reason, status)
+
+async def _parsed(content: bytes) -> Any:
+    """The JSON that it is; bytes that are no JSON as they are."""
+    try:
+        if len(content) > _QUICKLY_PARSED:
+            return await asyncio.to_thread(orjson.loads, content)
+        return orjson.loads(content) if content else None
+    except orjson.JSONDecodeError:
+        return content
+
+
+def _most_tokens(body: dict[str, Any]) -> int:
+    """How many tokens the requests of the body draw at most, together."""
+    params = body["sampling_params"]
+    drawn = 0
+    for one in params if isinstance(params, list) else [params]:
+        limit = one.get("max_new_tokens")
+        drawn += (_LONGEST_CONTEXT if limit is None else limit) * one.get("n", 1)
+    return drawn
 
 
 def _object(said: Any, path: str) -> dict[str, Any]:
@@ -223,4 +352,6 @@ def _reason(said: Any) -> str:
     if isinstance(said, dict):
         found = said.get("error") or said.get("error_message") or said.get("message") or said
         said = found.get("message", found) if isinstance(found, dict) else found
+    if isinstance(said, bytes):
+        said = said[:_MESSAGE_CHARACTERS].decode(errors="replace")
     return str(said)[:_MESSAGE_CHARACTERS]

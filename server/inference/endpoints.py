@@ -28,6 +28,7 @@ CHECK_SECONDS = 2.0
 DEFAULT_VERSION = "default"
 """What SGLang calls the weights that it was started with."""
 _FAILED_CHECKS = 3  # in a row: a busy machine is no dead server
+_VERSION_CHARACTERS = 128
 _FLAPPING_SECONDS = 600.0
 _OUT_SECONDS = (0.0, 2.0, 5.0, 15.0, 60.0)  # after the first death within that time, the second, ...
 
@@ -204,6 +205,10 @@ class Endpoints:
         mine = (each for each in self._registered if each.owner == owner)
         return next((each for each in mine if (each.host, each.port) == (host, port)), None)
 
+    def count(self, owner: str) -> int:
+        """How many are the owner's own."""
+        return sum(each.owner == owner for each in self._registered)
+
     def add(self, endpoint: Registered) -> None:
         """It is asked from now on."""
         self._registered[endpoint] = asyncio.ensure_future(self._watch(endpoint))
@@ -244,7 +249,8 @@ class Endpoints:
             except EndpointError as error:
                 endpoint.check_failed(error)
             except Exception as error:  # it says what no SGLang says
-                endpoint.eject(f"it does not answer as SGLang does: {error!r}")
+                shown = repr(error) if endpoint.client.is_operators else type(error).__name__
+                endpoint.eject(f"it does not answer as SGLang does: {shown}")
             endpoint.checked.set()
             await asyncio.sleep(CHECK_SECONDS)
 
@@ -264,7 +270,8 @@ class Endpoints:
             endpoint.base_model = found
             endpoint.up(replace(limits, tempered=await are_tempered(endpoint.client)))
         if info.get("weight_version", DEFAULT_VERSION) != endpoint.weight_version:
-            endpoint.healthy, endpoint.problem = False, f"it has weights {info.get('weight_version')!r}"
+            version = str(info.get("weight_version"))[:_VERSION_CHARACTERS]
+            endpoint.healthy, endpoint.problem = False, f"it has weights {version!r}"
             self.on_other_weights(endpoint, info)
         elif not endpoint.healthy:
             endpoint.healthy, endpoint.problem = True, ""

@@ -14,6 +14,7 @@ from .endpoint import Endpoint, EndpointSilent
 
 CUT_TOKENS = 2
 """By so many it ends a sequence before its context, or its pages of keys and values, are full."""
+_MOST_CHARACTERS, _MOST_TARGETS = 1024, 256  # of what is remembered
 _MORE_THAN_INPUT = 6  # tokens are in the context of 0.5.23 than it says in `max_req_input_len`
 # Of config.json: what makes another model of it.
 _ARCHITECTURE = (
@@ -47,7 +48,6 @@ class Limits:
     tp_size: int
     deterministic: bool
     version: str
-    server_info: dict[str, Any]  # without its secrets
     tempered: bool = True  # its log-probs are those of the tempered distribution
 
     @property
@@ -62,11 +62,11 @@ def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits
     tokens; one that asked itself, by whatever name, would never end."""
     if "max_total_num_tokens" not in server_info:
         raise ValueError("it says no max_total_num_tokens")
-    said = {key: value for key, value in server_info.items() if "key" not in key and "password" not in key}
+    said = server_info
     targets, max_input = said.get("lora_target_modules"), _number(said, "max_req_input_len")
     return Limits(
-        model_path=str(model_info.get("model_path") or said.get("model_path") or ""),
-        served_name=str(said.get("served_model_name") or ""),
+        model_path=_text(model_info.get("model_path") or said.get("model_path")),
+        served_name=_text(said.get("served_model_name")),
         context_length=_number(said, "context_length") or (max_input and max_input + _MORE_THAN_INPUT),
         max_input=max_input,
         max_total_tokens=_number(said, "max_total_num_tokens"),
@@ -74,13 +74,12 @@ def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits
         max_lora_rank=_number(said, "max_lora_rank"),
         max_loaded_loras=_number(said, "max_loaded_loras"),
         max_loras_per_batch=_number(said, "max_loras_per_batch"),
-        lora_target_modules=None if targets is None else tuple(map(str, targets)),
-        quantization=said.get("quantization"),
-        dtype=str(said.get("dtype") or ""),
+        lora_target_modules=None if targets is None else tuple(map(_text, targets[:_MOST_TARGETS])),
+        quantization=None if said.get("quantization") is None else _text(said["quantization"]),
+        dtype=_text(said.get("dtype")),
         tp_size=_number(said, "tp_size") or 1,
         deterministic=bool(said.get("enable_deterministic_inference")),
-        version=str(said.get("version") or ""),
-        server_info=said,
+        version=_text(said.get("version")),
     )
 
 
@@ -103,6 +102,11 @@ async def are_tempered(client: Endpoint) -> bool:
         spreads.append(row[0][0] - row[-1][0])
     raw, other = spreads
     return abs(other - 2 * raw) < abs(other - raw)
+
+
+def _text(value: Any) -> str:
+    """What a server says in a few words; what is longer is cut."""
+    return str(value or "")[:_MOST_CHARACTERS]
 
 
 def _number(said: dict[str, Any], name: str) -> int | None:

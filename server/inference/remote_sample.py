@@ -140,7 +140,8 @@ def _require_weights(answer: Answer, weight_version: str) -> None:
     versions = {each.get("version") for each in meta.get("weight_versions") or []}
     versions.add(meta.get("weight_version", weight_version))
     if versions != {weight_version}:
-        raise EndpointBusy(f"it drew with weights {sorted(map(str, versions))}, not {weight_version!r}")
+        drawn = str(sorted(map(str, versions)))[:256]
+        raise EndpointBusy(f"it drew with weights {drawn}, not {weight_version!r}")
 
 
 async def _abort(endpoint: Registered, rids: list[str]) -> None:

@@ -229,7 +229,7 @@ class Sampling:
                 try:
                     return await endpoint.while_up(remote.draw(endpoint, name, version))
                 except EndpointRefused as error:
-                    if is_last or name not in error.message:
+                    if is_last or name not in error.detail:
                         raise
                     self._adapters.lost(endpoint, sampler)
             raise AssertionError

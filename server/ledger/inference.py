@@ -31,6 +31,19 @@ def add(connection: Connection, owner: str, host: str, port: int, fields: dict[s
     return True
 
 
+def replace_secret(connection: Connection, owner: str, host: str, port: int, fields: dict[str, Any]) -> None:
+    """Writes other fields, and overwrites what was there: it had a secret in it."""
+    is_sqlite = connection.dialect.name == "sqlite"
+    before = connection.exec_driver_sql("PRAGMA secure_delete").scalar() if is_sqlite else None
+    if is_sqlite:
+        connection.exec_driver_sql("PRAGMA secure_delete=ON")
+    here = inference_endpoints.c.host == host, inference_endpoints.c.port == port
+    mine = inference_endpoints.c.owner == owner
+    connection.execute(update(inference_endpoints).where(mine, *here).values(fields=fields))
+    if is_sqlite:
+        connection.exec_driver_sql(f"PRAGMA secure_delete={before}")
+
+
 def remove(connection: Connection, owner: str, host: str, port: int) -> bool:
     """Whether it was there."""
     mine = inference_endpoints.c.owner == owner

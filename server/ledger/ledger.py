@@ -29,6 +29,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from ..errors import StorageFull, Unavailable
+from ..private_files import protect
 from . import lease as leases
 from .faults import LedgerUnusable, damaged, file_of, why_unusable
 from .ownership import Ownership, claim, require_local, sqlite_file
@@ -88,6 +89,8 @@ class Ledger:
         file = sqlite_file(url)
         if file is not None:
             require_local(file)
+            # SQLite gives its other files the mode of this one.
+            protect(file, *(file.with_name(file.name + each) for each in ("-wal", "-shm")))
         self.lost: concurrent.futures.Future[None] = concurrent.futures.Future()
         """Done once another server owns the ledger: this one has to end."""
         self.owner = owner

@@ -23,6 +23,7 @@ import orjson
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from ..private_files import make_directory
 from .faults import LedgerUnusable
 from .filesystems import network_filesystem
 
@@ -184,10 +185,10 @@ def claim(data_dir: Path, ledger_url: str) -> Ownership:
     ledger = sqlite_file(ledger_url)
     if ledger is not None:
         require_local(ledger)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(data_dir)
     files = {data_dir / "owner.lock": f"the data directory {data_dir.resolve()}"}
     if ledger is not None and ledger.parent.resolve() != data_dir.resolve():
-        ledger.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(ledger.parent)
         files[ledger.with_name(f"{ledger.name}.lock")] = f"the ledger {ledger}"
     holder = Holder.this_process()
     locks: list[FileLock] = []

@@ -36,7 +36,9 @@ def _shown(request: Request, backend: Backend, owner: str, row: Row | wire.AddEn
     shown |= {key: value for key, value in fields.items() if key in shown}
     if is_this(request, row.host, row.port):
         return shown | {"healthy": True, "server_info": _of_this(backend), "problem": None}
-    return shown | _state(backend.endpoints.find(owner, row.host, row.port))
+    state = _state(backend.endpoints.find(owner, row.host, row.port))
+    problem = backend.registry.problems.get((owner, row.host, row.port))
+    return shown | state | ({} if problem is None else {"problem": problem})
 
 
 def _of_this(backend: Backend) -> dict[str, Any]:

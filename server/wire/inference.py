@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
+from ..inference.addresses import plain_host
 from .body import Body, Id
 
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
-Host = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:\[\]-]+$")]
+Host = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:\[\]-]+$"),
+    AfterValidator(plain_host),
+]
 Word = Annotated[str, StringConstraints(max_length=128)]
 
 

@@ -103,5 +103,9 @@ def test_clients_are_told_to_exchange_only_if_it_is_set(tmp_path: Path) -> None:
     told = []
     for exchanged in (False, True):
         app = create_app(Settings(data_dir=tmp_path, token_exchange=exchanged), [])
-        told.append(TestClient(app).post("/api/v1/client/config", json={}).json()["pjwt_auth_enabled"])
+        told.append(
+            TestClient(app, base_url="http://localhost")
+            .post("/api/v1/client/config", json={})
+            .json()["pjwt_auth_enabled"]
+        )
     assert told == [False, True]

@@ -59,7 +59,7 @@ def make_tinsmith(
     ) -> ServerProcess:
         data_dir = tmp_path_factory.mktemp("tinsmith") / "data"
         keys = [f"--api-key={owner}={key}" for owner, key in tenants]
-        where = ("--max-rank", "16", "--sglang", sglang.url)
+        where = ("--max-rank", "16", "--sglang", sglang.url, "--sglang-allow", "localhost")
         cache_dir = CACHE / "tests" / "servers"
         servers.append(
             ServerProcess(sglang.model, data_dir, cache_dir, *keys, *where, *options, **environment)
