@@ -20,6 +20,7 @@ from .base_models import BaseModel, resolve
 from .body_limits import USUAL_BYTES, BodyLimits, of_training_and_sampling
 from .ledger.ledger import Ledger
 from .metrics import Measured, Metrics
+from .refused_numbers import RefusedNumbers
 from .routers import (
     accounts,
     checkpoints,
@@ -105,6 +106,7 @@ def create_app(
     # The last one added is the first to see a request.
     own = of_training_and_sampling(settings.max_body_bytes) | {imports.PATH: settings.max_import_bytes}
     app.add_middleware(BodyLimits, usual=min(USUAL_BYTES, settings.max_body_bytes), own=own)
+    app.add_middleware(RefusedNumbers, backend=backend)
     app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
     app.add_middleware(BrowserChecks, keys=keys, hosts=AllowedHosts(settings.own_hosts))
     return app

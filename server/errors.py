@@ -104,6 +104,13 @@ class Gone(ApiError):
     category = "user"
 
 
+class ClientGone(ApiError):
+    """The client closed its connection; nobody reads this answer. The status is the one that nginx logs."""
+
+    status = 499
+    category = "user"
+
+
 class TooLarge(ApiError):
     status = 413
     category = "user"

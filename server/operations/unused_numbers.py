@@ -32,7 +32,8 @@ class UnusedNumbers:
 
     async def consume(self, owner: str, model_id: Any, seq_id: Any, message: str) -> None:
         """A submit is refused: its number is used up, so that the operations after it run."""
-        if not isinstance(model_id, str) or not isinstance(seq_id, int) or not 0 < seq_id < 1 << 61:
+        is_number = isinstance(seq_id, int) and not isinstance(seq_id, bool)
+        if not isinstance(model_id, str) or not is_number or not 0 < seq_id < 1 << 61:
             return
         try:
             model_id, seq_id = await self._numbered(owner, model_id, seq_id)

@@ -10,9 +10,10 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from ..backend import Backend
-from ..errors import BadRequest
+from ..errors import BadRequest, ClientGone, UnsupportedMediaType
 from ..offload import INLINE_BYTES
 
 
@@ -34,6 +35,9 @@ class BodyRoute(APIRoute):
             return handle
 
         async def handle_any_size(request: Request) -> Response:
+            if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                await received(request)  # refused_numbers.py sees what it is about
+                raise UnsupportedMediaType("Content-Encoding: this route takes bodies as they are; send none")
             if _is_json(request):
                 pieces = await received(request)
                 if sum(map(len, pieces)) > INLINE_BYTES:
@@ -47,8 +51,11 @@ class BodyRoute(APIRoute):
 
 
 async def received(request: Request) -> list[bytes]:
-    """The body in the pieces that it comes in."""
-    return [piece async for piece in request.stream()]
+    """The body in the pieces that it comes in. Raises ClientGone."""
+    try:
+        return [piece async for piece in request.stream()]
+    except ClientDisconnect:
+        raise ClientGone("the client closed its connection before the whole body was there") from None
 
 
 async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseModel]) -> BaseModel:

@@ -8,16 +8,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from ..errors import ApiError
+from ..errors import ClientGone
 
 T = TypeVar("T")
-
-
-class ClientGone(ApiError):
-    """The client closed its connection; nobody reads this answer. The status is the one that nginx logs."""
-
-    status = 499
-    category = "user"
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

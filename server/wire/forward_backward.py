@@ -82,21 +82,26 @@ def _decompress_stream(decompressor: zstandard.ZstdDecompressor, body: bytes, ma
 
 def peek(body: bytes) -> tuple[str | None, int | None]:
     """model_id and seq_id of a body that may be damaged further on: they are its first two fields."""
-    model_id, seq_id, at = None, None, 0
-    if body[:1] == b"\x0a" and len(body) > 2 and body[1] < 0x80:  # field 1, length-delimited
-        at = 2 + body[1]
+    model_id, at = None, 0
+    if body[:1] == b"\x0a":  # field 1, length-delimited
+        size, begin = _varint(body, 1)
+        at = begin + size
         try:
-            model_id = body[2:at].decode()
+            model_id = body[begin:at].decode()
         except UnicodeDecodeError:
             return None, None
-    if body[at : at + 1] == b"\x10":  # field 2, varint
-        value = 0
-        for shift, byte in enumerate(body[at + 1 : at + 6]):
-            value |= (byte & 0x7F) << (7 * shift)
-            if byte < 0x80:
-                seq_id = value
-                break
-    return model_id, seq_id
+    seq_id, end = _varint(body, at + 1) if body[at : at + 1] == b"\x10" else (None, at)  # field 2
+    return model_id, seq_id if end <= len(body) else None
+
+
+def _varint(body: bytes, at: int) -> tuple[int, int]:
+    """The number at `at`, and where it ends; behind the body where it is not whole, or not of 32 bits."""
+    value = 0
+    for shift, byte in enumerate(body[at : at + 5]):
+        value |= (byte & 0x7F) << (7 * shift)
+        if byte < 0x80:
+            return value, at + shift + 1
+    return 0, len(body) + 1
 
 
 def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
