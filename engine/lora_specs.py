@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from .errors import UserError
 from .messages import EngineConfig, LoraSpec
+from .training.validation import FLOAT32_MAX
 
 
 def check(lora: LoraSpec | None, config: EngineConfig) -> None:
@@ -18,8 +17,8 @@ def check(lora: LoraSpec | None, config: EngineConfig) -> None:
         return
     if not 1 <= lora.rank <= config.max_rank:
         raise UserError(f"lora rank {lora.rank}: it must be between 1 and {config.max_rank}")
-    if not (math.isfinite(lora.alpha) and lora.alpha > 0):
-        raise UserError(f"lora alpha {lora.alpha}: it must be a positive number")
+    if not 0 < lora.alpha <= FLOAT32_MAX:
+        raise UserError(f"lora alpha {lora.alpha}: it must be a positive number of float32")
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
         raise UserError("nothing would be trained: set train_attn, train_mlp or train_unembed")
 

@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 TOP_K = 64  # most likely tokens looked at before the exact bisection is needed; also the most ever reported
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
+_LEAST_MASS = 1e-30  # of top_p, whose limit at 0 keeps the most likely token
 _LEAST_TEMPERATURE = 1e-30  # keeps logits / temperature finite; the draw is the argmax long before
+_LARGEST_TEMPERATURE = 1e38  # the distribution is uniform long before
 
 
 class SamplingRows(NamedTuple):
@@ -58,9 +60,8 @@ def sample_tokens(
     the untempered distribution (temperature 1).
     """
     greedy = rows.temperature <= 0.0
-    z = logits / jnp.where(greedy, 1.0, jnp.maximum(rows.temperature, _LEAST_TEMPERATURE))[:, None]
-    highest = z.max(-1, keepdims=True)
-    log_normalizer = highest[:, 0] + jnp.log(jnp.exp(z - highest).sum(-1))
+    z = _tempered(logits, rows.temperature)
+    log_normalizer = jnp.log(jnp.exp(z).sum(-1))
 
     filtered = ~greedy & ((rows.top_k > 0) | (rows.top_p < 1.0))
     K = min(TOP_K, z.shape[-1])
@@ -74,8 +75,8 @@ def sample_tokens(
         lambda: jnp.where(filtered, keep_threshold(z, top_z, rows.top_k, rows.top_p), -jnp.inf),
         lambda: jnp.full(z.shape[:1], -jnp.inf, z.dtype),
     )
-    threshold = jnp.maximum(threshold, highest[:, 0] + jnp.log(rows.min_p))
-    weights = jnp.where(z >= threshold[:, None], jnp.exp(z - highest), 0.0)
+    threshold = jnp.maximum(threshold, jnp.log(rows.min_p))
+    weights = jnp.where(z >= threshold[:, None], jnp.exp(z), 0.0)
     drawn = invert_cdf(weights, u)
     tokens = jax.lax.cond(  # an argmax takes as long as all of this without one
         greedy.any(),
@@ -90,13 +91,27 @@ def sample_tokens(
     )
 
 
+def _tempered(logits: Float[Array, "S V"], temperature: Float[Array, " S"]) -> Float[Array, "S V"]:
+    """(logits - their maximum) / temperature, or undivided at temperature 0.
+
+    The maximum is taken off first: at low temperatures the rounding of a quotient alone overflows float32's
+    exponential.
+    """
+    divisor = jnp.where(temperature <= 0.0, 1.0, jnp.maximum(temperature, _LEAST_TEMPERATURE))
+    return (logits - logits.max(-1, keepdims=True)) / divisor[:, None]
+
+
+def float32_temperature(temperature: float) -> float:
+    """Return a temperature as `SamplingRows` takes it: 0 is greedy, and nothing else rounds to it."""
+    return min(max(temperature, _LEAST_TEMPERATURE), _LARGEST_TEMPERATURE) if temperature > 0 else 0.0
+
+
 def draw_many(
     logits: Float[Array, "S V"], temperature: Float[Array, " S"], u: Float[Array, "S A 2"]
 ) -> Int[Array, "S A"]:
     """A tokens per row, independently and without filters, two uniforms each; temperature 0 is greedy."""
     greedy = temperature <= 0.0
-    z = logits / jnp.where(greedy, 1.0, jnp.maximum(temperature, _LEAST_TEMPERATURE))[:, None]
-    weights = jnp.exp(z - z.max(-1, keepdims=True))
+    weights = jnp.exp(_tempered(logits, temperature))
     drawn = jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, u)
     return jnp.where(greedy[:, None], jnp.argmax(logits, axis=-1)[:, None], drawn).astype(jnp.int32)
 
@@ -145,7 +160,7 @@ def keep_threshold(
     """
     V, K = z.shape[-1], top_z.shape[-1]
     k = jnp.where((top_k < 1) | (top_k > V), V, top_k)
-    p = jnp.minimum(top_p, 1.0)
+    p = jnp.clip(top_p, _LEAST_MASS, 1.0)
     highest = top_z[:, :1]
 
     k_within = k <= K

@@ -115,7 +115,9 @@ def step(
         name = _name(path)
         squares[name] = v = hyper.beta2 * state.squares[name] + (1 - hyper.beta2) * g * g
         m_hat, v_hat = m / (1 - hyper.beta1**count), v / (1 - hyper.beta2**count)
-        return -hyper.learning_rate * (m_hat / (jnp.sqrt(v_hat) + hyper.eps) + hyper.weight_decay * w)
+        # Without an eps, what has had no gradient yet is 0 / 0.
+        direction = jnp.where(m == 0, 0.0, m_hat / (jnp.sqrt(v_hat) + hyper.eps))
+        return -hyper.learning_rate * (direction + hyper.weight_decay * w)
 
     updates = jax.tree_util.tree_map_with_path(update, momentum, clipped, weights)
     new = MuonState(count, momentum, squares)

@@ -68,7 +68,9 @@ def step(
     """
     clipped, norm = clip(gradients, hyper.grad_scale, hyper.grad_clip_norm)
     adam = optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps)
-    directions, new_state = adam.update(clipped, state)
+    quotients, new_state = adam.update(clipped, state)
+    # Without an eps, what has had no gradient yet is 0 / 0.
+    directions = jax.tree.map(lambda q, m: jnp.where(m == 0, 0.0, q), quotients, new_state.mu)
     updates = jax.tree.map(
         lambda u, w: -hyper.learning_rate * (u + hyper.weight_decay * w), directions, weights
     )

@@ -38,7 +38,13 @@ def _adam_state(count: Any, new: Callable[[], Any]) -> optimizer.AdamState:
 
 
 def _scalars(**values: float) -> dict[str, np.float32]:
-    return {name: np.float32(value) for name, value in values.items()}
+    """Round to float32, into its finite numbers. A number over 0 stays over 0: devices take what is below the
+    smallest normal number for 0."""
+    smallest, largest = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+    return {
+        name: np.float32(min(max(value, smallest), largest) if value > 0 else value)
+        for name, value in values.items()
+    }
 
 
 def _all(params: Params) -> dict[str, float]:
@@ -139,8 +145,10 @@ def filled(name: str, options: Options) -> dict[str, LossValue]:
         elif key not in chosen.below:
             if value != chosen.options[key]:
                 raise UserError(f"{where} {chosen.options[key]:g}, the only one that there is")
-        elif not 0 <= value < chosen.below[key]:
-            raise UserError(f"{where} at least 0 and below {chosen.below[key]:g}")
+        elif not (value >= 0 and np.float32(value) < np.float32(chosen.below[key])):
+            raise UserError(
+                f"{where} at least 0 and below {chosen.below[key]:g}, also when rounded to float32"
+            )
     whole = {**chosen.options, **options}
     if whole.get("nesterov") and not whole["momentum"]:
         raise UserError("optimizer option 'nesterov' needs a momentum over 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...model.prefill import PromptScores as Computed
-from ...model.token_sampling import uniforms
+from ...model.token_sampling import float32_temperature, uniforms
 from .. import messages
 
 _DRAWS = 1 << 63  # in place of a sample's index, so that no sample has the same random numbers
@@ -88,7 +88,7 @@ class PromptScores:
     def __init__(self, request: messages.Sample, prompt: np.ndarray, seed: int):
         length, k = len(prompt), request.topk_prompt_logprobs
         self._prompt, self._seed = prompt, seed
-        self._temperature = request.params.temperature
+        self._temperature = float32_temperature(request.params.temperature)
         self._next_from = 1
         if request.prompt_logprobs_last_n is not None:
             self._next_from = length - request.prompt_logprobs_last_n

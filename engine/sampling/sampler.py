@@ -160,7 +160,9 @@ class Sampler:
         # The last token sampled is never fed back, so it needs no position of its own.
         room = longest + 1 - len(prompt)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        stop_tokens = implicit_stop_tokens(params.stop_tokens, params.stop_strings, self._end_tokens)
+        named = implicit_stop_tokens(params.stop_tokens, params.stop_strings, self._end_tokens)
+        # An id that the model does not have, of any size, is never drawn: it stops nothing.
+        stop_tokens = [token for token in named if 0 <= token < self._config.vocab_size]
         seed = seed_of(params.seed)
         generation = Generation(
             request=request,

@@ -10,7 +10,7 @@ import numpy as np
 from ...model.decode import DecodeRows
 from ...model.penalties import PenaltyRows
 from ...model.prefill import PrefillRows
-from ...model.token_sampling import SamplingRows, uniforms
+from ...model.token_sampling import SamplingRows, float32_temperature, uniforms
 from .sequence import Prompt, Sequence
 
 SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
@@ -18,6 +18,7 @@ CONTEXT_BUCKETS = tuple(192 << doublings for doublings in range(13))  # up to 78
 PREFILL_BUCKETS = (64, 128, 256, 1024)  # tokens of a row of prompts
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
+_INT32_MAX = np.iinfo(np.int32).max
 _STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
 
 
@@ -78,8 +79,8 @@ def decode_rows(
         stop_tokens[row, : len(some)] = some
     params = [s.generation.request.params for s in chosen]
     sampling = SamplingRows(
-        temperature=column(np.float32, [p.temperature for p in params]),
-        top_k=column(np.int32, [p.top_k if p.temperature > 0 else -1 for p in params]),
+        temperature=column(np.float32, [float32_temperature(p.temperature) for p in params]),
+        top_k=column(np.int32, [min(p.top_k, _INT32_MAX) if p.temperature > 0 else -1 for p in params]),
         top_p=column(np.float32, [p.top_p if p.temperature > 0 else 1.0 for p in params]),
         min_p=column(np.float32, [p.min_p if p.temperature > 0 else 0.0 for p in params]),
     )

@@ -272,7 +272,7 @@ class Run:
         if not np.isfinite(self._losses[index]):
             raise NonFiniteError(
                 f"the loss is {self._losses[index]}; nothing was accumulated. "
-                "Look for extreme weights, advantages or probability ratios"
+                "Look for extreme weights, advantages, logprobs or probability ratios"
             )
 
     def _metrics(self, index: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from ..messages import AdamParams, Datum, DimuonParams, LossValue, Tensor
 
 CONFIG_INPUTS = frozenset(key for loss in REGISTRY.values() for key in loss.config)
 MAX_TARGETS = 1024  # per position
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _number(key: str, value: LossValue, loss: Loss) -> float:
         return float(value)
     if isinstance(value, (bool, str)) or not math.isfinite(value):
         raise UserError(f"{where} a finite number")
-    return float(value)
+    return min(max(float(value), -FLOAT32_MAX), FLOAT32_MAX)  # a threshold beyond bounds nothing
 
 
 def check_data(
@@ -107,8 +108,12 @@ def check_optimizer(params: AdamParams | DimuonParams) -> None:
         signed = isinstance(params, DimuonParams) and field == "grad_clip_norm"  # below 0 is off
         if not math.isfinite(value) or (value < 0 and not signed):
             raise UserError(f"{where}.{field} is {value}; it must be a finite number, at least 0")
-        if field in ("beta1", "beta2") and value >= 1:
-            raise UserError(f"{where}.{field} is {value}; it must be below 1")
+        if field in ("learning_rate", "weight_decay") and value > FLOAT32_MAX:
+            raise UserError(
+                f"{where}.{field} is {value}; it must be at most {FLOAT32_MAX:.3g}, as float32 is"
+            )
+        if field in ("beta1", "beta2") and np.float32(value) >= 1:
+            raise UserError(f"{where}.{field} is {value}; it must be below 1, also when rounded to float32")
 
 
 def _check_datum(

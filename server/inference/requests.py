@@ -112,7 +112,7 @@ def body(sample: messages.Sample, drawing: Drawing, rid: str, lora: str | None, 
     fields: dict[str, Any] = {
         "max_new_tokens": drawing.remaining,
         "temperature": params.temperature,
-        "top_k": params.top_k,
+        "top_k": min(params.top_k, (1 << 31) - 1),  # which SGLang has in 32 bits
         "top_p": params.top_p,
         "min_p": params.min_p,
         "stop": list(stops.strings),

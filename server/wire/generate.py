@@ -73,7 +73,7 @@ class Generate(Body):
         },
     )
     text: str | list[str] | None = None
-    input_ids: list[StrictInt] | list[list[StrictInt]] | None = None
+    input_ids: list[Int64] | list[list[Int64]] | None = None
     sampling_params: GenerateParams = GenerateParams()
     return_logprob: StrictBool = False
     logprob_start_len: Int64 = -1

@@ -139,7 +139,7 @@ class Completions(_Completions):
         "add_special_tokens": only(True),
         "prompt_logprobs": only(),
     }
-    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    prompt: str | list[str] | list[Int64] | list[list[Int64]]
     max_tokens: Annotated[Int64, Field(ge=0)] = _COMPLETION_TOKENS
     logprobs: StrictInt | None = Field(None, ge=0, le=TOPK_LIMIT)
     echo: StrictBool = False

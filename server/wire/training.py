@@ -170,8 +170,13 @@ def _array(values: list[Any] | np.ndarray, stored: str, where: str) -> bytes:
             if any(value != int(value) for value in values):
                 raise BadRequest(f"{where}: fractions in a tensor of integers")
             array = np.asarray([int(value) for value in values])
-        if stored == "<i4" and array.size and not -(1 << 31) <= array.min() <= array.max() < 1 << 31:
-            raise BadRequest(f"{where}: numbers outside the 32 bits of an int32")
+        bits = {"<i4": 32, "<i8": 64}.get(stored)
+        if (
+            bits
+            and array.size
+            and not -(1 << bits - 1) <= int(array.min()) <= int(array.max()) < 1 << bits - 1
+        ):
+            raise BadRequest(f"{where}: numbers outside the {bits} bits of an int{bits}")
         with np.errstate(over="ignore"):
             return array.astype(stored).tobytes()
     except (OverflowError, ValueError):

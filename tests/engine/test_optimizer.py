@@ -16,8 +16,8 @@ def tree(seed):
     return {"a": rng.normal(size=(4, 3)).astype(np.float32), "b": [rng.normal(size=7).astype(np.float32)]}
 
 
-def hyper(lr, clip=0.0, scale=1.0, decay=0.1):
-    values = (lr, 0.9, 0.95, 1e-8, decay, clip, scale)
+def hyper(lr, clip=0.0, scale=1.0, decay=0.1, eps=1e-8):
+    values = (lr, 0.9, 0.95, eps, decay, clip, scale)
     return optimizer.AdamHyperparameters(*map(jnp.float32, values))
 
 
@@ -82,3 +82,15 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     jax.tree.map(np.testing.assert_array_equal, new, weights)
     jax.tree.map(np.testing.assert_array_equal, new_state, state)
     assert not (np.isfinite(norms.gradient) and np.isfinite(norms.update))
+
+
+def test_without_an_eps_what_has_no_gradient_only_decays():
+    """0 / 0 is 0 here: the limit for an eps towards 0."""
+    weights, gradients = tree(0), tree(1)
+    gradients["a"][:2] = 0.0
+    state = optax.scale_by_adam().init(weights)
+    new, _, _, norms = optimizer.step(weights, state, gradients, hyper(1e-2, eps=0.0))
+    direction = np.sign(gradients["a"])
+    want = weights["a"] - 1e-2 * (direction + 0.1 * weights["a"])
+    np.testing.assert_allclose(new["a"], want, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(norms.update)

@@ -131,6 +131,8 @@ def test_config_fills_in_the_defaults():
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"beta2": 1.0}, "beta2"),
+        ({"beta2": 0.99999999999}, "beta2 is 0.99999999999; it must be below 1, also when rounded"),
+        ({"weight_decay": 1e39}, "weight_decay is 1e.39; it must be at most 3.4"),
         ({"grad_clip_norm": float("inf")}, "grad_clip_norm"),
     ],
 )

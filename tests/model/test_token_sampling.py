@@ -161,3 +161,31 @@ def test_min_p_removes_what_is_less_likely_than_its_share_of_the_most_likely():
         assert not counts[kept:].any()
         np.testing.assert_allclose(counts[:kept] / draws, p, atol=0.02)
         np.testing.assert_allclose(drawn.logprobs, z[np.asarray(drawn.tokens)], atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 1e-38, 1e-9])
+@pytest.mark.parametrize("top_k", [-1, 3, 100, 2**31 - 1])
+def test_the_least_top_p_keeps_the_most_likely_token(top_p, top_k):
+    """Also beside a row whose filters need the bisection."""
+    z = jnp.asarray(np.random.default_rng(4).normal(size=(2, 300)), jnp.float32)
+    rows = rows_of(2, top_k=top_k, top_p=top_p)._replace(
+        top_k=jnp.array([top_k, 200], jnp.int32), top_p=jnp.array([top_p, 0.99], jnp.float32)
+    )
+    for seed in range(20):
+        assert draw(z, rows, seed).tokens[0] == np.argmax(z[0])
+
+
+def test_temperatures_beyond_float32_are_their_limits():
+    draws, z = 20_000, np.array([1.0, 3.0, -2.0, 2.0], np.float32)
+    logits = jnp.broadcast_to(z, (draws, 4))
+    for tiny in (5e-324, 1e-50, 1e-45, 1e-38, 1e-30):
+        drawn = draw(
+            logits, rows_of(draws, temperature=token_sampling.float32_temperature(tiny)), want_top=True
+        )
+        assert (np.asarray(drawn.tokens) == 1).all()
+        assert not np.asarray(drawn.logprobs).any(), "the tempered distribution has the other tokens no more"
+    for huge in (1e30, 1e38, 1e39, 1e300):
+        drawn = draw(logits, rows_of(draws, temperature=token_sampling.float32_temperature(huge)))
+        np.testing.assert_allclose(drawn.logprobs, np.log(0.25), atol=1e-6)
+        np.testing.assert_allclose(np.bincount(drawn.tokens, minlength=4) / draws, 0.25, atol=0.02)
+    assert token_sampling.float32_temperature(0.0) == 0
