@@ -108,14 +108,14 @@ class Backend:
         self.operations = Operations(self.ledger, self.engine, self.disk)
         self.completions = Completions(self.ledger, self.operations)
         self.custom_losses = CustomLosses(self.ledger, self.operations, settings.custom_loss_server_side)
-        self.runs = Runs(self.ledger, self.engine, self.operations, settings)
+        self.runs = Runs(self.ledger, self.engine, self.operations, settings, self.quotas)
         self.refused_saves = RefusedSaves(self.runs.unused_numbers.consume, settings.refused_save_seconds)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.on_finished = self._operation_finished
         self.rlve = RlveRuns(self)
         self.runs.on_created, self.runs.on_ending = self.rlve.created, self.rlve.end
         self.runs.on_finished = self._model_finished
-        self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings)
+        self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings, self.quotas)
         self.endpoints = Endpoints(self.base_models)
         self.registry = Registry(settings, self.ledger, self.endpoints)
         self.distribution = Distribution(
@@ -134,7 +134,9 @@ class Backend:
         fraction = settings.sglang_compared_percent / 100
         self.divergence = Divergence(self.engine, self.endpoints, fraction)
         self.sampling.on_answered = self.divergence.answered
-        self.sessions = Sessions(self.ledger, self.runs, self.samplers, settings.session_idle_seconds)
+        self.sessions = Sessions(
+            self.ledger, self.runs, self.samplers, self.quotas, settings.session_idle_seconds
+        )
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
         self.sweep.on_removed = self.distribution.adapters.removed

@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     max_queued_operations: int = Field(10_000, ge=1)
     max_waiting_samples: int = Field(8192, ge=1)
     max_requests_per_second: float = Field(2000.0, gt=0)
+    # What sessions, models and samplers are called and described with (tags, metadata, names), in the ledger.
+    max_metadata_bytes: int = Field(64 << 20, ge=0)
     # A save that was refused for want of room and was not sent again for so long is given up. Between two
     # tries the SDK waits for up to 30 s.
     refused_save_seconds: float = Field(60.0, gt=0)

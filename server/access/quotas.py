@@ -14,13 +14,15 @@ from ..settings import Settings
 @dataclass(frozen=True)
 class Quota:
     """`models`: alive, which is in the engine or on the way into it. `checkpoint_bytes`: of complete ones.
-    `queued_operations`: of training, accepted and not answered; `waiting_samples`: the same of samples."""
+    `queued_operations`: of training, accepted and not answered; `waiting_samples`: the same of samples.
+    `metadata_bytes`: of what sessions, models and samplers are called and described with."""
 
     models: int
     checkpoint_bytes: int
     queued_operations: int
     waiting_samples: int
     requests_per_second: float
+    metadata_bytes: int
 
 
 class Quotas:
@@ -31,6 +33,7 @@ class Quotas:
             settings.max_queued_operations,
             settings.max_waiting_samples,
             settings.max_requests_per_second,
+            settings.max_metadata_bytes,
         )
         self._own: dict[str, Quota] = {}
 

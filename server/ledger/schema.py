@@ -81,6 +81,9 @@ sessions = Table(
     Column("finished_at", Float),
     Column("finish_reason", String(32)),
     Column("finish_detail", Text),
+    # What its row and those of its models and samplers take (session_sizes.py).
+    Column("size_bytes", BigInteger, nullable=False, server_default="0"),
+    Index("sessions_by_size", "owner", "finished_at", "size_bytes"),
 )
 
 models = Table(

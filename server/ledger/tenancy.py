@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, null, select, update
 
+from . import session_sizes
 from .schema import models, samplers, sessions, tenants
 
 
@@ -31,7 +33,10 @@ def set_quota(connection: Connection, tenant: str, quota: dict[str, float] | Non
 
 def add_session(connection: Connection, **values: Any) -> None:
     now = time.time()
-    connection.execute(insert(sessions).values(created_at=now, last_heartbeat_at=now, **values))
+    size = session_sizes.size_of(*values.values())
+    connection.execute(
+        insert(sessions).values(created_at=now, last_heartbeat_at=now, size_bytes=size, **values)
+    )
 
 
 def find_session(connection: Connection, session_id: str) -> Row | None:
@@ -71,6 +76,7 @@ def add_model(connection: Connection, **values: Any) -> None:
     connection.execute(
         insert(models).values(created_at=now, last_request_at=now, executed_seq=0, snapshot_seq=0, **values)
     )
+    session_sizes.charge(connection, values["session_id"], session_sizes.size_of(*values.values()))
 
 
 def find_model(connection: Connection, model_id: str) -> Row | None:
@@ -126,6 +132,7 @@ def assign_project(connection: Connection, session_id: str, project_id: str) -> 
 
 def add_sampler(connection: Connection, **values: Any) -> None:
     connection.execute(insert(samplers).values(created_at=time.time(), **values))
+    session_sizes.charge(connection, values["session_id"], session_sizes.ROW_BYTES)
 
 
 def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
@@ -162,6 +169,8 @@ def delete_unnamed_samplers(connection: Connection, of: ColumnElement[bool]) -> 
     """The unnamed ones among `of`; the rows that were deleted."""
     rows = connection.execute(select(samplers).where(_unnamed() & of)).all()
     connection.execute(delete(samplers).where(_unnamed() & of))
+    for session_id, count in Counter(row.session_id for row in rows).items():
+        session_sizes.charge(connection, session_id, -count * session_sizes.ROW_BYTES)
     return rows
 
 

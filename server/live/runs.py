@@ -17,10 +17,11 @@ import msgspec
 from sqlalchemy import Connection, Row
 
 from ...engine import messages
+from ..access.quotas import Quotas
 from ..errors import BadRequest, NotFound, Unavailable
 from ..ledger import operations as operation_rows
 from ..ledger import rlve as rlve_rows
-from ..ledger import tenancy
+from ..ledger import session_sizes, tenancy
 from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission
@@ -44,8 +45,16 @@ class Runs:
     """`on_created` is told of new models, `on_ending` of those that are to end, `on_finished` of models of
     which nothing more will come."""
 
-    def __init__(self, ledger: Ledger, engine: Supervisor, operations: Operations, settings: Settings):
+    def __init__(
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        operations: Operations,
+        settings: Settings,
+        quotas: Quotas | None = None,
+    ):
         self._ledger = ledger
+        self._quotas = quotas or Quotas(settings)
         self._engine = engine
         self._operations = operations
         self._settings = settings
@@ -122,9 +131,11 @@ class Runs:
         message = new.message
         lora = None if message.lora is None else msgspec.structs.asdict(message.lora)
         run: Run | None = None
+        limit = self._quotas.of(new.owner).metadata_bytes
 
         def also(connection: Connection, request_id: str) -> None:
             nonlocal run
+            session_sizes.require_room(connection, new.owner, limit)
             if tenancy.find_model(connection, message.model_id) is not None:
                 raise BadRequest(
                     "model_seq_id: this session has a copied checkpoint of that number; use the next one"

@@ -19,8 +19,9 @@ from sqlalchemy import Connection, Row
 
 from ...ckpt import paths
 from ...engine import messages
+from ..access.quotas import Quotas
 from ..errors import ApiError, BadRequest, NotFound
-from ..ledger import tenancy
+from ..ledger import session_sizes, tenancy
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation
 from ..operations.operations import Operations
@@ -90,9 +91,16 @@ def _sampler(row: Row) -> Sampler:
 
 class Samplers:
     def __init__(
-        self, ledger: Ledger, engine: Supervisor, operations: Operations, runs: Runs, settings: Settings
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        operations: Operations,
+        runs: Runs,
+        settings: Settings,
+        quotas: Quotas | None = None,
     ):
         self._ledger = ledger
+        self._quotas = quotas or Quotas(settings)
         self._engine = engine
         self._operations = operations
         self._runs = runs
@@ -115,9 +123,11 @@ class Samplers:
     ) -> Sampler:
         """The first one of this number stays: asking again with the same weights finds it."""
         identifier = sampler_id(session_id, seq_id)
+        limit = self._quotas.of(owner).metadata_bytes
 
         def change(connection: Connection) -> Row:
             if tenancy.find_sampler(connection, identifier) is None:
+                session_sizes.require_room(connection, owner, limit)
                 add(
                     connection,
                     owner,

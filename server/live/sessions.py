@@ -15,8 +15,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from ..access.quotas import Quotas
 from ..errors import ApiError, BadRequest, Gone, NotFound
-from ..ledger import audit, custom_losses, tenancy
+from ..ledger import audit, custom_losses, session_sizes, tenancy
 from ..ledger.ledger import Ledger
 from .runs import Runs
 from .samplers import Samplers
@@ -27,8 +28,9 @@ _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
 
 
 class Sessions:
-    def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers, idle_seconds: float):
+    def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers, quotas: Quotas, idle_seconds: float):
         self._ledger = ledger
+        self._quotas = quotas
         self._idle_seconds = idle_seconds
         self._heard: dict[str, float] = {}  # the last heartbeat, of time.monotonic
         self._runs = runs
@@ -36,9 +38,12 @@ class Sessions:
         self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
 
     async def create(self, owner: str, fields: dict[str, Any]) -> str:
+        """Raises QuotaExceeded."""
         session_id = uuid.uuid4().hex
+        limit = self._quotas.of(owner).metadata_bytes
 
         def add(connection: Connection) -> None:
+            session_sizes.require_room(connection, owner, limit)
             tenancy.add_session(connection, id=session_id, owner=owner, **fields)
             audit.record(connection, owner, "session_created", session_id=session_id)
 

@@ -23,8 +23,24 @@ def as_json(value: Any) -> Any:
     return value
 
 
-Metadata = Annotated[dict[str, Any], AfterValidator(as_json)]
+MOST_METADATA_BYTES = 64 << 10
+"""Of one object's metadata, as JSON."""
 
+
+def short_json(value: Any) -> Any:
+    """As `as_json`, of at most `MOST_METADATA_BYTES`."""
+    size = len(json.dumps(as_json(value), ensure_ascii=False).encode())
+    if size > MOST_METADATA_BYTES:
+        raise ValueError(f"{size} bytes as JSON; at most {MOST_METADATA_BYTES} are kept")
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(as_json)]
+Metadata = Annotated[dict[str, Any], AfterValidator(short_json)]
+TextMetadata = Annotated[dict[str, str], AfterValidator(short_json)]
+Tags = Annotated[list[Annotated[str, StringConstraints(max_length=256)]], Field(max_length=256)]
+Label = Annotated[str, StringConstraints(max_length=1024)]
+"""A name that people read, or an id of the client's own."""
 
 DEFAULT_MODEL = "default"
 """What xorl's clients call their model where they do not say."""

@@ -9,7 +9,7 @@ from pydantic import Field, StrictInt, StringConstraints
 
 from ...engine import messages
 from ..errors import BadRequest
-from .requests import Body, Id, Metadata, SeqId
+from .body import Body, Id, Json, SeqId
 
 MAX_GRAPH_BYTES = 128 << 10
 
@@ -24,7 +24,7 @@ class CreateCustomLoss(Body):
     custom_loss_seq_id: SeqId
     name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
     inputs: Annotated[list[CustomLossInput], Field(min_length=1, max_length=16)]
-    graph: Metadata
+    graph: Json
     type: Literal["create_custom_loss"] = "create_custom_loss"
 
     def message(self) -> messages.CustomLoss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     ConfigDict,
     Field,
@@ -16,7 +17,7 @@ from pydantic import (
 
 from ...engine import messages
 from ..ledger.tenancy import SAMPLING_ENGINE
-from .body import Body, Id, Metadata, OfModel, SeqId, Sequenced
+from .body import Body, Id, Label, Metadata, OfModel, SeqId, Sequenced, Tags, TextMetadata
 from .models import LoraConfig, OptimizerConfig
 
 
@@ -34,11 +35,11 @@ class CreateSession(Body):
             ]
         }
     )
-    tags: list[str] = Field(default_factory=list)
+    tags: Tags = Field(default_factory=list)
     user_metadata: Metadata | None = None
-    sdk_version: str | None = None
-    project_id: str | None = None
-    display_name: str | None = None
+    sdk_version: Label | None = None
+    project_id: Label | None = None
+    display_name: Label | None = None
     session_id: Id | None = None
     base_model: str | None = None
     lora_config: LoraConfig | None = None
@@ -57,16 +58,17 @@ class SessionHeartbeat(Body):
     session_id: Id = Field(validation_alias=AliasChoices("session_id", "model_id"))
 
 
+_DETAIL_CHARACTERS = 4096
+
+
 class FinishReason(Body):
     type: Literal["success", "errored", "interrupted"] = "success"
 
 
 class FinishSession(Body):
     reason: FinishReason = FinishReason()
-    detail: str | None = None
-
-
-UserMetadata = dict[str, str]
+    # A traceback, perhaps: of a long one its end is kept.
+    detail: Annotated[str, AfterValidator(lambda text: text[-_DETAIL_CHARACTERS:])] | None = None
 
 
 class SaveWeights(Sequenced):
@@ -79,7 +81,7 @@ class SaveWeights(Sequenced):
     checkpoint_path: str | None = None
     ttl_seconds: StrictInt | None = None
     overwrite: StrictBool = False
-    user_metadata: UserMetadata | None = None
+    user_metadata: TextMetadata | None = None
 
     @property
     def short_name(self) -> str | None:

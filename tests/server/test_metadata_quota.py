@@ -1,0 +1,138 @@
+"""What sessions are called and described with is bounded, and costs its owner alone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from tinsmith.server.access.quotas import Quotas
+from tinsmith.server.errors import QuotaExceeded
+from tinsmith.server.ledger import session_sizes, tenancy
+from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.live.runs import Runs
+from tinsmith.server.live.samplers import Samplers
+from tinsmith.server.live.sessions import Sessions
+from tinsmith.server.operations.operations import Operations
+from tinsmith.server.settings import Settings
+from tinsmith.server.storage.disk import Disk
+from tinsmith.server.supervision.supervisor import Supervisor
+from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
+from tinsmith.server.wire.models import CreateModel
+from tinsmith.server.wire.requests import CreateSession, FinishSession, SaveWeights
+
+NOTE = {"note": "x" * 10_000}
+
+
+class Server:
+    """Sessions and samplers on a ledger, without an engine."""
+
+    def __init__(self, data_dir: Path, **settings):
+        self.settings = Settings(data_dir=data_dir, **settings)
+        self.ledger = Ledger(self.settings.ledger_url)
+        engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
+        operations = Operations(self.ledger, engine, Disk(data_dir, 0))
+        quotas = Quotas(self.settings)
+        runs = Runs(self.ledger, engine, operations, self.settings, quotas)
+        self.samplers = Samplers(self.ledger, engine, operations, runs, self.settings, quotas)
+        self.sessions = Sessions(self.ledger, runs, self.samplers, quotas, 600.0)
+
+    async def create(self, owner: str = "me", **fields) -> str:
+        return await self.sessions.create(owner, {"tags": [], "user_metadata": NOTE} | fields)
+
+    async def stored(self, owner: str = "me") -> int:
+        return await self.ledger.read(lambda connection: session_sizes.stored_bytes(connection, owner))
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    made = Server(tmp_path, max_metadata_bytes=100_000)
+    for owner in ("me", "you"):
+        await made.ledger.write(lambda connection, owner=owner: tenancy.ensure_tenant(connection, owner))
+    yield made
+    made.ledger.close()
+
+
+async def fill(server: Server) -> list[str]:
+    made: list[str] = []
+    with pytest.raises(QuotaExceeded, match="quota is 100000"):  # noqa: PT012
+        while True:
+            made.append(await server.create())
+    return made
+
+
+async def test_open_sessions_take_a_bounded_number_of_bytes(server: Server) -> None:
+    made = await fill(server)
+    assert 100_000 <= await server.stored() < 100_000 + 11_000
+    assert len(made) == 10
+    with pytest.raises(QuotaExceeded):
+        await server.create(user_metadata={})
+    with pytest.raises(QuotaExceeded):
+        await server.samplers.create("me", made[0], 0, "tiny", None, None)
+    assert await server.create("you"), "another tenant's are its own"
+
+
+async def test_what_a_session_is_described_with_leaves_with_it(server: Server) -> None:
+    made = await fill(server)
+    for session_id in made[:3]:
+        await server.sessions.finish("me", session_id, "success", None)
+    assert (await server.sessions.find("me", made[0])).user_metadata == NOTE, "while there is room"
+    again = [await server.create() for _ in range(3)]
+    with pytest.raises(QuotaExceeded):
+        await server.create()
+    for session_id in again:
+        await server.sessions.finish("me", session_id, "errored", "x" * 1000)
+    assert await server.create()
+
+
+async def test_a_finished_session_with_a_sampler_keeps_its_row_alone(server: Server) -> None:
+    first = await server.create()
+    sampler = await server.samplers.create("me", first, 0, "tiny", None, None)
+    await server.sessions.finish("me", first, "success", None)
+    await fill(server)
+    row = await server.sessions.find("me", first)
+    assert row.user_metadata == {}
+    assert row.size_bytes == session_sizes.ROW_BYTES
+    assert (await server.samplers.find("me", sampler.id)).session_id == first
+
+
+async def test_samplers_count_too_and_unnamed_ones_leave(server: Server) -> None:
+    session_id = await server.create(user_metadata={})
+    before = await server.stored()
+    await server.samplers.create("me", session_id, 0, "tiny", None, f"samplers/{session_id}/x")
+    assert await server.stored() == before + session_sizes.ROW_BYTES
+    await server.samplers.forget_unnamed(session_id)
+    assert await server.stored() == before
+    with pytest.raises(QuotaExceeded):  # noqa: PT012
+        for number in range(1000):
+            await server.samplers.create("me", session_id, number, "tiny", None, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "named"),
+    [
+        (CreateSession, {"tags": ["x" * 257]}, "tags"),
+        (CreateSession, {"tags": ["x"] * 257}, "tags"),
+        (CreateSession, {"user_metadata": {"a": "x" * MOST_METADATA_BYTES}}, "user_metadata"),
+        (CreateSession, {"user_metadata": {str(n): n for n in range(10_000)}}, "user_metadata"),
+        (CreateSession, {"sdk_version": "x" * 1025}, "sdk_version"),
+        (CreateSession, {"project_id": "x" * 1025}, "project_id"),
+        (CreateSession, {"display_name": "x" * 1025}, "display_name"),
+        (CreateModel, {"base_model": "m", "user_metadata": {"a": "é" * 40_000}}, "user_metadata"),
+        (SaveWeights, {"path": "p", "user_metadata": {"a": "x" * MOST_METADATA_BYTES}}, "user_metadata"),
+    ],
+)
+def test_what_is_kept_of_one_object_is_short(body: type, fields: dict, named: str) -> None:
+    if body is CreateModel:
+        fields = fields | {"session_id": "s", "model_seq_id": 0}
+    with pytest.raises(ValidationError) as refused:
+        body(**fields)
+    assert {str(error["loc"][0]) for error in refused.value.errors()} == {named}
+
+
+def test_metadata_of_a_usual_size_is_kept() -> None:
+    usual = {"config": {"a": [1, 2.5, None, 2**70]}, "text": "ü" * 10_000}
+    assert TypeAdapter(Metadata).validate_python(usual) == usual
+    assert FinishSession(detail="x" * 5000 + "the end").detail.endswith("the end")
+    assert len(FinishSession(detail="x" * 5000).detail) == 4096
