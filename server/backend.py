@@ -32,9 +32,11 @@ from .live.samplers import Samplers
 from .live.sessions import Sessions
 from .live.wandb_runs import WandbRuns
 from .offload import Offload
+from .operations.answers import KEPT
 from .operations.completions import Completions
-from .operations.operation import Operation
+from .operations.operation import Operation, stream_of
 from .operations.operations import Operations
+from .operations.payloads import Payloads
 from .operations.refused_saves import RefusedSaves
 from .rlve.runs import RlveRuns
 from .served.named_models import NamedModels
@@ -64,6 +66,7 @@ class Backend:
     tokens: Tokens
     opened: Ledger | None = None  # the ledger, if it has been opened already
     ledger: Ledger = field(init=False)
+    payloads: Payloads = field(init=False)
     disk: Disk = field(init=False)
     engine: Supervisor = field(init=False)
     operations: Operations = field(init=False)
@@ -98,17 +101,19 @@ class Backend:
             settings.data_dir, settings.ledger_url, settings.sync_every_commit
         )
         self.offload = Offload(_WORKER_BYTES + _MEMORY_PER_BODY_BYTE * settings.max_body_bytes)
+        self.payloads = Payloads(self.ledger, settings.payload_dir, settings.sync_every_commit)
         self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes)
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
             self._answered,
             settings.engine_silence_seconds,
             inherited=() if self.ledger.owner is None else self.ledger.owner.descriptors,
+            load=self.payloads.load,
         )
-        self.operations = Operations(self.ledger, self.engine, self.disk)
+        self.operations = Operations(self.ledger, self.engine, self.disk, self.payloads)
         self.completions = Completions(self.ledger, self.operations)
         self.custom_losses = CustomLosses(self.ledger, self.operations, settings.custom_loss_server_side)
-        self.runs = Runs(self.ledger, self.engine, self.operations, settings, self.quotas)
+        self.runs = Runs(self.ledger, self.engine, self.operations, self.payloads, settings, self.quotas)
         self.refused_saves = RefusedSaves(self.runs.unused_numbers.consume, settings.refused_save_seconds)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.on_finished = self._operation_finished
@@ -138,10 +143,12 @@ class Backend:
             self.ledger, self.runs, self.samplers, self.quotas, settings.session_idle_seconds
         )
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
-        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, settings)
+        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.payloads, settings)
         self.sweep.on_removed = self.distribution.adapters.removed
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
         self.copies = Copies(self.ledger, self.disk, self.quotas, settings.data_dir)
+        if moved := await self.payloads.move_old(stream_of, KEPT):
+            log.info("%d payloads of an older ledger have their new place", moved)
         await self.copies.take_up()
         await self.keys.read(self.ledger)
         await self.quotas.read(self.ledger)
@@ -200,6 +207,7 @@ class Backend:
         await self.distribution.close()
         await self.endpoints.close()
         self.registry.close()
+        self.payloads.close()
         self.ledger.close()
 
     def collect(self) -> Iterator[Metric]:

@@ -16,6 +16,7 @@ from ..engine import messages
 from .access import given_keys
 from .inference.addresses import Allowed, is_loopback
 from .ledger.keys import any_in
+from .ledger.ownership import sqlite_file
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -226,6 +227,12 @@ class Settings(BaseSettings):
     @property
     def ledger_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
+
+    @property
+    def payload_dir(self) -> Path:
+        """Beside the ledger, where that is a file."""
+        ledger = sqlite_file(self.ledger_url)
+        return (self.data_dir if ledger is None else ledger.parent).resolve() / "payloads"
 
     def engine_config(self, base_models: list[messages.BaseModel]) -> messages.EngineConfig:
         return messages.EngineConfig(

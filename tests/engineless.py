@@ -11,6 +11,7 @@ from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.live.runs import Runs
 from tinsmith.server.operations.operation import Submission
 from tinsmith.server.operations.operations import Operations
+from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
 from tinsmith.server.storage.checkpoints import Checkpoints
 from tinsmith.server.storage.disk import Disk
@@ -27,10 +28,13 @@ class Server:
     def __init__(self, data_dir: Path, **settings):
         self.settings = Settings(data_dir=data_dir, **settings)
         self.ledger = Ledger(self.settings.ledger_url)
-        self.engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
-        self.operations = Operations(self.ledger, self.engine, Disk(data_dir, 0))
-        self.runs = Runs(self.ledger, self.engine, self.operations, self.settings)
-        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.settings)
+        self.payloads = Payloads(self.ledger, self.settings.payload_dir)
+        self.engine = Supervisor(
+            self.settings.engine_config([]), lambda answer: None, load=self.payloads.load
+        )
+        self.operations = Operations(self.ledger, self.engine, Disk(data_dir, 0), self.payloads)
+        self.runs = Runs(self.ledger, self.engine, self.operations, self.payloads, self.settings)
+        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.payloads, self.settings)
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
 
     async def sample(self, number: int, tokens: int = 0) -> str:

@@ -54,11 +54,10 @@ class Distribution:
         alone = self._keys.tenants <= {owner}
         return [each for each in self._endpoints.all(None, owner, pools) if alone or each.owner == owner]
 
-    def follow(self, operation: Operation, base_model: str) -> None:
-        """A save that was accepted: its weights go out as soon as they are there."""
-        if operation.payload is None or not self.is_awaited(base_model, operation.owner):
+    def follow(self, operation: Operation, save: messages.ToEngine | None, base_model: str) -> None:
+        """A save that was accepted: its weights go out as soon as they are there. None: they have."""
+        if save is None or not self.is_awaited(base_model, operation.owner):
             return
-        save = messages.decode_to_engine(operation.payload)
         assert isinstance(save, messages.SaveSampler)
         sampler = messages.SamplerRef(base_model, save.directory)
         task = asyncio.ensure_future(self._send(operation, sampler))

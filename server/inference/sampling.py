@@ -85,11 +85,10 @@ class Sampling:
         if all(reasons):
             raise BadRequest(f"{reasons[0]} (sampling_engine is sglang; `embedded` does it)")
 
-    def take(self, operation: Operation) -> bool:
+    def take(self, operation: Operation, sample: messages.Sample) -> bool:
         """Whether it is answered here; otherwise it is the engine's. Once sent there, it stays there."""
         if operation.request_id in self._tasks:
             return True
-        sample = _sample(operation)
         engine = self._engine_of(sample)
         model = self._base_models.get(sample.sampler.base_model)
         there = model is not None and (
@@ -239,15 +238,8 @@ class StreamBroken(EndpointError):
     """Tokens were told of that nobody else can go on from."""
 
 
-def _sample(operation: Operation) -> messages.Sample:
-    assert operation.payload is not None
-    sample = messages.decode_to_engine(operation.payload)
-    assert isinstance(sample, messages.Sample)
-    return sample
-
-
 def _give_seed(operation: Operation, sample: messages.Sample) -> None:
     """So that an engine that begins a stream again draws the same, and what was told of it holds."""
     if sample.stream and sample.params.seed is None:
         params = msgspec.structs.replace(sample.params, seed=secrets.randbits(63))
-        operation.payload = messages.encode(msgspec.structs.replace(sample, params=params))
+        operation.changed = messages.encode(msgspec.structs.replace(sample, params=params))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Connection, Row, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, select
 
-from .schema import operations
+from .schema import operations, payloads
 
 KIND = "create_custom_loss"
 
@@ -20,29 +20,30 @@ def _of_session(session_id: str) -> ColumnElement[bool]:
 
 
 def find(connection: Connection, natural_key: str) -> Row | None:
-    """One that can be used: it was checked, and its session has not ended."""
+    """The `owner` and the `data` of one that can be used: it was checked, and its session has not ended."""
     return connection.execute(
-        select(operations).where(
+        select(operations.c.owner, payloads.c.data)
+        .join(payloads, payloads.c.operation_id == operations.c.id)
+        .where(
             operations.c.natural_key == natural_key,
             operations.c.kind == KIND,
             operations.c.state == "done",
-            operations.c.payload.is_not(None),
         )
     ).first()
 
 
 def stored(connection: Connection, session_id: str) -> tuple[int, int]:
     """How many losses the session has, and of how many bytes."""
-    query = select(func.count(), func.coalesce(func.sum(func.length(operations.c.payload)), 0)).where(
-        _of_session(session_id), operations.c.payload.is_not(None)
+    query = (
+        select(func.count(), func.coalesce(func.sum(payloads.c.size), 0))
+        .select_from(operations)
+        .join(payloads, payloads.c.operation_id == operations.c.id)
+        .where(_of_session(session_id))
     )
     count, size = connection.execute(query).one()
     return count, size
 
 
 def forget(connection: Connection, session_id: str) -> None:
-    connection.execute(
-        update(operations)
-        .where(_of_session(session_id), operations.c.state != "accepted")
-        .values(payload=None)
-    )
+    finished = select(operations.c.id).where(_of_session(session_id), operations.c.state != "accepted")
+    connection.execute(delete(payloads).where(payloads.c.operation_id.in_(finished)))

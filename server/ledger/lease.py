@@ -21,10 +21,7 @@ RENEWAL_SECONDS = EXPIRY_SECONDS / 4
 
 @dataclass(frozen=True)
 class Lease:
-    """`ledger` is the id that the ledger was given when it was made."""
-
     generation: int
-    ledger: str
 
 
 def _now(connection: Connection) -> float:
@@ -51,7 +48,7 @@ def acquire(
         return float(row.renewed_at)
     generation = row.generation + 1
     connection.execute(update(lease).values(generation=generation, holder=holder.values(), renewed_at=now))
-    return Lease(generation, row.ledger)
+    return Lease(generation)
 
 
 def is_held(connection: Connection, generation: int) -> bool:
@@ -72,5 +69,6 @@ def release(connection: Connection, generation: int) -> None:
     connection.execute(update(lease).where(lease.c.generation == generation).values(holder=None))
 
 
-def holder(connection: Connection) -> Holder | None:
-    return Holder.of(connection.execute(select(lease.c.holder)).scalar())
+def ledger_id(connection: Connection) -> str:
+    """What tells this ledger from every other one."""
+    return connection.execute(select(lease.c.ledger)).scalar_one()

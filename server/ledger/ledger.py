@@ -111,6 +111,8 @@ class Ledger:
         except BaseException:
             self._engine.dispose()
             raise
+        with self._engine.connect() as connection:
+            self.id = leases.ledger_id(connection)
         self._file = file_of(self._engine)
         self._identity = self._file and _identity(self._file)
         self._changes: queue.SimpleQueue = queue.SimpleQueue()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, select, update
 
 from ...engine import messages
-from .schema import checkpoints, models, operations, samplers, sessions
+from .schema import checkpoints, models, operations, payloads, samplers, sessions
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
 _AT_A_TIME = 1000  # rows in one change: other writers wait for it
+_ANSWERS_AT_A_TIME, _ANSWER_BYTES_AT_A_TIME = 200, 4 << 20
 
 
 def _kept_answers() -> ColumnElement[bool]:
@@ -39,22 +40,31 @@ def beyond(connection: Connection, max_bytes: int) -> float | None:
 
 def drop_answers(connection: Connection, through: float) -> bool:
     """Of operations finished until then, some of them; whether there may be more."""
-    old = (
-        select(operations.c.id)
-        .where(_kept_answers(), operations.c.finished_at <= through, operations.c.kind != "create_model")
-        .limit(_AT_A_TIME)
+    return bool(_drop_answers(connection, operations.c.finished_at <= through))
+
+
+def _drop_answers(connection: Connection, of: ColumnElement[bool]) -> int:
+    """Some of them, and how many: few enough that others need not wait long; 0 when all are dropped."""
+    query = select(operations.c.id, operations.c.answer_bytes).where(
+        _kept_answers(), of, operations.c.kind != "create_model"
     )
-    dropped = connection.execute(
-        update(operations).where(operations.c.id.in_(old)).values(answer=None, answer_bytes=0)
-    )
-    return dropped.rowcount == _AT_A_TIME
+    chosen: list[str] = []
+    left = _ANSWER_BYTES_AT_A_TIME
+    for row in connection.execute(query.limit(_ANSWERS_AT_A_TIME)):
+        if chosen and left < row.answer_bytes:
+            break
+        chosen.append(row.id)
+        left -= row.answer_bytes
+    dropped = update(operations).where(operations.c.id.in_(chosen)).values(answer=None, answer_bytes=0)
+    return connection.execute(dropped).rowcount if chosen else 0
 
 
 def drop_answers_of(connection: Connection, owner: str, through: float) -> int:
-    """Of the owner's operations finished until then; of how many. Creations of models keep theirs."""
-    old = (operations.c.owner == owner) & (operations.c.finished_at <= through)
-    dropped = update(operations).where(_kept_answers(), old, operations.c.kind != "create_model")
-    return connection.execute(dropped.values(answer=None, answer_bytes=0)).rowcount
+    """Of the owner's operations finished until then, some of them; of how many, 0 when all are dropped.
+
+    Creations of models keep theirs.
+    """
+    return _drop_answers(connection, (operations.c.owner == owner) & (operations.c.finished_at <= through))
 
 
 def drop_operations(connection: Connection, through: float, now: float) -> bool:
@@ -73,26 +83,12 @@ def drop_operations(connection: Connection, through: float, now: float) -> bool:
         .where(
             operations.c.finished_at <= through,
             operations.c.state != "accepted",
-            operations.c.payload.is_(None),
+            ~exists().where(payloads.c.operation_id == operations.c.id),
             or_(sequenced, single),
         )
         .limit(_AT_A_TIME)
     )
     return connection.execute(delete(operations).where(operations.c.id.in_(old))).rowcount == _AT_A_TIME
-
-
-def forget_payloads_of_ended_models(connection: Connection) -> None:
-    """Nobody will bring these back."""
-    ended = select(models.c.id).where(models.c.state.in_(("finished", "failed")))
-    connection.execute(
-        update(operations)
-        .where(
-            operations.c.model_id.in_(ended),
-            operations.c.payload.is_not(None),
-            operations.c.state != "accepted",
-        )
-        .values(payload=None)
-    )
 
 
 # --- directories
@@ -137,8 +133,10 @@ def directories_to_load(connection: Connection) -> set[str]:
     creations = select(models.c.creation).where(
         models.c.snapshot.is_(None), models.c.state.in_(("creating", "ready"))
     )
-    loads = select(operations.c.payload).where(
-        operations.c.kind == "load_weights", operations.c.payload.is_not(None)
+    loads = (
+        select(payloads.c.data)
+        .join(operations, operations.c.id == payloads.c.operation_id)
+        .where(operations.c.kind == "load_weights", payloads.c.data.is_not(None))
     )
     found: set[str] = set()
     for encoded in [*connection.execute(creations).scalars(), *connection.execute(loads).scalars()]:

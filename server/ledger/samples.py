@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, Connection, Row, select
 
-from .schema import operations
+from .schema import operations, payloads
 
 
 def natural_key(sampler_id: str, seq_id: int) -> str:
@@ -40,7 +40,10 @@ def _with_prefix(connection: Connection, prefix: str, separator: str) -> ColumnE
 
 def unanswered(connection: Connection, sampler_id: str) -> Sequence[Row]:
     mine = _of_sampler(connection, sampler_id)
-    return connection.execute(select(operations).where(mine, operations.c.state == "accepted")).all()
+    query = select(operations, payloads.c.size).outerjoin(
+        payloads, payloads.c.operation_id == operations.c.id
+    )
+    return connection.execute(query.where(mine, operations.c.state == "accepted")).all()
 
 
 def finished_since(connection: Connection, sampler_id: str, since: float) -> Sequence[Row]:

@@ -150,7 +150,7 @@ operations = Table(
     Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
     Column("dialect", String(16), nullable=False, server_default="tinker"),
     Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
-    Column("payload", LargeBinary),  # the message to the engine, kept while a replay may need it
+    Column("payload", LargeBinary),  # before revision 0017; null: it was moved to the table below
     # The engine's Done or Failed; of operations that are not `accepted`, null: it was dropped (retention.py).
     Column("answer", LargeBinary),
     Column("answer_bytes", BigInteger),
@@ -160,6 +160,23 @@ operations = Table(
     Index("operations_of_model", "model_id", "seq_id"),
     Index("operations_in_state", "state", "accepted_at"),
     Index("operations_by_age", "finished_at", "answer_bytes"),
+)
+
+# Messages to the engine, kept while a replay may need them. Apart from the operations, whose rows change: a
+# payload is written once. The large ones are in files (segments.py), to which their rows point.
+payloads = Table(
+    "payloads",
+    metadata,
+    Column("operation_id", String(64), ForeignKey("operations.id"), primary_key=True),
+    Column("model_id", String(192)),
+    Column("seq_id", BigInteger),
+    Column("size", BigInteger, nullable=False),
+    Column("data", LargeBinary),  # of small ones
+    Column("segment", String(64)),
+    Column("position", BigInteger),
+    Column("checksum", BigInteger),
+    Index("payloads_of_model", "model_id", "seq_id"),
+    Index("payloads_by_segment", "segment"),
 )
 
 checkpoints = Table(

@@ -68,7 +68,7 @@ class CustomLosses:
             key = rows.natural_key(session_id, int(named[2]))
             row = await self._ledger.read(lambda connection: rows.find(connection, key))
             if row is not None and row.owner == owner:
-                message = messages.decode_to_engine(row.payload)
+                message = messages.decode_to_engine(row.data)
                 assert isinstance(message, messages.CheckCustomLoss)
                 return message.loss
         raise NotFound(

@@ -76,7 +76,8 @@ async def save_unnamed(backend: Backend, run: Run, identifier: str, key: str | N
         also,
         key=key,
     )
-    backend.distribution.follow(saving, run.base_model)
+    save = await backend.operations.message(saving)
+    backend.distribution.follow(saving, save, run.base_model)
     await saving.finished.wait()
     if isinstance(saving.answer, messages.Failed):
         raise BadRequest(f"the model's weights cannot be sampled: {saving.answer.message}")

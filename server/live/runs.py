@@ -26,8 +26,10 @@ from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
+from ..operations.payloads import Payloads
 from ..operations.unused_numbers import UnusedNumbers
 from ..settings import Settings
+from ..supervision.outbox import Lane
 from ..supervision.recovery import Recovery
 from ..supervision.snapshots import Snapshots
 from ..supervision.supervisor import Supervisor
@@ -50,6 +52,7 @@ class Runs:
         ledger: Ledger,
         engine: Supervisor,
         operations: Operations,
+        payloads: Payloads,
         settings: Settings,
         quotas: Quotas | None = None,
     ):
@@ -66,7 +69,7 @@ class Runs:
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
             self._release, self._give_up, settings.gap_grace_seconds
         )
-        self.snapshots = Snapshots(ledger, engine, self._dispatcher, settings)
+        self.snapshots = Snapshots(ledger, engine, self._dispatcher, payloads, settings)
         self._recovery = Recovery(ledger, engine, operations, self._dispatcher, self._runs, settings)
         operations.dispatcher = self._dispatcher
         self.unused_numbers = UnusedNumbers(ledger, self._dispatcher, self._numbered)
@@ -234,12 +237,11 @@ class Runs:
     def _release(self, operation: Operation) -> None:
         run = self._runs[operation.model_id]
         run.used_at = time.monotonic()
-        payload = operation.payload
-        if not run.resident or payload is None:
+        if not run.resident or not operation.payload_bytes:
             self._recovery.bring_back(run)
             return
-        self._engine.send(payload)
-        run.bytes_since_snapshot += len(payload)
+        self._engine.send_stored(Lane(run.id), operation.request_id, operation.payload_bytes)
+        run.bytes_since_snapshot += operation.payload_bytes
         self.snapshots.take_if_due(run)
 
     def _give_up(self, operations: list[Operation], missing: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy import Connection, Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from ...ckpt import paths
 from ...engine import messages
@@ -181,19 +182,22 @@ class Samplers:
 
     def _missing(self, operation: Operation, message: str) -> None:
         """The engine does not have the weights of a sample: it has died before they were on disk."""
-        assert operation.payload is not None
-        sample = messages.decode_to_engine(operation.payload)
-        assert isinstance(sample, messages.Sample)
-        run_id = run_of(sample.sampler.weights)
-        if run_id is None or operation.weights_made_in == self._engine.life:
-            self._operations.fail([operation], message)
-            return
-        operation.weights_made_in = self._engine.life
-        task = asyncio.ensure_future(self._make_again(operation, run_id, message))
+        task = asyncio.ensure_future(self._make_again(operation, message))
         self._making.add(task)
         task.add_done_callback(self._making.discard)
 
-    async def _make_again(self, operation: Operation, run_id: str, message: str) -> None:
+    async def _make_again(self, operation: Operation, message: str) -> None:
+        life = self._engine.life
+        try:
+            sample = await self._operations.message(operation)
+        except (ApiError, SQLAlchemyError, OSError) as error:
+            log.error("a sample's weights are not made again: %s", error)
+            sample = None
+        run_id = run_of(sample.sampler.weights) if isinstance(sample, messages.Sample) else None
+        if run_id is None or operation.weights_made_in == life:
+            self._operations.fail([operation], message)
+            return
+        operation.weights_made_in = life
         log.info("unnamed sampler weights of %s are not on disk: the model makes them again", run_id)
         try:
             is_back = await self._runs.bring_back(operation.owner, run_id)
@@ -201,7 +205,7 @@ class Samplers:
             is_back = False
         if is_back:
             operation.sent_in = 0
-            self._operations.send(operation)
+            self._operations.send_to_engine(operation, behind=run_id)
         elif self._engine.alive and self._engine.life == operation.weights_made_in:
             self._operations.fail([operation], message)
 

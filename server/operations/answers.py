@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 from ...engine import messages
 from ..ledger import audit, tenancy
 from ..ledger import checkpoints as checkpoint_rows
+from ..ledger import payloads as payload_rows
 from . import usage
 from .operation import Answer, Operation
 
@@ -16,7 +17,7 @@ from .operation import Answer, Operation
 REPLAYED = frozenset(
     {"forward_backward", "optim_step", "drop_gradients", "load_weights", "save_unnamed_sampler"}
 )
-# What an operation brought stays: losses, for later operations (custom_losses.py).
+# What an operation brought stays, in the ledger: losses, for later operations (custom_losses.py).
 KEPT = frozenset({"create_custom_loss"})
 _REMEMBERED_BYTES = 16 << 20
 _OPERATION_BYTES = 2048  # its objects, whatever is in them
@@ -48,18 +49,19 @@ class RememberedAnswers:
             self._bytes -= _size(oldest.answer)
 
 
-def replayed(operation: Operation, answer: Answer, ran: bool) -> bytes | None:
-    """The message that does to the model again what the operation did: None if that is nothing."""
+def note_replay(connection: Connection, operation: Operation, answer: Answer, ran: bool) -> None:
+    """Keep the message that does to the model again what the operation did, and no other."""
     if isinstance(answer, messages.Done):
-        return operation.payload if operation.kind in REPLAYED | KEPT else None
-    if ran and operation.kind == "forward_backward":
+        is_kept = operation.kind in REPLAYED | KEPT
+    elif ran and operation.kind == "forward_backward":
         # The engine counts failures, for the step after them; without data it fails again, and at once.
-        return messages.encode(
-            messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
-        )
-    if ran and operation.kind == "optim_step" and answer.category == "user":
-        return operation.payload  # one that is not finite drops the gradients
-    return None
+        failing = messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
+        payload_rows.replace(connection, operation.request_id, messages.encode(failing))
+        return
+    else:  # a step that is not finite drops the gradients
+        is_kept = ran and operation.kind == "optim_step" and answer.category == "user"
+    if not is_kept:
+        payload_rows.drop(connection, operation.request_id)
 
 
 def _size(answer: Answer | None) -> int:
@@ -73,11 +75,13 @@ def _size(answer: Answer | None) -> int:
     return _OPERATION_BYTES
 
 
-def settle(connection: Connection, operation: Operation, answer: Answer) -> None:
-    """What else an operation's first answer means for the ledger."""
+def settle(
+    connection: Connection, operation: Operation, answer: Answer, sample: messages.Sample | None = None
+) -> None:
+    """What else an operation's first answer means for the ledger. `sample`: what a sample asked for."""
     output = answer.output if isinstance(answer, messages.Done) else None
     if output is not None:
-        usage.add(connection, operation, output)
+        usage.add(connection, operation, output, sample)
     if operation.kind == "save_unnamed_sampler":
         if output is not None:
             tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])

@@ -25,7 +25,7 @@ class Operation:
     model_id: str
     seq_id: int
     reply: dict[str, Any]
-    payload: bytes | None
+    payload_bytes: int = 0  # of the message to the engine, which payloads.py has
     answer: Answer | None = None
     rejected: bool = False
     expired: bool = False  # it had an answer, which was dropped
@@ -34,6 +34,7 @@ class Operation:
     cancelled: bool = False  # nobody waits for it any more
     sent_in: int = 0  # the engine's life in which it was sent
     weights_made_in: int = 0  # that in which the weights it samples were made again
+    changed: bytes | None = None  # a message that goes to the engine instead of that one
     natural_key: str | None = None
     dialect: Dialect = "tinker"
     finished: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,6 +49,11 @@ class Operation:
     @property
     def settled(self) -> bool:
         return self.answer is not None or self.expired
+
+    @property
+    def stream(self) -> str:
+        """Payloads of one stream are forgotten together."""
+        return stream_of(self.model_id, self.kind)
 
     @property
     def sequenced(self) -> bool:
@@ -72,6 +78,10 @@ class Submission:
     seq_id: int = 0
     also: Callable[[Connection, str], Answer | None] | None = None
     dialect: Dialect = "tinker"
+
+
+def stream_of(model_id: str | None, kind: str) -> str:
+    return model_id or kind
 
 
 def natural_key(model_id: str, seq_id: int) -> str:

@@ -14,18 +14,24 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from sqlalchemy import Connection, Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import messages
 from ..errors import ApiError, BadRequest
 from ..ledger import operations as rows
+from ..ledger import payloads as payload_rows
 from ..ledger import retention
 from ..ledger.ledger import Ledger
+from ..ledger.payloads import Stored
+from ..ledger.segments import PayloadLost
 from ..storage.disk import Disk
+from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
-from .answers import RememberedAnswers, replayed, settle
+from .answers import KEPT, RememberedAnswers, note_replay, settle
 from .dispatcher import Dispatcher
 from .elsewhere import Elsewhere, Nowhere
 from .operation import Answer, Operation, Submission
+from .payloads import Payloads
 
 log = logging.getLogger("tinsmith.operations")
 
@@ -43,10 +49,11 @@ class Operations:
     on_created: Callable[[Operation], None]
     on_missing_weights: Callable[[Operation, str], None]
 
-    def __init__(self, ledger: Ledger, engine: Supervisor, disk: Disk):
+    def __init__(self, ledger: Ledger, engine: Supervisor, disk: Disk, payloads: Payloads):
         self._ledger = ledger
         self._engine = engine
         self._disk = disk
+        self._payloads = payloads
         self._pending: dict[str, Operation] = {}
         self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
@@ -79,12 +86,56 @@ class Operations:
             submission.model_id,
             submission.seq_id,
             submission.reply,
-            payload,
+            0 if payload is None else len(payload),
             natural_key=submission.natural_key,
             dialect=submission.dialect,
         )
         self._pending[request_id] = operation
-        sequenced = operation.sequenced
+        try:
+            stored = None if payload is None else await self._store(operation, payload)
+            del payload
+            result = await self._write(operation, submission, stored)
+        except BaseException:
+            del self._pending[request_id]
+            self._payloads.forget(request_id)
+            raise
+        if isinstance(result, Answer):
+            operation.answer = result
+            self._remember(operation)
+        elif result is not None:
+            del self._pending[request_id]
+            self._payloads.forget(request_id)
+            return self._first(result)
+        operation.committed = True
+        self.accepted += 1
+        if operation.sequenced:
+            self.dispatcher.add(operation)
+        elif not operation.settled:
+            self.send(operation)
+        return operation
+
+    async def _store(self, operation: Operation, payload: bytes) -> Stored | None:
+        """Where the payload is; None if the operation was accepted before."""
+
+        def is_new(connection: Connection) -> bool:
+            key = operation.natural_key
+            return key is None or rows.find_by_natural_key(connection, key) is None
+
+        def before() -> bool:
+            if not self._ledger.read_now(is_new):
+                return False
+            self._disk.require_room()
+            return True
+
+        return await self._payloads.store(
+            operation.stream, operation.request_id, payload, operation.kind in KEPT, before
+        )
+
+    async def _write(
+        self, operation: Operation, submission: Submission, stored: Stored | None
+    ) -> Row | Answer | None:
+        """The first operation of the natural key, if it is another one, or the answer, if it is known."""
+        request_id, sequenced = operation.request_id, operation.sequenced
         past = sequenced and operation.seq_id < self.dispatcher.next_seq(operation.model_id)
 
         def change(connection: Connection) -> Row | Answer | None:
@@ -107,41 +158,88 @@ class Operations:
                 reply=operation.reply,
                 dialect=operation.dialect,
                 state="accepted" if answer is None else _STATES[type(answer)],
-                payload=payload if answer is None else None,
                 answer=None if answer is None else messages.encode(answer),
             )
+            if answer is None and stored is not None:
+                payload_rows.add(
+                    connection,
+                    request_id,
+                    operation.model_id or None,
+                    operation.seq_id if sequenced else None,
+                    stored,
+                )
             return answer
 
         try:
             result = await self._ledger.write(change)
         except BaseException:
-            del self._pending[request_id]
+            if stored is not None:
+                await self._payloads.abandoned(stored)
             raise
-        if isinstance(result, Answer):
-            operation.answer = result
-            self._remember(operation)
-        elif result is not None:
-            del self._pending[request_id]
-            return self._first(result)
-        operation.committed = True
-        self.accepted += 1
-        if sequenced:
-            self.dispatcher.add(operation)
-        elif not operation.settled:
-            self.send(operation)
-        return operation
+        if stored is not None:
+            if result is None:
+                self._payloads.committed(stored)
+            else:
+                await self._payloads.abandoned(stored)
+        return result
 
     def send(self, operation: Operation) -> None:
         """To whoever is to answer it."""
         if operation.cancelled:
             self.fail([operation], _CANCELLED)
-        elif operation.kind != "sample" or not self.elsewhere.take(operation):
+        elif operation.kind != "sample":
+            self.send_to_engine(operation)
+        elif (payload := operation.changed or self._payloads.remembered(operation.request_id)) is not None:
+            self._send_sample(operation, payload)
+        else:
+            task = asyncio.ensure_future(self._load_and_send(operation))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _send_sample(self, operation: Operation, payload: bytes) -> None:
+        if not self.elsewhere.take(operation, _sample(payload)):
             self.send_to_engine(operation)
 
-    def send_to_engine(self, operation: Operation) -> None:
-        """To the one there is, once; without one it waits for the next."""
-        assert operation.payload is not None
-        if operation.sent_in != self._engine.life and self._engine.send(operation.payload):
+    async def _load_and_send(self, operation: Operation) -> None:
+        payload = await self._load(operation)
+        if payload is not None and not operation.answering:
+            self._send_sample(operation, payload)
+
+    async def _load(self, operation: Operation) -> bytes | None:
+        """Its message to the engine. Fails an operation whose payload is lost, and returns None then."""
+        while True:
+            try:
+                payload = operation.changed or await self._payloads.load(operation.request_id)
+                if payload is not None:
+                    return payload
+                why = "its payload is gone"
+            except PayloadLost as error:
+                why = error.message
+            except (ApiError, SQLAlchemyError, OSError) as error:
+                log.error("a payload cannot be read yet: %s", error)
+                await asyncio.sleep(1)
+                continue
+            self.fail([operation], f"the operation cannot be run: {why}", "server")
+            return None
+
+    async def message(self, operation: Operation) -> messages.ToEngine | None:
+        """What it asks of the engine; None for one whose payload is not kept.
+
+        Raises ApiError, SQLAlchemyError or OSError.
+        """
+        payload = operation.changed or await self._payloads.load(operation.request_id)
+        return None if payload is None else messages.decode_to_engine(payload)
+
+    def send_to_engine(self, operation: Operation, behind: str | None = None) -> None:
+        """To the one there is, once; without one it waits for the next. `behind`: a model whose operations
+        go first."""
+        assert operation.payload_bytes
+        if operation.sent_in != self._engine.life and self._engine.send_stored(
+            Lane(behind) if behind else _lane(operation),
+            operation.request_id,
+            operation.payload_bytes,
+            operation.changed,
+        ):
             operation.sent_in = self._engine.life
 
     def cancel(self, sample: Operation) -> None:
@@ -152,7 +250,7 @@ class Operations:
         if self.elsewhere.cancel(sample):
             return
         cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", sample.request_id)
-        if not self._engine.send(messages.encode(cancel)):
+        if self._engine.withdraw(sample.request_id) or not self._engine.send(messages.encode(cancel)):
             self.fail([sample], _CANCELLED)
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
@@ -173,10 +271,12 @@ class Operations:
         """The engine's answer. Those to replays of finished operations are dropped."""
         operation = self._pending.get(answer.request_id)
         if operation is None or operation.answering:
+            self._engine.dealt_with(answer.request_id)
             return
         if isinstance(answer, messages.Failed) and answer.category == "missing" and operation.cancelled:
             answer = messages.Failed(answer.request_id, _CANCELLED, "user")
         elif isinstance(answer, messages.Failed) and answer.category == "missing":
+            self._engine.dealt_with(answer.request_id)
             self.on_missing_weights(operation, answer.message)
             return
         operation.answering = True
@@ -186,17 +286,25 @@ class Operations:
 
     async def _finish(self, operation: Operation, answer: Answer, ran: bool) -> None:
         encoded = messages.encode(answer)
-        payload = replayed(operation, answer, ran)
+        sample: messages.Sample | None = None
+        if operation.kind == "sample" and isinstance(answer, messages.Done):
+            payload = await self._load(operation)
+            if payload is None:
+                answer = messages.Failed(operation.request_id, "the sample's payload is lost", "server")
+                encoded = messages.encode(answer)
+            else:
+                sample = _sample(payload)
 
         def change(connection: Connection) -> None:
             state, seconds = "failed", 0.0
             if isinstance(answer, messages.Done):
                 state, seconds = "done", answer.device_seconds
-            first = rows.finish(connection, operation.request_id, state, encoded, seconds, payload)
+            first = rows.finish(connection, operation.request_id, state, encoded, seconds)
             if operation.sequenced:
                 rows.advance(connection, operation.model_id, operation.seq_id)
             if first:
-                settle(connection, operation, answer)
+                note_replay(connection, operation, answer, ran)
+                settle(connection, operation, answer, sample)
 
         while True:
             try:
@@ -208,7 +316,8 @@ class Operations:
                 )
                 await asyncio.sleep(1)
         operation.answer = answer
-        operation.payload = None
+        self._payloads.forget(operation.request_id)
+        self._engine.dealt_with(operation.request_id)
         if operation.kind == "create_model":
             self.on_created(operation)
         self.on_finished(operation)
@@ -257,9 +366,11 @@ class Operations:
 
     async def forget_answers(self, owner: str, through: float) -> int:
         """Of the owner's operations that were answered until then; of how many."""
-        dropped = await self._ledger.write(
+        dropped = 0
+        while some := await self._ledger.write(
             lambda connection: retention.drop_answers_of(connection, owner, through)
-        )
+        ):
+            dropped += some
         self._remembered.forget(owner)
         return dropped
 
@@ -276,7 +387,7 @@ class Operations:
             row.model_id or "",
             row.seq_id or 0,
             row.reply,
-            row.payload,
+            row.size or 0,
             natural_key=row.natural_key,
             rejected=row.state == "rejected",
             committed=True,
@@ -306,3 +417,14 @@ class Operations:
         """Waits until there is no answer left to write."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _lane(operation: Operation) -> Lane:
+    model_id = operation.model_id
+    return Lane(model_id) if model_id else Lane(owner=f"{operation.kind} of {operation.owner}")
+
+
+def _sample(payload: bytes) -> messages.Sample:
+    sample = messages.decode_to_engine(payload)
+    assert isinstance(sample, messages.Sample)
+    return sample

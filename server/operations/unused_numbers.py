@@ -48,7 +48,7 @@ class UnusedNumbers:
         request_id = f"req_{uuid.uuid4().hex}"
         failure = messages.Failed(request_id, message, "user")
         operation = Operation(
-            request_id, owner, "refused", model_id, seq_id, {}, None, failure, rejected=True
+            request_id, owner, "refused", model_id, seq_id, {}, answer=failure, rejected=True
         )
 
         def change(connection: Connection) -> bool:

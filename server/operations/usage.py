@@ -10,7 +10,12 @@ from ..ledger import usage as rows
 from .operation import Operation
 
 
-def add(connection: Connection, operation: Operation, output: messages.Output) -> None:
+def add(
+    connection: Connection,
+    operation: Operation,
+    output: messages.Output,
+    sample: messages.Sample | None = None,
+) -> None:
     """Counts the answer of an operation, in the transaction that writes it down: never a second time.
 
     Trained are the positions of all datums, once per pass, with a loss or without. A prompt is prefilled
@@ -21,15 +26,15 @@ def add(connection: Connection, operation: Operation, output: messages.Output) -
             counts = {"trained": sum(tensor.shape[0] for tensor in logprobs)}
             rows.add_of_model(connection, operation.model_id, counts)
         case messages.SampleOutput():
-            _add_sample(connection, operation, output)
+            assert sample is not None
+            _add_sample(connection, operation, output, sample)
         case messages.StateSaved() | messages.SamplerSaved() if operation.kind != "save_unnamed_sampler":
             rows.add_of_model(connection, operation.model_id, {"checkpoints": 1})
 
 
-def _add_sample(connection: Connection, operation: Operation, output: messages.SampleOutput) -> None:
-    assert operation.payload is not None
-    asked = messages.decode_to_engine(operation.payload)
-    assert isinstance(asked, messages.Sample)
+def _add_sample(
+    connection: Connection, operation: Operation, output: messages.SampleOutput, asked: messages.Sample
+) -> None:
     prompt = len(asked.prompt) // 4  # int32, as the sampled tokens
     cached = min(prompt, output.prompt_cache_hit_tokens)
     session_id = samples.session_of(operation.natural_key) if operation.natural_key else ""

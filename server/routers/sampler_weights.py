@@ -51,7 +51,8 @@ async def save_weights_for_sampler(
             reply | {"router_address": base_url(request, backend)},
             also,
         )
-        backend.distribution.follow(operation, run.base_model)
+        save = await backend.operations.message(operation)
+        backend.distribution.follow(operation, save, run.base_model)
     except ApiError as error:
         await refuse(backend, owner, body.model_id, body.seq_id, error)
         raise

@@ -24,6 +24,7 @@ from ...engine import messages
 from ..errors import ApiError
 from ..ledger import audit, retention, usage
 from ..ledger.ledger import Ledger
+from ..operations.payloads import Payloads
 from ..settings import Settings
 from ..supervision.snapshots import Snapshots
 from ..supervision.supervisor import Supervisor
@@ -38,10 +39,18 @@ KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 class Sweep:
     """`used_bytes`: by kind, as of the last sweep. `on_removed` is told of checkpoints' directories."""
 
-    def __init__(self, ledger: Ledger, engine: Supervisor, snapshots: Snapshots, settings: Settings):
+    def __init__(
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        snapshots: Snapshots,
+        payloads: Payloads,
+        settings: Settings,
+    ):
         self._ledger = ledger
         self._engine = engine
         self._snapshots = snapshots
+        self._payloads = payloads
         self._settings = settings
         self._data_dir = settings.data_dir
         self.used_bytes = dict.fromkeys(KINDS, 0)
@@ -72,7 +81,8 @@ class Sweep:
             beyond = partial(retention.beyond, max_bytes=self._settings.answer_bytes)
             youngest_beyond = await self._ledger.read(beyond)
             through = max(through, youngest_beyond or 0.0)
-        await self._ledger.write(retention.forget_payloads_of_ended_models)
+        await self._payloads.forget_ended_models()
+        await self._payloads.remove_unused()
         await self._repeat(partial(retention.drop_answers, through=through))
         await self._repeat(partial(retention.drop_operations, through=through, now=now))
 
@@ -139,6 +149,7 @@ class Sweep:
     def _measure(self) -> dict[str, int]:
         used = {kind: _bytes_below(self._data_dir / kind) for kind in KINDS}
         used["ledger"] = sum(_size(path) for path in self._data_dir.glob("ledger.db*"))
+        used["ledger"] += self._payloads.used_bytes()
         return used
 
 

@@ -1,7 +1,7 @@
 """One engine's process, from its start to its end, and the socket to it.
 
 The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
-configuration on standard input. Messages go out in the order of `send` and are kept until the engine reads
+configuration on standard input. Messages go out by way of the outbox and are kept until the engine reads
 them, so it may still be loading. When the process ends without having been asked to, it is dead: nothing is
 sent any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py). One
 that gives no sign of life for `silence_seconds` is killed: it is stopped, or hangs, and will not answer.
@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -29,6 +29,7 @@ import zmq.asyncio
 
 from ...engine import messages
 from ..errors import Unavailable
+from .outbox import Lane, Outbox
 from .silence import Silence
 
 log = logging.getLogger("tinsmith.engine_process")
@@ -60,6 +61,10 @@ def engine_environment() -> dict[str, str]:
     return tunables | os.environ
 
 
+async def nothing_stored(_request_id: str) -> None:
+    """No payload is needed."""
+
+
 _LAST_ANSWERS_SECONDS = 0.05  # what it sent before its end may still be in the socket
 # Before it is ready, an engine reads from disks that may be slow, and may hold Python's lock meanwhile.
 _LOADING_MAY_TAKE = 5
@@ -76,14 +81,17 @@ class EngineProcess:
         silence_seconds: float,
         module: str = "tinsmith.engine",
         inherited: tuple[int, ...] = (),
+        load: Callable[[str], Awaitable[bytes | None]] = nothing_stored,
+        on_lost: Callable[[str, str, str], None] = lambda _request_id, _model_id, _why: None,
     ):
+        """`load` and `on_lost` are those of the outbox."""
         self._config = config
         self._silence_seconds = silence_seconds
         self._silence = Silence(config.beat_seconds)
         self._module = module
         self._inherited = inherited
         self._on_answer = on_answer
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outbox = Outbox(load, self._send_now, on_lost)
         self._requests: dict[str, asyncio.Future[messages.Done | messages.Failed]] = {}
         self._tasks: list[asyncio.Task] = []
         self._process: asyncio.subprocess.Process | None = None
@@ -127,7 +135,7 @@ class EngineProcess:
         except (BrokenPipeError, ConnectionResetError):
             log.debug("the engine ended before it read its configuration")
         self._tasks = [
-            asyncio.create_task(self._send_forever()),
+            asyncio.create_task(self._outbox.run_forever()),
             asyncio.create_task(self._receive_forever()),
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._listen_for_silence()),
@@ -153,18 +161,53 @@ class EngineProcess:
         ]
 
     def send(self, message: bytes) -> None:
-        """An encoded message; dropped if the engine is dead, since the ledger still has it."""
+        """A message that concerns no model, encoded; it overtakes what waits. Dropped without an engine."""
         if self.alive:
-            self._outbox.put_nowait(message)
+            self._outbox.put_own(message)
+
+    def send_stored(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> None:
+        """An operation, in its turn; dropped if the engine is dead, since the ledger still has it.
+
+        `message` takes the place of its payload.
+        """
+        if self.alive:
+            self._outbox.put(lane, request_id, size, message)
+
+    def withdraw(self, request_id: str) -> bool:
+        """Whether an operation had not been sent yet, and will not be."""
+        return self.alive and self._outbox.withdraw(request_id)
+
+    def dealt_with(self, request_id: str) -> None:
+        """The operation's answer is written, or not needed: it takes no room any more."""
+        self._outbox.answered(request_id)
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
-        """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""
+        """Sends a message of the server's own and waits for the answer. Raises Unavailable on death.
+
+        One that concerns a model has its turn after the model's operations. The engine may fall asleep when
+        it has done what was sent before.
+        """
         if not self.alive:
             raise Unavailable("the engine is not running")
         answer: asyncio.Future = asyncio.get_running_loop().create_future()
         self._requests[message.request_id] = answer
-        self.send(messages.encode(message))
+        encoded, model_id = messages.encode(message), getattr(message, "model_id", "")
+        if model_id:
+            self._outbox.put(Lane(model_id), message.request_id, len(encoded), encoded)
+        elif isinstance(message, messages.Sleep):
+            await self._once_sent(message)
+        else:
+            self.send(encoded)
         return await answer
+
+    async def _once_sent(self, message: messages.ToEngine) -> None:
+        """Sends a message that must not overtake what waits."""
+        sent = asyncio.ensure_future(self._outbox.until_sent())
+        ended = asyncio.ensure_future(self.ended.wait())
+        await asyncio.wait((sent, ended), return_when=asyncio.FIRST_COMPLETED)
+        sent.cancel()
+        ended.cancel()
+        self.send(messages.encode(message))
 
     def kill(self) -> None:
         self._stopping = True
@@ -177,9 +220,10 @@ class EngineProcess:
         self._stopping = True
         if self._process is not None and self.alive:
             if self.ready.is_set():
-                self.send(messages.encode(messages.Stop(request_id="stop")))
                 try:
-                    await asyncio.wait_for(self.ended.wait(), patience_seconds)
+                    async with asyncio.timeout(patience_seconds):
+                        await self._once_sent(messages.Stop(request_id="stop"))
+                        await self.ended.wait()
                 except TimeoutError:
                     log.warning("the engine did not finish within %.0f s; ending it", patience_seconds)
             if self.alive:
@@ -195,9 +239,8 @@ class EngineProcess:
         self._context.term()
         shutil.rmtree(Path(self._directory), ignore_errors=True)
 
-    async def _send_forever(self) -> None:
-        while True:
-            await self._socket.send(await self._outbox.get(), copy=False)
+    async def _send_now(self, message: bytes) -> None:
+        await self._socket.send(message, copy=False)
 
     async def _receive_forever(self) -> None:
         while True:
@@ -217,6 +260,7 @@ class EngineProcess:
             if isinstance(message, messages.Drawn):
                 self._on_answer(message)
             elif (answer := self._requests.pop(message.request_id, None)) is not None:
+                self.dealt_with(message.request_id)
                 if not answer.done():
                     answer.set_result(message)
             else:

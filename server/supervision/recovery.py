@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import messages
 from ..errors import ApiError, Unavailable
-from ..ledger import operations as operation_rows
+from ..ledger import payloads as payload_rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..live.run import Run
@@ -27,6 +27,7 @@ from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation
 from ..operations.operations import Operations
 from ..settings import Settings
+from .outbox import Lane
 from .quarantine import Quarantine, Suspect
 from .snapshots import snapshot_request
 from .supervisor import Supervisor
@@ -57,6 +58,7 @@ class Recovery:
         self._trials: asyncio.Task | None = None
         engine.on_death = self.engine_died
         engine.on_start = self.take_up
+        engine.on_lost = self.payload_lost
 
     def engine_died(self, under_way: list[Suspect]) -> None:
         """The states that it held are gone; what it died of more than a few times is given up."""
@@ -78,6 +80,17 @@ class Recovery:
                     run.may_be_saved = False
                 else:
                     run.broken = f"{deaths}: {request_id}"
+
+    def payload_lost(self, request_id: str, model_id: str, why: str) -> None:
+        """An operation cannot be run; without it, what comes after it would not be what was asked for."""
+        run = self._runs.get(model_id)
+        if run is None:
+            lost = [each for each in self._operations.unanswered() if each.request_id == request_id]
+            self._operations.fail(lost, f"the operation cannot be run: {why}", "server")
+            return
+        log.error("model %s is given up until the next start: %s", model_id, why)
+        run.broken, run.resident = why, False
+        self._fail_released(run, why)
 
     def take_up(self) -> None:
         """Everything unanswered goes to the new engine; what engines died of one after the other."""
@@ -165,10 +178,10 @@ class Recovery:
                 return
         while (through := self._dispatcher.next_seq(run.id) - 1) > sent:
             replay = await self._ledger.read(
-                partial(operation_rows.to_replay, model_id=run.id, after=sent, through=through)
+                partial(payload_rows.to_replay, model_id=run.id, after=sent, through=through)
             )
             for row in replay:
-                self._engine.send(row.payload)
+                self._engine.send_stored(Lane(run.id), row.operation_id, row.size)
             sent = through
         run.resident, run.used_at = True, time.monotonic()
 

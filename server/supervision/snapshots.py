@@ -9,16 +9,17 @@ import uuid
 from collections.abc import Iterable
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from ...ckpt import paths
 from ...engine import messages
 from ..errors import ApiError, Unavailable
-from ..ledger import operations as operation_rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..live.run import Run
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation
+from ..operations.payloads import Payloads
 from ..settings import Settings
 from .supervisor import Supervisor
 
@@ -32,11 +33,17 @@ def snapshot_request(run: Run) -> str:
 
 class Snapshots:
     def __init__(
-        self, ledger: Ledger, engine: Supervisor, dispatcher: Dispatcher[Operation], settings: Settings
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        dispatcher: Dispatcher[Operation],
+        payloads: Payloads,
+        settings: Settings,
     ):
         self._ledger = ledger
         self._engine = engine
         self._dispatcher = dispatcher
+        self._payloads = payloads
         self._settings = settings
         self.being_written: set[str] = set()
 
@@ -83,6 +90,7 @@ class Snapshots:
             through = self._released(run)
             directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
             run.bytes_since_snapshot = 0
+            self._payloads.seal(run.id)
             self.being_written.add(directory)
             try:
                 if not await self._save(run, directory):
@@ -109,7 +117,6 @@ class Snapshots:
                 older_snapshot=older,
                 older_snapshot_seq=older_seq,
             )
-            operation_rows.forget_payloads(connection, run.id, older_seq)
 
         try:
             await self._ledger.write(change)
@@ -118,6 +125,10 @@ class Snapshots:
             return directory
         run.snapshot, run.snapshot_seq = directory, through
         run.older_snapshot, run.older_snapshot_seq = older, older_seq
+        try:
+            await self._payloads.forget_through(run.id, older_seq)
+        except (ApiError, SQLAlchemyError, OSError) as error:  # the next snapshot forgets these too
+            log.error("payloads of model %s could not be forgotten: %s", run.id, error)
         return oldest
 
     async def _save(self, run: Run, directory: str) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ...engine import messages
 from ..errors import Unavailable
-from .engine_process import EngineProcess
+from .engine_process import EngineProcess, nothing_stored
+from .outbox import Lane
 
 log = logging.getLogger("tinsmith.supervisor")
 
@@ -22,8 +23,10 @@ _HOPELESS_STARTS = 5  # that many in a row which did not get ready: clients are 
 
 
 class Supervisor:
-    """`on_death` is told what the engine computed when it died, `on_start` that there is an empty new one."""
+    """`on_death` is told what the engine computed when it died, `on_start` that there is an empty new one,
+    `on_lost` of an operation whose payload cannot be read, its model, and why."""
 
+    on_lost: Callable[[str, str, str], None]
     on_death: Callable[[list[tuple[str, str]]], None]
     on_start: Callable[[], None]
 
@@ -34,9 +37,12 @@ class Supervisor:
         silence_seconds: float = 60.0,
         module: str = "tinsmith.engine",
         inherited: tuple[int, ...] = (),
+        load: Callable[[str], Awaitable[bytes | None]] = nothing_stored,
     ):
-        """`inherited`: descriptors that each engine has open as long as it lives."""
-        self._make = lambda: EngineProcess(config, on_answer, silence_seconds, module, inherited)
+        """`inherited`: descriptors that each engine has open as long as it lives. `load` reads payloads."""
+        self._make = lambda: EngineProcess(
+            config, on_answer, silence_seconds, module, inherited, load, self._lost
+        )
         self._process = self._make()
         self._keeper: asyncio.Task | None = None
         self._stopping = False
@@ -135,6 +141,24 @@ class Supervisor:
         if self.alive:
             self._process.send(message)
         return self.alive
+
+    def send_stored(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> bool:
+        """An operation in its turn, by its id; False without an engine."""
+        self.is_asleep = False
+        if self.alive:
+            self._process.send_stored(lane, request_id, size, message)
+        return self.alive
+
+    def withdraw(self, request_id: str) -> bool:
+        """Whether an operation had not been sent yet, and will not be."""
+        return self.alive and self._process.withdraw(request_id)
+
+    def dealt_with(self, request_id: str) -> None:
+        """The operation's answer is written, or not needed: it takes no room any more."""
+        self._process.dealt_with(request_id)
+
+    def _lost(self, request_id: str, model_id: str, why: str) -> None:
+        self.on_lost(request_id, model_id, why)
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
         """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""

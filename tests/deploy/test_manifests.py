@@ -40,13 +40,31 @@ def test_compose_takes_its_file(tmp_path: Path) -> None:
 
 def test_kubernetes_takes_its_manifests() -> None:
     """Strictly: no field that it does not know."""
-    assert len(documents()) == 6
+    assert len(documents()) == 7
     for document in documents():
         validator.validate(document, "1.34", strict=True)
     (wrong,) = (each for each in documents() if each["kind"] == "StatefulSet")
     wrong["spec"]["template"]["spec"]["container"] = []
     with pytest.raises(validator.ValidationError):
         validator.validate(wrong, "1.34", strict=True)
+
+
+def test_the_ledger_is_on_no_volume_of_several_machines() -> None:
+    """SQLite's write-ahead log needs a file system of one machine."""
+    claims = {
+        each["metadata"]["name"]: each for each in documents() if each["kind"] == "PersistentVolumeClaim"
+    }
+    (deployment,) = (each for each in documents() if each["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    (url,) = (each["value"] for each in server["env"] if each["name"] == "TINSMITH_DATABASE_URL")
+    assert url.startswith("sqlite:////")
+    folder = Path(url.removeprefix("sqlite:///")).parent
+    (mount,) = (each for each in server["volumeMounts"] if Path(each["mountPath"]) == folder)
+    (volume,) = (each for each in pod["volumes"] if each["name"] == mount["name"])
+    claim = claims[volume["persistentVolumeClaim"]["claimName"]]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert deployment["spec"]["strategy"]["type"] == "Recreate", "the new pod waits for the old one's disk"
 
 
 def test_all_manifests_are_applied() -> None:

@@ -9,8 +9,9 @@ import pytest
 from small_disk import fill, small_disk
 from sqlalchemy import Connection
 from tinsmith.server.errors import StorageFull
-from tinsmith.server.ledger import operations, tenancy
+from tinsmith.server.ledger import operations, payloads, tenancy
 from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.ledger.payloads import Stored
 from tinsmith.server.storage.disk import Disk
 
 
@@ -24,8 +25,8 @@ def add_operation(name: str, size: int):
             kind="sample",
             reply={},
             state="accepted",
-            payload=bytes(size),
         )
+        payloads.add(connection, name, None, None, Stored(size, bytes(size)))
 
     return change
 

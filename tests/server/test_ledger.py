@@ -82,7 +82,7 @@ async def test_the_first_answer_stays(ledger: Ledger) -> None:
     await ledger.write(add_operation("a"))
     for answer in (b"first", b"second"):
         await ledger.write(
-            lambda connection, answer=answer: operations.finish(connection, "a", "done", answer, 0.0, None)
+            lambda connection, answer=answer: operations.finish(connection, "a", "done", answer, 0.0)
         )
     assert (await ledger.read(lambda connection: operations.find(connection, "a"))).answer == b"first"
 

@@ -15,6 +15,7 @@ from tinsmith.server.live.runs import Runs
 from tinsmith.server.live.samplers import Samplers
 from tinsmith.server.live.sessions import Sessions
 from tinsmith.server.operations.operations import Operations
+from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
 from tinsmith.server.storage.disk import Disk
 from tinsmith.server.supervision.supervisor import Supervisor
@@ -32,9 +33,10 @@ class Server:
         self.settings = Settings(data_dir=data_dir, **settings)
         self.ledger = Ledger(self.settings.ledger_url)
         engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
-        operations = Operations(self.ledger, engine, Disk(data_dir, 0))
+        payloads = Payloads(self.ledger, self.settings.payload_dir)
+        operations = Operations(self.ledger, engine, Disk(data_dir, 0), payloads)
         quotas = Quotas(self.settings)
-        runs = Runs(self.ledger, engine, operations, self.settings, quotas)
+        runs = Runs(self.ledger, engine, operations, payloads, self.settings, quotas)
         self.samplers = Samplers(self.ledger, engine, operations, runs, self.settings, quotas)
         self.sessions = Sessions(self.ledger, runs, self.samplers, quotas, 600.0)
 

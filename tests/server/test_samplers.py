@@ -17,6 +17,7 @@ from tinsmith.server.live import samplers as samplers_module
 from tinsmith.server.live.runs import Runs
 from tinsmith.server.live.samplers import Samplers, new_directory, run_of
 from tinsmith.server.operations.operations import Operations
+from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
 from tinsmith.server.storage.disk import Disk
 from tinsmith.server.supervision.supervisor import Supervisor
@@ -37,8 +38,9 @@ async def samplers(tmp_path: Path) -> AsyncIterator[Samplers]:
     settings = Settings(data_dir=tmp_path, unnamed_sampler_seconds=24 * HOUR)
     ledger = Ledger(settings.ledger_url)
     engine = Supervisor(settings.engine_config([]), lambda answer: None)
-    operations = Operations(ledger, engine, Disk(settings.data_dir, 0))
-    runs = Runs(ledger, engine, operations, settings)
+    payloads = Payloads(ledger, settings.payload_dir)
+    operations = Operations(ledger, engine, Disk(settings.data_dir, 0), payloads)
+    runs = Runs(ledger, engine, operations, payloads, settings)
     await ledger.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
     yield Samplers(ledger, engine, operations, runs, settings)
     ledger.close()

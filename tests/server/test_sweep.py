@@ -13,7 +13,7 @@ from tinsmith.ckpt.paths import CheckpointUri
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.ledger import checkpoints as checkpoint_rows
-from tinsmith.server.ledger import operations, tenancy
+from tinsmith.server.ledger import tenancy
 from tinsmith.server.operations.operation import Submission, natural_key
 
 
@@ -73,7 +73,10 @@ async def test_a_model_s_operations_stay_while_a_replay_needs_them_and_never_run
             lambda connection: [
                 tuple(row)
                 for row in connection.execute(
-                    text("SELECT seq_id, payload IS NOT NULL, answer IS NOT NULL FROM operations ORDER BY 1")
+                    text(
+                        "SELECT o.seq_id, p.size IS NOT NULL, answer IS NOT NULL FROM operations AS o"
+                        " LEFT JOIN payloads AS p ON p.operation_id = o.id ORDER BY 1"
+                    )
                 )
             ]
         )
@@ -88,7 +91,7 @@ async def test_a_model_s_operations_stay_while_a_replay_needs_them_and_never_run
     await server.sweep.sweep()
     assert await rows() == [(1, 1, 0), (2, 1, 0), (3, 1, 0)], "a replay needs their messages"
 
-    await server.ledger.write(lambda connection: operations.forget_payloads(connection, MODEL, 2))
+    await server.payloads.forget_through(MODEL, 2)
     await server.sweep.sweep()
     assert await rows() == [(3, 1, 0)]
     again = Server(server.settings.data_dir)

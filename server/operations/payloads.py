@@ -1,0 +1,176 @@
+"""The messages of operations to the engine: written before the operation is accepted, read when it is sent.
+
+Operations that wait hold no payload in memory. The newest payloads are remembered, up to a bound, so that
+what is sent as soon as it was accepted is not read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from ..errors import Unavailable
+from ..ledger import payloads as rows
+from ..ledger.ledger import Ledger
+from ..ledger.payloads import Stored
+from ..ledger.segments import Segments
+
+log = logging.getLogger("tinsmith.operations")
+T = TypeVar("T")
+
+INLINE_BYTES = 8 << 10
+"""Payloads of up to so many bytes are in their row of the ledger."""
+_REMEMBERED_BYTES = 16 << 20
+_MOVED_BYTES = 8 << 20  # in one change
+
+
+class Payloads:
+    def __init__(
+        self, ledger: Ledger, folder: Path, sync: bool = False, remembered_bytes: int = _REMEMBERED_BYTES
+    ):
+        """`folder` has the files of all ledgers that are there, each in a folder of its own."""
+        self._ledger = ledger
+        self._segments = Segments(folder / ledger.id, sync)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="payloads")
+        self._remembered: OrderedDict[str, bytes] = OrderedDict()
+        self._remembered_bytes = 0
+        self._max_bytes = remembered_bytes
+
+    # --- writing
+
+    async def store(
+        self, stream: str, request_id: str, payload: bytes, inline: bool, before: Callable[[], bool]
+    ) -> Stored | None:
+        """Write the payload of an operation that is about to be accepted.
+
+        `before` is called in a thread; if it returns False the operation was accepted earlier, and None is
+        returned. `inline`: it stays in the ledger, however large it is. Raises what `before` raises,
+        StorageFull and Unavailable.
+        """
+        self._remember(request_id, payload)
+        if inline or len(payload) <= INLINE_BYTES:
+            return Stored(len(payload), payload)
+
+        def append() -> Stored | None:
+            return self._segments.append(stream, payload) if before() else None
+
+        try:
+            return await self._in_thread(append)
+        except OSError as error:
+            log.error("a payload cannot be written: %s", error)
+            raise Unavailable(
+                "the ledger cannot be written at the moment; nothing was accepted, try again"
+            ) from error
+
+    def committed(self, stored: Stored) -> None:
+        self._segments.committed(stored)
+
+    async def abandoned(self, stored: Stored) -> None:
+        """The operation was not accepted, or had been before."""
+        if stored.segment is not None:
+            await self._in_thread(partial(self._segments.abandoned, stored))
+
+    # --- reading
+
+    async def load(self, request_id: str) -> bytes | None:
+        """The payload of an operation; None if none is kept.
+
+        Raises PayloadLost for one that cannot be read any more; ApiError, SQLAlchemyError and OSError
+        otherwise.
+        """
+        known = self.remembered(request_id)
+        if known is not None:
+            return known
+
+        def read() -> bytes | None:
+            stored = self._ledger.read_now(partial(rows.find, operation_id=request_id))
+            return None if stored is None else self._segments.read(stored)
+
+        return await self._in_thread(read)
+
+    def remembered(self, request_id: str) -> bytes | None:
+        """The payload, if it is in memory."""
+        return self._remembered.get(request_id)
+
+    def _remember(self, request_id: str, payload: bytes) -> None:
+        if len(payload) > self._max_bytes:
+            return
+        self._remembered[request_id] = payload
+        self._remembered_bytes += len(payload)
+        while self._remembered_bytes > self._max_bytes:
+            _id, oldest = self._remembered.popitem(last=False)
+            self._remembered_bytes -= len(oldest)
+
+    def forget(self, request_id: str) -> None:
+        """It is not needed in memory any more, or is another one now."""
+        known = self._remembered.pop(request_id, None)
+        self._remembered_bytes -= len(known or b"")
+
+    # --- the end of payloads
+
+    def seal(self, stream: str) -> None:
+        """What the stream has from now on can be removed apart from what it had before."""
+        self._segments.seal(stream)
+
+    async def forget_through(self, model_id: str, seq_id: int) -> None:
+        """No replay needs the model's payloads up to that any more."""
+        await self._repeat(partial(rows.forget, model_id=model_id, through=seq_id))
+        await self.remove_unused()
+
+    async def forget_ended_models(self) -> None:
+        await self._repeat(rows.forget_ended_models)
+
+    async def remove_unused(self) -> int:
+        """Remove files that are not needed, also those that a kill has left; return their bytes."""
+        used = partial(self._ledger.read_now, rows.segments)
+        return await self._in_thread(partial(self._segments.remove_unused, used))
+
+    def used_bytes(self) -> int:
+        """On the disk, outside of the ledger's tables."""
+        return self._segments.used_bytes()
+
+    async def _repeat(self, change: Callable[[Connection], bool]) -> None:
+        """Other writers come in between."""
+        while await self._ledger.write(change):
+            await asyncio.sleep(0)
+
+    # --- ledgers of before
+
+    async def move_old(self, stream_of: Callable[[str | None, str], str], inline: frozenset[str]) -> int:
+        """Bring payloads here that are still in their operations' rows; return how many.
+
+        A kill in between leaves each payload in one of the two places, and the next start goes on.
+        """
+        moved = 0
+        while old := await self._ledger.read(partial(rows.in_operations, max_bytes=_MOVED_BYTES)):
+            stored: list[Stored] = []
+            for row in old:
+                if len(row.payload) <= INLINE_BYTES or row.kind in inline:
+                    stored.append(Stored(len(row.payload), row.payload))
+                else:
+                    stream = stream_of(row.model_id, row.kind)
+                    stored.append(await self._in_thread(partial(self._segments.append, stream, row.payload)))
+
+            def change(connection: Connection, old=old, stored=stored) -> None:
+                for row, each in zip(old, stored, strict=True):
+                    rows.move(connection, row, each)
+
+            await self._ledger.write(change)
+            for each in stored:
+                self._segments.committed(each)
+            moved += len(old)
+        return moved
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    def close(self) -> None:
+        self._threads.shutdown()
