@@ -1,7 +1,10 @@
 """Clipped importance-sampling policy optimisation."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .loss import Loss
@@ -24,11 +27,21 @@ def cispo(
     return -jax.lax.stop_gradient(clipped) * logprobs * advantages
 
 
+def metrics(
+    _logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
+) -> dict[str, float]:
+    """The fraction of the valid tokens whose ratio is clipped."""
+    ratio = np.exp(inputs["log_ratio"], dtype=np.float64)
+    clipped = (ratio < config["clip_low_threshold"]) | (ratio > config["clip_high_threshold"])
+    return {"clip_fraction:mean": float(clipped.mean())}
+
+
 LOSS = Loss(
     "cispo",
     cispo,
     inputs=("logprobs", "advantages"),
     config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
     valid="advantages",
+    metrics=metrics,
     reports=("compute_kl_stats",),
 )

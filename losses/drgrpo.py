@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .loss import Loss, Reference, clipped_surrogate
+from .loss import Loss, Reference, clipped_fraction, clipped_surrogate
 
 KL_TYPES = ("k1", "k2", "k3")
 _LARGEST_LOG_RATIO = 10.0  # of k3's exponential
@@ -63,9 +63,9 @@ def metrics(
     logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
 ) -> dict[str, float]:
     """Of the valid tokens: the fraction that is clipped, and the divergence from the reference."""
-    ratio, advantages = np.exp(logprobs - inputs["logprobs"], dtype=np.float64), inputs["advantages"]
-    high, low = ratio > 1 + config["clip_high"], ratio < 1 - config["clip_low"]
-    found = {"clip_fraction:mean": float(np.where(advantages > 0, high, low).mean())}
+    low, high = 1 - config["clip_low"], 1 + config["clip_high"]
+    clipped = clipped_fraction(inputs["log_ratio"], inputs["advantages"], low, high)
+    found = {"clip_fraction:mean": clipped}
     if config["beta"]:
         divergence = kl(jnp.asarray(logprobs - inputs["reference_logprobs"]), config["kl_type"])
         found["kl_ref:mean"] = float(divergence.mean())

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from . import ppo
 from .loss import Loss, clipped_surrogate
 
 
@@ -59,4 +60,5 @@ LOSS = Loss(
     config={"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
     valid="advantages",
     sequence_level=True,
+    metrics=ppo.metrics,
 )

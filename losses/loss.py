@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 MAX_CONFIG = 7  # P; config values of the loss that has most
 
 Metrics = Callable[[np.ndarray, Mapping[str, np.ndarray], Mapping[str, float]], dict[str, float]]
-"""Of the valid tokens' log-probs and inputs, and the config values by name."""
+"""From the valid tokens' log-probs and inputs, and the config values by name. The inputs include
+`log_ratio`, the logarithm of the ratio that the loss clips: each token's own, or its whole sequence's."""
 
 
 @dataclass(frozen=True)
@@ -112,3 +113,10 @@ def clipped_surrogate(
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
     free = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
     return -jnp.where(clipped, jnp.where(advantages > 0, high, low), free) * advantages
+
+
+def clipped_fraction(log_ratio: np.ndarray, advantages: np.ndarray, low: float, high: float) -> float:
+    """The fraction of tokens to which `clipped_surrogate` gives no gradient: their ratio is over `high` where
+    the advantage is positive, under `low` where it is negative."""
+    ratio = np.exp(log_ratio, dtype=np.float64)
+    return float(np.where(advantages > 0, ratio > high, ratio < low).mean())

@@ -54,7 +54,7 @@ def metrics(
     logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
 ) -> dict[str, float]:
     """Of the valid tokens, the fractions that are clipped and masked, and the TIS weights before clipping."""
-    ratio, advantages = np.exp(logprobs - inputs["logprobs"], dtype=np.float64), inputs["advantages"]
+    ratio, advantages = np.exp(inputs["log_ratio"], dtype=np.float64), inputs["advantages"]
     clipped = np.where(advantages > 0, ratio > 1 + config["eps_clip_high"], ratio < 1 - config["eps_clip"])
     if config["eps_clip_c"]:
         clipped |= (advantages < 0) & (ratio > config["eps_clip_c"])

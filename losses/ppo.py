@@ -1,8 +1,11 @@
 """Proximal policy optimisation."""
 
+from collections.abc import Mapping
+
+import numpy as np
 from jaxtyping import Array, Float
 
-from .loss import Loss, clipped_surrogate
+from .loss import Loss, clipped_fraction, clipped_surrogate
 
 
 def ppo(
@@ -21,10 +24,19 @@ def ppo(
     return clipped_surrogate(log_ratio, advantages, clip_low_threshold, clip_high_threshold)
 
 
+def metrics(
+    _logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
+) -> dict[str, float]:
+    """The fraction of the valid tokens that are clipped."""
+    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
+    return {"pg_clipfrac:mean": clipped_fraction(inputs["log_ratio"], inputs["advantages"], low, high)}
+
+
 LOSS = Loss(
     "ppo",
     ppo,
     inputs=("logprobs", "advantages"),
     config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
     valid="advantages",
+    metrics=metrics,
 )

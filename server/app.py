@@ -18,6 +18,7 @@ from .access.tokens import Tokens
 from .backend import Backend
 from .base_models import BaseModel, resolve
 from .body_limits import USUAL_BYTES, BodyLimits, of_training_and_sampling
+from .json_bodies import JsonBodies
 from .ledger.ledger import Ledger
 from .metrics import Measured, Metrics
 from .refused_numbers import RefusedNumbers
@@ -102,6 +103,7 @@ def create_app(
     openapi.install(app)
     app.state.metrics = Metrics()
     app.state.metrics.registry.register(backend)
+    app.add_middleware(JsonBodies)
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.
     own = of_training_and_sampling(settings.max_body_bytes) | {imports.PATH: settings.max_import_bytes}

@@ -35,14 +35,17 @@ class Points:
     top_p: float
     top_k: int
     max_tokens: int | None
+    stops_add: bool  # whether stops are beside the model's own end tokens, as in SGLang, or instead of them
     elementwise_loss: bool  # whether answers have each token's loss, where the request does not say
 
 
 # On 410 the SDK samples again under a new number; 404 would be its end.
 POINTS: dict[Dialect, Points] = {
-    "tinker": Points(paths.SCHEME, 408, 200, 410, "sum", "shifted", 0, 1.0, 1.0, -1, None, False),
-    "tinkercloud": Points(paths.SCHEME, 408, 400, 404, "sum", "by_shape", 0, 0.7, 0.9, 50, 256, True),
-    "xorl": Points(paths.XORL_SCHEME, 200, 200, 404, "token_mean", "by_shape", 32, 1.0, 1.0, -1, None, True),
+    "tinker": Points(paths.SCHEME, 408, 200, 410, "sum", "shifted", 0, 1.0, 1.0, -1, None, False, False),
+    "tinkercloud": Points(paths.SCHEME, 408, 400, 404, "sum", "by_shape", 0, 0.7, 0.9, 50, 256, True, True),
+    "xorl": Points(
+        paths.XORL_SCHEME, 200, 200, 404, "token_mean", "by_shape", 32, 1.0, 1.0, -1, None, True, True
+    ),
 }
 
 

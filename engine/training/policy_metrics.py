@@ -32,6 +32,7 @@ def policy_metrics(
         for name in data[0].inputs
     }
     difference = learner - inputs["logprobs"]
+    inputs["log_ratio"] = _of_sequences(data, logprobs, kept) if loss.sequence_level else difference
     # an estimate of the divergence of the sampler from the learner: the mean log-ratio's negative
     metrics = {"kl_sampled:sum": float(-difference.sum(dtype=np.float64))}
     if not len(difference):
@@ -42,6 +43,18 @@ def policy_metrics(
     return {
         name: float(np.nan_to_num(value, posinf=largest, neginf=-largest)) for name, value in metrics.items()
     }
+
+
+def _of_sequences(
+    data: Sequence[TrainingDatum], logprobs: Sequence[np.ndarray], kept: Sequence[np.ndarray]
+) -> np.ndarray:
+    """For each valid token, the mean log-ratio over the ratio mask of its datum (`losses.gspo`)."""
+    means = []
+    for datum, values, at in zip(data, logprobs, kept, strict=True):
+        mask = datum.inputs["sequence_ratio_mask"] != 0
+        log_ratio = (values.reshape(datum.targets.shape) - datum.inputs["logprobs"])[mask]
+        means.append(np.full(int(at.sum()), log_ratio.mean() if log_ratio.size else 0.0, np.float32))
+    return np.concatenate(means)
 
 
 def _means(

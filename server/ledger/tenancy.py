@@ -52,9 +52,9 @@ def sampling_engine_of_session(connection: Connection, session_id: str) -> str |
     return (connection.execute(found).scalar() or {}).get(SAMPLING_ENGINE)
 
 
-def list_sessions(connection: Connection, owner: str, limit: int, offset: int) -> Sequence[str]:
-    query = select(sessions.c.id).where(sessions.c.owner == owner).order_by(sessions.c.created_at.desc())
-    return connection.execute(query.limit(limit).offset(offset)).scalars().all()
+def list_sessions(connection: Connection, owner: str, limit: int, offset: int) -> Sequence[Row]:
+    query = select(sessions).where(sessions.c.owner == owner).order_by(sessions.c.created_at.desc())
+    return connection.execute(query.limit(limit).offset(offset)).all()
 
 
 def heartbeat(connection: Connection, session_id: str, at: float) -> None:

@@ -35,8 +35,14 @@ class ModelSpec:
     warnings: list[str]
 
 
-def model_spec(body: wire.CreateModel, model_id: str, dialect: Dialect, settings: Settings) -> ModelSpec:
-    """Raises BadRequest for what cannot be had."""
+def model_spec(
+    body: wire.CreateModel,
+    model_id: str,
+    dialect: Dialect,
+    settings: Settings,
+    max_sequence_length: int | None = None,
+) -> ModelSpec:
+    """`max_sequence_length` is the base model's limit. Raises BadRequest for what cannot be had."""
     points = POINTS[dialect]
     warnings: list[str] = []
     if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
@@ -62,6 +68,16 @@ def model_spec(body: wire.CreateModel, model_id: str, dialect: Dialect, settings
     )
     if body.parallelism_config is not None:
         warnings.append("parallelism_config: the server's devices and mesh are chosen at its start")
+    if max_sequence_length is not None and (body.max_seq_len or 0) > max_sequence_length:
+        warnings.append(
+            f"max_seq_len: {body.max_seq_len} is over the base model's limit; datums may have "
+            f"{max_sequence_length} tokens"
+        )
+    if (body.max_batch_size or 0) > settings.max_datums:
+        warnings.append(
+            f"max_batch_size: {body.max_batch_size} is over this server's limit; a request may have "
+            f"{settings.max_datums} datums"
+        )
     configuration: dict[str, Any] = {
         "max_batch_size": body.max_batch_size,
         "max_seq_len": body.max_seq_len,

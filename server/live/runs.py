@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Row
 
 from ...engine import messages
 from ..access.quotas import Quotas
-from ..errors import BadRequest, NotFound, Unavailable
+from ..dialect import POINTS
+from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..ledger import operations as operation_rows
 from ..ledger import rlve as rlve_rows
 from ..ledger import session_sizes, tenancy
@@ -110,11 +111,20 @@ class Runs:
                 lambda connection: tenancy.update_model(connection, run.id, seq_base=base)
             )
 
-    async def find_trainable(self, owner: str, run_id: str) -> Run:
-        """As `find`; raises BadRequest for a model whose creation failed or whose session has ended."""
+    async def find_live(self, owner: str, run_id: str) -> Run:
+        """As `find`. A model that was deleted, or whose session has finished, raises the error with which its
+        dialect answers what is gone: Gone or NotFound."""
         run = await self.find(owner, run_id)
         if run.state == "finished":
-            raise BadRequest(f"model {run_id!r} belongs to a session that has finished; create a new one")
+            is_gone = POINTS[run.dialect].unknown_status == Gone.status
+            raise (Gone if is_gone else NotFound)(
+                f"model {run_id!r} was deleted, or its session has finished; create another with create_model"
+            )
+        return run
+
+    async def find_trainable(self, owner: str, run_id: str) -> Run:
+        """As `find_live`; raises BadRequest for a model whose creation failed."""
+        run = await self.find_live(owner, run_id)
         if run.state == "failed":
             raise BadRequest(f"model {run_id!r} could not be created; its create_model request says why")
         return run

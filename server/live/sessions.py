@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from ...ckpt import paths
 from ..access.quotas import Quotas
 from ..errors import ApiError, BadRequest, Gone, NotFound
 from ..ledger import audit, custom_losses, session_sizes, tenancy
@@ -24,7 +25,19 @@ from .samplers import Samplers
 
 log = logging.getLogger("tinsmith.sessions")
 
+_NAMES = uuid.UUID("5f2c4d0e-3a8b-4d57-9a51-6c1b0f7e2d94")
 _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
+
+
+def shown_id(row: Row) -> str:
+    """What a session is called in listings: its client's name for it, or its id."""
+    name = row.display_name
+    return name if name and id_of_name(row.owner, name) == row.id else row.id
+
+
+def id_of_name(owner: str, name: str) -> str:
+    """The id of the session that a tenant's client calls `name`. Each tenant has names of its own."""
+    return uuid.uuid5(_NAMES, f"{owner}\0{name}").hex
 
 
 class Sessions:
@@ -37,40 +50,78 @@ class Sessions:
         self._samplers = samplers
         self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
 
-    async def create(self, owner: str, fields: dict[str, Any]) -> str:
-        """Raises QuotaExceeded."""
-        session_id = uuid.uuid4().hex
+    async def create(self, owner: str, fields: dict[str, Any], session_id: str | None = None) -> str:
+        """Create a session, under an id of its own or one of `id_of_name`; return the id.
+
+        Raises QuotaExceeded.
+        """
+        identifier = session_id or uuid.uuid4().hex
         limit = self._quotas.of(owner).metadata_bytes
 
         def add(connection: Connection) -> None:
+            if session_id is not None and tenancy.find_session(connection, session_id) is not None:
+                return
             session_sizes.require_room(connection, owner, limit)
-            tenancy.add_session(connection, id=session_id, owner=owner, **fields)
-            audit.record(connection, owner, "session_created", session_id=session_id)
+            tenancy.add_session(connection, id=identifier, owner=owner, **fields)
+            audit.record(connection, owner, "session_created", session_id=identifier)
 
         await self._ledger.write(add)
-        self._active[session_id] = (owner, time.time())
-        return session_id
+        self._active[identifier] = (owner, time.time())
+        return identifier
+
+    async def open_named(self, owner: str, name: str, fields: dict[str, Any]) -> str:
+        """Return the id of an active session that the client calls `name`, which is created if there is none.
+
+        Raises NotFound for the id of another tenant's session, BadRequest for a name that cannot be one or a
+        session that has finished.
+        """
+        try:
+            return await self.require_active(owner, name)
+        except NotFound:
+            if await self._ledger.read(lambda connection: tenancy.find_session(connection, name)) is not None:
+                raise
+        try:
+            paths.check_id(name)
+        except ValueError as error:
+            raise BadRequest(f"session_id: {error}") from None
+        return await self.create(owner, {"display_name": name} | fields, id_of_name(owner, name))
 
     async def find(self, owner: str, session_id: str) -> Row:
-        """Raises NotFound for what does not exist or is not the owner's."""
-        row = await self._ledger.read(lambda connection: tenancy.find_session(connection, session_id))
-        if row is None or row.owner != owner:
-            raise NotFound(f"unknown session {session_id!r}: create one with create_session")
-        return row
+        """Find a session by its id, or by the name that its client chose.
 
-    async def require_active(self, owner: str, session_id: str) -> None:
-        """Raises NotFound, or BadRequest for a session that has finished."""
-        if self._active.get(session_id, (None,))[0] == owner:
-            return
+        Raises NotFound for what does not exist or is not the owner's.
+        """
+
+        def read(connection: Connection) -> Row | None:
+            for identifier in (session_id, id_of_name(owner, session_id)):
+                row = tenancy.find_session(connection, identifier)
+                if row is not None and row.owner == owner:
+                    return row
+            return None
+
+        found = await self._ledger.read(read)
+        if found is not None:
+            return found
+        raise NotFound(f"unknown session {session_id!r}: create one with create_session")
+
+    async def require_active(self, owner: str, session_id: str) -> str:
+        """Return the id of a session, given that or its client's name.
+
+        Raises NotFound, or BadRequest for a session that has finished.
+        """
+        for identifier in (session_id, id_of_name(owner, session_id)):
+            if self._active.get(identifier, (None,))[0] == owner:
+                return identifier
         row = await self.find(owner, session_id)
         if row.finished_at is not None:
             raise BadRequest(f"session {session_id!r} has finished; create a new one")
-        self._active[session_id] = (owner, row.last_heartbeat_at)
+        self._active[row.id] = (owner, row.last_heartbeat_at)
+        return row.id
 
     async def heartbeat(self, owner: str, session_id: str) -> None:
         """Raises Gone for a session that has finished: the client then stops sending."""
         try:
-            await self.require_active(owner, session_id)
+            session_id = await self.require_active(owner, session_id)
         except BadRequest as error:
             raise Gone(error.message) from None
         self._heard[session_id] = time.monotonic()
@@ -81,7 +132,7 @@ class Sessions:
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
         """Ends the session: its models leave the engine, unnamed samplers go, checkpoints stay."""
-        await self.find(owner, session_id)
+        session_id = (await self.find(owner, session_id)).id
         self._active.pop(session_id, None)
         self._heard.pop(session_id, None)
 
@@ -98,7 +149,7 @@ class Sessions:
         await self._ledger.write(lambda connection: custom_losses.forget(connection, session_id))
 
     async def assign_project(self, owner: str, session_id: str, project_id: str) -> None:
-        await self.find(owner, session_id)
+        session_id = (await self.find(owner, session_id)).id
 
         def assign(connection: Connection) -> None:
             tenancy.assign_project(connection, session_id, project_id)

@@ -50,6 +50,18 @@ def future(operation: Operation) -> dict[str, str]:
     return body
 
 
+async def session_of_client(backend: Backend, owner: str, session_id: str, dialect: Dialect | None) -> str:
+    """Return the id of the active session that a client names.
+
+    Clients of tinkercloud may name one that they have not created: it is created then. Raises NotFound or
+    BadRequest.
+    """
+    if (dialect or "tinkercloud") != "tinkercloud":
+        return await backend.sessions.require_active(owner, session_id)
+    fields = {"tags": [], "user_metadata": {}, "dialect": "tinkercloud"}
+    return await backend.sessions.open_named(owner, session_id, fields)
+
+
 def base_url(request: Request, backend: Backend) -> str:
     """That of this server, as the client sees it."""
     return (backend.settings.public_url or str(request.base_url)).rstrip("/")

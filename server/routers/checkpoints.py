@@ -98,7 +98,7 @@ async def copy_weights(
     source = await backend.checkpoints.find(owner, parse(body.source_path))
     session_id, number, project = body.session_id, body.model_seq_id, None
     if session_id is not None and number is not None:
-        await backend.sessions.require_active(owner, session_id)
+        session_id = await backend.sessions.require_active(owner, session_id)
     elif body.destination_project_id is not None:
         session_id, number = session_of(owner, x_idempotency_key), 0
         project = body.destination_project_id

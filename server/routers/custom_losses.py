@@ -13,9 +13,9 @@ router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 @router.post("/create_custom_loss")
 async def create_custom_loss(body: CreateCustomLoss, backend: BackendOf, owner: Owner) -> dict[str, str]:
-    await backend.sessions.require_active(owner, body.session_id)
+    session_id = await backend.sessions.require_active(owner, body.session_id)
     loss, seq_id = body.message(), body.custom_loss_seq_id
     with backend.admission.operation(owner, early=False) as accepted:
-        operation = await backend.custom_losses.create(owner, body.session_id, seq_id, loss)
+        operation = await backend.custom_losses.create(owner, session_id, seq_id, loss)
         accepted(operation)
     return future(operation)

@@ -59,8 +59,8 @@ def answered(
     wants_protobuf: bool = False,
     wrapped: bool = False,
 ) -> Response:
-    """Of an operation whose `parts` have their answers. `wrapped`: with the result under `result` too, for
-    those who read it there."""
+    """The answer of an operation whose `parts` have theirs. `wrapped`: as a poll by path has it, with the
+    result under `result` too, and a `status` that says that the operation is over."""
     answers = [part.answer for part in parts]
     for answer in answers:
         if isinstance(answer, messages.Failed):
@@ -75,7 +75,7 @@ def answered(
     if "sequences" in body and "base_model" in parts[0].reply:
         _add_text(body["sequences"], backend, parts[0].reply["base_model"])
     if wrapped:
-        body = {"status": "completed"} | body | {"result": body}
+        body = body | {"status": "completed", "result": body}
     return _json(body)
 
 

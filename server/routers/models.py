@@ -23,7 +23,7 @@ from ..served.named_models import Named, check_name, described, warnings_of
 from ..storage.checkpoints import iso
 from ..wire import models as wire
 from ..wire.body import DEFAULT_MODEL, OfModel
-from . import Backend, BackendOf, Owner, Said, base_url, future
+from . import Backend, BackendOf, Owner, Said, base_url, future, session_of_client
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["models"], route_class=BodyRoute)
@@ -34,14 +34,9 @@ async def create_model(
     body: wire.CreateModel, request: Request, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
     """The model is ready when a poll of the request says so."""
-    of_session = body.session_id is not None and body.model_seq_id is not None
     dialect: Dialect = said or ("xorl" if body.model_id is not None else "tinkercloud")
-    identifier = ""
-    if body.session_id is not None and body.model_seq_id is not None:
-        await backend.sessions.require_active(owner, body.session_id)
-        identifier = model_id(body.session_id, body.model_seq_id)
-    backend.base_model(body.base)
-    spec = model_spec(body, identifier, dialect, backend.settings)
+    base_model = backend.base_model(body.base)
+    spec = model_spec(body, "", dialect, backend.settings, base_model.max_sequence_length)
     if CONFIGURATION in spec.configuration:
         backend.wandb.check()
     if body.checkpoint_path is not None:
@@ -49,8 +44,9 @@ async def create_model(
     if (rlve := spec.configuration.get(RLVE)) is not None:
         rlve["difficulties"] = await backend.rlve.difficulties(rlve["config"], body.base)
     reply = described(spec, base_url(request, backend))
-    if of_session and body.session_id is not None:
-        operation = await _create(spec, body, body.session_id, dialect, reply, backend, owner)
+    if body.session_id is not None and body.model_seq_id is not None:
+        session_id = await session_of_client(backend, owner, body.session_id, dialect)
+        operation = await _create(spec, body, session_id, dialect, reply, backend, owner)
     else:
         name = body.model_id or (DEFAULT_MODEL if dialect == "xorl" else None)
         if name is not None:
@@ -72,14 +68,14 @@ async def _create(
     backend: Backend,
     owner: str,
 ) -> Operation:
-    identifier = spec.message.model_id
+    identifier = model_id(session_id, body.model_seq_id or 0)
     with backend.admission.model(owner, identifier, backend.runs.alive(owner)):
         return await backend.runs.create(
             NewRun(
                 owner,
                 session_id,
                 f"create/{session_id}/{body.model_seq_id}",
-                spec.message,
+                msgspec.structs.replace(spec.message, model_id=identifier),
                 spec.optimizer,
                 body.user_metadata or {},
                 reply | {"model_id": identifier},
@@ -111,7 +107,7 @@ async def _from_checkpoint(
 @router.post("/delete_model")
 async def delete_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Its operations that are queued are done first; its checkpoints stay."""
-    run = await backend.runs.find(owner, body.model_id)
+    run = await backend.runs.find_live(owner, body.model_id)
     await backend.runs.finish(run)
     return {
         "model_id": run.name,
@@ -124,7 +120,7 @@ async def delete_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[
 @router.post("/unload_model")
 async def unload_model(body: OfModel, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
     """As delete_model, answered by a poll."""
-    run = await backend.runs.find(owner, body.model_id)
+    run = await backend.runs.find_live(owner, body.model_id)
     await backend.runs.finish(run)
     operation = await backend.operations.accept(
         Submission(
@@ -178,7 +174,7 @@ async def _begin_again(run: Run, backend: Backend) -> None:
 
 @router.post("/get_info")
 async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    run = await backend.runs.find(owner, body.model_id)
+    run = await backend.runs.find_live(owner, body.model_id)
     model = backend.base_models.get(run.base_model)
     model_data: dict[str, Any] = {
         "arch": "transformer",
@@ -215,7 +211,7 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "se
 @router.get("/get_tokenizer")
 async def get_tokenizer(model_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """The tokenizer's own `tokenizer.json`, and beside its keys what `tokenizer_config.json` says."""
-    run = await backend.runs.find(owner, model_id)
+    run = await backend.runs.find_live(owner, model_id)
     model = backend.base_model(run.base_model)
     try:
         content = await asyncio.to_thread((model.folder / "tokenizer.json").read_text)

@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ...ckpt.tokenizer_files import end_tokens
 from ...engine import messages
-from ..dialect import Dialect
+from ..dialect import POINTS, Dialect
 from ..errors import BadRequest, Unavailable
 from ..ledger import samples
 from ..operations.operation import Operation, Submission
@@ -123,7 +124,8 @@ async def _submit(
     numbered = _is_numbered(body) and seq_id is not None
     key = samples.natural_key(body.sampling_session_id or "", seq_id or 0) if numbered else None
     dialect = said or "tinkercloud"
-    params = body.sampling_params.message(dialect)
+    ends = await asyncio.to_thread(end_tokens, model.folder) if POINTS[dialect].stops_add else ()
+    params = body.sampling_params.message(dialect, ends)
 
     sample = messages.Sample(
         request_id="",

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from ...engine import messages
+from ..dialect import Dialect
 from ..errors import BadRequest
 from ..ledger import tenancy
 from ..live.samplers import Sampler, number_of
@@ -14,7 +15,7 @@ from ..operations.operation import Submission
 from ..served.sample_targets import Weights, weights
 from ..wire import requests
 from ..wire.sampling import CreateSamplingClient, CreateSamplingSession
-from . import Backend, BackendOf, Owner, Said, future
+from . import Backend, BackendOf, Owner, Said, future, session_of_client
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
@@ -22,10 +23,10 @@ router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 
 @router.post("/create_sampling_session")
 async def create_sampling_session(
-    body: CreateSamplingSession, backend: BackendOf, owner: Owner
+    body: CreateSamplingSession, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
     """Of a session, with its number; or of a sampler checkpoint alone."""
-    sampler = await _create(backend, owner, body)
+    sampler = await _create(backend, owner, body, said)
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
 
@@ -34,7 +35,7 @@ async def create_sampling_client(
     body: CreateSamplingClient, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
     """As create_sampling_session; the request that it answers with is done at once."""
-    sampler = await _create(backend, owner, body)
+    sampler = await _create(backend, owner, body, said)
     reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
     reply |= _described(sampler, body.model_path)
     if body.sampling_params is not None:
@@ -65,13 +66,13 @@ def _described(sampler: Sampler, model_path: str | None) -> dict[str, Any]:
     }
 
 
-async def _create(backend: Backend, owner: str, body: CreateSamplingSession) -> Sampler:
+async def _create(backend: Backend, owner: str, body: CreateSamplingSession, said: Dialect | None) -> Sampler:
     session_id, number = body.session_id, body.sampling_session_seq_id
     found = await weights(backend, owner, body.base_model, body.model_path, body.model_id)
     if (session_id is None) != (number is None):
         raise BadRequest("session_id and sampling_session_seq_id come together")
     if session_id is not None:
-        await backend.sessions.require_active(owner, session_id)
+        session_id = await session_of_client(backend, owner, session_id, said)
     which: int | str = "base" if number is None else number
     if number is None and found.run_id is not None:
         which = number_of(found.run_id, (found.path or "").rpartition("/")[2])

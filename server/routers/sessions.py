@@ -12,6 +12,7 @@ from ..errors import NotFound
 from ..ledger import tenancy
 from ..live.model_spec import model_spec
 from ..live.run import Run
+from ..live.sessions import shown_id
 from ..served.named_models import Named, check_name, described
 from ..storage.checkpoints import as_strings
 from ..wire import requests
@@ -32,14 +33,20 @@ _OF_MODELS = frozenset({"session_id", "base_model", "lora_config"})
 async def create_session(
     body: requests.CreateSession, request: Request, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
-    """In xorl's dialect, or with a model's fields, there is a model too, called as the session is."""
-    is_model = said == "xorl" or bool(body.model_fields_set & _OF_MODELS)
+    """In xorl's dialect, or with a model's fields, there is a model too, called as the session is. A client
+    of tinkercloud may choose the id of a session alone."""
+    given = body.model_fields_set & _OF_MODELS
+    is_model = said == "xorl" or bool(given - {"session_id"} if said == "tinkercloud" else given)
     dialect = said or ("xorl" if is_model else "tinkercloud")
     fields = body.model_dump(exclude=set(_OF_MODELS)) | {"dialect": dialect}
     fields["user_metadata"] = fields["user_metadata"] or {}
     answer: dict[str, Any] = {"type": "create_session", "info_message": None, "warning_message": None}
     if is_model and said != "tinker":
         session_id = await _with_model(body, fields, request, backend, owner, dialect, answer)
+    elif body.session_id is not None and said != "tinker":
+        fields["display_name"] = body.session_id
+        await backend.sessions.open_named(owner, body.session_id, fields)
+        session_id = body.session_id
     else:
         session_id = await backend.sessions.create(owner, fields)
     return answer | {"session_id": session_id, "error_message": None}
@@ -87,7 +94,7 @@ async def session_heartbeat(
 async def _of_model(name: str, backend: Backend, owner: str) -> Run:
     """Raises NotFound."""
     try:
-        return await backend.runs.find(owner, name)
+        return await backend.runs.find_live(owner, name)
     except NotFound:
         raise NotFound(f"unknown session {name!r}: create one with create_session") from None
 
@@ -129,7 +136,7 @@ async def list_sessions(
     found = await backend.ledger.read(
         lambda connection: tenancy.list_sessions(connection, owner, limit, offset)
     )
-    return {"sessions": list(found)}
+    return {"sessions": [shown_id(row) for row in found]}
 
 
 @router.put("/sessions/{session_id}/project")
@@ -145,6 +152,7 @@ async def get_session(
     session_id: str, backend: BackendOf, owner: Owner, access_scope: AccessScope = "owned"
 ) -> dict[str, Any]:
     session = await backend.sessions.find(owner, session_id)
+    session_id = session.id
     runs = await backend.ledger.read(lambda connection: tenancy.models_of_session(connection, session_id))
     samplers = await backend.ledger.read(
         lambda connection: tenancy.samplers_of_session(connection, session_id)

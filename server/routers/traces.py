@@ -20,7 +20,7 @@ _MOST_OPERATIONS = 50_000
 @router.get("/trace_export")
 async def trace_export(session_id: str, request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Clients ask until it is `ready` or `failed`; it is at once."""
-    await backend.sessions.find(owner, session_id)
+    session_id = (await backend.sessions.find(owner, session_id)).id
     if not await backend.ledger.read(lambda connection: rows.has_operations(connection, session_id)):
         return {"status": "failed", "error": "the ledger has no operations of this session, or no more"}
     path = f"/api/v1/sessions/{session_id}/trace"
@@ -31,7 +31,7 @@ async def trace_export(session_id: str, request: Request, backend: BackendOf, ow
 @router.get("/trace")
 async def trace(session_id: str, backend: BackendOf, owner: Owner) -> Response:
     """Of the newest operations that the ledger has."""
-    await backend.sessions.find(owner, session_id)
+    session_id = (await backend.sessions.find(owner, session_id)).id
 
     body = await backend.ledger.read(
         lambda connection: orjson.dumps(

@@ -88,7 +88,7 @@ async def _load_as_new(
     owner: str,
     said: Said,
 ) -> dict[str, Any]:
-    await backend.sessions.require_active(owner, session_id)
+    session_id = await backend.sessions.require_active(owner, session_id)
     checkpoint = await backend.checkpoints.find_loadable(owner, body.path)
     if body.base_model is not None and body.base_model != checkpoint.base_model:
         raise BadRequest(f"base_model: {body.path!r} was trained from {checkpoint.base_model!r}")

@@ -111,8 +111,9 @@ def _metrics(metrics: dict[str, float], dialect: Dialect) -> dict[str, float]:
         metrics.setdefault("loss:mean", metrics["loss:sum"] / metrics["valid_tokens:sum"])
     if dialect == "tinkercloud":
         bare = {key.partition(":")[0]: value for key, value in metrics.items()}
-        if "kl_sampled" in bare:
+        if "kl_sampled" in bare:  # a policy loss
             bare.setdefault("ppo_kl", bare["kl_sampled"] / max(1.0, metrics.get("valid_tokens:sum", 0.0)))
+            bare.setdefault("pg_clipfrac", bare.get("clip_fraction", 0.0))
         metrics |= {name: bare[name] for name in _BARE_METRICS if name in bare}
     return metrics
 
@@ -156,7 +157,7 @@ def _step_as_json(metrics: dict[str, float]) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "grad_norm": plain.get("grad_norm"),
-        "step_count": plain.get("optimizer_step"),
+        "step_count": None if (step := plain.get("optimizer_step")) is None else int(step),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -44,13 +45,16 @@ class SamplingParams(Body):
     presence_penalty: Finite = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: Finite = Field(default=0.0, ge=-2, le=2)
 
-    def message(self, dialect: Dialect = "tinker") -> messages.SamplingParams:
+    def message(self, dialect: Dialect = "tinker", end_tokens: Sequence[int] = ()) -> messages.SamplingParams:
+        """As the engine takes them. `end_tokens` are the model's own; some dialects' stops add to them."""
         points = POINTS[dialect]
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop_strings = [each for each in stop if isinstance(each, str)]
         stop_tokens = [each for each in stop if isinstance(each, int)] + (self.stop_token_ids or [])
-        # Tokens alone are all there are; strings alone are beside the model's own.
+        # An empty list stops at nothing; strings alone switch the model's own end tokens off.
         only_tokens = (self.stop is not None and not stop_strings) or self.stop_token_ids is not None
+        if points.stops_add:
+            stop_tokens = [*end_tokens, *stop_tokens]
         top_k = points.top_k if self.top_k is None else self.top_k
         return messages.SamplingParams(
             max_tokens=points.max_tokens if self.max_tokens is None else self.max_tokens,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,8 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
 ]
 # Of models that the server trains, which alice's is not.
 UNTRAINED = {"/api/v1/stop_rlve", "/api/v1/resume_rlve"}
+# Ends a model, which another of these routes may have ended.
+ENDING = {"/api/v1/delete_model", "/api/v1/unload_model"}
 # Says the same to everybody, and does something only to what is the caller's.
 SILENT = {"/api/v1/cancel_future"}
 
@@ -346,6 +348,8 @@ def test_anothers_things_do_not_exist(
     unknown = told(send(server, BOB, method, NOBODYS.url(path), build(NOBODYS)), NOBODYS)
     assert foreign == unknown
     assert foreign[0] in ((200,) if path in SILENT else (404, 410))
+    if path in ENDING:
+        alices = replace(alices, model=Wire(server.url, ALICE).model())
     own = send(server, ALICE, method, url, build(alices))
     expected = 400 if path in UNTRAINED else 302 if path.endswith("/archive") else 200
     assert own.status_code == expected, own.text

@@ -19,7 +19,7 @@ PAGES: dict[str, tuple[Row, ...]] = {"tinkercloud": tinkercloud_rows.ROWS, "xorl
 
 @pytest.fixture(scope="module")
 def things(rest_server: ServerProcess) -> dict[str, Any]:
-    """A model that is trained and one that was unloaded, of tinkercloud's; and what the rows go on with."""
+    """Models of tinkercloud's, one of them unloaded and two to delete, and what the rows go on with."""
     with Tinkercloud(rest_server.url, ALICE) as client:
         session = client.ask("create_session")["session_id"]
         made = [
@@ -30,10 +30,11 @@ def things(rest_server: ServerProcess) -> dict[str, Any]:
                 base_model="tiny",
                 lora_config={"rank": 4},
             )["model_id"]
-            for number in (0, 1)
+            for number in range(4)
         ]
         request = client.ask("unload_model", model_id=made[1])["request_id"]
-    return {"session": session, "model": made[0], "request": request, "port": rest_server.port}
+    models = {"model": made[0], "second": made[2], "third": made[3]}
+    return models | {"session": session, "request": request, "port": rest_server.port}
 
 
 def ask(client: Tinkercloud | Xorl, row: Row, things: dict[str, Any]) -> None:

@@ -458,14 +458,14 @@ ROWS = (
         "POST",
         f"{_V1}/delete_model",
         "page",
-        {"model_id": "$model"},
+        {"model_id": "$second"},
         {"status": "deleted", "model_id": "model-abc-123"},
     ),
     Row(
         "POST",
         f"{_V1}/delete_model",
         "client",
-        {"model_id": "$model"},
+        {"model_id": "$third"},
         {"status": "deleted", "model_id": "m", "message": "m", "resources_freed": ["weights"]},
     ),
 )
