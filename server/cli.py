@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from .. import __version__
 from .checkpoints_command import checkpoints
+from .command_line import Commands, fail, read_settings, require_writable
 from .keys_command import keys
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -50,11 +51,6 @@ Every option can be set in the environment: `TINSMITH_PORT=9000`, `TINSMITH_MODE
 Ctrl-C finishes running work, saves the models' state in the data directory and exits; the next start with
 the same data directory goes on where it stopped.
 """
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"tinsmith: {message}", err=True)
-    raise typer.Exit(2)
 
 
 @app.command(help=_SERVE_HELP)
@@ -115,21 +111,16 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     given = {key: value for key, value in locals().items() if value is not None}
-    from ..ckpt.tokenizer_files import without_torch
     from .base_models import resolve
     from .ledger.keys import any_in
     from .ledger.ledger import Ledger, check
-    from .ledger.ownership import claim
+    from .ledger.ownership import claim, sqlite_file
     from .serve import listen, run
     from .settings import Settings
 
-    without_torch()
-    try:
-        settings = Settings(**given)
-    except ValidationError as error:
-        _fail("; ".join(_plain(problem) for problem in error.errors()))
+    settings = read_settings(Settings, given)
     if not settings.model:
-        _fail("no model; give one with --model, for example --model smollm2-135m")
+        fail("no model; give one with --model, for example --model smollm2-135m")
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
@@ -137,30 +128,28 @@ def serve(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     owner = None
     try:
+        require_writable(settings.data_dir, "--data-dir")
+        require_writable(settings.cache_dir, "--cache-dir")
+        if (file := sqlite_file(settings.ledger_url)) is not None:
+            require_writable(file.parent, "TINSMITH_DATABASE_URL" if settings.database_url else "--data-dir")
         check(settings.ledger_url)
         if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
             owner = claim(settings.data_dir, settings.ledger_url)
+        listener = listen(settings.host, settings.port)
         base_models = [
             resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
         ]
-        listener = listen(settings.host, settings.port)
         owner = owner or claim(settings.data_dir, settings.ledger_url)
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)
     except (ValueError, OSError, RuntimeError) as error:
         if owner is not None:
             owner.release()
-        _fail(str(error))
+        fail(str(error))
     needs_keys = bool(settings.api_keys) or any_in(settings.ledger_url)
     _introduce(settings, base_models, listener.getsockname()[1], needs_keys)
     if not run(settings, base_models, listener, ledger):
         raise typer.Exit(1)
     typer.echo("stopped; everything is saved")
-
-
-def _plain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"--{where.replace('_', '-')}: {message}" if where else message
 
 
 def _introduce(settings: Any, base_models: list[Any], port: int, needs_keys: bool) -> None:
@@ -199,11 +188,11 @@ def models_get(
 
     cache_dir = cache_dir or default_cache_dir()
     if name != SMOLLM2:
-        _fail(f"unknown model {name!r}; there is {SMOLLM2}. Others are given to serve as folder or hub id")
+        fail(f"unknown model {name!r}; there is {SMOLLM2}. Others are given to serve as folder or hub id")
     try:
         typer.echo(smollm2_folder(cache_dir))
     except RuntimeError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @models.command("list")

@@ -11,6 +11,8 @@ from typing import Annotated, TypeVar
 import typer
 from sqlalchemy import Connection
 
+from .command_line import fail, read_settings, require_writable
+
 T = TypeVar("T")
 
 keys = typer.Typer(
@@ -39,13 +41,14 @@ refused; what was made before without a key belongs to the tenant `local`.
 DataDir = Annotated[Path | None, typer.Option(help="The server's data directory [default: ./tinsmith-data].")]
 
 
-def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
-    from .ledger.ledger import Ledger
+def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T], make: bool = False) -> T:
+    """`make`: the ledger, where there is none yet."""
+    from .ledger.ledger import Ledger, check
+    from .ledger.ownership import sqlite_file
     from .private_files import make_directory
-    from .settings import Settings
+    from .settings import LedgerSettings
 
-    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
-    make_directory(settings.data_dir)
+    settings = read_settings(LedgerSettings, {} if data_dir is None else {"data_dir": data_dir})
 
     async def write() -> T:
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
@@ -55,18 +58,28 @@ def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T]) -> T:
             ledger.close()
 
     try:
+        file = sqlite_file(settings.ledger_url)
+        if file is not None and not file.is_file():
+            if not make:
+                fail(f"there is no ledger {file}; give the server's data directory with --data-dir")
+            require_writable(file.parent, "--data-dir")
+            make_directory(file.parent)
+            typer.echo(
+                f"there was no ledger yet; this is the first key in {file}, for a server that is started "
+                "with the same --data-dir",
+                err=True,
+            )
+        check(settings.ledger_url)
         return asyncio.run(write())
-    except ValueError as error:
-        typer.echo(f"tinsmith: {error}", err=True)
-        raise typer.Exit(2) from None
+    except (ValueError, OSError) as error:
+        fail(str(error))
 
 
 def _check_tenant(tenant: str) -> None:
     from .access.given_keys import is_owner
 
     if not is_owner(tenant):
-        typer.echo(f"tinsmith: tenant {tenant!r}: use up to 64 letters, digits and . _ - @", err=True)
-        raise typer.Exit(2)
+        fail(f"tenant {tenant!r}: use up to 64 letters, digits and . _ - @")
 
 
 @keys.command()
@@ -82,7 +95,9 @@ def create(
     from .ledger import keys as rows
 
     _check_tenant(tenant)
-    key, identifier = _in_ledger(data_dir, lambda connection: rows.create(connection, tenant, note))
+    key, identifier = _in_ledger(
+        data_dir, lambda connection: rows.create(connection, tenant, note), make=True
+    )
     typer.echo(key)
     typer.echo(f"key {identifier} of {tenant}; it is not shown again", err=True)
 
@@ -114,8 +129,7 @@ def revoke(
     from .ledger import keys as rows
 
     if not _in_ledger(data_dir, lambda connection: rows.revoke(connection, identifier)):
-        typer.echo(f"tinsmith: no key has the id {identifier!r}; tinsmith keys list shows them", err=True)
-        raise typer.Exit(2)
+        fail(f"no key has the id {identifier!r}; tinsmith keys list shows them")
     typer.echo(f"key {identifier} is revoked")
 
 

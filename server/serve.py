@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from ..ckpt.tokenizer_files import without_torch
 from .app import create_app
 from .base_models import BaseModel
 from .connections import Connection, allow_many
@@ -18,6 +20,7 @@ from .ledger.ledger import Ledger
 from .settings import Settings
 
 log = logging.getLogger("tinsmith.server")
+BACKLOG = 4096  # connections that wait to be accepted
 
 
 class Server(uvicorn.Server):
@@ -78,17 +81,45 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; with port 0 the system chooses one. Raises OSError if it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    """A socket that listens; with port 0 the system chooses one. Raises ValueError saying why it cannot.
+
+    It listens at once, not only when requests can be answered, because two sockets can be bound to a port
+    until one of them listens.
+    """
+    if not host:
+        raise ValueError("--host: it is empty; 127.0.0.1 is this machine, 0.0.0.0 all its addresses")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host: {host!r} is no address and no name that is known ({error})") from None
+    found.sort(key=lambda each: each[0] != socket.AF_INET)  # localhost is 127.0.0.1 where it can be
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ValueError(_why_not_bound(host, port, error)) from None
     listener.set_inheritable(True)
     return listener
 
 
+def _why_not_bound(host: str, port: int, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"--port: {port} is in use on {host}; stop the program that has it, or choose another port"
+        case errno.EACCES:
+            return f"--port: this user may not bind port {port}; choose one from 1024 on"
+        case errno.EADDRNOTAVAIL:
+            return f"--host: {host} is no address of this machine; 0.0.0.0 is all of them"
+    return f"--host, --port: {host}, port {port}, cannot be bound ({error.strerror})"
+
+
 def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket, ledger: Ledger) -> bool:
     """Serves on `listener` until SIGINT or SIGTERM; whether it started, and stopped with all saved."""
+    without_torch()
     config = uvicorn.Config(
         create_app(settings, base_models, ledger),
         http=Connection,
@@ -96,7 +127,7 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
         access_log=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
-        backlog=4096,
+        backlog=BACKLOG,
         server_header=False,
     )
     allow_many()

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from ..engine import messages
 from .access import given_keys
@@ -25,17 +27,47 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("TINSMITH_CACHE_DIR") or "~/.cache/tinsmith").expanduser()
 
 
-class Settings(BaseSettings):
+class LedgerSettings(BaseSettings):
+    """Where the ledger is."""
+
     model_config = SettingsConfigDict(env_prefix="TINSMITH_", extra="forbid")
 
+    data_dir: Path = Path("tinsmith-data")
+    database_url: str | None = None  # None: SQLite in data_dir
+    sync_every_commit: bool = False  # SQLite: also survive a loss of power; milliseconds per operation
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_database_that_can_be_used(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parsed = make_url(url)
+        except ArgumentError:
+            parsed = None
+        if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql"):
+            raise ValueError("write sqlite:////path/to/ledger.db or postgresql://USER:PASSWORD@HOST/NAME")
+        try:
+            parsed.get_dialect().import_dbapi()
+        except ImportError as error:
+            raise ValueError(f"the package {error.name} is missing; install it beside Tinsmith") from None
+        except NoSuchModuleError:
+            raise ValueError(f"{parsed.drivername} is no driver that SQLAlchemy knows") from None
+        if (file := sqlite_file(url)) is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{file.absolute().parent} is no folder")
+        return url
+
+    @property
+    def ledger_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
+
+
+class Settings(LedgerSettings):
     # Base models: a folder, a hub id, or NAME=one of them. In the environment separated by commas.
     model: Annotated[list[str], NoDecode] = Field(default_factory=list)
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    data_dir: Path = Path("tinsmith-data")
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    database_url: str | None = None  # None: SQLite in data_dir
-    sync_every_commit: bool = False  # SQLite: also survive a loss of power; milliseconds per operation
     api_key: Annotated[list[str], NoDecode] = Field(default_factory=list)
     api_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -155,9 +187,9 @@ class Settings(BaseSettings):
         for part in filter(None, (part.strip() for part in value.split(","))):
             name, _, size = part.partition("=")
             if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
-                raise ValueError(
-                    f"mesh: {part!r}; write data=2,fsdp=4,tensor=1 with any of {', '.join(MESH_AXES)}"
-                )
+                raise ValueError(f"{part!r}; write data=2,fsdp=4,tensor=1 with any of {', '.join(MESH_AXES)}")
+            if name in axes:
+                raise ValueError(f"{part!r}: {name} is there twice")
             axes[name] = int(size)
         return axes
 
@@ -175,6 +207,13 @@ class Settings(BaseSettings):
                     f"{name!r}: write a host's name without scheme and port, *.example.org, or *"
                 )
         return names
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _a_file_that_can_be_read(cls, file: Path | None) -> Path | None:
+        if file is not None:
+            _text(file)
+        return file
 
     @model_validator(mode="after")
     def _keys_that_clients_can_send(self) -> Settings:
@@ -211,7 +250,7 @@ class Settings(BaseSettings):
         """Those given and those in the file, one a line, `#` for comments."""
         keys = list(self.api_key)
         if self.api_key_file is not None:
-            lines = (line.strip() for line in self.api_key_file.read_text("utf-8-sig").splitlines())
+            lines = (line.strip() for line in _text(self.api_key_file).splitlines())
             in_file = [line for line in lines if line and not line.startswith("#")]
             if not in_file:
                 raise ValueError(f"api_key_file: {self.api_key_file} has no key in it")
@@ -223,10 +262,6 @@ class Settings(BaseSettings):
         """Each with the base model that it was named for."""
         pairs = (entry.rpartition("=") for entry in self.sglang)
         return {url.rstrip("/"): name or None for name, _, url in pairs}
-
-    @property
-    def ledger_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
 
     @property
     def payload_dir(self) -> Path:
@@ -251,3 +286,13 @@ class Settings(BaseSettings):
             log_level=self.log_level,
             beat_seconds=self.engine_silence_seconds / 10,
         )
+
+
+def _text(file: Path) -> str:
+    """Raises ValueError for a file of keys that cannot be read."""
+    try:
+        return file.expanduser().read_text("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file in UTF-8") from None

@@ -311,7 +311,14 @@ def check(url: str) -> None:
                 found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
                 if found != "ok":
                     raise LedgerUnusable(damaged(file, str(found)))
-            if inspect(connection).has_table("alembic_version"):
+            tables = inspect(connection).get_table_names()
+            if tables and "alembic_version" not in tables:
+                where = file or engine.url.render_as_string(hide_password=True)
+                raise LedgerUnusable(
+                    f"{where} is no ledger but another program's database, with the table {tables[0]!r}; "
+                    "choose another --data-dir, or another TINSMITH_DATABASE_URL"
+                )
+            if tables:
                 for revision in connection.exec_driver_sql(
                     "SELECT version_num FROM alembic_version"
                 ).scalars():
