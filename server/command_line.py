@@ -69,7 +69,7 @@ class Commands(TyperGroup):
 
 def read_settings(kind: type[S], given: Mapping[str, Any]) -> S:
     """The settings from a command's options and the environment. Ends the command if they are wrong."""
-    unknown = _unknown_names(os.environ)
+    unknown = unknown_names(os.environ)
     if unknown:
         fail("; ".join(unknown))
     try:
@@ -78,7 +78,8 @@ def read_settings(kind: type[S], given: Mapping[str, Any]) -> S:
         fail("; ".join(_plain(problem, given) for problem in error.errors()))
 
 
-def _unknown_names(environment: Mapping[str, str]) -> list[str]:
+def unknown_names(environment: Mapping[str, str]) -> list[str]:
+    """What is wrong with the names that begin with TINSMITH_, each with the nearest setting."""
     from .settings import Settings
 
     known = [_PREFIX + name.upper() for name in Settings.model_fields]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -223,10 +224,11 @@ class Settings(LedgerSettings):
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Settings:
         if not self.is_loopback and not self.api_keys and not any_in(self.ledger_url):
+            where = "" if self.database_url else f" --data-dir {shlex.quote(str(self.data_dir))}"
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and no API key is set. Make one "
-                "with tinsmith keys create, give one with --api-key tml-... (or --api-key-file), or bind to "
-                "127.0.0.1"
+                f"with tinsmith keys create NAME{where}, give one with --api-key tml-... (or "
+                "--api-key-file), or bind to 127.0.0.1"
             )
         return self
 

@@ -1,6 +1,6 @@
 """Metrics of models as runs of Weights & Biases, for clients that ask for it.
 
-The library is optional (`pip install tinsmith[wandb]`). A client's key is in memory only, for the library's
+The library is optional (`pip install "wandb>=0.25"`). A client's key is in memory only, for the library's
 own use: not in the ledger, not in a log, not on disk. Without one, also after the server's restart, a run is
 written below the data directory as W&B's offline runs are (`wandb sync` uploads them). What W&B does or fails
 to do is no concern of the training.
@@ -50,7 +50,9 @@ class WandbRuns:
         if self._mode == "disabled":
             raise BadRequest("wandb_config.enabled: this server does not write to Weights & Biases")
         if importlib.util.find_spec("wandb") is None:
-            raise BadRequest("wandb_config.enabled: this server was installed without tinsmith[wandb]")
+            raise BadRequest(
+                "wandb_config.enabled: this server is without wandb; its operator can install it"
+            )
 
     def remember(self, model_id: str, key: str) -> None:
         """The key of the model's client, until the model or the server ends."""

@@ -1,6 +1,6 @@
 """reasoning-gym's environments, as the server asks for them.
 
-The library is optional (`pip install tinsmith[rlve]`). It runs in a process of its own (gym.py): it takes
+The library is optional (`make rlve`). It runs in a process of its own (gym.py): it takes
 seconds to import, what it does with an answer may take long, and a process can be ended. It has none of the
 server's environment variables. What it has made is made again by the next process, from the same numbers.
 """
@@ -57,7 +57,9 @@ class Environments:
     async def highest_level(self, name: str) -> int:
         """Raises BadRequest for an environment that cannot be had here."""
         if not installed():
-            raise BadRequest("rlve_config.enabled: this server was installed without tinsmith[rlve]")
+            raise BadRequest(
+                "rlve_config.enabled: this server is without reasoning-gym; its operator can install it"
+            )
         if name in EXECUTING:
             raise BadRequest(
                 f"rlve_config.environment_list: {name!r} scores answers by running them as code, which this "
