@@ -42,6 +42,12 @@ class LedgerSettings(BaseSettings):
     def _a_database_that_can_be_used(cls, url: str | None) -> str | None:
         if url is None:
             return None
+        for scheme in (
+            "postgres://",
+            "postgresql://",
+        ):  # psycopg, whether the URL says so or not
+            if url.startswith(scheme):
+                url = f"postgresql+psycopg://{url.removeprefix(scheme)}"
         try:
             parsed = make_url(url)
         except ArgumentError:

@@ -26,7 +26,7 @@ def why_unusable(engine: Engine, error: Exception) -> str:
             f"the ledger {where} is of a newer version of Tinsmith, which this one cannot read ({error}); "
             "start that version, or choose another --data-dir"
         )
-    cause = str(getattr(error, "orig", None) or error).strip().replace("\n", " ")
+    cause = " ".join(str(getattr(error, "orig", None) or error).split())
     if any(sign in cause for sign in ("not a database", "malformed")):
         return damaged(where, cause)
     return f"the ledger {where} cannot be opened: {cause}"
@@ -38,3 +38,9 @@ def damaged(where: Path | str, how: str) -> str:
         f"the ledger {where} is damaged ({first}); put a copy of it there, or move it away to begin with an "
         "empty one"
     )
+
+
+def no_driver(error: Exception) -> str:
+    """What to do about a database that no installed driver reaches."""
+    hint = '; pip install "psycopg[binary]"' if "psycopg" in str(error) else ""
+    return f"database_url: {error}{hint}"

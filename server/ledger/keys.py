@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, create_engine, insert, inspect, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import audit
-from .faults import LedgerUnusable, why_unusable
+from .faults import LedgerUnusable, no_driver, why_unusable
 from .schema import api_keys
 from .tenancy import ensure_tenant
 
@@ -59,7 +59,7 @@ def any_in(url: str) -> bool:
     try:
         engine = create_engine(location)
     except ImportError as error:
-        raise LedgerUnusable(f"database_url: {error}") from error
+        raise LedgerUnusable(no_driver(error)) from error
     try:
         with engine.connect() as connection:
             if not inspect(connection).has_table(api_keys.name):

@@ -31,7 +31,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 from ..errors import StorageFull, Unavailable
 from ..private_files import protect
 from . import lease as leases
-from .faults import LedgerUnusable, damaged, file_of, why_unusable
+from .faults import LedgerUnusable, damaged, file_of, no_driver, why_unusable
 from .ownership import Ownership, claim, require_local, sqlite_file
 
 log = logging.getLogger("tinsmith.ledger")
@@ -98,7 +98,7 @@ class Ledger:
         try:
             self._engine = _connect(url, sync_every_commit)
         except (ArgumentError, ImportError) as error:
-            raise LedgerUnusable(f"database_url: {error}") from error
+            raise LedgerUnusable(no_driver(error)) from error
         try:
             if owner is not None and self._has_lease():
                 self._own(owner, unlocked=file is not None)  # before anything is changed in another's ledger
@@ -304,7 +304,7 @@ def check(url: str) -> None:
     try:
         engine = create_engine(url)
     except (ArgumentError, ImportError) as error:
-        raise LedgerUnusable(f"database_url: {error}") from error
+        raise LedgerUnusable(no_driver(error)) from error
     try:
         with engine.connect() as connection:
             if file is not None and file.stat().st_size <= _CHECKED_BYTES:

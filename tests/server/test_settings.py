@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("TINSMITH_MESH", "pipeline=2")
     with pytest.raises(ValidationError, match="pipeline"):
         Settings()
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_a_postgresql_ledger_by_any_of_its_schemes(scheme: str) -> None:
+    pytest.importorskip("psycopg")
+    settings = Settings(database_url=f"{scheme}://me:secret@db/tinsmith")
+    assert settings.ledger_url == "postgresql+psycopg://me:secret@db/tinsmith"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("psycopg") is not None, reason="the driver is installed")
+def test_the_driver_that_a_postgresql_ledger_needs_is_named() -> None:
+    with pytest.raises(ValidationError, match="the package psycopg is missing"):
+        Settings(database_url="postgresql://me:secret@db/tinsmith")
 
 
 def test_keys_and_owners() -> None:
