@@ -240,7 +240,8 @@ class _Choice:
         self._tokens += len(tokens)
         if not self._answers.with_logprobs:
             return None
-        scored = _scored(tokens, logprobs_of(part.logprobs)[new:], likely_of(part.topk)[new:])
+        likely = likely_of(part.topk)[new : new + len(tokens)]
+        scored = _scored(tokens, logprobs_of(part.logprobs)[new:], likely)
         found = self._answers.logprobs(scored, self._characters)
         self._characters += sum(self._answers.lengths(tokens))
         if not prompt:

@@ -29,8 +29,8 @@ class SampleFailed(ApiError):
 @dataclass(frozen=True)
 class Asked:
     """`topk`, `prompt_topk`: how many of the most likely tokens are wanted at each token drawn, and of the
-    prompt. `params.max_tokens` may be 0. `echo`: the text that the answer begins with. `prompt_field`: where
-    the request has the prompt, for its errors."""
+    prompt. `targets`: tokens to score in the prompt. `params.max_tokens` may be 0. `echo`: the text that the
+    answer begins with. `prompt_field`: where the request has the prompt, for its errors."""
 
     model: ServedModel
     prompt: list[int]
@@ -39,6 +39,7 @@ class Asked:
     topk: int = 0
     prompt_logprobs: bool = False
     prompt_topk: int = 0
+    targets: messages.PromptCells | None = None
     stream: bool = False
     echo: str | None = None
     prompt_field: str = "prompt"
@@ -127,6 +128,7 @@ def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
         prompt_logprobs=asked.prompt_logprobs,
         topk_prompt_logprobs=asked.prompt_topk,
         topk_sample_logprobs=asked.topk,
+        prompt_targets=asked.targets,
         stream=asked.stream,
     )
     backend.sampling.check(owner, sample)
@@ -142,7 +144,8 @@ def _output(running: Running) -> messages.SampleOutput:
     match running.operation.answer:
         case messages.Done(output=messages.SampleOutput() as output):
             if running.asked.draws_nothing:
-                nothing = messages.SampledSequence(b"", b"", "length")
+                # The likely ones are those of the token that would have come next.
+                nothing = messages.SampledSequence(b"", b"", "length", output.sequences[0].topk)
                 return msgspec.structs.replace(output, sequences=[nothing] * running.asked.num_samples)
             return output
         case messages.Failed(message=message, category="user"):

@@ -13,16 +13,12 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, m
 
 from ...engine.messages import TOPK_LIMIT, SamplingParams
 from .body import Finite, Int64, as_json
-from .unsupported import StrictBody, Unsupported, anything, empty, empty_or, only
+from .unsupported import StrictBody, Unsupported, anything, empty, empty_or, no_biases, only
 
 _Strings = Annotated[str | list[str] | None, AfterValidator(as_json)]
 _Text = Annotated[str, AfterValidator(as_json)]
 _COMPLETION_TOKENS = 16  # OpenAI's default
 MAX_PROMPTS = 64
-
-
-def _no_biases(value: Any) -> bool:
-    return isinstance(value, dict) and not any(value.values())
 
 
 class StreamOptions(StrictBody):
@@ -42,7 +38,7 @@ class _Completions(StrictBody):
     `no_stop_trim` are extensions, as SGLang has them."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
-        "logit_bias": _no_biases,
+        "logit_bias": no_biases,
         # Of OpenAI's platform: hints, and what it does with an answer afterwards.
         "store": only(False),
         "service_tier": only("auto", "default"),

@@ -34,6 +34,11 @@ def empty(value: Any) -> bool:
     return value in ("", [], {})
 
 
+def no_biases(value: Any) -> bool:
+    """Accept an object of numbers that are all zero."""
+    return isinstance(value, dict) and not any(value.values())
+
+
 def empty_or(*values: Any) -> AsksForNothing:
     """Accept what is empty, and these values."""
     return lambda value: empty(value) or only(*values)(value)
@@ -47,6 +52,8 @@ class StrictBody(Body):
 
     model_config = ConfigDict(extra="forbid")
     UNSUPPORTED: ClassVar[Unsupported] = {}
+    NULLABLE: ClassVar[frozenset[str]] = frozenset()
+    """Fields in which null has a meaning of its own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -58,4 +65,6 @@ class StrictBody(Body):
     @classmethod
     def _asks_for_nothing(cls, name: str, value: Any) -> bool:
         known = cls.UNSUPPORTED.get(name)
-        return value is None or (known is not None and known(value))
+        if value is None:
+            return name not in cls.NULLABLE
+        return known is not None and known(value)
