@@ -37,9 +37,9 @@ class Server:
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.payloads, self.settings)
         self.checkpoints = Checkpoints(self.ledger, self.sweep)
 
-    async def sample(self, number: int, tokens: int = 0) -> str:
+    async def sample(self, number: int, tokens: int = 0, owner: str = "me") -> str:
         """A sample of so many tokens, answered; its request id."""
-        operation = await self.operations.accept(sample(number))
+        operation = await self.operations.accept(sample(number, owner))
         sequence = messages.SampledSequence(bytes(4 * tokens), bytes(4 * tokens), "length")
         answer = messages.Done(operation.request_id, messages.SampleOutput([sequence]))
         self.operations.on_answer(answer)
@@ -55,10 +55,10 @@ class Server:
         )
 
 
-def sample(number: int) -> Submission:
+def sample(number: int, owner: str = "me") -> Submission:
     ref = messages.SamplerRef("tiny")
     return Submission(
-        "me",
+        owner,
         "sample",
         f"sample/{number}",
         lambda request_id: messages.Sample(request_id, ref, b"", 1, messages.SamplingParams()),

@@ -1,15 +1,16 @@
 """What the ledger need not keep for ever.
 
-An answer goes when it is old, or when there are too many bytes of younger ones. Its operation stays as long
-as it could be submitted again: a model's until its number has had its turn (which the model remembers), any
+An answer goes when it is old, or when there are too many bytes of younger ones of the same owner: all owners
+share a number of bytes, and one that takes more than its share loses its own. Its operation stays as long as
+it could be submitted again: a model's until its number has had its turn (which the model remembers), any
 other for `TOMBSTONE_SECONDS`. The answers of creations stay: a model is its creation and what came after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, select, true, update
 
 from ...engine import messages
 from .schema import checkpoints, models, operations, payloads, samplers, sessions
@@ -23,16 +24,34 @@ def _kept_answers() -> ColumnElement[bool]:
     return (operations.c.answer_bytes > 0) & operations.c.state.in_(("done", "failed"))
 
 
-def answer_bytes(connection: Connection) -> int:
-    """Of all answers that can be dropped."""
-    query = select(func.sum(operations.c.answer_bytes)).where(operations.c.finished_at.is_not(None))
-    return connection.execute(query).scalar() or 0
+def answer_bytes(connection: Connection) -> dict[str, int]:
+    """Of the answers of each owner that can be dropped."""
+    query = (
+        select(operations.c.owner, func.sum(operations.c.answer_bytes).label("bytes"))
+        .where(operations.c.finished_at.is_not(None), operations.c.answer_bytes > 0)
+        .group_by(operations.c.owner)
+    )
+    return {row.owner: row.bytes for row in connection.execute(query)}
 
 
-def beyond(connection: Connection, max_bytes: int) -> float | None:
-    """When the youngest answer was given that is not among the newest `max_bytes`; None: all are."""
+def fair_share(sizes: Collection[int], total: int) -> int:
+    """How much each may keep so that all together keep no more than `total`: those who have less keep all of
+    it, and what they leave is shared evenly by the others."""
+    left, share = total, 0
+    for place, size in enumerate(sorted(sizes)):
+        share = left // (len(sizes) - place)
+        if size > share:
+            return share
+        left -= size
+    return max(share, max(sizes, default=0))
+
+
+def beyond(connection: Connection, owner: str, max_bytes: int) -> float | None:
+    """When the owner's youngest answer was given that is not among its newest `max_bytes`; None: all are."""
     younger = func.sum(operations.c.answer_bytes).over(order_by=operations.c.finished_at.desc())
-    ages = select(operations.c.finished_at, younger.label("bytes")).where(operations.c.answer_bytes > 0)
+    ages = select(operations.c.finished_at, younger.label("bytes")).where(
+        operations.c.owner == owner, operations.c.answer_bytes > 0
+    )
     total = ages.subquery()
     query = select(func.max(total.c.finished_at)).where(total.c.bytes > max_bytes)
     return connection.execute(query).scalar()
@@ -67,8 +86,8 @@ def drop_answers_of(connection: Connection, owner: str, through: float) -> int:
     return _drop_answers(connection, (operations.c.owner == owner) & (operations.c.finished_at <= through))
 
 
-def drop_operations(connection: Connection, through: float, now: float) -> bool:
-    """Those that nothing asks for any more, some of them; whether there may be more."""
+def drop_operations(connection: Connection, through: float, now: float, owner: str | None = None) -> bool:
+    """Those that nothing asks for any more, some of them; whether there may be more. `owner` None: of all."""
     had_its_turn = operations.c.seq_id <= (
         select(models.c.executed_seq).where(models.c.id == operations.c.model_id).scalar_subquery()
     )
@@ -81,6 +100,7 @@ def drop_operations(connection: Connection, through: float, now: float) -> bool:
     old = (
         select(operations.c.id)
         .where(
+            true() if owner is None else operations.c.owner == owner,
             operations.c.finished_at <= through,
             operations.c.state != "accepted",
             ~exists().where(payloads.c.operation_id == operations.c.id),

@@ -160,6 +160,7 @@ operations = Table(
     Index("operations_of_model", "model_id", "seq_id"),
     Index("operations_in_state", "state", "accepted_at"),
     Index("operations_by_age", "finished_at", "answer_bytes"),
+    Index("answers_of_owner", "owner", "finished_at", "answer_bytes"),
 )
 
 # Messages to the engine, kept while a replay may need them. Apart from the operations, whose rows change: a

@@ -26,6 +26,7 @@ from ..ledger import session_sizes, tenancy
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation
 from ..operations.operations import Operations
+from ..recent import Recent
 from ..settings import Settings
 from ..supervision.supervisor import Supervisor
 from .runs import Runs
@@ -35,6 +36,7 @@ log = logging.getLogger("tinsmith.samplers")
 _ROOT = "samplers"  # of the directories of unnamed weights
 _SIGN_OF_LIFE_EVERY = 60.0  # seconds; a session that samples is alive, whether it sends heartbeats or not
 _SWEEP_EVERY = 600.0
+_REMEMBERED = 65_536  # of others the ledger is asked
 # Directories that no sampler names may be of a save under way, or of samples that wait for their turn.
 _SPARED_SECONDS = 3600.0
 
@@ -106,8 +108,8 @@ class Samplers:
         self._operations = operations
         self._runs = runs
         self._settings = settings
-        self._samplers: dict[str, Sampler] = {}
-        self._alive: dict[str, float] = {}  # sessions, and when the ledger was told
+        self._samplers: Recent[str, Sampler] = Recent(_REMEMBERED)
+        self._alive: Recent[str, float] = Recent(_REMEMBERED)  # sessions, and when the ledger was told
         self._making: set[asyncio.Task] = set()
         self.on_removed: Callable[[str], None] = lambda _directory: None
         operations.on_missing_weights = self._missing
@@ -158,7 +160,7 @@ class Samplers:
 
     async def find(self, owner: str, identifier: str) -> Sampler:
         """Raises NotFound for what does not exist or is not the owner's."""
-        sampler = self._samplers.get(identifier)
+        sampler = self._samplers.get(identifier, None)
         if sampler is None:
             row = await self._ledger.read(lambda connection: tenancy.find_sampler(connection, identifier))
             if row is not None:
@@ -223,7 +225,7 @@ class Samplers:
 
     async def _forget(self, gone: Sequence[Row]) -> None:
         for row in gone:
-            self._samplers.pop(row.id, None)
+            self._samplers.discard(row.id)
             release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
             self._engine.send(messages.encode(release))
             self.on_removed(row.directory)

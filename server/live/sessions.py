@@ -20,12 +20,14 @@ from ..access.quotas import Quotas
 from ..errors import ApiError, BadRequest, Gone, NotFound
 from ..ledger import audit, custom_losses, session_sizes, tenancy
 from ..ledger.ledger import Ledger
+from ..recent import Recent
 from .runs import Runs
 from .samplers import Samplers
 
 log = logging.getLogger("tinsmith.sessions")
 
 _NAMES = uuid.UUID("5f2c4d0e-3a8b-4d57-9a51-6c1b0f7e2d94")
+_REMEMBERED = 65_536  # sessions; of others the ledger is asked
 _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
 
 
@@ -45,10 +47,10 @@ class Sessions:
         self._ledger = ledger
         self._quotas = quotas
         self._idle_seconds = idle_seconds
-        self._heard: dict[str, float] = {}  # the last heartbeat, of time.monotonic
+        self._heard: Recent[str, float] = Recent(_REMEMBERED)  # the last heartbeat, of time.monotonic
         self._runs = runs
         self._samplers = samplers
-        self._active: dict[str, tuple[str, float]] = {}  # id: owner, last heartbeat written
+        self._active: Recent[str, tuple[str, float]] = Recent(_REMEMBERED)  # owner, last heartbeat written
 
     async def create(self, owner: str, fields: dict[str, Any], session_id: str | None = None) -> str:
         """Create a session, under an id of its own or one of `id_of_name`; return the id.
@@ -110,7 +112,8 @@ class Sessions:
         Raises NotFound, or BadRequest for a session that has finished.
         """
         for identifier in (session_id, id_of_name(owner, session_id)):
-            if self._active.get(identifier, (None,))[0] == owner:
+            known = self._active.get(identifier, None)
+            if known is not None and known[0] == owner:
                 return identifier
         row = await self.find(owner, session_id)
         if row.finished_at is not None:
@@ -126,15 +129,16 @@ class Sessions:
             raise Gone(error.message) from None
         self._heard[session_id] = time.monotonic()
         now = time.time()
-        if now - self._active[session_id][1] >= _HEARTBEAT_WRITTEN_EVERY:
+        known = self._active.get(session_id, None)
+        if known is None or now - known[1] >= _HEARTBEAT_WRITTEN_EVERY:
             self._active[session_id] = (owner, now)
             await self._ledger.write(lambda connection: tenancy.heartbeat(connection, session_id, now))
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
         """Ends the session: its models leave the engine, unnamed samplers go, checkpoints stay."""
         session_id = (await self.find(owner, session_id)).id
-        self._active.pop(session_id, None)
-        self._heard.pop(session_id, None)
+        self._active.discard(session_id)
+        self._heard.discard(session_id)
 
         def end(connection: Connection) -> None:
             if tenancy.finish_session(connection, session_id, reason, detail):

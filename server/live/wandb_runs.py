@@ -27,6 +27,7 @@ from .run import Run
 log = logging.getLogger("tinsmith.wandb")
 
 Mode = Literal["online", "offline", "disabled"]
+_MOST_WAITING = 10_000  # steps, while the library waits for its servers
 _LAST_SECONDS = 20.0  # for what is left when the server stops
 CONFIGURATION = "wandb"
 """The key in a run's configuration of what its client asked for, without the API key."""
@@ -76,7 +77,10 @@ class WandbRuns:
                 whole = self._since_step.pop(run.id, {}) | metrics
                 if whole.get("valid_tokens:sum"):
                     whole["loss:mean"] = whole["loss:sum"] / whole["valid_tokens:sum"]
-                self._work.put(partial(self._log, run, whole))
+                if self._work.qsize() < _MOST_WAITING:
+                    self._work.put(partial(self._log, run, whole))
+                else:
+                    log.warning("metrics of model %s are lost: W&B does not keep up", run.id)
 
     def tell(self, model_id: str, metrics: dict[str, float]) -> None:
         """Of the model's next step, from elsewhere."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from sqlalchemy import Connection
 
 from ...engine import messages
+from ..held_bytes import held_bytes
 from ..ledger import audit, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
@@ -24,11 +25,15 @@ _OPERATION_BYTES = 2048  # its objects, whatever is in them
 
 
 class RememberedAnswers:
-    """The newest answered operations by id, so many bytes of them; older ones are read from the ledger."""
+    """The newest answered operations by id, so many bytes of them; older ones are read from the ledger. An
+    owner with more than half of the bytes is the first to lose its oldest."""
 
     def __init__(self, max_bytes: int = _REMEMBERED_BYTES):
         self._max_bytes = max_bytes
-        self._operations: OrderedDict[str, Operation] = OrderedDict()
+        self._operations: dict[str, Operation] = {}
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # by id, the oldest first
+        self._of_owner: dict[str, OrderedDict[str, None]] = {}  # ids, the oldest first
+        self._bytes_of_owner: Counter[str] = Counter()
         self._bytes = 0
 
     def get(self, request_id: str) -> Operation | None:
@@ -36,17 +41,30 @@ class RememberedAnswers:
 
     def forget(self, owner: str) -> None:
         """All of that owner's; the ledger may have them."""
-        for operation in [each for each in self._operations.values() if each.owner == owner]:
-            del self._operations[operation.request_id]
-            self._bytes -= _size(operation.answer)
+        for request_id in list(self._of_owner.get(owner, ())):
+            self._remove(request_id)
 
     def add(self, operation: Operation) -> None:
-        known = self._operations.pop(operation.request_id, None)
-        self._operations[operation.request_id] = operation
-        self._bytes += _size(operation.answer) - (_size(known.answer) if known else 0)
+        request_id, owner = operation.request_id, operation.owner
+        if request_id in self._operations:
+            self._remove(request_id)
+        size = _OPERATION_BYTES + held_bytes(operation.answer) + held_bytes(operation.reply)
+        self._operations[request_id] = operation
+        self._sizes[request_id] = size
+        self._of_owner.setdefault(owner, OrderedDict())[request_id] = None
+        self._bytes_of_owner[owner] += size
+        self._bytes += size
         while self._bytes > self._max_bytes and len(self._operations) > 1:
-            _id, oldest = self._operations.popitem(last=False)
-            self._bytes -= _size(oldest.answer)
+            is_greedy = self._bytes_of_owner[owner] > self._max_bytes / 2 and len(self._of_owner[owner]) > 1
+            self._remove(next(iter(self._of_owner[owner] if is_greedy else self._sizes)))
+
+    def _remove(self, request_id: str) -> None:
+        owner, size = self._operations.pop(request_id).owner, self._sizes.pop(request_id)
+        self._bytes -= size
+        self._bytes_of_owner[owner] -= size
+        del self._of_owner[owner][request_id]
+        if not self._of_owner[owner]:
+            del self._of_owner[owner], self._bytes_of_owner[owner]
 
 
 def note_replay(connection: Connection, operation: Operation, answer: Answer, ran: bool) -> None:
@@ -62,17 +80,6 @@ def note_replay(connection: Connection, operation: Operation, answer: Answer, ra
         is_kept = ran and operation.kind == "optim_step" and answer.category == "user"
     if not is_kept:
         payload_rows.drop(connection, operation.request_id)
-
-
-def _size(answer: Answer | None) -> int:
-    """Roughly the bytes of an answer in memory."""
-    output = answer.output if isinstance(answer, messages.Done) else None
-    if isinstance(output, messages.ForwardBackwardOutput):
-        tensors = output.logprobs + (output.elementwise_loss or [])
-        return _OPERATION_BYTES + sum(len(tensor.data) for tensor in tensors)
-    if isinstance(output, messages.SampleOutput):
-        return _OPERATION_BYTES + sum(2 * len(sequence.tokens) for sequence in output.sequences)
-    return _OPERATION_BYTES
 
 
 def settle(

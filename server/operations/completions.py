@@ -2,9 +2,9 @@
 
 A stream is what one client has asked of a sampling session. It lists request ids as their answers come, each
 under a number that only grows, the cursor; a poll names the newest one that it has seen, and what it has
-seen is forgotten here. Streams are in memory only: after a restart, or a long silence, the next poll makes
-its stream again from the ledger, which may list again what the client has seen, and never leaves out what
-it has not.
+seen is forgotten here. Streams are in memory only: after a restart, or a long silence, or when there are too
+many of them, the next poll makes its stream again from the ledger, which may list again what the client has
+seen, and never leaves out what it has not.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .operations import Operations
 SEQ_IDS_PER_CLIENT = 1_000_000_000
 """The n-th copy of a sampling client numbers its samples from n times as many."""
 _SILENT_SECONDS = 3600.0  # a stream that nobody polls for so long is dropped
+_MOST_STREAMS, _MOST_ANSWERED = 16_384, 65_536  # at once, and of a stream since its last poll
 _CLOCK_SECONDS = 3600.0  # by so much the clock may have been set back before a restart
 
 
@@ -90,9 +91,13 @@ class Completions:
 
     def accepted(self, sampler_id: str, seq_id: int, operation: Operation) -> None:
         """A sample, new or submitted again, is in the ledger."""
-        stream = self._streams.get((sampler_id, seq_id // SEQ_IDS_PER_CLIENT))
-        if stream is not None:
-            stream.follow(operation)
+        key = (sampler_id, seq_id // SEQ_IDS_PER_CLIENT)
+        stream = self._streams.get(key)
+        if stream is None:
+            return
+        stream.follow(operation)
+        if len(stream.answered) > _MOST_ANSWERED:
+            del self._streams[key]  # its next poll makes it again, from the ledger
 
     async def poll(
         self, sampler_id: str, client: int, cursor: int, seconds: float
@@ -151,3 +156,5 @@ class Completions:
         for key, stream in list(self._streams.items()):
             if stream.polled_at < silent_since:
                 del self._streams[key]
+        while len(self._streams) >= _MOST_STREAMS:
+            del self._streams[next(iter(self._streams))]  # the one that was opened first

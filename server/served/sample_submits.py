@@ -8,6 +8,7 @@ import msgspec
 
 from ...engine import messages
 from ..dialect import Dialect
+from ..errors import ApiError
 from ..operations.operation import Operation, Submission
 
 if TYPE_CHECKING:
@@ -25,14 +26,23 @@ async def submit(
     """`sample` has no request id yet. Raises ApiError."""
     backend.sampling.check(owner, sample)
 
+    opened: str | None = None
+
     def message(request_id: str) -> messages.Sample:
+        nonlocal opened
         if sample.stream:
-            backend.streams.open(request_id)
+            backend.streams.open(request_id, owner)
+            opened = request_id
         return msgspec.structs.replace(sample, request_id=request_id)
 
-    with backend.admission.sample(owner) as accepted:
-        operation = await backend.operations.accept(
-            Submission(owner, "sample", natural_key, message, reply or {}, dialect=dialect)
-        )
-        accepted(operation)
+    try:
+        with backend.admission.sample(owner) as accepted:
+            operation = await backend.operations.accept(
+                Submission(owner, "sample", natural_key, message, reply or {}, dialect=dialect)
+            )
+            accepted(operation)
+    except ApiError:
+        if opened is not None:
+            backend.streams.close(opened)
+        raise
     return operation

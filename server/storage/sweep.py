@@ -77,16 +77,26 @@ class Sweep:
     async def _drop_answers(self) -> None:
         now = time.time()
         through = now - self._settings.answer_seconds
-        if await self._ledger.read(retention.answer_bytes) > self._settings.answer_bytes:
-            beyond = partial(retention.beyond, max_bytes=self._settings.answer_bytes)
-            youngest_beyond = await self._ledger.read(beyond)
-            through = max(through, youngest_beyond or 0.0)
         await self._payloads.forget_ended_models()
         await self._payloads.remove_unused()
         await self._repeat(partial(retention.drop_answers, through=through))
         await self._repeat(partial(retention.drop_operations, through=through, now=now))
+        await self._drop_answers_beyond_shares(now)
 
-    async def _repeat(self, change: Callable[[Connection], bool]) -> None:
+    async def _drop_answers_beyond_shares(self, now: float) -> None:
+        """Where all answers take too many bytes, of the owners that have the most of them."""
+        sizes = await self._ledger.read(retention.answer_bytes)
+        if sum(sizes.values()) <= self._settings.answer_bytes:
+            return
+        share = retention.fair_share(sizes.values(), self._settings.answer_bytes)
+        for owner in (owner for owner, size in sizes.items() if size > share):
+            through = await self._ledger.read(partial(retention.beyond, owner=owner, max_bytes=share))
+            if through is not None:
+                of = {"owner": owner, "through": through}
+                await self._repeat(partial(retention.drop_answers_of, **of))
+                await self._repeat(partial(retention.drop_operations, now=now, **of))
+
+    async def _repeat(self, change: Callable[[Connection], int]) -> None:
         """Other writes come in between."""
         while await self._ledger.write(change):
             await asyncio.sleep(0)

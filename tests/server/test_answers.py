@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from tinsmith.engine import messages
 from tinsmith.server.operations.answers import RememberedAnswers
 from tinsmith.server.operations.operation import Operation
@@ -42,3 +43,49 @@ def test_an_answer_that_is_added_again_counts_once() -> None:
     for _ in range(100):
         answers.add(answered(1, 10_000))
     assert remembered(answers, 2) == [0, 1]
+
+
+def test_an_owner_with_many_answers_pushes_out_its_own() -> None:
+    answers = RememberedAnswers(MAX_BYTES)
+    small = answered(0, 100)
+    small.owner = "other"
+    answers.add(small)
+    for number in range(1, 100):
+        answers.add(answered(number, 2000))
+    assert answers.get("r0") is small
+    assert len(remembered(answers, 100)) > 5
+    answers.forget("owner")
+    assert remembered(answers, 100) == [0]
+
+
+TOPK = messages.TopK(bytes(45_000), bytes(45_000), 20, 100)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        messages.SampleOutput([messages.SampledSequence(b"", bytes(90_000), "length")]),
+        messages.SampleOutput(
+            [
+                messages.SampledSequence(
+                    b"", b"", "length", messages.TopK(bytes(45_000), bytes(45_000), 20, 100)
+                )
+            ]
+        ),
+        messages.SampleOutput([], prompt_logprobs=bytes(90_000)),
+        messages.SampleOutput([], topk_prompt_logprobs=TOPK),
+        messages.ForwardBackwardOutput([], {"x" * 90_000: 1.0}),
+    ],
+)
+def test_all_that_an_answer_has_is_counted(output: object) -> None:
+    """Log-probs, likely tokens and scores of prompts as well as tokens."""
+    answers = RememberedAnswers(MAX_BYTES)
+    for number in range(3):
+        big = answered(number, 0)
+        big.answer = messages.Done(f"r{number}", output)
+        answers.add(big)
+    assert remembered(answers, 3) == [2]
+    failed = answered(3, 0)
+    failed.answer = messages.Failed("r3", "x" * 90_000, "user")
+    answers.add(failed)
+    assert remembered(answers, 4) == [3]

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from engineless import DAY, MODEL, Server, model, sample
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 from tinsmith.ckpt.paths import CheckpointUri
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.ledger import checkpoints as checkpoint_rows
-from tinsmith.server.ledger import tenancy
+from tinsmith.server.ledger import retention, tenancy
 from tinsmith.server.operations.operation import Submission, natural_key
 
 
@@ -52,6 +54,41 @@ async def test_the_newest_answers_stay_when_there_are_too_many(server: Server) -
     kept = [await crowded.operations.find("me", request) is not None for request in requests]
     assert kept == [False, False, False, True, True], "8 kB each"
     crowded.ledger.close()
+
+
+async def test_a_tenant_with_huge_answers_expires_no_other_s(server: Server) -> None:
+    """All share the bytes; who has less than its share keeps everything, however old."""
+    await server.ledger.write(lambda connection: tenancy.ensure_tenant(connection, "greedy"))
+    await server.ledger.write(lambda connection: tenancy.ensure_tenant(connection, "middling"))
+    small = [await server.sample(number, tokens=100) for number in range(3)]
+    await server.age(60)
+    mine, middling = [], []
+    for number in range(10):
+        mine.append(await server.sample(100 + number, tokens=5000, owner="greedy"))
+        middling.append(await server.sample(200 + number, tokens=1000, owner="middling"))
+        await server.age(1)
+    crowded = Server(server.settings.data_dir, answer_bytes=200_000)
+    await crowded.sweep.sweep()
+
+    async def kept(owner: str, requests: list[str]) -> list[bool]:
+        return [await crowded.operations.find(owner, request) is not None for request in requests]
+
+    assert all(await kept("me", small))
+    assert all(await kept("middling", middling)), "80 kB, which is less than its share"
+    assert await kept("greedy", mine) == [False] * 8 + [True] * 2, "40 kB each; about 115 kB are left for it"
+    sizes = await crowded.ledger.read(retention.answer_bytes)
+    assert sum(sizes.values()) <= 200_000
+    crowded.ledger.close()
+
+
+@given(st.lists(st.integers(0, 1000), max_size=20), st.integers(0, 5000))
+def test_a_fair_share_leaves_nothing_unused_that_somebody_wants(sizes: list[int], total: int) -> None:
+    share = retention.fair_share(sizes, total)
+    kept = [min(size, share) for size in sizes]
+    if sum(sizes) <= total:
+        assert kept == sizes
+    else:
+        assert total - len(sizes) < sum(kept) <= total, "but for what cannot be divided"
 
 
 async def test_a_model_s_operations_stay_while_a_replay_needs_them_and_never_run_twice(
