@@ -92,9 +92,8 @@ class Sweep:
         for owner in (owner for owner, size in sizes.items() if size > share):
             through = await self._ledger.read(partial(retention.beyond, owner=owner, max_bytes=share))
             if through is not None:
-                of = {"owner": owner, "through": through}
-                await self._repeat(partial(retention.drop_answers_of, **of))
-                await self._repeat(partial(retention.drop_operations, now=now, **of))
+                await self._repeat(partial(retention.drop_answers_of, owner=owner, through=through))
+                await self._repeat(partial(retention.drop_operations, through=through, now=now, owner=owner))
 
     async def _repeat(self, change: Callable[[Connection], int]) -> None:
         """Other writes come in between."""

@@ -28,6 +28,8 @@ def quota(server: ServerProcess, tenant: str, *options: str) -> str:
 def server(make_server) -> Iterator[ServerProcess]:
     keys = [option for name in TENANTS for option in ("--api-key", f"{name}=tml-{name}")]
     made = make_server(*keys, TINSMITH_LONG_POLL_SECONDS="1", TINSMITH_REFUSED_SAVE_SECONDS="8")
+    made_ledger = CliRunner().invoke(app, ["keys", "create", "calm", "--data-dir", str(made.data_dir)])
+    assert made_ledger.exit_code == 0, made_ledger.output
     quota(made, "busy", "--requests-per-second", "10")
     quota(made, "queued", "--queued-operations", "3")
     quota(made, "stored", "--checkpoint-bytes", "1")
