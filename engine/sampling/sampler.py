@@ -81,6 +81,7 @@ class Sampler:
         num_pages = 1 + max(1, tokens // page_size)
         self._pool = PagePool(num_pages, page_size)
         self._longest = min(max_length, self._pool.capacity)
+        self._max_length = max_length
         weights_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
         weights_positions = weights_bytes // kv_cache.bytes_per_token(config, dtype)
         self._queue = SamplingQueue(self._pool, max_slots, decode_steps, weights_positions)
@@ -157,8 +158,9 @@ class Sampler:
                 self._token_bytes.read()
             except TokenizerError as error:
                 raise UserError(f"stop: {error}; give stop token ids instead") from None
-        # The last token sampled is never fed back, so it needs no position of its own.
-        room = longest + 1 - len(prompt)
+        # The last token sampled is never fed back, so it needs no page. Behind a prompt that fills the
+        # context one token is drawn, for requests that only want the prompt's log-probs.
+        room = max(1, min(self._max_length, longest + 1) - len(prompt))
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         named = implicit_stop_tokens(params.stop_tokens, params.stop_strings, self._end_tokens)
         # An id that the model does not have, of any size, is never drawn: it stops nothing.

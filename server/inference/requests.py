@@ -52,6 +52,8 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
             f"prompt_logprobs_last_n: {last_n}; it must be between 1 and the prompt's {length} tokens less "
             "one, with prompt_logprobs"
         )
+    if len(sample.prompt) // 4 >= model.max_sequence_length:
+        return "prompt: it fills the model's context, and SGLang draws nothing behind it"
     if limits is not None and (problem := _too_long(sample, model, limits)) is not None:
         return problem
     if any(params.stop_strings) and not has_tokenizer(model.folder):

@@ -22,7 +22,7 @@ from ..served.request_samples import RequestSamples
 from ..served.sample_targets import target
 from ..served.tokenizer import of_folder
 from ..wire import sampling as wire
-from ..wire.model_input import ModelInput, prompt_tokens
+from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
 from . import Backend, BackendOf, Owner, Said, future
 from .bodies import BodyRoute
 from .futures import answered
@@ -119,7 +119,8 @@ async def _submit(
         raise BadRequest(
             f"num_samples: {body.num_samples} is over the limit of {backend.settings.max_samples}"
         )
-    prompt = prompt_tokens(given, model.vocab_size, model.max_sequence_length - 1)
+    longest = longest_prompt(model.max_sequence_length, body.sampling_params.max_tokens)
+    prompt = prompt_tokens(given, model.vocab_size, longest)
     targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
     numbered = _is_numbered(body) and seq_id is not None
     key = samples.natural_key(body.sampling_session_id or "", seq_id or 0) if numbered else None

@@ -23,7 +23,7 @@ class Prompts:
         self._backend = backend
         self._owner = owner
         self._tokenizer = tokenizer
-        self._limit = backend.base_model(model.sampler.base_model).max_sequence_length - 1
+        self._limit = backend.base_model(model.sampler.base_model).max_sequence_length
 
     async def of(self, prompt: str | list[int]) -> list[int]:
         """Tokens stay as they are. Raises ContextTooLong, or BadRequest for a text that cannot be written."""

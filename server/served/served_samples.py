@@ -12,7 +12,7 @@ from ...engine import messages
 from ..backend import Backend
 from ..errors import ApiError, BadRequest, Unavailable
 from ..operations.operation import Operation
-from ..wire.model_input import ModelInput, prompt_tokens
+from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
 from . import sample_submits
 from .request_samples import RequestSamples, cancel
 from .sample_streams import SampleStream
@@ -117,7 +117,9 @@ def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
         raise BadRequest(f"n: {asked.num_samples} is over the limit of {backend.settings.max_samples}")
     model = backend.base_model(asked.model.sampler.base_model)
     tokens = ModelInput(tokens=asked.prompt)
-    prompt = prompt_tokens(tokens, model.vocab_size, model.max_sequence_length - 1, asked.prompt_field)
+    max_tokens = 1 if asked.draws_nothing else asked.params.max_tokens
+    longest = longest_prompt(model.max_sequence_length, max_tokens)
+    prompt = prompt_tokens(tokens, model.vocab_size, longest, asked.prompt_field)
     sample = messages.Sample(
         request_id="",
         sampler=asked.model.sampler,

@@ -39,6 +39,12 @@ class ModelInput(Body):
         return np.concatenate(pieces)
 
 
+def longest_prompt(context: int, max_tokens: int | None) -> int:
+    """The most tokens a prompt may have: one fewer than the context, as room for a sample. A request for
+    a single token may fill the context, because the SDK asks so for a prompt's log-probs."""
+    return context if max_tokens == 1 else context - 1
+
+
 def prompt_tokens(prompt: ModelInput, vocab_size: int, max_length: int, where: str = "prompt") -> bytes:
     """int32 tokens. Raises BadRequest naming the chunk."""
     tokens = prompt.ids(where)

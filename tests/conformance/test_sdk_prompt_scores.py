@@ -102,3 +102,34 @@ def test_alternatives_to_the_prompts_tokens(scored) -> None:
 def test_what_is_over_a_limit_is_refused_by_name(scored, question, text) -> None:
     with pytest.raises(tinker.TinkerError, match=text):
         ask(scored[0], **question)
+
+
+def test_a_sample_that_fills_the_context_is_scored_to_its_end(server) -> None:
+    """`compute_logprobs` and `forward` take what sampling returns, and give the same log-probs."""
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-alice")
+    training = service.create_lora_training_client(base_model="tiny", rank=4, seed=3).result()
+    sampler = training.save_weights_and_get_sampling_client().result()
+    (model,) = service.get_server_capabilities().supported_models
+    context = model.max_context_length
+    prompt, params = types.ModelInput.from_ints(PROMPT), types.SamplingParams(seed=2, stop=[])
+    (sequence,) = sampler.sample(prompt=prompt, num_samples=1, sampling_params=params).result().sequences
+    tokens = [*PROMPT, *sequence.tokens]
+    assert (len(tokens), sequence.stop_reason) == (context, "length")
+    scores = sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result()
+    np.testing.assert_allclose(scores[len(PROMPT) :], sequence.logprobs, atol=1e-4)
+    # A model_input may have as many tokens as the context too, each with a target.
+    datum = types.Datum(
+        model_input=types.ModelInput.from_ints(tokens),
+        loss_fn_inputs={"target_tokens": [*tokens[1:], 5], "weights": [1.0] * context},
+    )
+    output = training.forward([datum], "cross_entropy").result().loss_fn_outputs[0]
+    np.testing.assert_allclose(output["logprobs"].data[len(PROMPT) - 1 : -1], sequence.logprobs, atol=1e-4)
+    longer = types.ModelInput.from_ints([*tokens, 5])
+    with pytest.raises(tinker.BadRequestError, match=f"{context + 1} tokens are over"):
+        sampler.compute_logprobs(longer).result()
+    with pytest.raises(tinker.BadRequestError, match=f"over the model's limit of {context - 1}"):
+        sampler.sample(
+            prompt=types.ModelInput.from_ints(tokens),
+            num_samples=1,
+            sampling_params=types.SamplingParams(max_tokens=2),
+        ).result()

@@ -136,8 +136,7 @@ def test_absent_max_tokens_goes_up_to_the_context_limit(model):
     output = sample(sampler, request(0, prompt_of(30), 2, stop_tokens=[]))
     for sampled in sequences(output):
         assert sampled.stop_reason == "length"
-        # the last token needs no place in the context
-        assert 30 + len(sampled.tokens) - 1 == 60
+        assert 30 + len(sampled.tokens) == 60
 
 
 def test_compute_logprobs_of_a_prompt_as_long_as_the_limit(model):
