@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +92,7 @@ def test_every_answer_under_v1_has_the_shape(server: ServerProcess, alice: Wire)
         401: [httpx.post(server.url + completions, json={}, headers={"X-API-Key": "tml-wrong"})],
         404: [alice.http.get("/v1/engines"), alice.http.get("/v1/models/none")],
         405: [alice.http.delete("/v1/models/tiny")],
+        413: [alice.http.post(completions, content=b" " * (17 << 20))],
         400: [alice.http.post(completions, content=b"{"), alice.http.post(completions, json=[1])],
     }
     for status, found in answers.items():
@@ -103,15 +102,6 @@ def test_every_answer_under_v1_has_the_shape(server: ServerProcess, alice: Wire)
             assert set(error) == {"message", "type", "param", "code"}
             assert error["message"]
             assert error["type"] == "invalid_request_error"
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
-    connection.putrequest("POST", completions)
-    for name, value in (("X-API-Key", ALICE), ("Content-Length", str(1 << 40))):
-        connection.putheader(name, value)
-    connection.endheaders()
-    too_large = connection.getresponse()
-    assert too_large.status == 413
-    assert json.loads(too_large.read())["error"]["type"] == "invalid_request_error"
-    connection.close()
     assert answers[401][0].json()["error"]["code"] == "invalid_api_key"
     assert answers[404][0].json()["error"]["code"] == "unknown_url"
     assert alice.http.post("/generate", json={}).json()["error"] == "send text, or input_ids"
