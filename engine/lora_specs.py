@@ -30,6 +30,11 @@ def shape(lora: LoraSpec | None) -> tuple | None:
     return (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
 
 
+def matrices(lora: LoraSpec | None) -> tuple | None:
+    """What two adapters must have in common for one to take the other's place: all but the scale."""
+    return None if lora is None else (lora.rank, lora.train_attn, lora.train_mlp, lora.train_unembed)
+
+
 def described(lora: LoraSpec | None) -> str:
     if lora is None:
         return "full weights"

@@ -153,7 +153,8 @@ class Models:
     def _load_state(self, operation: messages.LoadState) -> messages.StateLoaded:
         model = self.find(operation.model_id)
         state = self._restore(model.base, operation.directory, model.state.family, operation.optimizer_state)
-        if lora_specs.shape(state.lora) != lora_specs.shape(model.state.lora):
+        # The scale comes with the adapter: clients that resume by name do not say it again.
+        if lora_specs.matrices(state.lora) != lora_specs.matrices(model.state.lora):
             raise UserError(
                 f"the checkpoint was trained with {lora_specs.described(state.lora)}, this model with "
                 f"{lora_specs.described(model.state.lora)}: create a model from the checkpoint instead"

@@ -83,6 +83,11 @@ def find_model(connection: Connection, model_id: str) -> Row | None:
     return connection.execute(select(models).where(models.c.id == model_id)).first()
 
 
+def models_by_id(connection: Connection, ids: set[str]) -> dict[str, Row]:
+    rows = connection.execute(select(models).where(models.c.id.in_(ids))).all()
+    return {row.id: row for row in rows}
+
+
 def find_owned(connection: Connection, owner: str, name: str) -> Row | None:
     """The owner's model of that id, or the newest that its client calls so."""
     named = (models.c.owner == owner) & ((models.c.id == name) | (models.c.alias == name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
+from sqlalchemy import Row
 
 from ..access.auth import Caller
 from ..backend import Backend
@@ -60,6 +61,12 @@ async def session_of_client(backend: Backend, owner: str, session_id: str, diale
         return await backend.sessions.require_active(owner, session_id)
     fields = {"tags": [], "user_metadata": {}, "dialect": "tinkercloud"}
     return await backend.sessions.open_named(owner, session_id, fields)
+
+
+def xorl_name(run: Row, said: Dialect | None) -> str | None:
+    """What xorl's clients call a run, for answers to them; None for other clients. A request that shows no
+    dialect is answered in that of the run."""
+    return (run.alias or run.id) if (said or run.dialect) == "xorl" else None
 
 
 def base_url(request: Request, backend: Backend) -> str:

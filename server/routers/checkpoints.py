@@ -10,11 +10,12 @@ from sqlalchemy import Row
 from ...ckpt import paths
 from ..errors import BadRequest, NotFound
 from ..ledger import checkpoints as rows
+from ..ledger import tenancy
 from ..storage.checkpoints import iso, named, parse, parse_short, shown
 from ..storage.copies import session_of
 from ..wire import requests
 from ..wire.body import OfModel
-from . import BackendOf, Limit, Offset, Owner
+from . import BackendOf, Limit, Offset, Owner, Said, xorl_name
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["checkpoints"], route_class=BodyRoute)
@@ -24,13 +25,18 @@ LISTED = 1000  # of a model, at most
 
 @router.get("/checkpoints")
 async def list_checkpoints(
-    backend: BackendOf, owner: Owner, limit: Limit = 100, offset: Offset = 0
+    backend: BackendOf, owner: Owner, said: Said, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
     page, total = await backend.ledger.read(
         lambda connection: rows.of_owner(connection, owner, limit, offset)
     )
+    runs = await backend.ledger.read(
+        lambda connection: tenancy.models_by_id(connection, {row.run_id for row in page})
+    )
     return {
-        "checkpoints": [shown(row) for row in page],
+        "checkpoints": [
+            shown(row, xorl_name(runs[row.run_id], said) if row.run_id in runs else None) for row in page
+        ],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
     }
 

@@ -52,7 +52,15 @@ async def create_model(
         if name is not None:
             check_name(name)
         operation = await backend.named_models.open(
-            Named(owner, name, spec, dialect, reply, body.user_metadata or {})
+            Named(
+                owner,
+                name,
+                spec,
+                dialect,
+                reply,
+                body.user_metadata or {},
+                any_alpha=body.lora_config is None or body.lora_config.alpha is None,
+            )
         )
     if CONFIGURATION in spec.configuration and body.wandb_config and body.wandb_config.api_key:
         backend.wandb.remember(operation.model_id, body.wandb_config.api_key.get_secret_value())

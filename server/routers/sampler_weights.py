@@ -67,7 +67,8 @@ def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, backend: B
     directory = paths.new_directory(uri.run, uri.segment, uri.name)
     # What a name sampled once it samples always: there is no overwriting.
     checkpoint = new_checkpoint(backend, run, uri, directory, **body.kept() | {"overwrite": False})
-    reply = saved("save_weights_for_sampler", run, uri) | {"model_path": str(uri)}
+    reply = saved("save_weights_for_sampler", run, uri)
+    reply["model_path"] = reply["path"]
     if run.dialect == "tinker":  # whose clients make sampling sessions of paths
         return directory, reply, checkpoint
     identifier = sampler_id(run.session_id, number_of(run.id, name))

@@ -9,11 +9,12 @@ from fastapi import APIRouter
 from sqlalchemy import Row
 
 from ...ckpt import paths
+from ..dialect import Dialect
 from ..errors import NotFound
 from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..storage.checkpoints import as_strings, iso, shown
-from . import Backend, BackendOf, Limit, Offset, Owner
+from . import Backend, BackendOf, Limit, Offset, Owner, Said, xorl_name
 
 router = APIRouter(prefix="/api/v1", tags=["training runs"])
 
@@ -22,11 +23,15 @@ AccessScope = Literal["owned", "accessible"]
 """`accessible`: also others' runs of which a checkpoint is published, and of these no more than that."""
 
 
-async def _training_run(backend: Backend, owner: str, row: Row) -> dict[str, Any]:
+async def _training_run(backend: Backend, owner: str, row: Row, said: Dialect | None) -> dict[str, Any]:
     saved = await _checkpoints(backend, owner, row)
-    last = {kind: next((shown(c) for c in saved if c.segment == kind), None) for kind in paths.SEGMENTS}
+    name = xorl_name(row, said)
+    last = {
+        kind: next((shown(each, name) for each in saved if each.segment == kind), None)
+        for kind in paths.SEGMENTS
+    }
     return {
-        "training_run_id": row.id,
+        "training_run_id": name or row.id,
         "model_id": row.alias or row.id,
         "base_model": row.base_model,
         "model_owner": row.owner,
@@ -51,6 +56,7 @@ async def _checkpoints(backend: Backend, owner: str, run: Row) -> Sequence[Row]:
 async def training_runs(
     backend: BackendOf,
     owner: Owner,
+    said: Said,
     limit: Limit = 20,
     offset: Offset = 0,
     access_scope: AccessScope = "owned",
@@ -66,7 +72,7 @@ async def training_runs(
         lambda connection: tenancy.list_models(connection, of, limit, offset)
     )
     return {
-        "training_runs": [await _training_run(backend, owner, row) for row in page],
+        "training_runs": [await _training_run(backend, owner, row, said) for row in page],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
     }
 
@@ -84,13 +90,14 @@ async def _find(backend: Backend, owner: str, run_id: str, access_scope: AccessS
 
 @router.get("/training_runs/{run_id}")
 async def training_run(
-    run_id: str, backend: BackendOf, owner: Owner, access_scope: AccessScope = "owned"
+    run_id: str, backend: BackendOf, owner: Owner, said: Said, access_scope: AccessScope = "owned"
 ) -> dict[str, Any]:
-    return await _training_run(backend, owner, await _find(backend, owner, run_id, access_scope))
+    return await _training_run(backend, owner, await _find(backend, owner, run_id, access_scope), said)
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
-async def checkpoints_of_run(run_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def checkpoints_of_run(run_id: str, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
     """All of one's own; of another's run the published ones."""
     run = await _find(backend, owner, run_id, "accessible")
-    return {"checkpoints": [shown(row) for row in await _checkpoints(backend, owner, run)]}
+    name = xorl_name(run, said)
+    return {"checkpoints": [shown(row, name) for row in await _checkpoints(backend, owner, run)]}

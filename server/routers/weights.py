@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
 from ...engine import messages
 from ..errors import ApiError, BadRequest
+from ..ledger import tenancy
 from ..live.model_spec import optimizer_of
 from ..live.run import NewRun, Run
 from ..live.runs import model_id
@@ -76,8 +77,16 @@ async def _load_into(
         body.seq_id,
         messages.LoadState("", run.id, checkpoint.directory, body.optimizer),
         {"type": "load_weights", "path": body.path},
+        lambda connection, _request_id: _take_scale(run, checkpoint.lora, connection),
     )
     return future(operation)
+
+
+def _take_scale(run: Run, lora: dict[str, Any] | None, connection: Connection) -> None:
+    """The model gets the alpha of the adapter that it loads."""
+    if lora is not None and run.lora is not None and lora["alpha"] != run.lora["alpha"]:
+        run.lora = run.lora | {"alpha": lora["alpha"]}
+        tenancy.update_model(connection, run.id, lora=run.lora)
 
 
 async def _load_as_new(

@@ -39,6 +39,7 @@ class Named:
     reply: dict[str, Any]
     user_metadata: dict[str, Any] = field(default_factory=dict)
     session: dict[str, Any] = field(default_factory=dict)  # what it says of its new session
+    any_alpha: bool = False  # whether it leaves the adapter's scale to the model that is there
 
 
 class NamedModels:
@@ -55,7 +56,7 @@ class NamedModels:
             run = await self._alive(asked)
             if run is None:
                 return await self._create(asked)
-            _require_alike(run, asked.spec)
+            _require_alike(run, asked.spec, asked.any_alpha)
             await self._runs.restart_numbers(run)
             first = await self._operations.find(asked.owner, run.create_message.request_id)
             assert first is not None  # the ledger keeps creations
@@ -91,7 +92,7 @@ class NamedModels:
             )
 
 
-def _require_alike(run: Run, spec: ModelSpec) -> None:
+def _require_alike(run: Run, spec: ModelSpec, any_alpha: bool) -> None:
     if run.state in _OVER:
         raise BadRequest(f"model {run.name!r} is over; choose another model_id")
     there, asked = run.create_message, spec.message
@@ -108,10 +109,13 @@ def _require_alike(run: Run, spec: ModelSpec) -> None:
             f"model {run.name!r} is there already, with another rlve_config; call unload_model first, or "
             "choose another model_id"
         )
-    if _shape(there.lora) != _shape(asked.lora):
+    shapes = [_shape(lora) for lora in (there.lora, asked.lora)]
+    ignored = {"alpha"} if any_alpha else set()
+    old_shape, new_shape = ({k: v for k, v in (s or {}).items() if k not in ignored} for s in shapes)
+    if old_shape != new_shape:
         raise BadRequest(
-            f"model {run.name!r} is there already, with lora_config {_shape(there.lora)} and not "
-            f"{_shape(asked.lora)}; call unload_model first, or choose another model_id"
+            f"model {run.name!r} is there already, with lora_config {shapes[0]} and not "
+            f"{shapes[1]}; call unload_model first, or choose another model_id"
         )
 
 

@@ -56,15 +56,16 @@ def iso(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
-def shown(row: Row) -> dict[str, Any]:
-    """A checkpoint as listings show it."""
+def shown(row: Row, xorl_model: str | None = None) -> dict[str, Any]:
+    """A checkpoint as listings show it: in xorl's scheme, where its clients have this name for the model."""
     uri = paths.CheckpointUri(row.run_id, row.segment, row.name)
+    path = str(uri) if xorl_model is None else f"{paths.XORL_SCHEME}{xorl_model}/{uri.checkpoint_id}"
     return {
         "checkpoint_id": uri.checkpoint_id,
         "checkpoint_type": uri.checkpoint_type,
         "time": iso(row.created_at),
         "created_at": iso(row.created_at),
-        "path": str(uri),
+        "path": path,
         "tinker_path": str(uri),
         "size_bytes": row.size_bytes,
         "public": row.public,

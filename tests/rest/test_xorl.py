@@ -73,6 +73,40 @@ def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
     assert listed == ["xorl://sft/weights/session_sft_final", path], "checkpoints stay, newest first"
 
 
+def test_a_client_resumes_from_the_paths_of_listings(xorl: Xorl) -> None:
+    """As its client does, which reads the model's name from the path and gives no alpha: into a model that is
+    there, and into one that has to be made again."""
+    created = {"base_model": "tiny", "lora_config": {"rank": 4, "alpha": 11, "dropout": 0.0}}
+    xorl.done("create_model", model_id="listed", **created)
+    xorl.done("forward_backward", model_id="listed", seq_id=1, forward_backward_input=BATCH)
+    xorl.done("optim_step", model_id="listed", seq_id=2, adam_params=ADAM)
+    xorl.done("save_weights", model_id="listed", seq_id=3, path="s")
+    sampler = xorl.done("save_weights_for_sampler", model_id="listed", seq_id=4, name="t")
+    assert sampler["path"] == sampler["model_path"] == "xorl://listed/sampler_weights/t"
+    trained = xorl.done("forward", model_id="listed", seq_id=5, forward_input=BATCH)["loss_fn_outputs"]
+    runs = xorl.get("/api/v1/training_runs", params={"limit": 100}).json()["training_runs"]
+    (run,) = (each for each in runs if each["training_run_id"] == "listed")
+    path = run["last_checkpoint"]["path"]
+    assert (path, run["last_sampler_checkpoint"]["path"]) == ("xorl://listed/weights/s", sampler["path"])
+    assert xorl.get("/api/v1/training_runs/listed").json() == run
+    for url in ("/api/v1/checkpoints", "/api/v1/training_runs/listed/checkpoints"):
+        listed = [each["path"] for each in xorl.get(url).json()["checkpoints"]]
+        assert {path, sampler["path"]} <= set(listed)
+    sdks = xorl.get("/api/v1/checkpoints", headers={"X-API-Dialect": "tinker"}).json()["checkpoints"]
+    assert all(each["path"] == each["tinker_path"] for each in sdks)
+    for over in (False, True):
+        if over:
+            xorl.ask("kill_session", model_id="listed", save_checkpoint=False)
+        described = xorl.ask("weights_info", xorl_path=path)
+        lora = {"rank": described["lora_rank"], "alpha": None, "dropout": 0.0, "target_modules": None}
+        again = {"model_id": "listed", "base_model": described["base_model"], "lora_config": lora}
+        assert xorl.done("create_model", **again)["model_id"] == "listed"
+        xorl.done("load_weights", model_id="listed", seq_id=1, path=path, optimizer=True)
+        resumed = xorl.done("forward", model_id="listed", seq_id=2, forward_input=BATCH)
+        assert resumed["loss_fn_outputs"] == trained
+        assert xorl.ask("get_info", model_id="listed")["lora_alpha"] == 11
+
+
 def test_a_failure_is_an_answer(xorl: Xorl) -> None:
     xorl.done("create_model", model_id="failing", base_model="tiny", lora_config={"rank": 4})
     batch = BATCH | {"loss_fn": "drgrpo", "loss_fn_params": {"kl_type": "k9"}}

@@ -33,7 +33,7 @@ def step(client: Any) -> float:
 
 
 def supervised(service: Any, model_id: str) -> dict[str, Any]:
-    client = service.create_lora_training_client(base_model="tiny", rank=8, model_id=model_id)
+    client = service.create_lora_training_client(base_model="tiny", rank=8, alpha=11, model_id=model_id)
     losses = [step(client) for _ in range(6)]
     saved = client.save_state("half").result().path
     sampler = client.save_weights_for_sampler("s1").result().path
@@ -43,7 +43,9 @@ def supervised(service: Any, model_id: str) -> dict[str, Any]:
     deleted = client.delete_checkpoint("weights/gone").result()
     assert deleted.success, deleted
     runs = service.create_rest_client().list_training_runs().result()
-    assert any(run.base_model == "tiny" for run in runs.training_runs)
+    (own,) = (run for run in runs.training_runs if run.training_run_id == model_id)
+    assert own.last_checkpoint.path == f"xorl://{model_id}/weights/half", own
+    assert own.last_sampler_checkpoint.path == sampler, own
     try:
         client.forward_backward([datum()], "no_such_loss").result()
     except Exception as error:
