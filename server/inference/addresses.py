@@ -113,21 +113,25 @@ class Allowed:
             return host == _LOCALHOST and any((name, port) in self for name in _LOOPBACK)
         return any(_covers(network, found) for network in self._networks)
 
-    async def resolve(self, host: str, port: int) -> str:
-        """The address to connect to. Raises NotAllowed, and OSError for a name that leads nowhere.
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """The addresses to connect to, the best first. Raises NotAllowed, and OSError for a name that leads
+        nowhere.
 
-        Whoever connects has to use this address, not the name: the name may lead elsewhere a moment later.
+        Whoever connects has to use one of these, not the name: the name may lead elsewhere a moment later.
         """
         if (host, port) not in self:
             raise NotAllowed(f"{host}:{port} is not allowed")
         literal = address(host)
         if literal is not None:
-            return str(literal)
-        for found in await self._addresses(host, port):
-            is_network_s_own = found.is_link_local or found.is_multicast or found.is_unspecified
-            if not is_network_s_own or (str(found), port) in self:
-                return str(found)
-        raise NotAllowed(f"{host}:{port} leads to an address that is not allowed")
+            return [str(literal)]
+        found = [str(each) for each in await self._addresses(host, port) if self._may_be_led_to(each, port)]
+        if not found:
+            raise NotAllowed(f"{host}:{port} leads to an address that is not allowed")
+        return list(dict.fromkeys(found))
+
+    def _may_be_led_to(self, found: Address, port: int) -> bool:
+        is_network_s_own = found.is_link_local or found.is_multicast or found.is_unspecified
+        return not is_network_s_own or (str(found), port) in self
 
     async def _addresses(self, host: str, port: int) -> list[Address]:
         def look_up() -> list[Address]:

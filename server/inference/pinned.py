@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import httpx
 
 from .addresses import Allowed, NotAllowed
 
 
 class PinnedTransport(httpx.AsyncBaseTransport):
-    """Resolves a request's host once, checks the address, and connects to that address.
+    """Resolves a request's host once, checks the addresses, and connects to the first that takes it.
 
     A name that leads to an allowed address when it is registered, and to another one later (DNS rebinding),
     is refused then. The `Host` header and the TLS name stay as they were.
@@ -26,9 +28,15 @@ class PinnedTransport(httpx.AsyncBaseTransport):
             raise httpx.ConnectError(str(error), request=request) from None
         except (OSError, TimeoutError, ValueError) as error:
             raise httpx.ConnectError(f"the name {host!r} cannot be resolved", request=request) from error
+        for each in found[:-1]:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return await self._send(request, host, each)
+        return await self._send(request, host, found[-1])
+
+    async def _send(self, request: httpx.Request, host: str, address: str) -> httpx.Response:
         pinned = httpx.Request(
             request.method,
-            request.url.copy_with(host=found),
+            request.url.copy_with(host=address),
             headers=request.headers,
             stream=request.stream,
             extensions=request.extensions | {"sni_hostname": host},

@@ -37,6 +37,7 @@ class Things:
         run, segment, name = self.exported.removeprefix("tinker://").split("/")
         ids = {"session_id": self.session, "run_id": run, "segment": segment, "name": name}
         path = path.replace("{file:path}", "adapter_config.json").replace("{request_id}", self.request)
+        path = path.replace("{name:path}", self.exported)
         return path.format(**ids, sampler_id=self.sampler)
 
 
@@ -236,6 +237,7 @@ OWNED: list[tuple[str, str, Callable[[Things], Request]]] = [
     ("POST", "/api/v1/asample", lambda of: sample(model_path=of.exported)),
     ("POST", "/generate", lambda of: json(input_ids=[5, 6], lora_path=of.exported)),
     ("POST", "/generate", lambda of: json(input_ids=[5, 6], model=of.sampler)),
+    ("GET", "/v1/models/{name:path}", lambda of: {}),
     ("POST", "/v1/completions", lambda of: json(prompt=[5, 6], max_tokens=1, model=of.exported)),
     ("POST", "/v1/chat/completions", lambda of: json(messages=HELLO, max_tokens=1, model=of.exported)),
     ("POST", "/api/v1/retrieve_future", lambda of: json(request_id=of.request)),
@@ -397,3 +399,20 @@ def test_an_empty_header_is_no_key(
     assert answer.status == status
     assert message in answer.read().decode()
     connection.close()
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "::1", "[::1]", "::ffff:127.0.0.1", "169.254.169.254", "10.0.0.2", "127.1"],
+)
+def test_a_tenant_s_server_is_nowhere_that_the_operator_does_not_allow(
+    server: ServerProcess, host: str
+) -> None:
+    """Also on a server that listens on loopback alone."""
+    alice = Wire(server.url, ALICE)
+    asked = {"host": host, "port": 9, "api_key": "sk-secret"}
+    answer = alice.http.post("/add_inference_endpoint", json=asked)
+    assert not answer.json()["success"]
+    assert "--sglang-allow" in answer.json()["message"]
+    assert "sk-secret" not in answer.text
+    assert alice.http.get("/list_inference_endpoints").json()["endpoints"] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conformance.server_process import ServerProcess, Wire
+from conformance.test_authorisation import KEYED, NOBODYS, OPEN, OWNED
 from tinsmith.server.cli import app
 from tinsmith.server.settings import Settings
 from typer.testing import CliRunner, Result
@@ -113,6 +114,26 @@ def test_without_keys_a_web_page_of_another_site_does_nothing(
     assert answer.startswith(f"{status} "), answer
     assert name in json.loads(answer[4:])["error"]
     assert sessions(keyless, None).json() == before
+
+
+FOREIGN = [
+    {"Host": "evil.example"},
+    HERE | {"Origin": "https://evil.example"},
+    HERE | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"},
+]
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(OPEN | set(KEYED) | {route[:2] for route in OWNED}))
+def test_without_keys_no_route_is_open_to_pages_of_other_sites(
+    keyless: ServerProcess, method: str, path: str
+) -> None:
+    body = None if method == "GET" else "{}"
+    for headers in FOREIGN:
+        assert raw(keyless, method, NOBODYS.url(path), body, JSON | headers).startswith("403 ")
+    if body is not None:
+        for kind in ("text/plain", "multipart/form-data; boundary=x"):
+            answer = raw(keyless, method, NOBODYS.url(path), body, HERE | {"Content-Type": kind})
+            assert answer.startswith("415 ")
 
 
 def test_without_keys_a_page_reads_nothing_but_a_link_may_be_followed(keyless: ServerProcess) -> None:

@@ -237,8 +237,19 @@ async def test_a_name_is_resolved_once_and_its_address_is_asked(monkeypatch: pyt
         with pytest.raises(NotAllowed):
             await allowed.resolve(host, 80)
     assert not looked_up, "nobody resolves a name that is not allowed"
-    assert await allowed.resolve("::ffff:10.1.2.3", 80) == "10.1.2.3"
-    assert await allowed.resolve("localhost", 80) in ("127.0.0.1", "::1")
+    assert await allowed.resolve("::ffff:10.1.2.3", 80) == ["10.1.2.3"]
+    assert "127.0.0.1" in await allowed.resolve("localhost", 80)
+
+
+async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `localhost` is ::1 first, and the server listens on 127.0.0.1."""
+    found = [(0, 0, 0, "", (host, 0)) for host in ("169.254.1.1", "::1", "127.0.0.1")]
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *_args, **_kwargs: found)
+    async with anything(sglang) as there:
+        client = Endpoint(f"http://localhost:{there.port}", None, Allowed([], ["localhost"]))
+        assert (await client.model_info())["model_path"] == "tiny"
+        assert len(await client.generate(DRAW)) == 1
+        await client.close()
 
 
 # --- the registry
