@@ -102,7 +102,7 @@ class Backend:
         )
         self.offload = Offload(_WORKER_BYTES + _MEMORY_PER_BODY_BYTE * settings.max_body_bytes)
         self.payloads = Payloads(self.ledger, settings.payload_dir, settings.sync_every_commit)
-        self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes)
+        self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes, settings.payload_dir.parent)
         self.engine = Supervisor(
             settings.engine_config([model.message for model in self.base_models.values()]),
             self._answered,

@@ -38,12 +38,16 @@ log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")
 BUSY_MILLISECONDS = 10_000  # how long another process may hold the database before a write fails
 _JOURNAL_BYTES = 64 << 20  # of the write-ahead log that stay on disk after a burst
+_CHECKPOINT_SECONDS = 1.0
+_CHECKPOINT_WAITS = 0.2  # seconds, for readers
+_LONG_LOG_PAGES = _JOURNAL_BYTES // 4096
 _GROUP = 256  # functions in one commit, at most
 _MIGRATING = 0x74696E736D697468  # the advisory lock, in PostgreSQL, of those that migrate
 _LOOK_SECONDS = 0.5  # whether the lease has expired
 
 
-def _connect(url: str, sync_every_commit: bool) -> Engine:
+def _connect(url: str, sync_every_commit: bool, checkpoints: bool) -> Engine:
+    """`checkpoints`: commits move the write-ahead log into the database, now and then."""
     engine = create_engine(url)
     if engine.dialect.name != "sqlite":
         return engine
@@ -56,6 +60,8 @@ def _connect(url: str, sync_every_commit: bool) -> Engine:
         connection.execute(f"PRAGMA synchronous={'FULL' if sync_every_commit else 'NORMAL'}")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute(f"PRAGMA journal_size_limit={_JOURNAL_BYTES}")
+        if not checkpoints:
+            connection.execute("PRAGMA wal_autocheckpoint=0")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
@@ -96,7 +102,7 @@ class Ledger:
         self.owner = owner
         self._lease: leases.Lease | None = None
         try:
-            self._engine = _connect(url, sync_every_commit)
+            self._engine = _connect(url, sync_every_commit, checkpoints=owner is None)
         except (ArgumentError, ImportError) as error:
             raise LedgerUnusable(no_driver(error)) from error
         try:
@@ -117,11 +123,16 @@ class Ledger:
         self._identity = self._file and _identity(self._file)
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
-        self._writer.start()
         self._closing = threading.Event()
-        self._renewer = threading.Thread(target=self._renew_forever, name="lease", daemon=True)
+        self._has_written, self._log_is_long = threading.Event(), threading.Event()
+        beside = {"lease": self._renew_forever, "checkpoints": self._checkpoint_forever}
+        self._beside = [
+            threading.Thread(target=each, name=name, daemon=True) for name, each in beside.items()
+        ]
+        self._writer.start()
         if self._lease is not None:
-            self._renewer.start()
+            for thread in self._beside:
+                thread.start()
 
     def _migrate(self) -> None:
         config = _migrations()
@@ -186,6 +197,36 @@ class Ledger:
         except Exception as error:
             log.debug("the lease could not be released: %s", error)
 
+    # --- the write-ahead log
+
+    def _checkpoint_forever(self) -> None:
+        """Move what was committed from the log into the database.
+
+        That waits for the disk, so it is done beside the writer, and no commit waits. The log begins anew
+        when a commit finds all of it moved, or when it is long.
+        """
+        if self._file is None:
+            return
+        while not self._closing.wait(_CHECKPOINT_SECONDS):
+            if self._has_written.is_set():
+                self._has_written.clear()
+                if self._checkpoint("PASSIVE") > _LONG_LOG_PAGES:
+                    self._log_is_long.set()
+
+    def _checkpoint(self, mode: str) -> int:
+        """How many pages the log has."""
+        try:
+            self._require_file()
+            connection = sqlite3.connect(str(self._file), timeout=_CHECKPOINT_WAITS, isolation_level=None)
+            try:
+                _busy, pages, _moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+                return pages
+            finally:
+                connection.close()
+        except (sqlite3.Error, Unavailable) as error:
+            log.debug("the write-ahead log was not moved: %s", error)
+            return 0
+
     # --- reading and writing
 
     def write(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
@@ -216,7 +257,8 @@ class Ledger:
         self._writer.join()
         if self._lease is not None:
             self._closing.set()
-            self._renewer.join()
+            for thread in self._beside:
+                thread.join()
             self._release()
         self._engine.dispose()
         if self.owner is not None:
@@ -239,6 +281,10 @@ class Ledger:
                     break
                 group.append(change)
             self._commit(group)
+            self._has_written.set()
+            if self._log_is_long.is_set():
+                self._log_is_long.clear()
+                self._checkpoint("RESTART")
             if last:
                 return
 

@@ -19,18 +19,20 @@ _FRESH_SECONDS = 0.25  # a crowd of submits asks the file system once
 class Disk:
     """Of any thread."""
 
-    def __init__(self, data_dir: Path, reserve_bytes: int):
-        self._data_dir = data_dir
+    def __init__(self, data_dir: Path, reserve_bytes: int, ledger_dir: Path | None = None):
+        """`ledger_dir`: where the ledger is, if that is elsewhere."""
+        self._folders = [data_dir] if ledger_dir is None else [data_dir, ledger_dir]
         self.reserve_bytes = reserve_bytes
         self._asked_at = float("-inf")
         self._usage = (0, 0)
 
     def usage(self) -> tuple[int, int]:
-        """Total and free bytes. Raises OSError."""
+        """Total and free bytes, of the fuller disk if there are two. Raises OSError."""
         now = time.monotonic()
         if now - self._asked_at > _FRESH_SECONDS:
-            total, _used, free = shutil.disk_usage(self._data_dir)
-            self._usage, self._asked_at = (total, free), now
+            usages = [shutil.disk_usage(folder) for folder in self._folders]
+            fullest = min(usages, key=lambda usage: usage.free)
+            self._usage, self._asked_at = (fullest.total, fullest.free), now
         return self._usage
 
     def require_room(self) -> None:

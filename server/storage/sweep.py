@@ -24,6 +24,7 @@ from ...engine import messages
 from ..errors import ApiError
 from ..ledger import audit, retention, usage
 from ..ledger.ledger import Ledger
+from ..ledger.ownership import sqlite_file
 from ..operations.payloads import Payloads
 from ..settings import Settings
 from ..supervision.snapshots import Snapshots
@@ -157,7 +158,9 @@ class Sweep:
 
     def _measure(self) -> dict[str, int]:
         used = {kind: _bytes_below(self._data_dir / kind) for kind in KINDS}
-        used["ledger"] = sum(_size(path) for path in self._data_dir.glob("ledger.db*"))
+        ledger = sqlite_file(self._settings.ledger_url)
+        files = [] if ledger is None else ledger.parent.glob(f"{ledger.name}*")
+        used["ledger"] = sum(_size(path) for path in files)
         used["ledger"] += self._payloads.used_bytes()
         return used
 

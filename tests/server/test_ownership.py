@@ -128,6 +128,32 @@ async def test_a_server_that_was_replaced_writes_and_reads_nothing(tmp_path: Pat
     reader.close()
 
 
+async def test_the_write_ahead_log_stays_short_while_much_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server moves the log into the database beside its commits."""
+    monkeypatch.setattr(ledger_module, "_CHECKPOINT_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_module, "_LONG_LOG_PAGES", 1000)
+    owned = open_owned(tmp_path, url(tmp_path))
+    await owned.write(lambda connection: connection.exec_driver_sql("CREATE TABLE filler (bytes BLOB)"))
+
+    def fill(connection) -> None:
+        connection.exec_driver_sql("INSERT INTO filler VALUES (zeroblob(200000))")
+
+    for _ in range(40):
+        await asyncio.gather(*(owned.write(fill) for _ in range(5)))
+        await asyncio.sleep(0.01)
+    assert (tmp_path / "ledger.db-wal").stat().st_size < 20 << 20, "of 40 MB"
+    owned.close()
+    assert not (tmp_path / "ledger.db-wal").exists()
+    with sqlite3.connect(tmp_path / "ledger.db") as reader:
+        assert reader.execute("SELECT count(*), sum(length(bytes)) FROM filler").fetchone() == (
+            200,
+            40_000_000,
+        )
+    reader.close()
+
+
 async def test_commands_write_beside_a_server(tmp_path: Path) -> None:
     owned = open_owned(tmp_path, url(tmp_path))
     beside = Ledger(url(tmp_path))
