@@ -13,8 +13,6 @@ from .errors import error_response
 USUAL_BYTES = 1 << 20
 # Prompts: the longest contexts there are, and the tokens whose log-probs are asked for at each place of one.
 SAMPLING_BYTES = 16 << 20
-_DRAINED_BYTES = 1 << 30
-_EXPECTED_BYTES = 64 << 10  # of a client that waits for 100 Continue, enough to see what it is about
 _TRAINING = ("/api/v1/forward_backward", "/api/v1/forward")
 _SAMPLING = (
     *("/api/v1/asample", "/api/v1/sample"),
@@ -45,18 +43,15 @@ class BodyLimits:
         # At most 18 ASCII digits: str.isdigit takes '²' too, and int() no more than 4300 of them.
         is_number = declared.isascii() and declared.isdigit() and len(declared) <= 18
         if not is_number or int(declared) > limit:
-            expects = HTTPConnection(scope).headers.get("expect")
-            await _read_on(receive, 0 if expects is None else _DRAINED_BYTES - _EXPECTED_BYTES)
             await _refuse(limit, scope, receive, send)
             return
         seen = 0
-        over = is_whole = False
+        over = False
 
         async def counted() -> Message:
-            nonlocal seen, over, is_whole
+            nonlocal seen, over
             message = await receive()
             seen += len(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
             if seen > limit:
                 over = True
                 return {"type": "http.disconnect"}
@@ -70,18 +65,7 @@ class BodyLimits:
             await self._app(scope, counted, guarded)
         finally:
             if over:
-                await _read_on(receive, _DRAINED_BYTES if is_whole else seen)
                 await _refuse(limit, scope, receive, send)
-
-
-async def _read_on(receive: Receive, seen: int) -> None:
-    """Let the client send the rest. One that is still sending when its connection closes may never see the
-    answer. `seen`: the bytes there were already."""
-    while seen < _DRAINED_BYTES:
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return
 
 
 async def _refuse(limit: int, scope: Scope, receive: Receive, send: Send) -> None:

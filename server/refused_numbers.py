@@ -7,6 +7,7 @@ off. Model and number are mostly among the first bytes of such a body, or the la
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import orjson
@@ -27,6 +28,8 @@ PATHS = frozenset(
 """The routes whose bodies are numbered operations of models."""
 _FINAL = frozenset({400, 411, 413, 415, 422})
 _TOO_LARGE = 413
+_READ_BYTES = 1 << 30
+_READ_SECONDS = 1.0
 
 
 class RefusedNumbers:
@@ -50,6 +53,7 @@ class RefusedNumbers:
                 start = message
                 return
             if start is not None:
+                await body.read_on()
                 if body.is_complete or start["status"] == _TOO_LARGE:
                     await self._use_up(scope["state"]["owner"], body, message.get("body", b""))
                 await send(start)
@@ -77,6 +81,7 @@ class _Ends:
         self._head_bytes = peek.HEAD_BYTES if is_plain else peek.COMPRESSED_HEAD_BYTES
         self._head, self._tail, self._size = b"", b"", 0
         self.is_complete = False
+        self._is_over = False
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -89,7 +94,15 @@ class _Ends:
             behind = piece[max(taken, len(piece) - peek.TAIL_BYTES, 0) :]
             self._tail = (self._tail + behind)[-peek.TAIL_BYTES :]
             self.is_complete = not message.get("more_body", False)
+        self._is_over = self.is_complete or message["type"] == "http.disconnect"
         return message
+
+    async def read_on(self) -> None:
+        """Receive what the client is still sending, which may end with the number; give up soon if it waits
+        for our answer instead."""
+        with contextlib.suppress(TimeoutError):
+            while not self._is_over and self._size < _READ_BYTES:
+                await asyncio.wait_for(self.receive(), _READ_SECONDS)
 
     def numbered(self) -> tuple[object, object]:
         whole = self.is_complete and len(self._head) + len(self._tail) == self._size

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -21,6 +22,10 @@ from .settings import Settings
 
 log = logging.getLogger("tinsmith.server")
 BACKLOG = 4096  # connections that wait to be accepted
+
+_SWITCH_SECONDS = 0.001
+"""For so long a thread that is busy keeps the interpreter's lock from the event loop; Python's 5 ms, several
+times per request, are much."""
 
 
 class Server(uvicorn.Server):
@@ -132,6 +137,7 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
     )
     allow_many()
     _collect_seldom()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     server = Server(config)
     server.run(sockets=[listener])
     return server.started and not server.failed

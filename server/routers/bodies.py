@@ -36,7 +36,6 @@ class BodyRoute(APIRoute):
 
         async def handle_any_size(request: Request) -> Response:
             if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-                await received(request)  # refused_numbers.py sees what it is about
                 raise UnsupportedMediaType("Content-Encoding: this route takes bodies as they are; send none")
             if _is_json(request):
                 pieces = await received(request)

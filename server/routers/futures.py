@@ -18,6 +18,7 @@ from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..operations.operation import Operation
 from ..served.tokenizer import of_folder
 from ..wire import requests, results
+from ..wire.sampled import tokens_of
 from . import Backend, BackendOf, Owner, Said
 from .bodies import BodyRoute
 
@@ -25,6 +26,7 @@ router = APIRouter(prefix="/api/v1", tags=["futures"], route_class=BodyRoute)
 
 # Answers over this size are announced first, where the client allows it, so that it can bound its memory.
 METADATA_FIRST_BYTES = 1 << 20
+_INLINE_BYTES = 64 << 10  # of numbers; they are written as JSON in a few milliseconds
 AT_ONCE_SECONDS = 1.0
 
 
@@ -51,7 +53,7 @@ def _pending(backend: Backend, operation: Operation, dialect: Dialect) -> Respon
     )
 
 
-def answered(
+async def answered(
     backend: Backend,
     operation: Operation,
     parts: list[Operation],
@@ -71,20 +73,33 @@ def answered(
     serialized = results.as_protobuf(outputs[0]) if wants_protobuf else None
     if serialized is not None:
         return Response(serialized, media_type=results.PROTOBUF)
-    body = results.as_json(results.joined(outputs), dialect) | operation.reply
-    if "sequences" in body and "base_model" in parts[0].reply:
-        _add_text(body["sequences"], backend, parts[0].reply["base_model"])
-    if wrapped:
-        body = body | {"status": "completed", "result": body}
-    return _json(body)
+    owner = operation.owner
+    size = results.size(outputs)
+    texts = None
+    if "base_model" in parts[0].reply:  # of clients that have no tokenizer
+        texts = await backend.offload.in_thread(owner, _texts, outputs, backend, parts[0])
+    if size <= _INLINE_BYTES:
+        return _json(results.body(outputs, dialect, operation.reply, texts, wrapped))
+    encoded = [results.encode(outputs)]
+    rendered = await backend.offload.in_process(
+        owner, results.rendered, encoded, dialect, operation.reply, texts, wrapped
+    )
+    return Response(rendered, media_type="application/json")
 
 
-def _add_text(sequences: list[dict[str, Any]], backend: Backend, base_model: str) -> None:
-    """What the samples say, of models that have a tokenizer."""
-    with contextlib.suppress(BadRequest):
-        tokenizer = of_folder(backend.base_model(base_model).folder)
-        for sequence in sequences:
-            sequence["text"] = tokenizer.decode(sequence["tokens"])
+def _texts(outputs: list[messages.Output], backend: Backend, part: Operation) -> list[str] | None:
+    """What the samples say, if the model has a tokenizer."""
+    try:
+        tokenizer = of_folder(backend.base_model(part.reply["base_model"]).folder)
+    except BadRequest:
+        return None
+    sequences = [
+        sequence
+        for output in outputs
+        if isinstance(output, messages.SampleOutput)
+        for sequence in output.sequences
+    ]
+    return [tokenizer.decode(tokens_of(sequence.tokens)) for sequence in sequences]
 
 
 @router.post("/retrieve_future")
@@ -139,7 +154,7 @@ async def _poll(
                 await asyncio.wait_for(part.finished.wait(), max(0.0, until - time.monotonic()))
         if part.answer is None:
             return _pending(backend, operation, dialect)
-    return answered(backend, operation, parts, dialect, wants_protobuf, wrapped)
+    return await answered(backend, operation, parts, dialect, wants_protobuf, wrapped)
 
 
 @router.post("/cleanup_futures")

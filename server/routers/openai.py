@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -107,5 +105,6 @@ async def _answered(backend: Backend, owner: str, answers: Answers, asked: list[
             samples.disown()
             return StreamingResponse(answers.events(backend, running), media_type="text/event-stream")
         outputs = await served_samples.answers(running)
-    whole: dict[str, Any] = answers.whole(list(zip(running, outputs, strict=True)))
-    return Response(orjson.dumps(whole), media_type="application/json")
+    answered = list(zip(running, outputs, strict=True))
+    whole = await served_samples.written(backend, owner, outputs, lambda: answers.whole(answered))
+    return Response(whole, media_type="application/json")

@@ -70,7 +70,7 @@ async def _sample_and_wait(
             await part.finished.wait()
             if part.answer is None:
                 raise Unavailable("the server stops")
-        return answered(backend, operation, parts, said or operation.dialect)
+        return await answered(backend, operation, parts, said or operation.dialect)
 
 
 async def _sample_now(body: wire.SampleNow, samples: RequestSamples, said: Dialect | None) -> Operation:

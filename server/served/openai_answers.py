@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
@@ -67,15 +68,17 @@ class Answers:
         """How many characters each token adds to the text."""
         return self.text.lengths(tokens)
 
-    def whole(self, answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = []
+    def whole(self, answered: list[tuple[Running, messages.SampleOutput]]) -> bytes:
+        """In JSON, which is written choice by choice: writing keeps the interpreter's lock."""
+        choices: list[orjson.Fragment] = []
         for running, output in answered:
             for sequence in _likeliest(output.sequences, self.num_choices):
                 choice = _Choice(self, running.asked)
                 text, logprobs = choice.end(output, sequence)
-                choices.append(self.choice(len(choices), text, sequence.stop_reason, logprobs))
+                made = self.choice(len(choices), text, sequence.stop_reason, logprobs)
+                choices.append(orjson.Fragment(orjson.dumps(made)))
         body = self._body(answered[0][0], self.kind, choices)
-        return body | {"usage": _usage(answered)}
+        return orjson.dumps(body | {"usage": _usage(answered)})
 
     async def events(self, backend: Backend, running: list[Running]) -> AsyncIterator[bytes]:
         """The choices of the first prompt come first in the numbering, then those of the next."""
@@ -86,10 +89,8 @@ class Answers:
                 if isinstance(part, messages.SampleOutput):
                     answered.append((running[place], part))
                     for index, sequence in enumerate(part.sequences, place * self.num_choices):
-                        first = choices[index].is_new
-                        text, logprobs = choices[index].end(part, sequence)
-                        delta = self.delta(index, text, sequence.stop_reason, logprobs, first)
-                        yield self._event(running[0], [delta])
+                        last = partial(self._last_event, running[0], choices, index, part, sequence)
+                        yield await served_samples.written(backend, running[0].operation.owner, [part], last)
                     continue
                 index = place * self.num_choices + part.index
                 first, more = choices[index].is_new, choices[index].add(part)
@@ -103,7 +104,19 @@ class Answers:
             yield _error_event(500, internal_error("a stream of samples", error))
         yield b"data: [DONE]\n\n"
 
-    def _body(self, running: Running, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _last_event(
+        self,
+        running: Running,
+        choices: list[_Choice],
+        index: int,
+        output: messages.SampleOutput,
+        sequence: messages.SampledSequence,
+    ) -> bytes:
+        first = choices[index].is_new
+        text, logprobs = choices[index].end(output, sequence)
+        return self._event(running, [self.delta(index, text, sequence.stop_reason, logprobs, first)])
+
+    def _body(self, running: Running, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
         return {
             "id": self.prefix + running.operation.request_id.removeprefix("req_"),
             "object": kind,

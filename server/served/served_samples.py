@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -13,10 +14,15 @@ from ..backend import Backend
 from ..errors import ApiError, BadRequest, Unavailable
 from ..operations.operation import Operation
 from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
+from ..wire.results import size
 from . import sample_submits
 from .request_samples import RequestSamples, cancel
 from .sample_streams import SampleStream
 from .served_models import ServedModel
+
+T = TypeVar("T")
+
+_INLINE_BYTES = 16 << 10  # of tokens and log-probs
 
 
 class SampleFailed(ApiError):
@@ -109,6 +115,15 @@ async def drawn(
             task.cancel()
         for each in running:
             cancel(backend, each.operation)
+
+
+async def written(
+    backend: Backend, owner: str, outputs: Sequence[messages.SampleOutput], write: Callable[[], T]
+) -> T:
+    """Return what `write` makes of the answers; in a thread where that takes long."""
+    if size(outputs) <= _INLINE_BYTES:
+        return write()
+    return await backend.offload.in_thread(owner, write)
 
 
 def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
+import orjson
 
 from ...engine import messages
 from ..dialect import Dialect
@@ -15,6 +18,56 @@ PROTOBUF = "application/x-protobuf"
 OUTPUT_TYPE = "ArrayRecord"
 _DTYPES = {"float32": pb.DTYPE_FLOAT32, "int64": pb.DTYPE_INT64, "int32": pb.DTYPE_INT32}
 _NUMPY = {"float32": "<f4", "int64": "<i8", "int32": "<i4"}
+
+
+def size(outputs: Sequence[messages.Output]) -> int:
+    """The bytes of the numbers in them, roughly."""
+    total = 0
+    for output in outputs:
+        if isinstance(output, messages.ForwardBackwardOutput):
+            total += sum(len(each.data) for each in output.logprobs + (output.elementwise_loss or []))
+        elif isinstance(output, messages.SampleOutput):
+            total += sum(
+                len(each.tokens) + len(each.logprobs) + _topk_bytes(each.topk) for each in output.sequences
+            )
+            total += len(output.prompt_logprobs or b"") + _topk_bytes(output.topk_prompt_logprobs)
+            if output.prompt_targets is not None:
+                total += len(output.prompt_targets.values)
+            if output.prompt_alternatives is not None:
+                total += 2 * len(output.prompt_alternatives.token_ids)
+    return total
+
+
+def _topk_bytes(topk: messages.TopK | None) -> int:
+    return 0 if topk is None else len(topk.token_ids) + len(topk.logprobs)
+
+
+def encode(outputs: list[messages.Output]) -> bytes:
+    """For `rendered` in another process."""
+    return msgspec.msgpack.encode(outputs)
+
+
+def rendered(
+    encoded: bytes, dialect: Dialect, reply: dict[str, Any], texts: list[str] | None, wrapped: bool
+) -> bytes:
+    """The JSON answer to a poll. `reply`: what else it has. `texts`: those of the sequences. `wrapped`: as
+    a poll by path has it, with the result under `result` too, and a `status`."""
+    outputs = msgspec.msgpack.decode(encoded, type=list[messages.Output])
+    return orjson.dumps(body(outputs, dialect, reply, texts, wrapped))
+
+
+def body(
+    outputs: list[messages.Output],
+    dialect: Dialect,
+    reply: dict[str, Any],
+    texts: list[str] | None,
+    wrapped: bool,
+) -> dict[str, Any]:
+    """As `rendered`, before it is JSON."""
+    found = as_json(joined(outputs), dialect) | reply
+    for sequence, text in zip(found.get("sequences", []), texts or [], strict=False):
+        sequence["text"] = text
+    return found | {"status": "completed", "result": found} if wrapped else found
 
 
 def as_protobuf(output: messages.Output) -> bytes | None:
