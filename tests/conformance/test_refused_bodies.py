@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[str], Refused]] = {
     "a step that is nested too deeply": lambda m: to(
         STEP, JSON, in_json(m, x="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000), 400
     ),
-    "a step of no content type": lambda m: to(STEP, "text/plain", in_json(m, adam_params={}), 422),
+    "a step by another name": lambda m: to(STEP, "application/xml", in_json(m, adam_params={}), 422),
     "a save whose name is a number": lambda m: to("save_weights", JSON, in_json(m, path=7), 422),
     "a large step of the wrong type": lambda m: to(
         STEP, JSON, in_json(m, adam_params=7, x="a" * 300_000), 422
