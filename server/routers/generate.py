@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -48,4 +47,4 @@ async def _generate(body: Generate, backend: Backend, owner: str) -> Response:
             samples.disown()
             return StreamingResponse(answers.events(backend, owner, running), media_type="text/event-stream")
         whole = await answers.whole(samples, running)
-    return Response(orjson.dumps(whole), media_type="application/json")
+    return Response(whole, media_type="application/json")

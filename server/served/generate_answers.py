@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
@@ -105,13 +106,13 @@ class Answers:
         self._n = prompts[0].said.params.n
         self._several = body.is_batch or self._n > 1
 
-    async def whole(self, samples: RequestSamples, running: list[Running]) -> Any:
-        """Raises ApiError."""
+    async def whole(self, samples: RequestSamples, running: list[Running]) -> bytes:
+        """In JSON. Raises ApiError."""
         outputs = await served_samples.answers(running)
         found = []
         for place, output in enumerate(outputs):
             found += await self._answers(samples, place, running[place], output)
-        return found if self._several else found[0]
+        return b"[" + b",".join(found) + b"]" if self._several else found[0]
 
     async def events(self, backend: Backend, owner: str, running: list[Running]) -> AsyncIterator[bytes]:
         """Each with all there is so far of one sequence. A sequence whose prompt or other tokens are scored
@@ -123,9 +124,8 @@ class Answers:
             async with RequestSamples(backend, owner) as samples:
                 async for place, part in served_samples.drawn(backend, running):
                     if isinstance(part, messages.SampleOutput):
-                        whole = await self._answers(samples, place, running[place], part)
-                        for number, answer in enumerate(whole):
-                            yield self._event(answer, place * self._n + number)
+                        for answer in await self._answers(samples, place, running[place], part, True):
+                            yield b"data: " + answer + b"\n\n"
                         continue
                     prompt, index = self._prompts[place], place * self._n + part.index
                     sequence = growing[index]
@@ -133,9 +133,8 @@ class Answers:
                         continue
                     sequence.text.add(part.begin, tokens_of(part.tokens))
                     meta = self._meta(place, part.index, running[place], sequence, None)
-                    yield self._event(
-                        self._answer(place, running[place], sequence, sequence.text.told, meta), index
-                    )
+                    growing_answer = self._answer(place, running[place], sequence, sequence.text.told, meta)
+                    yield _data(self._numbered(growing_answer, index))
         except ApiError as error:
             yield _error_event(error.status, error.message)
         except Exception as error:
@@ -143,22 +142,43 @@ class Answers:
         yield b"data: [DONE]\n\n"
 
     async def _answers(
-        self, samples: RequestSamples, place: int, running: Running, output: messages.SampleOutput
-    ) -> list[dict[str, Any]]:
-        """One for each sequence of a prompt."""
-        prompt, sequences = self._prompts[place], []
-        for drawn in output.sequences:
-            sequence = self._sequence(place, running)
-            sequence.add(drawn)
-            if running.asked.draws_nothing:  # what would have come next
-                sequence.likely = likely_of(drawn.topk)
-            sequences.append(sequence)
+        self,
+        samples: RequestSamples,
+        place: int,
+        running: Running,
+        output: messages.SampleOutput,
+        in_stream: bool = False,
+    ) -> list[bytes]:
+        """The JSON of one for each sequence of a prompt."""
+        write = partial(served_samples.written, samples.backend, samples.owner, [output])
+        prompt = self._prompts[place]
+        sequences: list[_Sequence] = await write(lambda: self._sequences(place, running, output))
         if prompt.scores_tokens:
             asked, tokens = running.asked, prompt.said.token_ids_logprob
             begin = min(prompt.first_scored(asked.prompt), len(asked.prompt) - 1)
             wanted = [token_scores.Wanted(asked, each.tokens, tokens, begin) for each in sequences]
             for each, scores in zip(sequences, await token_scores.score(samples, wanted), strict=True):
                 each.scores = scores
+        return await write(lambda: self._written(place, running, output, sequences, in_stream))
+
+    def _sequences(self, place: int, running: Running, output: messages.SampleOutput) -> list[_Sequence]:
+        sequences = []
+        for drawn in output.sequences:
+            sequence = self._sequence(place, running)
+            sequence.add(drawn)
+            if running.asked.draws_nothing:  # what would have come next
+                sequence.likely = likely_of(drawn.topk)
+            sequences.append(sequence)
+        return sequences
+
+    def _written(
+        self,
+        place: int,
+        running: Running,
+        output: messages.SampleOutput,
+        sequences: list[_Sequence],
+        in_stream: bool,
+    ) -> list[bytes]:
         found = []
         for number, (sequence, drawn) in enumerate(zip(sequences, output.sequences, strict=True)):
             reason = self._finish_reason(sequence, drawn.stop_reason)
@@ -166,10 +186,13 @@ class Answers:
                 "cached_tokens": output.prompt_cache_hit_tokens,
                 "e2e_latency": time.monotonic() - self._began,
             }
-            if prompt.said.return_logprob:
+            if self._prompts[place].said.return_logprob:
                 meta |= self._prompt_scores(place, running.asked, output, sequence)
             text = sequence.text.whole(sequence.tokens, drawn.stop_reason)
-            found.append(self._answer(place, running, sequence, text, meta))
+            answer = self._answer(place, running, sequence, text, meta)
+            if in_stream:
+                answer = self._numbered(answer, place * self._n + number)
+            found.append(orjson.dumps(answer))
         return found
 
     def _sequence(self, place: int, running: Running) -> _Sequence:
@@ -259,8 +282,8 @@ class Answers:
         )
         return [logprob, token, text]
 
-    def _event(self, answer: dict[str, Any], index: int) -> bytes:
-        return _data(answer | ({"index": index} if self._several else {}))
+    def _numbered(self, answer: dict[str, Any], index: int) -> dict[str, Any]:
+        return answer | ({"index": index} if self._several else {})
 
 
 def _error_event(status: int, message: str) -> bytes:
