@@ -45,8 +45,11 @@ def save_encrypted(export: Callable[[Path], int], directory: Path, recipients: l
     return size
 
 
-def export_stored(base: BaseModel, source: Path | None, directory: Path, fp8: messages.Fp8 | None) -> int:
+def export_stored(
+    base: BaseModel, source: Path | None, directory: Path, fp8: messages.Fp8 | None, merge: bool = True
+) -> int:
     """Write full weights: the base model's, or what a sampler's or a training state's directory holds.
+    Without `merge` the adapter of a training state is written as PEFT reads it.
 
     Raises UserError for a directory that holds neither, or another model's.
     """
@@ -65,6 +68,8 @@ def export_stored(base: BaseModel, source: Path | None, directory: Path, fp8: me
         elif (lora := _lora_of(base, source)) is not None:
             abstract = {"weights": base.trainer.abstract_weights(lora)}
             adapter, scale = training_state.restore(source, abstract)["weights"], lora.alpha / lora.rank
+            if not merge:
+                return save_weights(base, lora, adapter, directory)
         else:
             parameters = stored_parameters.of_training_state(source)
         return _save_full(base, parameters, adapter, scale, directory, fp8)

@@ -232,14 +232,15 @@ class Fp8(msgspec.Struct, frozen=True):
 
 
 class ExportWeights(_Request, frozen=True):
-    """Write full weights into `directory` as a Hugging Face folder, for servers of others: the base model's,
-    or those of `weights` (the directory of a `SaveSampler` or a `SaveState`), an adapter inside its base
-    model's. `SamplerSaved` when they are on disk."""
+    """Write full weights into `directory` as a Hugging Face folder: the base model's, or those of `weights`
+    (the directory of a `SaveSampler` or a `SaveState`), an adapter inside its base model's. Without `merged`
+    an adapter is written as PEFT reads it. `SamplerSaved` when they are on disk."""
 
     base_model: str
     weights: str | None
     directory: str
     fp8: Fp8 | None = None
+    merged: bool = True
 
 
 TOPK_LIMIT = 64  # most likely tokens that a request may ask for per position

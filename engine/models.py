@@ -272,7 +272,8 @@ class Models:
         base, data_dir = self.base(request.base_model), self._config.data_dir
         source = None if request.weights is None else paths.resolve(data_dir, request.weights)
         directory = paths.resolve(data_dir, request.directory)
-        size = self._writers.submit(exports.export_stored, base, source, directory, request.fp8)
+        write = partial(exports.export_stored, merge=request.merged)
+        size = self._writers.submit(write, base, source, directory, request.fp8)
         return Writing(self._track(request.directory, size), messages.SamplerSaved)
 
     def _track(self, key: str, size: Future[int]) -> Future[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import uuid
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
@@ -13,7 +15,8 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import Row
 
 from ...ckpt import paths
-from ..errors import BadRequest, NotFound
+from ...engine import messages
+from ..errors import BadRequest, NotFound, Unavailable
 from ..storage.archive import Archive, files
 from ..storage.checkpoints import iso, named
 from . import Backend, BackendOf, CallerOf, Owner, base_url
@@ -23,19 +26,28 @@ router = APIRouter(prefix="/api/v1", tags=["downloads"])
 _ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 
+async def _find_any(
+    backend: Backend, owner: str, run_id: str, segment: str, name: str, save: str | None = None
+) -> Row:
+    """A checkpoint of any kind; with `save` that one of the name and no other."""
+    uri = named(run_id, segment, name)
+    row = await backend.checkpoints.find(owner, uri)
+    if save is not None and save != _save(row):
+        raise NotFound(f"the checkpoint {str(uri)!r} that this URL was made for was deleted")
+    return row
+
+
 async def _find(
     backend: Backend, owner: str, run_id: str, segment: str, name: str, save: str | None = None
 ) -> tuple[Row, Path]:
-    """A checkpoint of safetensors and its directory; with `save` that one of the name and no other."""
-    uri = named(run_id, segment, name)
-    row = await backend.checkpoints.find(owner, uri)
-    if uri.checkpoint_type == "training":
+    """A checkpoint of safetensors and its directory. Raises BadRequest for a training state."""
+    row = await _find_any(backend, owner, run_id, segment, name, save)
+    if row.segment == "weights":
         raise BadRequest(
-            f"{str(uri)!r} is a training state, of no use elsewhere; save_weights_for_sampler or "
-            "save_weights_external write files that PEFT reads (tinker checkpoint download does it for you)"
+            f"{str(named(run_id, segment, name))!r} is a training state, of no use elsewhere; "
+            "save_weights_for_sampler or save_weights_external write files that PEFT reads (tinker "
+            "checkpoint download does it for you)"
         )
-    if save is not None and save != _save(row):
-        raise NotFound(f"the checkpoint {str(uri)!r} that this URL was made for was deleted")
     return row, paths.resolve(backend.settings.data_dir, row.directory)
 
 
@@ -49,7 +61,7 @@ async def archive_url(
     run_id: str, segment: str, name: str, request: Request, backend: BackendOf, owner: Owner
 ) -> Response:
     """To a signed URL of the archive."""
-    row, _ = await _find(backend, owner, run_id, segment, name)
+    row = await _find_any(backend, owner, run_id, segment, name)
     await backend.checkpoints.record_read(owner, row)
     expires = backend.signer.expiry()
     path = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/archive.tar"
@@ -62,11 +74,16 @@ async def archive_url(
 async def archive(
     run_id: str, segment: str, name: str, backend: BackendOf, caller: CallerOf, save: str | None = None
 ) -> Response:
-    row, directory = await _find(backend, caller.owner, run_id, segment, name, save)
+    """The files that PEFT reads, or transformers those of full weights. A training state is exported for it:
+    the SDK up to 0.33 asks so for `weights/...` in `tinker checkpoint download`."""
+    row = await _find_any(backend, caller.owner, run_id, segment, name, save)
     if caller.key is not None:
         await backend.checkpoints.record_read(caller.owner, row)
     try:
-        tar = await asyncio.to_thread(Archive, directory)
+        if row.segment == "weights":
+            tar = await _archive_of_state(backend, row)
+        else:
+            tar = await asyncio.to_thread(Archive, paths.resolve(backend.settings.data_dir, row.directory))
     except FileNotFoundError:
         raise NotFound(f"the files of {name!r} were deleted") from None
     headers = {
@@ -74,6 +91,29 @@ async def archive(
         "Content-Disposition": f'attachment; filename="{row.name}.tar"',
     }
     return StreamingResponse(tar.chunks(), media_type="application/x-tar", headers=headers)
+
+
+async def _archive_of_state(backend: Backend, row: Row) -> Archive:
+    """The weights of a training state. Its folder goes at once: the archive has the files open.
+
+    Raises BadRequest, or Unavailable.
+    """
+    backend.disk.require_room()
+    identifier = uuid.uuid4().hex
+    # Below the checkpoints, where the sweep finds what a crash leaves.
+    key = f"checkpoints/{row.run_id.replace(':', '@')}/archived/{identifier}"
+    directory = paths.resolve(backend.settings.data_dir, key)
+    request = messages.ExportWeights(
+        f"archive-{identifier}", row.base_model, row.directory, key, merged=False
+    )
+    try:
+        answer = await backend.engine.request(request)
+        if isinstance(answer, messages.Failed):
+            kind = BadRequest if answer.category == "user" else Unavailable
+            raise kind(f"the checkpoint cannot be exported: {answer.message}")
+        return await asyncio.to_thread(Archive, directory)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
 @router.get(_ONE + "/external_weights_urls")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conformance.conftest import ALICE
-from conformance.server_process import ServerProcess
+from conformance.server_process import ServerProcess, Wire
 
 SCRIPT = Path(__file__).with_name("sdk_script.py")
 VERSIONS = ("0.22.3", "0.25.0", "0.30.4", "0.33.1", "0.36.0")
@@ -43,14 +43,43 @@ def newest(server: ServerProcess) -> dict[str, Any]:
     return seen
 
 
+def install(version: str, folder: Path) -> None:
+    """Its dependencies are those of the newest, which are installed."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    subprocess.run([*pip, f"tinker=={version}"], check=True, capture_output=True, timeout=300)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_older_sdk_sees_what_the_newest_does(
     server: ServerProcess, newest: dict[str, Any], tmp_path: Path, version: str
 ) -> None:
-    """Its dependencies are those of the newest, which are installed."""
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]
-    subprocess.run([*pip, f"tinker=={version}"], check=True, capture_output=True, timeout=300)
+    install(version, tmp_path)
     seen = run(server, tmp_path)
     assert (seen.pop("version"), seen.pop("sampled")) == (version, newest["sampled"])
     for name, value in seen.items():
         assert value == pytest.approx(newest[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("version", ["0.30.4", "0.33.1"])
+def test_its_command_downloads_a_training_checkpoint(
+    server: ServerProcess, tmp_path: Path, version: str
+) -> None:
+    """These versions ask for the archive of `weights/...`; later ones export it themselves."""
+    sdk, into = tmp_path / "sdk", tmp_path / "into"
+    install(version, sdk)
+    wire = Wire(server.url, ALICE)
+    model = wire.model()
+    path = wire.result(wire.post("save_weights", model_id=model, seq_id=1, path="old"))["path"]
+    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": ALICE}
+    command = [sys.executable, "-m", "tinker.cli", "checkpoint", "download", path, "--output", str(into)]
+    done = subprocess.run(
+        command,
+        env=environment | {"PYTHONPATH": str(sdk)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = {file.name for file in into.rglob("*") if file.is_file()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= found
