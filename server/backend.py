@@ -112,7 +112,9 @@ class Backend:
         )
         self.operations = Operations(self.ledger, self.engine, self.disk, self.payloads)
         self.completions = Completions(self.ledger, self.operations)
-        self.custom_losses = CustomLosses(self.ledger, self.operations, settings.custom_loss_server_side)
+        self.custom_losses = CustomLosses(
+            self.ledger, self.operations, self.quotas, settings.custom_loss_server_side
+        )
         self.runs = Runs(self.ledger, self.engine, self.operations, self.payloads, settings, self.quotas)
         self.refused_saves = RefusedSaves(self.runs.unused_numbers.consume, settings.refused_save_seconds)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, select
 
 from .schema import operations, payloads
+from .session_sizes import ROW_BYTES, charge
 
 KIND = "create_custom_loss"
 
@@ -45,5 +46,8 @@ def stored(connection: Connection, session_id: str) -> tuple[int, int]:
 
 
 def forget(connection: Connection, session_id: str) -> None:
+    """They leave with their session, and so does the room that they took up."""
+    count, size = stored(connection, session_id)
+    charge(connection, session_id, -(size + count * ROW_BYTES))
     finished = select(operations.c.id).where(_of_session(session_id), operations.c.state != "accepted")
     connection.execute(delete(payloads).where(payloads.c.operation_id.in_(finished)))

@@ -9,8 +9,10 @@ import re
 from sqlalchemy import Connection
 
 from ...engine import messages
+from ..access.quotas import Quotas
 from ..errors import BadRequest, NotFound
 from ..ledger import custom_losses as rows
+from ..ledger import session_sizes
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
@@ -21,10 +23,11 @@ _LOSS_ID = re.compile(r"([^/]{1,192}):loss:(0|[1-9][0-9]{0,18})")
 
 
 class CustomLosses:
-    """`enabled`: whether clients may have any."""
+    """`enabled`: whether clients may have any. They take up bytes of their session, until it ends."""
 
-    def __init__(self, ledger: Ledger, operations: Operations, enabled: bool):
+    def __init__(self, ledger: Ledger, operations: Operations, quotas: Quotas, enabled: bool):
         self._ledger = ledger
+        self._quotas = quotas
         self._operations = operations
         self._enabled = enabled
 
@@ -35,6 +38,7 @@ class CustomLosses:
         of by the operation's answer.
         """
         self._require_enabled()
+        limit = self._quotas.of(owner).metadata_bytes
 
         def within_limits(connection: Connection, _request_id: str) -> None:
             count, size = rows.stored(connection, session_id)
@@ -43,6 +47,8 @@ class CustomLosses:
                     f"create_custom_loss: the session has {count} losses of {size} bytes; "
                     f"it may have {MAX_LOSSES} of {MAX_BYTES} bytes"
                 )
+            session_sizes.require_room(connection, owner, limit)
+            session_sizes.charge(connection, session_id, session_sizes.size_of(loss.graph))
 
         operation = await self._operations.accept(
             Submission(

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 import msgspec
@@ -37,6 +38,8 @@ from ..supervision.supervisor import Supervisor
 from .run import NewRun, Run, from_row
 
 log = logging.getLogger("tinsmith.runs")
+
+_MOST_OVER = 1024  # models that have finished, and are remembered
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
@@ -67,6 +70,8 @@ class Runs:
         self.on_ending: Callable[[Run], None] = lambda _run: None
         self.on_finished: Callable[[str], None] = lambda _run_id: None
         self._aliases: dict[tuple[str, str], str] = {}  # owner and name: the newest model of it
+        self._of_owner: defaultdict[str, dict[str, Run]] = defaultdict(dict)
+        self._over: deque[Run] = deque()  # models that have finished, the oldest first
         self._dispatcher: Dispatcher[Operation] = Dispatcher(
             self._release, self._give_up, settings.gap_grace_seconds
         )
@@ -201,7 +206,7 @@ class Runs:
             )
         )
         if run is not None:
-            run = self._runs.setdefault(run.id, run)
+            run = self._remember(run)
             if run.alias is not None:
                 self._aliases[run.owner, run.alias] = run.id
             self._dispatcher.open(run.id, 1)
@@ -224,7 +229,7 @@ class Runs:
             lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
         )
         if row.id not in self._runs:
-            self._runs[row.id] = from_row(row)
+            self._remember(from_row(row))
             self._dispatcher.open(row.id, row.executed_seq + 1)
             for arrival in early:
                 self._dispatcher.add(self._operations.load(arrival))
@@ -280,9 +285,7 @@ class Runs:
         return run.resident or run.state == "creating" or bool(self._operations.unanswered(run.id))
 
     def alive(self, owner: str) -> list[Run]:
-        waited_for = {operation.model_id for operation in self._operations.unanswered()}
-        mine = (run for run in self._runs.values() if run.owner == owner)
-        return [run for run in mine if run.resident or run.state == "creating" or run.id in waited_for]
+        return [run for run in self._of_owner.get(owner, {}).values() if self.is_alive(run)]
 
     async def rest(self, run: Run) -> None:
         """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
@@ -312,6 +315,26 @@ class Runs:
         await self._leave(run)
         self.on_finished(run.id)
         await self.snapshots.remove(run)
+        self._over.append(run)
+        while len(self._over) > _MOST_OVER:
+            self._forget(self._over.popleft())
+
+    def _remember(self, run: Run) -> Run:
+        """The one run of this id."""
+        run = self._runs.setdefault(run.id, run)
+        self._of_owner[run.owner][run.id] = run
+        return run
+
+    def _forget(self, run: Run) -> None:
+        """A model that has finished; the ledger knows it."""
+        if self._runs.get(run.id) is not run:
+            return
+        del self._runs[run.id], self._of_owner[run.owner][run.id]
+        if not self._of_owner[run.owner]:
+            del self._of_owner[run.owner]
+        if self._aliases.get((run.owner, run.name)) == run.id:
+            del self._aliases[run.owner, run.name]
+        self._dispatcher.close(run.id)
 
     async def _leave(self, run: Run) -> None:
         if not run.resident:

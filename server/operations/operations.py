@@ -32,6 +32,7 @@ from .dispatcher import Dispatcher
 from .elsewhere import Elsewhere, Nowhere
 from .operation import Answer, Operation, Submission
 from .payloads import Payloads
+from .pending import PendingOperations
 
 log = logging.getLogger("tinsmith.operations")
 
@@ -54,7 +55,7 @@ class Operations:
         self._engine = engine
         self._disk = disk
         self._payloads = payloads
-        self._pending: dict[str, Operation] = {}
+        self._pending = PendingOperations()
         self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
         self.on_finished: Callable[[Operation], None] = lambda _operation: None
@@ -90,20 +91,20 @@ class Operations:
             natural_key=submission.natural_key,
             dialect=submission.dialect,
         )
-        self._pending[request_id] = operation
+        self._pending.add(operation)
         try:
             stored = None if payload is None else await self._store(operation, payload)
             del payload
             result = await self._write(operation, submission, stored)
         except BaseException:
-            del self._pending[request_id]
+            self._pending.discard(request_id)
             self._payloads.forget(request_id)
             raise
         if isinstance(result, Answer):
             operation.answer = result
             self._remember(operation)
         elif result is not None:
-            del self._pending[request_id]
+            self._pending.discard(request_id)
             self._payloads.forget(request_id)
             return self._first(result)
         operation.committed = True
@@ -255,8 +256,8 @@ class Operations:
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
         """All, or a model's, that the ledger has accepted and the engine has not answered, oldest first."""
-        accepted = (each for each in self._pending.values() if each.committed and not each.answering)
-        return [each for each in accepted if model_id is None or each.model_id == model_id]
+        found = self._pending.all() if model_id is None else self._pending.of_model(model_id)
+        return [each for each in found if each.committed and not each.answering]
 
     def _first(self, row: Row) -> Operation:
         operation = self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
@@ -324,7 +325,7 @@ class Operations:
         self._remember(operation)
 
     def _remember(self, operation: Operation) -> None:
-        self._pending.pop(operation.request_id, None)
+        self._pending.discard(operation.request_id)
         self._remembered.add(operation)
         operation.answered()
 
@@ -376,7 +377,7 @@ class Operations:
 
     def wake_all(self) -> None:
         """Lets every poll answer that its operation is still pending."""
-        for operation in self._pending.values():
+        for operation in self._pending.all():
             operation.finished.set()
 
     def _from_row(self, row: Row) -> Operation:
@@ -399,7 +400,7 @@ class Operations:
             operation.answer = answer
             operation.finished.set()
         elif row.state == "accepted":
-            self._pending[row.id] = operation
+            self._pending.add(operation)
         else:
             operation.expired = True
             operation.finished.set()

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+from engineless import MODEL, Server, model
+from msgspec import structs
 from tinsmith.engine import messages
+from tinsmith.server.live import runs as runs_module
+from tinsmith.server.live.run import NewRun
 from tinsmith.server.operations.operation import Operation
+from tinsmith.server.operations.pending import PendingOperations
 from tinsmith.server.recent import Recent
 from tinsmith.server.served import sample_streams
 from tinsmith.server.served.sample_streams import SampleStreams
@@ -24,7 +32,7 @@ async def read(streams: SampleStreams, operation: Operation) -> list[int]:
 
 
 def sample(request_id: str) -> Operation:
-    return Operation(request_id, "me", "sample", "", 0, {}, None)
+    return Operation(request_id, "me", "sample", "", 0, {})
 
 
 async def test_a_quick_reader_is_told_everything() -> None:
@@ -74,6 +82,44 @@ def test_the_slow_readers_of_one_owner_cost_no_other() -> None:
     streams.close("mine-0")
     assert waiting.bytes == waiting.streams == 0
     assert set(streams._waiting) == {"you"}
+
+
+async def test_models_that_have_finished_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of them are remembered; the ledger knows the others."""
+    monkeypatch.setattr(runs_module, "_MOST_OVER", 2)
+    server = Server(tmp_path)
+    await server.ledger.write(model)
+    creation = messages.CreateModel("c", MODEL, "tiny", None)
+    names = [f"s:train:{number}" for number in range(1, 5)]
+    for name in names:
+        new = NewRun("me", "s", f"create/{name}", structs.replace(creation, model_id=name), {}, {}, {})
+        await server.runs.create(replace(new, alias=f"alias-{name}"))
+        run = await server.runs.find("me", f"alias-{name}")
+        server.operations.on_answer(messages.Done(run.create_message.request_id, messages.Nothing()))
+        run.resident = False  # there is no engine that it could leave
+        await server.runs.finish(run)
+        assert run.leaving is not None
+        await run.leaving
+    assert [name for name in names if server.runs.known(name)] == names[2:]
+    assert server.runs.alive("me") == []
+    again = await server.runs.find("me", f"alias-{names[0]}")
+    assert (again.id, again.state) == (names[0], "finished")
+    assert server.runs.last_seq(again) == 0
+    server.ledger.close()
+
+
+async def test_pending_operations_are_found_by_model_however_many_others_have(tmp_path: Path) -> None:
+    pending = PendingOperations()
+    for number in range(5):
+        pending.add(Operation(f"r{number}", "me", "optim_step", f"m{number % 2}", number, {}))
+    assert [each.seq_id for each in pending.of_model("m0")] == [0, 2, 4]
+    pending.discard("r2")
+    pending.discard("r2")
+    assert [each.seq_id for each in pending.of_model("m0")] == [0, 4]
+    assert [each.seq_id for each in pending.all()] == [0, 1, 3, 4]
+    assert pending.of_model("m2") == []
 
 
 def test_what_was_used_last_is_remembered() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from tinsmith.engine import messages
 from tinsmith.server.access.quotas import Quotas
-from tinsmith.server.errors import QuotaExceeded
+from tinsmith.server.errors import NotFound, QuotaExceeded
 from tinsmith.server.ledger import session_sizes, tenancy
 from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.live import custom_losses
 from tinsmith.server.live.runs import Runs
 from tinsmith.server.live.samplers import Samplers
 from tinsmith.server.live.sessions import Sessions
@@ -32,13 +35,13 @@ class Server:
     def __init__(self, data_dir: Path, **settings):
         self.settings = Settings(data_dir=data_dir, **settings)
         self.ledger = Ledger(self.settings.ledger_url)
-        engine = Supervisor(self.settings.engine_config([]), lambda answer: None)
         payloads = Payloads(self.ledger, self.settings.payload_dir)
-        operations = Operations(self.ledger, engine, Disk(data_dir, 0), payloads)
-        quotas = Quotas(self.settings)
-        runs = Runs(self.ledger, engine, operations, payloads, self.settings, quotas)
-        self.samplers = Samplers(self.ledger, engine, operations, runs, self.settings, quotas)
-        self.sessions = Sessions(self.ledger, runs, self.samplers, quotas, 600.0)
+        engine = Supervisor(self.settings.engine_config([]), lambda answer: None, load=payloads.load)
+        self.operations = Operations(self.ledger, engine, Disk(data_dir, 0), payloads)
+        self.quotas = Quotas(self.settings)
+        runs = Runs(self.ledger, engine, self.operations, payloads, self.settings, self.quotas)
+        self.samplers = Samplers(self.ledger, engine, self.operations, runs, self.settings, self.quotas)
+        self.sessions = Sessions(self.ledger, runs, self.samplers, self.quotas, 600.0)
 
     async def create(self, owner: str = "me", **fields) -> str:
         return await self.sessions.create(owner, {"tags": [], "user_metadata": NOTE} | fields)
@@ -109,6 +112,44 @@ async def test_samplers_count_too_and_unnamed_ones_leave(server: Server) -> None
     with pytest.raises(QuotaExceeded):  # noqa: PT012
         for number in range(1000):
             await server.samplers.create("me", session_id, number, "tiny", None, None)
+
+
+async def test_custom_losses_count_and_leave_with_their_session(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom_losses, "_CHECKED_WITHIN", 0.0)
+    losses = custom_losses.CustomLosses(server.ledger, server.operations, server.quotas, True)
+    loss = messages.CustomLoss("loss", [("logprobs", 1)], b"x" * 20_000)
+    made = [await server.create(user_metadata={}) for _ in range(3)]
+    before = await server.stored()
+    answered = []
+    for number in range(6):
+        operation = await losses.create("me", made[number % 3], number, loss)
+        server.operations.on_answer(messages.Done(operation.request_id, messages.Nothing()))
+        await operation.finished.wait()
+        answered.append(operation)
+        if await server.stored() >= 100_000:
+            break
+    with pytest.raises(QuotaExceeded):
+        await losses.create("me", made[0], 9, loss)
+    assert await losses.create("me", made[0], 0, loss) is answered[0], "the first one, submitted again"
+    for session_id in made:
+        await server.sessions.finish("me", session_id, "success", None)
+    assert await server.stored() <= before
+    assert await losses.create("me", await server.create(user_metadata={}), 0, loss)
+
+
+async def test_sessions_that_are_silent_for_a_week_are_over_when_room_is_needed(server: Server) -> None:
+    made = await fill(server)
+    week = 8 * 24 * 3600.0
+    for session_id in made[:5]:
+        await server.ledger.write(
+            lambda connection, of=session_id: tenancy.heartbeat(connection, of, time.time() - week)
+        )
+    assert await server.create()
+    with pytest.raises(NotFound):
+        await server.sessions.find("me", made[0])
+    assert await server.sessions.find("me", made[5])
 
 
 @pytest.mark.parametrize(
