@@ -99,6 +99,12 @@ def update_model(connection: Connection, model_id: str, **values: Any) -> None:
     connection.execute(update(models).where(models.c.id == model_id).values(**values))
 
 
+def settle_creation(connection: Connection, model_id: str, state: str) -> None:
+    """A model has been created, or could not be; one whose session has ended meanwhile stays finished."""
+    created = update(models).where(models.c.id == model_id, models.c.state == "creating")
+    connection.execute(created.values(state=state))
+
+
 def models_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
     query = select(models).where(models.c.session_id == session_id).order_by(models.c.created_at)
     return connection.execute(query).all()

@@ -100,7 +100,7 @@ def settle(
         checkpoint_rows.settle(connection, operation.request_id, None)
     elif operation.kind == "create_model":
         state = "failed" if output is None else "ready"
-        tenancy.update_model(connection, operation.model_id, state=state)
+        tenancy.settle_creation(connection, operation.model_id, state)
         if output is not None:
             _record_model(connection, operation)
 
