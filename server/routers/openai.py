@@ -41,9 +41,11 @@ async def _completions(body: Completions, backend: Backend, owner: str) -> Respo
             prompt_logprobs=scores_prompt,
             prompt_topk=(body.logprobs or 0) if scores_prompt else 0,
             stream=body.stream,
+            prompt_field="prompt" if len(body.prompts) == 1 else f"prompt[{place}]",
+            count_field="n" if body.best_of is None else "best_of",
             echo=(given if isinstance(given, str) else text.decode(given)) if body.echo else None,
         )
-        for given in body.prompts
+        for place, given in enumerate(body.prompts)
     ]
     answers = CompletionAnswers(
         body.model,
@@ -69,9 +71,10 @@ async def chat_completions(
 async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str) -> Response:
     model, text = await _named(backend, owner, body.model)
     prompts = Prompts(backend, owner, model, text)
+    turns = [message.turn() for message in body.messages]
     asked = Asked(
         model,
-        await prompts.of_conversation([message.turn() for message in body.messages]),
+        await prompts.of_conversation(turns, **body.template_variables),
         body.params(text.end_tokens),
         num_samples=body.n,
         topk=body.top_logprobs,

@@ -35,11 +35,11 @@ class Prompts:
             self._owner, tokens_within, self._tokenizer.encode, prompt, self._limit
         )
 
-    async def of_conversation(self, turns: list[dict[str, Any]]) -> list[int]:
+    async def of_conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
         """Raises BadRequest for one that is too long, or that the chat template does not take."""
 
         def tokens() -> list[int]:
-            text = conversations.written(self._tokenizer, turns)
+            text = conversations.written(self._tokenizer, turns, **variables)
             return tokens_within(self._tokenizer.encode_written, text, self._limit, "messages")
 
         return await self._backend.offload.in_thread(self._owner, tokens)

@@ -36,7 +36,8 @@ class SampleFailed(ApiError):
 class Asked:
     """`topk`, `prompt_topk`: how many of the most likely tokens are wanted at each token drawn, and of the
     prompt. `targets`: tokens to score in the prompt. `params.max_tokens` may be 0. `echo`: the text that the
-    answer begins with. `prompt_field`: where the request has the prompt, for its errors."""
+    answer begins with. `prompt_field`, `count_field`: where the request has the prompt and the number
+    of samples, for its errors."""
 
     model: ServedModel
     prompt: list[int]
@@ -49,6 +50,7 @@ class Asked:
     stream: bool = False
     echo: str | None = None
     prompt_field: str = "prompt"
+    count_field: str = "n"
 
     @property
     def draws_nothing(self) -> bool:
@@ -129,7 +131,9 @@ async def written(
 def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
     """Raises ApiError for one that cannot be served."""
     if asked.num_samples > backend.settings.max_samples:
-        raise BadRequest(f"n: {asked.num_samples} is over the limit of {backend.settings.max_samples}")
+        raise BadRequest(
+            f"{asked.count_field}: {asked.num_samples} is over the limit of {backend.settings.max_samples}"
+        )
     model = backend.base_model(asked.model.sampler.base_model)
     tokens = ModelInput(tokens=asked.prompt)
     max_tokens = 1 if asked.draws_nothing else asked.params.max_tokens

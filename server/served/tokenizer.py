@@ -76,11 +76,11 @@ class ChatTokenizer:
         """How many characters of the text each token begins; special tokens are not part of the text."""
         return [0 if token in self._special else _characters(self.token_bytes(token)) for token in tokens]
 
-    def conversation(self, turns: list[dict[str, Any]], **variables: Any) -> list[int]:
+    def conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
         """The tokens of `written`."""
         return self.encode_written(self.written(turns, **variables))
 
-    def written(self, turns: list[dict[str, Any]], **variables: Any) -> str:
+    def written(self, turns: list[dict[str, Any]], /, **variables: Any) -> str:
         """The text of a conversation that the model is to go on with.
 
         `variables` are further ones of the template, as `apply_chat_template` takes them: `tools`,

@@ -39,6 +39,7 @@ class _Completions(StrictBody):
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         "logit_bias": no_biases,
+        "metadata": empty,
         # Of OpenAI's platform: hints, and what it does with an answer afterwards.
         "store": only(False),
         "service_tier": only("auto", "default"),
@@ -131,6 +132,7 @@ class Completions(_Completions):
     )
     UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
         "suffix": empty,
+        "logprobs": only(False),
         "response_format": only({"type": "text"}),
         "add_special_tokens": only(True),
         "prompt_logprobs": only(),
@@ -246,6 +248,9 @@ class ChatMessage(StrictBody):
 
 
 class ChatCompletions(_Completions):
+    """`chat_template_kwargs`, `add_generation_prompt` and `continue_final_message` are extensions, as SGLang
+    and vLLM have them: variables of the model's chat template."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -266,10 +271,7 @@ class ChatCompletions(_Completions):
         "verbosity": only("medium"),
         "web_search_options": only(),
         "chat_template": only(),
-        "chat_template_kwargs": empty,
         "documents": empty,
-        "add_generation_prompt": only(True),
-        "continue_final_message": only(False),
         "add_special_tokens": only(False),
         "echo": only(False),
         "best_of": only(1),
@@ -282,6 +284,17 @@ class ChatCompletions(_Completions):
     logprobs: StrictBool = False
     top_logprobs: StrictInt = Field(0, ge=0, le=TOPK_LIMIT)
     response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = False
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template gets besides the messages."""
+        said = self.model_dump(
+            include={"add_generation_prompt", "continue_final_message"}, exclude_unset=True
+        )
+        return said | (self.chat_template_kwargs or {})
 
     @model_validator(mode="before")
     @classmethod

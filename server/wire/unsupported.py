@@ -36,7 +36,7 @@ def empty(value: Any) -> bool:
 
 def no_biases(value: Any) -> bool:
     """Accept an object of numbers that are all zero."""
-    return isinstance(value, dict) and not any(value.values())
+    return empty(value) or (isinstance(value, dict) and not any(value.values()))
 
 
 def empty_or(*values: Any) -> AsksForNothing:

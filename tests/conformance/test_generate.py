@@ -227,7 +227,7 @@ def test_fields_that_ask_for_nothing_change_nothing(alice: Wire) -> None:
     for fields in (NOTHING_OF_PARAMS, dict.fromkeys(NOTHING_OF_PARAMS)):
         assert generate(alice, input_ids=PROMPT, sampling_params=GREEDY | fields)["output_ids"] == bare
     whole = generate(alice, input_ids=[5] * 500, sampling_params=GREEDY | {"max_new_tokens": None})
-    assert len(whole["output_ids"]) >= 12  # up to the model's context
+    assert len(whole["output_ids"]) == 12  # up to the model's context
     assert generate(alice, input_ids=PROMPT, sampling_params=None)["meta_info"]["completion_tokens"] <= 128
 
 

@@ -61,6 +61,8 @@ def path(alice: Wire) -> str:
         ({"prompt": [99_999]}, openai.BadRequestError, "prompt", None),
         ({"temperature": -1}, openai.BadRequestError, "temperature", None),
         ({"n": 99_999}, openai.BadRequestError, "n", None),
+        ({"best_of": 99_999}, openai.BadRequestError, "best_of", None),
+        ({"prompt": [[5], [5] * 600]}, openai.BadRequestError, "prompt[1]", "context_length_exceeded"),
         ({"suffix": "and so on"}, openai.BadRequestError, "suffix", None),
         ({"extra_body": {"guided_regex": "a+"}}, openai.BadRequestError, "guided_regex", None),
     ],
@@ -184,6 +186,7 @@ NOTHING = {
     "safety_identifier": "s",
     "prompt_cache_key": "k",
     "seed": None,
+    "chat_template_kwargs": None,
 }
 NOTHING_OF_COMPLETIONS = NOTHING | {"echo": False, "best_of": 1, "suffix": "", "logprobs": None}
 NOTHING_OF_CHATS = NOTHING | {
@@ -224,6 +227,8 @@ def test_fields_that_ask_for_nothing_change_nothing(alice: Wire) -> None:
             assert plain(alice, route, **base, **{name: value}) == bare
         assert plain(alice, route, **base, **fields) == bare
         assert plain(alice, route, **base, **dict.fromkeys(fields)) == bare
+        for name in ("logit_bias", "metadata"):  # as languages without objects write an empty one
+            assert plain(alice, route, **base, **{name: []}) == bare
     with_tools = {"messages": TURNS, "tools": [TOOL], "tool_choice": "none"}
     assert plain(alice, "/v1/chat/completions", **with_tools) == bare
 
@@ -316,6 +321,24 @@ def test_messages_of_every_kind(client: openai.OpenAI, tiny_model: Path) -> None
     assert raised.value.param == "messages[1].tool_calls"
 
 
+def test_variables_of_the_template(client: openai.OpenAI, alice: Wire, tiny_model: Path) -> None:
+    """As transformers takes them; whatever they are called, none is an internal error."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    turns = [*TURNS, {"role": "assistant", "content": "It is"}]
+    for fields, want in (
+        ({"add_generation_prompt": False}, {}),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, {}),
+        ({"continue_final_message": True}, {"continue_final_message": True}),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"add_generation_prompt": True}),
+    ):
+        done = client.chat.completions.create(model="tiny", messages=turns, max_tokens=1, extra_body=fields)
+        assert done.usage.prompt_tokens == len(tokenizer.apply_chat_template(turns, **want)["input_ids"])
+    names = ("self", "turns", "text", "tokenizer", "messages", "chat_template", "tokenize", "tools", "owner")
+    for name in names:
+        body = {"model": "tiny", "messages": TURNS, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}
+        assert alice.http.post("/v1/chat/completions", json=body).status_code in (200, 400), name
+
+
 # --- echo, scores, best_of
 
 
@@ -363,6 +386,20 @@ def test_echo_comes_before_what_is_drawn(client: openai.OpenAI) -> None:
             assert "".join(c.text for c in mine) == whole.text
             if fields:
                 assert [x for c in mine for x in c.logprobs.text_offset] == whole.logprobs.text_offset
+
+
+def test_likely_tokens_that_are_written_alike_are_all_there(client: openai.OpenAI, alice: Wire) -> None:
+    """Most tokens of the tiny model are bytes that are no characters by themselves."""
+    done = client.completions.create(model="tiny", prompt="Once", max_tokens=2, temperature=0, logprobs=64)
+    logprobs = done.choices[0].logprobs
+    scores = {"return_logprob": True, "top_logprobs_num": 64, "text": "Once"}
+    greedy = {"temperature": 0, "max_new_tokens": 2}
+    want = alice.http.post("/generate", json=scores | {"sampling_params": greedy}).json()["meta_info"]
+    for drawn, row, rows in zip(
+        logprobs.token_logprobs, logprobs.top_logprobs, want["output_top_logprobs"], strict=True
+    ):
+        assert max(row.values()) == pytest.approx(drawn, abs=1e-5)
+        np.testing.assert_allclose([*row.values()], [value for value, _, _ in rows], atol=1e-4)
 
 
 def test_the_best_of_several(client: openai.OpenAI) -> None:
