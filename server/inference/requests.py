@@ -6,7 +6,6 @@ greedily, which leaves them untempered.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ def drawings(sample: messages.Sample, model: BaseModel, limits: Limits) -> list[
     if stop_tokens is None:
         stop_tokens = [] if params.stop_strings else [*end_tokens(model.folder)]
     known = frozenset(token for token in stop_tokens if 0 <= token < model.vocab_size)
-    decode = partial(of_folder(model.folder).decode, skip_special_tokens=False) if strings else None
+    decode = of_folder(model.folder).matched_text if strings else None
     stops = Stops(known, strings, longest, decode)
     return [Drawing(stops, prompt, sample.topk_sample_logprobs) for _ in range(sample.num_samples)]
 

@@ -64,6 +64,10 @@ class ChatTokenizer:
                 return whole[len(beginning) :]
         return self.decode(tokens, skip_special_tokens)
 
+    def matched_text(self, tokens: Sequence[int]) -> str:
+        """All that tokens write, special ones too: the text that stop strings are looked for in."""
+        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+
     def token(self, token: int) -> str:
         """What one token is written as; a part of a character as OpenAI writes it, `bytes:\\xe2\\x82`."""
         written = self.token_bytes(token)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from tinsmith.server.inference.endpoint import EndpointRefused
 from tinsmith.server.inference.limits import Limits, base_model_of, limits_of, mismatch
 from tinsmith.server.served.tokenizer import of_folder
 from tiny_models import EOS_ID, VOCAB_SIZE, write_model
+from tokenizer_folders import write_tokenizer_folder
 
 PROMPT = [5, 9, 77]
 
@@ -141,7 +141,7 @@ def test_a_sequence_ends_where_the_embedded_sampler_ends_it(
     model: BaseModel, tokens: list[int], stop_tokens: set[int], text: st.DataObject, longest: int
 ) -> None:
     tokenizer = of_folder(model.folder)
-    said = tokenizer.decode(tokens, skip_special_tokens=False)
+    said = tokenizer.matched_text(tokens)
     begin = text.draw(st.integers(0, len(said)))
     piece = said[begin : begin + text.draw(st.integers(0, 4))]
     strings = [piece] if piece and "\ufffd" not in piece else []
@@ -149,10 +149,15 @@ def test_a_sequence_ends_where_the_embedded_sampler_ends_it(
     rule = StopRule(sorted(stop_tokens), strings, longest, TokenBytes.from_folder(model.folder))
     reasons = (rule.after(token) for token in tokens)
     want = next(((at + 1, reason) for at, reason in enumerate(reasons) if reason is not None), None)
-    stops = Stops(
-        frozenset(stop_tokens), tuple(strings), longest, partial(tokenizer.decode, skip_special_tokens=False)
-    )
+    stops = Stops(frozenset(stop_tokens), tuple(strings), longest, tokenizer.matched_text)
     assert stops.end(tokens) == want
+
+
+def test_a_stop_string_may_begin_with_the_space_that_the_first_token_writes(tmp_path: Path) -> None:
+    tokenizer = of_folder(write_tokenizer_folder(tmp_path / "model", "pieces"))
+    tokens = tokenizer.encode("Paris", add_special_tokens=False)
+    assert tokenizer.decode(tokens) == "Paris"
+    assert Stops(frozenset(), (" Paris",), 30, tokenizer.matched_text).end(tokens) == (len(tokens), "stop")
 
 
 def answer(tokens: list[int], reason: dict, **meta) -> dict:
