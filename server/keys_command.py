@@ -141,6 +141,7 @@ def quota(
     queued_operations: Annotated[int | None, typer.Option(min=1, help="Training, unanswered.")] = None,
     waiting_samples: Annotated[int | None, typer.Option(min=1, help="Samples, unanswered.")] = None,
     requests_per_second: Annotated[float | None, typer.Option(min=0.001, help="Of any kind.")] = None,
+    queued_bytes: Annotated[int | None, typer.Option(min=1, help="Bodies of unanswered ones.")] = None,
     metadata_bytes: Annotated[int | None, typer.Option(min=0, help="Tags, metadata, names.")] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Back to the server's settings first.")] = False,
     data_dir: DataDir = None,
@@ -148,9 +149,9 @@ def quota(
     """Bound what a tenant may have and ask for, other than the server's settings do; print what is set.
 
     The settings are for every tenant: TINSMITH_MAX_MODELS, TINSMITH_MAX_CHECKPOINT_BYTES,
-    TINSMITH_MAX_QUEUED_OPERATIONS, TINSMITH_MAX_WAITING_SAMPLES, TINSMITH_MAX_REQUESTS_PER_SECOND and
-    TINSMITH_MAX_METADATA_BYTES. A running server knows within two seconds. What a tenant has beyond a new
-    quota stays; it gets no more.
+    TINSMITH_MAX_QUEUED_OPERATIONS, TINSMITH_MAX_WAITING_SAMPLES, TINSMITH_MAX_REQUESTS_PER_SECOND,
+    TINSMITH_MAX_QUEUED_BYTES and TINSMITH_MAX_METADATA_BYTES. A running server knows within two seconds. What
+    a tenant has beyond a new quota stays; it gets no more.
 
     Example: `tinsmith keys quota alice --models 4 --checkpoint-bytes 10000000000`
     """
@@ -163,6 +164,7 @@ def quota(
         "queued_operations": queued_operations,
         "waiting_samples": waiting_samples,
         "requests_per_second": requests_per_second,
+        "queued_bytes": queued_bytes,
         "metadata_bytes": metadata_bytes,
     }
 

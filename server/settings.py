@@ -124,6 +124,8 @@ class Settings(LedgerSettings):
     max_queued_operations: int = Field(10_000, ge=1)
     max_waiting_samples: int = Field(8192, ge=1)
     max_requests_per_second: float = Field(2000.0, gt=0)
+    # Of operations, and of samples, that wait for their answers; they wait on the disk.
+    max_queued_bytes: int = Field(8 << 30, ge=1)
     # What sessions, models and samplers are called and described with (tags, metadata, names), in the ledger.
     max_metadata_bytes: int = Field(64 << 20, ge=0)
     # A save that was refused for want of room and was not sent again for so long is given up. Between two

@@ -34,10 +34,14 @@ class Waiting:
 
     def __init__(self) -> None:
         self._accepted: dict[str, set[Operation]] = {}
+        self._bytes: Counter[str] = Counter()  # of their payloads, by tenant
         self._arriving: Counter[str] = Counter()
 
     def reaches(self, limit: int, tenant: str) -> bool:
         return len(self._accepted.get(tenant, ())) + self._arriving[tenant] >= limit
+
+    def bytes_of(self, tenant: str) -> int:
+        return self._bytes[tenant]
 
     @contextmanager
     def arriving(self, tenant: str) -> Iterator[Callable[[Operation], None]]:
@@ -52,16 +56,24 @@ class Waiting:
 
     def add(self, operation: Operation) -> None:
         """It was accepted, now or before."""
-        if not operation.settled:
-            self._accepted.setdefault(operation.owner, set()).add(operation)
+        waiting = self._accepted.setdefault(operation.owner, set())
+        if not operation.settled and operation not in waiting:
+            waiting.add(operation)
+            self._bytes[operation.owner] += operation.payload_bytes
+        self._drop_empty(operation.owner)
 
     def discard(self, operation: Operation) -> None:
         """It was answered. Does nothing if it did not wait here."""
         waiting = self._accepted.get(operation.owner)
-        if waiting is not None:
+        if waiting is not None and operation in waiting:
             waiting.discard(operation)
-            if not waiting:
-                del self._accepted[operation.owner]
+            self._bytes[operation.owner] -= operation.payload_bytes
+            self._drop_empty(operation.owner)
+
+    def _drop_empty(self, tenant: str) -> None:
+        if not self._accepted[tenant]:
+            del self._accepted[tenant]
+            del self._bytes[tenant]
 
 
 class Admission:
@@ -109,6 +121,7 @@ class Admission:
     def sample(self, tenant: str) -> Arriving:
         """As `Waiting.arriving`. Raises TooManyRequests."""
         limit = self._quotas.of(tenant).waiting_samples
+        self._require_bytes(self._samples, tenant)
         if self._samples.reaches(limit, tenant):
             raise self._wait(
                 tenant,
@@ -122,6 +135,7 @@ class Admission:
         TooManyRequests."""
         waiting = self._early if early else self._operations
         limit = self._quotas.of(tenant).queued_operations
+        self._require_bytes(waiting, tenant)
         if waiting.reaches(limit, tenant):
             raise self._wait(
                 tenant,
@@ -129,6 +143,16 @@ class Admission:
                 "send more when some are done",
             )
         return waiting.arriving(tenant)
+
+    def _require_bytes(self, waiting: Waiting, tenant: str) -> None:
+        """Raises TooManyRequests."""
+        limit, held = self._quotas.of(tenant).queued_bytes, waiting.bytes_of(tenant)
+        if held >= limit:
+            raise self._wait(
+                tenant,
+                f"the requests of this key's tenant that wait for their answers have {held} bytes, its quota "
+                f"is {limit}; send more when some have come back",
+            )
 
     @contextmanager
     def model(self, tenant: str, model_id: str, alive: list[Run]) -> Iterator[None]:

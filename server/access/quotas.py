@@ -15,7 +15,8 @@ from ..settings import Settings
 class Quota:
     """`models`: alive, which is in the engine or on the way into it. `checkpoint_bytes`: of complete ones.
     `queued_operations`: of training, accepted and not answered; `waiting_samples`: the same of samples.
-    `metadata_bytes`: of what sessions, models and samplers are called and described with."""
+    `queued_bytes`: of the bodies of either. `metadata_bytes`: of what sessions, models and samplers are
+    called and described with."""
 
     models: int
     checkpoint_bytes: int
@@ -23,6 +24,7 @@ class Quota:
     waiting_samples: int
     requests_per_second: float
     metadata_bytes: int
+    queued_bytes: int
 
 
 class Quotas:
@@ -34,6 +36,7 @@ class Quotas:
             settings.max_waiting_samples,
             settings.max_requests_per_second,
             settings.max_metadata_bytes,
+            settings.max_queued_bytes,
         )
         self._own: dict[str, Quota] = {}
 

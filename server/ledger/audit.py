@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select
+from sqlalchemy import Connection, Row, delete, func, insert, select
 
 from .schema import audit
 
@@ -32,4 +32,21 @@ def between(
 def drop(connection: Connection, before: float) -> bool:
     """Entries older than that, some of them; whether there may be more."""
     old = select(audit.c.id).where(audit.c.at < before).limit(_AT_A_TIME)
+    return connection.execute(delete(audit).where(audit.c.id.in_(old))).rowcount == _AT_A_TIME
+
+
+def crowded(connection: Connection, most: int) -> Sequence[str]:
+    """The owners of more than that many entries."""
+    query = select(audit.c.owner).group_by(audit.c.owner).having(func.count() > most)
+    return connection.execute(query).scalars().all()
+
+
+def drop_oldest(connection: Connection, owner: str, most: int) -> bool:
+    """The owner's entries beyond the newest so many, some of them; whether there may be more."""
+    mine = audit.c.owner == owner
+    newest = select(audit.c.at).where(mine).order_by(audit.c.at.desc()).offset(most).limit(1)
+    last = connection.execute(newest).scalar()
+    if last is None:
+        return False
+    old = select(audit.c.id).where(mine, audit.c.at <= last).limit(_AT_A_TIME)
     return connection.execute(delete(audit).where(audit.c.id.in_(old))).rowcount == _AT_A_TIME

@@ -34,6 +34,7 @@ log = logging.getLogger("tinsmith.sweep")
 
 # What Orbax and `ckpt.atomic` call a directory while they write it.
 _UNFINISHED = re.compile(r"(\.orbax-checkpoint-tmp[^/]*|\.tmp-[0-9a-f]{32})$")
+_MOST_AUDITED = 500_000  # entries of a tenant in the audit log
 KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
@@ -104,6 +105,8 @@ class Sweep:
     async def _drop_accounts(self) -> None:
         now = time.time()
         await self._repeat(partial(audit.drop, before=now - self._settings.audit_seconds))
+        for owner in await self._ledger.read(partial(audit.crowded, most=_MOST_AUDITED)):
+            await self._repeat(partial(audit.drop_oldest, owner=owner, most=_MOST_AUDITED))
         await self._ledger.write(partial(usage.drop, before=now - self._settings.usage_seconds))
 
     # --- directories

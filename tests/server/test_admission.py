@@ -24,7 +24,7 @@ class Clock:
 
 
 def operation(owner: str) -> Operation:
-    return Operation(os.urandom(4).hex(), owner, "sample", "", 0, {}, None)
+    return Operation(os.urandom(4).hex(), owner, "sample", "", 0, {})
 
 
 def admission(clock: Clock | None = None, **limits: float) -> Admission:
@@ -127,3 +127,29 @@ def test_models_are_named_when_there_are_too_many() -> None:
     with pytest.raises(TooManyRequests, match="had left"):
         gate.come_back("me", alive)
     gate.come_back("you", alive)
+
+
+def test_bodies_that_wait_have_a_bounded_number_of_bytes() -> None:
+    gate = admission(max_queued_bytes=1000)
+
+    def accept(kind: str, size: int, owner: str = "me", early: bool = False) -> Operation:
+        made = operation(owner)
+        made.payload_bytes = size
+        with gate.sample(owner) if kind == "sample" else gate.operation(owner, early) as accepted:
+            accepted(made)
+            accepted(made)  # counts once
+        return made
+
+    first = accept("sample", 600)
+    accept("sample", 600)
+    with pytest.raises(TooManyRequests, match="1200 bytes, its quota is 1000"):
+        gate.sample("me")
+    accept("operation", 5000, early=True)
+    accept("operation", 5000)  # those that others wait for find room
+    with pytest.raises(TooManyRequests, match="bytes"):
+        gate.operation("me", early=False)
+    accept("sample", 600, "you")
+    first.answer = messages.Failed(first.request_id, "", "user")
+    gate.answered(first)
+    gate.answered(first)
+    accept("sample", 600)

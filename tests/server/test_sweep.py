@@ -14,8 +14,8 @@ from sqlalchemy import Connection, text
 from tinsmith.ckpt.paths import CheckpointUri
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
+from tinsmith.server.ledger import audit, retention, tenancy
 from tinsmith.server.ledger import checkpoints as checkpoint_rows
-from tinsmith.server.ledger import retention, tenancy
 from tinsmith.server.operations.operation import Submission, natural_key
 
 
@@ -233,3 +233,27 @@ async def test_what_a_replay_or_a_sampler_reads_stays(tmp_path: Path, server: Se
     await server.sweep.sweep()
     assert not loaded.exists()
     assert not sampled.exists()
+
+
+async def test_the_audit_log_of_one_tenant_is_bounded(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.server.storage.sweep._MOST_AUDITED", 10)
+
+    def fill(connection: Connection) -> None:
+        tenancy.ensure_tenant(connection, "busy")
+        for number in range(1, 2500):
+            audit.record(connection, "busy", "session_created", number=number)
+        audit.record(connection, "me", "session_created", number=0)
+
+    await server.ledger.write(fill)
+    await server.sweep.sweep()
+
+    def numbers(connection: Connection, owner: str) -> list[int]:
+        found = audit.between(connection, owner, 0, time.time() + 1, None, 10_000)
+        return [row.details["number"] for row in found]
+
+    kept = await server.ledger.read(lambda connection: numbers(connection, "busy"))
+    assert kept == list(range(2500 - len(kept), 2500))
+    assert 8 <= len(kept) <= 10
+    assert await server.ledger.read(lambda connection: numbers(connection, "me")) == [0]
