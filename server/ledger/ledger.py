@@ -181,12 +181,18 @@ class Ledger:
         while not self._closing.wait(leases.RENEWAL_SECONDS) and not self.lost.done():
             try:
                 self._require_file()
-                with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
-                    held = leases.renew(connection, self._lease.generation)
-                if not held:
+                if not self._renew(self._lease.generation):
                     self._lose()
             except Exception as error:  # transactions look for themselves; the next renewal may succeed
                 log.debug("the lease could not be renewed: %s", error)
+
+    def _renew(self, generation: int) -> bool:
+        """Whether it is still held. Who has locked an SQLite file need not write that it is alive."""
+        is_locked = self._file is not None
+        renew = leases.is_held if is_locked else leases.renew
+        connecting = self._engine.connect().execution_options(writes=not is_locked)
+        with connecting as connection, connection.begin():
+            return renew(connection, generation)
 
     def _release(self) -> None:
         assert self._lease is not None

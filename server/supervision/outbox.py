@@ -14,9 +14,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from ..errors import ApiError
 from ..ledger.segments import PayloadLost
 
 log = logging.getLogger("tinsmith.outbox")
@@ -145,7 +142,7 @@ class Outbox:
                     self._waiting.discard(each.request_id)
                 self._on_lost(entry.request_id, lane.model_id, error.message)
                 return
-            except (ApiError, SQLAlchemyError, OSError) as error:
+            except Exception as error:  # whatever it is, others must not wait for ever
                 log.error("a payload cannot be read yet: %s", error)
                 await asyncio.sleep(_TRY_AGAIN_SECONDS)
                 return

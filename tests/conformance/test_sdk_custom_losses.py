@@ -284,7 +284,9 @@ def test_a_loss_outlives_kills(make_server) -> None:
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
     async def flag(enabled: bool) -> bool:
         app = create_app(Settings(data_dir=tmp_path, custom_loss_server_side=enabled), [])
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost"
+        ) as client:
             headers = {"X-API-Key": "tml-local"}
             answer = await client.post("/api/v1/client/config", json={}, headers=headers)
         return answer.json()["custom_loss_server_side"]
