@@ -16,7 +16,9 @@ from ..ckpt import tokenizer_files
 from ..ckpt.token_bytes import TokenBytes
 from ..model import decoder
 from ..model.config import ModelConfig, read_config
+from ..model.folder import digest
 from ..model.load import find_model, load_base
+from ..model.weight_files import WeightsError
 from . import messages
 from .compilation import log_compiled
 from .device_memory import device_share
@@ -56,6 +58,11 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
     began = time.perf_counter()
     folder = find_model(declared.path)
     config = read_config(folder)
+    if declared.digest is not None and digest(folder, config) != declared.digest:
+        raise WeightsError(
+            f"the files of model {declared.name!r} in {folder} have changed since the server started: start "
+            "the server again to serve what is there now"
+        )
     dtype = compute_dtype(engine.dtype)
     graph, _ = decoder.build(config, dtype)
     weights = load_base(folder, config, dtype, mesh)

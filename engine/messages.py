@@ -473,10 +473,22 @@ FromEngine = Done | Failed | Drawn | Status | Beat
 
 
 class BaseModel(msgspec.Struct, frozen=True):
-    """A base model by the name clients use, and the Hugging Face folder it is loaded from."""
+    """A base model by the name clients use, and the Hugging Face folder it is loaded from.
+
+    `digest`, if given, is that of the folder as the server found it (`model.folder.digest`).
+    """
 
     name: str
     path: str
+    digest: str | None = None
+
+
+class Devices(msgspec.Struct, frozen=True):
+    """What JAX finds on this machine. `bytes_each`: memory of one device; None: not known, as on a CPU."""
+
+    platform: str
+    count: int
+    bytes_each: int | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from .access.quotas import Quotas
 from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
 from .backend import Backend
-from .base_models import BaseModel, resolve
+from .base_models import BaseModel, BaseModels, plan
 from .body_limits import USUAL_BYTES, BodyLimits, of_training_and_sampling
 from .json_bodies import JsonBodies
 from .ledger.ledger import Ledger
@@ -57,14 +57,13 @@ def create_app(
 ) -> FastAPI:
     """`base_models` defaults to resolving `settings.model`, `ledger` to opening it at the start."""
     if base_models is None:
-        base_models = [
-            resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
-        ]
+        planned = plan(settings.model, settings.dtype, settings.mesh)
+        base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
     keys = ApiKeys(settings.api_keys)
     quotas = Quotas(settings)
     admission = Admission(quotas)
     signer = UrlSigner(settings.data_dir, settings.signed_url_seconds)
-    known = {model.name: model for model in base_models}
+    known = BaseModels({model.name: model for model in base_models})
     tokens = Tokens(signer, settings.token_seconds)
     backend = Backend(settings, known, keys, quotas, admission, signer, tokens, ledger)
 

@@ -16,13 +16,14 @@ from .access.auth import ApiKeys, read_forever
 from .access.quotas import Quotas
 from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
-from .base_models import BaseModel
+from .base_models import BaseModel, BaseModels
 from .errors import BadRequest
 from .inference.distribution import Distribution
 from .inference.divergence import Divergence
 from .inference.endpoints import Endpoints
 from .inference.registry import Registry
 from .inference.sampling import Sampling
+from .ledger import base_models as base_model_rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned
 from .live.custom_losses import CustomLosses
@@ -58,7 +59,7 @@ _MEMORY_PER_BODY_BYTE = 16
 @dataclass(eq=False)
 class Backend:
     settings: Settings
-    base_models: dict[str, BaseModel]
+    base_models: BaseModels
     keys: ApiKeys
     quotas: Quotas
     admission: Admission
@@ -115,14 +116,30 @@ class Backend:
         self.custom_losses = CustomLosses(
             self.ledger, self.operations, self.quotas, settings.custom_loss_server_side
         )
-        self.runs = Runs(self.ledger, self.engine, self.operations, self.payloads, settings, self.quotas)
+        self.runs = Runs(
+            self.ledger,
+            self.engine,
+            self.operations,
+            self.payloads,
+            settings,
+            self.quotas,
+            self.base_models,
+        )
         self.refused_saves = RefusedSaves(self.runs.unused_numbers.consume, settings.refused_save_seconds)
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.on_finished = self._operation_finished
         self.rlve = RlveRuns(self)
         self.runs.on_created, self.runs.on_ending = self.rlve.created, self.rlve.end
         self.runs.on_finished = self._model_finished
-        self.samplers = Samplers(self.ledger, self.engine, self.operations, self.runs, settings, self.quotas)
+        self.samplers = Samplers(
+            self.ledger,
+            self.engine,
+            self.operations,
+            self.runs,
+            settings,
+            self.quotas,
+            self.base_models,
+        )
         self.endpoints = Endpoints(self.base_models)
         self.registry = Registry(settings, self.ledger, self.endpoints)
         self.distribution = Distribution(
@@ -147,10 +164,12 @@ class Backend:
         self.named_models = NamedModels(self.runs, self.sessions, self.operations, self.admission)
         self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.payloads, settings)
         self.sweep.on_removed = self.distribution.adapters.removed
-        self.checkpoints = Checkpoints(self.ledger, self.sweep)
+        self.checkpoints = Checkpoints(self.ledger, self.sweep, self.base_models)
         self.copies = Copies(self.ledger, self.disk, self.quotas, settings.data_dir)
         if moved := await self.payloads.move_old(stream_of, KEPT):
             log.info("%d payloads of an older ledger have their new place", moved)
+        digests = {name: model.digest for name, model in self.base_models.items() if model.digest}
+        await self.ledger.write(partial(base_model_rows.record, digests=digests))
         await self.copies.take_up()
         await self.keys.read(self.ledger)
         await self.quotas.read(self.ledger)

@@ -1,17 +1,31 @@
-"""The base models of a server: their names, folders, and what their config.json says to clients."""
+"""The base models of a server: their names, folders, and what their config.json says to clients.
+
+`plan` finds out, before a weight is downloaded or anything is written, whether all models can be served;
+`Plan.obtain` then downloads what is not here.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from ..engine import messages
-from .storage.safetensors_header import Entry, entries
+from ..model import folder as folders
+from . import machine
+from .storage.safetensors_header import Entry
 
+T = TypeVar("T")
 SMOLLM2 = "smollm2-135m"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_BESIDE_WEIGHTS = ["*.json", "*.txt", "*.jinja", "*.model"]
+_WEIGHTS_THAT_ARE_NOT_READ = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -21,15 +35,41 @@ class BaseModel:
     hub_id: str | None  # if it came from the Hugging Face hub
     max_sequence_length: int
     vocab_size: int
+    digest: str | None = None  # of its weights and arithmetic: what is trained on it fits no other
 
     @property
     def message(self) -> messages.BaseModel:
-        return messages.BaseModel(self.name, str(self.folder))
+        return messages.BaseModel(self.name, str(self.folder), self.digest)
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:
         """Read at the first use. Raises OSError, ValueError."""
-        return entries(self.folder)
+        stored = folders.headers(self.folder)
+        return {name: Entry(each.dtype, each.shape) for name, each in stored.items()}
+
+
+class MadeOn(Protocol):
+    """A model, a sampler or a checkpoint: made on what `base_model` was the name of."""
+
+    @property
+    def base_model(self) -> str: ...
+
+    @property
+    def base_digest(self) -> str | None: ...
+
+
+class BaseModels(dict[str, BaseModel]):
+    """Those that are served, by name."""
+
+    def changed(self, made: MadeOn) -> str | None:
+        """Why something cannot be used any more: its base model's name stands for other weights now."""
+        now = self.get(made.base_model)
+        if now is None or None in (now.digest, made.base_digest) or now.digest == made.base_digest:
+            return None
+        return (
+            f"it was made on other weights than those that base model {made.base_model!r} has now: serve "
+            "those again, under this name, to use it"
+        )
 
 
 def smollm2_folder(cache_dir: Path) -> Path:
@@ -39,46 +79,216 @@ def smollm2_folder(cache_dir: Path) -> Path:
     return obtain(cache_dir, lambda text: print(text, file=sys.stderr))
 
 
-def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:
-    """`PATH`, `HUB_ID`, `smollm2-135m`, or `NAME=` and one of them.
+@dataclass(frozen=True)
+class Plan:
+    """One model to serve. It has a `folder`, or a `hub_id` with its `commit` and the names of its weight
+    files, or neither: then it is the one that `ckpt.smollm2` makes."""
 
-    `limit` caps the sequence length. Downloads a hub id. Raises ValueError saying what would be right.
+    name: str
+    folder: Path | None = None
+    hub_id: str | None = None
+    commit: str | None = None
+    weight_files: tuple[str, ...] = ()
+    parameters: int = 0
+
+    def obtain(self, cache_dir: Path, limit: int | None) -> BaseModel:
+        """Download what is not here, and look at the weights. `limit` caps the sequence length.
+
+        Raises ValueError, OSError and RuntimeError saying what is wrong.
+        """
+        if self.folder is not None:
+            folder = self.folder
+        elif self.hub_id is not None:
+            folder = _download(self.hub_id, self.commit, self.weight_files)
+        else:
+            folder = smollm2_folder(cache_dir)
+        return _described(self.name, folder, self.hub_id, limit)
+
+
+def plan(entries: Sequence[str], dtype: str = "auto", mesh: dict[str, int] | None = None) -> list[Plan]:
+    """Read the operator's `--model` options, and check all that can be known before weights are downloaded.
+
+    An entry is `PATH`, `HUB_ID`, `HUB_ID@REVISION`, `smollm2-135m`, or `NAME=` and one of them. Of models on
+    the hub, config.json is downloaded. Raises ValueError saying what would be right, OSError.
     """
-    name, separator, source = entry.partition("=")
-    if not separator:
-        name, source = "", entry
+    named = [_parse(entry) for entry in entries]
+    names = [each.name for each in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two models are called {name!r}; give them names of their own, NAME=...")
+    needed = prod((mesh or {}).values())
+    devices = machine.devices(needed)
+    if mesh and needed != devices.count:
+        stated = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+        raise ValueError(
+            f"--mesh {stated} is of {needed} devices, and JAX finds {devices.count} ({devices.platform})"
+        )
+    planned = [_checked(each.plan, each.revision) for each in named]
+    _require_memory(planned, dtype, mesh or {}, devices)
+    return planned
+
+
+def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:
+    """One entry, planned and obtained."""
+    (planned,) = plan([entry])
+    return planned.obtain(cache_dir, limit)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What one `--model` option names."""
+
+    plan: Plan
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+
+def _parse(entry: str) -> _Entry:
+    """A folder that exists is meant as it stands, whatever is in its name."""
+    if not entry.strip():
+        raise ValueError("--model is empty; give a folder, a hub id (owner/name) or NAME=one of these")
+    if Path(entry).expanduser().is_dir() or "=" not in entry or _is_path(entry):
+        return _source(entry, None)
+    name, _, source = entry.partition("=")
+    name = name.strip()
+    if not name or not name.isprintable():
+        raise ValueError(f"--model {entry!r}: the name before the = is {name!r}; write NAME=FOLDER")
+    return _source(source, name)
+
+
+def _source(source: str, name: str | None) -> _Entry:
     path = Path(source).expanduser()
-    hub_id = None
     if path.is_dir():
         folder = path.resolve()
-        name = name or folder.name
-    elif source == SMOLLM2:
-        folder = smollm2_folder(cache_dir)
-        name = name or SMOLLM2
-    elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
+        return _Entry(Plan(name or folder.name, folder=folder))
+    if source == SMOLLM2:
+        return _Entry(Plan(name or SMOLLM2))
+    if path.is_file():
+        what = "a GGUF file, which is not supported" if path.suffix == ".gguf" else "a file"
+        raise ValueError(f"model {source!r} is {what}; give the folder with config.json and safetensors")
+    hub_id, at, revision = source.partition("@")
+    if not _is_path(source) and _HUB_ID.fullmatch(hub_id):
+        if at and not revision:
+            raise ValueError(f"model {source!r}: no revision after the @")
+        return _Entry(Plan(name or hub_id, hub_id=hub_id), revision or None)
+    if _is_path(source):
+        raise ValueError(f"model {source!r}: there is no such folder")
+    raise ValueError(f"model {source!r} is neither a folder, nor a hub id (owner/name), nor {SMOLLM2!r}")
 
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=patterns))
-        except Exception as error:
-            raise ValueError(f"model {source!r} could not be downloaded from the hub: {error}") from error
-        hub_id, name = source, name or source
-    else:
-        raise ValueError(f"model {source!r} is neither a folder, nor a hub id (owner/name), nor {SMOLLM2!r}")
-    return _described(name, folder, hub_id, limit)
+
+def _is_path(source: str) -> bool:
+    """Whether it cannot be a name or a hub id: it says so, or lies in a folder that exists."""
+    return source.startswith((".", "/", "~")) or ("/" in source and Path(source).parent.is_dir())
+
+
+def _checked(planned: Plan, revision: str | None) -> Plan:
+    """With the number of its parameters. Raises ValueError for a model that cannot be served."""
+    if planned.folder is not None:
+        config = _of_model(planned.name, folders.stated_config, planned.folder)
+        _of_model(planned.name, folders.check, planned.folder, config)
+        return replace(planned, parameters=folders.parameter_count(config))
+    if planned.hub_id is None:
+        return planned
+    config_file = Path(_from_hub(planned.hub_id, revision, "config.json"))
+    config = _of_model(planned.name, folders.stated_config, config_file.parent)
+    commit = config_file.parent.name
+    return replace(
+        planned,
+        commit=commit,
+        weight_files=_weight_files(planned.hub_id, commit),
+        parameters=folders.parameter_count(config),
+    )
+
+
+def _of_model(name: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function whose errors shall begin with the model's name."""
+    try:
+        return function(*arguments)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model {name!r}: {error}") from None
+
+
+def _from_hub(hub_id: str, revision: str | None, file: str) -> str:
+    """Download one file, or find it in the cache; where it is."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(hub_id, file, revision=revision)
+    except Exception as error:
+        raise _not_on_hub(hub_id, revision, error) from None
+
+
+def _weight_files(hub_id: str, commit: str) -> tuple[str, ...]:
+    """Those that count (`model.weight_files`). Raises ValueError for a model that has none of them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        there = HfApi().list_repo_files(hub_id, revision=commit)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return ()  # the cache may have them
+    if folders.SINGLE in there:
+        return (folders.SINGLE,)
+    if folders.INDEX in there:
+        index = json.loads(Path(_from_hub(hub_id, commit, folders.INDEX)).read_text())
+        return (folders.INDEX, *sorted(set(index.get("weight_map", {}).values())))
+    others = [name for name in there if name.endswith(_WEIGHTS_THAT_ARE_NOT_READ)]
+    has = f"it has {', '.join(others[:3])}, which are not read" if others else "it has no weights"
+    raise ValueError(f"model {hub_id!r} has neither {folders.SINGLE} nor {folders.INDEX}; {has}")
+
+
+def _download(hub_id: str, commit: str | None, weight_files: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_BESIDE_WEIGHTS, *(weight_files or ["*.safetensors"])]
+    try:
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns))
+    except Exception as error:
+        raise _not_on_hub(hub_id, commit, error) from None
+
+
+def _not_on_hub(hub_id: str, revision: str | None, error: Exception) -> ValueError:
+    which = f"{hub_id}@{revision}" if revision else hub_id
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(
+        f"model {which!r} is no folder here, and cannot be had from the Hugging Face hub: "
+        f"{type(error).__name__}: {reason}"
+    )
+
+
+def _require_memory(planned: list[Plan], dtype: str, mesh: dict[str, int], devices: messages.Devices) -> None:
+    """Raises ValueError if the weights alone do not fit into memory."""
+    on_cpu = devices.platform == "cpu"
+    kind = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    available = machine.free_memory() if on_cpu else devices.bytes_each
+    if available is None:
+        return
+    copies = mesh.get("data", 1) if on_cpu else 1
+    shards = 1 if on_cpu else mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+    parameters = {(each.folder, each.hub_id, each.commit): each.parameters for each in planned}
+    needed = sum(parameters.values()) * (4 if kind == "float32" else 2) * copies // shards
+    if needed > available:
+        names = ", ".join(each.name for each in planned)
+        of_each = "" if on_cpu else " of each device"
+        hint = "; --dtype bfloat16 halves that" if kind == "float32" else ""
+        raise ValueError(
+            f"too large: the weights of {names} ({sum(parameters.values()) / 1e9:.2f} billion parameters as "
+            f"{kind}) need {needed / 1e9:.1f} GB{of_each}, and {available / 1e9:.1f} GB are free{hint}"
+        )
 
 
 def _described(name: str, folder: Path, hub_id: str | None, limit: int | None) -> BaseModel:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model {name!r}: {folder} has no readable config.json: {error}") from error
-    length = int(config.get("max_position_embeddings", 2048))
+    config = _of_model(name, folders.read_config, folder)
+    _of_model(name, folders.check, folder, config)
+    length = config.max_sequence_length
     return BaseModel(
         name=name,
         folder=folder,
         hub_id=hub_id,
         max_sequence_length=min(length, limit) if limit else length,
-        vocab_size=int(config.get("vocab_size", 0)),
+        vocab_size=config.vocab_size,
+        digest=_of_model(name, folders.digest, folder, config),
     )

@@ -57,7 +57,9 @@ the same data directory goes on where it stopped.
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A folder, a hub id, smollm2-135m, or NAME=one of these. Repeatable."),
+        typer.Option(
+            help="A folder, a hub id (or ID@REVISION), smollm2-135m, or NAME=one of these. Repeatable."
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port [default: 8000]; 0 lets the system choose.")] = None,
@@ -111,7 +113,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     given = {key: value for key, value in locals().items() if value is not None}
-    from .base_models import resolve
+    from .base_models import plan
     from .ledger.keys import any_in
     from .ledger.ledger import Ledger, check
     from .ledger.ownership import claim, sqlite_file
@@ -136,9 +138,8 @@ def serve(
         if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
             owner = claim(settings.data_dir, settings.ledger_url)
         listener = listen(settings.host, settings.port)
-        base_models = [
-            resolve(entry, settings.cache_dir, settings.max_sequence_length) for entry in settings.model
-        ]
+        planned = plan(settings.model, settings.dtype, settings.mesh)
+        base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
         owner = owner or claim(settings.data_dir, settings.ledger_url)
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)
     except (ValueError, OSError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -70,7 +71,8 @@ class LedgerSettings(BaseSettings):
 
 
 class Settings(LedgerSettings):
-    # Base models: a folder, a hub id, or NAME=one of them. In the environment separated by commas.
+    # Base models: a folder, a hub id (with @REVISION), or NAME=one of them. In the environment separated by
+    # commas, or as a JSON list.
     model: Annotated[list[str], NoDecode] = Field(default_factory=list)
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -173,7 +175,18 @@ class Settings(LedgerSettings):
     disk_reserve_bytes: int = Field(256 << 20, ge=0)
     stop_patience_seconds: float = Field(600.0, gt=0)
 
-    @field_validator("model", "api_key", "sglang", "sglang_allow", "allowed_hosts", mode="before")
+    @field_validator("model", mode="before")
+    @classmethod
+    def _list_of_models(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        if Path(value).expanduser().is_dir() or Path(value.partition("=")[2] or value).expanduser().is_dir():
+            return [value]  # a folder with a comma in its name
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("api_key", "sglang", "sglang_allow", "allowed_hosts", mode="before")
     @classmethod
     def _comma_separated(cls, value: object) -> object:
         return (

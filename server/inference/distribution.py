@@ -38,7 +38,9 @@ class Distribution:
     ):
         folders = Folders(settings.data_dir, settings.sglang_data_dir)
         self.adapters = Adapters(settings, folders, endpoints, base_models)
-        self.merged = MergedWeights(folders, Exports(folders, engine, disk), endpoints, base_models)
+        self.merged = MergedWeights(
+            folders, Exports(folders, engine, disk, base_models), endpoints, base_models
+        )
         self._keys = keys
         self._endpoints = endpoints
         self._merges = settings.sglang_merge

@@ -16,6 +16,7 @@ import msgspec
 
 from ...ckpt import paths
 from ...engine import messages
+from ..base_models import BaseModel
 from ..errors import BadRequest, Unavailable
 from ..storage.disk import Disk
 from ..storage.safetensors_header import Entry, entries
@@ -48,7 +49,8 @@ class Export:
 
 
 class Exports:
-    def __init__(self, folders: Folders, engine: Supervisor, disk: Disk):
+    def __init__(self, folders: Folders, engine: Supervisor, disk: Disk, base_models: dict[str, BaseModel]):
+        self._base_models = base_models
         self._folders = folders
         self._engine = engine
         self._disk = disk
@@ -63,7 +65,7 @@ class Exports:
             is_full = not is_adapter(folder) and (folder / "config.json").is_file()
             if is_full and fp8 is None:
                 return await self._read(key, base_model, key)
-        target = _key(sampler, fp8)
+        target = _key(sampler, self._base_models[base_model].digest, fp8)
         async with self._making[target]:
             folder = self._folders.here(target)
             if not folder.is_dir():
@@ -110,10 +112,11 @@ class Exports:
         return Export(key, base_model, weights, tensors, sum(sizes), len(sizes))
 
 
-def _key(sampler: messages.SamplerRef, fp8: messages.Fp8 | None) -> str:
+def _key(sampler: messages.SamplerRef, base_digest: str | None, fp8: messages.Fp8 | None) -> str:
     """The same for the same weights in the same format."""
     if sampler.weights is None:
-        of, version = "base", hashlib.sha256(sampler.base_model.encode()).hexdigest()[:16]
+        named = f"{sampler.base_model}\0{base_digest}"
+        of, version = "base", hashlib.sha256(named.encode()).hexdigest()[:16]
     else:
         _, of, *_, version = sampler.weights.split("/")
     if fp8 is not None:

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_
 
 from ...ckpt.paths import CheckpointUri
 from . import audit
+from .base_models import digest_of
 from .schema import checkpoints, models
 
 
@@ -49,6 +50,7 @@ def is_taken(connection: Connection, uri: CheckpointUri) -> bool:
 
 
 def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
+    values = {"base_digest": digest_of(values["base_model"])} | values
     connection.execute(
         insert(checkpoints).values(
             run_id=uri.run,

@@ -86,6 +86,15 @@ sessions = Table(
     Index("sessions_by_size", "owner", "finished_at", "size_bytes"),
 )
 
+# What each base model's name stands for now: a digest of the weights and of their arithmetic.
+base_models = Table(
+    "base_models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("digest", Text, nullable=False),
+    Column("served_at", Float, nullable=False),
+)
+
 models = Table(
     "models",
     metadata,
@@ -93,6 +102,7 @@ models = Table(
     Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
     Column("session_id", String(192), ForeignKey("sessions.id"), nullable=False, index=True),
     Column("base_model", Text, nullable=False),
+    Column("base_digest", Text),  # of what that name stood for; null: not known
     Column("lora", JSON),  # null: full weights
     Column("optimizer", JSON, nullable=False),
     Column("user_metadata", JSON, nullable=False),
@@ -126,6 +136,7 @@ samplers = Table(
     Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
     Column("session_id", String(192), ForeignKey("sessions.id"), nullable=False, index=True),
     Column("base_model", Text, nullable=False),
+    Column("base_digest", Text),  # as that of models
     Column("model_path", Text),
     Column("directory", Text),  # of the weights; null: the base model itself
     # The model whose newest inflight weights it samples, its directory moving with them; null: it stays.
@@ -192,6 +203,7 @@ checkpoints = Table(
     Column("directory", Text, nullable=False, unique=True),
     Column("state", String(16), nullable=False),  # pending, complete, failed, deleted
     Column("base_model", Text, nullable=False),
+    Column("base_digest", Text),  # as that of models
     Column("lora", JSON),
     Column("optimizer", JSON, nullable=False),
     Column("size_bytes", BigInteger),

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, null, select, update
 
 from . import session_sizes
+from .base_models import digest_of
 from .schema import models, samplers, sessions, tenants
 
 
@@ -73,9 +74,9 @@ def finish_session(connection: Connection, session_id: str, reason: str, detail:
 
 def add_model(connection: Connection, **values: Any) -> None:
     now = time.time()
-    connection.execute(
-        insert(models).values(created_at=now, last_request_at=now, executed_seq=0, snapshot_seq=0, **values)
-    )
+    made = {"created_at": now, "last_request_at": now, "executed_seq": 0, "snapshot_seq": 0}
+    base = {"base_digest": digest_of(values["base_model"])}
+    connection.execute(insert(models).values(made | base | values))
     session_sizes.charge(connection, values["session_id"], session_sizes.size_of(*values.values()))
 
 
@@ -142,7 +143,8 @@ def assign_project(connection: Connection, session_id: str, project_id: str) -> 
 
 
 def add_sampler(connection: Connection, **values: Any) -> None:
-    connection.execute(insert(samplers).values(created_at=time.time(), **values))
+    base = {"base_digest": digest_of(values["base_model"])}
+    connection.execute(insert(samplers).values({"created_at": time.time()} | base | values))
     session_sizes.charge(connection, values["session_id"], session_sizes.ROW_BYTES)
 
 

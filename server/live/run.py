@@ -57,6 +57,7 @@ class Run:
     seq_base: int = 0
     configuration: dict[str, Any] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
+    base_digest: str | None = None  # None: not known
     resident: bool = False
     broken: str | None = None
     restoring: asyncio.Task | None = None
@@ -100,4 +101,5 @@ def from_row(row: Row) -> Run:
         row.seq_base,
         row.configuration,
         row.created_at,
+        row.base_digest,
     )

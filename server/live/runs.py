@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Row
 
 from ...engine import messages
 from ..access.quotas import Quotas
+from ..base_models import BaseModels
 from ..dialect import POINTS
 from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..ledger import operations as operation_rows
@@ -59,7 +60,9 @@ class Runs:
         payloads: Payloads,
         settings: Settings,
         quotas: Quotas | None = None,
+        base_models: BaseModels | None = None,
     ):
+        self._base_models = base_models or BaseModels()
         self._ledger = ledger
         self._quotas = quotas or Quotas(settings)
         self._engine = engine
@@ -128,10 +131,13 @@ class Runs:
         return run
 
     async def find_trainable(self, owner: str, run_id: str) -> Run:
-        """As `find_live`; raises BadRequest for a model whose creation failed."""
+        """As `find_live`; raises BadRequest for a model whose creation failed, or whose base model has other
+        weights now."""
         run = await self.find_live(owner, run_id)
         if run.state == "failed":
             raise BadRequest(f"model {run_id!r} could not be created; its create_model request says why")
+        if (why := self._base_models.changed(run)) is not None:
+            raise BadRequest(f"model {run_id!r}: {why}")
         return run
 
     def is_early(self, run: Run, seq_id: int) -> bool:
@@ -229,7 +235,9 @@ class Runs:
             lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
         )
         if row.id not in self._runs:
-            self._remember(from_row(row))
+            run = from_row(row)
+            run.broken = self._base_models.changed(run)
+            self._remember(run)
             self._dispatcher.open(row.id, row.executed_seq + 1)
             for arrival in early:
                 self._dispatcher.add(self._operations.load(arrival))

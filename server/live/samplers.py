@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ...ckpt import paths
 from ...engine import messages
 from ..access.quotas import Quotas
+from ..base_models import BaseModels
 from ..errors import ApiError, BadRequest, NotFound
 from ..ledger import session_sizes, tenancy
 from ..ledger.ledger import Ledger
@@ -53,6 +54,7 @@ class Sampler:
     directory: str | None
     follows: str | None
     engine: messages.SamplingEngine | None = None
+    base_digest: str | None = None  # None: not known
 
     @property
     def ref(self) -> messages.SamplerRef:
@@ -89,6 +91,7 @@ def _sampler(row: Row) -> Sampler:
         row.directory,
         row.follows,
         row.sampling_engine,
+        row.base_digest,
     )
 
 
@@ -101,7 +104,9 @@ class Samplers:
         runs: Runs,
         settings: Settings,
         quotas: Quotas | None = None,
+        base_models: BaseModels | None = None,
     ):
+        self._base_models = base_models or BaseModels()
         self._ledger = ledger
         self._quotas = quotas or Quotas(settings)
         self._engine = engine
@@ -159,7 +164,8 @@ class Samplers:
         return sampler
 
     async def find(self, owner: str, identifier: str) -> Sampler:
-        """Raises NotFound for what does not exist or is not the owner's."""
+        """Raises NotFound for what does not exist or is not the owner's, BadRequest for a sampler whose base
+        model has other weights now."""
         sampler = self._samplers.get(identifier, None)
         if sampler is None:
             row = await self._ledger.read(lambda connection: tenancy.find_sampler(connection, identifier))
@@ -169,6 +175,8 @@ class Samplers:
                     self._samplers[identifier] = sampler
         if sampler is None or sampler.owner != owner:
             raise NotFound(f"unknown sampling session {identifier!r}: create one first")
+        if (why := self._base_models.changed(sampler)) is not None:
+            raise BadRequest(f"sampling session {identifier!r}: {why}, or create another session")
         return sampler
 
     async def sampled(self, sampler: Sampler) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from ...ckpt import paths
+from ..base_models import BaseModels
 from ..errors import BadRequest, NotFound
 from ..ledger import checkpoints as rows
 from ..ledger.ledger import Ledger
@@ -82,7 +83,8 @@ def as_strings(metadata: dict[str, Any] | None) -> dict[str, str] | None:
 
 
 class Checkpoints:
-    def __init__(self, ledger: Ledger, sweep: Sweep):
+    def __init__(self, ledger: Ledger, sweep: Sweep, base_models: BaseModels | None = None):
+        self._base_models = base_models or BaseModels()
         self._ledger = ledger
         self._sweep = sweep
 
@@ -108,7 +110,7 @@ class Checkpoints:
                 f"path: {path!r} is not a training checkpoint; "
                 "load tinker://<run>/weights/<name>, as save_weights returns"
             )
-        return await self.find(owner, uri)
+        return await self._find_usable(owner, uri, "path")
 
     async def find_sampleable(self, owner: str, path: str, run: str | None = None) -> Row:
         """A sampler checkpoint by its URI; one of `run` also by less of it."""
@@ -118,7 +120,13 @@ class Checkpoints:
                 f"model_path: {path!r} is not a sampler checkpoint; "
                 "use tinker://<run>/sampler_weights/<name>, as save_weights_for_sampler returns"
             )
-        return await self.find(owner, uri)
+        return await self._find_usable(owner, uri, "model_path")
+
+    async def _find_usable(self, owner: str, uri: paths.CheckpointUri, field: str) -> Row:
+        row = await self.find(owner, uri)
+        if (why := self._base_models.changed(row)) is not None:
+            raise BadRequest(f"{field}: {str(uri)!r}: {why}")
+        return row
 
     async def delete(self, owner: str, uri: paths.CheckpointUri) -> None:
         row = await self._change(owner, uri, "deleted", {}, state="deleted")

@@ -81,7 +81,7 @@ def test_serve_says_what_is_missing(tmp_path: Path) -> None:
     assert "API key" in refused.output
     unknown = run(app, ["serve", "--model", str(tmp_path / "nothing")])
     assert unknown.exit_code == 2
-    assert "neither a folder" in unknown.output
+    assert "no such folder" in unknown.output
     assert "config.json" in run(app, ["serve", "--model", f"x={tmp_path}"]).output
     assert run(app, ["version"]).output.strip()
     assert "smollm2-135m" in run(app, ["models", "list"]).output
