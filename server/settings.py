@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from ..engine import messages
 from .access import given_keys
-from .inference.addresses import Allowed, is_loopback
+from .inference.addresses import Allowed, address, is_loopback
 from .ledger.keys import any_in
 from .ledger.ownership import sqlite_file
 
@@ -224,7 +224,7 @@ class Settings(LedgerSettings):
     @classmethod
     def _names_of_hosts(cls, names: list[str]) -> list[str]:
         for name in names:
-            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-][A-Za-z0-9._-]*|[0-9A-Fa-f:]+", name):
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-][A-Za-z0-9._-]*", name) and address(name) is None:
                 raise ValueError(
                     f"{name!r}: write a host's name without scheme and port, *.example.org, or *"
                 )

@@ -23,7 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import ApiError, Forbidden, UnsupportedMediaType, error_response
-from ..inference.addresses import is_loopback
+from ..inference.addresses import is_loopback, plain_host
 from .auth import ApiKeys
 
 log = logging.getLogger("tinsmith.auth")
@@ -38,7 +38,7 @@ class AllowedHosts:
     """This machine, and names that the operator allows: exact ones, `*.example.org`, or `*` for any."""
 
     def __init__(self, names: Iterable[str]):
-        lowered = [name.strip().lower().rstrip(".") for name in names]
+        lowered = [plain_host(name.strip()) for name in names]
         self._any = "*" in lowered
         self._exact = frozenset(lowered)
         self._below = tuple(name[1:] for name in lowered if name.startswith("*."))
@@ -127,7 +127,7 @@ def _place(origin: str) -> tuple[str, int | None]:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         return "", None
-    return host.lower().rstrip("."), port or _DEFAULT_PORTS.get(parts.scheme)
+    return plain_host(host), port or _DEFAULT_PORTS.get(parts.scheme)
 
 
 def _alike(one: str, other: str) -> bool:
