@@ -17,7 +17,7 @@ from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
 from .backend import Backend
 from .base_models import BaseModel, BaseModels, plan
-from .body_limits import USUAL_BYTES, BodyLimits, of_training_and_sampling
+from .body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
 from .json_bodies import JsonBodies
 from .ledger.ledger import Ledger
 from .metrics import Measured, Metrics
@@ -106,7 +106,13 @@ def create_app(
     app.add_middleware(Measured, metrics=app.state.metrics)
     # The last one added is the first to see a request.
     own = of_training_and_sampling(settings.max_body_bytes) | {imports.PATH: settings.max_import_bytes}
-    app.add_middleware(BodyLimits, usual=min(USUAL_BYTES, settings.max_body_bytes), own=own)
+    app.add_middleware(
+        BodyLimits,
+        usual=min(USUAL_BYTES, settings.max_body_bytes),
+        own=own,
+        budget=budget(settings.max_body_bytes),
+        streamed=[imports.PATH],
+    )
     app.add_middleware(RefusedNumbers, backend=backend)
     app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
     app.add_middleware(BrowserChecks, keys=keys, hosts=AllowedHosts(settings.own_hosts))

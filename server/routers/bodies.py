@@ -44,6 +44,8 @@ class BodyRoute(APIRoute):
                     request._json = await _parsed_aside(request, pieces, model)
                 else:
                     request._body = b"".join(pieces)
+                pieces.clear()
+                await body_is_read(request)
             return await handle(request)
 
         return handle_any_size
@@ -55,6 +57,12 @@ async def received(request: Request) -> list[bytes]:
         return [piece async for piece in request.stream()]
     except ClientDisconnect:
         raise ClientGone("the client closed its connection before the whole body was there") from None
+
+
+async def body_is_read(request: Request) -> None:
+    """The bytes of the body are not needed any more, however long the request still takes."""
+    if (give_back := getattr(request.state, "body_is_read", None)) is not None:
+        await give_back()
 
 
 async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseModel]) -> BaseModel:

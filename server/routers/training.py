@@ -20,7 +20,7 @@ from ..wire.losses import PER_TOKEN
 from ..wire.training_body import ReadBody, with_datums
 from ..wire.training_body import read as read_body
 from . import Backend, BackendOf, Owner, future
-from .bodies import BodyRoute, received
+from .bodies import BodyRoute, body_is_read, received
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
@@ -67,8 +67,12 @@ async def _read(request: Request, backend: Backend, owner: str) -> ReadBody:
     as_sent = (request.headers.get("content-type", ""), encoding)
     within = (backend.settings.max_body_bytes, backend.settings.max_datums)
     if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
-        return read_body(b"".join(pieces), *as_sent, *within)
-    return await backend.offload.in_process(owner, read_body, pieces, *as_sent, *within)
+        read = read_body(b"".join(pieces), *as_sent, *within)
+    else:
+        read = await backend.offload.in_process(owner, read_body, pieces, *as_sent, *within)
+    pieces.clear()
+    await body_is_read(request)
+    return read
 
 
 async def _message(
