@@ -25,8 +25,7 @@ READ_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Matrices that SGLang and vLLM hold as one: what is done to one of them is done to all."""
 
 SHARD_BYTES = 4 << 30
-COPIED = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,7 +35,19 @@ COPIED = (
     "merges.txt",
     "tokenizer.model",
 )
+COPIED = ("generation_config.json", *TOKENIZER_FILES)
 """Files of the base model's folder that go along, where it has them."""
+
+
+def copy_tokenizer(base_folder: Path, into: Path) -> None:
+    """Copy the files of a tokenizer."""
+    _copy(TOKENIZER_FILES, base_folder, into)
+
+
+def _copy(names: Iterable[str], base_folder: Path, into: Path) -> None:
+    for name in names:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, into / name)
 
 
 def write_folder(
@@ -60,9 +71,7 @@ def write_folder(
         for key in ("torch_dtype", "transformers_weights"):
             hf_config.pop(key, None)
         _write_json(writing / "config.json", hf_config | config)
-        for name in COPIED:
-            if (base_folder / name).is_file():
-                shutil.copyfile(base_folder / name, writing / name)
+        _copy(COPIED, base_folder, writing)
         size = size_bytes(writing)
         digests.write(writing)
     return size

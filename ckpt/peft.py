@@ -27,7 +27,7 @@ from ..model.families import FAMILIES, is_transposed
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank
 from . import digests, peft_config
 from .atomic import atomic_directory, size_bytes
-from .hf_folder import READ_AS_ONE
+from .hf_folder import READ_AS_ONE, copy_tokenizer
 from .peft_config import AdapterConfig, AdapterError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -52,13 +52,23 @@ class SavedAdapter:
 
 
 def save_adapter(
-    directory: Path, adapter: Adapter, config: ModelConfig, *, rank: int, alpha: float, base_model: str
+    directory: Path,
+    adapter: Adapter,
+    config: ModelConfig,
+    *,
+    rank: int,
+    alpha: float,
+    base_model: str,
+    tokenizer_of: Path | None = None,
 ) -> int:
     """Write an adapter (arrays in host or device memory, rank padded or not); the directory appears whole.
 
     Serving engines need q, k and v together, and gate and up: one that has no adapter where another of them
-    has gets one of zeros. Its scale is lora_alpha / r, and nothing else in the config changes it. Returns the
-    size in bytes.
+    has gets one of zeros. Its scale is lora_alpha / r, and nothing else in the config changes it.
+
+    `base_model` is what PEFT's readers load the base model from: a folder, or a hub id that may end with
+    `@revision`. `tokenizer_of` is a folder whose tokenizer files go along, where `AutoPeftModelForCausalLM`
+    looks for them. Returns the size in bytes.
     """
     adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
@@ -68,10 +78,14 @@ def save_adapter(
         tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_IR[:, :rank].T)
         tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b_RO[:rank].T)
     targets = {module.rsplit(".", 1)[-1] for module, _, _ in _modules(adapter, config)}
+    # A folder may have an @ in its name; a hub id has none.
+    is_folder = Path(base_model).is_absolute()
+    name, _, revision = (base_model, "", "") if is_folder else base_model.partition("@")
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": name,
+        "revision": revision or None,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(targets),
@@ -86,6 +100,8 @@ def save_adapter(
     with atomic_directory(directory) as writing:
         save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
         (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
+        if tokenizer_of is not None:
+            copy_tokenizer(tokenizer_of, writing)
         size = size_bytes(writing)
         digests.write(writing)
     return size

@@ -41,6 +41,7 @@ class BaseModel:
     graph: Any
     trainer: Trainer
     samplers: SamplerCache
+    reference: str
 
 
 def compute_dtype(name: str) -> Any:
@@ -108,7 +109,17 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
         limit,
         time.perf_counter() - began,
     )
-    return BaseModel(declared.name, folder, config, mesh, dtype, graph, trainer, samplers)
+    return BaseModel(
+        declared.name,
+        folder,
+        config,
+        mesh,
+        dtype,
+        graph,
+        trainer,
+        samplers,
+        declared.reference or declared.name,
+    )
 
 
 def _token_bytes(folder: Path) -> TokenBytes | None:

@@ -18,12 +18,21 @@ from .base_models import BaseModel
 from .errors import UserError
 
 
-def save_weights(base: BaseModel, lora: messages.LoraSpec | None, weights: Any, directory: Path) -> int:
-    """Write an adapter, or full weights; the size in bytes, as of all of these."""
+def save_weights(
+    base: BaseModel, lora: messages.LoraSpec | None, weights: Any, directory: Path, tokenizer: bool = False
+) -> int:
+    """Write an adapter, with its base model's tokenizer if asked, or full weights; return the size in bytes,
+    as all of these do."""
     if lora is None:
         return merged.save_merged(directory, merged.in_memory(weights), base.config, base_folder=base.folder)
     return peft.save_adapter(
-        directory, weights, base.config, rank=lora.rank, alpha=lora.alpha, base_model=base.name
+        directory,
+        weights,
+        base.config,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        base_model=base.reference,
+        tokenizer_of=base.folder if tokenizer else None,
     )
 
 
@@ -69,7 +78,7 @@ def export_stored(
             abstract = {"weights": base.trainer.abstract_weights(lora)}
             adapter, scale = training_state.restore(source, abstract)["weights"], lora.alpha / lora.rank
             if not merge:
-                return save_weights(base, lora, adapter, directory)
+                return save_weights(base, lora, adapter, directory, tokenizer=True)
         else:
             parameters = stored_parameters.of_training_state(source)
         return _save_full(base, parameters, adapter, scale, directory, fp8)

@@ -213,7 +213,8 @@ class SaveSampler(_Request, frozen=True):
 
     `urgent`: a deferred save is written at once, for somebody else to sample it.
     `merged` (not deferred): an adapter is written as full weights too, its base model's with it inside.
-    With `recipients` (not deferred) the files are encrypted to them. Neither is for anybody here to sample.
+    With `recipients` (not deferred) the files are encrypted to them. With `tokenizer` (not deferred) an
+    adapter has its base model's tokenizer beside it. None of these three is sampled here.
     """
 
     model_id: str
@@ -222,6 +223,7 @@ class SaveSampler(_Request, frozen=True):
     urgent: bool = False
     recipients: list[str] = []  # `ckpt.age`
     merged: bool = False
+    tokenizer: bool = False
 
 
 class Fp8(msgspec.Struct, frozen=True):
@@ -475,12 +477,14 @@ FromEngine = Done | Failed | Drawn | Status | Beat
 class BaseModel(msgspec.Struct, frozen=True):
     """A base model by the name clients use, and the Hugging Face folder it is loaded from.
 
-    `digest`, if given, is that of the folder as the server found it (`model.folder.digest`).
+    `digest`, if given, is that of the folder as the server found it (`model.folder.digest`). `reference` is
+    what adapters' configs call the model, for transformers to load it where they are used; empty: the name.
     """
 
     name: str
     path: str
     digest: str | None = None
+    reference: str = ""
 
 
 class Devices(msgspec.Struct, frozen=True):

@@ -105,7 +105,9 @@ class Backend:
         self.payloads = Payloads(self.ledger, settings.payload_dir, settings.sync_every_commit)
         self.disk = Disk(settings.data_dir, settings.disk_reserve_bytes, settings.payload_dir.parent)
         self.engine = Supervisor(
-            settings.engine_config([model.message for model in self.base_models.values()]),
+            settings.engine_config(
+                [model.message(settings.is_loopback) for model in self.base_models.values()]
+            ),
             self._answered,
             settings.engine_silence_seconds,
             inherited=() if self.ledger.owner is None else self.ledger.owner.descriptors,

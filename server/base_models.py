@@ -37,9 +37,23 @@ class BaseModel:
     vocab_size: int
     digest: str | None = None  # of its weights and arithmetic: what is trained on it fits no other
 
+    def message(self, on_this_machine: bool) -> messages.BaseModel:
+        """What the engine is told. Clients on this machine can load the base model from its folder; others
+        are told no path of ours."""
+        reference = str(self.folder) if on_this_machine else self.name
+        if self.hub_id is not None:
+            # The hub's cache keeps each commit in a folder of its name.
+            commit = f"@{self.folder.name}" if self.folder.parent.name == "snapshots" else ""
+            reference = self.hub_id + commit
+        return messages.BaseModel(self.name, str(self.folder), self.digest, reference)
+
     @property
-    def message(self) -> messages.BaseModel:
-        return messages.BaseModel(self.name, str(self.folder), self.digest)
+    def is_tied(self) -> bool:
+        """Whether the embedding is the unembedding too: the files have no head of their own."""
+        try:
+            return bool(self.tensors) and "lm_head.weight" not in self.tensors
+        except (OSError, ValueError):
+            return False
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:

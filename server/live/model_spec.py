@@ -16,6 +16,12 @@ from ..settings import Settings
 from ..wire import models as wire
 from .wandb_runs import CONFIGURATION
 
+TIED = (
+    "train_unembed: this base model's embeddings are tied. The adapter of the unembedding is right beside "
+    "the model, but PEFT's merge_and_unload and the cookbook's build_hf_model cannot merge it. For merged "
+    "weights run `tinsmith checkpoints merge`, or call save_weights_external with merged: true; or create "
+    "the model with train_unembed false"
+)
 OPTIMIZERS = ("adamw", "dimuon", "sgd", "signsgd", "muon")
 _TARGETS = {
     "train_attn": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
@@ -41,8 +47,9 @@ def model_spec(
     dialect: Dialect,
     settings: Settings,
     max_sequence_length: int | None = None,
+    is_tied: bool = False,
 ) -> ModelSpec:
-    """`max_sequence_length` is the base model's limit. Raises BadRequest for what cannot be had."""
+    """`max_sequence_length` and `is_tied` are the base model's. Raises BadRequest for what cannot be had."""
     points = POINTS[dialect]
     warnings: list[str] = []
     if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
@@ -66,6 +73,8 @@ def model_spec(
         target_alignment=body.target_alignment or points.target_alignment,
         optimizer_options=optimizer.get("optimizer_kwargs", {}),
     )
+    if is_tied and message.lora is not None and message.lora.train_unembed:
+        warnings.append(TIED)
     if body.parallelism_config is not None:
         warnings.append("parallelism_config: the server's devices and mesh are chosen at its start")
     if max_sequence_length is not None and (body.max_seq_len or 0) > max_sequence_length:

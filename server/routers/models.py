@@ -36,7 +36,8 @@ async def create_model(
     """The model is ready when a poll of the request says so."""
     dialect: Dialect = said or ("xorl" if body.model_id is not None else "tinkercloud")
     base_model = backend.base_model(body.base)
-    spec = model_spec(body, "", dialect, backend.settings, base_model.max_sequence_length)
+    is_tied = await asyncio.to_thread(lambda: base_model.is_tied)
+    spec = model_spec(body, "", dialect, backend.settings, base_model.max_sequence_length, is_tied)
     if CONFIGURATION in spec.configuration:
         backend.wandb.check()
     if body.checkpoint_path is not None:

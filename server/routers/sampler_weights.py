@@ -125,7 +125,9 @@ async def save_weights_external(
             run,
             "save_weights_external",
             body.seq_id,
-            messages.SaveSampler("", run.id, directory, recipients=recipients or [], merged=body.merged),
+            messages.SaveSampler(
+                "", run.id, directory, recipients=recipients or [], merged=body.merged, tokenizer=True
+            ),
             saved("save_weights_external", run, uri),
             new_checkpoint(backend, run, uri, directory, **body.kept()),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Request
 from ..dialect import Dialect
 from ..errors import NotFound
 from ..ledger import tenancy
-from ..live.model_spec import model_spec
+from ..live.model_spec import TIED, model_spec
 from ..live.run import Run
 from ..live.sessions import shown_id
 from ..served.named_models import Named, check_name, described
@@ -49,7 +50,15 @@ async def create_session(
         session_id = body.session_id
     else:
         session_id = await backend.sessions.create(owner, fields)
+    if said == "tinker":  # which shows this to its user, and nothing that create_model answers
+        answer["info_message"] = await asyncio.to_thread(_of_tied, backend)
     return answer | {"session_id": session_id, "error_message": None}
+
+
+def _of_tied(backend: Backend) -> str | None:
+    """What users of the SDK should know before they create a model of a base model with tied embeddings."""
+    tied = [model.name for model in backend.base_models.values() if model.is_tied]
+    return f"{', '.join(tied)}: {TIED}" if tied else None
 
 
 async def _with_model(

@@ -165,3 +165,25 @@ def test_an_adapter_that_peft_wrote_is_read(tmp_path):
     np.testing.assert_array_equal(found["b"][1, :4], module.lora_B["default"].weight.detach().numpy().T)
     assert not found["a"][..., 4:].any()
     assert not found["b"][:, 4:].any()
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "revision"),
+    [
+        ("org/name", "org/name", None),
+        ("org/name@0123abc", "org/name", "0123abc"),
+        ("/models/a@b", "/models/a@b", None),
+        ("tiny", "tiny", None),
+    ],
+)
+def test_the_config_names_the_base_model_as_its_readers_do(tmp_path, reference, name, revision):
+    folder = write_model(tmp_path / "base")
+    config = read_config(folder)
+    adapter = random_adapter(config, train_unembed=False)
+    where = tmp_path / "a"
+    peft.save_adapter(
+        where, adapter, config, rank=RANK, alpha=ALPHA, base_model=reference, tokenizer_of=folder
+    )
+    written = json.loads((where / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == (name, revision)
+    assert (where / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

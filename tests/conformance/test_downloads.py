@@ -24,12 +24,13 @@ from conformance.sdk_command import cli
 from conformance.server_process import ServerProcess, Wire
 from conformance.test_sdk_training import step
 from tinsmith.server.access.signed_urls import UrlSigner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
+EXPORTED = FILES | {"tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,13 @@ def test_the_sdk_s_command_downloads_what_peft_loads(
     (done,) = cli(server, f"checkpoint download {path} --output {tmp_path}")
     assert done.code == 0, done.err
     (folder,) = tmp_path.iterdir()
-    assert {file.name for file in folder.iterdir()} == FILES
+    assert {file.name for file in folder.iterdir()} == EXPORTED
     np.testing.assert_allclose(by_peft(tiny_model, folder, data), expected, atol=1e-4)
+    # The base model is found by what the adapter's config calls it, and the tokenizer is beside the adapter.
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    np.testing.assert_allclose(by_torch(alone, data), expected, atol=1e-4)
+    text, own = "the tinker mends", AutoTokenizer.from_pretrained(tiny_model)
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == own(text)["input_ids"]
     left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
     assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
 
@@ -90,7 +96,7 @@ def test_the_archive_of_a_training_state_is_what_peft_loads(
         archive = io.BytesIO(response.read())
         assert int(response.headers["Content-Length"]) == len(archive.getvalue())
     with tarfile.open(fileobj=archive) as tar:
-        assert set(tar.getnames()) == FILES | {"checkpoint_complete"}
+        assert set(tar.getnames()) == EXPORTED | {"checkpoint_complete"}
         tar.extractall(tmp_path, filter="data")
     np.testing.assert_allclose(by_peft(tiny_model, tmp_path, data), expected, atol=1e-4)
     assert not [*server.data_dir.glob("checkpoints/*/archived/*")]
@@ -136,7 +142,7 @@ def test_external_weights_come_over_urls_without_a_key(
     assert saved.path == f"tinker://{trained.model_id}/external_weights/outside"
     rest = tinker.RestClient(base_url=server.url, api_key=ALICE)
     answer = rest.get_external_weights_urls(saved.path).result()
-    assert set(answer.urls) == FILES
+    assert set(answer.urls) == EXPORTED
     sizes = 0
     for url in answer.urls.values():
         with urllib.request.urlopen(url, timeout=30) as response:
@@ -173,8 +179,8 @@ def test_external_weights_are_encrypted_to_all_their_recipients(
     ]
     assert [done.code for done in cli(server, *downloads)] == [0, 0]
     (expected,), (folder,) = ((tmp_path / str(i)).iterdir() for i in range(2))
-    assert {file.name for file in folder.iterdir()} == {f"{name}.age" for name in FILES}
-    for name in FILES:
+    assert {file.name for file in folder.iterdir()} == {f"{name}.age" for name in EXPORTED}
+    for name in EXPORTED:
         content = (folder / f"{name}.age").read_bytes()
         assert b"lora" not in content
         for identity in identities:
@@ -182,7 +188,7 @@ def test_external_weights_are_encrypted_to_all_their_recipients(
         with pytest.raises(pyrage.DecryptError):
             pyrage.decrypt(content, [other])
     on_disk = [path for path in server.data_dir.rglob("*") if "sealed" in str(path) and path.is_file()]
-    assert {path.name for path in on_disk} - {".digests.json"} == {f"{name}.age" for name in FILES}
+    assert {path.name for path in on_disk} - {".digests.json"} == {f"{name}.age" for name in EXPORTED}
 
 
 def test_recipients_that_are_none(trained: tinker.TrainingClient) -> None:

@@ -33,6 +33,22 @@ def test_a_finished_session(server: ServerProcess, wire: Wire) -> None:
     assert wire.post("session_heartbeat", session_id="nobody").status_code == 404
 
 
+def test_the_sdk_s_user_is_told_of_tied_embeddings(wire: Wire) -> None:
+    """When the session begins: the SDK logs this message, and none of create_model's. Merging tools cannot
+    merge the adapter of a tied unembedding."""
+    made = wire.post("create_session", tags=[], sdk_version="0.38.0").json()
+    assert made["info_message"].startswith("tiny: train_unembed:")
+    assert "tinsmith checkpoints merge" in made["info_message"]
+    asked = {"session_id": made["session_id"], "base_model": "tiny"}
+    default = wire.post("create_model", model_seq_id=0, lora_config={"rank": 4}, **asked).json()
+    assert "embeddings are tied" in default["warning_message"]
+    without = {"rank": 4, "train_unembed": False}
+    assert (
+        "warning_message"
+        not in wire.post("create_model", model_seq_id=1, lora_config=without, **asked).json()
+    )
+
+
 def test_a_number_that_a_copied_checkpoint_has_is_not_a_model_s(wire: Wire) -> None:
     session = wire.session()
     model = wire.model(session)

@@ -47,6 +47,7 @@ def test_the_page_from_top_to_bottom(tinkercloud: Tinkercloud) -> None:
     assert created["status"] == "ready"
     assert "max_seq_len: 4096" in created["warning_message"]
     assert "512 tokens" in created["warning_message"]
+    assert "train_unembed: this base model's embeddings are tied" in created["warning_message"]
     model = {"model_id": created["model_id"]}
     info = tinkercloud.ask("get_info", **model)["model_data"]
     assert (info["model_name"], info["lora_rank"]) == ("tiny", 4)
