@@ -196,7 +196,11 @@ def api_error_response(request_path: str, error: ApiError) -> Response:
     )
 
 
-_MESSAGES = {"extra_forbidden": "not supported here, or not with this value"}
+_MESSAGES = {
+    "extra_forbidden": "not supported here, or not with this value",
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+}
 
 
 def describe(errors: list[dict[str, Any]]) -> str:

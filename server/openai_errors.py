@@ -52,4 +52,4 @@ def invalid_field(error: Mapping[str, Any]) -> str | None:
 
 def is_union_tag(part: str | int) -> bool:
     """Whether a part of a location is not a field, but which of several types was tried."""
-    return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier())
+    return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier() or part[:1].isupper())

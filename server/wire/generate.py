@@ -5,11 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    Tag,
+    model_validator,
+)
 
 from ...engine import messages
 from .body import Finite, Int64, as_json
-from .unsupported import StrictBody, Unsupported, anything, empty, empty_or, no_biases, only
+from .unsupported import (
+    LIST,
+    ONE,
+    StrictBody,
+    Unsupported,
+    anything,
+    empty,
+    empty_or,
+    no_biases,
+    one_or_list,
+    only,
+)
 
 MAX_PROMPTS = 256
 _Strings = Annotated[str | list[str] | None, AfterValidator(as_json)]
@@ -84,6 +104,12 @@ class GenerateParams(StrictBody):
         return self.temperature in (0.0, 1.0) and penalties == (1.0, 0.0, 0.0)
 
 
+_Params = Annotated[
+    Annotated[GenerateParams, Tag(ONE)] | Annotated[list[GenerateParams], Tag(LIST)],
+    Discriminator(one_or_list),
+]
+
+
 @dataclass(frozen=True)
 class OnePrompt:
     """What a body says about one of its prompts. `logprob_start_len` -1: no log-probs of the prompt."""
@@ -151,7 +177,7 @@ class Generate(StrictBody):
     }
     text: str | list[str] | None = None
     input_ids: list[Int64] | list[list[Int64]] | None = None
-    sampling_params: GenerateParams | list[GenerateParams] = GenerateParams()
+    sampling_params: _Params = GenerateParams()
     return_logprob: StrictBool | list[StrictBool] = False
     logprob_start_len: _Start | list[_Start] = -1
     top_logprobs_num: _TopCount | list[_TopCount] = 0

@@ -9,16 +9,53 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    Tag,
+    model_validator,
+)
 
 from ...engine.messages import TOPK_LIMIT, SamplingParams
 from .body import Finite, Int64, as_json
-from .unsupported import StrictBody, Unsupported, anything, empty, empty_or, no_biases, only
+from .unsupported import (
+    LIST,
+    ONE,
+    StrictBody,
+    Unsupported,
+    anything,
+    empty,
+    empty_or,
+    no_biases,
+    one_or_list,
+    only,
+)
 
 _Strings = Annotated[str | list[str] | None, AfterValidator(as_json)]
 _Text = Annotated[str, AfterValidator(as_json)]
 _COMPLETION_TOKENS = 16  # OpenAI's default
 MAX_PROMPTS = 64
+
+
+def _kind_of_prompt(value: Any) -> str:
+    """Errors are about the kind that was sent."""
+    if not isinstance(value, (list, tuple)):
+        return "<text>"
+    first = value[0] if value else ""
+    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<tokens>"
+
+
+_Prompts = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Tag("<texts>")]
+    | Annotated[list[Int64], Tag("<tokens>")]
+    | Annotated[list[list[Int64]], Tag("<lists>")],
+    Discriminator(_kind_of_prompt),
+]
 
 
 class StreamOptions(StrictBody):
@@ -137,7 +174,7 @@ class Completions(_Completions):
         "add_special_tokens": only(True),
         "prompt_logprobs": only(),
     }
-    prompt: str | list[str] | list[Int64] | list[list[Int64]]
+    prompt: _Prompts
     max_tokens: Annotated[Int64, Field(ge=0)] = _COMPLETION_TOKENS
     logprobs: StrictInt | None = Field(None, ge=0, le=TOPK_LIMIT)
     echo: StrictBool = False
@@ -183,6 +220,11 @@ class Part(StrictBody):
         return self
 
 
+_Content = Annotated[
+    Annotated[_Text, Tag(ONE)] | Annotated[list[Part], Tag(LIST)], Discriminator(one_or_list)
+]
+
+
 class Function(StrictBody):
     name: _Text
     arguments: _Text = "{}"
@@ -216,7 +258,7 @@ class ChatMessage(StrictBody):
         "tool_calls": empty,
     }
     role: Annotated[_Text, Field(min_length=1, max_length=64)]
-    content: _Text | list[Part] | None = None
+    content: _Content | None = None
     name: _Text | None = None
     refusal: _Text | None = None
     reasoning_content: _Text | None = None

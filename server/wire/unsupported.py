@@ -34,6 +34,14 @@ def empty(value: Any) -> bool:
     return value in ("", [], {})
 
 
+def one_or_list(value: Any) -> str:
+    """Tell the two types apart, so that errors are about the one that was sent. The names are no fields."""
+    return LIST if isinstance(value, (list, tuple)) else ONE
+
+
+ONE, LIST = "<one>", "<list>"
+
+
 def no_biases(value: Any) -> bool:
     """Accept an object of numbers that are all zero."""
     return empty(value) or (isinstance(value, dict) and not any(value.values()))
