@@ -28,6 +28,8 @@ router = APIRouter(prefix="/api/v1", tags=["futures"], route_class=BodyRoute)
 METADATA_FIRST_BYTES = 1 << 20
 _INLINE_BYTES = 64 << 10  # of numbers; they are written as JSON in a few milliseconds
 AT_ONCE_SECONDS = 1.0
+PROMPT_END = "prompt_end"
+"""In the reply of a sample: the last tokens of its prompt, which its text goes on from. Not for clients."""
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
@@ -74,15 +76,16 @@ async def answered(
     if serialized is not None:
         return Response(serialized, media_type=results.PROTOBUF)
     owner = operation.owner
+    reply = {name: value for name, value in operation.reply.items() if name != PROMPT_END}
     size = results.size(outputs)
     texts = None
     if "base_model" in parts[0].reply:  # of clients that have no tokenizer
         texts = await backend.offload.in_thread(owner, _texts, outputs, backend, parts[0])
     if size <= _INLINE_BYTES:
-        return _json(results.body(outputs, dialect, operation.reply, texts, wrapped))
+        return _json(results.body(outputs, dialect, reply, texts, wrapped))
     encoded = [results.encode(outputs)]
     rendered = await backend.offload.in_process(
-        owner, results.rendered, encoded, dialect, operation.reply, texts, wrapped
+        owner, results.rendered, encoded, dialect, reply, texts, wrapped
     )
     return Response(rendered, media_type="application/json")
 
@@ -99,7 +102,8 @@ def _texts(outputs: list[messages.Output], backend: Backend, part: Operation) ->
         if isinstance(output, messages.SampleOutput)
         for sequence in output.sequences
     ]
-    return [tokenizer.decode(tokens_of(sequence.tokens)) for sequence in sequences]
+    before = part.reply.get(PROMPT_END, [])
+    return [tokenizer.continuation(before, tokens_of(sequence.tokens)) for sequence in sequences]
 
 
 @router.post("/retrieve_future")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,14 +19,16 @@ from ..served import sample_submits
 from ..served.hang_ups import while_connected
 from ..served.request_samples import RequestSamples
 from ..served.sample_targets import target
-from ..served.tokenizer import of_folder
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
+from ..wire.sampled import tokens_of
 from . import Backend, BackendOf, Owner, Said, future
 from .bodies import BodyRoute
-from .futures import answered
+from .futures import PROMPT_END, answered
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
+
+_CONTEXT = 8  # tokens of a prompt that its samples are decoded after
 
 
 @router.post("/asample")
@@ -142,10 +143,9 @@ async def _submit(
         prompt_alternatives=body.prompt_alt_tokens_k or 0,
     )
     # The SDK has the tokenizer; others are told what the tokens say.
-    reply = {} if dialect == "tinker" else {"base_model": sampler.base_model}
-    if reply:
-        with contextlib.suppress(BadRequest):  # the answer then has no text
-            await asyncio.to_thread(of_folder, model.folder)
+    reply: dict[str, Any] = {}
+    if dialect != "tinker":
+        reply = {"base_model": sampler.base_model, PROMPT_END: tokens_of(prompt[-4 * _CONTEXT :])}
     operation = await sample_submits.submit(backend, owner, sample, key, reply, dialect)
     if numbered:
         backend.completions.accepted(body.sampling_session_id or "", seq_id or 0, operation)

@@ -7,6 +7,7 @@ in time and length. Whatever goes wrong in one is the request's error, never the
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ def rendered(
         raise BadRequest("this model has no chat template: use /v1/completions")
     if refused := sorted(_OURS & variables.keys()):
         raise BadRequest(f"{refused[0]}: a chat template has no such variable")
+    if _takes_parts_only(_template(tokenizer, variables.get("tools"))):
+        turns = [_in_parts(turn) for turn in turns]
     options = {"add_generation_prompt": not variables.get("continue_final_message")} | variables
     try:
         with _Deadline(SECONDS):
@@ -45,6 +48,28 @@ def rendered(
     if len(text) > CHARACTERS:
         raise BadRequest(f"messages: the model's chat template made over {CHARACTERS} characters of them")
     return text
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
+    try:
+        return tokenizer.get_chat_template(None, tools)
+    except ValueError:  # several, and none is the default: rendering says so
+        return ""
+
+
+def _takes_parts_only(template: str) -> bool:
+    """Whether it loops over the parts of a message's content and never asks if that is a string: it would
+    loop over the characters of one. vLLM and SGLang look for such loops, too."""
+    return bool(_LOOP.search(template)) and not _ASKS.search(template)
+
+
+_LOOP = re.compile(r"""\{%-?\s*for\s+\w+\s+in\s+\w+(\.content|\[\s*['"]content['"]\s*\])(?!\w)""")
+_ASKS = re.compile(r"\bis\s+(not\s+)?(string|iterable|sequence|mapping)\b")
+
+
+def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    content = turn.get("content")
+    return turn | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else turn
 
 
 def _said(error: Exception) -> str:

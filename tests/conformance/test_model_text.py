@@ -152,6 +152,26 @@ def test_a_sample_that_names_no_stop_ends_at_the_tokenizer_s_end_token(url: str,
     assert sequence["stop_reason"] == "stop"
 
 
+def test_a_sample_s_text_goes_on_where_its_prompt_ends(url: str) -> None:
+    scored = post(url, "/generate", text=PROMPT, sampling_params={"max_new_tokens": 1}, return_logprob=True,
+                  logprob_start_len=0).json()  # fmt: skip
+    tokens = [entry[1] for entry in scored["meta_info"]["input_token_logprobs"]]
+    headers = {"X-API-Key": "tml-local", "X-API-Dialect": "tinkercloud"}
+    body = {
+        "prompt": {"tokens": tokens},
+        "base_model": "tiny",
+        "sampling_params": {"max_tokens": 40, "temperature": 0},
+    }
+    asked = httpx.post(url + "/api/v1/asample", json=body, headers=headers, timeout=60).json()
+    for _ in range(100):
+        polled = {"request_id": asked["request_id"]}
+        answer = httpx.post(url + "/api/v1/retrieve_future", json=polled, headers=headers, timeout=60).json()
+        if "sequences" in answer:
+            break
+    assert answer["sequences"][0]["text"] == SAID
+    assert "prompt_end" not in answer
+
+
 @pytest.mark.parametrize("stop", [" mends", "ends w", "🙂", "!"])
 def test_stop_strings_are_matched_in_the_text_that_is_answered(url: str, stop: str) -> None:
     want = SAID[: SAID.find(stop)]

@@ -66,6 +66,19 @@ def test_a_conversation_has_the_tokens_that_transformers_gives_it(tmp_path, temp
     assert of_folder(folder).conversation(TURNS) == reference_tokens(folder, TURNS)
 
 
+PARTS = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+EITHER = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}" + (
+    "{% for part in m['content'] %}<{{ part.text }}>{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_takes_parts_alone_is_given_parts(tmp_path):
+    in_parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+    for template, turns in ((PARTS, in_parts), (EITHER, TURNS), (CHATML, TURNS)):
+        folder = write_tokenizer_folder(tmp_path / str(len(template)), chat_template=template)
+        assert of_folder(folder).conversation(TURNS) == reference_tokens(folder, turns)
+
+
 @pytest.mark.parametrize(
     "variables",
     [
