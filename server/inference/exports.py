@@ -7,10 +7,10 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -54,7 +54,7 @@ class Exports:
         self._folders = folders
         self._engine = engine
         self._disk = disk
-        self._making: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._making: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while one is held
 
     async def make(self, sampler: messages.SamplerRef, fp8: messages.Fp8 | None) -> Export:
         """Full weights as they are saved are such a folder already. Raises CannotServe for weights that are
@@ -66,7 +66,7 @@ class Exports:
             if is_full and fp8 is None:
                 return await self._read(key, base_model, key)
         target = _key(sampler, self._base_models[base_model].digest, fp8)
-        async with self._making[target]:
+        async with self._making.setdefault(target, asyncio.Lock()):
             folder = self._folders.here(target)
             if not folder.is_dir():
                 self._disk.require_room()
