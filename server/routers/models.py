@@ -78,6 +78,7 @@ async def _create(
     owner: str,
 ) -> Operation:
     identifier = model_id(session_id, body.model_seq_id or 0)
+    await _require_unused(backend, owner, identifier, body.model_seq_id)
     with backend.admission.model(owner, identifier, backend.runs.alive(owner)):
         return await backend.runs.create(
             NewRun(
@@ -91,6 +92,19 @@ async def _create(
                 dialect,
                 configuration=spec.configuration,
             )
+        )
+
+
+async def _require_unused(backend: Backend, owner: str, identifier: str, number: int | None) -> None:
+    """Raises BadRequest for a number whose model was deleted: the request does not repeat its creation."""
+    try:
+        run = await backend.runs.find(owner, identifier)
+    except NotFound:
+        return
+    if run.state == "finished":
+        raise BadRequest(
+            f"model_seq_id: the model {number} of this session was deleted; use another number, or another "
+            "session_id"
         )
 
 

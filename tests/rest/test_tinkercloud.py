@@ -111,6 +111,9 @@ def test_a_session_s_name_is_each_tenant_s_own(tinkercloud: Tinkercloud, rest_se
         assert bob.get("/api/v1/sessions/shared-name").json()["training_run_ids"] == [theirs]
     assert theirs != mine
     assert tinkercloud.get("/api/v1/sessions/shared-name").json()["training_run_ids"] == [mine]
+    tinkercloud.ask("delete_model", model_id=mine)
+    again = tinkercloud.post("/api/v1/create_model", json={"session_id": "shared-name", **asked})
+    assert (again.status_code, "model_seq_id" in again.json()["detail"]) == (400, True), "its number is used"
     wrong = tinkercloud.post("/api/v1/create_model", json={"session_id": "../up", **asked})
     assert (wrong.status_code, "session_id" in wrong.json()["detail"]) == (400, True)
     sdk = Wire(rest_server.url, ALICE)
