@@ -27,6 +27,7 @@ DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float1
 
 _MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
 _COMPARED_BYTES = 64 << 20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _BASE_PREFIX = "model."
 T = TypeVar("T")
 
@@ -77,6 +78,8 @@ def header(file: Path) -> dict[str, Stored]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
+        if length == int.from_bytes(_LFS_POINTER[:8], "little"):
+            raise WeightsError(f"{file.name} is a pointer of git-lfs, not the file itself: run git lfs pull")
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
             raise WeightsError(f"{file.name} is not a whole safetensors file")
         try:

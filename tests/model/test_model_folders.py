@@ -331,8 +331,9 @@ def test_weights_are_never_made_up(tmp_path, variant, change, message):
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b.safetensors"}}'}, "is not inside"),
         (
             {"model.safetensors": b"version https://git-lfs.github.com/spec/v1"},
-            "not a whole safetensors file",
+            "is a pointer of git-lfs, not the file itself: run git lfs pull",
         ),
+        ({"model.safetensors": b"these are no weights"}, "not a whole safetensors file"),
         ({"model.safetensors": b"\2\0\0\0\0\0\0\0[]"}, "damaged"),
     ],
 )
