@@ -84,11 +84,18 @@ def segments(connection: Connection) -> set[str]:
     return {name for name in connection.execute(query).scalars() if name is not None}
 
 
-def in_operations(connection: Connection, max_bytes: int) -> Sequence[Row]:
-    """Operations whose payloads are still where they were before revision 0017: some, of so many bytes."""
+def any_in_operations(connection: Connection) -> bool:
+    """Whether payloads are still where they were before revision 0017."""
+    query = select(operations.c.id).where(operations.c.payload.is_not(None)).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def in_operations(connection: Connection, after: str, max_bytes: int) -> Sequence[Row]:
+    """The next operations after that id that still have their payloads themselves: some, of so many bytes."""
     query = (
         select(operations.c.id, func.length(operations.c.payload).label("size"))
-        .where(operations.c.payload.is_not(None))
+        .where(operations.c.payload.is_not(None), operations.c.id > after)
+        .order_by(operations.c.id)
         .limit(AT_A_TIME)
     )
     chosen: list[str] = []
@@ -100,7 +107,7 @@ def in_operations(connection: Connection, max_bytes: int) -> Sequence[Row]:
     wanted = select(
         operations.c.id, operations.c.model_id, operations.c.seq_id, operations.c.kind, operations.c.payload
     )
-    return connection.execute(wanted.where(operations.c.id.in_(chosen))).all()
+    return connection.execute(wanted.where(operations.c.id.in_(chosen)).order_by(operations.c.id)).all()
 
 
 def move(connection: Connection, row: Row, stored: Stored) -> None:

@@ -149,8 +149,10 @@ class Payloads:
 
         A kill in between leaves each payload in one of the two places, and the next start goes on.
         """
-        moved = 0
-        while old := await self._ledger.read(partial(rows.in_operations, max_bytes=_MOVED_BYTES)):
+        moved, last = 0, ""
+        if not await self._ledger.read(rows.any_in_operations):
+            return moved
+        while old := await self._ledger.read(partial(rows.in_operations, after=last, max_bytes=_MOVED_BYTES)):
             stored: list[Stored] = []
             for row in old:
                 if len(row.payload) <= INLINE_BYTES or row.kind in inline:
@@ -166,7 +168,7 @@ class Payloads:
             await self._ledger.write(change)
             for each in stored:
                 self._segments.committed(each)
-            moved += len(old)
+            moved, last = moved + len(old), old[-1].id
         return moved
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
