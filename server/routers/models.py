@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import orjson
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from ...engine import messages
 from ..dialect import Dialect
@@ -20,6 +22,7 @@ from ..operations.operation import Operation, Submission
 from ..operations.saves import save_state
 from ..rlve.spec import CONFIGURATION as RLVE
 from ..served.named_models import Named, check_name, described, warnings_of
+from ..served.tokenizer import of_folder
 from ..storage.checkpoints import iso
 from ..wire import models as wire
 from ..wire.body import DEFAULT_MODEL, OfModel
@@ -228,40 +231,20 @@ async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str,
     return info
 
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-
-
-@router.get("/get_tokenizer")
-async def get_tokenizer(model_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    """The tokenizer's own `tokenizer.json`, and beside its keys what `tokenizer_config.json` says."""
+@router.get("/get_tokenizer", response_model=None)
+async def get_tokenizer(model_id: str, backend: BackendOf, owner: Owner) -> Response:
+    """The tokenizer as a `tokenizer.json`, and beside its keys what else transformers makes of the model's
+    tokenizer files."""
     run = await backend.runs.find_live(owner, model_id)
     model = backend.base_model(run.base_model)
+    beside = {"model_max_length": model.max_sequence_length, "hf_checkpoint": model.hub_id or model.name}
+    content = await asyncio.to_thread(_described, model.folder, beside)
+    return Response(content, media_type="application/json")
+
+
+def _described(folder: Path, beside: dict[str, Any]) -> bytes:
+    """Raises NotFound for a model without a tokenizer."""
     try:
-        content = await asyncio.to_thread((model.folder / "tokenizer.json").read_text)
-    except OSError:
-        raise NotFound(f"{model.name!r} has no tokenizer.json") from None
-    tokenizer = await asyncio.to_thread(json.loads, content)
-    config = await asyncio.to_thread(_tokenizer_config, model.folder)
-    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    special = {name: _content(config[name]) for name in _SPECIAL if config.get(name) is not None}
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    return tokenizer | {
-        "tokenizer_type": config.get("tokenizer_class", "PreTrainedTokenizerFast"),
-        "vocab_size": len(vocabulary),
-        "model_max_length": model.max_sequence_length,
-        **{f"{name}_id": ids.get(special.get(name)) for name in ("pad_token", "eos_token", "bos_token")},
-        "special_tokens": special,
-        "chat_template": config.get("chat_template"),
-        "hf_checkpoint": model.hub_id or model.name,
-    }
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token.get("content", ""))
-
-
-def _tokenizer_config(folder: Any) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
+        return orjson.dumps(of_folder(folder).description() | beside)
+    except BadRequest as error:
+        raise NotFound(error.message) from None

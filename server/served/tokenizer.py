@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,18 @@ class ChatTokenizer:
         own = self._tokenizer.eos_token_id  # where no file names it, the one of the tokenizer's class
         ends = tokenizer_files.end_tokens(folder)
         self.end_tokens = [*ends, own] if isinstance(own, int) and own not in ends else [*ends]
+
+    def description(self) -> dict[str, Any]:
+        """A `tokenizer.json` with all tokens, and what transformers says beside it."""
+        tokenizer = self._tokenizer
+        ids = ("pad_token_id", "eos_token_id", "bos_token_id")
+        return json.loads(self._backend.to_str()) | {
+            "tokenizer_type": type(tokenizer).__name__,
+            "vocab_size": self._backend.get_vocab_size(with_added_tokens=False),
+            "special_tokens": tokenizer.special_tokens_map,
+            "chat_template": tokenizer.chat_template,
+            **{name: getattr(tokenizer, name) for name in ids},
+        }
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises BadRequest for a text that the vocabulary cannot write."""

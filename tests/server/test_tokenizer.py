@@ -83,6 +83,19 @@ def test_text_has_the_tokens_that_transformers_gives_it(tmp_path, kind, change):
         assert reference.eos_token_id in ours.end_tokens
 
 
+def test_a_tokenizer_is_described_with_the_tokens_that_other_files_name(tmp_path):
+    folder = write_tokenizer_folder(tmp_path / "model", extra_special_tokens=["<extra>"], pad_token="<pad>")
+    change_json(folder / "tokenizer.json", truncation=CLIP)
+    reference, described = AutoTokenizer.from_pretrained(folder), of_folder(folder).description()
+    added = {token["content"]: token["id"] for token in described["added_tokens"]}
+    assert added == {token.content: id_ for id_, token in reference.added_tokens_decoder.items()}
+    assert "<extra>" in added
+    assert described["truncation"] is None
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "vocab_size", "chat_template"):
+        assert described[name] == getattr(reference, name)
+    assert described["special_tokens"] == reference.special_tokens_map
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bytes_of_all_tokens_are_the_text(tmp_path, kind):
     folder = write_tokenizer_folder(tmp_path / "model", kind, extra_special_tokens=["<extra>"])
