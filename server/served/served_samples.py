@@ -90,28 +90,31 @@ async def drawn(
 ) -> AsyncIterator[tuple[int, messages.Drawn | messages.SampleOutput]]:
     """Yield what is drawn for each, by its place in `running`, and at last its answer. Raises as `answers`
     does; then, or when the caller stops listening, all that are not answered are cancelled."""
-    parts: asyncio.Queue[tuple[int, messages.Drawn | None]] = asyncio.Queue()
+    # Of one part: what nobody has read yet waits in the streams, which are bounded in bytes.
+    parts: asyncio.Queue[tuple[int, messages.Drawn | Exception | None]] = asyncio.Queue(1)
 
     async def follow(place: int, each: Running) -> None:
         assert each.stream is not None
         try:
             async for part in each.stream.until_answered(each.operation):
-                parts.put_nowait((place, part))
-        finally:
-            parts.put_nowait((place, None))
+                await parts.put((place, part))
+        except Exception as error:
+            await parts.put((place, error))
+        else:
+            await parts.put((place, None))
 
     following = [asyncio.ensure_future(follow(place, each)) for place, each in enumerate(running)]
     try:
         unanswered = len(running)
         while unanswered:
             place, part = await parts.get()
-            if part is not None:
-                if not running[place].asked.draws_nothing:
-                    yield place, part
-                continue
-            await following[place]  # raises what it raised
-            unanswered -= 1
-            yield place, _output(running[place])
+            if isinstance(part, Exception):
+                raise part
+            if part is None:
+                unanswered -= 1
+                yield place, _output(running[place])
+            elif not running[place].asked.draws_nothing:
+                yield place, part
     finally:
         for task in following:
             task.cancel()
