@@ -54,6 +54,28 @@ _LINEAR_AXES: dict[str, LogicalAxes] = {
 }
 
 
+def by_vector(
+    operation: Callable[[Array, Array], Array], x: Float[Array, "*batch D"], vector: Float[Array, " D"]
+) -> Float[Array, "*batch D"]:
+    """Apply a weight or bias to every token, in x's dtype.
+
+    A float32 vector beside a narrower x is one that is trained: it is rounded to x's dtype first, and its
+    gradient is a sum over tokens in float32.
+    """
+    if vector.dtype == x.dtype:
+        return operation(x, vector)
+    return operation(x.astype(jnp.float32), rounded(vector, x.dtype)).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rounded(x: Float[Array, "*N"], dtype: Any) -> Float[Array, "*N"]:
+    """x with the precision of `dtype`, still float32; the gradient passes unrounded."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+rounded.defvjp(lambda x, dtype: (rounded(x, dtype), None), lambda dtype, kept, gradient: (gradient,))
+
+
 class Linear(nnx.Module):
     """x W + b, W [in, out], in x's dtype. W may lie [out, in] (`by_output`): the sums are float32 then."""
 
@@ -67,7 +89,7 @@ class Linear(nnx.Module):
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...]
         y_BTO = product_by_output(x_BTI, weight) if self.by_output else x_BTI @ weight
-        return y_BTO if self.bias is None else y_BTO + self.bias[...]
+        return y_BTO if self.bias is None else by_vector(jnp.add, y_BTO, self.bias[...])
 
 
 def product_by_output(x_BTI: Float[Array, "B T I"], w_OI: Float[Array, "O I"]) -> Float[Array, "B T O"]:
@@ -109,7 +131,7 @@ class RMSNorm(nnx.Module):
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + self.eps)
         # a product by einsum, so that its gradient's sum over D is a dot: on the CPU several times as fast
         scaled = jnp.einsum("...d,...->...d", x32, inverse_rms)
-        return scaled.astype(x.dtype) * self.weight[...]
+        return by_vector(jnp.multiply, scaled.astype(x.dtype), self.weight[...])
 
 
 @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
@@ -222,7 +244,8 @@ def trunk(
     row_adapter_B: Int[Array, " B"] | None = None,
     remat: str = "none",
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in the base's dtype; differentiable in `base` and `lora`.
+    """Hidden states after the final norm, in the dtype of the base's linears; differentiable in `base`, whose
+    embedding, norms and biases may be float32 beside them, and in `lora`.
 
     `position_BT` counts from the start of each token's own sequence; `start_BT` is the first key in the row
     that token t sees (`attention`); padding may point at itself. A sliding window is folded in here.
@@ -246,7 +269,9 @@ def trunk(
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BTD = constrain(model.embed_tokens(tokens_BT), _RESIDUAL)
+    # Rounded after the look-up: the gradient of a float32 table is then summed over its tokens in float32.
+    dtype = model.layers.o_proj.weight[...].dtype
+    x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
     layers = (stacked, {} if lora is None else lora["layers"], windowed_by_layer(config))
     x_BTD, _ = jax.lax.scan(step, x_BTD, layers)
     return model.norm(x_BTD)

@@ -80,7 +80,7 @@ def forward_backward_weights(
     """The same for full-weight training: `weights` are the float32 base, computed with in `static.dtype`."""
 
     def hidden_of(weights):
-        return _trunk(static, _cast(static, weights), batch, None)
+        return _trunk(static, _cast_matrices(static, weights), batch, None)
 
     hidden, pull = jax.vjp(hidden_of, weights)
     unembed = decoder.unembed(_cast(static, weights))
@@ -124,6 +124,18 @@ def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> jax.Array:
         batch.adapter,
         remat=static.remat,
     )
+
+
+def _cast_matrices(static: Static, weights: Any) -> Any:
+    """Cast the linears' weights. The embedding, norms and biases are left in float32: their gradients are
+    plain sums over tokens, in which each addition would round. Products sum in float32 anyway."""
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        keys = [part.key for part in path]
+        is_matrix = keys[0] == "layers" and leaf.ndim == 3
+        return leaf.astype(static.dtype) if is_matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, weights)
 
 
 def _cast(static: Static, weights: Any) -> Any:
