@@ -40,7 +40,7 @@ def test_gradients_are_those_of_float32(tmp_path_factory):
 
 
 def test_sums_over_many_tokens_are_float32_in_full_weight_training(tmp_path):
-    """One token stands at every second place. The reference has the same weights, and all of it in float32."""
+    """One token stands at every second place. The reference has the same weights, and computes in float32."""
     folder = write_model(tmp_path / "model", "qwen3", tokenizer=False, num_hidden_layers=1)
     config = read_config(folder)
     tokens = np.random.default_rng(0).integers(3, 300, 2049)
