@@ -22,12 +22,12 @@ def answer_to(
         case MissingWeights():
             return messages.Failed(request.request_id, str(outcome), "missing")
         case UserError():
-            return messages.Failed(request.request_id, str(outcome), "user")
+            return messages.Failed(request.request_id, str(outcome), "user", seconds)
         case BaseException():
             error_id = uuid.uuid4().hex[:8]
             log.error("error %s in %s", error_id, log_lines.described(request), exc_info=outcome)
             message = f"{reason(outcome)} (error {error_id} in the server's log)"
-            return messages.Failed(request.request_id, message, "server")
+            return messages.Failed(request.request_id, message, "server")  # nobody pays for our faults
     return messages.Done(request.request_id, outcome, seconds)
 
 

@@ -143,13 +143,15 @@ class Engine:
     # --- train --------------------------------------------------------------------------------------------
 
     def _batch_key(self, operation: ModelOperation) -> Hashable | None:
-        """Adapters of one shape on one base can share a device batch; full weights cannot. Custom losses
-        share theirs with custom losses."""
+        """Adapters of one shape on one base can share a device batch. Full weights cannot, and a custom loss
+        that takes long would hold up those it shares a batch with."""
         model = self._models.get(operation.model_id)
         if not isinstance(operation, messages.ForwardBackward) or model is None or model.state.lora is None:
             return None
+        if operation.loss_fn == "custom":
+            return None
         structure = model.base.trainer.structure(model.state)
-        return model.base.trainer, structure, operation.forward_only, operation.loss_fn == "custom"
+        return model.base.trainer, structure, operation.forward_only
 
     def _train(self, unit: Unit) -> None:
         """Give a unit one turn."""
@@ -187,7 +189,7 @@ class Engine:
         if not batch:
             return
         try:
-            results = yield from self._compute(batch)
+            results = yield from self._compute(unit, batch)
         except Exception as error:
             if len(batch) == 1:
                 self._finish_forward_backward(unit, batch[0], self._failed(batch[0], error))
@@ -199,19 +201,23 @@ class Engine:
             return
         for each in batch:
             try:
-                (result,) = yield from self._compute([each])
+                (result,) = yield from self._compute(unit, [each])
             except Exception as error:
                 result = self._failed(each, error)
             self._finish_forward_backward(unit, each, result)
 
     def _compute(
-        self, batch: list[CheckedOperation]
+        self, unit: Unit, batch: list[CheckedOperation]
     ) -> Generator[None, None, Sequence[JobOutput | Exception]]:
         """Return one output or error per operation. Where this raises, no gradient has been added."""
         trainer = self._models.find(batch[0][0].model_id).base.trainer
         run = trainer.start([job for _, job in batch])
-        while not run.step():
-            yield
+        try:
+            while not run.step():
+                yield
+        finally:  # also when the operation is cancelled
+            run.close()
+            unit.seconds += run.seconds_beside
         return run.results
 
     def _failed(self, checked: CheckedOperation, error: Exception) -> Exception:

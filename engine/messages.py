@@ -443,6 +443,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     message: str
     category: Literal["user", "server", "missing"]
+    device_seconds: float = 0.0
 
 
 class Drawn(msgspec.Struct, frozen=True, tag=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,13 +99,19 @@ class CustomLossRun:
         self._trainer = trainer
         self._jobs = list(jobs)
         self.results: list[JobOutput | Exception] = []
+        self.seconds_beside = 0.0
+        """What the losses took in their own process, beside the turns of this run."""
         self._stages = self._run()
 
     def step(self) -> bool:
         """A micro-batch, or some datums' losses; whether the run has ended."""
         return next(self._stages, True)
 
-    def _run(self) -> Iterator[bool]:
+    def close(self) -> None:
+        """Stop a run that will not be stepped again."""
+        self._stages.close()
+
+    def _run(self) -> Generator[bool, None, None]:
         forward = Run(
             self._trainer, [dataclasses.replace(job.linear, forward_only=True) for job in self._jobs]
         )
@@ -144,16 +150,20 @@ class CustomLossRun:
             raise output
         differentiated = []
         began = time.perf_counter()
-        for index, (logprobs, inputs) in enumerate(zip(output.logprobs, job.inputs, strict=True)):
+        with (yield from self._trainer.custom_loss_processes.lease()) as lease:
             try:
-                of_datum = self._trainer.custom_losses.differentiate(job.loss, logprobs, inputs)
-            except UserError as error:
-                raise UserError(f"datum {index}: custom loss {job.loss.name!r}: {error}") from None
-            _check_finite(index, job.loss.name, of_datum)
-            differentiated.append(of_datum)
-            if time.perf_counter() - began > _TURN_SECONDS:
-                yield False
-                began = time.perf_counter()
+                for index, (logprobs, inputs) in enumerate(zip(output.logprobs, job.inputs, strict=True)):
+                    try:
+                        of_datum = yield from lease.differentiate(job.loss, logprobs, inputs)
+                    except UserError as error:
+                        raise UserError(f"datum {index}: custom loss {job.loss.name!r}: {error}") from None
+                    _check_finite(index, job.loss.name, of_datum)
+                    differentiated.append(of_datum)
+                    if time.perf_counter() - began > _TURN_SECONDS:
+                        yield False
+                        began = time.perf_counter()
+            finally:
+                self.seconds_beside += lease.seconds
         return differentiated
 
 

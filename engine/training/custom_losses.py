@@ -2,7 +2,8 @@
 the loss allows it, datums are padded to few lengths.
 
 They run on the CPU, where torch's 64-bit types are, whatever device the model is on: a loss reads a datum's
-log-probs, which are few. The least recently used programs are dropped.
+log-probs, which are few. `differentiate` runs in a process of its own (`custom_loss_worker`). The least
+recently used programs are dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from ...losses.custom import interpreter
+from ...losses.custom.cost import estimate
 from ...losses.custom.padding import evaluate_padded
 from .. import messages
 from ..errors import UserError
@@ -25,7 +27,7 @@ from ..errors import UserError
 log = logging.getLogger(__name__)
 
 _GRAPHS, _PROGRAMS = 64, 512  # kept
-_MAX_FLOPS = 1 << 34  # of one datum's loss and gradient: a second or less
+_MAX_OPERATIONS = 1 << 34  # of one datum's loss and gradient: a few seconds or less
 _SHORTEST = 64  # of the padded lengths, which are powers of two
 
 
@@ -100,7 +102,7 @@ def _compile(graph: interpreter.Graph, values: dict[str, np.ndarray]) -> Any:
 
     began = time.perf_counter()
     try:
-        program = _compiled(jax.jit(differentiated).lower(values))
+        program = _compiled(jax.jit(differentiated).trace(values))
     except interpreter.CustomLossError as error:
         raise UserError(str(error)) from None
     log.debug("a custom loss of %d nodes compiled in %.2f s", len(graph.nodes), time.perf_counter() - began)
@@ -119,7 +121,7 @@ def _compile_padded(
         return jax.value_and_grad(of_logprobs, has_aux=True)(values["logprobs"], values, length)
 
     try:
-        return _compiled(jax.jit(differentiated).lower(values, np.int64(0)))
+        return _compiled(jax.jit(differentiated).trace(values, np.int64(0)))
     except (
         interpreter.NotPaddableError,
         interpreter.CustomLossError,
@@ -127,15 +129,15 @@ def _compile_padded(
         return None
 
 
-def _compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Raises UserError for what would hold up everyone's work: a datum's loss takes a moment."""
-    flops = (program.cost_analysis() or {}).get("flops", 0)
-    if flops > _MAX_FLOPS:
+def _compiled(program: jax.stages.Traced) -> jax.stages.Compiled:
+    """Raises UserError for what cannot be done in a datum's seconds."""
+    cost = estimate(program.jaxpr.jaxpr)
+    if cost > _MAX_OPERATIONS:
         raise UserError(
-            f"the custom loss takes {flops:.2g} floating point operations for one datum; {_MAX_FLOPS:.2g} is "
-            "the limit"
+            f"it takes as long as {cost:.2g} floating point operations for one datum; {_MAX_OPERATIONS:.2g} "
+            "is the limit"
         )
-    return program.compile()
+    return program.lower().compile()
 
 
 def _padded(value: np.ndarray) -> np.ndarray:

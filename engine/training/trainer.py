@@ -24,6 +24,7 @@ from ..optimizers import optimizer_families
 from ..programs import OnCompile, Programs
 from . import train_step, validation
 from .alignment import align
+from .custom_loss_processes import CustomLossProcesses
 from .custom_loss_run import CustomJob, CustomLossRun, custom_job
 from .custom_losses import CustomLosses
 from .gradient_programs import GradientPrograms
@@ -82,6 +83,7 @@ class Trainer:
             self.programs, self.mesh, config, base, self._base_shardings, static, remat
         )
         self.custom_losses = CustomLosses()
+        self.custom_loss_processes = CustomLossProcesses()
         self._zeros = RecycledTrees(device_share(_ZEROS_SHARE, _ZEROS_ON_CPU))
 
     @property

@@ -93,6 +93,7 @@ class Run:
         self._jobs = list(jobs)
         self._shapes = trainer.shapes
         self._out_of_memory = False
+        self.seconds_beside = 0.0  # all of its work is in its turns
         self.results: list[JobOutput | Exception] = []
         self._begin()
 
@@ -124,6 +125,9 @@ class Run:
         # Not in the handler: the error holds on to the arrays of the frames that it came through.
         self._begin()
         return False
+
+    def close(self) -> None:
+        """Nothing of it goes on beside its turns."""
 
     def _can_be_smaller(self, error: Exception) -> bool:
         """Whether to begin again. `_shapes` are then the next smaller ones that change the largest batch."""

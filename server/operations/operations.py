@@ -297,9 +297,7 @@ class Operations:
                 sample = _sample(payload)
 
         def change(connection: Connection) -> None:
-            state, seconds = "failed", 0.0
-            if isinstance(answer, messages.Done):
-                state, seconds = "done", answer.device_seconds
+            state, seconds = "done" if isinstance(answer, messages.Done) else "failed", answer.device_seconds
             first = rows.finish(connection, operation.request_id, state, encoded, seconds)
             if operation.sequenced:
                 rows.advance(connection, operation.model_id, operation.seq_id)

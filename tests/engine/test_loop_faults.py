@@ -1,5 +1,6 @@
 """Faults of ours, put in on purpose: who is told what, and that the engine lives on."""
 
+import json
 import queue
 
 import numpy as np
@@ -166,6 +167,23 @@ def test_a_fault_while_adding_leaves_each_model_added_and_done_or_neither(run, b
     for name, answer in expected.items():
         if name.startswith("step-"):
             assert answers[name].output.metrics == pytest.approx(answer.output.metrics, rel=1e-4), name
+
+
+def test_a_custom_loss_that_is_stopped_is_paid_for_by_its_owner(run, base, monkeypatch):
+    monkeypatch.setattr(base[1].trainer.custom_loss_processes, "datum_seconds", 0.02)
+    nodes = [
+        {"op": "placeholder", "name": "logprobs", "target": "logprobs"},
+        {"op": "call_method", "name": "total", "target": "sum", "args": [{"ref": "logprobs"}]},
+        {"op": "output", "name": "output", "target": "output", "args": [[{"ref": "total"}, {"dict": {}}]]},
+    ]
+    graph = json.dumps({"format": 1, "nodes": nodes}).encode()
+    loss = messages.CustomLoss("total", [("logprobs", 1)], graph)
+    custom = messages.ForwardBackward("1", "a", DATA, "custom", {}, custom_loss=loss)
+    answers = run(create("a"), create("b"), custom, forward_backward("2", "b"), optim_step("3", "b"))
+    assert answers["1"].category == "user"
+    assert "custom loss 'total': stopped after 0.02 s" in answers["1"].message
+    assert answers["1"].device_seconds >= 0.02
+    assert isinstance(answers["3"], messages.Done)
 
 
 def test_a_sampler_that_fails_is_replaced(run, base, monkeypatch):
