@@ -76,9 +76,16 @@ class BaseModels(dict[str, BaseModel]):
     """Those that are served, by name."""
 
     def changed(self, made: MadeOn) -> str | None:
-        """Why something cannot be used any more: its base model's name stands for other weights now."""
+        """Say why something cannot be used now: its base model is not served, or has other weights."""
         now = self.get(made.base_model)
-        if now is None or None in (now.digest, made.base_digest) or now.digest == made.base_digest:
+        if now is None:
+            served = ", ".join(sorted(self))
+            return (
+                f"base model {made.base_model!r} is not served now; this server has: {served}"
+                if self
+                else None
+            )
+        if None in (now.digest, made.base_digest) or now.digest == made.base_digest:
             return None
         return (
             f"it was made on other weights than those that base model {made.base_model!r} has now: serve "

@@ -137,7 +137,7 @@ class Runs:
         if run.state == "failed":
             raise BadRequest(f"model {run_id!r} could not be created; its create_model request says why")
         if (why := self._base_models.changed(run)) is not None:
-            raise BadRequest(f"model {run_id!r}: {why}")
+            raise BadRequest(f"model {run_id!r}: {why}, or create another model")
         return run
 
     def is_early(self, run: Run, seq_id: int) -> bool:

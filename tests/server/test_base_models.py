@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,3 +292,17 @@ def test_of_large_models_some_of_every_tensor_is_hashed(
         changed = {each: array + (each == name) for each, array in tensors.items()}
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         assert digest(folder) != before, name
+
+
+def test_what_was_made_on_a_model_that_is_not_served_is_refused_by_its_name(model: Path) -> None:
+    (planned,) = base_models.plan([f"m={model}"])
+    now = planned.obtain(model.parent, None)
+    served = base_models.BaseModels({"m": now})
+
+    def changed(name: str, digest: str | None) -> str | None:
+        return served.changed(SimpleNamespace(base_model=name, base_digest=digest))
+
+    assert changed("m", now.digest) is None
+    assert changed("m", None) is None, "of a ledger without digests"
+    assert "other weights than those that base model 'm' has now" in (changed("m", "1-00") or "")
+    assert "base model 'n' is not served now; this server has: m" in (changed("n", now.digest) or "")
