@@ -11,9 +11,10 @@ from typing import Any
 
 from ...engine import messages
 from ..base_models import BaseModel
+from ..errors import BadRequest
 from . import requests
 from .drawing import Drawing
-from .endpoint import EndpointBusy, EndpointError, EndpointRefused
+from .endpoint import CannotServe, EndpointBusy, EndpointError, EndpointRefused
 from .endpoints import Registered
 
 Answer = dict[str, Any]
@@ -58,8 +59,10 @@ class RemoteSample:
     ) -> messages.SampleOutput:
         assert endpoint.limits is not None
         sample, scores = self.sample, {}
-        # Where there are stop strings this may read the tokenizer.
-        drawings = await asyncio.to_thread(requests.drawings, sample, self._model, endpoint.limits)
+        try:  # in a thread, for where there are stop strings this may read the tokenizer
+            drawings = await asyncio.to_thread(requests.drawings, sample, self._model, endpoint.limits)
+        except BadRequest as error:
+            raise CannotServe(f"stop: {error.message}") from None
         bodies: dict[Any, dict[str, Any]] = {}
         if requests.scores_prompt(sample):
             bodies[None] = requests.prompt_body(sample, f"{rid}.prompt", lora)

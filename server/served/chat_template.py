@@ -52,9 +52,10 @@ def rendered(
 
 def _template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
     try:
-        return tokenizer.get_chat_template(None, tools)
+        found = tokenizer.get_chat_template(None, tools)
     except ValueError:  # several, and none is the default: rendering says so
         return ""
+    return found if isinstance(found, str) else ""
 
 
 def _takes_parts_only(template: str) -> bool:
@@ -76,7 +77,7 @@ def _said(error: Exception) -> str:
     """What a template raises with `raise_exception` stands alone; other errors begin with their names."""
     from jinja2 import TemplateError
 
-    text = str(error)[:1000]
+    text = str(error)[:1000].encode(errors="replace").decode()  # a template may write lone surrogates
     if type(error) is TemplateError:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

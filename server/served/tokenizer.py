@@ -52,7 +52,8 @@ class ChatTokenizer:
             # The batch call lets other threads run meanwhile.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except Exception as error:  # the library raises nothing narrower
-            raise BadRequest(f"the model's tokenizer does not take this text: {error}") from None
+            said = str(error).encode(errors="replace").decode()
+            raise BadRequest(f"the model's tokenizer does not take this text: {said}") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens that begin one."""

@@ -127,6 +127,9 @@ def test_templates_are_found_where_transformers_finds_them(tmp_path, write, tool
 
 WRONG = {
     "{{ raise_exception('roles must alternate') }}": "take them: roles must alternate$",
+    "{{ raise_exception('\\ud800 is half') }}": r"take them: \? is half$",
+    "{{ '\\ud800' }}": "does not take this text",
+    "{{ 'x' * 10000000000000 }}": "MemoryError",
     "{{ messages[0]['content'] + 1 }}": "TypeError",
     "{{ messages.nothing.more }}": "UndefinedError",
     "{{ messages[99].content }}": "UndefinedError",
@@ -150,6 +153,12 @@ WRONG = {
 def test_whatever_a_template_does_wrong_is_a_bad_request_that_says_so(tmp_path, template):
     folder = write_tokenizer_folder(tmp_path / "model", chat_template=template)
     with pytest.raises(BadRequest, match=WRONG[template]):
+        of_folder(folder).conversation(TURNS)
+
+
+def test_a_template_that_is_no_text_is_a_bad_request(tmp_path):
+    folder = write_tokenizer_folder(tmp_path / "model", chat_template=7)
+    with pytest.raises(BadRequest):
         of_folder(folder).conversation(TURNS)
 
 
