@@ -79,6 +79,34 @@ def test_sliding_windows(tmp_path, variant, changes, windows):
     assert_as_transformers(folder)
 
 
+def test_gradients_through_windows_of_some_layers(tmp_path):
+    """Of the sum of log-probs by the embedding; two sequences in a row, which torch has one by one."""
+    from transformers import AutoModelForCausalLM
+
+    folder = changed(tmp_path, "qwen3", **WINDOW, layer_types=[SLIDING, FULL])
+    config = config_lib.read_config(folder)
+    base, (graph, _) = load.load_base(folder, config, jnp.float32), decoder.build(config, jnp.float32)
+    first, length = 15, len(TOKENS)
+    start = np.where(np.arange(length) < first, 0, first)[None].astype(np.int32)
+    targets = np.append(TOKENS[1:], 0)
+
+    def total(base):
+        position = np.arange(length, dtype=np.int32)[None] - start
+        hidden = decoder.trunk(graph, base, *map(jnp.asarray, (TOKENS[None], position, start)))[0]
+        values = jax.nn.log_softmax(hidden @ decoder.unembed(base).T)[np.arange(length), targets]
+        return jnp.where(
+            (np.arange(length) == first - 1) | (np.arange(length) == length - 1), 0, values
+        ).sum()
+
+    found = jax.jit(jax.grad(total))(base)["embed_tokens"]["weight"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for tokens in (TOKENS[:first], TOKENS[first:]):
+        ids = torch.tensor(tokens[None]).long()
+        values = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        values[torch.arange(len(tokens) - 1), ids[0, 1:]].sum().backward()
+    np.testing.assert_allclose(found, model.model.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0}
 
 
