@@ -43,7 +43,8 @@ async def _completions(body: Completions, backend: Backend, owner: str) -> Respo
             stream=body.stream,
             prompt_field="prompt" if len(body.prompts) == 1 else f"prompt[{place}]",
             count_field="n" if body.best_of is None else "best_of",
-            echo=(given if isinstance(given, str) else text.decode(given)) if body.echo else None,
+            echo=body.echo,
+            prompt_text=given if isinstance(given, str) else None,
         )
         for place, given in enumerate(body.prompts)
     ]

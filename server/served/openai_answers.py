@@ -236,8 +236,11 @@ class _Choice:
 
     def _echo(self) -> str:
         """The prompt, before the first part."""
-        echo = (self._asked.echo or "") if self.is_new else ""
-        self.is_new = False
+        is_first, self.is_new = self.is_new, False
+        if not is_first or not self._asked.echo:
+            return ""
+        given = self._asked.prompt_text
+        echo = self._answers.text.decode(self._asked.prompt) if given is None else given
         self._characters += len(echo)
         return echo
 

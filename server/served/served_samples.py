@@ -35,9 +35,9 @@ class SampleFailed(ApiError):
 @dataclass(frozen=True)
 class Asked:
     """`topk`, `prompt_topk`: how many of the most likely tokens are wanted at each token drawn, and of the
-    prompt. `targets`: tokens to score in the prompt. `params.max_tokens` may be 0. `echo`: the text that the
-    answer begins with. `prompt_field`, `count_field`: where the request has the prompt and the number
-    of samples, for its errors."""
+    prompt. `targets`: tokens to score in the prompt. `params.max_tokens` may be 0. `echo`: whether the answer
+    begins with the prompt, which is `prompt_text` if it was not sent as tokens. `prompt_field`,
+    `count_field`: where the request has the prompt and the number of samples, for its errors."""
 
     model: ServedModel
     prompt: list[int]
@@ -48,7 +48,8 @@ class Asked:
     prompt_topk: int = 0
     targets: messages.PromptCells | None = None
     stream: bool = False
-    echo: str | None = None
+    echo: bool = False
+    prompt_text: str | None = None
     prompt_field: str = "prompt"
     count_field: str = "n"
 

@@ -59,6 +59,8 @@ def path(alice: Wire) -> str:
         ),
         ({"prompt": [5] * 600}, openai.BadRequestError, "prompt", "context_length_exceeded"),
         ({"prompt": [99_999]}, openai.BadRequestError, "prompt", None),
+        ({"prompt": [-1], "echo": True}, openai.BadRequestError, "prompt", None),
+        ({"prompt": [2**40], "echo": True}, openai.BadRequestError, "prompt", None),
         ({"temperature": -1}, openai.BadRequestError, "temperature", None),
         ({"n": 99_999}, openai.BadRequestError, "n", None),
         ({"best_of": 99_999}, openai.BadRequestError, "best_of", None),
