@@ -25,7 +25,9 @@ class ChatTokenizer:
         try:
             self._tokenizer = tokenizer_files.load(folder)
         except tokenizer_files.TokenizerError as error:
-            raise BadRequest(f"{error}; send token ids instead of text") from None
+            raise BadRequest(
+                f"{error}, and text cannot be read or written: /api/v1/asample takes and answers token ids"
+            ) from None
         self._backend = self._tokenizer.backend_tokenizer
         self._special = frozenset(self._tokenizer.all_special_ids)
         self.token_bytes = TokenBytes(lambda: self._backend)
