@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from ..engine import messages
@@ -67,7 +67,10 @@ class LedgerSettings(BaseSettings):
 
     @property
     def ledger_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
+        if self.database_url is not None:
+            return self.database_url
+        file = URL.create("sqlite", database=str(self.data_dir.resolve() / "ledger.db"))
+        return file.render_as_string(hide_password=False)  # a path may have ? and % in it
 
 
 class Settings(LedgerSettings):

@@ -188,6 +188,15 @@ def test_a_command_that_is_not_there_is_named(arguments: list[str]) -> None:
     assert refusal(arguments)
 
 
+@pytest.mark.parametrize("name", ["a=b", "a?b=c&d", "50%41", "a b#c", "naïve;@:"])
+def test_a_data_directory_may_be_called_anything(name: str) -> None:
+    made = CliRunner().invoke(app, ["keys", "create", "alice", "--data-dir", name])
+    assert made.exit_code == 0, made.output
+    assert (Path(name) / "ledger.db").is_file()
+    assert "alice" in CliRunner().invoke(app, ["keys", "list", "--data-dir", name]).output
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["file", "folder", "loop", name])
+
+
 @pytest.mark.parametrize("arguments", [[], ["keys"], ["serve", "--help"]])
 def test_help_is_still_the_whole_page(arguments: list[str]) -> None:
     assert len(CliRunner().invoke(app, arguments).output.splitlines()) > 10
