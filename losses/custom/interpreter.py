@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 
 from .dtypes import category, is_array, is_number
 from .graph import CustomLossError, Graph, Node, Placement, Ref, decode
-from .operations import FUNCTIONS, METHODS
+from .operations import FUNCTIONS, METHODS, POINTWISE
+from .zero_slopes import with_zero_slopes
 
 MAX_ELEMENTS = 1 << 24  # of one tensor
 MAX_ELEMENTS_IN_ALL = 1 << 26  # of the tensors of all nodes, for one datum
@@ -70,7 +71,11 @@ def _call(node: Node, environment: dict[str, Any], apply: Apply | None) -> Any:
     args = [_resolved(arg, environment) for arg in node.args]
     kwargs = {_renamed(key): _resolved(arg, environment) for key, arg in node.kwargs.items()}
     try:
-        return function(*args, **kwargs) if apply is None else apply(function, args, kwargs)
+        if apply is not None:
+            return apply(function, args, kwargs)
+        return (
+            with_zero_slopes(function, args, kwargs) if function in POINTWISE else function(*args, **kwargs)
+        )
     except NotPaddableError:
         raise
     except Exception as error:  # whatever the arguments of a client make our functions and JAX raise

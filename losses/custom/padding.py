@@ -21,6 +21,7 @@ from .graph import Graph
 from .interpreter import NotPaddableError, evaluate
 from .operations import POINTWISE, attribute
 from .reductions import REDUCTIONS
+from .zero_slopes import with_zero_slopes
 
 _LEAVES_TOKENS = ("dtype", "device", "ndim")  # attributes that say nothing of the tokens
 
@@ -66,7 +67,8 @@ def evaluate_padded(
 
 
 def _pointwise(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], padded: int) -> Tokens:
-    result = function(*map(_bare, args), **{key: _bare(value) for key, value in kwargs.items()})
+    bare = [_bare(each) for each in args], {key: _bare(value) for key, value in kwargs.items()}
+    result = with_zero_slopes(function, *bare)
     for each in (*args, *kwargs.values()):
         if isinstance(each, Tokens):
             aligned = each.array.ndim == result.ndim

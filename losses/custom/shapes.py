@@ -48,9 +48,7 @@ def _check_index(part: Any, size: int) -> None:
             raise ValueError(f"a slice of step {part.step}; it must be at least 1")
     elif is_array(part):
         if part.dtype == jnp.bool_:
-            raise TypeError(
-                "indexing by a mask gives a shape that depends on values; use torch.where, or multiply by it"
-            )
+            raise TypeError("indexing by a mask gives a shape that depends on values; use torch.where")
         if category(part.dtype) != 1:
             raise TypeError("a tensor index must be of integers")
     elif not isinstance(part, int) or isinstance(part, bool):

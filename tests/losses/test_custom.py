@@ -217,3 +217,37 @@ def test_padding_changes_nothing(function: Callable[..., Any], values: dict[str,
     assert not np.any(gradient[N:])
     for key, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("placeholder", [0.0, -100.0, -1e4, -np.inf, np.nan])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_where_masks_has_no_gradient(placeholder, padded):
+    """torch itself gives NaN here: the reference has the masked tokens left out."""
+
+    def masked(logprobs, sampled, advantages):
+        ratio = torch.exp(logprobs - sampled)
+        loss = -torch.where(advantages != 0, ratio * advantages, 0.0).sum()
+        return loss, {"custom/kl:sum": torch.where(advantages != 0, sampled - logprobs, 0.0).sum()}
+
+    inputs = {"logprobs": 1, "sampled": 1, "advantages": 1}
+    data = encode_graph(trace_loss(masked, inputs, "session")).model_dump_json().encode()
+    graph = load(data, list(inputs.items()))
+    advantages = np.array([0, 2, 0, -1, 1, 0, 3], np.float32)
+    logprobs = np.linspace(-3, -0.1, N).astype(np.float32)
+    sampled = np.where(advantages == 0, placeholder, logprobs - 0.3).astype(np.float32)
+    values = {"logprobs": logprobs, "sampled": sampled, "advantages": advantages}
+
+    def of_logprobs(logprobs):
+        given = {name: jax.numpy.asarray(value) for name, value in values.items()} | {"logprobs": logprobs}
+        return (
+            evaluate_padded(graph, given, frozenset(values), jax.numpy.int64(N))
+            if padded
+            else evaluate(graph, given)
+        )
+
+    with jax.enable_x64(True):
+        (loss, metrics), gradient = jax.value_and_grad(of_logprobs, has_aux=True)(jax.numpy.asarray(logprobs))
+    want = -np.exp(0.3) * advantages
+    np.testing.assert_allclose(loss, want.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["custom/kl:sum"], -0.3 * (advantages != 0).sum(), rtol=1e-4)
