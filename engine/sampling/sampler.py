@@ -108,20 +108,27 @@ class Sampler:
     # --- weights -----------------------------------------------------------------------------------------
 
     def register(
-        self, key: str, adapter: PyTree | None = None, *, scale: float = 1.0, base: PyTree | None = None
+        self,
+        key: str,
+        adapter: PyTree | None = None,
+        *,
+        scale: float = 1.0,
+        base: PyTree | None = None,
+        owned: bool = False,
     ) -> None:
         """Make weights known under `key`: an adapter (`model.lora`; scale = alpha / true rank) on the shared
-        base, or the full weights `base`. The arrays are copied: what training does to its own later has no
-        effect. Registering a known key raises ValueError."""
+        base, or the full weights `base`. The arrays are copied, so that what training does to its own later
+        has no effect, unless they are `owned` by the caller and never change. Registering a known key raises
+        ValueError."""
         if key in self._weights:
             raise ValueError(f"sampler weights {key!r} are already registered")
         copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
         if base is not None:
-            own = copy(base)
+            own = base if owned else copy(base)
             self._weights[key] = Weights(own, base_by_layer(own))
             return
         shared = self._weights[None]
-        adapter = copy(adapter)
+        adapter = adapter if owned else copy(adapter)
         if self._mesh is not None:
             adapter = jax.device_put(adapter, replicated(self._mesh))
         self._weights[key] = Weights(shared.base, shared.base_by_layer, adapter, scale)

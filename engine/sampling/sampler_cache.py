@@ -134,9 +134,9 @@ class SamplerCache:
             if frozen is None:
                 self._read(key)
             elif frozen.adapter is None:
-                self._register(key, {"base": frozen.base})
+                self._register(key, {"base": frozen.base}, owned=True)
             else:
-                self._register(key, {"adapter": frozen.adapter, "scale": frozen.scale})
+                self._register(key, {"adapter": frozen.adapter, "scale": frozen.scale}, owned=True)
         self._resident[key].sampled_at = time.monotonic()
         self._resident.move_to_end(key)
 
@@ -157,16 +157,17 @@ class SamplerCache:
             raise UserError("these sampler weights' files are damaged: save them again") from error
         except (peft.AdapterError, WeightsError) as error:
             raise UserError(f"these sampler weights do not fit the model: {error}") from error
-        self._register(key, registered)
+        self._register(key, registered, owned="base" in registered)
         seconds = time.perf_counter() - began
         log.info("sampler weights %s: %.1f MB read in %.2f s", key, self._resident[key].bytes / 1e6, seconds)
 
-    def _register(self, key: str, registered: dict[str, Any]) -> None:
-        """Bring weights to the device, the arguments of `Sampler.register`; older ones make way."""
+    def _register(self, key: str, registered: dict[str, Any], owned: bool = False) -> None:
+        """Bring weights to the device, the arguments of `Sampler.register`; older ones make way. Of `owned`
+        arrays there is one copy, here and in the sampler."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(registered) if hasattr(leaf, "nbytes"))
         while self._resident and size + self._bytes() > self._bytes_on_device:
             self._leave(next(iter(self._resident)))
-        self.sampler.register(key, **registered)
+        self.sampler.register(key, **registered, owned=owned)
         self._resident[key] = Resident(size, time.monotonic())
 
     def _leave(self, key: str) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 
 from ...model import lora
 from ...model.weights_by_layer import adapters_by_layer
+from ..device_memory import device_share
 
 PyTree = Any
 
 _STACKS_KEPT = 4
+_STACKS_SHARE, _STACKS_ON_CPU = 1 / 32, 1 << 28  # of the device's memory; bytes
 _numbers = itertools.count()
 
 
@@ -33,6 +35,10 @@ class Weights:
     scale: float = 1.0
     id: int = field(default_factory=lambda: next(_numbers))
 
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapter))
+
 
 class AdapterStack(NamedTuple):
     """`lora.stack_adapters` of a batch's adapters, also as decoding likes it; nothing without any."""
@@ -42,14 +48,16 @@ class AdapterStack(NamedTuple):
 
 
 class AdapterStacks:
-    """A stack for the adapters of a batch, with the last few results kept.
+    """A stack for the adapters of a batch, with the last few results kept, of at most `max_bytes` (but the
+    one in use, whatever its size).
 
     The number of adapters is padded to a power of two, matrices and ranks to what the widest of them has,
     with zeros, so that few programs are compiled. One adapter alone keeps its own shape.
     """
 
-    def __init__(self, sharding: Any = None):
+    def __init__(self, sharding: Any = None, max_bytes: int | None = None):
         self._sharding = sharding
+        self._max_bytes = device_share(_STACKS_SHARE, _STACKS_ON_CPU) if max_bytes is None else max_bytes
         self._kept: OrderedDict[tuple[int, ...], AdapterStack] = OrderedDict()
 
     def of(self, batch: list[Weights]) -> tuple[AdapterStack, list[int]]:
@@ -60,11 +68,19 @@ class AdapterStacks:
             return AdapterStack(), [0] * len(batch)
         key = tuple(index)
         if key not in self._kept:
-            self._kept[key] = self._stack(distinct)
-            if len(self._kept) > _STACKS_KEPT:
+            # Room first: an accelerator need not hold the old ones and the new one at once.
+            size = sum(weights.adapter_bytes for weights in distinct)
+            while self._kept and (len(self._kept) >= _STACKS_KEPT or self.bytes + size > self._max_bytes):
                 self._kept.popitem(last=False)
+            self._kept[key] = self._stack(distinct)
         self._kept.move_to_end(key)
         return self._kept[key], [index[weights.id] for weights in batch]
+
+    @property
+    def bytes(self) -> int:
+        """Of the stacks that are kept."""
+        arrays = {id(leaf): leaf for stack in self._kept.values() for leaf in jax.tree.leaves(stack)}
+        return sum(leaf.nbytes for leaf in arrays.values())
 
     def forget(self, weights: Weights) -> None:
         """Free the stacks that hold `weights`."""

@@ -24,6 +24,7 @@ from tinsmith.engine import messages
 from tinsmith.engine.deferred_exports import DeferredExports
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.sampling.sampler_cache import SamplerCache
+from tinsmith.engine.sampling.sampler_weights import AdapterStacks, Weights
 from tinsmith.engine.training.training_state import TrainingState
 from tinsmith.model.sharding import make_mesh
 
@@ -142,3 +143,32 @@ def test_a_save_waits_for_the_exports_before_it_and_tries_failed_ones_again():
     assert exports.after("a", saved).result(10) == 7
     assert disk["written"] == ["slow", "a"], "once"
     exports.close()
+
+
+def test_frozen_weights_that_come_back_are_the_same_arrays(make_cache, model, adapters):
+    """And not a second copy beside those that wait to be written."""
+    cache = make_cache(bytes_on_device=1)
+    state = TrainingState(messages.LoraSpec(RANK, ALPHA, 0), jax.tree.map(jnp.asarray, adapters["a"]), None)
+    frozen = cache.freeze("new", state)
+    check(cache, model, "b", adapters["b"])  # which has the room alone
+    assert "new" not in cache.sampler
+    check(cache, model, "new", adapters["a"])
+    leaves = [jax.tree.leaves(weights.adapter) for weights in (frozen, cache.sampler.weights_of("new"))]
+    assert all(one is other for one, other in zip(*leaves, strict=True))
+
+
+def test_stacks_of_adapters_are_bounded_in_bytes(model):
+    weights = [Weights(model.base, None, random_adapter(model.config, seed, RANK), 1.0) for seed in range(6)]
+    stacks = AdapterStacks()
+    stacks.of(weights[:2])
+    size = stacks.bytes
+    stacks = AdapterStacks(max_bytes=2 * size)
+    for first in range(5):
+        pair = weights[first : first + 2]
+        stack, rows = stacks.of(pair)
+        assert rows == [0, 1]
+        assert stacks.bytes <= 2 * size
+        assert stacks.of(pair)[0] is stack
+    small = AdapterStacks(max_bytes=0)
+    stack, _ = small.of(weights[:2])
+    assert small.of(weights[:2])[0] is stack, "the one in use is kept"
