@@ -17,7 +17,7 @@ _FRESH_SECONDS = 0.25  # a crowd of submits asks the file system once
 
 
 class Disk:
-    """Of any thread."""
+    """Safe to use from any thread."""
 
     def __init__(self, data_dir: Path, reserve_bytes: int, ledger_dir: Path | None = None):
         """`ledger_dir`: where the ledger is, if that is elsewhere."""

@@ -74,7 +74,7 @@ def test_a_killed_owner_is_not_waited_for(tmp_path: Path) -> None:
     first.kill()
     began = time.monotonic()
     open_owned(tmp_path, url(tmp_path)).close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10, "neither for its engine nor for its lease"
     first.wait()
 
 
