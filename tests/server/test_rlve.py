@@ -138,9 +138,9 @@ def test_fields_that_there_are_not_and_no_environments_are_refused() -> None:
     assert not RlveConfig(rollout_size=3).enabled, "a block that is not enabled asks for nothing"
 
 
-async def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadRequest, match=r"tinsmith\[rlve\]"):
+    with pytest.raises(BadRequest, match="reasoning-gym"):
         await Environments().highest_level("chain_sum")
 
 
