@@ -246,6 +246,20 @@ def test_a_cancelled_sample_ends_there_too(alice: Wire, sessions: dict[str, str]
         time.sleep(0.05)
 
 
+def test_hanging_up_ends_a_sample_there_too(alice: Wire, sessions: dict[str, str], sglang: Any) -> None:
+    asked = {
+        "model": sessions["sglang"],
+        "input_ids": PROMPT,
+        "sampling_params": {"max_new_tokens": 450, "ignore_eos": True},
+    }
+    with pytest.raises(httpx.ReadTimeout):
+        alice.http.post("/generate", json=asked, timeout=0.5)
+    deadline = time.monotonic() + 3
+    while httpx.post(f"{sglang.url}/flush_cache").status_code != 200:  # refused while it computes
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_how_far_its_log_probs_are_is_told(alice: Wire, sessions: dict[str, str]) -> None:
     by_sglang(alice, sessions["sglang"], params={"temperature": 1.0})
     deadline = time.monotonic() + 10
