@@ -33,6 +33,7 @@ def gradients(number: int) -> Submission:
         "forward_backward",
         natural_key(MODEL, number),
         lambda request_id: messages.ForwardBackward(request_id, MODEL, [], "cross_entropy"),
+        model_id=MODEL,
     )
 
 
@@ -61,13 +62,6 @@ async def finish(server: Server, operation: Operation, answer: Any) -> None:
     await operation.finished.wait()
 
 
-async def accept(server: Server, submission: Submission) -> Operation:
-    """A model's operation too goes without a turn: there is no engine."""
-    operation = await server.operations.accept(submission)
-    operation.model_id = MODEL if submission.kind == "forward_backward" else ""
-    return operation
-
-
 async def counted(server: Server) -> list[tuple]:
     """Session, run, base model and the counters; all of it in this hour or the one before."""
     hour = int(time.time()) // 3600
@@ -81,27 +75,27 @@ async def counted(server: Server) -> list[tuple]:
 
 async def test_tokens_of_each_kind_are_added_up(server: Server) -> None:
     for number in (1, 2):
-        operation = await accept(server, gradients(number))
+        operation = await server.operations.accept(gradients(number))
         await finish(server, operation, passed(operation, (3,), (5, 2)))
-        operation = await accept(server, sample(number))
+        operation = await server.operations.accept(sample(number))
         await finish(server, operation, sampled(operation))
     assert await counted(server) == [("s", MODEL, "tiny", 16, 6, 8, 10, 0)]
 
 
 async def test_failures_and_refusals_count_nothing(server: Server) -> None:
     for submission in (gradients(1), sample(1)):
-        operation = await accept(server, submission)
+        operation = await server.operations.accept(submission)
         await finish(server, operation, messages.Failed(operation.request_id, "no", "user"))
     assert await counted(server) == []
 
 
 async def test_an_answer_that_comes_twice_counts_once(server: Server) -> None:
     """From a replay, to a submit that is sent again, and after a start that had not seen the first one."""
-    operation = await accept(server, sample(1))
+    operation = await server.operations.accept(sample(1))
     stale = (await server.ledger.read(operations.unfinished))[0]
     await finish(server, operation, sampled(operation))
     server.operations.on_answer(sampled(operation))
-    assert (await accept(server, sample(1))).request_id == operation.request_id
+    assert (await server.operations.accept(sample(1))).request_id == operation.request_id
     server.operations.on_answer(sampled(operation))
     again = Server(server.settings.data_dir)
     unseen = again.operations.load(stale)
@@ -113,7 +107,7 @@ async def test_an_answer_that_comes_twice_counts_once(server: Server) -> None:
 
 
 async def test_old_hours_and_entries_go(server: Server) -> None:
-    operation = await accept(server, sample(1))
+    operation = await server.operations.accept(sample(1))
     await finish(server, operation, sampled(operation))
     await server.ledger.write(lambda connection: audit.record(connection, "me", "session_created"))
 
