@@ -1,7 +1,7 @@
-"""Loss functions on per-token log-probs, by their wire names.
+"""Loss functions on per-token log-probs, by the names that clients use.
 
-The order of `FUNCTIONS` is the index by which a compiled program chooses the loss of a row: several names may
-stand for one function.
+A compiled program selects the loss of each row by its index in `FUNCTIONS`. Several names may share one
+function.
 """
 
 from . import (

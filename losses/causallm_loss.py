@@ -1,4 +1,4 @@
-"""What xorl calls `causallm_loss`: cross-entropy whose weights may be left out."""
+"""xorl's `causallm_loss`: cross-entropy with optional weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 from . import cross_entropy
 
-# Every target then counts but those of -100. Log-probs are always given of each token.
+# Without weights, every target other than -100 counts. The answer always has the log-prob of each token.
 LOSS = dataclasses.replace(
     cross_entropy.LOSS, name="causallm_loss", defaults={"weights": 1.0}, reports=("return_per_token",)
 )

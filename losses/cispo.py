@@ -19,7 +19,7 @@ def cispo(
 ) -> Float[Array, "*N"]:
     """-sg(clip(r, low, high)) · logprobs · A, r = exp(logprobs - sampled_logprobs), sg = no gradient.
 
-    The clipped ratio only weighs a token; unlike in PPO no token loses its gradient. Source: MiniMax-M1
+    The clipped ratio is a constant weight; unlike in PPO, no token loses its gradient. Source: MiniMax-M1
     (arXiv:2506.13585), eq. 4; thresholds as in the Tinker documentation.
     """
     ratio = jnp.exp(logprobs - sampled_logprobs)
@@ -30,7 +30,7 @@ def cispo(
 def metrics(
     _logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
 ) -> dict[str, float]:
-    """The fraction of the valid tokens whose ratio is clipped."""
+    """Return the fraction of valid tokens whose ratio is clipped."""
     ratio = np.exp(inputs["log_ratio"], dtype=np.float64)
     clipped = (ratio < config["clip_low_threshold"]) | (ratio > config["clip_high_threshold"])
     return {"clip_fraction:mean": float(clipped.mean())}

@@ -1,4 +1,4 @@
-"""Dr. GRPO: a clipped policy gradient, summed and never divided by a length, and a KL term."""
+"""Dr. GRPO: a clipped policy gradient with a KL term, summed and never divided by a length."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Array, Float
 from .loss import Loss, Reference, clipped_fraction, clipped_surrogate
 
 KL_TYPES = ("k1", "k2", "k3")
-_LARGEST_LOG_RATIO = 10.0  # of k3's exponential
+_LARGEST_LOG_RATIO = 10.0  # bound of the exponent in k3
 
 
 def kl(log_ratio: Float[Array, "*N"], kl_type: Float[Array, ""] | float) -> Float[Array, "*N"]:
-    """An estimate of KL(p || ref) from tokens of p, log_ratio = logprobs - ref_logprobs.
+    """Estimate KL(p || ref) from tokens sampled from p, where log_ratio = logprobs - ref_logprobs.
 
-    k1 = log_ratio, k2 = log_ratio²/2, k3 = exp(-log_ratio) - 1 + log_ratio, that within ±10. Source:
-    Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
+    k1 = log_ratio, k2 = log_ratio²/2, k3 = exp(-log_ratio) - 1 + log_ratio with log_ratio clipped to ±10.
+    Source: Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
     """
     x = jnp.clip(-log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     k3 = jnp.exp(x) - 1 - x
@@ -39,13 +39,13 @@ def drgrpo(
 ) -> Float[Array, "*N"]:
     """max(-r·A, -clip(r, 1 - clip_low, 1 + clip_high)·A) + beta · KL(p || ref) (`kl`).
 
-    r = exp(logprobs - old_logprobs). What Dr. GRPO changes of GRPO is what it leaves out: neither lengths nor
-    standard deviations divide anything. A token without an advantage (a prompt's, say) is not trained, by the
-    KL term neither, as in xorl. Source: Liu et al. 2025 (arXiv:2503.20783), eq. 3; clip_high as in DAPO
-    (arXiv:2503.14476); names and defaults as on xorl's pages.
+    r = exp(logprobs - old_logprobs). Unlike GRPO, Dr. GRPO divides neither by lengths nor by standard
+    deviations. As in xorl, a token without an advantage (in a prompt, say) is not trained, not even by the KL
+    term. Source: Liu et al. 2025 (arXiv:2503.20783), eq. 3; clip_high as in DAPO (arXiv:2503.14476); names
+    and defaults as in xorl's documentation.
     """
     loss = clipped_surrogate(logprobs - old_logprobs, advantages, 1 - clip_low, 1 + clip_high)
-    # Without a reference its log-probs are zeros, and 0 · inf is not 0.
+    # Without a reference, its log-probs are zeros and the ratio may overflow; 0 · inf is not 0.
     divergence = jnp.where(beta == 0, 0.0, beta * kl(logprobs - ref_logprobs, kl_type))
     return loss + divergence
 
@@ -53,16 +53,17 @@ def drgrpo(
 def drgrpo_sequence(
     logprobs: Float[Array, "*N"], sequence_log_ratio: Float[Array, "*N"], *rest: Array
 ) -> Float[Array, "*N"]:
-    """`drgrpo` with ratio_type "sequence": r is that of the whole sequence, the exponential of the mean
-    log-ratio over its tokens of nonzero advantage, with the gradient of the token's own log-prob (`gspo`).
-    `rest` as there."""
+    """Compute `drgrpo` with ratio_type "sequence".
+
+    r is the ratio of the whole sequence: the exponential of the mean log-ratio over its tokens with a nonzero
+    advantage. Its gradient is that of the token's own log-prob (`gspo`). `rest` is as in `drgrpo`."""
     return drgrpo(logprobs, jax.lax.stop_gradient(logprobs) - sequence_log_ratio, *rest)
 
 
 def metrics(
     logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
 ) -> dict[str, float]:
-    """Of the valid tokens: the fraction that is clipped, and the divergence from the reference."""
+    """Return the fraction of valid tokens that are clipped, and their divergence from the reference."""
     low, high = 1 - config["clip_low"], 1 + config["clip_high"]
     clipped = clipped_fraction(inputs["log_ratio"], inputs["advantages"], low, high)
     found = {"clip_fraction:mean": clipped}
@@ -73,7 +74,7 @@ def metrics(
 
 
 def check(config: Mapping[str, float]) -> str | None:
-    """The ranges in which the formula is what it says."""
+    """Return what is wrong with the config values, or None."""
     if not 0 <= config["clip_low"] <= 1 or config["clip_high"] < 0:
         return "clip_low must be within 0 and 1, and clip_high at least 0"
     return "beta must be at least 0" if config["beta"] < 0 else None

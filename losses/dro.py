@@ -13,9 +13,9 @@ def dro(
 ) -> Float[Array, "*N"]:
     """-(logprobs · A - β/2 · (logprobs - sampled_logprobs)²).
 
-    A quadratic penalty holds the policy near the sampler, at the tokens that have an advantage: at the others
-    (a prompt's, say) `logprobs` are placeholders. Source: Richemond et al. 2024 (arXiv:2405.19107); the
-    default β of 0.05 is the value in the Tinker documentation's example.
+    A quadratic penalty keeps the policy near the sampler. It applies only to tokens with an advantage: at
+    others (in a prompt, say) `sampled_logprobs` are placeholders. Source: Richemond et al. 2024
+    (arXiv:2405.19107); the default β of 0.05 is the value in the Tinker documentation's example.
     """
     return -(logprobs * advantages - 0.5 * beta * (logprobs - sampled_logprobs) ** 2)
 

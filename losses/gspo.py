@@ -20,8 +20,8 @@ def gspo(
 ) -> Float[Array, "*N"]:
     """-min(s_t·A, clip(s_t, low, high)·A), s_t = s · p / sg(p), sg = no gradient.
 
-    s = exp(mean over the mask of (logprobs - sampled_logprobs)) is the ratio of the whole sequence; s_t has
-    its value and the gradient of the token's own log-prob.
+    s = exp(mean over the mask of (logprobs - sampled_logprobs)) is the ratio of the whole sequence. s_t has
+    the value of s and the gradient of the token's own log-prob.
 
     Source: Zheng et al. 2025 (arXiv:2507.18071), the token-level objective GSPO-token (eq. 13 and 14).
     The default thresholds are that paper's clipping ranges, 3e-4 to the left of 1 and 4e-4 to the right.
@@ -36,10 +36,11 @@ def sequence_log_ratio(
     mask: Float[Array, "B T"],
     segment: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Of each token, the mean of logprobs - sampled_logprobs over its sequence's tokens of nonzero mask.
+    """Return, for each token, the mean of logprobs - sampled_logprobs over the unmasked tokens of its
+    sequence.
 
-    `segment` holds the row index at which the token's sequence begins. A sequence whose mask is all zero has
-    the mean 0, that is a ratio of 1.
+    `segment` holds the position in the row at which the token's sequence begins. A sequence whose mask is all
+    zero has mean 0, which is a ratio of 1.
     """
     counts = (mask != 0).astype(jnp.float32)
     difference = jnp.where(mask != 0, logprobs - sampled_logprobs, 0.0)

@@ -9,9 +9,9 @@ from .loss import Loss
 def importance_sampling(
     logprobs: Float[Array, "*N"], sampled_logprobs: Float[Array, "*N"], advantages: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
-    """-r · A with r = p / q = exp(logprobs - sampled_logprobs), q being the sampler's probability.
+    """-r · A with r = p / q = exp(logprobs - sampled_logprobs), where q is the sampler's probability.
 
-    Source: Tinker documentation, "Losses"; per-token ratio, no clipping.
+    The ratio is per token and not clipped. Source: Tinker documentation, "Losses".
     """
     return -jnp.exp(logprobs - sampled_logprobs) * advantages
 

@@ -1,13 +1,14 @@
-"""Log-probs of target tokens from hidden states, and their gradient, a chunk of tokens at a time.
+"""Computes log-probs of target tokens from hidden states, and their gradient, a chunk of tokens at a time.
 
-Logits exist for one chunk only, [B, C, V]; `[tokens, vocab]` is never materialised. The gradient is taken in
-the same pass: with z the logits, p = softmax(z) and g = d loss / d logprob, known from an elementwise loss,
+Logits exist for one chunk at a time, [B, C, V]; `[tokens, vocab]` is never materialised. The gradient is
+computed in the same pass. Let z be the logits, p = softmax(z) and g = d loss / d logprob, which an
+elementwise loss gives at once. Then
 
     d loss / d z = g · (onehot(target) - p)        d loss / d hidden = g · (W[target] - p W)
 
-so a token costs two products with the unembedding, no more than full logits do, for any per-token loss.
-The softmax is float32 whatever the dtype of the weights. Every row is cut in the same places, so rows stay
-where the mesh put them.
+so for any per-token loss a token costs two products with the unembedding, no more than with full logits.
+The softmax is float32 whatever the dtype of the weights. Every row is cut in the same places, so that rows
+stay on the devices where the mesh put them.
 
 Axis letters: B rows, T tokens in a row, C tokens of a chunk, K targets per token, D hidden, V vocab, R rank,
 n adapters in the batch.
@@ -27,7 +28,7 @@ UnembedLora = dict[str, Array]
 
 
 class HeadOutput(NamedTuple):
-    """What one pass over the head gives."""
+    """The results of one pass over the head."""
 
     logprobs: Float[Array, "B T K"]
     losses: Float[Array, "B T K"]
@@ -38,7 +39,7 @@ class HeadOutput(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """The forward of one chunk, with what its backward needs."""
+    """The forward results of one chunk, including what its backward needs."""
 
     logprobs: Array  # [B, C, K]
     exponentials: Array  # exp(z - max z) [B, C, V] float32; zero where a logit was not finite
@@ -54,7 +55,9 @@ def linear_logprobs(
     row_adapter: Int[Array, " B"] | None = None,
     chunk_tokens: int = 256,
 ) -> Float[Array, "B T K"]:
-    """log softmax(hidden unembedᵀ + adapter)[target] of every target; no gradient, one product per token."""
+    """Return log softmax(hidden unembedᵀ + adapter)[target] of every target, without a gradient.
+
+    This takes one product with the unembedding per token."""
     mask = _slot_mask(lora, row_adapter)
 
     def body(_, chunk):
@@ -78,11 +81,11 @@ def linear_logprobs_and_gradient(
     train_unembed: bool = False,
     chunk_tokens: int = 256,
 ) -> HeadOutput:
-    """Log-probs, loss, and the loss's gradient by the hidden states and by what is trained of the head.
+    """Return log-probs, the loss, and its gradient by the hidden states and by the trained parts of the head.
 
     `loss_and_slope(logprobs [B C K], inputs of the chunk)` gives each token's loss and its derivative by that
-    token's log-prob; `inputs` is a pytree of arrays [B, T, ...]. `lora`, if given, is trained;
-    `train_unembed` also gives the gradient of `unembed` itself (full-weight training), in float32.
+    token's log-prob; `inputs` is a pytree of arrays [B, T, ...]. `lora`, if given, is trained. With
+    `train_unembed` (full-weight training) the gradient of `unembed` itself is returned too, in float32.
     """
     B, _, D = hidden.shape
     V = unembed.shape[0]
@@ -124,7 +127,7 @@ def _forward(hidden, unembed, targets, lora, mask) -> _Chunk:
         low = jnp.where(mask != 0, low * mask, 0.0).astype(hidden.dtype)
         z += jnp.einsum("bcr,rv->bcv", low, _b(lora, hidden.dtype), preferred_element_type=jnp.float32)
     top = z.max(-1, keepdims=True)
-    # A row whose logits are not finite must not reach, by 0 · NaN, what all rows add up to.
+    # A row with logits that are not finite must not enter the sums over all rows, as 0 · NaN would.
     exponentials = jnp.where(jnp.isfinite(top), jnp.exp(z - top), 0.0)
     total = exponentials.sum(-1)
     log_total = top[..., 0] + jnp.log(total)
@@ -133,7 +136,7 @@ def _forward(hidden, unembed, targets, lora, mask) -> _Chunk:
 
 
 def _backward(hidden, unembed, targets, slope, forward: _Chunk, lora, mask, totals):
-    """d loss / d hidden of a chunk, and `totals` plus the chunk's gradients of the head."""
+    """Return d loss / d hidden of a chunk, and `totals` plus the chunk's gradients of the head."""
     dtype = unembed.dtype
     exponentials = forward.exponentials.astype(dtype)
     share = slope.sum(-1, keepdims=True) / forward.total[..., None]  # [B, C, 1]
@@ -158,10 +161,10 @@ def _backward(hidden, unembed, targets, slope, forward: _Chunk, lora, mask, tota
 
 
 def _add_outer(total, targets, slope, share, left, exponentials, mask):
-    """total [V, X] + Σ over tokens of d loss / d z ⊗ left, left [B, C, X]; only where `mask` is not zero."""
+    """Return total [V, X] + Σ over tokens of d loss / d z ⊗ left [B, C, X], only where `mask` is not zero."""
     at_targets = slope[..., None] * left[:, :, None]  # [B, C, K, X]
     shared = left * share
-    if mask is not None:  # after the products, for 0 · inf is not 0
+    if mask is not None:  # after the products, because 0 · inf is not 0
         at_targets, shared = (
             jnp.where(mask[:, :, None] != 0, at_targets, 0.0),
             jnp.where(mask != 0, shared, 0.0),
@@ -184,7 +187,7 @@ def _b(lora: UnembedLora, dtype) -> Array:
 
 
 def _slot_mask(lora: UnembedLora | None, row_adapter) -> Array | None:
-    """[B, 1, nR]: the adapter's scale in its own columns, zero in the others'."""
+    """Return [B, 1, nR]: the scale of the row's adapter in that adapter's columns, zero elsewhere."""
     if lora is None:
         return None
     n, _, R = lora["a"].shape
@@ -193,7 +196,9 @@ def _slot_mask(lora: UnembedLora | None, row_adapter) -> Array | None:
 
 
 def _cuts(shape: tuple[int, ...], targets_per_token: int, chunk_tokens: int) -> int:
-    """Into how many equal pieces T is cut so that B · C · (targets beyond the first few) fits the chunk."""
+    """Return how many equal pieces T is cut into.
+
+    A piece of C tokens has to keep B · C · (targets beyond the first few) within the chunk."""
     B, T, _ = shape
     wanted = max(1, chunk_tokens // (B * max(1, targets_per_token // 16)))
     return next(cuts for cuts in range(1, T + 1) if T % cuts == 0 and T // cuts <= wanted)

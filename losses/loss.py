@@ -1,4 +1,4 @@
-"""What a loss is: an elementwise function of per-token log-probs, and the names of what it needs.
+"""Defines `Loss`: an elementwise function of per-token log-probs, with the names of its inputs and config.
 
 Axis letters: B rows, T tokens in a row, K targets per token, P config values.
 """
@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-MAX_CONFIG = 7  # P; config values of the loss that has most
+MAX_CONFIG = 7  # P; the most config values of any loss
 
 Metrics = Callable[[np.ndarray, Mapping[str, np.ndarray], Mapping[str, float]], dict[str, float]]
-"""From the valid tokens' log-probs and inputs, and the config values by name. The inputs include
-`log_ratio`, the logarithm of the ratio that the loss clips: each token's own, or its whole sequence's."""
+"""Computes metrics from the log-probs and inputs of the valid tokens, and the config values by name. The
+inputs include `log_ratio`, the logarithm of the ratio that the loss clips: of each token, or of its whole
+sequence."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Further log-probs of the targets: a datum brings them as `name`, the function takes
-    `reference_logprobs`. They are needed where the config value `when` is not 0."""
+    """Further log-probs of the targets, required where the config value `when` is not 0.
+
+    A datum has them as `name`; the function takes them as `reference_logprobs`."""
 
     name: str
     when: str
@@ -31,34 +33,35 @@ class Reference:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function by its wire name.
+    """A loss function, under the name that clients use.
 
-    `function(logprobs, *inputs, *config)` gives the loss of each token; the sum over all tokens and datums is
-    the loss, and nothing is normalised. It must be elementwise: each loss depends on its own log-prob only.
-    `loss_and_slope` masks it: the function may return anything, NaN included, where the `valid` input is 0.
+    `function(logprobs, *inputs, *config)` returns the loss of each token. The loss of an operation is the sum
+    over all tokens and datums, without normalisation. The function must be elementwise: the loss of a token
+    depends on that token's log-prob only. `loss_and_slope` masks it, so where the `valid` input is 0 the
+    function may return anything, NaN included.
     """
 
     name: str
     function: Callable[..., Array]
     inputs: tuple[str, ...]  # per-token inputs besides target_tokens, in the function's order
     config: Mapping[str, float]  # config keys and their defaults, in the function's order
-    valid: str  # the input that is 0 at masked tokens: these add nothing, to the loss or to its gradient
+    valid: str  # the input that is 0 at masked tokens, which add nothing to the loss or its gradient
     multi_target: bool = False  # takes (N, K) targets
     sequence_level: bool = False  # needs the log-probs of the whole sequence first (`gspo`)
-    sequence_mask: str = "sequence_ratio_mask"  # the input over whose nonzero entries its mean goes
-    defaults: Mapping[str, float] = field(default_factory=dict)  # of inputs that a datum may leave out
+    sequence_mask: str = "sequence_ratio_mask"  # a sequence's mean is over its nonzero entries
+    defaults: Mapping[str, float] = field(default_factory=dict)  # for inputs that a datum may leave out
     reference: Reference | None = None
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # words, each for its place's number
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # words that stand for 0, 1, ...
     flags: tuple[str, ...] = ()  # config keys that are true or false
-    reports: tuple[str, ...] = ()  # flags that only ask for metrics, and that no function takes
-    # Of a config key that no function takes: the loss that each of its words stands for.
+    reports: tuple[str, ...] = ()  # flags that only request metrics; no function takes them
+    # For a config key that no function takes: the loss that each of its values selects.
     variants: Mapping[str, Mapping[str, Loss]] = field(default_factory=dict)
     check: Callable[[Mapping[str, float]], str | None] | None = None  # what is wrong with config values
     metrics: Metrics | None = None
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
-        """The per-token inputs that a datum has to bring, `target_tokens` first."""
+        """The per-token inputs that a datum must have, `target_tokens` first."""
         computed = {"sequence_log_ratio", "reference_logprobs", *self.defaults}
         brought = ["logprobs"] if self.sequence_level else []  # sequence_log_ratio is computed from these
         brought += [name for name in self.inputs if name not in computed]
@@ -80,8 +83,8 @@ def loss_and_slope(
 ) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
     """Return the loss of each token and its derivative by that token's log-prob, for `losses[index]`.
 
-    Both are 0 at masked tokens, whatever placeholder their log-probs are. The index and the config values are
-    traced: another loss or threshold compiles nothing.
+    Both are 0 at masked tokens, whatever placeholders their log-probs are. The index and the config values
+    are traced, so another loss or threshold does not compile anything.
     """
 
     def branch(loss: Loss):
@@ -106,8 +109,8 @@ def clipped_surrogate(
 ) -> Float[Array, "*N"]:
     """Return -min(r·A, clip(r, low, high)·A), r = exp(log_ratio), A = advantages.
 
-    A clipped token's gradient is 0 even where r overflows. Source: Schulman et al. 2017 (arXiv:1707.06347),
-    eq. 7.
+    The gradient of a clipped token is 0, even where r overflows. Source: Schulman et al. 2017
+    (arXiv:1707.06347), eq. 7.
     """
     ratio = jnp.exp(log_ratio)
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
@@ -116,7 +119,8 @@ def clipped_surrogate(
 
 
 def clipped_fraction(log_ratio: np.ndarray, advantages: np.ndarray, low: float, high: float) -> float:
-    """The fraction of tokens to which `clipped_surrogate` gives no gradient: their ratio is over `high` where
-    the advantage is positive, under `low` where it is negative."""
+    """Return the fraction of tokens to which `clipped_surrogate` gives no gradient.
+
+    Their ratio is over `high` and the advantage positive, or under `low` and the advantage negative."""
     ratio = np.exp(log_ratio, dtype=np.float64)
     return float(np.where(advantages > 0, ratio > high, ratio < low).mean())

@@ -26,22 +26,23 @@ def policy_loss(
 ) -> Float[Array, "*N"]:
     """m · w · max(-r·A, -clip(r, 1 - eps_clip, 1 + eps_clip_high)·A), r = exp(logprobs - old_logprobs).
 
-    A ratio is bounded by epsilons here, where `ppo` has thresholds. Of the options, 0 is off:
+    The ratio is bounded by epsilons, where `ppo` has thresholds. For each option, 0 means off:
 
-    - eps_clip_c: where A < 0 the loss is at most -eps_clip_c·A (dual clip, Ye et al. 2020, arXiv:1912.09729,
-      eq. 5): the same as r bounded by eps_clip_c;
+    - eps_clip_c: where A < 0 the loss is at most -eps_clip_c·A, which bounds r by eps_clip_c (dual clip, Ye
+      et al. 2020, arXiv:1912.09729, eq. 5);
     - icepop_beta: m is 0 where r is outside [1/β, β] (IcePop, Ring-1T, arXiv:2510.18855), else 1. xorl masks
       the gradient alone and reports the unmasked loss; here both are masked;
-    - use_tis: w = clip(exp(old_logprobs - rollout_logprobs), tis_clip_low, tis_clip_high) corrects what the
-      rollouts' engine computes otherwise than the trainer (truncated importance sampling, Yao et al. 2025,
-      https://fengyao.notion.site/off-policy-rl). It is constant, and weighs the gradient as it does the loss.
+    - use_tis: w = clip(exp(old_logprobs - rollout_logprobs), tis_clip_low, tis_clip_high) corrects for
+      differences between the engine that made the rollouts and the trainer (truncated importance sampling,
+      Yao et al. 2025, https://fengyao.notion.site/off-policy-rl). w is a constant that weighs loss and
+      gradient.
 
-    Source: the `policy_loss` of xorl's pages, for the names and defaults; Schulman et al. 2017
+    Source: `policy_loss` in xorl's documentation, for the names and defaults; Schulman et al. 2017
     (arXiv:1707.06347), eq. 7.
     """
     log_ratio = logprobs - old_logprobs
     outside = (icepop_beta > 0) & (jnp.abs(log_ratio) > jnp.log(icepop_beta))
-    # The exponentials of dropped and bounded tokens must not overflow: 0 · inf is not 0.
+    # The exponentials of dropped and bounded tokens must not overflow, because 0 · inf is not 0.
     log_ratio = jnp.where(outside, 0.0, log_ratio)
     dual = (eps_clip_c > 0) & (advantages < 0)
     log_ratio = jnp.where(dual, jnp.minimum(log_ratio, jnp.log(eps_clip_c)), log_ratio)
@@ -53,7 +54,7 @@ def policy_loss(
 def metrics(
     logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
 ) -> dict[str, float]:
-    """Of the valid tokens, the fractions that are clipped and masked, and the TIS weights before clipping."""
+    """Return the fractions of valid tokens clipped and masked, and the mean TIS weight before clipping."""
     ratio, advantages = np.exp(inputs["log_ratio"], dtype=np.float64), inputs["advantages"]
     clipped = np.where(advantages > 0, ratio > 1 + config["eps_clip_high"], ratio < 1 - config["eps_clip"])
     if config["eps_clip_c"]:
@@ -69,7 +70,7 @@ def metrics(
 
 
 def check(config: Mapping[str, float]) -> str | None:
-    """The ranges in which the formula is what it says."""
+    """Return what is wrong with the config values, or None."""
     if not 0 <= config["eps_clip"] <= 1 or config["eps_clip_high"] < 0:
         return "eps_clip must be within 0 and 1, and eps_clip_high at least 0"
     for name in ("eps_clip_c", "icepop_beta"):

@@ -27,7 +27,7 @@ def ppo(
 def metrics(
     _logprobs: np.ndarray, inputs: Mapping[str, np.ndarray], config: Mapping[str, float]
 ) -> dict[str, float]:
-    """The fraction of the valid tokens that are clipped."""
+    """Return the fraction of valid tokens that are clipped."""
     low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     return {"pg_clipfrac:mean": clipped_fraction(inputs["log_ratio"], inputs["advantages"], low, high)}
 

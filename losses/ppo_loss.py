@@ -1,4 +1,4 @@
-"""What tinkercloud's clients call `ppo_loss`: the clipped policy gradient with its servers' epsilons."""
+"""tinkercloud's `ppo_loss`: the clipped policy gradient with the epsilons of its servers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 
 from . import policy_loss
 
-# tinkercloud runs every policy loss with these; Source: its page, and SLIME_EPS_CLIP(_HIGH) in its code.
+# tinkercloud uses these for every policy loss. Source: its documentation, and SLIME_EPS_CLIP(_HIGH) in its
+# code.
 LOSS = dataclasses.replace(
     policy_loss.LOSS,
     name="ppo_loss",

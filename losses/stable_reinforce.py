@@ -19,12 +19,12 @@ def stable_reinforce(
     """m · (-sg(min(r, truncation)) · logprobs · A + kl_coeff · (r - 1 - log r)), sg = no gradient.
 
     r = exp(logprobs - sampled_logprobs); m is 1 where low <= r <= high and A is not 0, else 0. A token whose
-    ratio is outside the band is dropped: either the policy has moved on, or the two disagree on numerics. A
-    ratio within it weighs the token without being differentiated, truncated so that no token dominates. A
-    token without an advantage (a prompt's, say) is not trained, by the KL term neither.
+    ratio is outside the band is dropped: either the policy has moved on, or sampler and trainer disagree on
+    numerics. A ratio within the band is a constant weight, truncated so that no token dominates. A token
+    without an advantage (in a prompt, say) is not trained, not even by the KL term.
 
     The formula is OURS: the vendor's `stable_reinforce` is not published, and numbers need not agree with it.
-    Its parts are known ones:
+    Its parts are published:
     - the weight, truncated and detached: CISPO, MiniMax-M1 (arXiv:2506.13585), eq. 4, without a lower bound;
       truncation as in IMPALA (arXiv:1802.01561); 2 is the usual constant for sampler-trainer mismatch;
     - the mask, and its band of 0.5 to 5: IcePop, Ring-1T (arXiv:2510.18855);

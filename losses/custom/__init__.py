@@ -1,1 +1,1 @@
-"""Custom losses: graphs that a client has traced, run as JAX by a table of ours."""
+"""Custom losses: graphs traced by the client, evaluated in JAX with a fixed table of functions."""

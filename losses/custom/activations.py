@@ -1,5 +1,6 @@
-"""torch's elementwise functions of one or two formulas each, in JAX: values and gradients. Parameters are
-named as torch's."""
+"""Elementwise functions of torch that take a short formula, in JAX, with torch's values and gradients.
+
+Parameters have torch's names."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from .dtypes import Operand, align, as_float, category
 
 
 def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Array:
-    """log(1 + exp(beta x)) / beta, and x itself where beta x is above the threshold."""
+    """log(1 + exp(beta x)) / beta, or x itself where beta x is above the threshold."""
     x = as_float(input)
     scaled = x * beta
     linear = scaled > threshold
@@ -19,7 +20,7 @@ def softplus(input: Operand, beta: float = 1.0, threshold: float = 20.0) -> Arra
 
 
 def xlogy(input: Operand, other: Operand) -> Array:
-    """x log y, and 0 where x is 0."""
+    """x log y, or 0 where x is 0."""
     x, y = (as_float(each) for each in align(input, other))
     return x * jnp.log(jnp.where((x == 0) & (y <= 0), 1.0, y))
 
@@ -37,7 +38,7 @@ def lerp(input: Operand, end: Operand, weight: Operand) -> Array:
 
 
 def relu(input: Shaped[Array, "*N"]) -> Shaped[Array, "*N"]:
-    """max(x, 0), with the gradient 0 at 0."""
+    """max(x, 0), with gradient 0 at 0."""
     return jnp.where(input > 0, input, jnp.zeros((), input.dtype))
 
 
@@ -50,5 +51,5 @@ def elu(input: Float[Array, "*N"], alpha: float = 1.0) -> Array:
 
 
 def magnitude(x: Shaped[Array, "*N"]) -> Shaped[Array, "*N"]:
-    """|x|, with the gradient 0 at 0."""
+    """|x|, with gradient 0 at 0."""
     return x * jax.lax.stop_gradient(jnp.sign(x)) if category(x.dtype) == 2 else jnp.abs(x)

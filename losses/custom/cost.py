@@ -1,4 +1,4 @@
-"""How much work a custom loss is, known before it runs: floating point operations, and what takes as long."""
+"""Estimates the work of a custom loss before it runs, in floating point operations or their equivalent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Of one element, in operations that take as long on a CPU. Measured, to the next power of two: all of these
-# go through memory out of order, or one element after the other.
+# Cost of one element, as the number of simple operations that take as long on a CPU. Measured, and rounded to
+# a power of two. These operations access memory out of order, or one element after the other.
 _SORTED = 256  # for each doubling of the length
 _SCANNED = 64  # for each doubling of the length
 _INDEXED = 16
@@ -25,7 +25,7 @@ _FREE = frozenset(("reshape", "squeeze", "stop_gradient", "copy", "broadcast_in_
 
 
 def estimate(jaxpr: Jaxpr) -> float:
-    """Return the operations of a program, those of its inner programs included."""
+    """Return the operations of a program, including those of its inner programs."""
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -33,7 +33,7 @@ def _of_equation(equation: Any) -> float:
     name = equation.primitive.name
     inner = [estimate(each) for each in _programs(equation.params)]
     if inner:
-        # Of several branches the most expensive one; a loop's length is known, or there is none here.
+        # A `cond` costs as much as its most expensive branch. Every loop here is a `scan` of known length.
         return max(inner) * equation.params.get("length", 1) if name in ("cond", "scan") else sum(inner)
     size = max((_size(variable) for variable in (*equation.invars, *equation.outvars)), default=1)
     if name == "dot_general":
@@ -56,7 +56,7 @@ def _contracted(equation: Any) -> int:
 
 
 def _longest(equation: Any) -> int:
-    """The longest axis that it may run along."""
+    """Return the length of the longest axis that the operation may run along."""
     return max(equation.invars[0].aval.shape, default=1)
 
 

@@ -1,4 +1,4 @@
-"""torch's dtypes and how they promote. JAX must run with 64-bit types (`jax.enable_x64`)."""
+"""torch's dtypes and its promotion rules. JAX must run with 64-bit types (`jax.enable_x64`)."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ def is_number(value: Any) -> bool:
 
 
 def category(dtype: Any) -> int:
-    """0 of bool, 1 of integers, 2 of floats."""
+    """Return 0 for bool, 1 for integers, 2 for floats."""
     if jnp.issubdtype(dtype, jnp.floating):
         return 2
     return 0 if dtype == jnp.bool_ else 1
 
 
 def result_type(*operands: Any) -> Any:
-    """`torch.result_type`: tensors with dimensions before those without before Python's numbers; the latter
-    count only where their category (bool, integer, float) is higher."""
+    """Return the dtype that `torch.result_type` gives.
+
+    Tensors with dimensions decide first, then tensors without dimensions, then Python numbers. A later level
+    counts only where its category (bool, integer, float) is higher.
+    """
     levels: list[Any] = [None, None, None]
     for operand in operands:
         if is_array(operand):
@@ -53,7 +56,7 @@ def result_type(*operands: Any) -> Any:
             number = 2 if isinstance(operand, float) else 0 if isinstance(operand, bool) else 1
             level, dtype = 2, _DEFAULTS[number]
         else:
-            raise TypeError(f"{_described(operand)} where a tensor or a number is expected")
+            raise TypeError(f"expected a tensor or a number, got {_described(operand)}")
         levels[level] = dtype if levels[level] is None else jnp.promote_types(levels[level], dtype)
     result = None
     for dtype in levels:
@@ -65,24 +68,24 @@ def result_type(*operands: Any) -> Any:
 
 
 def align(*operands: Any) -> list[jax.Array]:
-    """As arrays of one dtype."""
+    """Convert the operands to arrays of one dtype."""
     dtype = result_type(*operands)
     return [jnp.asarray(operand, dtype) for operand in operands]
 
 
 def as_array(value: Any) -> jax.Array:
-    """A tensor as it is, a number as torch.tensor(number)."""
+    """Return a tensor unchanged, and a number as torch.tensor(number) would."""
     return value if is_array(value) else jnp.asarray(value, result_type(value))
 
 
 def as_float(value: Any) -> jax.Array:
-    """Integers and bools as float32, as torch's functions of real numbers take them."""
+    """Convert integers and bools to float32, as torch's functions of real numbers do."""
     array = as_array(value)
     return array if category(array.dtype) == 2 else array.astype(jnp.float32)
 
 
 def summed(value: Any, dtype: Any) -> jax.Array:
-    """What a sum is taken of: integers and bools as int64, unless a dtype is given."""
+    """Convert a summand to the dtype of its sum: int64 for integers and bools, unless a dtype is given."""
     array = as_array(value)
     if dtype is not None:
         return array.astype(dtype)

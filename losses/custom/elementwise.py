@@ -1,5 +1,7 @@
-"""torch's elementwise functions in JAX: values, dtypes and gradients, also where JAX's own choose otherwise
-(at the bounds of `clamp`, at ties). Parameters are named as torch's, so that keyword arguments fit."""
+"""torch's elementwise functions in JAX, with torch's values, dtypes and gradients.
+
+They follow torch where JAX's own functions differ: at the bounds of `clamp`, and at ties. Parameters have
+torch's names, so that keyword arguments fit."""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def _real_binary(function: Callable[[Array, Array], Array]) -> Callable[[Operand
 
 
 def _scaled(function: Callable[[Array, Array], Array], of_numbers: Any) -> Callable[..., Any]:
-    """With torch's `alpha`, a factor of the second operand."""
+    """Make a function with torch's `alpha`, a factor of the second operand."""
 
     def apply(input: Operand, other: Operand, *, alpha: Operand = 1) -> Any:
         if is_number(input) and is_number(other) and alpha == 1:
@@ -60,11 +62,11 @@ def _scaled(function: Callable[[Array, Array], Array], of_numbers: Any) -> Calla
 
 
 def div(input: Operand, other: Operand, *, rounding_mode: str | None = None) -> Any:
-    """The quotient; of integers as float32, or rounded down or towards zero in their own dtype."""
+    """Return the quotient. For integers it is float32, or, rounded down or towards zero, their own dtype."""
     if rounding_mode == "floor":
         return floor_divide(input, other)
     if rounding_mode not in (None, "trunc"):
-        raise ValueError(f"rounding_mode {rounding_mode!r}; it is None, 'floor' or 'trunc'")
+        raise ValueError(f"rounding_mode is {rounding_mode!r}; it must be None, 'floor' or 'trunc'")
     if is_number(input) and is_number(other):
         return math.trunc(input / other) if rounding_mode else input / other
     left, right = align(input, other)
@@ -76,7 +78,7 @@ floor_divide = _binary(jnp.floor_divide, operator.floordiv)
 
 
 def pow_(input: Operand, exponent: Operand) -> Any:
-    """Of Python's numbers as floats, for their integers have no bound."""
+    """Return the power. Python numbers are computed as floats, because Python's integers are unbounded."""
     if is_number(input) and is_number(exponent):
         power = math.pow(input, exponent)
         exact = isinstance(input, int) and isinstance(exponent, int) and exponent >= 0 and abs(power) < 2**53
@@ -93,10 +95,10 @@ def pow_(input: Operand, exponent: Operand) -> Any:
 
 
 def clamp(input: Operand, min: Operand | None = None, max: Operand | None = None) -> Array:
-    """min(max(input, min), max), the gradient passing at the bounds."""
+    """min(max(input, min), max); the gradient passes at the bounds."""
     bounds = [bound for bound in (min, max) if bound is not None]
     if not bounds:
-        raise ValueError("clamp without min and without max")
+        raise ValueError("clamp needs min or max")
     dtype = result_type(input, *bounds)
     x = jnp.asarray(input, dtype)
     if min is not None:
@@ -121,7 +123,7 @@ def masked_fill(input: Array, mask: Bool[Array, "*N"], value: Operand) -> Array:
 
 
 def to(input: Array, *args: Any, **kwargs: Any) -> Array:
-    """Another dtype, named or another tensor's; where it is does not matter."""
+    """Convert to a dtype, given by name or as another tensor's. A device is ignored."""
     for argument in (*args, kwargs.get("dtype"), kwargs.get("other")):
         if isinstance(argument, jnp.dtype):
             return input.astype(argument)
@@ -138,7 +140,7 @@ def _cast(dtype: str) -> Callable[[Array], Array]:
 
 
 def _bits(function: Callable[[Array, Array], Array], of_numbers: Any) -> Callable[..., Any]:
-    """Of integers and bools only."""
+    """Make a bitwise function, of integers and bools only."""
 
     def apply(input: Operand, other: Operand) -> Any:
         if category(result_type(input, other)) == 2:
@@ -163,7 +165,7 @@ def absolute(input: Operand) -> Any:
 
 
 def detach(input: Array) -> Array:
-    """The value without a gradient."""
+    """Return the value without a gradient."""
     return jax.lax.stop_gradient(input)
 
 

@@ -1,4 +1,4 @@
-"""The losses of torch.nn.functional in JAX. Parameters are named as torch's; deprecated ones must be None."""
+"""The losses of torch.nn.functional in JAX. Parameters have torch's names; deprecated ones must be None."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .reductions import log_softmax, softmax
 
 def _reduced(elements: Float[Array, "*N"], reduction: str, weight: Any, deprecated: dict[str, Any]) -> Array:
     if weight is not None or any(value is not None for value in deprecated.values()):
-        raise ValueError("only `reduction` says how the elements are combined")
+        raise ValueError("weight, size_average and reduce are not supported; use `reduction`")
     if reduction == "none":
         return elements
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction {reduction!r}; it is none, mean or sum")
+        raise ValueError(f"reduction is {reduction!r}; it must be none, mean or sum")
     return jnp.mean(elements) if reduction == "mean" else jnp.sum(elements)
 
 
@@ -41,7 +41,7 @@ def l1_loss(
 def huber_loss(
     input: Array, target: Array, reduction: str = "mean", delta: float = 1.0, weight: Any = None
 ) -> Array:
-    """x² / 2 up to delta, delta (|x| - delta / 2) beyond."""
+    """x² / 2 where |x| < delta, delta (|x| - delta / 2) beyond."""
     left, right = align(input, target)
     x = magnitude(left - right)
     return _reduced(jnp.where(x < delta, 0.5 * x * x, delta * (x - 0.5 * delta)), reduction, weight, {})
@@ -55,7 +55,7 @@ def smooth_l1_loss(
     weight: Any = None,
     **deprecated: Any,
 ) -> Array:
-    """x² / (2 beta) up to beta, |x| - beta / 2 beyond."""
+    """x² / (2 beta) where |x| < beta, |x| - beta / 2 beyond."""
     if beta == 0:
         return l1_loss(input, target, reduction, weight, **deprecated)
     left, right = align(input, target)
@@ -66,7 +66,7 @@ def smooth_l1_loss(
 def kl_div(
     input: Array, target: Array, reduction: str = "mean", log_target: bool = False, **deprecated: Any
 ) -> Array:
-    """target (log target - input), elementwise; the target is a log-prob with `log_target`."""
+    """target (log target - input), elementwise. With `log_target`, the target is given as a log-prob."""
     log_q, p = align(input, target)
     elements = jnp.exp(p) * (p - log_q) if log_target else xlogy(p, p) - p * log_q
     if reduction == "batchmean":
@@ -93,7 +93,7 @@ def binary_cross_entropy_with_logits(
 def activation(name: str) -> Callable[..., Array]:
     def apply(input: Array, *options: Any, inplace: bool = False, **named: Any) -> Array:
         if inplace:
-            raise ValueError("a custom loss changes nothing in place")
+            raise ValueError("in-place operations are not supported in custom losses")
         return ELEMENTWISE[name](input, *options, **named)
 
     return apply

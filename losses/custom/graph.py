@@ -1,7 +1,7 @@
-"""A custom loss as clients upload it: a traced torch function, node for node, decoded into checked data.
+"""Decodes an uploaded custom loss, the graph of a traced torch function, into checked data.
 
-The graph is JSON, `{"format": 1, "nodes": [...]}`, as `torch.fx` records and the SDK encodes it. Nothing of
-it is executable: names are keys into tables of ours (`operations`), and everything is bounded here.
+The graph is JSON, `{"format": 1, "nodes": [...]}`, as `torch.fx` records and the SDK encodes it. Nothing in
+it is executable: names are keys into fixed tables (`operations`). Its size is bounded here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .dtypes import DTYPES
 
 MAX_NODES = 512
 MAX_CONSTANTS = 8192  # numbers and words in all arguments together
-MAX_DEPTH = 8  # of an argument's lists
+MAX_DEPTH = 8  # nesting of lists in an argument
 MAX_WORD = 128  # characters
 
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
@@ -27,18 +27,18 @@ _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 class CustomLossError(ValueError):
-    """The graph, or what it makes of a datum, is not a custom loss's; the message names the node."""
+    """The graph is not a valid custom loss, or cannot be computed for a datum. The message names the node."""
 
 
 @dataclass(frozen=True)
 class Ref:
-    """In an argument: the value of an earlier node."""
+    """A reference, within an argument, to the value of an earlier node."""
 
     node: str
 
 
 class Placement:
-    """A device, layout or memory format: everything is where it is."""
+    """A device, layout or memory format, which is ignored."""
 
 
 PLACEMENT = Placement()
@@ -46,7 +46,8 @@ PLACEMENT = Placement()
 
 @dataclass(frozen=True)
 class Node:
-    """Arguments: Refs, numbers, words, None, Ellipsis, slices, dtypes, and lists, tuples, dicts of them."""
+    """One node. Arguments are Refs, numbers, strings, None, Ellipsis, slices, dtypes, or lists, tuples and
+    dicts of these."""
 
     op: str  # placeholder, call_function or call_method
     name: str
@@ -60,18 +61,18 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes in the order of execution; which of them are the loss and the metrics."""
+    """The nodes in the order of execution, and the names of those that give the loss and the metrics."""
 
     inputs: tuple[tuple[str, int], ...]  # name and rank, `logprobs` first
     nodes: tuple[Node, ...]
     loss: str
-    metrics: dict[str, str]  # by their wire names
+    metrics: dict[str, str]  # node by the metric's name
 
 
 def decode(
     data: bytes, inputs: Sequence[tuple[str, int]], functions: Container[str], methods: Container[str]
 ) -> Graph:
-    """The graph, if all it calls is in the tables. Raises CustomLossError."""
+    """Decode a graph. Raises CustomLossError if it calls anything that is not in the tables."""
     try:
         graph = json.loads(data)
     except (ValueError, RecursionError):
@@ -93,7 +94,7 @@ def decode(
 
 
 class _Decoder:
-    """Of one graph; nodes may refer to those before them."""
+    """Decodes the nodes of one graph. A node may refer to nodes before it."""
 
     def __init__(self, functions: Container[str], methods: Container[str]):
         self._tables = {"call_function": functions, "call_method": methods}
@@ -188,7 +189,7 @@ class _Decoder:
 
 
 def _fields(node: Any, index: int) -> tuple[str, str, str, list[Any], dict[str, Any]]:
-    """op, name, target, args and kwargs, of the right types."""
+    """Return op, name, target, args and kwargs, checked for their types."""
     if not isinstance(node, dict):
         raise CustomLossError(f"graph: nodes[{index}] is not an object")
     words = [node.get(key) for key in ("op", "name", "target")]

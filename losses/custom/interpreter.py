@@ -1,7 +1,7 @@
-"""A custom loss as JAX: the nodes of its graph one after the other, each by a function of our tables.
+"""Evaluates a custom loss in JAX, node by node, with the functions of a fixed table.
 
-`evaluate` is pure, so that `jax.value_and_grad` and `jax.jit` apply. It must run with 64-bit types, which
-torch has.
+`evaluate` is pure, so that `jax.value_and_grad` and `jax.jit` apply. It must run with 64-bit types, as torch
+does.
 
 Axis letters: N target tokens of a datum, K targets per token.
 """
@@ -20,10 +20,10 @@ from .graph import CustomLossError, Graph, Node, Placement, Ref, decode
 from .operations import FUNCTIONS, METHODS, POINTWISE
 from .zero_slopes import with_zero_slopes
 
-MAX_ELEMENTS = 1 << 24  # of one tensor
-MAX_ELEMENTS_IN_ALL = 1 << 26  # of the tensors of all nodes, for one datum
+MAX_ELEMENTS = 1 << 24  # in one tensor
+MAX_ELEMENTS_IN_ALL = 1 << 26  # in the tensors of all nodes, for one datum
 MAX_DIMENSIONS = 8
-MAX_TUPLE = 1 << 10  # a tuple's length
+MAX_TUPLE = 1 << 10  # elements of a tuple
 
 __all__ = ["CustomLossError", "Graph", "evaluate", "load"]
 
@@ -32,22 +32,24 @@ Apply = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
 
 
 class NotPaddableError(Exception):
-    """The loss must see its datum as it is (`padding`)."""
+    """The loss must see its datum without padding (`padding`)."""
 
 
 def load(data: bytes, inputs: Sequence[tuple[str, int]]) -> Graph:
-    """The uploaded graph, if all it calls is in our tables. Raises CustomLossError naming the node."""
+    """Decode an uploaded graph. Raises CustomLossError naming the node that calls what is not in the
+    tables."""
     return decode(data, inputs, FUNCTIONS, METHODS)
 
 
 def evaluate(
     graph: Graph, values: Mapping[str, Any], apply: Apply | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of one datum and its metrics, `values` being the inputs by name: `logprobs` [N] or [N, K].
+    """Return the loss and the metrics of one datum. `values` are the inputs by name: `logprobs` [N] or [N,
+    K].
 
-    Raises CustomLossError naming the node that cannot be computed, or whose tensors are too large. Shapes
-    alone decide that, so under `jax.jit` nothing is computed before. `apply(function, args, kwargs)` is how a
-    function is called where values are more than tensors (`padding`).
+    Raises CustomLossError naming the node that cannot be computed or whose tensors are too large. Only shapes
+    decide that, so under `jax.jit` it is raised before anything is computed. `apply(function, args, kwargs)`
+    calls a function whose arguments may be more than tensors (`padding`).
     """
     environment: dict[str, Any] = {}
     elements = 0
@@ -78,13 +80,13 @@ def _call(node: Node, environment: dict[str, Any], apply: Apply | None) -> Any:
         )
     except NotPaddableError:
         raise
-    except Exception as error:  # whatever the arguments of a client make our functions and JAX raise
+    except Exception as error:  # a client's arguments can make the functions and JAX raise anything
         first_line = str(error).partition("\n")[0][:300]
         raise CustomLossError(f"{node}: {first_line}") from None
 
 
 def _renamed(key: str) -> str:
-    """torch takes NumPy's names too."""
+    """Return torch's name of a parameter; torch also accepts NumPy's names."""
     return {"axis": "dim", "keepdims": "keepdim"}.get(key, key)
 
 
@@ -105,8 +107,9 @@ def _resolved(argument: Any, environment: dict[str, Any]) -> Any:
 
 
 def _size(node: Node, value: Any) -> int:
-    """How many elements a node's value has. Raises CustomLossError for what is too large, or none."""
-    value = getattr(value, "array", value)  # of padded tokens
+    """Count the elements of a node's value. Raises CustomLossError for a value that is too large or not
+    valid."""
+    value = getattr(value, "array", value)  # padding.Tokens has an array
     if is_array(value):
         if value.ndim > MAX_DIMENSIONS or value.size > MAX_ELEMENTS:
             raise CustomLossError(
@@ -115,7 +118,7 @@ def _size(node: Node, value: Any) -> int:
             )
         return int(value.size)
     if isinstance(value, tuple):
-        if len(value) > MAX_TUPLE:  # before its elements are looked at: adding a tuple to itself doubles it
+        if len(value) > MAX_TUPLE:  # checked before the elements: adding a tuple to itself doubles it
             raise CustomLossError(f"{node}: a tuple of {len(value)} elements; it may have {MAX_TUPLE}")
         return sum(_size(node, each) for each in value)
     if is_number(value) and abs(value) >= 1 << 63 and isinstance(value, int):

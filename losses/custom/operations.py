@@ -1,6 +1,6 @@
-"""What a custom loss may call: names on the wire to functions of ours. Whatever is not here is refused.
+"""The functions, methods and attributes that a custom loss may use. Everything else is refused.
 
-Functions have the qualified names of `torch.fx`, methods and attributes those of `torch.Tensor`.
+Functions are listed by the qualified names of `torch.fx`, methods and attributes by those of `torch.Tensor`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
 
 
 def attribute(value: Any, name: Any) -> Any:
-    """`value.name`, of the few attributes there are."""
+    """Return `value.name`, for the attributes that are listed."""
     if isinstance(value, Selected) and name in ("values", "indices"):
         return value.values if name == "values" else value.indices
     if not is_array(value) or name not in _ATTRIBUTES:
@@ -36,7 +36,7 @@ def attribute(value: Any, name: Any) -> Any:
 
 
 def _add(input: Any, other: Any) -> Any:
-    """Also of two shapes, one after the other."""
+    """Add two operands, or concatenate two shapes."""
     if isinstance(input, tuple) and isinstance(other, tuple):
         return (*input, *other)
     return ELEMENTWISE["add"](input, other)
@@ -48,7 +48,7 @@ def _method_where(input: Any, condition: Any, other: Any) -> Any:
 
 def _linalg_norm(input: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, **dtype: Any) -> Any:
     if dim is None and ord is not None and input.ndim > 1:
-        raise ValueError("norms of matrices other than the root of all squares")
+        raise ValueError("for matrices only the Frobenius norm is supported")
     return norm(input, ord, dim, keepdim, **dtype)
 
 
@@ -104,7 +104,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getattr": attribute,
     "builtins.getattr": attribute,
 }
-# Elementwise in all their tensors.
+# Functions that are elementwise in all of their tensors.
 POINTWISE = frozenset(
     (
         *ELEMENTWISE.values(),

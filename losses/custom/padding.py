@@ -1,8 +1,9 @@
-"""A custom loss of a datum that is padded to a longer one, so that few lengths are compiled.
+"""Evaluates a custom loss on a padded datum, so that only a few lengths are compiled.
 
-Not every graph allows it. Where all that happens along the tokens is elementwise, or a sum, a mean, a maximum
-or a minimum over them, padding is left out exactly; anything else raises NotPaddableError while it is traced.
-The padding repeats the last token: whatever is finite there is finite in the padding, and 0 times it is 0.
+Not every graph allows padding. It is excluded exactly if everything along the tokens is elementwise, or a
+sum, mean, maximum or minimum over them; any other graph raises NotPaddableError while it is traced. The
+padding repeats the last token: values that are finite there are finite in the padding too, so multiplying
+them by 0 gives 0.
 
 Axis letters: T tokens with padding.
 """
@@ -23,12 +24,12 @@ from .operations import POINTWISE, attribute
 from .reductions import REDUCTIONS
 from .zero_slopes import with_zero_slopes
 
-_LEAVES_TOKENS = ("dtype", "device", "ndim")  # attributes that say nothing of the tokens
+_LEAVES_TOKENS = ("dtype", "device", "ndim")  # attributes that do not depend on the tokens
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tensor whose first axis are the tokens, padded."""
+    """A tensor whose first axis is the padded tokens."""
 
     array: Shaped[Array, "*T_K"]
 
@@ -39,9 +40,9 @@ def evaluate_padded(
     along_tokens: frozenset[str],
     length: Int[Array, ""],
 ) -> Any:
-    """`evaluate` of the first `length` tokens. `along_tokens` are the inputs that are padded.
+    """Return what `evaluate` gives for the first `length` tokens. `along_tokens` names the padded inputs.
 
-    Raises NotPaddableError, or CustomLossError.
+    Raises NotPaddableError or CustomLossError.
     """
     padded = values["logprobs"].shape[0]
     real = jnp.arange(padded) < length
@@ -72,7 +73,7 @@ def _pointwise(function: Callable[..., Any], args: list[Any], kwargs: dict[str, 
     for each in (*args, *kwargs.values()):
         if isinstance(each, Tokens):
             aligned = each.array.ndim == result.ndim
-        else:  # must not meet the tokens' axis
+        else:  # must not broadcast along the tokens' axis
             aligned = not is_array(each) or each.ndim < result.ndim or each.shape[0] == 1
         if not aligned:
             raise NotPaddableError
@@ -89,7 +90,7 @@ def _reduced(
     real: Bool[Array, " T"],
     length: Int[Array, ""],
 ) -> Any:
-    """Over all axes, over the tokens, or over others; of the latter the result is one per token still."""
+    """Reduce over all axes, over the tokens, or over other axes. The last leaves one result per token."""
     dim = args[0] if args else kwargs.get("dim")
     if _is_dim(dim) and dim % x.ndim != 0:
         result = function(x, *args, **kwargs)
@@ -102,7 +103,7 @@ def _reduced(
     mask = real.reshape(-1, *[1] * (x.ndim - 1))
     if function in (REDUCTIONS["sum"], REDUCTIONS["mean"]):
         if function is REDUCTIONS["mean"] and category(x.dtype) != 2:
-            raise NotPaddableError  # nor without padding
+            raise NotPaddableError  # fails without padding too
         whole = summed(x, None)
         total = REDUCTIONS["sum"](jnp.where(mask, whole, jnp.zeros((), whole.dtype)), *args, **kwargs)
         if function is REDUCTIONS["sum"]:
@@ -123,8 +124,8 @@ def _bare(value: Any) -> Any:
     return value.array if isinstance(value, Tokens) else value
 
 
-_PAIRWISE = frozenset((REDUCTIONS["max"], REDUCTIONS["min"]))  # of two tensors
-# Over the tokens, padding can be left out of these; along other axes all of `_REDUCTIONS` are as they are.
+_PAIRWISE = frozenset((REDUCTIONS["max"], REDUCTIONS["min"]))  # these also take two tensors
+# Padding can be excluded from these along the tokens. Along other axes all of `_REDUCTIONS` work unchanged.
 _LEFT_OUT = frozenset(REDUCTIONS[name] for name in ("sum", "mean", "max", "min", "amax", "amin"))
 _REDUCTIONS = (
     frozenset(

@@ -1,4 +1,4 @@
-"""torch's reductions, scans and products in JAX: what runs along an axis. Parameters are named as torch's."""
+"""torch's reductions, scans and matrix products in JAX. Parameters have torch's names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Dim = int | tuple[int, ...] | list[int] | None
 
 
 class Selected(NamedTuple):
-    """What torch returns of `max(dim)`, `sort` and `topk`."""
+    """The pair that torch returns from `max(dim)`, `sort` and `topk`."""
 
     values: Array
     indices: Int[Array, "*N"]
 
 
 def axes(dim: Dim) -> Any:
-    """None and an empty list mean all of them."""
+    """Return the axes to reduce over. None and an empty list mean all axes."""
     if isinstance(dim, (list, tuple)):
         return tuple(dim) or None
     return dim
@@ -36,7 +36,7 @@ def total(input: Array, dim: Dim = None, keepdim: bool = False, *, dtype: Any = 
 
 
 def mean(input: Array, dim: Dim = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
-    """Of floats only, as in torch."""
+    """Return the mean, of floats only, as in torch."""
     return jnp.mean(
         _floating(input if dtype is None else input.astype(dtype)), axis=axes(dim), keepdims=keepdim
     )
@@ -64,7 +64,7 @@ def var(
     *,
     correction: int | float | None = None,
 ) -> Float[Array, "*N"]:
-    """The squared deviations from the mean by n - correction, which is 1 unless said otherwise."""
+    """Return the sum of squared deviations from the mean, divided by n - correction (1 by default)."""
     x = _floating(input)
     if isinstance(dim, bool):  # var(unbiased)
         dim, unbiased = None, dim
@@ -83,7 +83,7 @@ def std(
     keepdim: bool = False,
     **correction: Any,
 ):
-    """The root of `var`, with the gradient 0 where that is 0."""
+    """Return the square root of `var`, with gradient 0 where the variance is 0."""
     return _root(var(input, dim, unbiased, keepdim, **correction))
 
 
@@ -95,7 +95,7 @@ def norm(
     out: None = None,
     dtype: Any = None,
 ) -> Float[Array, "*N"]:
-    """(Σ |x|^p)^(1/p), of all elements unless `dim` says of which; p may also be infinite."""
+    """(Σ |x|^p)^(1/p), over all elements or along `dim`; p is 1, 2 or infinite."""
     x = _floating(input if dtype is None else input.astype(dtype))
     over = axes(dim)
     if p in ("fro", None, 2):
@@ -104,7 +104,7 @@ def norm(
         return jnp.max(magnitude(x), axis=over, keepdims=keepdim)
     if p == 1:
         return jnp.sum(magnitude(x), axis=over, keepdims=keepdim)
-    raise ValueError(f"p = {p!r}; norms are of p 1, 2 and infinity")
+    raise ValueError(f"p is {p!r}; it must be 1, 2 or infinity")
 
 
 def logsumexp(input: Array, dim: Dim, keepdim: bool = False) -> Float[Array, "*N"]:
@@ -123,7 +123,7 @@ def log_softmax(input: Array, dim: int | None = None, dtype: Any = None, _stackl
 
 def _extreme(reduce: Callable, pick: Callable, pairwise: str) -> Callable[..., Any]:
     def apply(input: Array, dim: Any = None, keepdim: bool = False) -> Any:
-        """Of all elements, of one dimension as (values, indices), or of two tensors element by element."""
+        """Reduce all elements, or one dimension to (values, indices), or compare two tensors elementwise."""
         if dim is None:
             return reduce(input)
         if not isinstance(dim, int):
@@ -185,7 +185,7 @@ def argsort(input: Array, dim: int = -1, descending: bool = False, stable: bool 
 
 def topk(input: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Selected:
     if not 0 <= k <= input.shape[dim]:
-        raise IndexError(f"the top {k} of {input.shape[dim]}")
+        raise IndexError(f"k is {k}; the dimension has {input.shape[dim]} elements")
     found = sort(input, dim, descending=largest)
     first = [slice(None)] * input.ndim
     first[dim] = slice(k)
@@ -193,9 +193,9 @@ def topk(input: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool
 
 
 def matmul(input: Array, other: Array) -> Array:
-    """Of vectors, matrices and stacks of them; both of one dtype, as in torch."""
+    """Multiply vectors, matrices or batches of them. Both operands must have one dtype, as in torch."""
     if input.dtype != other.dtype:
-        raise TypeError(f"a product of {input.dtype} and {other.dtype}")
+        raise TypeError(f"cannot multiply {input.dtype} by {other.dtype}; both must have one dtype")
     return jnp.matmul(input, other, precision="highest")
 
 
@@ -209,7 +209,9 @@ def outer(input: Array, vec2: Array) -> Array:
 def _of_ranks(left: int, right: int) -> Callable[[Array, Array], Array]:
     def apply(input: Array, other: Array) -> Array:
         if (input.ndim, other.ndim) != (left, right):
-            raise ValueError(f"ranks {input.ndim} and {other.ndim}; it takes {left} and {right}")
+            raise ValueError(
+                f"the operands have {input.ndim} and {other.ndim} dimensions; expected {left} and {right}"
+            )
         return matmul(input, other)
 
     return apply
@@ -222,7 +224,7 @@ def _root(x: Array) -> Array:
 
 def _floating(input: Array) -> Array:
     if category(input.dtype) != 2:
-        raise TypeError(f"of {input.dtype}; make it float first")
+        raise TypeError(f"the input is {input.dtype}; convert it to float first")
     return input
 
 

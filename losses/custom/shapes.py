@@ -1,5 +1,6 @@
-"""torch's indexing, views and constructors in JAX. What torch refuses (an index out of range) is refused
-here, where JAX would clamp. Parameters are named as torch's."""
+"""torch's indexing, views and constructors in JAX. Parameters have torch's names.
+
+An index out of range is an error, as in torch; JAX would clamp it."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ Sizes = int | Sequence[int]
 
 
 def getitem(input: Any, index: Any) -> Any:
-    """Of a tensor by numbers, slices, None, an ellipsis and tensors of integers; of a tuple by a number."""
+    """Index a tensor by numbers, slices, None, an ellipsis or integer tensors; or a tuple by a number."""
     if isinstance(input, (tuple, list)):
         if not isinstance(index, (int, slice)):
             raise TypeError("a tuple is indexed by a number or a slice")
         return input[index]
     if not is_array(input):
-        raise TypeError("only tensors, shapes and tuples are indexed")
+        raise TypeError("only tensors, shapes and tuples can be indexed")
     parts = list(index) if isinstance(index, tuple) else [index]
     parts = [jnp.asarray(part, jnp.int64) if isinstance(part, list) else part for part in parts]
     taken = sum(1 for part in parts if part is not None and part is not Ellipsis)
@@ -45,7 +46,7 @@ def _check_index(part: Any, size: int) -> None:
         if not all(bound is None or isinstance(bound, int) for bound in (part.start, part.stop, part.step)):
             raise TypeError("bounds of a slice must be numbers")
         if part.step is not None and part.step < 1:
-            raise ValueError(f"a slice of step {part.step}; it must be at least 1")
+            raise ValueError(f"a slice has step {part.step}; it must be at least 1")
     elif is_array(part):
         if part.dtype == jnp.bool_:
             raise TypeError("indexing by a mask gives a shape that depends on values; use torch.where")
@@ -58,7 +59,7 @@ def _check_index(part: Any, size: int) -> None:
 
 
 def _gathered(input: Array, index: tuple[Any, ...]) -> Array:
-    """What is out of range becomes NaN, which fails the loss."""
+    """Gather along an axis. An index out of range gives NaN, which fails the loss."""
     return input.at[index].get(mode="fill", fill_value=jnp.nan if category(input.dtype) == 2 else None)
 
 
@@ -77,12 +78,12 @@ def select(input: Array, dim: int, index: int) -> Array:
 
 def narrow(input: Array, dim: int, start: int, length: int) -> Array:
     if not 0 <= start <= start + length <= input.shape[dim]:
-        raise IndexError(f"{start} to {start + length} of a dimension of {input.shape[dim]}")
+        raise IndexError(f"{start} to {start + length} is out of range for a dimension of {input.shape[dim]}")
     return jnp.take(input, jnp.arange(start, start + length), axis=dim)
 
 
 def sizes(*shape: Any) -> tuple[int, ...]:
-    """Of `(2, 3)` as of `((2, 3),)`."""
+    """Return the sizes, given as `(2, 3)` or as `((2, 3),)`."""
     given = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if not all(isinstance(size, int) for size in given):
         raise TypeError("sizes must be numbers")
@@ -102,7 +103,7 @@ def expand(input: Array, *shape: Any) -> Array:
 def repeat(input: Array, *repeats: Any) -> Array:
     times = sizes(*repeats)
     if len(times) < input.ndim or min(times, default=1) < 0 or math.prod(times) > 1 << 20:
-        raise ValueError(f"repeats {list(times)} of a tensor of {input.ndim} dimensions")
+        raise ValueError(f"repeats {list(times)} do not fit a tensor of {input.ndim} dimensions")
     return jnp.tile(input, times)
 
 
@@ -118,7 +119,7 @@ def unsqueeze(input: Array, dim: int) -> Array:
 
 
 def squeeze(input: Array, dim: Any = None) -> Array:
-    """Only dimensions of 1; others stay."""
+    """Remove dimensions of size 1; others stay."""
     if dim is None:
         return jnp.squeeze(input)
     dims = [one % max(1, input.ndim) for one in ((dim,) if isinstance(dim, int) else dim)]
@@ -135,7 +136,7 @@ def permute(input: Array, *dims: Any) -> Array:
 
 def t(input: Array) -> Array:
     if input.ndim > 2:
-        raise ValueError(f"t() of {input.ndim} dimensions")
+        raise ValueError(f"t() takes at most 2 dimensions, not {input.ndim}")
     return input.T
 
 
@@ -157,7 +158,7 @@ def roll(input: Array, shifts: Any, dims: Any = None) -> Array:
 
 def diff(input: Array, n: int = 1, dim: int = -1) -> Array:
     if not 0 <= n <= 8:
-        raise ValueError(f"differences of order {n}; at most 8")
+        raise ValueError(f"n is {n}; differences of order 0 to 8 are supported")
     return jnp.diff(input, n, axis=dim)
 
 
@@ -207,7 +208,7 @@ def new_full(input: Array, shape: Any, fill_value: Any, *, dtype: Any = None, **
 
 
 def arange(*bounds: Any, dtype: Any = None, **_placement: Any) -> Array:
-    """Of whole numbers; `arange(end)`, `arange(start, end)` or `arange(start, end, step)`."""
+    """Return `arange(end)`, `arange(start, end)` or `arange(start, end, step)`, for whole numbers only."""
     if not 1 <= len(bounds) <= 3 or not all(isinstance(bound, int) for bound in bounds):
         raise TypeError("arange takes one to three whole numbers")
     start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
@@ -216,7 +217,7 @@ def arange(*bounds: Any, dtype: Any = None, **_placement: Any) -> Array:
 
 def tensor(data: Any, *, dtype: Any = None, **_placement: Any) -> Array:
     if not is_number(data):
-        raise TypeError("a tensor is made of one number")
+        raise TypeError("torch.tensor takes one number")
     return as_array(data) if dtype is None else jnp.asarray(data, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Elementwise functions whose arguments have no gradient where their result has none."""
+"""Elementwise functions with zero gradients for their arguments wherever the result's gradient is zero."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .dtypes import category, is_array
 
 
 def with_zero_slopes(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an elementwise function. At elements where the gradient by its result is 0, those by its arguments
-    are 0 too, even where the function's own slope is infinite or NaN.
+    """Call an elementwise function, and mask its gradients where its result does not count.
 
-    So `torch.where(mask, loss, 0)` masks the gradient as it masks the value: by the chain rule alone a masked
-    token whose exponential overflows would have 0 · inf, which is NaN (as in torch).
+    Where the gradient of the result is 0, the gradients of the arguments are 0 too, even if the function's
+    own slope is infinite or NaN. So `torch.where(mask, loss, 0)` masks the gradient as it masks the value. By
+    the chain rule alone, a masked token whose exponential overflows would give 0 · inf, which is NaN (as in
+    torch).
     """
     result = function(*args, **kwargs)
     if not is_array(result) or category(result.dtype) != 2:
