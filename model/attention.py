@@ -1,7 +1,7 @@
 """Causal attention over packed rows.
 
 One mask serves packing, padding and sliding windows: `start[b, t]`, the first key that query t of row b
-sees. Key j is visible to query i iff start[b, i] <= j <= i.
+can see. Key j is visible to query i if and only if start[b, i] <= j <= i.
 
 Letters: B rows, T tokens, N query heads, K kv heads, G = N / K query heads per kv head, H head dim,
 Q queries of one block, S keys that a block sees, M = G Q.
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
-"""Finite, so that a row without any visible key gives a mean of values rather than NaN."""
+"""The score of a masked key. It is finite, so that a row without a visible key gives a mean of values, not
+NaN."""
 
 _QUERY_BLOCKS = 4
 _SMALLEST_BLOCK = 64
@@ -29,11 +30,11 @@ def attention(
     start_BT: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale * q k^T + mask) v, grouped heads, scores and softmax in float32.
+    """Return softmax(scale * q k^T + mask) v, with grouped heads. Scores and softmax are float32.
 
-    The queries are cut into a few blocks and each block sees only the keys up to its own end, which saves
-    nearly half of the work above the diagonal. The backward computes the scores again instead of keeping
-    them.
+    The queries are cut into a few blocks, and each block reads only the keys up to its own end. This saves
+    nearly half of the work, the part above the diagonal. The backward recomputes the scores instead of
+    storing them.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -48,10 +49,10 @@ def attend_parts(
     parts: list[tuple[Array, Array, Array]],
     scale: float,
 ) -> Float[Array, "S T N H"]:
-    """softmax(scale * q k^T) v over C keys that lie in several arrays of S rows; softmax in float32.
+    """Return softmax(scale * q k^T) v over C keys held in several arrays of S rows. The softmax is float32.
 
-    A part is (k [S K H C], v [S K C H], visible [S T C]), each in a dtype of its own; products with two-byte
-    floats are summed to float32.
+    A part is (k [S K H C], v [S K C H], visible [S T C]). Parts may have different dtypes; products with
+    two-byte floats are summed in float32.
     """
     S, T, N, H = q_STNH.shape
     K = parts[0][0].shape[1]
@@ -91,7 +92,7 @@ def _attend(
 
 
 def _attend_forward(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, start_BT: Array) -> tuple[Array, tuple]:
-    """The output, and what the backward needs: the inputs, the output and each query's log-sum-exp."""
+    """Return the output and what the backward needs: the inputs, the output and each query's log-sum-exp."""
     B, K, G, T, H = q_BKGTH.shape
     outs, lses = [], []
     for begin, end in _blocks(T):
@@ -112,9 +113,10 @@ def _attend_forward(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, start_BT: Arra
 
 
 def _attend_backward(kept: tuple, dout_BKGTH: Array) -> tuple[Array, Array, Array, None]:
-    """FlashAttention's backward (arXiv:2205.14135, appendix B), keys before queries.
+    """Compute FlashAttention's backward (arXiv:2205.14135, appendix B), with keys before queries.
 
-    With scores as [S, M] every large operand of every product lies as it was made: no [T, T] transposes.
+    With scores as [S, M], every large operand of every product is used in the layout in which it was made: no
+    [T, T] transposes.
     """
     q_BKGTH, k_BKTH, v_BKTH, start_BT, out_BKGTH, lse_BKGT = kept
     B, K, G, T, H = q_BKGTH.shape
@@ -148,7 +150,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _blocks(T: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each block of queries."""
+    """Return (begin, end) of each block of queries."""
     size = max(_SMALLEST_BLOCK, -(-T // _QUERY_BLOCKS))
     for begin in range(0, T, size):
         yield begin, min(begin + size, T)
@@ -160,5 +162,5 @@ def _visible(start_BT: Int[Array, "B T"], begin: int, end: int) -> Bool[Array, "
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
-    """einsum with float32 sums: safe here, where no autodiff sees it."""
+    """Compute an einsum with float32 sums. This is safe here, because autodiff does not see it."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 
 class UnsupportedModelError(ValueError):
-    """The folder is not a model that we can run; the message says what is wrong with it."""
+    """The folder does not hold a supported model; the message says why."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the pre-training's.
+    """How rotary frequencies are scaled for contexts longer than those of pre-training.
 
-    `llama3`: low frequencies divided by `factor`, high ones kept, a linear blend between (Llama 3.1's rule).
-    `linear`: all divided by `factor`. `yarn` (arXiv:2309.00071): frequencies that turn fewer than `beta_slow`
-    times in the original context are divided by `factor`, those that turn more than `beta_fast` times are
-    kept, with a linear blend between; cosine and sine are multiplied by `attention_factor`. With `truncate`
-    the blend begins and ends at whole dimensions.
+    `llama3`: low frequencies are divided by `factor`, high ones are unchanged, with a linear blend in between
+    (Llama 3.1's rule). `linear`: all frequencies are divided by `factor`. `yarn` (arXiv:2309.00071):
+    frequencies that turn fewer than `beta_slow` times in the original context are divided by `factor`, those
+    that turn more than `beta_fast` times are unchanged, with a linear blend in between. Cosine and sine are
+    multiplied by `attention_factor`. With `truncate`, the blend begins and ends at whole dimensions.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -36,7 +36,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides a decoder's parameters and arithmetic. Hashable: a static jit argument."""
+    """Everything that determines a decoder's parameters and arithmetic. Hashable, for use as a static jit
+    argument."""
 
     family: str
     vocab_size: int
@@ -52,18 +53,18 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     biased: tuple[str, ...] = ()
-    """The linears that have biases: q, k and v of Qwen2; others where config.json says so."""
+    """The linears with biases: q, k and v in Qwen2, or those that config.json names."""
     qk_norm: bool = False
-    """Each head of q and k goes through an RMSNorm before rope (Qwen3)."""
+    """Whether each head of q and k goes through an RMSNorm before rope (Qwen3)."""
     sliding_window: int | None = None
-    """In windowed layers, every query sees at most this many keys, itself included."""
+    """The most keys that a query sees in windowed layers, including its own."""
     windowed_layers: tuple[bool, ...] | None = None
-    """Which layers have the window, one entry per layer; None: all of them."""
+    """Whether each layer has the window, one entry per layer. None means all layers."""
     eos_token_ids: tuple[int, ...] = ()
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each of a layer's seven matrices."""
+        """(in, out) of each of the seven matrices of a layer."""
         D, F, H = self.hidden_size, self.intermediate_size, self.head_dim
         return {
             "q_proj": (D, self.num_heads * H),
@@ -77,10 +78,10 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read a model's config, and look into its weight files where config.json alone cannot be trusted.
+    """Read a model's config, and check its weight files where config.json alone cannot be trusted.
 
     As in transformers, a model that config.json calls tied is not tied if its files hold a different head.
-    Raises UnsupportedModelError as `stated_config`, WeightsError for files that are not safetensors.
+    Raises UnsupportedModelError as `stated_config` does, and WeightsError for files that are not safetensors.
     """
     from .weight_files import has_another_head
 
@@ -91,10 +92,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def stated_config(folder: Path) -> ModelConfig:
-    """Read config.json, and generation_config.json's end-of-sequence tokens where there are any.
+    """Read config.json, and the end-of-sequence tokens of generation_config.json if it has any.
 
-    Raises UnsupportedModelError for a missing or damaged file, an unknown family, or an option that we do not
-    compute.
+    Raises UnsupportedModelError for a missing or damaged file, an unknown family or an unsupported option.
     """
     from .families import FAMILIES
 
@@ -125,7 +125,9 @@ def stated_config(folder: Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file. Raises UnsupportedModelError for damage."""
+    """Read the object in a JSON file; None if the file does not exist.
+
+    Raises UnsupportedModelError for a damaged file."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

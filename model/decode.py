@@ -1,11 +1,11 @@
-"""The sampler's program that decodes a few tokens. Its programs for prompts are in `prefill`.
+"""The sampler's decode program, which draws a few tokens per call. Its programs for prompts are in `prefill`.
 
-It runs the trainer's own blocks (`decoder.Block`) with an `attend` that reads pages of keys and values, so
-that sampler and trainer compute the same log-probs. Shapes depend only on the bucket of sequences and of
-context pages; everything else is traced.
+It runs the same blocks as the trainer (`decoder.Block`), with an `attend` that reads pages of keys and
+values, so that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of sequences
+and context pages; everything else is traced.
 
 Axis letters: S sequences, D hidden, K kv heads, H head dim, V vocabulary, L layers, P pages of a table, C
-context positions, M tokens decoded by one call, E stop tokens looked at.
+context positions, M tokens decoded by one call, E stop tokens to compare with.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from .weights_by_layer import BaseByLayer, open_layers, open_stack
 
 
 class DecodeRows(NamedTuple):
-    """One row per sequence. `last_token` is not in the cache yet; it stands at `position`, after `position`
-    cached tokens. `budget` is how many tokens the sequence may still get (0 for an empty row). `u` are the
-    uniforms of each step's draw (`token_sampling.uniforms`). Without `penalties` on any row there are None:
-    these are programs of their own, and the others pay nothing for them."""
+    """One row per sequence.
+
+    `last_token` is not in the cache yet; its position is `position`, after `position` cached tokens. `budget`
+    is the number of tokens that may still be drawn (0 for an empty row). `u` holds the uniforms for the draw
+    of each step (`token_sampling.uniforms`). `penalties` is None if no row has any: batches with penalties
+    use separate programs, so that other batches do not pay for them."""
 
     last_token: Int[Array, " S"]
     position: Int[Array, " S"]
@@ -47,7 +49,8 @@ class DecodeRows(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """`steps` tokens per row were drawn; what lies beyond, or after a row's end, means nothing."""
+    """The tokens drawn. `steps` of them are valid per row; entries beyond, or after a row's end, are
+    undefined."""
 
     steps: Int[Array, ""]
     tokens: Int[Array, "M S"]
@@ -65,13 +68,13 @@ def decode(
     rows: DecodeRows,
     want_top: Bool[Array, ""],
 ) -> tuple[Pages, Decoded]:
-    """Draw up to M tokens for every row, fewer if all rows end earlier.
+    """Draw up to M tokens for every row, or fewer if all rows end earlier.
 
-    The context is read from the pages once; the tokens decoded here keep their keys and values beside it, and
-    are written to the pages together at the end. A row ends when its budget is spent or one of `stop_tokens`
-    (-1 is none) was drawn. `base` and `lora` may come from `weights_by_layer`.
+    The context is read from the pages once. Keys and values of the new tokens are held beside it and written
+    to the pages together at the end. A row ends when its budget is spent or one of its `stop_tokens` is drawn
+    (-1 is no token). `base` and `lora` may come from `weights_by_layer`.
     """
-    # Cut into layers outside of the loop over tokens, where XLA would do it again for every token.
+    # Cut into layers outside the loop over tokens; inside, XLA would repeat it for every token.
     model, blocks, head_VD, wide = open_layers(graph, base)
     config = model.config
     S, V = rows.last_token.shape[0], config.vocab_size
@@ -121,9 +124,10 @@ def decode(
         alive &= (step + 1 < rows.budget) & (drawn.tokens[:, None] != rows.stop_tokens).all(-1)
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
-    # For all tokens here, before the loop: in it XLA would fold the cosines' computation into every block.
+    # Computed for all tokens before the loop; inside, XLA would recompute the cosines in every block.
     rotations = model.rotation(rows.position[:, None] + jnp.arange(M))
-    # In float32: to put one bfloat16 into an array, a CPU converts all of it there and back.
+    # In float32: to write one bfloat16 into an array, the CPU backend converts the whole array to float32 and
+    # back.
     recent = ((jnp.zeros((S, K, M, H)),) * 2,) * L
     out = (
         jnp.zeros((M, S), jnp.int32),
@@ -140,8 +144,9 @@ def decode(
 def _visible(
     config: ModelConfig, rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int, windowed: bool
 ) -> tuple[Bool[Array, "S 1 C"], Bool[Array, "S 1 M"]]:
-    """Which cached positions, and which of this call's M, a token of step `step` sees, in the layers with the
-    sliding window or in those without."""
+    """Return which cached positions, and which of this call's M tokens, the token of step `step` sees.
+
+    `windowed` selects the layers with the sliding window or those without."""
     S, P = rows.table.shape
     length = rows.position[:, None, None]
     context = jnp.arange(P * page_size)
@@ -155,7 +160,7 @@ def _visible(
 
 
 def _append(pages: Pages, rows: DecodeRows, recent: Any, dtype: Any) -> Pages:
-    """Write this call's keys and values to the pages; what has no page in the table goes to page 0."""
+    """Write this call's keys and values to the pages. Those without a page in the table go to page 0."""
     S, P = rows.table.shape
     M = rows.u.shape[0]
     position = rows.position[:, None] + jnp.arange(M)

@@ -1,10 +1,10 @@
-"""The decoder: a stack of equal blocks, scanned.
+"""The decoder: a scanned stack of identical blocks.
 
-`build` describes it once, without arrays: `graph` (hashable, static in every jit) and the abstract base
-weights, a plain nested dict. `trunk` is the training forward. The sampler drives the same blocks one by one
-with its own `attend`, so that both compute the same numbers.
+`build` describes it without arrays: `graph` (hashable, static in every jit) and the abstract base weights, a
+plain nested dict. `trunk` is the forward pass for training. The sampler runs the same blocks one by one with
+its own `attend`, so that both compute the same numbers.
 
-The base, with [L, ...] leaves below "layers":
+The base weights, with [L, ...] leaves below "layers":
 
     {"embed_tokens": {"weight": [V, D]},
      "layers": {"input_layernorm": {"weight"}, "q_proj": {"weight": [L, in, out], "bias": [L, out]}, ...,
@@ -34,13 +34,14 @@ from .sharding import LogicalAxes, constrain
 
 Base = dict[str, Any]
 Attend = Callable[[Array, Array, Array], Array]
-"""(q [B T N H], k [B T K H], v [B T K H]), q and k already rotated -> [B T N H]."""
+"""Maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H]."""
 
 REMAT_POLICIES: dict[str, Callable] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward keeps of a block: the products with weights, or only its input ("none" keeps all)."""
+"""What is stored of a block for the backward: the products with weights, or only its input ("none" stores
+all)."""
 
 _RESIDUAL: LogicalAxes = ("rows", "tokens", "hidden")
 _LINEAR_AXES: dict[str, LogicalAxes] = {
@@ -59,8 +60,8 @@ def by_vector(
 ) -> Float[Array, "*batch D"]:
     """Apply a weight or bias to every token, in x's dtype.
 
-    A float32 vector beside a narrower x is one that is trained: it is rounded to x's dtype first, and its
-    gradient is a sum over tokens in float32.
+    A float32 vector with a narrower x is a trained one: it is rounded to x's dtype first, and its gradient is
+    summed over tokens in float32.
     """
     if vector.dtype == x.dtype:
         return operation(x, vector)
@@ -69,7 +70,7 @@ def by_vector(
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def rounded(x: Float[Array, "*N"], dtype: Any) -> Float[Array, "*N"]:
-    """x with the precision of `dtype`, still float32; the gradient passes unrounded."""
+    """Round x to the precision of `dtype`, still as float32. The gradient passes unrounded."""
     return x.astype(dtype).astype(jnp.float32)
 
 
@@ -77,7 +78,8 @@ rounded.defvjp(lambda x, dtype: (rounded(x, dtype), None), lambda dtype, kept, g
 
 
 class Linear(nnx.Module):
-    """x W + b, W [in, out], in x's dtype. W may lie [out, in] (`by_output`): the sums are float32 then."""
+    """x W + b in x's dtype, with W [in, out]. With `by_output`, W is stored as [out, in] and sums are
+    float32."""
 
     by_output = False
 
@@ -93,18 +95,20 @@ class Linear(nnx.Module):
 
 
 def product_by_output(x_BTI: Float[Array, "B T I"], w_OI: Float[Array, "O I"]) -> Float[Array, "B T O"]:
-    """x W^T of a few rows in W's dtype, summed to float32."""
+    """Return x W^T for a few rows, computed in W's dtype and summed in float32."""
     B, T, into = x_BTI.shape
     rows = x_BTI.reshape(B * T, into).astype(w_OI.dtype)
     if B * T == 1 and w_OI.dtype != jnp.float32:
-        rows = jnp.repeat(rows, 2, axis=0)  # with one row alone the CPU converts all of W for it
+        rows = jnp.repeat(rows, 2, axis=0)  # for a single row, the CPU backend would convert all of W
     y_RO = jnp.einsum("ri,oi->ro", rows, w_OI, preferred_element_type=jnp.float32)
     return y_RO[: B * T].reshape(B, T, -1)
 
 
 class Embedding(nnx.Module):
-    """A table of token vectors, [V, D]. Floats of two bytes may lie there as integers of the same bits, and
-    `bits_of` is their dtype then: to read a few bfloat16s, a CPU converts all of the table to float32."""
+    """A table of token vectors, [V, D].
+
+    Two-byte floats may be stored as integers with the same bits; `bits_of` is then their dtype. Otherwise the
+    CPU backend would convert the whole table to float32 to read a few bfloat16 rows."""
 
     bits_of: Any = None
 
@@ -114,13 +118,13 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(table, logical_axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # gathered over fsdp first: a row of the batch and a column of the table cannot share that mesh axis
+        # gathered over fsdp first: the batch's rows and the table's columns cannot share that mesh axis
         rows_BTD = constrain(self.weight[...], ("vocab", "hidden"))[tokens_BT]
         return rows_BTD if self.bits_of is None else jax.lax.bitcast_convert_type(rows_BTD, self.bits_of)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis (arXiv:1910.07467); the statistics in float32."""
+    """x / rms(x) * weight over the last axis (arXiv:1910.07467), with float32 statistics."""
 
     def __init__(self, size: int, axis: str, eps: float, dtype: Any):
         self.weight = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
@@ -129,16 +133,16 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + self.eps)
-        # a product by einsum, so that its gradient's sum over D is a dot: on the CPU several times as fast
+        # an einsum, so that the sum over D in its gradient is a dot: several times as fast on the CPU
         scaled = jnp.einsum("...d,...->...d", x32, inverse_rms)
         return by_vector(jnp.multiply, scaled.astype(x.dtype), self.weight[...])
 
 
 @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 def gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """silu(gate) * up (SwiGLU, arXiv:2002.05202): float32 inside and rounded once, the inputs' dtype outside.
+    """silu(gate) * up (SwiGLU, arXiv:2002.05202), computed in float32 and rounded once to the inputs' dtype.
 
-    A backward keeps the two inputs and computes what is between again.
+    The backward stores the two inputs and recomputes everything in between.
     """
     gate32, up32 = gate_BTF.astype(jnp.float32), up_BTF.astype(jnp.float32)
     return (jax.nn.silu(gate32) * up32).astype(gate_BTF.dtype)
@@ -160,7 +164,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], at: Rotation, attend: Attend, lora: LayerLora | None = None
     ) -> Float[Array, "B T D"]:
-        """One layer of the residual stream. `attend` gets rotated q and k and may keep k and v in a cache."""
+        """Apply one layer to the residual stream. `attend` gets rotated q and k, and may cache k and v."""
         B, T, _ = x_BTD.shape
 
         def linear(name: str, x: Array) -> Array:
@@ -179,7 +183,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks stacked on a leading axis, final norm, and a head of its own where not tied."""
+    """Embedding, blocks stacked on a leading axis, final norm, and a separate head if not tied."""
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
@@ -190,17 +194,17 @@ class Decoder(nnx.Module):
         self.config = config
 
     def block(self, layer: int | Array) -> Block:
-        """Layer number `layer` (traced or not) as a block of its own."""
+        """Return layer number `layer` (traced or not) as a single block."""
         graph, stacked = nnx.split(self.layers)
         return nnx.merge(graph, jax.tree.map(lambda w: w[layer], stacked))
 
     def rotation(self, position_BT: Int[Array, "B T"]) -> Rotation:
-        """The rope angles that `Block` wants."""
+        """Return the rope angles that `Block` takes."""
         return rotation(self.config, position_BT)
 
 
 def build(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Base]:
-    """Describe the decoder without making arrays: (graph, abstract base of ShapeDtypeStructs).
+    """Describe the decoder without making arrays. Returns (graph, abstract base of ShapeDtypeStructs).
 
     `graph` is hashable and equal for equal configs: pass it as a static argument of jit, and inside it
     `nnx.merge(graph, base)` gives the `Decoder`.
@@ -210,7 +214,7 @@ def build(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Base]:
 
 
 def logical_axes(config: ModelConfig) -> Base:
-    """The base's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf."""
+    """Return the base's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf."""
     _, state = nnx.split(_abstract(config, jnp.float32))
 
     def axes(path: tuple, variable: nnx.Variable) -> LogicalAxes:
@@ -222,7 +226,7 @@ def logical_axes(config: ModelConfig) -> Base:
 
 
 def random_base(config: ModelConfig, dtype: Any, seed: int = 0) -> Base:
-    """Random weights, for tests and benchmarks of shapes that nobody has trained."""
+    """Return random weights, for tests and benchmarks of shapes without trained weights."""
 
     def make(key: Array) -> Base:
         return nnx.to_pure_dict(nnx.split(Decoder(config, dtype, nnx.Rngs(key)))[1])
@@ -244,11 +248,11 @@ def trunk(
     row_adapter_B: Int[Array, " B"] | None = None,
     remat: str = "none",
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in the dtype of the base's linears; differentiable in `base`, whose
-    embedding, norms and biases may be float32 beside them, and in `lora`.
+    """Return the hidden states after the final norm, in the dtype of the base's linears.
 
-    `position_BT` counts from the start of each token's own sequence; `start_BT` is the first key in the row
-    that token t sees (`attention`); padding may point at itself. A sliding window is folded in here.
+    Differentiable in `lora` and in `base`, whose embedding, norms and biases may be float32 beside narrower
+    linears. `position_BT` counts from the start of each token's own sequence. `start_BT` is the first key in
+    the row that token t sees (`attention`); padding may point at itself. The sliding window is applied here.
     `lora` is `lora.stack_adapters`' result and `row_adapter_B` each row's index in it (ignored for one
     adapter). `remat`: "none", "dots" or "full", see REMAT_POLICIES.
     """
@@ -269,7 +273,7 @@ def trunk(
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    # Rounded after the look-up: the gradient of a float32 table is then summed over its tokens in float32.
+    # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     dtype = model.layers.o_proj.weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
     layers = (stacked, {} if lora is None else lora["layers"], windowed_by_layer(config))
@@ -278,15 +282,16 @@ def trunk(
 
 
 def windowed_by_layer(config: ModelConfig) -> Bool[Array, " L"] | None:
-    """Which layers have the sliding window, to scan over; None where all layers are alike."""
+    """Return whether each layer has the sliding window, to scan over; None if all layers are alike."""
     return None if config.windowed_layers is None else jnp.array(config.windowed_layers)
 
 
 def visible_from(
     config: ModelConfig, start_BT: Int[Array, "B T"]
 ) -> Callable[[Bool[Array, ""] | None], Int[Array, "B T"]]:
-    """The first key that each token sees, as a function of a layer's entry in `windowed_by_layer`: `start_BT`
-    moved forward by the sliding window in the layers that have one, else `start_BT` itself."""
+    """Return a function from a layer's entry in `windowed_by_layer` to the first key that each token sees.
+
+    It is `start_BT`, moved forward by the sliding window in layers that have one."""
     if config.sliding_window is None:
         return lambda windowed: start_BT
     narrowed_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - config.sliding_window + 1)
@@ -294,7 +299,8 @@ def visible_from(
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:
-    """The head as [V, D]: the embedding when tied, else lm_head transposed (XLA folds that into the dot)."""
+    """Return the head as [V, D]: the embedding if tied, else lm_head transposed (XLA folds that into the
+    dot)."""
     if "lm_head" in base:
         return base["lm_head"]["weight"].T
     return base["embed_tokens"]["weight"]
@@ -306,7 +312,7 @@ def logits(
     hidden_BTD: Float[Array, "B T D"],
     row_adapter_B: Int[Array, " B"] | None,
 ) -> Float[Array, "B T V"]:
-    """Float32 logits, with the adapter on the head where there is one."""
+    """Return float32 logits, including the head's adapter if there is one."""
     z = product_by_output(hidden_BTD, head_VD)
     if lora is not None and "unembed" in lora:
         z = z + delta(hidden_BTD.astype(jnp.float32), lora["unembed"], lora["scale"], row_adapter_B)

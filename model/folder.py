@@ -1,6 +1,6 @@
-"""A model folder as the server sees it, before an engine starts: what it is, and whether its files are whole.
+"""Identifies a model folder and checks that its files are complete, before an engine starts.
 
-Imports no array library: the server process uses this module.
+Imports no array library, because the server process uses this module.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids")
 
 
 def digest(folder: Path, config: ModelConfig) -> str:
-    """Tell models apart: a hash of what `config` computes and of the weights.
+    """Return a hash of the model's arithmetic (`config`) and weights, which identifies the model.
 
-    It does not depend on where the folder is, how the tensors are spread over files, or what else the files
-    hold. Of weights beyond 512 MB every n-th MB is hashed, and the end of every tensor: any training changes
-    all of them. Raises WeightsError, OSError.
+    It does not depend on the folder's location, on how tensors are spread over files, or on other content of
+    the files. Beyond 512 MB of weights, only every n-th MB and the end of every tensor are hashed, because
+    training changes all weights. Raises WeightsError or OSError.
     """
     hashed = hashlib.blake2b(digest_size=16)
     hashed.update(_arithmetic(config).encode())
@@ -70,7 +70,7 @@ def _stored(stored: dict[str, Stored], name: str) -> Stored:
 
 
 def _arithmetic(config: ModelConfig) -> str:
-    """The fields that have not their default value, so that fields of later versions change no digest."""
+    """Return the fields that differ from their defaults, so that fields added later change no digest."""
     fields = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

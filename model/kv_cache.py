@@ -1,11 +1,11 @@
-"""Keys and values of past tokens, in pages.
+"""The paged cache of keys and values.
 
-One pair of arrays holds every sequence's keys and values, cut into pages of a fixed number of positions; a
-table per sequence names its pages in order. Sequences with a common beginning share pages, and memory is
-bounded whatever the lengths are. Page 0 belongs to nobody: what padding writes goes there.
+One pair of arrays holds the keys and values of all sequences, in pages of a fixed number of positions. A
+table per sequence lists its pages in order. Sequences with a common prefix share pages, and memory is bounded
+whatever the lengths are. Page 0 belongs to no sequence: padding writes there.
 
-Heads come before positions, which is what a decode step reads contiguously; of keys the positions come last,
-for a query's product with many keys is several times as fast so on a CPU.
+Heads come before positions, so that a decode step reads contiguous memory. In keys, positions come last: on a
+CPU this makes the product of a query with many keys several times as fast.
 
 Axis letters: L layers, P pages, K kv heads, Z positions of a page, H head dim, S sequences, C context
 positions (pages of a table laid end to end), W tokens written at once.
@@ -26,8 +26,8 @@ from .sharding import LogicalAxes, constrain, partition_spec
 
 
 class Pages(NamedTuple):
-    """Floats of two bytes are kept as integers of the same bits: to write a few bfloat16s into an array, a
-    CPU converts all of it to float32 and back."""
+    """All pages. Two-byte floats are stored as integers with the same bits: otherwise the CPU backend would
+    convert the whole array to float32 and back to write a few bfloat16 values."""
 
     k: Float[Array, "L P K H Z"] | UInt16[Array, "L P K H Z"]
     v: Float[Array, "L P K Z H"] | UInt16[Array, "L P K Z H"]
@@ -42,14 +42,14 @@ VALUE_AXES: LogicalAxes = ("layers", "tokens", "kv_heads", "tokens", "head_dim")
 
 
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
-    """Memory for one position's keys and values in all layers."""
+    """Return the memory for the keys and values of one position in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def make_pages(
     config: ModelConfig, num_pages: int, page_size: int, dtype: Any, mesh: Mesh | None = None
 ) -> Pages:
-    """Empty pages; `num_pages` counts page 0, which is nobody's."""
+    """Make empty pages. `num_pages` includes page 0, which belongs to no sequence."""
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
     stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
@@ -65,8 +65,9 @@ def make_pages(
 def read_layer(
     pages: Pages, layer: int | Int[Array, ""], table_SP: Int[Array, "S P"], dtype: Any
 ) -> tuple[Float[Array, "S K H C"], Float[Array, "S K C H"]]:
-    """One layer's keys and values, in the dtype that they were written in, of the pages in each row of
-    `table_SP`, end to end."""
+    """Read one layer's keys and values from the pages in each row of `table_SP`, end to end.
+
+    They have the dtype in which they were written."""
     S, P = table_SP.shape
     K, Z, H = pages.v.shape[2:]
     k_SPKHZ, v_SPKZH = pages.k[layer, table_SP], pages.v[layer, table_SP]
@@ -85,10 +86,10 @@ def write(
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
 ) -> Pages:
-    """Put the keys and values of W tokens at (page, offset).
+    """Write the keys and values of W tokens at (page, offset).
 
-    What is not finite is written as zero: masked positions are multiplied by zero, which would spread one
-    sequence's NaN to whoever gets its page next.
+    Values that are not finite are written as zero. Masked positions are multiplied by zero, so a NaN would
+    otherwise spread to the next sequence that gets the page.
     """
     k, v = (jnp.where(jnp.isfinite(new), new, 0) for new in (k_WLKH, v_WLKH))
     k, v = _stored(k), _stored(v)
@@ -99,7 +100,7 @@ def write(
 
 @partial(jax.jit, donate_argnames="pages")
 def copy_pages(pages: Pages, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Pages:
-    """Copy whole pages: the last, partly filled page of a prompt, once for each of its samples."""
+    """Copy whole pages. Each sample of a prompt gets a copy of the prompt's last, partly filled page."""
     return _pinned(Pages(*(of.at[:, target_W].set(of[:, source_W]) for of in pages)))
 
 
@@ -108,5 +109,5 @@ def _stored(x: Array) -> Array:
 
 
 def _pinned(pages: Pages) -> Pages:
-    """Sharded as they came in, so that the next call needs no other program."""
+    """Keep the sharding of the input, so that the next call does not compile another program."""
     return Pages(constrain(pages.k, KEY_AXES), constrain(pages.v, VALUE_AXES))

@@ -1,8 +1,8 @@
-"""Base weights from safetensors files straight into (sharded) device arrays.
+"""Loads base weights from safetensors files straight into (sharded) device arrays.
 
-The files are memory-mapped. For each stacked parameter JAX asks for the slices that this process's devices
-hold; each is built from the mapped file once and handed over, so the host never holds a second copy of the
-model, only the slice in hand.
+The files are memory-mapped. For each stacked parameter, JAX asks for the slices that this process's devices
+hold. Each slice is built from the mapped file once and handed over, so the host holds one slice at a time and
+never a second copy of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _NAMED_UNREAD = 5
 
 
 def find_model(model: str) -> Path:
-    """The folder of `model`: a local path, or a hub id (weights and tokenizer are downloaded and cached)."""
+    """Return the folder of `model`, a local path or a hub id (weights and tokenizer are downloaded and
+    cached)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -39,9 +40,9 @@ def find_model(model: str) -> Path:
 
 
 def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> decoder.Base:
-    """Load the base weights of `folder` as `dtype`, each leaf sharded over `mesh` by the rules table.
+    """Load the base weights of `folder` as `dtype`, each leaf sharded over `mesh` by `sharding.RULES`.
 
-    Without a mesh: the first device. Raises WeightsError for files that do not fit `config`.
+    Without a mesh they go to the first device. Raises WeightsError for files that do not fit `config`.
     """
     mesh = make_mesh() if mesh is None else mesh
     _, abstract = decoder.build(config, dtype)
@@ -76,7 +77,7 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
 
 
 def hf_views(tensors: MappedTensors, ours: str, pattern: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The file's views of one of our parameters, one per layer, in our orientation."""
+    """Return views of the files for one of our parameters, one per layer, in our orientation."""
     stacked = "{layer}" in pattern
     inner = shape[1:] if stacked else shape
     transposed = families.is_transposed(ours)

@@ -5,9 +5,9 @@ One adapter:
     {"layers": {"q_proj": {"a": [L, in, R], "b": [L, R, out]}, ...},
      "unembed": {"a": [D, R], "b": [R, V]}}
 
-with the keys that are trained. R is padded to a bucket, so that few programs are compiled: the padded columns
-of `a` and rows of `b` start at zero, get zero gradients and stay zero. The delta of a matrix is
-(alpha / rank) x A B with the true rank.
+with only the keys that are trained. R is padded to a bucket, so that few programs are compiled. The padded
+columns of `a` and rows of `b` start at zero, get zero gradients and stay zero. The delta of a matrix is
+(alpha / rank) x A B, with the rank before padding.
 
 Letters: B rows, T tokens, D hidden, V vocab, R padded rank, L layers, n adapters of a device batch.
 """
@@ -32,7 +32,7 @@ RANK_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 
 
 def pad_rank(rank: int) -> int:
-    """The smallest bucket that holds `rank`. Raises ValueError outside 1..512."""
+    """Return the smallest bucket that holds `rank`. Raises ValueError outside 1..512."""
     for bucket in RANK_BUCKETS:
         if 0 < rank <= bucket:
             return bucket
@@ -49,10 +49,10 @@ def init_lora(
     train_unembed: bool = True,
     padded_rank: int | None = None,
 ) -> Adapter:
-    """A fresh adapter, in host memory: A uniform in +-1/sqrt(fan_in), B zero, so the delta is zero.
+    """Make a new adapter in host memory: A is uniform in +-1/sqrt(fan_in) and B zero, so the delta is zero.
 
-    That is PEFT's default, `kaiming_uniform_(A, a=sqrt(5))`. Numpy float32 arrays: the same seed gives the
-    same adapter whatever the backend or the mesh; put them on devices as you like.
+    This is PEFT's default, `kaiming_uniform_(A, a=sqrt(5))`. The arrays are NumPy float32, so that a seed
+    gives the same adapter on every backend and mesh; the caller puts them on devices.
     """
     padded_rank = pad_rank(rank) if padded_rank is None else padded_rank
     names = (ATTENTION_LINEARS if train_attn else ()) + (MLP_LINEARS if train_mlp else ())
@@ -72,9 +72,9 @@ def init_lora(
 
 
 def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -> LoraStack:
-    """Adapters of equal keys and padded rank side by side, for one device batch; differentiable.
+    """Stack adapters with equal keys and equal padded rank for one device batch. Differentiable.
 
-    `scale_n` is alpha / rank of each. Gives {"layers": {name: {"a": [L, n, in, R], "b": [L, n, R, out]}},
+    `scale_n` is alpha / rank of each. Returns {"layers": {name: {"a": [L, n, in, R], "b": [L, n, R, out]}},
     "unembed": {"a": [n, D, R], "b": [n, R, V]}, "scale": [n]}.
     """
     stack: LoraStack = {
@@ -87,8 +87,8 @@ def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -
 
 
 class LayerLora(NamedTuple):
-    """One layer's slice of a stack: what the scan hands to a block. `dtype` is what deltas are computed in
-    (None: that of the inputs)."""
+    """One layer's slice of a stack, as the scan passes it to a block. `dtype` is the dtype of the computation
+    of deltas (None: that of the inputs)."""
 
     pairs: dict[str, dict[str, Array]]
     scale_n: Float[Array, " n"]
@@ -96,7 +96,7 @@ class LayerLora(NamedTuple):
     dtype: Any = None
 
     def add(self, name: str, x_BTI: Array, y_BTO: Array) -> Array:
-        """y plus the delta of matrix `name` at x, or y itself where that matrix has no adapter."""
+        """Return y plus the delta of matrix `name` at x, or y itself if that matrix has no adapter."""
         if name not in self.pairs:
             return y_BTO
         x_BTI = x_BTI.astype(self.dtype or x_BTI.dtype)
@@ -109,10 +109,10 @@ def delta(
     scale_n: Float[Array, " n"],
     row_adapter_B: Int[Array, " B"] | None,
 ) -> Float[Array, "B T O"]:
-    """scale x A B, each row with its own adapter: `pair` is {"a": [n, I, R], "b": [n, R, O]}.
+    """Return scale x A B, each row with its own adapter; `pair` is {"a": [n, I, R], "b": [n, R, O]}.
 
-    One adapter is a plain product and ignores `row_adapter_B`. A and B are cast to x's dtype here, at
-    use: the adapter itself stays float32.
+    A single adapter is a plain product and ignores `row_adapter_B`. A and B are cast to x's dtype only here;
+    the adapter itself stays float32.
     """
     a, b = pair["a"], pair["b"]
     if a.shape[0] == 1:
@@ -124,7 +124,8 @@ def delta(
 
 @jax.custom_vjp
 def product(x_BTI: Float[Array, "B T I"], w: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
-    """x w in x's dtype, `w` one float32 matrix or one per row; w's gradient is summed in float32."""
+    """Return x w in x's dtype, where `w` is one float32 matrix or one per row. w's gradient is summed in
+    float32."""
     return x_BTI @ w.astype(x_BTI.dtype)
 
 
@@ -136,13 +137,13 @@ def _product_backward(kept: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, 
     x_BTI, w = kept
     dx_BTI = dy_BTO @ w.astype(dy_BTO.dtype).swapaxes(-1, -2)
     rows = "b" if w.ndim == 3 else ""
-    # The left operand of a sum over tokens is transposed in memory on the CPU: let it be the narrow one.
-    # Autodiff would transpose the wide one, and compute what made it anew in that order.
+    # The CPU backend transposes the left operand of a sum over tokens in memory, so the narrow one goes left.
+    # Autodiff would transpose the wide one, and recompute its producer in that order.
     if x_BTI.shape[-1] <= dy_BTO.shape[-1]:
         dw = jnp.einsum(f"bti,bto->{rows}io", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
     else:
         dw = jnp.einsum(f"bto,bti->{rows}oi", dy_BTO, x_BTI, preferred_element_type=jnp.float32)
-        # Kept apart from the product: folded into it, the CPU's kernels for bfloat16 have no such product.
+        # Kept separate from the product: the CPU has no bfloat16 kernel for the product that includes it.
         dw = jax.lax.optimization_barrier(dw).swapaxes(-1, -2)
     return dx_BTI, dw.astype(w.dtype)
 

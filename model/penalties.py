@@ -1,7 +1,7 @@
-"""Penalties on tokens that a sequence has already: repetition, presence and frequency.
+"""Repetition, presence and frequency penalties on tokens that a sequence already contains.
 
 The definitions are those of vLLM (`vllm/model_executor/layers/utils.py: apply_penalties`): repetition_penalty
-after CTRL (arXiv:1909.05858), presence_penalty and frequency_penalty as OpenAI's API reference has them.
+after CTRL (arXiv:1909.05858), presence_penalty and frequency_penalty as in OpenAI's API reference.
 
 Axis letters: S sequences, V vocabulary, C tokens of a sequence.
 """
@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class PenaltyRows(NamedTuple):
-    """One row per sequence; all traced. `repetition` 1, `presence` 0 and `frequency` 0 are off.
+    """One row per sequence; all values are traced. `repetition` 1, `presence` 0 and `frequency` 0 mean off.
 
-    The first `prompt_length` of `tokens` are the prompt, those up to `length` were generated, what follows
-    means nothing.
+    The first `prompt_length` of `tokens` are the prompt, those up to `length` were generated, and the rest is
+    undefined.
     """
 
     repetition: Float[Array, " S"]
@@ -30,7 +30,7 @@ class PenaltyRows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Whether each token stands anywhere in the sequence, and how often it was generated."""
+    """Whether each token occurs anywhere in the sequence, and how often it was generated."""
 
     anywhere: Bool[Array, "S V"]
     generated: Int[Array, "S V"]
@@ -50,15 +50,15 @@ def seen_so_far(rows: PenaltyRows, vocab_size: int) -> Seen:
 
 
 def after(seen: Seen, tokens: Int[Array, " S"]) -> Seen:
-    """What is seen when each sequence has got one more token."""
+    """Return the counts after each sequence has got one more token."""
     sequence = jnp.arange(tokens.shape[0])
     return Seen(seen.anywhere.at[sequence, tokens].set(True), seen.generated.at[sequence, tokens].add(1))
 
 
 def penalized(logits: Float[Array, "S V"], rows: PenaltyRows, seen: Seen) -> Float[Array, "S V"]:
-    """Logits z with, of each token v,
+    """Apply the penalties to logits z. For each token v:
 
-    z_v  ->  z_v / repetition if z_v > 0 else z_v · repetition      where v stands anywhere,
+    z_v  ->  z_v / repetition if z_v > 0 else z_v · repetition      where v occurs anywhere,
     z_v  ->  z_v - frequency · (times v was generated) - presence   where v was generated.
     """
     repetition = jnp.where(seen.anywhere, rows.repetition[:, None], 1.0)

@@ -1,8 +1,8 @@
-"""The sampler's two programs for prompts: prefill rows of them, score their tokens.
+"""The sampler's two programs for prompts: `prefill` runs rows of them, `score` scores their tokens.
 
-They run the trainer's own blocks (`decoder.Block`) with an `attend` that reads pages of keys and values, so
-that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of rows, of their
-tokens and of context pages; everything else is traced.
+They run the same blocks as the trainer (`decoder.Block`), with an `attend` that reads pages of keys and
+values, so that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of rows,
+tokens per row and context pages; everything else is traced.
 
 Axis letters: S rows, T tokens of a row, D hidden, V vocabulary, L layers, K kv heads, H head dim, P pages of
 a table, C context positions, W tokens scored and A tokens drawn per position.
@@ -28,11 +28,12 @@ from .lora import LayerLora, LoraStack
 
 
 class PrefillRows(NamedTuple):
-    """Rows of prompt tokens: of several whole prompts each, or of one each that continues `table`'s pages.
+    """Rows of prompt tokens. A row holds several whole prompts, or one that continues the pages of its
+    `table`.
 
-    `start` is the first token of the row that belongs to the same prompt. `page`, `offset` say where each
-    token's key and value go (page 0 for padding). The first `context` positions of a row's `table` are its
-    prompt's beginning, already cached; the tables of whole prompts have no pages.
+    `start` is the first token of the row that belongs to the same prompt. `page` and `offset` are the place
+    for each token's key and value (page 0 for padding). The first `context` positions of a row's `table` are
+    the cached beginning of its prompt; the tables of whole prompts have no pages.
     """
 
     tokens: Int[Array, "S T"]
@@ -48,10 +49,9 @@ class PrefillRows(NamedTuple):
 def prefill(
     graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, rows: PrefillRows
 ) -> tuple[Pages, Float[Array, "ST D"]]:
-    """Run prompt tokens through the trunk, keep their keys and values, return the final hidden states, row
-    after row.
+    """Run prompt tokens through the trunk and store their keys and values in the pages.
 
-    `lora` holds one adapter."""
+    Returns the final hidden states, row after row. `lora` holds one adapter."""
     model = nnx.merge(graph, base)
     config = model.config
     first_seen = visible_from(config, rows.start)
@@ -89,9 +89,9 @@ def prefill(
 def _visible_in_prompt(
     config: ModelConfig, rows: PrefillRows, page_size: int
 ) -> Callable[[Bool[Array, ""] | None], tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]]:
-    """Which positions of the cached beginning, and which of its row, each token of a row sees.
+    """Return a function that says which cached positions, and which of its row, each token of a row sees.
 
-    A function of a layer's entry in `windowed_by_layer`."""
+    Its argument is a layer's entry in `windowed_by_layer`."""
     context, own = jnp.arange(rows.table.shape[1] * page_size), jnp.arange(rows.tokens.shape[1])
     window = config.sliding_window
 
@@ -109,8 +109,8 @@ def _visible_in_prompt(
 
 
 class PromptScores(NamedTuple):
-    """Log-probs (temperature 1) of W given next tokens, of the most likely ones where asked for, and of A
-    that are drawn."""
+    """Log-probs at temperature 1: of W given next tokens, of the most likely ones if requested, and of A
+    drawn ones."""
 
     logprobs: Float[Array, "T W"]
     top_tokens: Int[Array, "T top"]
@@ -132,10 +132,10 @@ def score(
     temperature_T: Float[Array, " T"],
     u_TA2: Float[Array, "T A 2"],
 ) -> PromptScores:
-    """log p(next token | tokens so far) from prefill's hidden states, a few tokens' logits at a time.
+    """Return log p(next token | tokens so far) from prefill's hidden states, in chunks of a few tokens.
 
-    Next tokens are also drawn, A times with replacement, at `temperature_T` (0: the most likely one) from
-    the uniforms `u_TA2`."""
+    A next tokens are also drawn per position, with replacement, at `temperature_T` (0: the most likely one),
+    from the uniforms `u_TA2`."""
     head_VD = unembed(base)
     T = hidden_TD.shape[0]
     size = min(_SCORED_AT_ONCE, T)

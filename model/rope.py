@@ -16,16 +16,17 @@ from .config import ModelConfig, RopeScaling
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles: computed once per forward, used by every layer."""
+    """Cosine and sine of every token's angles, computed once per forward and used by every layer."""
 
     cos_BTH: Float[Array, "B T 1 half"]
     sin_BTH: Float[Array, "B T 1 half"]
 
 
 def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
-    """theta^(-2i/H), stretched as `config.rope_scaling` says.
+    """Return theta^(-2i/H), scaled as `config.rope_scaling` says.
 
-    llama3's rule: transformers, `modeling_rope_utils._compute_llama3_parameters`; yarn's: arXiv:2309.00071.
+    Sources: transformers' `modeling_rope_utils._compute_llama3_parameters` for llama3, arXiv:2309.00071 for
+    yarn.
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -39,18 +40,18 @@ def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
         return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
     wavelength = 2 * math.pi / frequencies
     cycles = scaling.original_max_position / wavelength
-    # 0 where the wave is longer than the old context allows, 1 where it is short, linear between
+    # 0 for waves too long for the original context, 1 for short ones, linear in between
     kept = (cycles - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
 def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
-    """How much of each frequency is kept: 1 for fast ones, 0 for slow ones, linear between."""
+    """Return the unscaled share of each frequency: 1 for fast ones, 0 for slow ones, linear in between."""
     H = config.head_dim
 
     def dimension(turns: float) -> float:
-        """Of the pair that turns so many times in the original context."""
+        """Return the index of the pair that turns this many times in the original context."""
         wavelength = scaling.original_max_position / turns
         return H * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
 
@@ -64,7 +65,7 @@ def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Float[np.ndarray, "
 
 
 def rotation(config: ModelConfig, position_BT: Int[Array, "B T"]) -> Rotation:
-    """The angles of tokens at `position_BT` (counted from the start of their own sequence), in float32."""
+    """Return float32 angles of tokens at `position_BT`, counted from the start of their own sequence."""
     angle = position_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1:
@@ -73,7 +74,7 @@ def rotation(config: ModelConfig, position_BT: Int[Array, "B T"]) -> Rotation:
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], at: Rotation) -> Float[Array, "B T N H"]:
-    """Turn each pair (x[i], x[i + H/2]) by its angle; float32 inside, the dtype of x outside."""
+    """Turn each pair (x[i], x[i + H/2]) by its angle, computed in float32 and returned in the dtype of x."""
     x32 = x_BTNH.astype(jnp.float32)
     if x_BTNH.shape[1] > 1:
         a, b = jnp.split(x32, 2, axis=-1)

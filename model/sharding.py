@@ -1,11 +1,11 @@
-"""Where arrays live: one mesh, one table from logical to mesh axes.
+"""Sharding of arrays: one mesh, and one table from logical to mesh axes.
 
-Every parameter names its axes (`decoder.logical_axes`), and activations name theirs where they are
-constrained. A new way to shard is an edit of RULES.
+Every parameter names its logical axes (`decoder.logical_axes`), and activations name theirs where they are
+constrained. To shard differently, edit RULES.
 
-Mesh axes: `data` (copies of the weights, rows of the batch), `fsdp` (weights and rows cut alike), `tensor`
-(heads, hidden units of the MLP and the vocabulary). `expert` is reserved for mixtures of experts: a mesh
-without it ignores its rule.
+Mesh axes: `data` (copies of the weights, rows of the batch), `fsdp` (shards of both weights and rows),
+`tensor` (heads, hidden units of the MLP and the vocabulary). `expert` is reserved for mixtures of experts; a
+mesh without it ignores its rule.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "hidden": (),
 }
-"""Logical axis -> mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation."""
+"""From logical axis to mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation."""
 
 LogicalAxes = tuple[str, ...]
 
 
 def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
-    """A mesh of all local and remote devices: {"fsdp": 4, "tensor": 2}; an axis left out has size 1.
+    """Make a mesh of all local and remote devices, from e.g. {"fsdp": 4, "tensor": 2}. Missing axes have size
+    1.
 
-    None is one device. Raises ValueError when the sizes are not those of the machine.
+    None is one device. Raises ValueError if the sizes do not match the number of devices.
     """
     sizes = dict.fromkeys(MESH_AXES, 1) | (axes or {})
     if unknown := set(sizes) - set(MESH_AXES):
@@ -53,7 +54,7 @@ def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
 
 
 def partition_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: Any) -> PartitionSpec:
-    """The rules applied to one array. Mesh axes that do not divide a dimension are left out of it."""
+    """Apply the rules to one array. A mesh axis that does not divide a dimension is not used for it."""
     cut: list[tuple[str, ...] | None] = []
     for size, logical in zip(shape, axes, strict=True):
         names: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ def partition_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: Any) -> Part
 
 
 def shardings_for(abstract: Any, logical: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of `abstract` (arrays or ShapeDtypeStructs).
+    """Return a NamedSharding for every leaf of `abstract` (arrays or ShapeDtypeStructs).
 
     `logical` is the same tree with a tuple of logical axis names at each leaf (`decoder.logical_axes`).
     """
@@ -78,18 +79,19 @@ def shardings_for(abstract: Any, logical: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of adapters, gradients, optimizer state and scalars: a copy on every device."""
+    """Return the sharding of adapters, gradients, optimizer state and scalars: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a batch array of `shape` whose first axis is rows."""
+    """Return the sharding of a batch array of `shape` whose first axis is rows."""
     axes = ("rows", *("tokens",) * (len(shape) - 1))
     return NamedSharding(mesh, partition_spec(shape, axes, mesh))
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Pin an activation to the rules, inside a program compiled under `jax.set_mesh`; elsewhere x itself."""
+    """Shard an activation by the rules, in a program compiled under `jax.set_mesh`; otherwise return x
+    itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -1,7 +1,7 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, and reproducible counter-based randomness.
+"""Draws tokens from logits: temperature, top-k, top-p, min-p, and reproducible counter-based randomness.
 
-Nothing here sorts the vocabulary. Filters become one threshold on the logits per row (from the 64 largest
-logits where these suffice, else by an exact bisection over float32 bit patterns), and a token is drawn by
+Nothing here sorts the vocabulary. Filters become one threshold on the logits per row. It is found from the 64
+largest logits if these suffice, else by an exact bisection over float32 bit patterns. A token is drawn by
 inverting the cumulative distribution in two levels: first a block of the vocabulary, then a token in it.
 
 Axis letters: S sequences, V vocabulary, K most likely tokens.
@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-TOP_K = 64  # most likely tokens looked at before the exact bisection is needed; also the most ever reported
+TOP_K = 64  # most likely tokens examined before the exact bisection is needed; also the most ever reported
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
-_LEAST_MASS = 1e-30  # of top_p, whose limit at 0 keeps the most likely token
-_LEAST_TEMPERATURE = 1e-30  # keeps logits / temperature finite; the draw is the argmax long before
-_LARGEST_TEMPERATURE = 1e38  # the distribution is uniform long before
+_LEAST_MASS = 1e-30  # the least top_p; as it approaches 0, only the most likely token is left
+_LEAST_TEMPERATURE = 1e-30  # keeps logits / temperature finite; far above it, the draw is already the argmax
+_LARGEST_TEMPERATURE = 1e38  # far below it, the distribution is already uniform
 
 
 class SamplingRows(NamedTuple):
-    """One row of parameters per sequence; all traced, so no value of them compiles anything.
+    """One row of parameters per sequence. All are traced, so that new values do not compile anything.
 
-    `temperature` 0 is greedy, `top_k` < 1, `top_p` >= 1 and `min_p` <= 0 are off.
+    `temperature` 0 is greedy; `top_k` < 1, `top_p` >= 1 and `min_p` <= 0 mean off.
     """
 
     temperature: Float[Array, " S"]
@@ -36,8 +36,9 @@ class SamplingRows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens, their log-probs under the tempered distribution of the given logits (after penalties, where
-    there are any), and that distribution's top tokens (only filled where asked for)."""
+    """Tokens, their log-probs, and the top tokens (only filled if requested).
+
+    Log-probs are of the distribution after temperature (and penalties, if any), before filters."""
 
     tokens: Int[Array, " S"]
     logprobs: Float[Array, " S"]
@@ -55,9 +56,9 @@ def sample_tokens(
 
     p = softmax(logits / temperature), restricted first to the top_k largest, then to the smallest set of
     tokens whose renormalised mass reaches top_p (ties at either border are kept), and to those at least min_p
-    times as likely as the most likely one (arXiv:2407.01082), drawn by inverse CDF. Log-probs are of the
-    tempered distribution before all filters; at temperature 0 the token is the argmax and its log-prob is of
-    the untempered distribution (temperature 1).
+    times as likely as the most likely one (arXiv:2407.01082). The draw is by inverse CDF. Log-probs are of
+    the tempered distribution before all filters. At temperature 0, the token is the argmax and its log-prob
+    is of the distribution at temperature 1.
     """
     greedy = rows.temperature <= 0.0
     z = _tempered(logits, rows.temperature)
@@ -78,7 +79,7 @@ def sample_tokens(
     threshold = jnp.maximum(threshold, jnp.log(rows.min_p))
     weights = jnp.where(z >= threshold[:, None], jnp.exp(z), 0.0)
     drawn = invert_cdf(weights, u)
-    tokens = jax.lax.cond(  # an argmax takes as long as all of this without one
+    tokens = jax.lax.cond(  # an argmax takes as long as everything else here
         greedy.any(),
         lambda: jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn),
         lambda: drawn,
@@ -92,24 +93,25 @@ def sample_tokens(
 
 
 def _tempered(logits: Float[Array, "S V"], temperature: Float[Array, " S"]) -> Float[Array, "S V"]:
-    """(logits - their maximum) / temperature, or undivided at temperature 0.
+    """Return (logits - their maximum) / temperature, undivided at temperature 0.
 
-    The maximum is taken off first: at low temperatures the rounding of a quotient alone overflows float32's
-    exponential.
+    The maximum is subtracted first: at low temperatures, the rounding of a quotient alone would overflow
+    float32's exponential.
     """
     divisor = jnp.where(temperature <= 0.0, 1.0, jnp.maximum(temperature, _LEAST_TEMPERATURE))
     return (logits - logits.max(-1, keepdims=True)) / divisor[:, None]
 
 
 def float32_temperature(temperature: float) -> float:
-    """Return a temperature as `SamplingRows` takes it: 0 is greedy, and nothing else rounds to it."""
+    """Convert a temperature for `SamplingRows`: 0 is greedy, and no other value rounds to 0."""
     return min(max(temperature, _LEAST_TEMPERATURE), _LARGEST_TEMPERATURE) if temperature > 0 else 0.0
 
 
 def draw_many(
     logits: Float[Array, "S V"], temperature: Float[Array, " S"], u: Float[Array, "S A 2"]
 ) -> Int[Array, "S A"]:
-    """A tokens per row, independently and without filters, two uniforms each; temperature 0 is greedy."""
+    """Draw A tokens per row, independently and without filters, from two uniforms each. Temperature 0 is
+    greedy."""
     greedy = temperature <= 0.0
     weights = jnp.exp(_tempered(logits, temperature))
     drawn = jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, u)
@@ -117,11 +119,11 @@ def draw_many(
 
 
 def uniforms(seed: int, sample_index: int, position: int, count: int) -> Float[np.ndarray, "count 2"]:
-    """The uniforms in [0, 1) for `count` tokens of one sample from `position` on, made on the host.
+    """Return the uniforms in [0, 1) for `count` tokens of one sample from `position` on, made on the host.
 
-    Philox keyed by the 64-bit seed and the sample's index, counted by the token's position in its sequence:
-    a token's draw depends on these three alone, not on what shares its batch or how decoding is cut into
-    chunks, nor on the backend.
+    They come from Philox, keyed by the 64-bit seed and the sample's index, with the token's position in its
+    sequence as the counter. So a draw depends on these three alone: not on other samples in the batch, on how
+    decoding is cut into chunks, or on the backend.
     """
     bits = np.random.Philox(key=seed | sample_index << 64, counter=position).random_raw(4 * count)
     # 24 bits, so that the largest value is still below 1 in float32
@@ -129,10 +131,11 @@ def uniforms(seed: int, sample_index: int, position: int, count: int) -> Float[n
 
 
 def invert_cdf(weights: Float[Array, "S V"], u: Float[Array, "S 2"]) -> Int[Array, " S"]:
-    """Index v with probability weights[v] / sum(weights), from two uniforms; never one of weight zero.
+    """Draw index v with probability weights[v] / sum(weights), from two uniforms; never one with weight zero.
 
-    The first uniform picks a block of the vocabulary by its mass, the second a token within it: two short
-    cumulative sums, and a finer resolution than one float32 uniform over the whole vocabulary would have.
+    The first uniform picks a block of the vocabulary by its mass, the second a token within it. This needs
+    only two short cumulative sums, and has a finer resolution than one float32 uniform over the whole
+    vocabulary.
     """
     S, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(S, -1, _BLOCK)
@@ -145,7 +148,7 @@ def _pick(mass: Float[Array, "S M"], u: Float[Array, " S"]) -> Int[Array, " S"]:
     cumulative = jnp.cumsum(mass, axis=-1)
     below = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1)
     picked = jnp.minimum(below, mass.shape[-1] - 1)
-    # Rounding of the cumulative sums may point at an entry of no mass.
+    # Rounding of the cumulative sums may point at an entry without mass.
     empty = jnp.take_along_axis(mass, picked[:, None], axis=-1)[:, 0] <= 0.0
     return jnp.where(empty, jnp.argmax(mass, axis=-1), picked)
 
@@ -153,9 +156,9 @@ def _pick(mass: Float[Array, "S M"], u: Float[Array, " S"]) -> Int[Array, " S"]:
 def keep_threshold(
     z: Float[Array, "S V"], top_z: Float[Array, "S K"], top_k: Int[Array, " S"], top_p: Float[Array, " S"]
 ) -> Float[Array, " S"]:
-    """The smallest logit that top_k, then top_p keep: tokens with z below it are removed.
+    """Return the smallest logit that top_k and then top_p keep; tokens with z below it are removed.
 
-    `top_z` are the K largest logits in descending order. Where they do not decide (top_k > K, or top_p's mass
+    `top_z` are the K largest logits in descending order. If they do not decide (top_k > K, or top_p's mass is
     not reached within them), all rows are bisected instead.
     """
     V, K = z.shape[-1], top_z.shape[-1]
@@ -186,7 +189,7 @@ def keep_threshold(
 def _bisected_threshold(
     z: Float[Array, "S V"], k: Int[Array, " S"], p: Float[Array, " S"]
 ) -> Float[Array, " S"]:
-    """`keep_threshold` for any k and p, by two bisections over the 2^32 ordered float32 values."""
+    """Compute `keep_threshold` for any k and p, by two bisections over the 2^32 ordered float32 values."""
     weights = jnp.exp(z - z.max(-1, keepdims=True))
     k_threshold = _largest_threshold(lambda t: (z >= t).sum(-1) >= k, z)
     k_mass = jnp.where(z >= k_threshold[:, None], weights, 0.0).sum(-1)
@@ -196,7 +199,7 @@ def _bisected_threshold(
 
 
 def _largest_threshold(enough, z: Float[Array, "S V"]) -> Float[Array, " S"]:
-    """The largest float32 t per row with enough(t), where enough is monotone and true at -inf."""
+    """Return the largest float32 t per row with enough(t), where enough is monotone and true at -inf."""
 
     def halve(_, bounds):
         low, high = bounds  # enough(low), not enough(high), as ordered integers

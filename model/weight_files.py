@@ -1,8 +1,8 @@
-"""The safetensors files of a model folder: which of them count, what they hold. Imports no array library.
+"""Finds and reads the safetensors files of a model folder. Imports no array library.
 
 Reference: transformers 5, `modeling_utils._get_resolved_checkpoint_files`: model.safetensors, else the files
-that model.safetensors.index.json names; a later file's tensor replaces an earlier one's. Other files in the
-folder (shards of an older save, consolidated.safetensors, adapters, .bin files) do not count.
+that model.safetensors.index.json names; a tensor in a later file replaces one in an earlier file. Other files
+in the folder (shards of an older save, consolidated.safetensors, adapters, .bin files) are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .families import tensor_names, tensor_shapes
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-"""Of the tensors that we read, by the format's name of it."""
+"""The dtypes of tensors that can be read, by their safetensors names."""
 
 _MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
 _COMPARED_BYTES = 64 << 20
@@ -37,7 +37,7 @@ class WeightsError(ValueError):
 
 
 class Stored(NamedTuple):
-    """What a tensor is, and where it lies in its file. `dtype` as the format spells it: F32, BF16, ..."""
+    """The description of a tensor and its place in a file. `dtype` is its safetensors name: F32, BF16, ..."""
 
     file: Path
     dtype: str
@@ -47,7 +47,8 @@ class Stored(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model's weights. Raises WeightsError if there are none, or one is missing."""
+    """Return the files that hold the model's weights. Raises WeightsError if there are none or one is
+    missing."""
     explicit = (read_json(folder / "config.json") or {}).get("transformers_weights")
     if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit):
         raise WeightsError(f"transformers_weights {explicit!r} is not the name of a file in {folder}")
@@ -64,9 +65,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the model's files, by its name there, without reading it.
+    """Return the descriptions of all tensors in the model's files, by name, without reading the tensors.
 
-    Raises WeightsError, OSError."""
+    Raises WeightsError or OSError."""
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
         found |= header(file)
@@ -74,7 +75,8 @@ def headers(folder: Path) -> dict[str, Stored]:
 
 
 def header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises WeightsError for a file that is damaged or cut short."""
+    """Return the descriptions of the tensors in one file. Raises WeightsError if it is damaged or cut
+    short."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -99,14 +101,16 @@ def header(file: Path) -> dict[str, Stored]:
 
 
 def find(tensors: Mapping[str, T], name: str) -> T | None:
-    """A tensor by its Hugging Face name, also in files of the model without its head (LlamaModel and so on),
-    which name it without `model.`."""
+    """Find a tensor by its Hugging Face name.
+
+    Files of a model without its head (LlamaModel and so on) have names without the prefix `model.`."""
     found = tensors.get(name)
     return tensors.get(name.removeprefix(_BASE_PREFIX)) if found is None else found
 
 
 def check(folder: Path, config: ModelConfig) -> None:
-    """Whether the files hold every tensor of `config`, by their headers. Raises WeightsError naming one."""
+    """Check by the headers that the files hold every tensor of `config`. Raises WeightsError naming one if
+    not."""
     stored = headers(folder)
     for name, shape in tensor_shapes(config).items():
         if name == EMBEDDING and config.tie_embeddings and find(stored, name) is None:
@@ -123,7 +127,7 @@ def check(folder: Path, config: ModelConfig) -> None:
 
 
 def unread(folder: Path, config: ModelConfig) -> list[str]:
-    """The tensors of the files that `config` has no use for, but for tables that every reader computes."""
+    """Return the tensors that `config` does not use, except tables that every reader computes itself."""
     names = set(tensor_shapes(config))
     names |= {name.removeprefix(_BASE_PREFIX) for name in names}
     if config.tie_embeddings:
@@ -132,7 +136,7 @@ def unread(folder: Path, config: ModelConfig) -> list[str]:
 
 
 def has_another_head(folder: Path) -> bool:
-    """Whether the files hold an embedding and a head that differ. False if there are no files (yet)."""
+    """Return whether the files hold an embedding and a different head. False if there are no files (yet)."""
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return False
     tensors = MappedTensors(folder)
@@ -167,7 +171,7 @@ class MappedTensors:
         return find(self._views, name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The view of tensor `name`. Raises WeightsError when it is missing or of another shape."""
+        """Return the view of tensor `name`. Raises WeightsError if it is missing or has another shape."""
         view = self.find(name)
         if view is None:
             if (dtype := find(self._unreadable, name)) is not None:
@@ -178,13 +182,15 @@ class MappedTensors:
         return view
 
     def forget_pages(self) -> None:
-        """Let the kernel drop what has been read; the pages come back from the file when asked for."""
+        """Let the kernel drop pages that were read. It reads them from the file again when they are
+        needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def names(self, config: ModelConfig) -> dict[str, str]:
-        """`families.tensor_names`, of these files: a tied model may be stored as its head alone."""
+        """Return `families.tensor_names` adapted to these files: a tied model may be stored as its head
+        alone."""
         names = tensor_names(config)
         if config.tie_embeddings and self.find(EMBEDDING) is None and self.find(HEAD) is not None:
             names["embed_tokens.weight"] = HEAD

@@ -1,4 +1,4 @@
-"""Base weights and adapters laid out for decoding, a few rows at a time, on one CPU device."""
+"""Lays out base weights and adapters for decoding a few rows at a time on one CPU device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ PyTree = Any
 class BaseByLayer:
     """A base with "layers" as one tree per layer.
 
-    `rest` is its other parts, with an embedding of two-byte floats as integers (`decoder.Embedding`); one
-    that is the head as well lies in `tied_VD` as it was. With `by_output` the matrices of the linears and the
-    head are [out, in]: those a CPU's kernels read as they lie, and in two bytes where they have two."""
+    `rest` holds its other parts; an embedding of two-byte floats is stored as integers (`decoder.Embedding`).
+    If the embedding is also the head, `tied_VD` holds it unchanged. With `by_output`, the matrices of the
+    linears and the head are [out, in], which the CPU's kernels read without a conversion, also as two-byte
+    floats."""
 
     rest: Base
     tied_VD: Array | None
@@ -39,10 +40,11 @@ class BaseByLayer:
 
 
 def base_by_layer(base: Base, by_output: bool = False) -> Base | BaseByLayer:
-    """`base` as `decode` likes it best; on anything but one CPU device, `base` itself.
+    """Return `base` in the layout that is fastest for `decode`; on anything but one CPU device, `base`
+    itself.
 
-    Layers are views of the stacked arrays, so that a decode step reads each weight where it lies: cutting
-    layers out of a stack inside a program copies them. With `by_output` the matrices are copies.
+    Layers are views of the stacked arrays, so that a decode step reads each weight in place; cutting layers
+    out of a stack inside a program would copy them. With `by_output` the matrices are copies.
     """
     if not _is_on_one_cpu(base["layers"]):
         return base
@@ -56,14 +58,15 @@ def base_by_layer(base: Base, by_output: bool = False) -> Base | BaseByLayer:
 
 
 def _bits(table_VD: Float[Array, "V D"]) -> Array:
-    """A view as integers of floats of two bytes; others as they are."""
+    """Return a view of two-byte floats as integers; other dtypes are returned unchanged."""
     if table_VD.dtype.itemsize != 2:
         return table_VD
     return jax.device_put(np.asarray(table_VD).view(np.uint16), table_VD.device, may_alias=True)
 
 
 def adapters_by_layer(stack: LoraStack) -> LoraStack:
-    """`stack` with "layers" as views, one tree per layer; on anything but one CPU device, `stack` itself."""
+    """Return `stack` with "layers" as views, one tree per layer; on anything but one CPU device, `stack`
+    itself."""
     if not _is_on_one_cpu(stack["layers"]):
         return stack
     return stack | {"layers": _by_layer(stack["layers"])}
@@ -90,9 +93,10 @@ def _by_layer(layers: PyTree, by_output: bool = False) -> tuple[PyTree, ...]:
 
 
 class OpenLayers(NamedTuple):
-    """A decoder's modules one by one, inside a traced function. `model`'s own blocks are not to be used.
+    """The modules of a decoder, one by one, inside a traced function. Do not use the blocks of `model`
+    itself.
 
-    `wide` is what adapters are computed in."""
+    `wide` is the dtype in which adapters are computed."""
 
     model: Decoder
     blocks: list[Block]
@@ -101,7 +105,7 @@ class OpenLayers(NamedTuple):
 
 
 def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
-    """The decoder of `base`, which may come from `base_by_layer`."""
+    """Open the decoder of `base`, which may come from `base_by_layer`."""
     if not isinstance(base, BaseByLayer):
         tied_VD = None if "lm_head" in base else base["embed_tokens"]["weight"]
         base = BaseByLayer(base, tied_VD, open_stack(base["layers"]), by_output=False)
@@ -118,7 +122,8 @@ def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
 
 
 def open_stack(layers: PyTree) -> tuple[PyTree, ...]:
-    """One tree per layer of what is stacked on a leading axis, or already one tree per layer."""
+    """Return one tree per layer, from a tree stacked on a leading axis or from trees that are already
+    separate."""
     if isinstance(layers, tuple):
         return layers
     num_layers = len(jax.tree.leaves(layers)[0])

@@ -1,4 +1,4 @@
-"""Model families: each a Hugging Face config reader and a table of parameter names, nothing else.
+"""Model families. Each is a reader of Hugging Face configs and a table of parameter names, and nothing else.
 
 A family module has `read(hf: dict) -> ModelConfig` and `TENSORS: dict[str, str]`, from our parameter path
 ("layers.q_proj.weight") to the Hugging Face tensor name, with `{layer}` where there is one per layer.
@@ -14,11 +14,11 @@ from ..config import ModelConfig
 from . import llama, qwen2, qwen3
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
-"""By config.json's model_type."""
+"""Family modules by config.json's model_type."""
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Our dotted parameter path -> Hugging Face tensor name, of the parameters that this model has."""
+    """Map our dotted parameter paths to Hugging Face tensor names, for the parameters that this model has."""
     names = dict(FAMILIES[config.family].TENSORS)
     for linear in config.biased:
         weight = names[f"layers.{linear}.weight"]
@@ -29,7 +29,8 @@ def tensor_names(config: ModelConfig) -> dict[str, str]:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensor name, of every layer -> its shape there, of the tensors that this model has."""
+    """Map the Hugging Face names of all tensors of this model, layer by layer, to their shapes in the
+    files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, theirs in tensor_names(config).items():
         for layer in range(config.num_layers) if "{layer}" in theirs else (0,):
@@ -52,5 +53,6 @@ def _shape(config: ModelConfig, ours: str) -> tuple[int, ...]:
 
 
 def is_transposed(path: str) -> bool:
-    """Linear weights are [out, in] in Hugging Face files and [in, out] here; `path` is one of ours."""
+    """Return whether the parameter at our `path` is a linear weight: [out, in] in the files, [in, out]
+    here."""
     return path.endswith("_proj.weight") or path == "lm_head.weight"

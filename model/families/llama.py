@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and all that call themselves so (SmolLM2 among them)."""
+"""Llama 2, 3, 3.1, 3.2 and other models with model_type `llama`, such as SmolLM2."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "eos_token_id": 2,
 }
-"""What transformers takes where config.json leaves a key out; the families differ in them."""
+"""transformers' defaults for keys missing from config.json. They differ between families."""
 
 OF_OTHERS = {
     "attn_logit_softcapping": None,
@@ -54,12 +54,12 @@ OF_OTHERS = {
     "num_local_experts": 0,
     "per_layer_config": None,
 }
-"""Options that change the arithmetic of other families, with their neutral values. Transformers ignores them
-here; a folder that sets one was made for a reader that does not."""
+"""Options that change the arithmetic of other families, with their neutral values. transformers ignores them
+for this family. A folder that sets one was made for a reader that does not ignore it, so it is refused."""
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
-    """A Llama config.json as our config. It has no sliding windows, whatever else it says."""
+    """Convert a Llama config.json. Llama has no sliding windows, whatever the file says."""
     attention = ATTENTION if flag(hf, "attention_bias") else ()
     mlp = MLP if flag(hf, "mlp_bias") else ()
     if not hf.get("head_dim") and whole(hf, "hidden_size", 4096) % whole(hf, "num_attention_heads", 32):
@@ -68,10 +68,11 @@ def read(hf: dict[str, Any]) -> ModelConfig:
 
 
 def read_common(hf: dict[str, Any], defaults: dict[str, Any], **family_options: Any) -> ModelConfig:
-    """What all dense families share; `family_options` are the ModelConfig fields that differ.
+    """Convert what all dense families share. `family_options` are the ModelConfig fields in which they
+    differ.
 
-    Raises UnsupportedModelError for values that are none, and for options that would change the arithmetic
-    and that we do not have.
+    Raises UnsupportedModelError for invalid values, and for options that would change the arithmetic and are
+    not supported.
     """
     _reject_unknown_arithmetic(hf)
     heads = whole(hf, "num_attention_heads", defaults["num_attention_heads"])

@@ -1,4 +1,4 @@
-"""Values of a config.json, checked one by one: each error names the key and what was found."""
+"""Readers for single values of a config.json. Each error names the key and the value found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..config import UnsupportedModelError
 
 
 def whole(hf: dict[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """A whole number of at least `least`; `default` where the key is absent."""
+    """Read a whole number of at least `least`; `default` if the key is absent."""
     value = hf.get(key, default)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -19,7 +19,7 @@ def whole(hf: dict[str, Any], key: str, default: int | None = None, *, least: in
 
 
 def number(hf: dict[str, Any], key: str, default: float | None = None) -> float:
-    """A number above zero; `default` where the key is absent."""
+    """Read a number above zero; `default` if the key is absent."""
     value = hf.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         found = f"is {value!r}" if key in hf else "is missing"
@@ -28,7 +28,7 @@ def number(hf: dict[str, Any], key: str, default: float | None = None) -> float:
 
 
 def flag(hf: dict[str, Any], key: str, default: bool = False) -> bool:
-    """True or false; `default` where the key is absent."""
+    """Read true or false; `default` if the key is absent."""
     value = hf.get(key, default)
     if not isinstance(value, bool):
         raise UnsupportedModelError(f"{key} is {value!r}; it must be true or false")
@@ -36,7 +36,7 @@ def flag(hf: dict[str, Any], key: str, default: bool = False) -> bool:
 
 
 def tokens(hf: dict[str, Any], key: str, default: int | None = None) -> tuple[int, ...]:
-    """One token id, a list of them, or none."""
+    """Read one token id, a list of them, or none."""
     value = hf.get(key, default)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):

@@ -20,9 +20,9 @@ DEFAULTS = llama.DEFAULTS | {
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
-    """A Qwen2 config.json as our config."""
+    """Convert a Qwen2 config.json."""
     refuse_mlp_bias(hf)
-    # `attention_bias` means nothing here: q, k and v have biases, o has none
+    # `attention_bias` has no effect here: q, k and v have biases, o has none
     biased = ("q_proj", "k_proj", "v_proj")
     return llama.read_common(hf, DEFAULTS, family="qwen2", biased=biased, **read_windows(hf))
 

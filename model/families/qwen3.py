@@ -1,4 +1,4 @@
-"""Qwen3 (dense): Llama with an RMSNorm on each head of q and k, its own head size, and sliding windows."""
+"""Qwen3 (dense): Llama with an RMSNorm on each head of q and k, a separate head size, and sliding windows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
-    """A Qwen3 config.json as our config."""
+    """Convert a Qwen3 config.json."""
     qwen2.refuse_mlp_bias(hf)
     if hf.get("head_dim", 0) is None:
         hf = {key: value for key, value in hf.items() if key != "head_dim"}

@@ -1,6 +1,6 @@
-"""Rotary embeddings as config.json describes them, in all the places that transformers reads.
+"""Reads the rotary embedding's settings from every place in config.json that transformers reads.
 
-Reference: transformers 5, `modeling_rope_utils`. `rope_scaling`, if it is there, wins over `rope_parameters`.
+Reference: transformers 5, `modeling_rope_utils`. `rope_scaling`, if present, overrides `rope_parameters`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .options import flag, number, whole
 
 
 def read_rope(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
-    """The base of the frequencies, and how they are scaled."""
+    """Return the base of the frequencies and their scaling."""
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(key) or {}
     if not isinstance(rope, dict):
@@ -37,7 +37,7 @@ def read_rope(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling
 
 def _scaling(kind: Any, rope: dict[str, Any], hf: dict[str, Any], max_position: int) -> RopeScaling | None:
     if kind in ("default", "dynamic"):
-        return None  # dynamic scaling begins beyond max_position_embeddings, where we do not go
+        return None  # dynamic scaling begins beyond max_position_embeddings, which no sequence here exceeds
     if kind == "linear":
         return RopeScaling("linear", number(rope, "factor"))
     stated = hf if "original_max_position_embeddings" in hf else rope

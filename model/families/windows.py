@@ -1,4 +1,4 @@
-"""Sliding windows as Qwen2's and Qwen3's config.json describe them."""
+"""Reads the sliding windows of Qwen2 and Qwen3 from config.json."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_windows(hf: dict[str, Any]) -> dict[str, Any]:
-    """`sliding_window` and `windowed_layers` of a ModelConfig.
+    """Return `sliding_window` and `windowed_layers` for a ModelConfig.
 
-    As in transformers: `layer_types` decides where it is given. Where it is not, layers from
-    `max_window_layers` (28) on have the window if `use_sliding_window`. A window that reaches as far back as
-    the longest sequence is none.
+    As in transformers, `layer_types` decides if it is given. Otherwise layers from `max_window_layers` (28)
+    on have the window if `use_sliding_window` is true. A window as long as the longest sequence counts as
+    none.
     """
     num_layers = whole(hf, "num_hidden_layers", 32)
     size = hf.get("sliding_window", 4096) if flag(hf, "use_sliding_window") else None
