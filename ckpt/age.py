@@ -1,6 +1,8 @@
-"""Files encrypted with age (https://age-encryption.org/v1): whoever has them needs an identity to read them.
+"""Encrypts files with age (https://age-encryption.org/v1), so that only the holders of an identity can read
+them.
 
-Recipients are public keys, `age1...` or SSH's (`ssh-ed25519 ...`, `ssh-rsa ...`); each of them can decrypt.
+Recipients are public keys of age (`age1...`) or SSH (`ssh-ed25519 ...`, `ssh-rsa ...`). The identity of any
+one of them decrypts the file.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ _MAX_RECIPIENT_CHARACTERS = 4096
 
 
 def check_recipients(recipients: Sequence[str]) -> None:
-    """Raises ValueError naming the first that is none, by its number."""
+    """Check that all are recipients. Raises ValueError with the number of the first invalid one."""
     if not 1 <= len(recipients) <= MAX_RECIPIENTS:
         raise ValueError(
             f"{len(recipients)} recipients; give 1 to {MAX_RECIPIENTS}, or none at all to encrypt nothing"
@@ -25,7 +27,7 @@ def check_recipients(recipients: Sequence[str]) -> None:
 
 
 def encrypt(plain: Path, encrypted: Path, recipients: Sequence[str]) -> None:
-    """One file, a piece at a time."""
+    """Encrypt one file, a piece at a time."""
     import pyrage
 
     keys = [_parsed(recipient, number) for number, recipient in enumerate(recipients)]
@@ -41,5 +43,5 @@ def _parsed(recipient: str, number: int) -> Any:
             return kind.Recipient.from_str(recipient.strip())
         except (pyrage.RecipientError, ValueError):
             pass
-    # Not quoted: somebody may have sent the secret key instead.
+    # Not quoted, because the text may be a secret key sent by mistake.
     raise ValueError(f"recipient {number} is no public key of age (age1...) or SSH (ssh-ed25519, ssh-rsa)")

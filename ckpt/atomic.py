@@ -1,4 +1,4 @@
-"""Directories that appear whole, flushed to disk, or not at all."""
+"""Directories that appear complete and flushed to disk, or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which becomes `directory` when the block ends without an exception.
+    """Give a new directory to write into, which becomes `directory` when the block ends without an exception.
 
-    A directory of that name is replaced. What a process leaves that died in between is called
-    `<name>.tmp-<uid>` and goes with the next write of the same name.
+    An existing directory of that name is replaced. A process that dies in between leaves `<name>.tmp-<uid>`,
+    which the next write of the same name removes.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def flush(directory: Path) -> None:
 
 
 def size_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
+    """Return the bytes of all files below a directory."""
     return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 

@@ -1,6 +1,7 @@
-"""CRC-32 of a finished directory's files, kept beside them, so that damaged ones are not taken for whole.
+"""CRC-32 checksums of a finished directory's files, stored beside them to detect damage.
 
-Array stores check what they compress or index, but not every byte: a flipped bit may come back as a weight.
+Array stores check compressed data and indexes, but not every byte, so a flipped bit could be read as a
+weight.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import zlib
 from pathlib import Path
 
 FILE = ".digests.json"
-"""Hidden: it goes along in no download."""
+"""Hidden, so that downloads leave it out."""
 _CHUNK_BYTES = 1 << 20
 
 
 class DamagedFiles(ValueError):
-    """A directory's files are not as they were written."""
+    """The files of a directory differ from what was written."""
 
 
 def write(directory: Path) -> None:
-    """Of all files below the directory now."""
+    """Write the checksums of all files that are below the directory now."""
     (directory / FILE).write_text(json.dumps(_digests(directory)))
 
 
 def check(directory: Path) -> None:
-    """Raises DamagedFiles. A directory without digests (its write was cut short after the files, or an older
-    version wrote it) is taken as it is."""
+    """Compare a directory's files with their checksums. Raises DamagedFiles.
+
+    A directory without checksums passes: an older version wrote it, or its write ended after the files."""
     if not (directory / FILE).is_file():
         return
     try:

@@ -1,15 +1,16 @@
-"""Weights in float8 (e4m3) with float32 scales, in the layout that SGLang and vLLM read as `fp8`.
+"""Weights in float8 (e4m3) with float32 scales, in the layout that SGLang and vLLM call `fp8`.
 
     W[i, j] ~ weight[i, j] x scale[i // rows, j // columns]
 
-A block's scale is its largest magnitude / 448, the largest that the format has, so that nothing overflows:
-the error of a weight is at most 1/28 of its block's largest one (half of the spacing 32 at 448), or 1/16 of
-itself where that is less, but for the format's smallest numbers. A matrix's scales are a tensor beside it:
-`weight_scale_inv` [ceil(out / rows), ceil(in / columns)] of blocks, or `weight_scale`, one number, of a whole
-matrix. DeepSeek-V3 (arXiv:2412.19437, section 3.3) has blocks of 128 x 128; they are the default of servers.
+The scale of a block is its largest magnitude divided by 448, the largest number of the format, so that
+nothing overflows. The error of a weight is at most 1/28 of the largest weight in its block (half of the
+spacing 32 at 448), or 1/16 of the weight itself if that is less, except for the smallest numbers of the
+format. The scales of a matrix are a tensor beside it: `weight_scale_inv` [ceil(out / rows), ceil(in /
+columns)] for blocks, or `weight_scale`, one number, for a whole matrix. DeepSeek-V3 (arXiv:2412.19437,
+section 3.3) uses blocks of 128 x 128, which are the servers' default.
 
-The matrices of the layers are quantized, as servers expect; embeddings, the unembedding, norms and biases are
-not.
+Only the matrices of the layers are quantized, as servers expect. Embeddings, the unembedding, norms and
+biases are not.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _MATRIX = "_proj.weight"
 
 @dataclass(frozen=True)
 class Fp8:
-    """`block`: rows and columns that share a scale; None: a whole matrix does. `kept`: modules, by their
-    Hugging Face name or the last part of it, that stay as they are."""
+    """How to quantize. `block` is the rows and columns that share a scale; None means a whole matrix. `kept`
+    are modules that are not quantized, by their Hugging Face name or the last part of it."""
 
     block: tuple[int, int] | None = (128, 128)
     kept: tuple[str, ...] = ()
 
     def config(self, names: Iterable[str]) -> dict[str, Any]:
-        """What config.json of a model with these tensors says of it."""
+        """Return the `quantization_config` for the config.json of a model with these tensors."""
         matrices = [name for name in names if name.endswith(_MATRIX)]
         kept = [name.removesuffix(".weight") for name in matrices if not self.quantizes(name)]
         return {
@@ -50,7 +51,8 @@ class Fp8:
         }
 
     def quantizes(self, name: str) -> bool:
-        """Whether a tensor, by its Hugging Face name, is a matrix that is not kept."""
+        """Return whether the tensor with this Hugging Face name is quantized: a matrix that is not in
+        `kept`."""
         parents, _, module = name.removesuffix(".weight").rpartition(".")
         fused = next((group for group in READ_AS_ONE if module in group), (module,))
         modules = [f"{parents}.{each}" for each in fused]
@@ -59,7 +61,7 @@ class Fp8:
 
 
 def quantized(tensors: Tensors, spec: Fp8) -> Iterator[tuple[str, np.ndarray]]:
-    """The same tensors, matrices of the layers in float8 and their scales beside them."""
+    """Quantize the matrices of the layers, each followed by its scales; other tensors pass unchanged."""
     scale_name = "weight_scale" if spec.block is None else "weight_scale_inv"
     for name, array in tensors:
         if not spec.quantizes(name):
@@ -73,7 +75,8 @@ def quantized(tensors: Tensors, spec: Fp8) -> Iterator[tuple[str, np.ndarray]]:
 def quantize(
     weight_OI: Float[np.ndarray, "O I"], block: tuple[int, int] | None
 ) -> tuple[Float[np.ndarray, "O I"], Float[np.ndarray, ...]]:
-    """A matrix in float8 and its float32 scales, [blocks of O, blocks of I], or [] of a whole matrix."""
+    """Return a matrix in float8 and its float32 scales: [blocks of O, blocks of I], or [] for a whole
+    matrix."""
     O, I = weight_OI.shape  # noqa: E741  the letters of the shapes
     rows, columns = block or (O, I)
     blocks = (-(-O // rows), -(-I // columns))

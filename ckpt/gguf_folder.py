@@ -1,8 +1,8 @@
-"""A Llama-architecture GGUF file, written out as a Hugging Face folder without torch.
+"""Converts a GGUF file with the Llama architecture to a Hugging Face folder, without torch.
 
-Weights are written in float32. A Q4_1 weight is `d * q + m` with float16 `d`, `m` and a 4-bit `q`, computed
-in float32 by the `gguf` package: float32 keeps every bit of it, bfloat16 (8 bits of mantissa) would round
-nearly every weight and so change the model that others get from the same file.
+Weights are written in float32. A Q4_1 weight is `d * q + m` with float16 `d` and `m` and a 4-bit `q`,
+computed in float32 by the `gguf` package. float32 holds every bit of it. bfloat16 (8 bits of mantissa) would
+round nearly every weight, and so give another model than other readers get from the same file.
 """
 
 import json
@@ -31,10 +31,10 @@ CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 def write_folder(gguf_file: Path, folder: Path) -> None:
-    """Writes config, tokenizer and `model.safetensors` (float32) of `gguf_file` into the existing `folder`.
+    """Write config, tokenizer and `model.safetensors` (float32) of `gguf_file` into the existing `folder`.
 
-    Raises ValueError for another architecture or tokenizer than Llama with SmolLM's byte-level BPE: the GGUF
-    metadata names its pre-tokenizer but does not describe it, so each one needs to be known here.
+    Raises ValueError for any architecture or tokenizer other than Llama with SmolLM's byte-level BPE: GGUF
+    metadata names a pre-tokenizer but does not describe it, so each one has to be known here.
     """
     import gguf  # here, so that importing this room stays cheap
 
@@ -64,7 +64,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _float(value: float) -> float:
-    """The decimal number that a float32 of the metadata was written for: 9.99999974e-06 is 1e-05."""
+    """Return the decimal number that a float32 in the metadata stands for: 9.99999974e-06 is 1e-05."""
     return float(str(np.float32(value)))
 
 
@@ -153,5 +153,6 @@ def _write_weights(reader: Any, fields: dict[str, Any], path: Path) -> None:
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads * H, D] from llama.cpp's order (rotated pairs adjacent) to Hugging Face's (two halves)."""
+    """Reorder rows [heads * H, D] from llama.cpp's order (adjacent rotated pairs) to Hugging Face's (two
+    halves)."""
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)

@@ -1,7 +1,7 @@
-"""A Hugging Face model folder, written as its tensors come: config, sharded safetensors, tokenizer.
+"""Writes a Hugging Face model folder from a stream of tensors: config, sharded safetensors, tokenizer.
 
-The tensors are an iterator: those of one file are in memory at a time, and nobody needs to know beforehand
-how many there will be.
+The tensors come from an iterator. Only those of one file are in memory at a time, and their number need not
+be known beforehand.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from . import digests
 from .atomic import atomic_directory, size_bytes
 
 Tensors = Iterable[tuple[str, np.ndarray]]
-"""Hugging Face names and their arrays, contiguous."""
+"""Hugging Face names and contiguous arrays."""
 
 READ_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Matrices that SGLang and vLLM hold as one: what is done to one of them is done to all."""
+"""Matrices that SGLang and vLLM merge into one, so they have to be treated alike."""
 
 SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
@@ -36,11 +36,11 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 COPIED = ("generation_config.json", *TOKENIZER_FILES)
-"""Files of the base model's folder that go along, where it has them."""
+"""Files that are copied from the base model's folder if it has them."""
 
 
 def copy_tokenizer(base_folder: Path, into: Path) -> None:
-    """Copy the files of a tokenizer."""
+    """Copy the tokenizer's files."""
     _copy(TOKENIZER_FILES, base_folder, into)
 
 
@@ -58,10 +58,10 @@ def write_folder(
     config: dict[str, Any],
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write a model that began as that of `base_folder`; its config.json with the changes in `config`.
+    """Write a model derived from that of `base_folder`. `config` has the changes to its config.json.
 
-    A file holds up to `shard_bytes`; a tensor above that has one of its own. The directory appears whole;
-    returns its size in bytes.
+    A file holds up to `shard_bytes`; a larger tensor gets a separate file. The directory appears complete or
+    not at all. Returns its size in bytes.
     """
     base_folder = Path(base_folder)
     with atomic_directory(directory) as writing:
@@ -78,7 +78,7 @@ def write_folder(
 
 
 def _write_shards(writing: Path, tensors: Tensors, shard_bytes: int) -> list[dict[str, int]]:
-    """The names and bytes of each file's tensors; file i is called `shard-i`."""
+    """Write files called `shard-i`. Returns the names and bytes of each file's tensors."""
     files: list[dict[str, int]] = []
     shard: dict[str, np.ndarray] = {}
 
@@ -99,7 +99,7 @@ def _write_shards(writing: Path, tensors: Tensors, shard_bytes: int) -> list[dic
 
 
 def _name_shards(writing: Path, files: list[dict[str, int]]) -> None:
-    """As transformers calls them, with an index if there are several."""
+    """Rename the files as transformers does, and write an index if there are several."""
     if len(files) == 1:
         (writing / "shard-0").rename(writing / "model.safetensors")
         return

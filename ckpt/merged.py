@@ -1,10 +1,10 @@
-"""Full weights as a Hugging Face folder, one file's tensors at a time.
+"""Writes full weights as a Hugging Face folder, one file's tensors at a time.
 
-The inverse of `model.load`: our stacked [L, in, out] parameters become one [out, in] tensor per layer under
-the family's names. `transformers`, SGLang and `model.load` read the folder.
+This is the inverse of `model.load`: our stacked [L, in, out] parameters become one [out, in] tensor per layer
+under the family's names. `transformers`, SGLang and `model.load` read the folder.
 
-An adapter can be merged into them: W + scale x A B, computed in float32. One of the unembedding unties it
-from the embedding, which it must not change: the folder then has an `lm_head` of its own, and its config says
+An adapter can be merged into the weights: W + scale x A B, computed in float32. An adapter of the unembedding
+must not change the embedding. If the two are tied, the folder gets a separate `lm_head`, and its config says
 so.
 """
 
@@ -24,12 +24,12 @@ from .fp8 import Fp8, quantized
 from .hf_folder import SHARD_BYTES, Tensors, write_folder
 
 Parameters = Callable[[str], Any]
-"""From our dotted name of a parameter to its array, on a device or not, or to one array per layer; each is
-let go before the next one is asked for."""
+"""Maps our dotted name of a parameter to its array, on a device or the host, or to one array per layer. Each
+is released before the next one is requested."""
 
 
 def in_memory(base: dict[str, Any]) -> Parameters:
-    """Those of `model.decoder`'s base pytree."""
+    """Return the parameters of a base pytree of `model.decoder`."""
 
     def parameter(name: str) -> Any:
         at: Any = base
@@ -53,14 +53,14 @@ def save_merged(
 ) -> int:
     """Write full weights in their own dtype, or the layers' matrices in float8.
 
-    `base_folder` is the Hugging Face folder of the model that they began as. With an `adapter` (in host or
-    device memory, rank padded or not) its product, times `scale` (alpha / rank), is added. The tensors of one
-    file, of up to `shard_bytes`, are in host memory at a time, and a layer of a parameter beside them. The
-    directory appears whole; returns its size in bytes.
+    `base_folder` is the Hugging Face folder of the model from which training began. The product of an
+    `adapter` (in host or device memory, rank padded or not), times `scale` (alpha / rank), is added. Host
+    memory holds the tensors of one file (up to `shard_bytes`) and one layer of a parameter at a time. The
+    directory appears complete or not at all. Returns its size in bytes.
     """
     hf_config: dict[str, Any] = {"dtype": str(parameters("norm.weight").dtype)}
     if not config.tie_embeddings or (adapter is not None and "unembed" in adapter):
-        hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says of its own head
+        hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says
     tensors: Tensors = _tensors(parameters, config, adapter, scale)
     if fp8 is not None:
         tensors = quantized(tensors, fp8)
@@ -77,13 +77,14 @@ def save_merged(
 
 @dataclass(frozen=True)
 class _Delta:
-    """What is added to a matrix: {"a": [in, R], "b": [R, out]}, with a first axis L where layers have it."""
+    """The product to add to a matrix: {"a": [in, R], "b": [R, out]}, with a leading axis L for matrices of
+    layers."""
 
     pair: dict[str, Any]
     scale: float
 
     def added(self, weight: np.ndarray, layer: int | None) -> np.ndarray:
-        """To [out, in]."""
+        """Return the [out, in] weight with the product added."""
         a_IR, b_RO = (_of_layer(self.pair[side], layer).astype(np.float32) for side in "ab")
         return (weight.astype(np.float32) + self.scale * (a_IR @ b_RO).T).astype(weight.dtype)
 

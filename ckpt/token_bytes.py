@@ -1,4 +1,4 @@
-"""The exact bytes of every token: for stop strings, log-probs, and text that is cut between characters."""
+"""Finds the exact bytes of every token, for stop strings, log-probs and text cut within a character."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from . import tokenizer_files
 
 
 class TokenBytes:
-    """`token_bytes(id) -> bytes`: what a token adds to a text that it does not begin.
+    """`token_bytes(id) -> bytes`: the bytes that a token adds in the middle of a text.
 
     Byte-level BPE writes each byte as one printable character (`byte_level_alphabet`), and vocabularies with
-    byte fallback write lone bytes as "<0x0A>": these may be a part of a character. Every other token is
-    decoded after a token before it, because decoders treat the beginning of a text in their own ways: those
-    of sentencepiece's kind strip its first space.
+    byte fallback write single bytes as "<0x0A>"; such bytes may be part of a character. Every other token is
+    decoded after another token, because decoders may treat the beginning of a text differently: those like
+    sentencepiece's strip its first space.
     """
 
     def __init__(self, read: Callable[[], Tokenizer]):
-        """`read` is called at the first use."""
+        """`read` returns the tokenizer. It is called at the first use."""
         self._reader = read
         self._cache: dict[int, bytes] = {}
 
     @classmethod
     def from_folder(cls, folder: Path) -> TokenBytes:
-        """Of a Hugging Face model folder, whose tokenizer is read at the first use.
+        """Make one for a Hugging Face model folder, whose tokenizer is read at the first use.
 
         Raises FileNotFoundError if it has no tokenizer.
         """
@@ -39,7 +39,7 @@ class TokenBytes:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises TokenizerError if it cannot be read."""
+        """The tokenizer. Raises TokenizerError if it cannot be read."""
         return self._reader()
 
     def read(self) -> None:
@@ -53,7 +53,8 @@ class TokenBytes:
 
     @cached_property
     def _before(self) -> tuple[int, str]:
-        """A token to decode others after, and its text: one that is a plain word wherever it stands."""
+        """A token after which others are decoded, and its text: a plain word with the same text in any
+        position."""
         added = self.tokenizer.get_added_tokens_decoder()
         for id_ in sorted(self.tokenizer.get_vocab(with_added_tokens=False).values()):
             text = self._decode([id_])
@@ -87,15 +88,17 @@ class TokenBytes:
 
 
 def _bytes_of_characters(text: str) -> bytes:
-    """As the ByteLevel decoder has it: a token with any character that stands for no byte is plain text."""
+    """Return a token's bytes as the ByteLevel decoder does: with any character outside the alphabet, it is
+    plain text."""
     if all(character in _BYTE_OF_CHARACTER for character in text):
         return bytes(_BYTE_OF_CHARACTER[character] for character in text)
     return text.encode("utf-8")
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's bijection between printable characters and bytes: printable bytes stand for themselves, the
-    others for the characters from U+0100 on, in order."""
+    """Return GPT-2's mapping from printable characters to bytes.
+
+    Printable bytes map to themselves, the others, in order, to the characters from U+0100 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

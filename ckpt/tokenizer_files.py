@@ -1,8 +1,8 @@
-"""A model folder's tokenizer, as transformers loads it.
+"""Loads the tokenizer of a model folder with transformers.
 
-`AutoTokenizer` decides what the files mean: which of them exist, which class reads them, and which tokens
-only special_tokens_map.json, added_tokens.json or tokenizer_config.json name. It is imported at the first
-use, which takes about two seconds without torch.
+`AutoTokenizer` decides what the files mean: which files count, which class reads them, and which tokens only
+special_tokens_map.json, added_tokens.json or tokenizer_config.json define. It is imported at the first use,
+which takes about two seconds without torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VOCABULARIES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Any of these makes a folder one that has a tokenizer."""
+"""A folder with any of these has a tokenizer."""
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -42,7 +42,7 @@ class TokenizerError(ValueError):
 
 
 def without_torch() -> None:
-    """Keep this process from importing torch, which transformers would do wherever it is installed.
+    """Keep this process from importing torch, which transformers imports if it is installed.
 
     Tokenizers and chat templates do not need it. Call it before anything imports transformers.
     """
@@ -54,9 +54,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """Read a folder's tokenizer, once; later calls return the same object. Safe to call from any thread.
+    """Read a folder's tokenizer once; later calls return the same object. Safe to call from any thread.
 
-    Truncation and padding that tokenizer.json was saved with are off. Raises TokenizerError.
+    Truncation and padding saved in tokenizer.json are switched off. Raises TokenizerError.
     """
     with _reading:
         return _load(folder)
@@ -67,13 +67,15 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
     if (problem := _problem(folder)) is not None:
         raise TokenizerError(problem)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says at once that torch is missing
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # otherwise transformers warns that torch is missing
     from transformers import AutoTokenizer
 
     try:
-        # A folder's own Python code is never run, and nothing is asked of the hub.
+        # Python code in the folder is never run, and the hub is never contacted.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each class of tokenizer raises its own
+    except Exception as error:  # each tokenizer class raises different exceptions
         raise TokenizerError(f"this model's tokenizer cannot be read: {_reason(folder, error)}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -81,7 +83,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
             f"this model's tokenizer is a {type(tokenizer).__name__}, which has no tokenizer.json"
         )
     if len(backend.get_vocab(with_added_tokens=False)) <= len(tokenizer.all_special_tokens):
-        # Some classes make an empty vocabulary of their own where they find no file that they know.
+        # Some classes make an empty vocabulary if they find no file that they know.
         raise TokenizerError(f"this model's tokenizer files do not fit its {type(tokenizer).__name__}")
     backend.no_truncation()
     backend.no_padding()
@@ -89,7 +91,8 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _problem(folder: Path) -> str | None:
-    """Why transformers could not read the folder's tokenizer, where its own error would not say it."""
+    """Return why transformers cannot read the folder's tokenizer, in cases where its own error does not
+    say."""
     if not has_tokenizer(folder):
         return "this model has no tokenizer.json, nor any other tokenizer files"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -109,7 +112,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def _reason(folder: Path, error: Exception) -> str:
-    """What transformers says, in one line and without the folder's path."""
+    """Return transformers' error message in one line, without the folder's path."""
     text = " ".join(str(error).split()).replace(str(folder), "the folder")
     if "custom code" in text:
         return "its class is Python code in the model's folder, which this server does not run"
@@ -120,11 +123,13 @@ def _reason(folder: Path, error: Exception) -> str:
 
 @lru_cache(maxsize=16)
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """The tokens that end what the model says: those of config.json and generation_config.json, and the
-    tokenizer's own. Read once.
+    """Return the tokens that end a generation: those of config.json, generation_config.json and the
+    tokenizer.
 
-    Chat models are often trained from base models whose end token config.json still names, while the chat
-    template ends a turn with the tokenizer's. SGLang and vLLM stop at both.
+    They are read once.
+
+    In many chat models, config.json still names the end token of the base model, while the chat template ends
+    a turn with the tokenizer's. SGLang and vLLM stop at both.
     """
     found: list[Any] = []
     for file in ("generation_config.json", "config.json"):
@@ -132,7 +137,9 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
         found += said if isinstance(said, list) else [said]
     found.append(_end_token(folder))
     if found[-1] is None and has_tokenizer(folder) and (_names_end(folder) or not any(map(_is_id, found))):
-        with contextlib.suppress(TokenizerError):  # the tokenizer adds that token, or its class names one
+        with contextlib.suppress(
+            TokenizerError
+        ):  # then the tokenizer adds the token, or its class defines one
             found.append(load(folder).eos_token_id)
     return tuple(dict.fromkeys(filter(_is_id, found)))
 
@@ -147,10 +154,10 @@ def _names_end(folder: Path) -> bool:
 
 
 def _end_token(folder: Path) -> Any:
-    """The id of the end token that the tokenizer's files name, without loading the tokenizer."""
+    """Return the id of the end token named in the tokenizer's files, without loading the tokenizer."""
     config = read_json(folder / "tokenizer_config.json")
     named = config.get("eos_token")
-    if "added_tokens_decoder" not in config:  # else special_tokens_map.json does not count
+    if "added_tokens_decoder" not in config:  # otherwise special_tokens_map.json does not count
         named = read_json(folder / "special_tokens_map.json").get("eos_token", named)
     text = named.get("content") if isinstance(named, dict) else named
     if not isinstance(text, str):
@@ -163,13 +170,13 @@ def _end_token(folder: Path) -> Any:
         if isinstance(token, dict) and token.get("content") == text and identifier.isdigit():
             return int(identifier)
     vocabulary = (written.get("model") or {}).get("vocab") or read_json(folder / "vocab.json")
-    if isinstance(vocabulary, list):  # of a unigram model, each with its score
+    if isinstance(vocabulary, list):  # a unigram model lists tokens with their scores
         return next((at for at, piece in enumerate(vocabulary) if piece[0] == text), None)
     return vocabulary.get(text, read_json(folder / "added_tokens.json").get(text))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Empty for a file that is missing or is not a JSON object."""
+    """Read a JSON object; empty if the file is missing or is not a JSON object."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

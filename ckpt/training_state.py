@@ -1,12 +1,12 @@
-"""Training state on disk: a pytree of arrays and its JSON metadata, one atomic Orbax checkpoint.
+"""Saves and restores training state: a pytree of arrays with JSON metadata, as one atomic Orbax checkpoint.
 
     saving = save(directory, {"weights": ..., "optimizer": ...}, {"step": 3})  # returns after the host copy
     saving.result()                                                            # durable; its size in bytes
     metadata = read_metadata(directory)
     arrays = restore(directory, {"weights": abstract_weights})                 # leaves the optimizer on disk
 
-Orbax writes into a temporary directory and renames it, so a directory that exists under its own name is
-complete. Arrays are stored whole, whatever their sharding was, and come back in the sharding asked for.
+Orbax writes into a temporary directory and renames it, so a directory under its final name is complete.
+Arrays are stored whole, whatever their sharding, and are restored in the requested sharding.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ _writers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
 
 
 def save(directory: Path, arrays: PyTree, metadata: dict[str, Any]) -> Future[int]:
-    """Start writing a checkpoint, and return once the arrays may change or be donated.
+    """Start writing a checkpoint. Returns as soon as the arrays may change or be donated.
 
-    The future's result is the checkpoint's size in bytes, given when it is complete and flushed to disk under
-    its own name. A directory of that name is replaced: the same save, asked for again after a crash.
+    The future completes when the checkpoint is complete and flushed to disk under its final name. Its result
+    is the size in bytes. An existing directory of that name is replaced: it is the same save, repeated after
+    a crash.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(directory)
-    # A checkpointer does one save at a time and blocks on the next: every save has its own.
+    # A checkpointer does one save at a time and blocks on the next, so every save gets a new one.
     checkpointer = ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(
             arrays=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
@@ -66,7 +67,7 @@ def save(directory: Path, arrays: PyTree, metadata: dict[str, Any]) -> Future[in
                 checkpointer.wait_until_finished()
             digests.write(directory)
             flush(directory)
-        except BaseException:  # a full disk, say, which is not to be filled by what is of no use
+        except BaseException:  # a full disk, say; remove the incomplete files, which would take up space
             _remove_unfinished(directory)
             raise
         return size_bytes(directory)
@@ -75,14 +76,14 @@ def save(directory: Path, arrays: PyTree, metadata: dict[str, Any]) -> Future[in
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a whole checkpoint of a format that we can read is there."""
+    """Return whether the directory holds a complete checkpoint in a readable format."""
     return (Path(directory) / "metadata" / "metadata").is_file() and (Path(directory) / "arrays").is_dir()
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-    """The JSON metadata of a complete checkpoint.
+    """Return the JSON metadata of a complete checkpoint.
 
-    Raises FileNotFoundError where there is none, ValueError if a later version of Tinsmith wrote it.
+    Raises FileNotFoundError if there is none, and ValueError if a later version of Tinsmith wrote it.
     """
     directory = Path(directory).absolute()
     if not is_complete(directory):
@@ -97,10 +98,11 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 
 
 def restore(directory: Path, abstract: PyTree) -> PyTree:
-    """The arrays of a checkpoint, in the structure, dtypes and shardings of `abstract`.
+    """Return the arrays of a checkpoint, in the structure, dtypes and shardings of `abstract`.
 
-    `abstract` holds arrays or `jax.ShapeDtypeStruct`s; a subtree that it leaves out stays on disk. Raises
-    ValueError if a leaf is missing or its shape differs, DamagedFiles if a file has changed since the save.
+    `abstract` holds arrays or `jax.ShapeDtypeStruct`s. Subtrees that it leaves out are not read. Raises
+    ValueError if a leaf is missing or its shape differs, and DamagedFiles if a file has changed since the
+    save.
     """
     directory = Path(directory).absolute()
     digests.check(directory)
@@ -119,7 +121,7 @@ def restore(directory: Path, abstract: PyTree) -> PyTree:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """What a write that failed, or a process that died in it, has left."""
+    """Remove the remains of a write that failed or whose process died."""
     for path in directory.parent.glob(directory.name + ".orbax-checkpoint-tmp*"):
         shutil.rmtree(path, ignore_errors=True)
 

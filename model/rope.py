@@ -80,8 +80,8 @@ def rotate(x_BTNH: Float[Array, "B T N H"], at: Rotation) -> Float[Array, "B T N
         a, b = jnp.split(x32, 2, axis=-1)
         turned = jnp.concatenate([a * at.cos_BTH - b * at.sin_BTH, b * at.cos_BTH + a * at.sin_BTH], axis=-1)
         return turned.astype(x_BTNH.dtype)
-    # The same for one token a row: a CPU concatenates element by element, and reverses the halves in vectors.
-    # With many tokens this form is the slower one.
+    # The same result for one token per row. The CPU backend concatenates element by element, but reverses the
+    # halves with vector instructions. For many tokens this form is slower.
     halves = x32.reshape(*x32.shape[:-1], 2, -1)
     signs = jnp.array([[-1.0], [1.0]])
     turned = halves * at.cos_BTH[..., None, :] + halves[..., ::-1, :] * (signs * at.sin_BTH[..., None, :])
