@@ -1,12 +1,12 @@
-"""What one client that sends too much does to the others: how late `/healthz` is answered meanwhile.
+"""Measures how late `/healthz` is answered while one client sends expensive requests.
 
     python bench/hostile.py                                # a minute of each attack together
     python bench/hostile.py --seconds 10 --each            # and each attack alone
     python bench/hostile.py --json hostile.json
 
-Starts a server on a tiny random model. One client, in a process of its own, sends what `ATTACKS` lists over
-four connections; `/healthz` is asked every 20 ms by another process. Ends with 1 if its 99th percentile is
-over 100 ms.
+Starts a server with a tiny random model. One client, in a separate process, sends the requests in `ATTACKS`
+over four connections. Another process requests `/healthz` every 20 ms. Exits with 1 if the 99th percentile of
+the answers' latency is over 100 ms.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _datums(count: int, tokens: int) -> str:
     return json.dumps([datum] * count)
 
 
-# Made in the client's process; each is a few MiB to 256 MiB of body.
+# Bodies are made in the client's process. Each has a few MiB to 256 MiB.
 ATTACKS: dict[str, Callable[[], Request]] = {
     "6 MiB text to generate": lambda: _json("/generate", text=_text(6)),
     "6 MiB text to completions": lambda: _json("/v1/completions", model="base", prompt=_text(6)),
@@ -125,7 +125,7 @@ ATTACKS: dict[str, Callable[[], Request]] = {
 
 
 def attack(url: str, names: list[str], seconds: float, results: Connection) -> None:
-    """Sends the named attacks, again and again; answers with the statuses of each."""
+    """Send the named attacks repeatedly, and return the statuses of each."""
     requests = [(name, *ATTACKS[name]()) for name in names]
     statuses: collections.Counter[str] = collections.Counter()
     results.send(sum(len(body) for _name, _path, body, _headers in requests))
@@ -173,9 +173,9 @@ def measure(url: str, names: list[str], seconds: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--each", action="store_true", help="also each attack alone")
-    parser.add_argument("--only", help="attacks whose names have this in them")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--each", action="store_true", help="also run each attack alone")
+    parser.add_argument("--only", help="only attacks whose names contain this")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_models import write_model

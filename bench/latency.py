@@ -1,11 +1,11 @@
-"""What the server adds to an operation: submit to result, less the time the engine had the device.
+"""Measures the server's overhead per operation: submit to result, less the engine's time on the device.
 
     python bench/latency.py                              # a tiny random model
     python bench/latency.py --model smollm2-135m --steps 50 --json latency.json
 
 Starts a server, then drives one model as the SDK does: POST forward_backward and optim_step, then long-poll
-both. The device's share of each operation is in the ledger. `health` is the same client's round trip of a
-request that does nothing, the floor on this machine at this load.
+both. The time on the device is read from the ledger. `health` is the same client's round trip for a request
+that does nothing, which is the lower bound on this machine at this load.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(model: str, data_dir: Path, *options: str) -> tuple[subprocess.Popen, str]:
-    """The server's process, once its engine is ready, and its URL; it calls the model `base`."""
+    """Start a server whose model is called `base`. Returns its process and URL once the engine is ready."""
     command = [sys.executable, "-m", "tinsmith.server.cli", "serve", "--model", f"base={model}"]
     log = data_dir.with_suffix(".log")
     with log.open("w") as output:
@@ -67,7 +67,7 @@ def forward_backward_body(model_id: str, seq_id: int) -> bytes:
 
 
 def measure(url: str, steps: int) -> dict[str, list[tuple[str, float]]]:
-    """Per kind of request, its id and its seconds from the submit to the result."""
+    """Return, for each kind of request, the ids and the seconds from submit to result."""
     client = httpx.Client(base_url=url, headers={"X-API-Key": "tml-bench"}, timeout=120)
 
     def post(path: str, **body) -> dict:
@@ -109,9 +109,9 @@ def measure(url: str, steps: int) -> dict[str, list[tuple[str, float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="a folder, a hub id or smollm2-135m [a tiny random model]")
+    parser.add_argument("--model", help="a folder, a hub id or smollm2-135m (default: a tiny random model)")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model

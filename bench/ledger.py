@@ -1,16 +1,16 @@
-"""The ledger under large payloads: how long others wait, what is written, what a recovery holds in memory.
+"""Measures the ledger under large payloads: others' waiting time, bytes written, memory during a recovery.
 
     python bench/ledger.py                       # 1,000 payloads of 500 kB; 300 MiB over 8 models
     python bench/ledger.py --json ledger.json
     python bench/ledger.py --no-recovery         # only the first part, which needs no engine
 
-First part: one tenant's operations are accepted, answered, and forgotten as a snapshot forgets them, without
-an engine, while another tenant submits a small operation every few milliseconds. `written` counts the bytes
-that the process hands to the system, and those that reach the disk, per byte of payload.
+First part, without an engine: one tenant's operations are accepted, answered and then forgotten as after a
+snapshot, while another tenant submits a small operation every few milliseconds. `written` counts the bytes
+that the process passes to the system, and those that reach the disk, per byte of payload.
 
 Second part: a server with a tiny model accepts large operations of several models while its engine is
-stopped, both are killed, and the next server's memory is watched while it brings the models back. It is
-compared with a server that has nothing to bring back.
+stopped. Both processes are killed, and the memory of the next server is measured while it recovers the
+models. It is compared with a server that has nothing to recover.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 MIB = 1 << 20
-EVERY_SECONDS = 0.005  # between two writes of the other tenant
+EVERY_SECONDS = 0.005  # between two submits of the other tenant
 
 
 def written() -> dict[str, int]:
-    """Bytes of this process so far."""
+    """Return the bytes that this process has written so far."""
     with Path("/proc/self/io").open() as file:
         counts = dict(line.strip().split(": ") for line in file)
     return {"to the system": int(counts["wchar"]), "to the disk": int(counts["write_bytes"])}
@@ -87,7 +87,7 @@ async def forget(folder: Path, count: int, size: int) -> dict:
     phase, began = "forgetting", time.perf_counter()
     await server.payloads.forget_through(MODEL, count)
     forgetting = time.perf_counter() - began
-    await asyncio.sleep(0.5)  # what comes after it counts as well
+    await asyncio.sleep(0.5)  # work that follows the snapshot counts as well
     other.cancel()
     await asyncio.gather(other, return_exceptions=True)
     server.payloads.close()
@@ -146,7 +146,7 @@ def recover(folder: Path, models: int, total: int, seconds: float) -> dict:
 
 
 def peak(server, seconds: float) -> float:
-    """The most memory that the server's process had, in MiB."""
+    """Return the peak memory of the server's process, in MiB."""
     process, most = psutil.Process(server.process.pid), 0
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -184,10 +184,10 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=500_000)
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--recovery-mib", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=60, help="how long a recovery is watched")
+    parser.add_argument("--seconds", type=float, default=60, help="how long to measure a recovery")
     parser.add_argument("--no-recovery", action="store_true")
     parser.add_argument("--no-forgetting", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
     report: dict = {"load": os.getloadavg()[0], "cpus": os.cpu_count()}
     with tempfile.TemporaryDirectory() as directory:

@@ -1,11 +1,12 @@
-"""Many clients at once: whether all are answered, what memory the server takes, how soon it says it is alive.
+"""Runs many clients at once, and measures errors, the server's memory and the latency of `/healthz`.
 
     python bench/load.py                                  # 200 clients, 2000 open polls, 10 minutes
     python bench/load.py --seconds 120 --json load.json
 
-Every client trains a tiny model and samples, in a closed loop; the polls are of operations that wait for ones
-that never come. `/healthz` is asked every 50 ms by a process of its own. Memory is compared from a tenth of
-the time on, when every program is compiled and every connection open. Ends with 1 if there was an error.
+Every client trains a tiny model and samples in a closed loop. The open polls are for operations that wait for
+earlier ones that never come. A separate process requests `/healthz` every 50 ms. Memory is compared after the
+first tenth of the time, when every program is compiled and every connection is open. Exits with 1 after any
+error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MIB = 1 << 20
 
 
 def measure_health(url: str, seconds: float, results: Connection) -> None:
-    """Seconds of each answer, in a process that does nothing else."""
+    """Measure the seconds of each answer, in a process that does nothing else."""
     took = []
     until = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -46,7 +47,7 @@ def measure_health(url: str, seconds: float, results: Connection) -> None:
 
 
 def resident(server: psutil.Process) -> dict[str, float]:
-    """MiB of the server and of its engine."""
+    """Return the resident memory of the server and of its engine, in MiB."""
     (engine,) = (child for child in server.children() if "tinsmith.engine" in child.cmdline())
     return {"server": server.memory_info().rss / MIB, "engine": engine.memory_info().rss / MIB}
 
@@ -63,7 +64,7 @@ async def run(url: str, pid: int, clients: int, polls: int, seconds: float) -> d
     running = [asyncio.create_task(client.run(until)) for client in crowd]
     for number in range(polls):
         running.append(asyncio.create_task(hold_poll(url, crowd[number % clients].held, held, until)))
-        if number % 50 == 0:  # all of them within a tenth of the time
+        if number % 50 == 0:  # all polls are opened within a tenth of the time
             await asyncio.sleep(5 * seconds / polls)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     health = multiprocessing.get_context("spawn").Process(
@@ -127,10 +128,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--polls", type=int, default=2000)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    # What is held has to outlast the run.
+    # The operations that are waited for have to stay pending for the whole run.
     os.environ["TINSMITH_GAP_GRACE_SECONDS"] = str(arguments.seconds + 3600)
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_models import write_model

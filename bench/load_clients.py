@@ -1,4 +1,4 @@
-"""Clients for `load.py`: ones that train and sample as the SDK does, and polls that stay open."""
+"""Clients for `load.py`: some train and sample as the SDK does, others keep polls open."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import httpx
 from latency import forward_backward_body
 
 HEADERS = {"X-API-Key": "tml-bench"}
-HELD_SEQ_ID = 1_000_000  # an operation that waits for those before it, which never come
-PATIENCE_SECONDS = 360  # for which the SDK sends a request again
+HELD_SEQ_ID = 1_000_000  # an operation that waits for earlier ones, which never come
+PATIENCE_SECONDS = 360  # how long the SDK resends a request
 
 
 @dataclass
 class Tally:
-    """What was answered. `errors` are those that an SDK's caller would see."""
+    """Counts of answers. `errors` counts those that a caller of the SDK would see."""
 
     requests: int = 0
     steps: int = 0
@@ -29,7 +29,7 @@ class Tally:
 
 
 class Client:
-    """One session with one model: training steps, and a sample after every other one, until the end."""
+    """One session with one model. Until the end, it trains, and samples after every other step."""
 
     def __init__(self, url: str, tally: Tally):
         self._http = httpx.AsyncClient(base_url=url, headers=HEADERS, timeout=120)
@@ -88,7 +88,8 @@ class Client:
         return await self._send(path, json=body)
 
     async def _send(self, path: str, **request) -> dict:
-        """Sent again where the SDK would: told to wait, or no connection. Raises for every other status."""
+        """Send a request, again where the SDK would: if told to wait or without a connection. Raises for any
+        other status."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             answer = await self._http.post(f"/api/v1/{path}", **request)
@@ -103,9 +104,9 @@ class Client:
 
 
 async def hold_poll(url: str, request_id: str, tally: Tally, until: float) -> None:
-    """A long poll of an operation without an answer, opened again on the same connection when it is told to.
+    """Long-poll an operation that gets no answer, again on the same connection whenever told to try again.
 
-    Written by hand: httpx looks through all of a pool's connections at every request.
+    This is written without httpx, which looks through all connections of its pool at every request.
     """
     where = urlsplit(url)
     body = json.dumps({"request_id": request_id}).encode()

@@ -1,11 +1,12 @@
-"""The largest resident memory of this process since `reset_peak` (Linux)."""
+"""Measures the largest resident memory of this process since `reset_peak` (Linux)."""
 
 import ctypes
 from pathlib import Path
 
 
 def release() -> None:
-    """Give freed memory back to the system: several sides share a machine, and no peak is an old one."""
+    """Return freed memory to the system, so that other processes have it and a later peak does not include
+    it."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
@@ -14,6 +15,6 @@ def reset_peak() -> None:
 
 
 def peak_mb() -> float:
-    """Megabytes."""
+    """Return the peak in megabytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

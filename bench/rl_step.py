@@ -1,13 +1,14 @@
-"""Seconds of a whole RL step through the SDK against a real server, split by phase.
+"""Measures the seconds of a whole RL step through the SDK against a real server, by phase.
 
     python bench/rl_step.py                               # a tiny random model
     python bench/rl_step.py --model smollm2-135m --steps 5 --json rl_step.json
 
-A step: sample a group of each prompt from the newest weights, train on all of it with importance_sampling and
-one optim_step, submitted together, and sync: save_weights_and_get_sampling_client. `device` is the time that
-the engine had the accelerator for the phase, from the ledger. `to first token` is what an unnamed save costs
-before the first token of the new weights, beyond what a sample of one token costs on the old ones: both with
-prompts of the same length that no cache knows. Medians over the steps; the first ones compile.
+A step has three phases. `sample`: sample a group for each prompt from the newest weights. `train`: train on
+all of them with importance_sampling and one optim_step, submitted together. `sync`:
+save_weights_and_get_sampling_client. `device` is the engine's time on the accelerator for the phase, from the
+ledger. `to first token` is the extra time that an unnamed save takes until the first token of the new
+weights, compared with a sample of one token on the old ones; both have uncached prompts of the same length.
+All are medians over the steps; the first steps, which compile, are not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PHASES = {
 
 
 class RLSteps:
-    """One training client and its samplers. `seconds` has what each step took, by phase."""
+    """One training client and its samplers. `seconds` has the time of each step, by phase."""
 
     def __init__(self, url: str, arguments: argparse.Namespace):
         self._arguments = arguments
@@ -59,7 +60,7 @@ class RLSteps:
         self.seconds["step"].append(time.perf_counter() - step_began)
 
     def first_token(self) -> None:
-        """What a fresh sampler's first token costs, less that of one that has sampled before."""
+        """Return the time to a new sampler's first token, less that of a sampler that has sampled before."""
         self._one_token()
         usual = self._seconds_of(self._one_token)
         fresh = self._seconds_of(lambda: (self._sync(), self._one_token()))
@@ -119,7 +120,7 @@ def _datum(prompt: list[int], sequence: types.SampledSequence, advantage: float)
 
 
 def device_seconds(data_dir: Path, began: list[float]) -> dict[str, list[float]]:
-    """Per phase, what its operations held the device, step by step."""
+    """Return the time on the device of each phase's operations, step by step."""
     ledger = sqlite3.connect(data_dir / "ledger.db")
     rows = ledger.execute("SELECT kind, accepted_at, device_seconds FROM operations").fetchall()
     ledger.close()
@@ -135,16 +136,18 @@ def device_seconds(data_dir: Path, began: list[float]) -> dict[str, list[float]]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="a folder, a hub id or smollm2-135m [a tiny random model]")
+    parser.add_argument("--model", help="a folder, a hub id or smollm2-135m (default: a tiny random model)")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=8, help="samples of each prompt")
+    parser.add_argument("--group", type=int, default=8, help="samples per prompt")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that are measured")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--syncs", type=int, default=9, help="measured first tokens of fresh samplers")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument(
+        "--syncs", type=int, default=9, help="how often to measure a new sampler's first token"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     return parser.parse_args()
 
 
@@ -166,7 +169,7 @@ def main() -> None:
                 steps.run()
                 took = ", ".join(f"{phase} {seconds[-1]:.1f} s" for phase, seconds in steps.seconds.items())
                 print(f"step {number} of {count}: {took}", file=sys.stderr, flush=True)
-            steps.began.append(time.time())  # what follows is of no step
+            steps.began.append(time.time())  # operations after this belong to no step
             for _ in range(1 + arguments.syncs):
                 steps.first_token()
         finally:

@@ -1,16 +1,17 @@
-"""Sampling speed beside transformers' generate: the same prompts, each side in turn.
+"""Compares sampling speed with transformers' generate, on the same prompts, with the sides taking turns.
 
     python bench/sample.py                                    # SmolLM2's shape, random weights
     python bench/sample.py --model FOLDER --dtype bfloat16 --batch 1 16 --json sample.json
     python bench/sample.py --sides tinsmith                   # where there is no torch
 
-All requests of a batch arrive together, each with its own prompt, and sample at temperature 1 until the
-length limit. Ours: separate requests to the embedded sampler, with an adapter (never merged) and without one.
-The rival: one padded batch, with PEFT's adapter beside the weights and merged into them. Prefill tok/s are
-prompt tokens over the time to all first tokens. Inter-token times of ours are those of a decode chunk over
-its tokens. `limit` is the share of what memory bandwidth allows: (weights + keys and values of the context)
-bytes per step over a measured copy's bandwidth. `tok/cpu-s` counts all processor time, which other work on
-the machine disturbs less.
+All requests of a batch arrive together, each with a different prompt, and sample at temperature 1 until the
+length limit. Tinsmith gets separate requests to the embedded sampler, with an adapter (never merged) and
+without one. transformers gets one padded batch, with PEFT's adapter unmerged and merged.
+
+Prefill tok/s is prompt tokens over the time to all first tokens. For Tinsmith, the time between tokens is the
+time of a decode chunk divided by its tokens. `limit` is the share of the speed that memory bandwidth allows:
+the bytes per step (weights, keys and values of the context) over the bandwidth of a measured copy.
+`tok/cpu-s` divides by processor time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="prompts have 3/4 of it up to it")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=64,
+        help="the longest prompt; others have at least 3/4 of its length",
+    )
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=2, help="measured rounds, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="measured rounds, after one warm-up round")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that has tinsmith")
-    parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has torch")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--python", default=sys.executable, help="a Python interpreter with tinsmith")
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python interpreter with torch")
+    parser.add_argument("--json", type=Path, help="write all numbers to this JSON file")
     return parser.parse_args()
 
 
@@ -90,7 +96,7 @@ def measure(arguments: argparse.Namespace, model: Path, dtype: str) -> dict:
 
 
 def summary(result: dict, batch: int, name: str) -> dict[str, float]:
-    """The best measured round of one side at one batch size: what disturbs only ever slows down."""
+    """Return the best measured round of one side at one batch size, since disturbances only slow it down."""
     rounds = [r for r in result["rounds"] if r["batch"] == batch and not r["warm_up"]]
     best = min(rounds, key=lambda r: r["sides"][name]["seconds"])
     answer, new = best["sides"][name], result["settings"]["new_tokens"]

@@ -1,4 +1,4 @@
-"""Our side of bench/sample.py: the embedded sampler, without a server around it."""
+"""Tinsmith's side of bench/sample.py: the embedded sampler without a server."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ DECODE_STEPS = 16
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy far larger than any cache."""
+    """Measure the bytes read and written per second by a copy far larger than any cache."""
     copy = jax.jit(lambda x: x + 1)
     x = jnp.zeros(64 << 20, jnp.float32)
     copy(x).block_until_ready()
@@ -33,7 +33,7 @@ def copy_bandwidth() -> float:
 
 
 def run(sampler: Sampler, key: str | None, prompts: list[list[int]], new_tokens: int) -> dict:
-    """Sample all prompts together. `first` is when each answer came, `steps` how long each call took."""
+    """Sample all prompts together. `first` is the time of each answer, `steps` the duration of each call."""
     cpu, began = time.process_time(), time.perf_counter()
     for index, prompt in enumerate(prompts):
         params = messages.SamplingParams(max_tokens=new_tokens, stop_tokens=[], seed=index)
@@ -90,7 +90,9 @@ def main() -> None:
         prompts, new_tokens = question["prompts"], question["new_tokens"]
         key = "adapter" if question["adapter"] else None
         programs = len(compiled)
-        first = run(sampler, key, question["other_prompts"], 1)  # other prompts: nothing from the cache
+        first = run(
+            sampler, key, question["other_prompts"], 1
+        )  # other prompts, so that nothing comes from the cache
         whole = run(sampler, key, prompts, new_tokens)
         chunks = [seconds / DECODE_STEPS for seconds in whole["steps"][len(first["steps"]) :]]
         answer = {

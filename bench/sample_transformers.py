@@ -1,4 +1,4 @@
-"""The rival's side of bench/sample.py: transformers' generate on torch. Needs no tinsmith."""
+"""transformers' side of bench/sample.py: `generate` on torch. Does not need tinsmith."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token was there; never stops."""
+    """A stopping criterion that records the time of each token and never stops."""
 
     def __init__(self):
         self.times: list[float] = []

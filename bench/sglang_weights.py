@@ -1,11 +1,12 @@
-"""Seconds until what is saved is sampled on SGLang, with real servers on the CPU.
+"""Measures the seconds from a save until SGLang samples the new weights, with real servers on the CPU.
 
     make sglang && python bench/sglang_weights.py --versions 5 --json sglang_weights.json
 
-Each version: one training step, a named save, a token from SGLang. `save`: until the SDK has the path;
-`load`: until SGLang lists the adapter, which it is told to load without being asked; `usable`: both; `first
-token`: from then on, of SGLang alone. Medians; the first version is left out, its programs are compiled.
-`difference`: of the log-probs of 32 tokens that SGLang drew from the trainer's, the mean of its magnitude.
+Each version is one training step, a named save and a token from SGLang. `save`: until the SDK has the path.
+`load`: until SGLang lists the adapter, which it is told to load before any sample. `usable`: both together.
+`first token`: from then on, by SGLang alone. All are medians without the first version, which compiles.
+`difference`: the mean absolute difference between SGLang's and the trainer's log-probs of 32 tokens drawn by
+SGLang.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def measured(url: str, sglang: str, rank: int, versions: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each phase, and differences, by version."""
+    """Return the seconds of each phase and the difference of log-probs, by version."""
     service = tinker.ServiceClient(base_url=url, api_key="tml-bench")
     training = service.create_lora_training_client(base_model="base", rank=rank).result()
     prompt = types.ModelInput.from_ints(list(range(100, 116)))
@@ -102,7 +103,7 @@ def measured(url: str, sglang: str, rank: int, versions: int) -> tuple[dict[str,
 
 
 def difference(training: tinker.TrainingClient, sampler: tinker.SamplingClient, prompt: list[int]) -> float:
-    """Of the log-probs of tokens that were drawn, by who drew them and by the trainer."""
+    """Return the mean absolute difference between SGLang's and the trainer's log-probs of drawn tokens."""
     drawn = types.SamplingParams(max_tokens=32, temperature=1.0, stop=[])
     asked = sampler.sample(types.ModelInput.from_ints(prompt), num_samples=1, sampling_params=drawn)
     (sequence,) = asked.result().sequences

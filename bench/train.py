@@ -1,14 +1,14 @@
-"""Training speed and memory beside transformers + PEFT on torch: the same sequences, alternating steps.
+"""Compares training speed and memory with transformers + PEFT on torch: same sequences, alternating steps.
 
     python bench/train.py                                   # SmolLM2's shape, random weights
     python bench/train.py --model FOLDER --dtype bfloat16 --steps 5 --json train.json
     python bench/train.py --peft-python OTHER/bin/python    # torch in an environment of its own
 
-A step is forward and backward of the batch and one AdamW step. Two rivals: PEFT on the batch padded to its
-longest sequence, and PEFT at its best (sorted by length into micro-batches of 4, sdpa, logits only at real
-tokens). Each side runs in its own process, with the allocator settings that the server gives the engine (they
-speed torch up too). `tok/s` counts real tokens; `tok/cpu-s` divides by the processor
-time instead, which other work on the machine disturbs less.
+A step is the forward and backward of the batch and one AdamW step. PEFT runs in two ways: on the batch padded
+to its longest sequence, and at its best (sorted by length into micro-batches of 4, sdpa, logits only at real
+tokens). Each side runs in a separate process with the allocator settings that the server gives the engine,
+which speed up torch too. `tok/s` counts real tokens. `tok/cpu-s` divides by processor time instead, which
+other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ SIDES = ("tinsmith", "peft best", "peft padded")
 
 
 class Side:
-    """A process that trains when asked to: a line of JSON in, a line of JSON out."""
+    """A process that trains on request: a line of JSON in, a line of JSON out."""
 
     def __init__(self, python: str, script: str, settings: dict):
-        # torch's threads do not spin while another side works; all have the engine's allocator settings
+        # torch's threads must not spin while another side works; all have the engine's allocator settings
         environment = engine_environment() | {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         self._process = subprocess.Popen(
             [python, str(HERE / script)],
@@ -105,21 +105,21 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--train-unembed", action="store_true")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--lengths", type=int, nargs=2, default=[64, 512], metavar=("FROM", "TO"))
     parser.add_argument(
-        "--steps", type=int, default=3, help="measured steps of each side, after one to warm up"
+        "--steps", type=int, default=3, help="measured steps of each side, after one warm-up step"
     )
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument(
-        "--remat", choices=["none", "dots", "full"], help="ours: what the backward recomputes"
+        "--remat", choices=["none", "dots", "full"], help="Tinsmith only: what the backward recomputes"
     )
     parser.add_argument("--micro-batch-tokens", type=int, help="ours")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that has tinsmith")
+    parser.add_argument("--python", default=sys.executable, help="a Python interpreter with tinsmith")
     parser.add_argument(
-        "--peft-python", default=sys.executable, help="the interpreter that has torch and PEFT"
+        "--peft-python", default=sys.executable, help="a Python interpreter with torch and PEFT"
     )
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--json", type=Path, help="write all numbers to this JSON file")
     return parser.parse_args()
 
 
@@ -208,7 +208,7 @@ def show(result: dict) -> None:
 
 
 def write_random_model(folder: Path) -> Path:
-    """SmolLM2-135M's shape with random bfloat16 weights."""
+    """Write a model of SmolLM2-135M's shape with random bfloat16 weights."""
     import ml_dtypes
     from safetensors.numpy import save_file
 

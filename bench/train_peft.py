@@ -1,4 +1,4 @@
-"""The rival's side of bench/train.py: transformers + PEFT on torch. Needs no tinsmith."""
+"""PEFT's side of bench/train.py: transformers + PEFT on torch. Does not need tinsmith."""
 
 import json
 import sys
@@ -14,7 +14,8 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def micro_batches(sequences: list[list[int]], padded: bool) -> list[torch.Tensor]:
-    """Token ids padded with -1: to the batch's longest, or, sorted, to each micro-batch's own longest."""
+    """Pad token ids with -1 to the batch's longest sequence, or sort them and pad each micro-batch to its
+    longest."""
     if not padded:
         sequences = sorted(sequences, key=len, reverse=True)
     parts = [sequences[i : i + MICRO_BATCH] for i in range(0, len(sequences), MICRO_BATCH)]
@@ -29,7 +30,7 @@ def micro_batches(sequences: list[list[int]], padded: bool) -> list[torch.Tensor
 def backward(model, batch: torch.Tensor, padded: bool) -> float:
     tokens, targets = batch[:, :-1], batch[:, 1:]
     mask = tokens >= 0
-    if padded:  # as one writes it: logits of the whole batch
+    if padded:  # the straightforward way: logits of the whole batch
         logits = model(input_ids=tokens.clamp(min=0), attention_mask=mask).logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
     else:  # logits of real tokens only

@@ -1,4 +1,4 @@
-"""Our side of bench/train.py: lines of JSON in and out."""
+"""Tinsmith's side of bench/train.py: lines of JSON in and out."""
 
 import json
 import sys

@@ -20,7 +20,7 @@ def check_recipients(recipients: Sequence[str]) -> None:
     """Check that all are recipients. Raises ValueError with the number of the first invalid one."""
     if not 1 <= len(recipients) <= MAX_RECIPIENTS:
         raise ValueError(
-            f"{len(recipients)} recipients; give 1 to {MAX_RECIPIENTS}, or none at all to encrypt nothing"
+            f"{len(recipients)} recipients; give 1 to {MAX_RECIPIENTS}, or none for unencrypted files"
         )
     for number, recipient in enumerate(recipients):
         _parsed(recipient, number)
@@ -44,4 +44,4 @@ def _parsed(recipient: str, number: int) -> Any:
         except (pyrage.RecipientError, ValueError):
             pass
     # Not quoted, because the text may be a secret key sent by mistake.
-    raise ValueError(f"recipient {number} is no public key of age (age1...) or SSH (ssh-ed25519, ssh-rsa)")
+    raise ValueError(f"recipient {number} is not a public key of age (age1...) or SSH (ssh-ed25519, ssh-rsa)")

@@ -150,7 +150,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
     a_shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
     rank, alpha = adapter_config.overall(shape[0] for shape in a_shapes if shape)
     if not 1 <= rank <= RANK_BUCKETS[-1]:
-        raise AdapterError(f"{where}: a lora_A has rank {rank}; ranks of 1 to {RANK_BUCKETS[-1]} are read")
+        raise AdapterError(f"{where}: a lora_A has rank {rank}; it must be from 1 to {RANK_BUCKETS[-1]}")
     padded_rank = pad_rank(rank)
 
     linears = {**config.linears, "unembed": (config.hidden_size, config.vocab_size)}
@@ -185,7 +185,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
         raise AdapterError(f"{where}: the model has no place for {min(tensors)}")
     for name, pair in (*adapter["layers"].items(), ("unembed", adapter.get("unembed"))):
         if pair is not None and len(pair) != 2:
-            raise AdapterError(f"{where}: {name} has one of lora_A and lora_B alone")
+            raise AdapterError(f"{where}: {name} has only one of lora_A and lora_B")
     return SavedAdapter(adapter, rank, alpha, adapter_config.base_model)
 
 
@@ -212,7 +212,7 @@ def _take_copies(
             # Compared in the copy's precision, because it may have been rounded when it was saved.
             if own is None or not np.array_equal(own.astype(copied.dtype), copied):
                 raise AdapterError(
-                    f"{where}: {name} is not the base model's; weights trained beside an adapter are not read"
+                    f"{where}: {name} is not the base model's; weights trained beside an adapter are refused"
                 )
 
 

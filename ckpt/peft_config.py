@@ -146,7 +146,7 @@ def _checked(config: dict[str, Any]) -> AdapterConfig:
     _refuse_more_than_plain(config)
     rank, base = config.get("r"), config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
-        raise AdapterError("base_model_name_or_path is not a text")
+        raise AdapterError("base_model_name_or_path is not a string")
     layers = config.get("layers_to_transform")
     return AdapterConfig(
         _rank("r", rank),
@@ -191,7 +191,7 @@ def _refuse_more_than_plain(config: dict[str, Any]) -> None:
 
 def _rank(name: str, value: Any) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_RANK:
-        raise AdapterError(f"{name} is {_shown(value)}, which is no rank of 1 to {_MAX_RANK}")
+        raise AdapterError(f"{name} is {_shown(value)}; a rank must be a whole number from 1 to {_MAX_RANK}")
     return value
 
 
@@ -223,21 +223,23 @@ def _names(config: dict[str, Any], name: str) -> frozenset[str] | str | None:
     if isinstance(value, str):
         return value.lower() if value.lower() == "all-linear" else value
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise AdapterError(f"{name} is neither a text nor a list of texts")
+        raise AdapterError(f"{name} is neither a string nor a list of strings")
     return frozenset(value)
 
 
 def _layers(value: Any) -> frozenset[int]:
     layers = value if isinstance(value, list) else [value]
     if not all(type(layer) is int for layer in layers):
-        raise AdapterError("layers_to_transform is neither a layer's index nor a list of them")
+        raise AdapterError("layers_to_transform is neither the index of a layer nor a list of indices")
     return frozenset(layers)
 
 
 def _layers_pattern(value: Any) -> tuple[str, ...]:
     names = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name.isidentifier() for name in names):
-        raise AdapterError("layers_pattern is no name of a list of layers ('layers'), nor a list of them")
+        raise AdapterError(
+            "layers_pattern is neither the name of a list of layers ('layers') nor a list of such names"
+        )
     return tuple(names)
 
 

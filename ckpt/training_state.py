@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 
 PyTree = Any
 
-# Waiting for the file system, not computing: a few saves of different models at once.
+# The threads wait for the file system, so a few saves of different models can run at once.
 _writers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
 
 

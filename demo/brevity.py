@@ -1,11 +1,11 @@
-"""A real language model learns to be brief, by reinforcement through the unmodified Tinker SDK.
+"""Teaches a real language model to be brief, by reinforcement learning through the unmodified Tinker SDK.
 
     python demo/brevity.py
 
-Starts `tinsmith serve` with SmolLM2-135M, and rewards its answers for being short: 1 - tokens / 32, where an
-answer that does not end within 32 tokens gets 0. Each step samples 8 answers to each of 8 questions from the
-newest weights, and trains on all of them with `importance_sampling`. Exits 0 only if the mean reward rose by
-0.3, and sampler and trainer agreed about the log-probs at the first step.
+Starts `tinsmith serve` with SmolLM2-135M, and rewards short answers with 1 - tokens / 32; an answer that does
+not end within 32 tokens gets 0. Each step samples 8 answers to each of 8 questions from the newest weights,
+and trains on all of them with `importance_sampling`. Exits with 0 only if the mean reward rose by 0.3, and
+sampler and trainer agreed on the log-probs at the first step.
 """
 
 import sys
@@ -35,7 +35,8 @@ def reward(answer: types.SampledSequence) -> float:
 
 
 def data_of(prompt: list[int], answers: list[types.SampledSequence]) -> list[types.Datum]:
-    """One datum per answer; its advantage is its reward among the group's, in standard deviations."""
+    """Make one datum per answer. Its advantage is its reward relative to the group's, in standard
+    deviations."""
     rewards = np.array([reward(answer) for answer in answers])
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     unscored = [0.0] * (len(prompt) - 1)
@@ -53,7 +54,8 @@ def data_of(prompt: list[int], answers: list[types.SampledSequence]) -> list[typ
 
 
 def kl(data: list[types.Datum], trained: tinker.types.ForwardBackwardOutput) -> float:
-    """KL(sampler || trainer), nats per sampled token: the mean of r - 1 - log r, r = trainer / sampler."""
+    """Estimate KL(sampler || trainer) in nats per sampled token: the mean of r - 1 - log r, r = trainer /
+    sampler."""
     terms = []
     for datum, output in zip(data, trained.loss_fn_outputs, strict=True):
         sampled = np.array(datum.loss_fn_inputs["logprobs"].data)

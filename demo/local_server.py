@@ -19,10 +19,10 @@ STOP_SECONDS = 120
 
 @contextlib.contextmanager
 def running_server(model: str, progress: Callable[[str], object] = print) -> Iterator[str]:
-    """Fetches `model` if it is missing, serves it on a free port, and gives its URL once it is ready.
+    """Fetch `model` if it is missing, serve it on a free port, and yield the URL once the server is ready.
 
-    Its ledger and checkpoints live in a temporary directory. At the end it is told to stop (SIGTERM).
-    Raises RuntimeError, with the end of the server's log, if it dies or does not stop with exit code 0.
+    Its ledger and checkpoints are in a temporary directory. At the end of the block it gets SIGTERM. Raises
+    RuntimeError, with the end of the server's log, if it dies or does not stop with exit code 0.
     """
     subprocess.run([*TINSMITH, "models", "get", model], check=True, stdin=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory(prefix="tinsmith-demo-") as directory:

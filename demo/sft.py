@@ -1,7 +1,7 @@
-"""A real language model learns a manner of speaking, through the unmodified Tinker SDK.
+"""Teaches a real language model a manner of speaking, through the unmodified Tinker SDK.
 
-Starts `tinsmith serve` with SmolLM2-135M, teaches it the answers of `data/tinsmith.jsonl`, shows the same
-three questions answered before and after, and stops the server. Exits 0 only if the model learned.
+Starts `tinsmith serve` with SmolLM2-135M, trains on the answers in `data/tinsmith.jsonl`, shows answers to
+the same three questions before and after, and stops the server. Exits with 0 only if the model learned.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 BATCH = 12
 RANK = 32
 LEARNING_RATE = 1e-3
-LEARNED = 0.6  # the last step's loss, as a share of the first one's, that counts as learned
+LEARNED = 0.6  # the model has learned if the last step's loss is below this share of the first one's
 
 Conversation = dict[str, list[dict[str, str]]]
 
@@ -34,14 +34,15 @@ def read(name: str) -> list[Conversation]:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
-    """The question in the model's chat template, up to where its answer begins."""
+    """Render the question with the model's chat template, up to where the answer begins."""
     return tokenizer.apply_chat_template(
         conversation["messages"][:1], add_generation_prompt=True, return_dict=False
     )
 
 
 def datum(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> types.Datum:
-    """Position i of the input predicts target i; only the answer's tokens and its end carry weight."""
+    """Make a datum. Position i of the input predicts target i; only the answer's tokens and its end have
+    weight."""
     prompt = prompt_tokens(tokenizer, conversation)
     answer = [*tokenizer.encode(conversation["messages"][1]["content"]), tokenizer.eos_token_id]
     tokens = prompt + answer
@@ -59,14 +60,15 @@ def answer_tokens(data: list[types.Datum]) -> float:
 
 
 def mean_nll(output: types.ForwardBackwardOutput, data: list[types.Datum]) -> float:
-    """Mean negative log-likelihood of an answer token, in nats. The server returns sums; dividing is ours."""
+    """Return the mean negative log-likelihood of an answer token, in nats. The server returns sums, so the
+    client divides."""
     return output.metrics["loss:sum"] / answer_tokens(data)
 
 
 def sample(
     client: tinker.SamplingClient, tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]
 ) -> list[str]:
-    """One greedy answer of at most 64 tokens to each question; all are sampled at once."""
+    """Sample one greedy answer of at most 64 tokens to each question, all at once."""
     params = types.SamplingParams(max_tokens=64, temperature=0.0)
     futures = [
         client.sample(types.ModelInput.from_ints(prompt_tokens(tokenizer, c)), 1, params)
@@ -81,7 +83,7 @@ def sample(
 
 
 def reference_nll(folder: Path, data: list[types.Datum]) -> float:
-    """The same mean NLL from transformers on torch."""
+    """Compute the same mean NLL with transformers on torch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +101,7 @@ def reference_nll(folder: Path, data: list[types.Datum]) -> float:
 def train(
     client: tinker.TrainingClient, data: list[types.Datum], steps: int, console: Console
 ) -> list[float]:
-    """`steps` steps of Adam over batches in order; the mean NLL of each batch before its step."""
+    """Run `steps` steps of Adam over batches in order. Returns the mean NLL of each batch before its step."""
     losses: list[float] = []
     bar = Progress(
         TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
@@ -110,7 +112,7 @@ def train(
             began = time.monotonic()
             batch = [data[i % len(data)] for i in range(step * BATCH, (step + 1) * BATCH)]
             adam = types.AdamParams(learning_rate=LEARNING_RATE * (1 - step / steps))
-            # both are on their way before the first is awaited, so the server is never idle
+            # both are submitted before the first is awaited, so that the server is never idle
             forward_backward = client.forward_backward(batch, "cross_entropy")
             optim_step = client.optim_step(adam)
             losses.append(mean_nll(forward_backward.result(), batch))
@@ -138,7 +140,7 @@ def main() -> int:
         "--check-reference", action="store_true", help="also compare the first loss with transformers (torch)"
     )
     options = parser.parse_args()
-    # SIGTERM ends us like any other exception, so that the server is not left behind
+    # SIGTERM raises an exception, so that the server is stopped too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(highlight=False)
     began = time.monotonic()
@@ -154,7 +156,7 @@ def main() -> int:
         questions = held_out[:3]
 
         console.print("Sampling from the untrained model …")
-        # a fresh adapter changes nothing: these are the base model's answers
+        # a new adapter changes nothing, so these are the base model's answers
         before = sample(client.save_weights_and_get_sampling_client().result(), tokenizer, questions)
         held_out_before = mean_nll(client.forward(held_out_data, "cross_entropy").result(), held_out_data)
 

@@ -197,9 +197,9 @@ def test_recipients_that_are_none(trained: tinker.TrainingClient) -> None:
     for recipients, reason in (
         ([], "1 to 10"),
         ([public] * 11, "1 to 10"),
-        ([public, secret], "recipient 1 is no public key"),
-        ([public[:-1]], "recipient 0 is no public key"),
-        (["ssh-ed25519 AAAA"], "recipient 0 is no public key"),
+        ([public, secret], "recipient 1 is not a public key"),
+        ([public[:-1]], "recipient 0 is not a public key"),
+        (["ssh-ed25519 AAAA"], "recipient 0 is not a public key"),
     ):
         with pytest.raises(tinker.BadRequestError, match=reason) as refused:
             trained.save_weights_external("bad", age_encryption_recipients=recipients).result()

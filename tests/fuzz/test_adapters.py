@@ -129,11 +129,11 @@ def test_adapters(rng: random.Random, adapter: Adapter) -> None:
         (b"[" * 100_000, "not JSON"),
         (b"[]", "not an object"),
         (b"{}", "peft_type is None"),
-        (b'{"peft_type": "LORA"}', "r is None, which is no rank"),
-        (b'{"peft_type": "LORA", "r": 100000, "lora_alpha": 1}', "r is 100000, which is no rank"),
+        (b'{"peft_type": "LORA"}', "r is None; a rank must be"),
+        (b'{"peft_type": "LORA", "r": 100000, "lora_alpha": 1}', "r is 100000; a rank must be"),
         (b'{"peft_type": "LORA", "r": 2, "lora_alpha": NaN}', "lora_alpha is nan"),
         (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 5e-324}', "lora_alpha is 5e-324"),
-        (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "base_model_name_or_path": 3}', "not a text"),
+        (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "base_model_name_or_path": 3}', "not a string"),
     ],
 )
 def test_configs_that_are_none(adapter: Adapter, config: bytes, reason: str) -> None:
