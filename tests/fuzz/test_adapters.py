@@ -149,7 +149,7 @@ def test_configs_that_are_none(adapter: Adapter, config: bytes, reason: str) -> 
         (pickle.dumps({"weight": 1}), "not safetensors"),
         (struct.pack("<Q", 1 << 62) + b"{}", "not safetensors"),
         (save({"x": np.ones(3, np.int64)}), "x is int64, not a float"),
-        (save({f"{MODULE}.lora_A.weight": np.ones((2, 32), np.float32)}), "q_proj has one of"),
+        (save({f"{MODULE}.lora_A.weight": np.ones((2, 32), np.float32)}), "q_proj has only one of"),
     ],
     ids=["pickle", "header of 2^62 bytes", "integers", "a without b"],
 )
