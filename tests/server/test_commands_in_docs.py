@@ -13,14 +13,15 @@ from tinsmith.server.cli import app
 from tinsmith.server.command_line import unknown_names
 
 ROOT = Path(tinsmith.__file__).resolve().parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.name for page in PAGES]
 _OF_TESTS = {"TINSMITH_", "TINSMITH_DEMO_STEPS"}
 
 
 def blocks(page: Path) -> list[str]:
-    """Code without a language, lines that are continued in one."""
-    found = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    """Code without a language, or of a shell, with continued lines joined."""
+    fenced = re.findall(r"^```([^\n`]*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    found = [block for language, block in fenced if language in ("", "sh", "bash", "console")]
     return [block.replace("\\\n", " ") for block in found]
 
 
