@@ -127,8 +127,10 @@ $(RLVE): requirements-rlve.lock $(STAMP)
 	@$(PIP) install -qq --no-compile --no-deps -r $<
 	@touch $@
 
+# Not the accelerators' extras, which are installed beside the locked packages, nor wandb; rlve has a file of its own.
+LOCKED := demo notebooks reference postgresql dev
 lock: ## pin the newest packages that fit pyproject.toml (needs uv)
-	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal --all-extras --no-extra wandb --no-extra rlve --upgrade \
+	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal $(addprefix --extra ,$(LOCKED)) --upgrade \
 	  --python-version 3.11 --override /dev/stdin --no-header --no-annotate --no-emit-index-url --quiet \
 	  | grep -v "sys_platform == 'never'" > requirements.lock.new
 	mv requirements.lock.new requirements.lock
