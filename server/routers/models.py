@@ -99,15 +99,15 @@ async def _create(
 
 
 async def _require_unused(backend: Backend, owner: str, identifier: str, number: int | None) -> None:
-    """Raises BadRequest for a number whose model was deleted: the request does not repeat its creation."""
+    """Raises BadRequest for the number of a deleted model: the request does not repeat its creation."""
     try:
         run = await backend.runs.find(owner, identifier)
     except NotFound:
         return
     if run.state == "finished":
         raise BadRequest(
-            f"model_seq_id: the model {number} of this session was deleted; use another number, or another "
-            "session_id"
+            f"model_seq_id: {number} of this session is a deleted model's, or a copied checkpoint's; use the "
+            "next one, or another session_id"
         )
 
 

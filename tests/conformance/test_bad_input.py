@@ -152,7 +152,10 @@ def test_models_that_cannot_be(wire: Wire) -> None:
     nothing = {"rank": 4, "train_attn": False, "train_mlp": False, "train_unembed": False}
     assert "nothing to train" in create(lora_config=nothing)
     assert "adafactor" in create(optimizer_config={"type": "adafactor"})
-    unknown = wire.post("create_model", session_id="nobody", model_seq_id=0, base_model="tiny")
+    lora = {"rank": 4}
+    unknown = wire.post(
+        "create_model", session_id="nobody", model_seq_id=0, base_model="tiny", lora_config=lora
+    )
     assert unknown.status_code == 404
     assert wire.optim_step("nobody:train:0", 1).status_code == 404
     assert wire.post("get_info", model_id="nobody:train:0").status_code == 404

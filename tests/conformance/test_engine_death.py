@@ -167,8 +167,8 @@ def test_metrics(server: ServerProcess, wire: Wire) -> None:
 
 def test_an_engine_that_cannot_start_ends_the_server(make_server) -> None:
     """With a message, and an exit code that a supervisor notices."""
-    server: ServerProcess = make_server("--mesh", "data=64")
+    server: ServerProcess = make_server(XLA_FLAGS="--xla_no_flag_is_called_so=true")
     server.start(wait_for_engine=False)
     assert server.process is not None
     assert server.process.wait(120) == 1
-    assert "64" in server.log
+    assert "xla_no_flag_is_called_so" in server.log

@@ -76,13 +76,14 @@ def test_keys_and_owners() -> None:
 def test_serve_says_what_is_missing(tmp_path: Path) -> None:
     run = CliRunner().invoke
     assert "--model" in run(app, ["serve"]).output
-    refused = run(app, ["serve", "--model", "x", "--host", "0.0.0.0"])
+    place = ["--port", "0", "--data-dir", str(tmp_path / "data")]
+    refused = run(app, ["serve", "--model", "x", "--host", "0.0.0.0", *place])
     assert refused.exit_code == 2
     assert "API key" in refused.output
-    unknown = run(app, ["serve", "--model", str(tmp_path / "nothing")])
+    unknown = run(app, ["serve", "--model", str(tmp_path / "nothing"), *place])
     assert unknown.exit_code == 2
     assert "no such folder" in unknown.output
-    assert "config.json" in run(app, ["serve", "--model", f"x={tmp_path}"]).output
+    assert "config.json" in run(app, ["serve", "--model", f"x={tmp_path}", *place]).output
     assert run(app, ["version"]).output.strip()
     assert "smollm2-135m" in run(app, ["models", "list"]).output
     assert "tinsmith serve --model" in run(app, ["serve", "--help"]).output
