@@ -261,7 +261,7 @@ def test_hanging_up_ends_a_sample_there_too(alice: Wire, sessions: dict[str, str
 
 
 def test_how_far_its_log_probs_are_is_told(alice: Wire, sessions: dict[str, str]) -> None:
-    by_sglang(alice, sessions["sglang"], params={"temperature": 1.0})
+    sampled(alice, sessions["sglang"], params={"temperature": 1.0})
     deadline = time.monotonic() + 10
     while (found := alice.http.get(f"/api/v1/samplers/{sessions['sglang']}").json()["metrics"]) is None:
         assert time.monotonic() < deadline
