@@ -88,8 +88,9 @@ class Client:
         return await self._send(path, json=body)
 
     async def _send(self, path: str, **request) -> dict:
-        """Send a request, again where the SDK would: if told to wait or without a connection. Raises for any
-        other status."""
+        """Send a request, again where the SDK would: if told to wait or without a connection.
+
+        Raises for any other status."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             answer = await self._http.post(f"/api/v1/{path}", **request)

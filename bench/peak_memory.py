@@ -5,8 +5,7 @@ from pathlib import Path
 
 
 def release() -> None:
-    """Return freed memory to the system, so that other processes have it and a later peak does not include
-    it."""
+    """Return freed memory to the system, for other processes, and so that later peaks do not include it."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

@@ -14,8 +14,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def micro_batches(sequences: list[list[int]], padded: bool) -> list[torch.Tensor]:
-    """Pad token ids with -1 to the batch's longest sequence, or sort them and pad each micro-batch to its
-    longest."""
+    """Pad token ids with -1: to the batch's longest sequence, or, sorted, to each micro-batch's longest."""
     if not padded:
         sequences = sorted(sequences, key=len, reverse=True)
     parts = [sequences[i : i + MICRO_BATCH] for i in range(0, len(sequences), MICRO_BATCH)]

@@ -51,8 +51,7 @@ class Fp8:
         }
 
     def quantizes(self, name: str) -> bool:
-        """Return whether the tensor with this Hugging Face name is quantized: a matrix that is not in
-        `kept`."""
+        """Return whether the tensor with this Hugging Face name is a matrix that is not in `kept`."""
         parents, _, module = name.removesuffix(".weight").rpartition(".")
         fused = next((group for group in READ_AS_ONE if module in group), (module,))
         modules = [f"{parents}.{each}" for each in fused]
@@ -75,8 +74,7 @@ def quantized(tensors: Tensors, spec: Fp8) -> Iterator[tuple[str, np.ndarray]]:
 def quantize(
     weight_OI: Float[np.ndarray, "O I"], block: tuple[int, int] | None
 ) -> tuple[Float[np.ndarray, "O I"], Float[np.ndarray, ...]]:
-    """Return a matrix in float8 and its float32 scales: [blocks of O, blocks of I], or [] for a whole
-    matrix."""
+    """Return a matrix in float8, and its float32 scales [blocks of O, blocks of I], or [] without blocks."""
     O, I = weight_OI.shape  # noqa: E741  the letters of the shapes
     rows, columns = block or (O, I)
     blocks = (-(-O // rows), -(-I // columns))

@@ -153,6 +153,5 @@ def _write_weights(reader: Any, fields: dict[str, Any], path: Path) -> None:
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows [heads * H, D] from llama.cpp's order (adjacent rotated pairs) to Hugging Face's (two
-    halves)."""
+    """Reorder rows [heads * H, D] from llama.cpp's adjacent rotated pairs to Hugging Face's two halves."""
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)

@@ -77,8 +77,7 @@ def save_merged(
 
 @dataclass(frozen=True)
 class _Delta:
-    """The product to add to a matrix: {"a": [in, R], "b": [R, out]}, with a leading axis L for matrices of
-    layers."""
+    """The product to add to a matrix: {"a": [in, R], "b": [R, out]}, in layers with a leading axis L."""
 
     pair: dict[str, Any]
     scale: float

@@ -141,8 +141,9 @@ def new_directory(run: str, segment: str, name: str) -> str:
 
 
 def check_key(key: str) -> str:
-    """Return a directory key unchanged. Raises ValueError unless it is relative, of plain parts joined by
-    '/'."""
+    """Return a directory key unchanged.
+
+    Raises ValueError unless it is relative, of plain parts joined by '/'."""
     if (
         not isinstance(key, str)
         or len(key) > 1024

@@ -236,8 +236,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def _modules(adapter: Adapter | None, config: ModelConfig) -> list[tuple[str, int | None, str]]:
-    """Yield (PEFT's name, layer or None, our name) of each module in the adapter; with None, of each possible
-    one."""
+    """List (PEFT's name, layer or None, our name) of an adapter's modules; for None, of all possible ones."""
     names = FAMILIES[config.family].TENSORS
     modules: list[tuple[str, int | None, str]] = []
     for name in config.linears if adapter is None else adapter["layers"]:

@@ -249,8 +249,7 @@ def _is_named(module: str, ends: frozenset[str]) -> bool:
 
 
 def _first_match(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches, by the rule of
-    `peft.utils.other.get_pattern_key`."""
+    """Return the value of the first pattern that matches, as in `peft.utils.other.get_pattern_key`."""
     for pattern, value in patterns.items():
         tail, whole = _tail(pattern) or ([], False)
         start = len(module) - len(tail)

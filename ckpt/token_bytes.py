@@ -53,8 +53,7 @@ class TokenBytes:
 
     @cached_property
     def _before(self) -> tuple[int, str]:
-        """A token after which others are decoded, and its text: a plain word with the same text in any
-        position."""
+        """A token after which others are decoded, and its text: a plain word, the same in any position."""
         added = self.tokenizer.get_added_tokens_decoder()
         for id_ in sorted(self.tokenizer.get_vocab(with_added_tokens=False).values()):
             text = self._decode([id_])
@@ -88,8 +87,9 @@ class TokenBytes:
 
 
 def _bytes_of_characters(text: str) -> bytes:
-    """Return a token's bytes as the ByteLevel decoder does: with any character outside the alphabet, it is
-    plain text."""
+    """Return a token's bytes as the ByteLevel decoder does.
+
+    A token with any character outside the alphabet is plain text."""
     if all(character in _BYTE_OF_CHARACTER for character in text):
         return bytes(_BYTE_OF_CHARACTER[character] for character in text)
     return text.encode("utf-8")

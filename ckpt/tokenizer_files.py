@@ -91,8 +91,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _problem(folder: Path) -> str | None:
-    """Return why transformers cannot read the folder's tokenizer, in cases where its own error does not
-    say."""
+    """Return why transformers cannot read the folder's tokenizer, if its own error does not say so."""
     if not has_tokenizer(folder):
         return "this model has no tokenizer.json, nor any other tokenizer files"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):

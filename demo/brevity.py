@@ -35,8 +35,9 @@ def reward(answer: types.SampledSequence) -> float:
 
 
 def data_of(prompt: list[int], answers: list[types.SampledSequence]) -> list[types.Datum]:
-    """Make one datum per answer. Its advantage is its reward relative to the group's, in standard
-    deviations."""
+    """Make one datum per answer.
+
+    Its advantage is its reward relative to the group's, in standard deviations."""
     rewards = np.array([reward(answer) for answer in answers])
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     unscored = [0.0] * (len(prompt) - 1)
@@ -54,8 +55,9 @@ def data_of(prompt: list[int], answers: list[types.SampledSequence]) -> list[typ
 
 
 def kl(data: list[types.Datum], trained: tinker.types.ForwardBackwardOutput) -> float:
-    """Estimate KL(sampler || trainer) in nats per sampled token: the mean of r - 1 - log r, r = trainer /
-    sampler."""
+    """Estimate KL(sampler || trainer) in nats per sampled token.
+
+    It is the mean of r - 1 - log r, where r = trainer / sampler."""
     terms = []
     for datum, output in zip(data, trained.loss_fn_outputs, strict=True):
         sampled = np.array(datum.loss_fn_inputs["logprobs"].data)

@@ -41,8 +41,9 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 
 
 def datum(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> types.Datum:
-    """Make a datum. Position i of the input predicts target i; only the answer's tokens and its end have
-    weight."""
+    """Make a datum.
+
+    Position i of the input predicts target i; only the answer's tokens and its end have weight."""
     prompt = prompt_tokens(tokenizer, conversation)
     answer = [*tokenizer.encode(conversation["messages"][1]["content"]), tokenizer.eos_token_id]
     tokens = prompt + answer
@@ -60,8 +61,9 @@ def answer_tokens(data: list[types.Datum]) -> float:
 
 
 def mean_nll(output: types.ForwardBackwardOutput, data: list[types.Datum]) -> float:
-    """Return the mean negative log-likelihood of an answer token, in nats. The server returns sums, so the
-    client divides."""
+    """Return the mean negative log-likelihood of an answer token, in nats.
+
+    The server returns sums, so the client divides."""
     return output.metrics["loss:sum"] / answer_tokens(data)
 
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
-"""The score of a masked key. It is finite, so that a row without a visible key gives a mean of values, not
-NaN."""
+"""The score of a masked key.
+
+It is finite, so that a row without a visible key gives a mean of values, not NaN."""
 
 _QUERY_BLOCKS = 4
 _SMALLEST_BLOCK = 64

@@ -36,8 +36,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that determines a decoder's parameters and arithmetic. Hashable, for use as a static jit
-    argument."""
+    """Everything that determines a decoder's parameters and arithmetic.
+
+    Hashable, for use as a static jit argument."""
 
     family: str
     vocab_size: int

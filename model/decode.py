@@ -49,8 +49,9 @@ class DecodeRows(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The tokens drawn. `steps` of them are valid per row; entries beyond, or after a row's end, are
-    undefined."""
+    """The tokens drawn.
+
+    `steps` of them are valid per row; entries beyond, or after a row's end, are undefined."""
 
     steps: Int[Array, ""]
     tokens: Int[Array, "M S"]

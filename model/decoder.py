@@ -78,8 +78,9 @@ rounded.defvjp(lambda x, dtype: (rounded(x, dtype), None), lambda dtype, kept, g
 
 
 class Linear(nnx.Module):
-    """x W + b in x's dtype, with W [in, out]. With `by_output`, W is stored as [out, in] and sums are
-    float32."""
+    """x W + b in x's dtype, with W [in, out].
+
+    With `by_output`, W is stored as [out, in] and sums are float32."""
 
     by_output = False
 
@@ -299,8 +300,7 @@ def visible_from(
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:
-    """Return the head as [V, D]: the embedding if tied, else lm_head transposed (XLA folds that into the
-    dot)."""
+    """Return the head as [V, D]: the embedding if tied, else lm_head transposed (XLA folds that in)."""
     if "lm_head" in base:
         return base["lm_head"]["weight"].T
     return base["embed_tokens"]["weight"]

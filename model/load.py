@@ -27,8 +27,7 @@ _NAMED_UNREAD = 5
 
 
 def find_model(model: str) -> Path:
-    """Return the folder of `model`, a local path or a hub id (weights and tokenizer are downloaded and
-    cached)."""
+    """Return the folder of `model`, a local path or a hub id (which is downloaded and cached)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder.resolve()

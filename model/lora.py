@@ -124,8 +124,9 @@ def delta(
 
 @jax.custom_vjp
 def product(x_BTI: Float[Array, "B T I"], w: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
-    """Return x w in x's dtype, where `w` is one float32 matrix or one per row. w's gradient is summed in
-    float32."""
+    """Return x w in x's dtype, where `w` is one float32 matrix or one per row.
+
+    w's gradient is summed in float32."""
     return x_BTI @ w.astype(x_BTI.dtype)
 
 

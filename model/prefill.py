@@ -109,8 +109,7 @@ def _visible_in_prompt(
 
 
 class PromptScores(NamedTuple):
-    """Log-probs at temperature 1: of W given next tokens, of the most likely ones if requested, and of A
-    drawn ones."""
+    """Log-probs at temperature 1: of W given tokens, the most likely ones if requested, and A drawn ones."""
 
     logprobs: Float[Array, "T W"]
     top_tokens: Int[Array, "T top"]

@@ -90,8 +90,7 @@ def rows_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Shard an activation by the rules, in a program compiled under `jax.set_mesh`; otherwise return x
-    itself."""
+    """Shard an activation by the rules in a program compiled under `jax.set_mesh`; otherwise return x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

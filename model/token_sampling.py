@@ -110,8 +110,9 @@ def float32_temperature(temperature: float) -> float:
 def draw_many(
     logits: Float[Array, "S V"], temperature: Float[Array, " S"], u: Float[Array, "S A 2"]
 ) -> Int[Array, "S A"]:
-    """Draw A tokens per row, independently and without filters, from two uniforms each. Temperature 0 is
-    greedy."""
+    """Draw A tokens per row, independently and without filters, from two uniforms each.
+
+    Temperature 0 is greedy."""
     greedy = temperature <= 0.0
     weights = jnp.exp(_tempered(logits, temperature))
     drawn = jax.vmap(invert_cdf, in_axes=(None, 1), out_axes=1)(weights, u)

@@ -47,8 +47,9 @@ class Stored(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the model's weights. Raises WeightsError if there are none or one is
-    missing."""
+    """Return the files that hold the model's weights.
+
+    Raises WeightsError if there are none or one is missing."""
     explicit = (read_json(folder / "config.json") or {}).get("transformers_weights")
     if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit):
         raise WeightsError(f"transformers_weights {explicit!r} is not the name of a file in {folder}")
@@ -75,8 +76,9 @@ def headers(folder: Path) -> dict[str, Stored]:
 
 
 def header(file: Path) -> dict[str, Stored]:
-    """Return the descriptions of the tensors in one file. Raises WeightsError if it is damaged or cut
-    short."""
+    """Return the descriptions of the tensors in one file.
+
+    Raises WeightsError if it is damaged or cut short."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -109,8 +111,9 @@ def find(tensors: Mapping[str, T], name: str) -> T | None:
 
 
 def check(folder: Path, config: ModelConfig) -> None:
-    """Check by the headers that the files hold every tensor of `config`. Raises WeightsError naming one if
-    not."""
+    """Check by the headers that the files hold every tensor of `config`.
+
+    Raises WeightsError naming a tensor that is missing or does not fit."""
     stored = headers(folder)
     for name, shape in tensor_shapes(config).items():
         if name == EMBEDDING and config.tie_embeddings and find(stored, name) is None:
@@ -182,15 +185,15 @@ class MappedTensors:
         return view
 
     def forget_pages(self) -> None:
-        """Let the kernel drop pages that were read. It reads them from the file again when they are
-        needed."""
+        """Let the kernel drop pages that were read.
+
+        It reads them from the file again when they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def names(self, config: ModelConfig) -> dict[str, str]:
-        """Return `families.tensor_names` adapted to these files: a tied model may be stored as its head
-        alone."""
+        """Return `families.tensor_names` for these files: a tied model may be stored as its head alone."""
         names = tensor_names(config)
         if config.tie_embeddings and self.find(EMBEDDING) is None and self.find(HEAD) is not None:
             names["embed_tokens.weight"] = HEAD

@@ -65,8 +65,7 @@ def _bits(table_VD: Float[Array, "V D"]) -> Array:
 
 
 def adapters_by_layer(stack: LoraStack) -> LoraStack:
-    """Return `stack` with "layers" as views, one tree per layer; on anything but one CPU device, `stack`
-    itself."""
+    """Return `stack` with "layers" as views, one tree per layer, if on one CPU device; otherwise `stack`."""
     if not _is_on_one_cpu(stack["layers"]):
         return stack
     return stack | {"layers": _by_layer(stack["layers"])}
@@ -122,8 +121,7 @@ def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
 
 
 def open_stack(layers: PyTree) -> tuple[PyTree, ...]:
-    """Return one tree per layer, from a tree stacked on a leading axis or from trees that are already
-    separate."""
+    """Return one tree per layer, from a tree stacked on a leading axis or from separate trees."""
     if isinstance(layers, tuple):
         return layers
     num_layers = len(jax.tree.leaves(layers)[0])

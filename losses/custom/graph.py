@@ -46,8 +46,10 @@ PLACEMENT = Placement()
 
 @dataclass(frozen=True)
 class Node:
-    """One node. Arguments are Refs, numbers, strings, None, Ellipsis, slices, dtypes, or lists, tuples and
-    dicts of these."""
+    """One node.
+
+    Arguments are Refs, numbers, strings, None, Ellipsis, slices, dtypes, or lists, tuples and dicts of
+    these."""
 
     op: str  # placeholder, call_function or call_method
     name: str

@@ -36,8 +36,9 @@ class NotPaddableError(Exception):
 
 
 def load(data: bytes, inputs: Sequence[tuple[str, int]]) -> Graph:
-    """Decode an uploaded graph. Raises CustomLossError naming the node that calls what is not in the
-    tables."""
+    """Decode an uploaded graph.
+
+    Raises CustomLossError naming the node that calls what is not in the tables."""
     return decode(data, inputs, FUNCTIONS, METHODS)
 
 
@@ -107,8 +108,9 @@ def _resolved(argument: Any, environment: dict[str, Any]) -> Any:
 
 
 def _size(node: Node, value: Any) -> int:
-    """Count the elements of a node's value. Raises CustomLossError for a value that is too large or not
-    valid."""
+    """Count the elements of a node's value.
+
+    Raises CustomLossError for a value that is too large or not valid."""
     value = getattr(value, "array", value)  # padding.Tokens has an array
     if is_array(value):
         if value.ndim > MAX_DIMENSIONS or value.size > MAX_ELEMENTS:

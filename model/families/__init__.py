@@ -29,8 +29,7 @@ def tensor_names(config: ModelConfig) -> dict[str, str]:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Map the Hugging Face names of all tensors of this model, layer by layer, to their shapes in the
-    files."""
+    """Map the Hugging Face names of this model's tensors, in all layers, to their shapes in the files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, theirs in tensor_names(config).items():
         for layer in range(config.num_layers) if "{layer}" in theirs else (0,):
@@ -53,6 +52,5 @@ def _shape(config: ModelConfig, ours: str) -> tuple[int, ...]:
 
 
 def is_transposed(path: str) -> bool:
-    """Return whether the parameter at our `path` is a linear weight: [out, in] in the files, [in, out]
-    here."""
+    """Return whether our `path` is a linear weight, which is [out, in] in the files and [in, out] here."""
     return path.endswith("_proj.weight") or path == "lm_head.weight"
