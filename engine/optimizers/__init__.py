@@ -1,1 +1,1 @@
-"""Steps of weights by their gradients, by family."""
+"""Optimizers: one file per family of steps."""

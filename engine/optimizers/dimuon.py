@@ -1,13 +1,14 @@
-"""One dimuon step: Muon (`muon`) with the fields that the SDK gives it.
+"""One dimuon step: Muon (`muon`) with the hyper-parameters that the SDK gives it.
 
-What the SDK says of "dimuon" is its fields: `learning_rate`, `beta1` (the momentum's moving average, 0.9)
-and `grad_clip_norm`; neither it nor the wire defines the update or the "di". What follows is therefore ours:
+The SDK defines only the fields of "dimuon": `learning_rate`, `beta1` (of the momentum's moving average, 0.9)
+and `grad_clip_norm`. Neither it nor the wire format defines the update, or says what "di" means. The rest is
+our choice:
 
-- The two factors of an adapter are orthogonalised each by itself; that is how we read the "di".
-- What is no matrix takes AdamW with the same learning rate and beta1, beta2 0.95 and eps 1e-12 (the SDK's
-  defaults); nothing decays.
-- An update has the root mean square of one of AdamW's, so that one learning rate does for both, and those
-  found with AdamW carry over.
+- The two factors of an adapter are orthogonalised separately; that is how we read the "di".
+- Whatever is not a matrix takes AdamW with the same learning rate and beta1, beta2 0.95 and eps 1e-12 (the
+  SDK's defaults); there is no weight decay.
+- An update has the root mean square of one of AdamW's, so one learning rate serves both, and rates found with
+  AdamW carry over.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from .muon import MuonState as DimuonState
 from .muon import new_state
 from .optimizer import StepNorms
 
-BETA2, EPS = 0.95, 1e-12  # of AdamW, for what is not a matrix
+BETA2, EPS = 0.95, 1e-12  # AdamW's, for whatever is not a matrix
 
 
 class DimuonHyperparameters(NamedTuple):
-    """Float32 scalars. `rank`: the true one of an adapter, whose arrays may be padded."""
+    """Float32 scalars. `rank` is an adapter's true rank; its arrays may be padded to a larger one."""
 
     learning_rate: Float[Array, ""]
     beta1: Float[Array, ""]

@@ -1,7 +1,8 @@
-"""One AdamW step on a pytree of float32 weights.
+"""One AdamW step on a pytree of float32 weights, and the parts that every optimizer here shares.
 
-Hyper-parameters are traced scalars, so a new learning rate compiles nothing, and the state holds none of
-them: it is `optax.ScaleByAdamState` alone (count, mu, nu).
+A step builds optax's transforms from its hyper-parameters, which are traced scalars, so a new learning rate
+compiles nothing. `optax.inject_hyperparams` is not used: it would keep the hyper-parameters in the state, and
+so in every checkpoint. AdamW's state is `optax.ScaleByAdamState` alone (count, mu, nu).
 """
 
 from __future__ import annotations
@@ -36,43 +37,70 @@ class StepNorms(NamedTuple):
     weights: Float[Array, ""]
 
 
+def transformed(transform: optax.GradientTransformation, updates: Any, weights: Any = None) -> Any:
+    """Updates after a transform that keeps no state."""
+    return transform.update(updates, transform.init(weights), weights)[0]
+
+
 def clip(gradients: Any, scale: Float[Array, ""], max_norm: Float[Array, ""]) -> tuple[Any, Float[Array, ""]]:
-    """scale x gradients, clipped by their global norm (`optax.clip_by_global_norm`; 0 or less is off), and
-    that norm before clipping."""
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
-    norm = optax.tree.norm(gradients)
+    """Return scale · gradients, clipped by their global norm, and that norm before clipping.
+
+    A `max_norm` of 0 or less turns clipping off.
+    """
+    gradients = optax.tree.scale(scale, gradients)
     limit = jnp.where(max_norm > 0, max_norm, jnp.inf)
-    shrink = jnp.where(norm > limit, limit / norm, 1.0)
-    return jax.tree.map(lambda g: g * shrink, gradients), norm
+    return transformed(optax.clip_by_global_norm(limit), gradients), optax.tree.norm(gradients)
 
 
-def add(
+def adam_directions(
+    gradients: Any,
+    state: AdamState,
+    beta1: Float[Array, ""],
+    beta2: Float[Array, ""],
+    eps: Float[Array, ""],
+) -> tuple[Any, AdamState]:
+    """Return Adam's m̂ / (√v̂ + eps) (arXiv:1412.6980) and its new state, by `optax.scale_by_adam`.
+
+    With an eps of 0, optax gives 0 / 0 for an element that has had no gradient yet; here that is 0.
+    """
+    quotients, state = optax.scale_by_adam(beta1, beta2, eps).update(gradients, state)
+    return jax.tree.map(lambda q, m: jnp.where(m == 0, 0.0, q), quotients, state.mu), state
+
+
+def descend(
+    directions: Any, weights: Any, learning_rate: Float[Array, ""], weight_decay: Float[Array, ""]
+) -> Any:
+    """Return the updates -lr · (direction + decay · w): weight decay is decoupled (arXiv:1711.05101)."""
+    decayed = optax.add_decayed_weights(weight_decay)
+    return transformed(optax.chain(decayed, optax.scale_by_learning_rate(learning_rate)), directions, weights)
+
+
+def add_if_finite(
     weights: Any, updates: Any, state: Any, new_state: Any, norm: Float[Array, ""]
 ) -> tuple[Any, Any, StepNorms]:
-    """Weights plus updates, the new state, and the norms; or, where `norm` (the gradient's) or the update's
-    is not finite, weights and state as they were."""
+    """Return weights plus updates, the new state, and the norms.
+
+    If `norm` (the gradient's) or the update's norm is not finite, weights and state stay as they were.
+    `optax.apply_if_finite` differs: it looks at the gradients alone, keeps counts in the state and, after a
+    number of failures, lets the update through.
+    """
     update_norm = optax.tree.norm(updates)
     finite = jnp.isfinite(norm) & jnp.isfinite(update_norm)
-    new_weights = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), weights, updates)
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    new_weights = optax.tree.where(finite, optax.apply_updates(weights, updates), weights)
+    new_state = optax.tree.where(finite, new_state, state)
     return new_weights, new_state, StepNorms(norm, update_norm, optax.tree.norm(new_weights))
 
 
 def step(
     weights: Any, state: AdamState, gradients: Any, hyper: AdamHyperparameters
 ) -> tuple[Any, AdamState, Any, StepNorms]:
-    """New weights, new state, zeros in the gradients' buffers, and the norms.
+    """Return new weights, new state, zeros in the gradients' buffers, and the norms.
 
-    Clipping by global norm, then Adam (arXiv:1412.6980) with decoupled weight decay (arXiv:1711.05101):
-    w - lr · (m̂ / (√v̂ + eps) + decay · w). A step that is not finite changes nothing (`add`).
+    Clipping by global norm, then Adam with decoupled decay: w <- w - lr · (m̂ / (√v̂ + eps) + decay · w). A
+    step that is not finite changes nothing (`add_if_finite`).
     """
     clipped, norm = clip(gradients, hyper.grad_scale, hyper.grad_clip_norm)
-    adam = optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.eps)
-    quotients, new_state = adam.update(clipped, state)
-    # Without an eps, what has had no gradient yet is 0 / 0.
-    directions = jax.tree.map(lambda q, m: jnp.where(m == 0, 0.0, q), quotients, new_state.mu)
-    updates = jax.tree.map(
-        lambda u, w: -hyper.learning_rate * (u + hyper.weight_decay * w), directions, weights
-    )
-    new_weights, new_state, norms = add(weights, updates, state, new_state, norm)
-    return new_weights, new_state, jax.tree.map(jnp.zeros_like, gradients), norms
+    directions, new_state = adam_directions(clipped, state, hyper.beta1, hyper.beta2, hyper.eps)
+    updates = descend(directions, weights, hyper.learning_rate, hyper.weight_decay)
+    new_weights, new_state, norms = add_if_finite(weights, updates, state, new_state, norm)
+    return new_weights, new_state, optax.tree.zeros_like(gradients), norms

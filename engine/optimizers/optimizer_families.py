@@ -19,9 +19,13 @@ Options = Mapping[str, LossValue]
 
 @dataclass(frozen=True)
 class Family:
-    """`new_state(count, new)`: a state whose trees like the weights are what `new()` gives.
-    `hyperparameters(params, options, grad_scale, rank)`: float32 scalars for `step`.
-    `options` are those of all steps of a model, with their defaults; of words, those in `choices`."""
+    """One optimizer: its parameters, its state and its step.
+
+    - `new_state(count, new)` returns a state; `new()` makes each of its trees like the weights.
+    - `hyperparameters(params, options, grad_scale, rank)` returns the float32 scalars that `step` takes.
+    - `options` holds a model's options, which are the same for all its steps, with their defaults.
+    - `choices` lists the words that an option may be, `below` the bound that a number stays under.
+    """
 
     params: type[Params]
     state: type[Any]
@@ -30,7 +34,7 @@ class Family:
     step: Callable[..., Any]
     options: Options = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    below: Mapping[str, float] = field(default_factory=dict)  # of numbers, all of which are at least 0
+    below: Mapping[str, float] = field(default_factory=dict)  # and every number is at least 0
 
 
 def _adam_state(count: Any, new: Callable[[], Any]) -> optimizer.AdamState:
@@ -38,8 +42,11 @@ def _adam_state(count: Any, new: Callable[[], Any]) -> optimizer.AdamState:
 
 
 def _scalars(**values: float) -> dict[str, np.float32]:
-    """Round to float32, into its finite numbers. A number over 0 stays over 0: devices take what is below the
-    smallest normal number for 0."""
+    """Round to the nearest finite float32.
+
+    A positive number stays positive: it is raised to the smallest normal number, because devices treat
+    anything below that as 0.
+    """
     smallest, largest = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
     return {
         name: np.float32(min(max(value, smallest), largest) if value > 0 else value)
@@ -105,7 +112,7 @@ FAMILIES = {
         muon.new_state,
         _muon,
         muon.step,
-        # `muon_lr_factor`: Muon's learning rate by AdamW's.
+        # `muon_lr_factor`: Muon's learning rate divided by AdamW's.
         options={
             "muon_momentum": 0.95,
             "muon_nesterov": True,
@@ -120,14 +127,17 @@ FAMILIES = {
 
 
 def family(name: str) -> Family:
-    """Raises UserError naming those there are."""
+    """Return the optimizer of that name. Raises UserError naming the known ones."""
     if name not in FAMILIES:
         raise UserError(f"unknown optimizer {name!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def filled(name: str, options: Options) -> dict[str, LossValue]:
-    """The options of that optimizer, defaults filled in. Raises UserError for one that it does not have."""
+    """Return an optimizer's options with defaults filled in.
+
+    Raises UserError for an option that it does not have, or a value out of range.
+    """
     chosen = family(name)
     for key, value in options.items():
         where = f"optimizer option {key!r} is {value!r}; it must be"

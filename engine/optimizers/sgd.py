@@ -8,28 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
-from .optimizer import StepNorms, add, clip
+from .optimizer import StepNorms, add_if_finite, clip, descend, transformed
 
 
 class SgdState(NamedTuple):
-    """`momentum` is like the weights."""
+    """The number of steps, and the momentum: a tree like the weights."""
 
     count: Int[Array, ""]
     momentum: Any
 
 
 class SignState(NamedTuple):
-    """There is nothing to keep but the number of steps."""
+    """The number of steps."""
 
     count: Int[Array, ""]
 
 
 class SgdHyperparameters(NamedTuple):
-    """Float32 scalars. `nesterov` is 0 or 1; the sign's step takes neither it nor `momentum`."""
+    """Float32 scalars. `nesterov` is 0 or 1; `sign_step` uses neither it nor `momentum`."""
 
     learning_rate: Float[Array, ""]
     weight_decay: Float[Array, ""]
@@ -40,7 +39,7 @@ class SgdHyperparameters(NamedTuple):
 
 
 def new_state(count: Any, new: Callable[[], Any]) -> SgdState:
-    """`new()` is a tree like the weights, of zeros or of anything else."""
+    """Return a state whose momentum is `new()`: a tree like the weights, of zeros or of anything else."""
     return SgdState(count, new())
 
 
@@ -51,22 +50,22 @@ def new_sign_state(count: Any, new: Callable[[], Any]) -> SignState:
 def step(
     weights: Any, state: SgdState, gradients: Any, hyper: SgdHyperparameters
 ) -> tuple[Any, SgdState, Any, StepNorms]:
-    """New weights, new state, zeros in the gradients' buffers, and the norms.
+    """Return new weights, new state, zeros in the gradients' buffers, and the norms.
 
     g <- clip(g) + decay · w;  m <- momentum · m + g;  w <- w - lr · (m, or with Nesterov g + momentum · m).
     The decay is part of the gradient, as in `torch.optim.SGD`, whose formula this is (no dampening). A step
-    that is not finite changes nothing (`add`).
+    that is not finite changes nothing (`add_if_finite`).
     """
     clipped, norm = clip(gradients, hyper.grad_scale, hyper.grad_clip_norm)
-    decayed = jax.tree.map(lambda g, w: g + hyper.weight_decay * w, clipped, weights)
-    momentum = jax.tree.map(lambda m, g: hyper.momentum * m + g, state.momentum, decayed)
-    ahead = hyper.nesterov * hyper.momentum
-    updates = jax.tree.map(
-        lambda m, g: -hyper.learning_rate * jnp.where(hyper.nesterov > 0, g + ahead * m, m), momentum, decayed
-    )
-    new = SgdState(state.count + 1, momentum)
-    new_weights, new, norms = add(weights, updates, state, new, norm)
-    return new_weights, new, jax.tree.map(jnp.zeros_like, gradients), norms
+    decayed = transformed(optax.add_decayed_weights(hyper.weight_decay), clipped, weights)
+    # `nesterov` is traced, and optax wants a bool: its transform computes both.
+    trace = optax.trace(hyper.momentum, nesterov=True)
+    ahead, (momentum,) = trace.update(decayed, optax.TraceState(state.momentum))
+    directions = optax.tree.where(hyper.nesterov > 0, ahead, momentum)
+    updates = transformed(optax.scale_by_learning_rate(hyper.learning_rate), directions)
+    new = SgdState(optax.safe_increment(state.count), momentum)
+    new_weights, new, norms = add_if_finite(weights, updates, state, new, norm)
+    return new_weights, new, optax.tree.zeros_like(gradients), norms
 
 
 def sign_step(
@@ -77,8 +76,8 @@ def sign_step(
     Source: Bernstein et al. 2018 (arXiv:1802.04434), alg. 1, with decoupled decay as in xorl's `signsgd`.
     """
     clipped, norm = clip(gradients, hyper.grad_scale, hyper.grad_clip_norm)
-    updates = jax.tree.map(
-        lambda g, w: -hyper.learning_rate * (jnp.sign(g) + hyper.weight_decay * w), clipped, weights
-    )
-    new_weights, new, norms = add(weights, updates, state, SignState(state.count + 1), norm)
-    return new_weights, new, jax.tree.map(jnp.zeros_like, gradients), norms
+    signs = transformed(optax.scale_by_sign(), clipped)
+    updates = descend(signs, weights, hyper.learning_rate, hyper.weight_decay)
+    new = SignState(optax.safe_increment(state.count))
+    new_weights, new, norms = add_if_finite(weights, updates, state, new, norm)
+    return new_weights, new, optax.tree.zeros_like(gradients), norms
