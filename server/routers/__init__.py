@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 from sqlalchemy import Row
@@ -10,6 +10,7 @@ from sqlalchemy import Row
 from ..access.auth import Caller
 from ..backend import Backend
 from ..dialect import Dialect, said
+from ..openapi import BINARY, schema_of
 from ..operations.operation import Operation
 
 # Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
@@ -40,6 +41,24 @@ Said = Annotated[Dialect | None, Depends(_said)]
 # Of a page of a listing.
 Limit = Annotated[int, Query(ge=0, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=1 << 31)]
+
+
+def described_as(
+    answer: Any, *, events: type | None = None, binary: str | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """Describe what a route answers with 200, for the `responses` of its decorator.
+
+    A `response_model` would have FastAPI validate and write every answer once more; what is described here is
+    sent unchanged. `answer`: a type of `wire/responses.py` or `wire/inference_responses.py`, or several.
+    `events`: the type of a stream's events. `binary`: another media type that clients may accept.
+    """
+    content = {"application/json": {"schema": schema_of(answer)}}
+    if events is not None:
+        event = {"contentMediaType": "application/json", "contentSchema": schema_of(events)}
+        content["text/event-stream"] = {"schema": {"type": "string"} | event}
+    if binary is not None:
+        content[binary] = {"schema": BINARY}
+    return {200: {"content": content}}
 
 
 def future(operation: Operation) -> dict[str, str]:

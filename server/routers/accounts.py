@@ -15,8 +15,9 @@ from ..ledger import audit
 from ..ledger import usage as rows
 from ..ledger.session_search import NO_PROJECT
 from ..storage.checkpoints import as_strings, iso
+from ..wire import responses
 from ..wire.session_search import user_urn
-from . import BackendOf, Owner
+from . import BackendOf, Owner, described_as
 
 router = APIRouter(prefix="/api/v1", tags=["accounts"])
 
@@ -33,7 +34,7 @@ _MOST_DAYS = 14
 _GIGABYTE = 1e9
 
 
-@router.get("/audit")
+@router.get("/audit", responses=described_as(responses.AuditLog))
 async def audit_log(
     backend: BackendOf,
     owner: Owner,
@@ -62,7 +63,7 @@ def _entry(row: Row) -> dict[str, Any]:
     return entry
 
 
-@router.get("/billing/usage/events")
+@router.get("/billing/usage/events", responses=described_as(responses.Usage))
 async def usage_events(
     backend: BackendOf, owner: Owner, starting_on: datetime, ending_before: datetime
 ) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _events(row: Row) -> Iterator[dict[str, Any]]:
             yield shared | {"event_info": kind}
 
 
-@router.get("/billing/usage/checkpoints/current")
+@router.get("/billing/usage/checkpoints/current", responses=described_as(responses.CheckpointStorage))
 async def checkpoint_storage(
     backend: BackendOf, owner: Owner, project_id: str | None = None
 ) -> dict[str, Any]:

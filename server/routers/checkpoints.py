@@ -13,9 +13,9 @@ from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..storage.checkpoints import iso, named, parse, parse_short, shown
 from ..storage.copies import session_of
-from ..wire import requests
+from ..wire import requests, responses
 from ..wire.body import OfModel
-from . import BackendOf, Limit, Offset, Owner, Said, xorl_name
+from . import BackendOf, Limit, Offset, Owner, Said, described_as, xorl_name
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["checkpoints"], route_class=BodyRoute)
@@ -23,7 +23,7 @@ router = APIRouter(prefix="/api/v1", tags=["checkpoints"], route_class=BodyRoute
 LISTED = 1000  # of a model, at most
 
 
-@router.get("/checkpoints")
+@router.get("/checkpoints", responses=described_as(responses.CheckpointPage))
 async def list_checkpoints(
     backend: BackendOf, owner: Owner, said: Said, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
@@ -41,7 +41,7 @@ async def list_checkpoints(
     }
 
 
-@router.post("/list_checkpoints")
+@router.post("/list_checkpoints", responses=described_as(responses.Checkpoints))
 async def list_checkpoints_of_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Those of all the caller's models of that name, newest first; of a model there is not, none."""
     found = await backend.ledger.read(
@@ -58,7 +58,7 @@ def _listed(row: Row, model: str) -> dict[str, Any]:
     }
 
 
-@router.post("/delete_checkpoint")
+@router.post("/delete_checkpoint", responses=described_as(responses.DeletedCheckpoint))
 async def delete_named_checkpoint(
     body: requests.DeleteCheckpoint, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ async def delete_named_checkpoint(
     return {"success": True, "deleted_path": path, "error": None}
 
 
-@router.post("/weights_info")
+@router.post("/weights_info", responses=described_as(responses.CheckpointInfo | responses.NoCheckpoint))
 async def weights_info(body: requests.WeightsInfo, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     try:
         row = await backend.checkpoints.find(owner, parse(body.path or body.tinker_path or ""))
@@ -93,7 +93,7 @@ async def weights_info(body: requests.WeightsInfo, backend: BackendOf, owner: Ow
     return info
 
 
-@router.post("/copy_weights")
+@router.post("/copy_weights", responses=described_as(responses.CopiedWeights))
 async def copy_weights(
     body: requests.CopyWeights,
     backend: BackendOf,
@@ -117,7 +117,7 @@ async def copy_weights(
 _ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 
-@router.delete(_ONE)
+@router.delete(_ONE, responses=described_as(responses.Acknowledged))
 async def delete_checkpoint(
     run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
@@ -125,19 +125,19 @@ async def delete_checkpoint(
     return {"status": "deleted"}
 
 
-@router.post(_ONE + "/publish")
+@router.post(_ONE + "/publish", responses=described_as(responses.Acknowledged))
 async def publish(run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner) -> dict[str, str]:
     await backend.checkpoints.publish(owner, named(run_id, segment, name), True)
     return {"status": "published"}
 
 
-@router.delete(_ONE + "/publish")
+@router.delete(_ONE + "/publish", responses=described_as(responses.Acknowledged))
 async def unpublish(run_id: str, segment: str, name: str, backend: BackendOf, owner: Owner) -> dict[str, str]:
     await backend.checkpoints.publish(owner, named(run_id, segment, name), False)
     return {"status": "unpublished"}
 
 
-@router.put(_ONE + "/ttl")
+@router.put(_ONE + "/ttl", responses=described_as(responses.Acknowledged))
 async def set_ttl(
     run_id: str, segment: str, name: str, body: requests.Ttl, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:

@@ -9,12 +9,13 @@ from fastapi import APIRouter
 from ..access.tokens import Claims
 from ..errors import Forbidden
 from ..ledger import keys as rows
-from . import BackendOf, CallerOf
+from ..wire import responses
+from . import BackendOf, CallerOf, described_as
 
 router = APIRouter(prefix="/api/v1/auth", tags=["credentials"])
 
 
-@router.post("/token")
+@router.post("/token", responses=described_as(responses.Token))
 async def exchange(backend: BackendOf, caller: CallerOf) -> dict[str, str]:
     """A token for the caller's key. One for a token is that token: nobody who found one can renew it."""
     if caller.token is not None:
@@ -23,7 +24,7 @@ async def exchange(backend: BackendOf, caller: CallerOf) -> dict[str, str]:
     return {"jwt": backend.tokens.issue(Claims(caller.owner, caller.key.id))}
 
 
-@router.get("/apikey/me")
+@router.get("/apikey/me", responses=described_as(responses.KeyInfo))
 async def api_key(caller: CallerOf) -> dict[str, Any]:
     """What the SDK's `auth login` keeps beside the key. Its `name` is what `tinsmith keys revoke` takes; this
     server knows no e-mail addresses, and gives the tenant's name instead."""
@@ -37,7 +38,7 @@ async def api_key(caller: CallerOf) -> dict[str, Any]:
     }
 
 
-@router.delete("/apikey/me")
+@router.delete("/apikey/me", responses=described_as(responses.Acknowledged))
 async def revoke_api_key(backend: BackendOf, caller: CallerOf) -> dict[str, str]:
     """The key that the request was sent with, and no other."""
     key = caller.key

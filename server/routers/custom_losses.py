@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from ..wire import responses
 from ..wire.custom_loss import CreateCustomLoss
-from . import BackendOf, Owner, future
+from . import BackendOf, Owner, described_as, future
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
-@router.post("/create_custom_loss")
+@router.post("/create_custom_loss", responses=described_as(responses.Future))
 async def create_custom_loss(body: CreateCustomLoss, backend: BackendOf, owner: Owner) -> dict[str, str]:
     session_id = await backend.sessions.require_active(owner, body.session_id)
     loss, seq_id = body.message(), body.custom_loss_seq_id

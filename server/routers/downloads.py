@@ -17,13 +17,19 @@ from sqlalchemy import Row
 from ...ckpt import paths
 from ...engine import messages
 from ..errors import BadRequest, NotFound, Unavailable
+from ..openapi import BINARY
 from ..storage.archive import Archive, files
 from ..storage.checkpoints import iso, named
-from . import Backend, BackendOf, CallerOf, Owner, base_url
+from ..wire import responses
+from . import Backend, BackendOf, CallerOf, Owner, base_url, described_as
 
 router = APIRouter(prefix="/api/v1", tags=["downloads"])
 
 _ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
+
+
+def _file_of(media_type: str) -> dict[int | str, Any]:
+    return {200: {"content": {media_type: {"schema": BINARY}}}}
 
 
 async def _find_any(
@@ -56,7 +62,7 @@ def _save(row: Row) -> str:
     return row.directory.rpartition("-")[2]
 
 
-@router.get(_ONE + "/archive")
+@router.get(_ONE + "/archive", status_code=302, response_class=Response)
 async def archive_url(
     run_id: str, segment: str, name: str, request: Request, backend: BackendOf, owner: Owner
 ) -> Response:
@@ -70,7 +76,7 @@ async def archive_url(
     return Response(status_code=302, headers={"Location": location, "Expires": date})
 
 
-@router.get(_ONE + "/archive.tar")
+@router.get(_ONE + "/archive.tar", response_class=Response, responses=_file_of("application/x-tar"))
 async def archive(
     run_id: str, segment: str, name: str, backend: BackendOf, caller: CallerOf, save: str | None = None
 ) -> Response:
@@ -116,7 +122,7 @@ async def _archive_of_state(backend: Backend, row: Row) -> Archive:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
-@router.get(_ONE + "/external_weights_urls")
+@router.get(_ONE + "/external_weights_urls", responses=described_as(responses.FileUrls))
 async def external_weights_urls(
     run_id: str, segment: str, name: str, request: Request, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -131,7 +137,11 @@ async def external_weights_urls(
     return {"urls": urls, "expires": iso(expires)}
 
 
-@router.get(_ONE + "/files/{file:path}")
+@router.get(
+    _ONE + "/files/{file:path}",
+    response_class=Response,
+    responses=_file_of("application/octet-stream"),
+)
 async def file(
     run_id: str,
     segment: str,

@@ -8,12 +8,13 @@ from fastapi import APIRouter
 
 from ... import __version__
 from ..served import served_models
-from . import Backend, BackendOf, Owner
+from ..wire import inference_responses
+from . import Backend, BackendOf, Owner, described_as
 
 router = APIRouter(tags=["inference"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=described_as(inference_responses.ServedModels))
 async def models(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """The base models, and the caller's samplers of named weights: by path, each an adapter of its base."""
     data = [_model(base.name, None, base.max_sequence_length, 0.0) for base in backend.base_models.values()]
@@ -26,7 +27,7 @@ async def models(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=described_as(inference_responses.ServedModel))
 async def model(name: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Any model that completions take, by whatever name they take it."""
     found = await served_models.describe(backend, owner, name)
@@ -46,8 +47,8 @@ def _model(name: str, parent: str | None, max_length: int, created: float) -> di
     }
 
 
-@router.get("/model_info")
-@router.get("/get_model_info")
+@router.get("/model_info", responses=described_as(inference_responses.ServedModelInfo))
+@router.get("/get_model_info", responses=described_as(inference_responses.ServedModelInfo))
 async def model_info(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     """Of the first base model. No path of this machine is in it: where there is no hub id, the name."""
     name = _first(backend)
@@ -60,8 +61,8 @@ async def model_info(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     }
 
 
-@router.get("/server_info")
-@router.get("/get_server_info")
+@router.get("/server_info", responses=described_as(inference_responses.ServerInfo))
+@router.get("/get_server_info", responses=described_as(inference_responses.ServerInfo))
 async def server_info(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     name = _first(backend)
     return {

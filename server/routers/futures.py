@@ -17,9 +17,9 @@ from ..dialect import POINTS, Dialect
 from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..operations.operation import Operation
 from ..served.tokenizer import of_folder
-from ..wire import requests, results
+from ..wire import requests, responses, results
 from ..wire.sampled import tokens_of
-from . import Backend, BackendOf, Owner, Said
+from . import Backend, BackendOf, Owner, Said, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["futures"], route_class=BodyRoute)
@@ -106,7 +106,7 @@ def _texts(outputs: list[messages.Output], backend: Backend, part: Operation) ->
     return [tokenizer.continuation(before, tokens_of(sequence.tokens)) for sequence in sequences]
 
 
-@router.post("/retrieve_future")
+@router.post("/retrieve_future", responses=described_as(responses.Polled, binary=results.PROTOBUF))
 async def retrieve_future(
     body: requests.RetrieveFuture, request: Request, backend: BackendOf, owner: Owner, said: Said
 ) -> Response:
@@ -121,7 +121,7 @@ async def retrieve_future(
     return answer
 
 
-@router.post("/retrieve_future/{request_id}")
+@router.post("/retrieve_future/{request_id}", responses=described_as(responses.PolledByPath))
 async def retrieve_future_of_path(request_id: str, backend: BackendOf, owner: Owner, said: Said) -> Response:
     """As the other one, at once; the result is also under `result`."""
     operation = await _find(backend, owner, request_id, said)
@@ -161,7 +161,7 @@ async def _poll(
     return await answered(backend, operation, parts, dialect, wants_protobuf, wrapped)
 
 
-@router.post("/cleanup_futures")
+@router.post("/cleanup_futures", responses=described_as(responses.CleanedFutures))
 async def cleanup_futures(body: requests.CleanupFutures, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Forgets the answers that the caller was given so long ago. What is pending stays."""
     before = time.time() - 3600 * body.max_age_hours
@@ -173,7 +173,7 @@ async def cleanup_futures(body: requests.CleanupFutures, backend: BackendOf, own
     }
 
 
-@router.post("/retrieve_futures")
+@router.post("/retrieve_futures", responses=described_as(responses.SampleCompletions))
 async def retrieve_futures(
     body: requests.RetrieveFutures, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -195,7 +195,7 @@ async def retrieve_futures(
     return {"completions": completions, "cursor": cursor}
 
 
-@router.post("/cancel_future")
+@router.post("/cancel_future", responses=described_as(responses.CancelledFuture))
 async def cancel_future(body: requests.CancelFuture, backend: BackendOf, owner: Owner) -> dict[str, str]:
     """Samples can be cancelled; training operations, whose successors count on them, cannot."""
     operation = await backend.operations.find(owner, body.request_id)

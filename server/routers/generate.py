@@ -13,14 +13,19 @@ from ..served.generate_answers import Answers, Prompt
 from ..served.hang_ups import while_connected
 from ..served.prompts import Prompts
 from ..served.request_samples import RequestSamples
+from ..wire import inference_responses
 from ..wire.generate import Generate
-from . import Backend, BackendOf, Owner
+from . import Backend, BackendOf, Owner, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(tags=["inference"], route_class=BodyRoute)
 
 
-@router.post("/generate", response_model=None)
+@router.post(
+    "/generate",
+    response_model=None,
+    responses=described_as(inference_responses.Generated, events=inference_responses.Generation),
+)
 async def generate(body: Generate, request: Request, backend: BackendOf, owner: Owner) -> Response:
     """One object; a list of several prompts, or of several samples. With `stream` server-sent events, each
     with all there is so far. Closing the connection cancels the samples."""

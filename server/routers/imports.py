@@ -24,13 +24,14 @@ from ..operations.saves import saved as saved_reply
 from ..operations.submits import submit
 from ..storage.adapter_archive import described, unpack
 from ..storage.checkpoints import named
-from . import Backend, BackendOf, Owner
+from ..wire import responses
+from . import Backend, BackendOf, Owner, described_as
 
 PATH = "/api/v1/import_weights"
 router = APIRouter(tags=["weights"])
 
 
-@router.post(PATH)
+@router.post(PATH, responses=described_as(responses.ImportedWeights))
 async def import_weights(
     request: Request,
     backend: BackendOf,

@@ -17,7 +17,8 @@ from ..inference.addresses import is_loopback
 from ..inference.endpoints import Registered
 from ..ledger import inference as rows
 from ..wire import inference as wire
-from . import Backend, BackendOf, Owner
+from ..wire import inference_responses
+from . import Backend, BackendOf, Owner, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
@@ -66,7 +67,7 @@ def _state(endpoint: Registered | None) -> dict[str, Any]:
     }
 
 
-@router.post("/add_inference_endpoint")
+@router.post("/add_inference_endpoint", responses=described_as(inference_responses.AddedEndpoint))
 async def add_inference_endpoint(
     body: wire.AddEndpoint, request: Request, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -86,14 +87,14 @@ async def add_inference_endpoint(
     }
 
 
-@router.post("/remove_inference_endpoint")
+@router.post("/remove_inference_endpoint", responses=described_as(inference_responses.RemovedEndpoint))
 async def remove_inference_endpoint(body: wire.Endpoint, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     gone = await backend.registry.remove(owner, body.host, body.port)
     where = f"{body.host}:{body.port}"
     return {"success": gone, "message": f"{where} is forgotten" if gone else f"{where} is not there"}
 
 
-@router.get("/list_inference_endpoints")
+@router.get("/list_inference_endpoints", responses=described_as(inference_responses.InferenceEndpoints))
 async def list_inference_endpoints(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """The caller's own; and how many of the operator's there are for everybody, and are healthy."""
     known = await backend.ledger.read(lambda connection: rows.endpoints(connection, owner))
@@ -115,11 +116,11 @@ _INSTEAD = {
 }
 
 
-@router.post("/connect_inference_endpoint")
-@router.post("/disconnect_inference_endpoint")
-@router.post("/api/v1/save_full_weights_safetensors")
-@router.post("/api/v1/update_dedicated_endpoint")
-@router.post("/api/v1/update_serverless_weights")
+@router.post("/connect_inference_endpoint", status_code=410)
+@router.post("/disconnect_inference_endpoint", status_code=410)
+@router.post("/api/v1/save_full_weights_safetensors", status_code=410)
+@router.post("/api/v1/update_dedicated_endpoint", status_code=410)
+@router.post("/api/v1/update_serverless_weights", status_code=410)
 async def gone(request: Request, _owner: Owner) -> dict[str, Any]:
     """What old clients ask and no server has any more: 410, with what to use."""
     raise Gone(f"{request.url.path} is no more: {_INSTEAD[request.url.path]}")

@@ -25,14 +25,15 @@ from ..served.named_models import Named, check_name, described, warnings_of
 from ..served.tokenizer import of_folder
 from ..storage.checkpoints import iso
 from ..wire import models as wire
+from ..wire import responses
 from ..wire.body import DEFAULT_MODEL, OfModel
-from . import Backend, BackendOf, Owner, Said, base_url, future, session_of_client
+from . import Backend, BackendOf, Owner, Said, base_url, described_as, future, session_of_client
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["models"], route_class=BodyRoute)
 
 
-@router.post("/create_model")
+@router.post("/create_model", responses=described_as(responses.CreateModelFuture))
 async def create_model(
     body: wire.CreateModel, request: Request, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
@@ -130,7 +131,7 @@ async def _from_checkpoint(
     return ModelSpec(message, spec.optimizer, spec.configuration, spec.warnings)
 
 
-@router.post("/delete_model")
+@router.post("/delete_model", responses=described_as(responses.DeletedModel))
 async def delete_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Its operations that are queued are done first; its checkpoints stay."""
     run = await backend.runs.find_live(owner, body.model_id)
@@ -143,7 +144,7 @@ async def delete_model(body: OfModel, backend: BackendOf, owner: Owner) -> dict[
     }
 
 
-@router.post("/unload_model")
+@router.post("/unload_model", responses=described_as(responses.Future))
 async def unload_model(body: OfModel, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
     """As delete_model, answered by a poll."""
     run = await backend.runs.find_live(owner, body.model_id)
@@ -162,7 +163,7 @@ async def unload_model(body: OfModel, backend: BackendOf, owner: Owner, said: Sa
     return future(operation)
 
 
-@router.post("/kill_session")
+@router.post("/kill_session", responses=described_as(responses.KilledSession))
 async def kill_session(body: wire.KillSession, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Unloads the model, behind the operations that are queued; with `save_checkpoint` its training state is
     kept as `session_<model>_final`, with `reset_weights` it begins again as it was created."""
@@ -198,7 +199,7 @@ async def _begin_again(run: Run, backend: Backend) -> None:
     await backend.named_models.open(Named(run.owner, run.name, spec, run.dialect, reply, run.user_metadata))
 
 
-@router.post("/get_info")
+@router.post("/get_info", responses=described_as(responses.ModelInfo))
 async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     run = await backend.runs.find_live(owner, body.model_id)
     model = backend.base_models.get(run.base_model)
@@ -231,7 +232,7 @@ async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str,
     return info
 
 
-@router.get("/get_tokenizer", response_model=None)
+@router.get("/get_tokenizer", response_model=None, responses=described_as(responses.TokenizerFile))
 async def get_tokenizer(model_id: str, backend: BackendOf, owner: Owner) -> Response:
     """The tokenizer as a `tokenizer.json`, and beside its keys what else transformers makes of the model's
     tokenizer files."""

@@ -13,14 +13,21 @@ from ..served.openai_answers import Answers, ChatAnswers, CompletionAnswers
 from ..served.prompts import Prompts
 from ..served.request_samples import RequestSamples
 from ..served.served_samples import Asked
+from ..wire import inference_responses
 from ..wire.openai import ChatCompletions, Completions
-from . import Backend, BackendOf, Owner
+from . import Backend, BackendOf, Owner, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 
 
-@router.post("/completions", response_model=None)
+@router.post(
+    "/completions",
+    response_model=None,
+    responses=described_as(
+        inference_responses.TextCompletion, events=inference_responses.TextCompletionChunk
+    ),
+)
 async def completions(body: Completions, request: Request, backend: BackendOf, owner: Owner) -> Response:
     """Of one prompt or several, `n` each. With `stream` server-sent events. Closing the connection cancels
     the samples."""
@@ -60,7 +67,13 @@ async def _completions(body: Completions, backend: Backend, owner: str) -> Respo
     return await _answered(backend, owner, answers, asked)
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post(
+    "/chat/completions",
+    response_model=None,
+    responses=described_as(
+        inference_responses.ChatCompletion, events=inference_responses.ChatCompletionChunk
+    ),
+)
 async def chat_completions(
     body: ChatCompletions, request: Request, backend: BackendOf, owner: Owner
 ) -> Response:

@@ -7,14 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from ..wire import responses
 from ..wire.body import OfModel
-from . import BackendOf, Owner
+from . import BackendOf, Owner, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
-@router.post("/stop_rlve")
+@router.post("/stop_rlve", responses=described_as(responses.RlveModel))
 async def stop_rlve(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """A step that has begun to train is ended first; the client then has the model to itself."""
     run = await backend.runs.find_trainable(owner, body.model_id)
@@ -22,7 +23,7 @@ async def stop_rlve(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str
     return {"model_id": run.name, "rlve": await backend.rlve.described(run)}
 
 
-@router.post("/resume_rlve")
+@router.post("/resume_rlve", responses=described_as(responses.RlveModel))
 async def resume_rlve(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Goes on after the last step that was counted, without gradients that were accumulated since."""
     run = await backend.runs.find_trainable(owner, body.model_id)

@@ -19,14 +19,14 @@ from ..live.samplers import new_directory, number_of, sampler_id
 from ..operations.saves import new_checkpoint, saved
 from ..operations.submits import refuse, submit
 from ..storage.checkpoints import named
-from ..wire import requests
-from . import Backend, BackendOf, Owner, base_url, future
+from ..wire import requests, responses
+from . import Backend, BackendOf, Owner, base_url, described_as, future
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)
 
 
-@router.post("/save_weights_for_sampler")
+@router.post("/save_weights_for_sampler", responses=described_as(responses.Future))
 async def save_weights_for_sampler(
     body: requests.SaveWeightsForSampler, request: Request, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _unnamed(body: requests.SaveWeightsForSampler, run: Run) -> _Save:
     return directory, reply, also
 
 
-@router.post("/save_weights_external")
+@router.post("/save_weights_external", responses=described_as(responses.Future))
 async def save_weights_external(
     body: requests.SaveWeightsExternal, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from ..served import sample_submits
 from ..served.hang_ups import while_connected
 from ..served.request_samples import RequestSamples
 from ..served.sample_targets import target
+from ..wire import responses
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
 from ..wire.sampled import tokens_of
-from . import Backend, BackendOf, Owner, Said, future
+from . import Backend, BackendOf, Owner, Said, described_as, future
 from .bodies import BodyRoute
 from .futures import PROMPT_END, answered
 
@@ -31,7 +32,7 @@ router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 _CONTEXT = 8  # tokens of a prompt that its samples are decoded after
 
 
-@router.post("/asample")
+@router.post("/asample", responses=described_as(responses.SampleFuture))
 async def asample(body: wire.Sample, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
     sampler = await target(backend, owner, body)
     operation = await _submit(body, body.prompt, sampler, body.seq_id, backend, owner, said)
@@ -39,7 +40,7 @@ async def asample(body: wire.Sample, backend: BackendOf, owner: Owner, said: Sai
     return future(operation) | {"sample_sequence_ids": ids}
 
 
-@router.post("/sample", response_model=None)
+@router.post("/sample", response_model=None, responses=described_as(responses.Sampled))
 async def sample(
     body: wire.SampleNow,
     request: Request,

@@ -13,15 +13,15 @@ from ..ledger import tenancy
 from ..live.samplers import Sampler, number_of
 from ..operations.operation import Submission
 from ..served.sample_targets import Weights, weights
-from ..wire import requests
+from ..wire import requests, responses
 from ..wire.sampling import CreateSamplingClient, CreateSamplingSession
-from . import Backend, BackendOf, Owner, Said, future, session_of_client
+from . import Backend, BackendOf, Owner, Said, described_as, future, session_of_client
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", responses=described_as(responses.CreatedSamplingSession))
 async def create_sampling_session(
     body: CreateSamplingSession, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
@@ -30,7 +30,7 @@ async def create_sampling_session(
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
 
-@router.post("/create_sampling_client")
+@router.post("/create_sampling_client", responses=described_as(responses.CreatedSamplingClient))
 async def create_sampling_client(
     body: CreateSamplingClient, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
@@ -92,7 +92,7 @@ async def _session_of(backend: Backend, owner: str, found: Weights) -> str:
     return await backend.sessions.create(owner, {"tags": [], "user_metadata": {}})
 
 
-@router.post("/join_sampling_session")
+@router.post("/join_sampling_session", responses=described_as(responses.JoinedSamplingSession))
 async def join_sampling_session(
     body: requests.JoinSamplingSession, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -102,7 +102,7 @@ async def join_sampling_session(
     return {"type": "join_sampling_session", "client_counter": number}
 
 
-@router.get("/samplers/{sampler_id}")
+@router.get("/samplers/{sampler_id}", responses=described_as(responses.SamplerInfo))
 async def get_sampler(sampler_id: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """`metrics`: how SGLang's log-probs compare to the engine's; null before any were compared."""
     sampler = await backend.samplers.find(owner, sampler_id)

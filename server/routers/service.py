@@ -8,11 +8,12 @@ from typing import Any
 import orjson
 import prometheus_client
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from ... import __version__
 from ..rlve import environments
-from . import Backend, BackendOf, Owner, base_url
+from ..wire import responses
+from . import Backend, BackendOf, Owner, base_url, described_as
 
 router = APIRouter(tags=["service"])
 
@@ -30,7 +31,7 @@ CLIENT_CONFIG = {
 }
 
 
-@router.post("/api/v1/client/config")
+@router.post("/api/v1/client/config", responses=described_as(responses.ClientConfig))
 async def client_config(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     settings = backend.settings
     return CLIENT_CONFIG | {
@@ -39,13 +40,13 @@ async def client_config(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     }
 
 
-@router.post("/api/v1/client/dynamic_config")
+@router.post("/api/v1/client/dynamic_config", responses=described_as(responses.DynamicClientConfig))
 async def dynamic_config(_owner: Owner) -> dict[str, Any]:
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
-@router.get("/api/v1/capabilities")
-@router.get("/api/v1/get_server_capabilities")
+@router.get("/api/v1/capabilities", responses=described_as(responses.Capabilities))
+@router.get("/api/v1/get_server_capabilities", responses=described_as(responses.Capabilities))
 async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     return {
         "supported_models": [
@@ -67,14 +68,14 @@ async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     }
 
 
-@router.get("/healthz")
-@router.get("/api/v1/healthz")
+@router.get("/healthz", responses=described_as(responses.Healthz))
+@router.get("/api/v1/healthz", responses=described_as(responses.Healthz))
 async def healthz() -> dict[str, str]:
     """Whether the server answers; `/health` says how the engine is."""
     return {"status": "ok"}
 
 
-@router.get("/")
+@router.get("/", responses=described_as(responses.Directory))
 async def root(request: Request, backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     """What is here."""
     of = base_url(request, backend)
@@ -92,8 +93,12 @@ async def root(request: Request, backend: BackendOf, _owner: Owner) -> dict[str,
     }
 
 
-@router.get("/health")
-@router.get("/api/v1/health")
+_HEALTH = described_as(responses.Health)
+_HEALTH[503] = {"description": "the engine cannot start", **_HEALTH[200]}
+
+
+@router.get("/health", responses=_HEALTH)
+@router.get("/api/v1/health", responses=_HEALTH)
 async def health(request: Request, backend: BackendOf) -> Response:
     """200 while the engine lives, loads or is started again; 503 when it seems that it cannot start. The ids
     of one's models are told to those who send their key."""
@@ -142,13 +147,13 @@ def _disk(backend: Backend) -> dict[str, Any]:
     }
 
 
-@router.post("/api/v1/telemetry")
+@router.post("/api/v1/telemetry", responses=described_as(responses.Acknowledged))
 async def telemetry(_owner: Owner) -> dict[str, str]:
     """Clients report their own events; nothing is kept."""
     return {"status": "accepted"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, _owner: Owner) -> Response:
     return Response(
         prometheus_client.generate_latest(request.app.state.metrics.registry),

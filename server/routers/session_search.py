@@ -8,8 +8,9 @@ from fastapi import APIRouter
 
 from ..ledger import session_search as rows
 from ..storage.checkpoints import as_strings, iso
+from ..wire import responses
 from ..wire import session_search as wire
-from . import BackendOf, Owner
+from . import BackendOf, Owner, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
@@ -18,7 +19,7 @@ router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
 _LEAST_ACTIVE_SECONDS = 180.0
 
 
-@router.post("/sessions/search")
+@router.post("/sessions/search", responses=described_as(responses.FoundSessions))
 async def search_sessions(body: wire.SearchSessions, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Only one's own sessions, whoever's are asked for: nobody shares one."""
     since = rows.active_since(max(backend.settings.session_idle_seconds, _LEAST_ACTIVE_SECONDS))

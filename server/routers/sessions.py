@@ -16,9 +16,9 @@ from ..live.run import Run
 from ..live.sessions import shown_id
 from ..served.named_models import Named, check_name, described
 from ..storage.checkpoints import as_strings
-from ..wire import requests
+from ..wire import requests, responses
 from ..wire.models import CreateModel
-from . import Backend, BackendOf, Limit, Offset, Owner, Said, base_url
+from . import Backend, BackendOf, Limit, Offset, Owner, Said, base_url, described_as
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
@@ -30,7 +30,7 @@ AccessScope = Literal["owned", "accessible"]
 _OF_MODELS = frozenset({"session_id", "base_model", "lora_config"})
 
 
-@router.post("/create_session")
+@router.post("/create_session", responses=described_as(responses.CreatedSession))
 async def create_session(
     body: requests.CreateSession, request: Request, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:
@@ -87,7 +87,7 @@ async def _with_model(
     return name
 
 
-@router.post("/session_heartbeat")
+@router.post("/session_heartbeat", responses=described_as(responses.SessionAlive))
 async def session_heartbeat(
     body: requests.SessionHeartbeat, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
@@ -108,7 +108,7 @@ async def _of_model(name: str, backend: Backend, owner: str) -> Run:
         raise NotFound(f"unknown session {name!r}: create one with create_session") from None
 
 
-@router.get("/session_info")
+@router.get("/session_info", responses=described_as(responses.SessionSummary))
 async def session_info(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """The caller's models that are not over."""
     rows = await backend.ledger.read(lambda connection: tenancy.active_models(connection, owner))
@@ -126,7 +126,7 @@ async def session_info(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     }
 
 
-@router.post("/sessions/{session_id}/finish")
+@router.post("/sessions/{session_id}/finish", responses=described_as(responses.FinishedSession))
 async def finish_session(
     session_id: str, body: requests.FinishSession, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
@@ -134,7 +134,7 @@ async def finish_session(
     return {"type": "finish_session"}
 
 
-@router.get("/sessions")
+@router.get("/sessions", responses=described_as(responses.SessionIds))
 async def list_sessions(
     backend: BackendOf,
     owner: Owner,
@@ -148,7 +148,7 @@ async def list_sessions(
     return {"sessions": [shown_id(row) for row in found]}
 
 
-@router.put("/sessions/{session_id}/project")
+@router.put("/sessions/{session_id}/project", responses=described_as(responses.Acknowledged))
 async def assign_project(
     session_id: str, body: requests.Project, backend: BackendOf, owner: Owner
 ) -> dict[str, str]:
@@ -156,7 +156,7 @@ async def assign_project(
     return {"status": "changed"}
 
 
-@router.get("/sessions/{session_id}")
+@router.get("/sessions/{session_id}", responses=described_as(responses.SessionDetails))
 async def get_session(
     session_id: str, backend: BackendOf, owner: Owner, access_scope: AccessScope = "owned"
 ) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from fastapi import APIRouter
 
 from ...engine import messages
 from ..errors import Forbidden, Unavailable
-from . import Backend, BackendOf, Owner
+from ..wire import responses
+from . import Backend, BackendOf, Owner, described_as
 
 router = APIRouter(tags=["engine"])
 
 
-@router.post("/sleep")
+@router.post("/sleep", responses=described_as(responses.SleepAnswer))
 async def sleep(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """After what was asked before. What is asked while it sleeps wakes it, and is done. Refused while the
     engine has models of another tenant."""
@@ -25,7 +26,7 @@ async def sleep(backend: BackendOf, owner: Owner) -> dict[str, Any]:
     return _result("sleeping", "offload_time", slept)
 
 
-@router.post("/wake_up")
+@router.post("/wake_up", responses=described_as(responses.SleepAnswer))
 async def wake_up(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
     """At once, rather than with the next operation."""
     return _result("awake", "load_time", await _ask(backend, messages.WakeUp(f"wake-{uuid.uuid4().hex}")))

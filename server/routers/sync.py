@@ -17,16 +17,17 @@ from ..inference.merged_weights import Synced
 from ..ledger import inference as rows
 from ..served.sample_targets import live_sampler, weights
 from ..wire import inference as wire
+from ..wire import inference_responses
 from ..wire.body import DEFAULT_MODEL
-from . import BackendOf, Owner
+from . import BackendOf, Owner, described_as
 from .bodies import BodyRoute
 from .inference import is_this
 
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
 
-@router.post("/sync_inference_weights")
-@router.post("/api/v1/sync_inference_weights")
+@router.post("/sync_inference_weights", responses=described_as(inference_responses.SyncedWeights))
+@router.post("/api/v1/sync_inference_weights", responses=described_as(inference_responses.SyncedWeights))
 async def sync_inference_weights(
     body: wire.SyncWeights, request: Request, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:
@@ -67,7 +68,7 @@ async def sync_inference_weights(
     return answer | _measured(synced, saved - began)
 
 
-@router.post("/api/v1/set_sync_quantization")
+@router.post("/api/v1/set_sync_quantization", responses=described_as(inference_responses.SyncQuantization))
 async def set_sync_quantization(
     body: wire.SetQuantization, backend: BackendOf, owner: Owner
 ) -> dict[str, Any]:

@@ -10,14 +10,15 @@ from fastapi.responses import Response
 
 from ..ledger import traces as rows
 from ..live.traces import chrome_trace
-from . import BackendOf, Owner, base_url
+from ..wire import responses
+from . import BackendOf, Owner, base_url, described_as
 
 router = APIRouter(prefix="/api/v1/sessions/{session_id}", tags=["traces"])
 
 _MOST_OPERATIONS = 50_000
 
 
-@router.get("/trace_export")
+@router.get("/trace_export", responses=described_as(responses.TraceReady | responses.TraceFailed))
 async def trace_export(session_id: str, request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Clients ask until it is `ready` or `failed`; it is at once."""
     session_id = (await backend.sessions.find(owner, session_id)).id
@@ -28,7 +29,7 @@ async def trace_export(session_id: str, request: Request, backend: BackendOf, ow
     return {"status": "ready", "url": base_url(request, backend) + signed}
 
 
-@router.get("/trace")
+@router.get("/trace", responses=described_as(responses.Trace))
 async def trace(session_id: str, backend: BackendOf, owner: Owner) -> Response:
     """Of the newest operations that the ledger has."""
     session_id = (await backend.sessions.find(owner, session_id)).id

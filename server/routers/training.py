@@ -14,24 +14,25 @@ from ..offload import INLINE_BYTES
 from ..operations import provenance
 from ..operations.submits import refuse, submit
 from ..wire import forward_backward as wire
+from ..wire import responses
 from ..wire import training as json_wire
 from ..wire.body import Sequenced
 from ..wire.losses import PER_TOKEN
 from ..wire.training_body import ReadBody, with_datums
 from ..wire.training_body import read as read_body
-from . import Backend, BackendOf, Owner, future
+from . import Backend, BackendOf, Owner, described_as, future
 from .bodies import BodyRoute, body_is_read, received
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
-@router.post("/forward_backward")
+@router.post("/forward_backward", responses=described_as(responses.Future))
 async def forward_backward(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """JSON; or a protobuf ForwardBackwardRequest, also compressed with zstd."""
     return await _forward_backward(request, backend, owner, forward_only=False)
 
 
-@router.post("/forward")
+@router.post("/forward", responses=described_as(responses.Future))
 async def forward(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """As forward_backward, without gradients."""
     return await _forward_backward(request, backend, owner, forward_only=True)
@@ -118,7 +119,7 @@ def _check_limits(body: wire.ForwardBackwardBody, run: Run) -> None:
             )
 
 
-@router.post("/optim_step")
+@router.post("/optim_step", responses=described_as(responses.Future))
 async def optim_step(body: json_wire.OptimStep, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     try:
         run = await backend.runs.find_trainable(owner, body.model_id)
@@ -144,7 +145,7 @@ def _learning_rate(message: messages.OptimStep) -> float:
     return message.params.learning_rate if message.dimuon is None else message.dimuon.learning_rate
 
 
-@router.post("/abort_gradient_epoch")
+@router.post("/abort_gradient_epoch", responses=described_as(responses.Future))
 async def abort_gradient_epoch(body: Sequenced, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Forgets the gradients that were accumulated since the last step."""
     try:

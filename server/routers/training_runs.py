@@ -14,7 +14,8 @@ from ..errors import NotFound
 from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..storage.checkpoints import as_strings, iso, shown
-from . import Backend, BackendOf, Limit, Offset, Owner, Said, xorl_name
+from ..wire import responses
+from . import Backend, BackendOf, Limit, Offset, Owner, Said, described_as, xorl_name
 
 router = APIRouter(prefix="/api/v1", tags=["training runs"])
 
@@ -52,7 +53,7 @@ async def _checkpoints(backend: Backend, owner: str, run: Row) -> Sequence[Row]:
     )
 
 
-@router.get("/training_runs")
+@router.get("/training_runs", responses=described_as(responses.TrainingRuns))
 async def training_runs(
     backend: BackendOf,
     owner: Owner,
@@ -88,14 +89,14 @@ async def _find(backend: Backend, owner: str, run_id: str, access_scope: AccessS
     raise NotFound(f"unknown training run {run_id!r}")
 
 
-@router.get("/training_runs/{run_id}")
+@router.get("/training_runs/{run_id}", responses=described_as(responses.TrainingRun))
 async def training_run(
     run_id: str, backend: BackendOf, owner: Owner, said: Said, access_scope: AccessScope = "owned"
 ) -> dict[str, Any]:
     return await _training_run(backend, owner, await _find(backend, owner, run_id, access_scope), said)
 
 
-@router.get("/training_runs/{run_id}/checkpoints")
+@router.get("/training_runs/{run_id}/checkpoints", responses=described_as(responses.Checkpoints))
 async def checkpoints_of_run(run_id: str, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
     """All of one's own; of another's run the published ones."""
     run = await _find(backend, owner, run_id, "accessible")

@@ -17,14 +17,14 @@ from ..live.run import NewRun, Run
 from ..live.runs import model_id
 from ..operations.saves import save_state
 from ..operations.submits import refuse, submit
-from ..wire import requests
-from . import Backend, BackendOf, Owner, Said, future
+from ..wire import requests, responses
+from . import Backend, BackendOf, Owner, Said, described_as, future
 from .bodies import BodyRoute
 
 router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)
 
 
-@router.post("/save_weights")
+@router.post("/save_weights", responses=described_as(responses.Future))
 async def save_weights(body: requests.SaveWeights, backend: BackendOf, owner: Owner) -> dict[str, Any]:
     """Without a name it is one of the time."""
     try:
@@ -37,7 +37,7 @@ async def save_weights(body: requests.SaveWeights, backend: BackendOf, owner: Ow
     return future(operation)
 
 
-@router.post("/load_weights")
+@router.post("/load_weights", responses=described_as(responses.Future))
 async def load_weights(
     body: requests.LoadWeights, backend: BackendOf, owner: Owner, said: Said
 ) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What clients of tinkercloud and of xorl do with plain HTTP, as they do it."""
+"""What clients of tinkercloud and of xorl do with plain HTTP, as they do it. Every answer that they get is
+compared with the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import time
 from typing import Any
 
 import httpx
+from rest.documented import Documented
 
 ALICE, BOB = "tml-alice", "tml-bob"
 _SECONDS = 120
@@ -15,7 +17,9 @@ class Tinkercloud(httpx.Client):
     """`X-API-Key`; polls by path, where 200 is an answer, 408 is none yet and all else is a failure."""
 
     def __init__(self, url: str, key: str):
-        super().__init__(base_url=url, headers={"X-API-Key": key}, timeout=60)
+        self.documented = Documented()
+        hooks = {"response": [self.documented]}
+        super().__init__(base_url=url, headers={"X-API-Key": key}, timeout=60, event_hooks=hooks)
 
     def ask(self, path: str, /, **body: Any) -> dict[str, Any]:
         answer = self.post(f"/api/v1/{path}", json=body)
@@ -43,7 +47,10 @@ class Xorl(httpx.Client):
     """`Authorization: Bearer`; polls by body, always answered 200."""
 
     def __init__(self, url: str, key: str):
-        super().__init__(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        self.documented = Documented()
+        hooks = {"response": [self.documented]}
+        headers = {"Authorization": f"Bearer {key}"}
+        super().__init__(base_url=url, headers=headers, timeout=60, event_hooks=hooks)
 
     def ask(self, path: str, /, **body: Any) -> dict[str, Any]:
         answer = self.post(f"/api/v1/{path}", json=body)
