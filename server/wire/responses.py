@@ -577,7 +577,7 @@ class SamplerInfo(TypedDict):
     sampler_id: str
     base_model: str
     model_path: str | None
-    sampling_engine: SamplingEngine
+    sampling_engine: SamplingEngine | None
     metrics: Metrics | None
 
 

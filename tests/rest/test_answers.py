@@ -14,7 +14,10 @@ from rest.clients import Tinkercloud
 _TOKENS = [5, 6, 7, 8]
 _DATUM = {
     "model_input": {"chunks": [{"tokens": _TOKENS}]},
-    "loss_fn_inputs": {"target_tokens": {"data": [6, 7, 8, 9], "dtype": "int64"}},
+    "loss_fn_inputs": {
+        "target_tokens": {"data": [6, 7, 8, 9], "dtype": "int64"},
+        "weights": {"data": [1.0] * 4, "dtype": "float32"},
+    },
 }
 _PROMPT = {"prompt": {"chunks": [{"tokens": _TOKENS}]}, "sampling_params": {"max_tokens": 3, "seed": 1}}
 _SCORES = {"prompt_logprobs": True, "topk_prompt_logprobs": 2, "topk_sample_logprobs": 2}
@@ -33,6 +36,7 @@ def polled(client: Tinkercloud, path: str, /, **body: Any) -> dict[str, Any]:
     while (answer := client.post("/api/v1/retrieve_future", json=request)).status_code == 408:
         pass
     assert answer.status_code == 200, answer.text
+    assert "error" not in answer.json(), answer.text
     return answer.json()
 
 
@@ -99,10 +103,10 @@ def test_what_the_sdk_is_answered(sdk: Tinkercloud) -> None:
     assert len(sdk.get(f"/api/v1/training_runs/{model}/checkpoints").json()["checkpoints"]) == 3
     sdk.put(f"/api/v1/sessions/{session_id}/project", json={"project_id": "p"})
     assert sdk.ask("sessions/search", session_id=session_id)["sessions"]
+    other = sdk.ask("create_session", tags=[])["session_id"]
     assert sdk.ask("sessions/search", limit=1)["next_cursor"]
     assert sdk.get(f"/api/v1/sessions/{session_id}/trace_export").json()["status"] == "ready"
     assert sdk.get(f"/api/v1/sessions/{session_id}/trace").json()["traceEvents"]
-    other = sdk.ask("create_session", tags=[])["session_id"]
     assert sdk.get(f"/api/v1/sessions/{other}/trace_export").json()["status"] == "failed"
     checkpoint = f"/api/v1/training_runs/{model}/checkpoints/sampler_weights/sampler"
     for method, of in (("POST", "/publish"), ("DELETE", "/publish")):
