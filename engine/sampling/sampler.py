@@ -120,8 +120,7 @@ class Sampler:
         base, or the full weights `base`. The arrays are copied, so that what training does to its own later
         has no effect, unless they are `owned` by the caller and never change. Registering a known key raises
         ValueError."""
-        if key in self._weights:
-            raise ValueError(f"sampler weights {key!r} are already registered")
+        self._require_new(key)
         copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
         if base is not None:
             own = base if owned else copy(base)
@@ -132,6 +131,15 @@ class Sampler:
         if self._mesh is not None:
             adapter = jax.device_put(adapter, replicated(self._mesh))
         self._weights[key] = Weights(shared.base, shared.base_by_layer, adapter, scale)
+
+    def share(self, key: str, weights: Weights) -> None:
+        """Make weights that are registered already known under `key` too, without a copy of their arrays."""
+        self._require_new(key)
+        self._weights[key] = Weights(weights.base, weights.base_by_layer, weights.adapter, weights.scale)
+
+    def _require_new(self, key: str) -> None:
+        if key in self._weights:
+            raise ValueError(f"sampler weights {key!r} are already registered")
 
     def release(self, key: str) -> None:
         """Forget the weights of `key` (unknown: nothing happens). Requests already added still finish."""

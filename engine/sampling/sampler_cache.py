@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .. import messages
 from ..errors import MissingWeights, UserError
 from ..parking import Parked
 from ..training.training_state import TrainingState
+from .equal_weights import Source, are_equal, likeness
 from .sampler import Sampler
 from .sampler_weights import Weights
 
@@ -29,10 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Resident:
-    """Weights on the device."""
+    """Weights on the device. `source`: the training state's arrays that they are a copy of; `likeness`: None
+    until they are compared with the others."""
 
-    bytes: int
+    weights: Weights
     sampled_at: float  # of time.monotonic
+    source: Source | None = None
+    likeness: Hashable | None = None
 
 
 class SamplerCache:
@@ -42,7 +46,8 @@ class SamplerCache:
     sampled. They leave the device when they were not sampled for `idle_seconds`, or when all together exceed
     `bytes_on_device`, those not sampled for longest first (the newest stay, whatever their size); and come
     back when they are sampled again. Frozen weights stay in memory until `written` says that they are on
-    disk.
+    disk. Keys whose weights are equal to the bit share one copy on the device, found when a model is frozen
+    twice at one step, or when weights are sampled for the first time since they came to the device.
     """
 
     def __init__(
@@ -73,13 +78,17 @@ class SamplerCache:
 
     def freeze(self, key: str, state: TrainingState) -> Weights:
         """A copy of a model's current weights, to be sampled as `key`."""
-        if state.lora is not None:
-            registered = {"adapter": state.weights, "scale": state.scale}
-        else:  # full weights are sampled in the base's dtype
-            registered = {"base": jax.tree.map(lambda leaf: leaf.astype(self._dtype), state.weights)}
         self.release(key)
-        self._register(key, registered)
-        self._frozen[key] = self.sampler.weights_of(key)
+        residents = self._resident.values()
+        same = next((each for each in residents if each.source and each.source.is_still(state.weights)), None)
+        if same is not None and same.weights.scale == state.scale:
+            self._share(key, same)
+        elif state.lora is not None:
+            self._register(key, {"adapter": state.weights, "scale": state.scale})
+        else:  # full weights are sampled in the base's dtype
+            self._register(key, {"base": jax.tree.map(lambda leaf: leaf.astype(self._dtype), state.weights)})
+        self._resident[key].source = Source(state.weights)
+        self._frozen[key] = self._resident[key].weights
         return self._frozen[key]
 
     def written(self, key: str) -> None:
@@ -111,18 +120,21 @@ class SamplerCache:
     def park(self) -> None:
         """Let the sampler and all weights leave the device, frozen ones for the host's memory. Nothing may be
         sampled, and no request be under way, until `unpark`."""
-        parked = {
-            key: (weights.scale, Parked((weights.adapter, weights.base if weights.adapter is None else None)))
-            for key, weights in self._frozen.items()
-        }
-        self._parked, self._frozen = parked, {}
+        copies: dict[tuple[int, ...], Parked] = {}  # by the arrays, which several keys may share
+        for key, weights in self._frozen.items():
+            own = (weights.adapter, weights.base if weights.adapter is None else None)
+            arrays = tuple(map(id, jax.tree.leaves(own)))
+            parked = copies.get(arrays) or copies.setdefault(arrays, Parked(own))
+            self._parked[key] = weights.scale, parked
+        self._frozen = {}
         self._resident.clear()
         del self.sampler
 
     def unpark(self) -> None:
         """Frozen weights are back; the others come when they are sampled."""
+        placed = {parked: parked.on_device() for _, parked in self._parked.values()}
         for key, (scale, parked) in self._parked.items():
-            adapter, base = parked.on_device()
+            adapter, base = placed[parked]
             self._frozen[key] = Weights(base, None, adapter, scale)
         self._parked = {}
         self.sampler = self._new_sampler()
@@ -130,17 +142,35 @@ class SamplerCache:
     def _require(self, key: str) -> None:
         """Make sure that weights are on the device."""
         if key not in self._resident:
-            frozen = self._frozen.get(key)
-            if frozen is None:
-                self._read(key)
-            elif frozen.adapter is None:
-                self._register(key, {"base": frozen.base}, owned=True)
-            else:
-                self._register(key, {"adapter": frozen.adapter, "scale": frozen.scale}, owned=True)
+            self._bring(key)
+        elif (resident := self._resident[key]).likeness is None:
+            resident.likeness, twin = self._compared(resident.weights.own, resident.weights.scale)
+            if twin is not None:
+                self.sampler.release(key)
+                self._share(key, twin)
         self._resident[key].sampled_at = time.monotonic()
         self._resident.move_to_end(key)
 
-    def _read(self, key: str) -> None:
+    def _bring(self, key: str) -> None:
+        """Bring weights back to the device, unless equal ones are there."""
+        frozen = self._frozen.get(key)
+        if frozen is None:
+            registered = self._read(key)
+        elif frozen.adapter is None:
+            registered = {"base": frozen.base}
+        else:
+            registered = {"adapter": frozen.adapter, "scale": frozen.scale}
+        is_own = frozen is not None or "base" in registered
+        arrays = registered["base"] if "base" in registered else registered["adapter"]
+        known, twin = self._compared(arrays, registered.get("scale", 1.0))
+        if twin is not None:
+            self._share(key, twin)
+        else:
+            self._register(key, registered, owned=is_own)
+            self._resident[key].likeness = known
+
+    def _read(self, key: str) -> dict[str, Any]:
+        """Read weights from their directory; return the arguments of `Sampler.register`."""
         began = time.perf_counter()
         directory = paths.resolve(self._data_dir, key)
         if not directory.is_dir():
@@ -157,22 +187,44 @@ class SamplerCache:
             raise UserError("these sampler weights' files are damaged: save them again") from error
         except (peft.AdapterError, WeightsError) as error:
             raise UserError(f"these sampler weights do not fit the model: {error}") from error
-        self._register(key, registered, owned="base" in registered)
         seconds = time.perf_counter() - began
-        log.info("sampler weights %s: %.1f MB read in %.2f s", key, self._resident[key].bytes / 1e6, seconds)
+        log.info("sampler weights %s: %.1f MB read in %.2f s", key, _size(registered) / 1e6, seconds)
+        return registered
+
+    def _compared(self, arrays: Any, scale: float) -> tuple[Hashable, Resident | None]:
+        """The likeness of weights, and those on the device that are equal to them."""
+        known = likeness(arrays, scale)
+        for resident in self._resident.values():
+            if resident.likeness == known and are_equal(resident.weights.own, arrays):
+                return known, resident
+        return known, None
+
+    def _share(self, key: str, twin: Resident) -> None:
+        """Register the weights of `twin` as `key` too."""
+        self.sampler.share(key, twin.weights)
+        self._resident[key] = Resident(
+            self.sampler.weights_of(key), time.monotonic(), twin.source, twin.likeness
+        )
 
     def _register(self, key: str, registered: dict[str, Any], owned: bool = False) -> None:
         """Bring weights to the device, the arguments of `Sampler.register`; older ones make way. Of `owned`
         arrays there is one copy, here and in the sampler."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(registered) if hasattr(leaf, "nbytes"))
-        while self._resident and size + self._bytes() > self._bytes_on_device:
+        size = _size(registered)
+        while self._resident and size + self.bytes > self._bytes_on_device:
             self._leave(next(iter(self._resident)))
         self.sampler.register(key, **registered, owned=owned)
-        self._resident[key] = Resident(size, time.monotonic())
+        self._resident[key] = Resident(self.sampler.weights_of(key), time.monotonic())
 
     def _leave(self, key: str) -> None:
         if self._resident.pop(key, None) is not None:
             self.sampler.release(key)
 
-    def _bytes(self) -> int:
-        return sum(resident.bytes for resident in self._resident.values())
+    @property
+    def bytes(self) -> int:
+        """Of the weights on the device, those that several keys share counted once."""
+        leaves = (leaf for each in self._resident.values() for leaf in jax.tree.leaves(each.weights.own))
+        return sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
+
+
+def _size(registered: dict[str, Any]) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(registered) if hasattr(leaf, "nbytes"))

@@ -36,6 +36,11 @@ class Weights:
     id: int = field(default_factory=lambda: next(_numbers))
 
     @property
+    def own(self) -> PyTree:
+        """The arrays that are not the shared base's: the adapter, or else the base weights."""
+        return self.base if self.adapter is None else self.adapter
+
+    @property
     def adapter_bytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.adapter))
 

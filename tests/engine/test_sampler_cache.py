@@ -19,7 +19,7 @@ from engine_sampling import (
     run_all,
     sequences,
 )
-from tinsmith.ckpt import peft
+from tinsmith.ckpt import merged, peft
 from tinsmith.engine import messages
 from tinsmith.engine.deferred_exports import DeferredExports
 from tinsmith.engine.errors import UserError
@@ -172,3 +172,94 @@ def test_stacks_of_adapters_are_bounded_in_bytes(model):
     small = AdapterStacks(max_bytes=0)
     stack, _ = small.of(weights[:2])
     assert small.of(weights[:2])[0] is stack, "the one in use is kept"
+
+
+def nbytes(*adapters):
+    return sum(leaf.nbytes for adapter in adapters for leaf in jax.tree.leaves(adapter))
+
+
+def training(adapter, alpha=ALPHA):
+    return TrainingState(messages.LoraSpec(RANK, alpha, 0), jax.tree.map(jnp.array, adapter), None)
+
+
+def test_a_model_frozen_twice_at_one_step_is_one_copy(make_cache, model, adapters):
+    cache = make_cache()
+    state = training(adapters["a"])
+    cache.freeze("one", state)
+    cache.freeze("other", state)
+    assert cache.bytes == nbytes(adapters["a"])
+    state.weights = jax.tree.map(jnp.array, adapters["b"])  # as a step does
+    cache.freeze("next", state)
+    assert cache.bytes == nbytes(adapters["a"], adapters["b"])
+    for key, adapter in (("one", "a"), ("other", "a"), ("next", "b"), ("one", "a")):
+        check(cache, model, key, adapters[adapter])
+    cache.release("one")
+    check(cache, model, "other", adapters["a"])
+    assert cache.bytes == nbytes(adapters["a"], adapters["b"])
+
+
+@pytest.mark.parametrize("order", ["new first", "named first"])
+def test_named_and_unnamed_saves_of_equal_weights_are_one_copy(make_cache, model, adapters, tmp_path, order):
+    for name in ("copy", "same"):
+        peft.save_adapter(
+            tmp_path / name, adapters["a"], model.config, rank=RANK, alpha=ALPHA, base_model="t"
+        )
+    cache = make_cache(bytes_on_device=int(1.5 * nbytes(adapters["a"])))
+    cache.freeze("new", training(adapters["a"]))
+    keys = ["new", "copy", "same", "a"] if order == "new first" else ["copy", "new", "a", "same"]
+    for key in keys:
+        check(cache, model, key, adapters["a"])
+    assert all(key in cache.sampler for key in keys), "together they take as much room as one"
+    assert cache.bytes == nbytes(adapters["a"])
+    check(cache, model, "b", adapters["b"])
+    assert cache.bytes == nbytes(adapters["b"])
+    check(cache, model, "new", adapters["a"])
+
+
+def test_weights_that_differ_in_one_bit_or_in_their_scale_are_two(make_cache, model, adapters, tmp_path):
+    leaves, structure = jax.tree.flatten(adapters["a"])
+    largest = max(range(len(leaves)), key=lambda place: leaves[place].nbytes)
+    changed = np.array(leaves[largest])
+    place = np.unravel_index(int(np.argmax(changed)), changed.shape)
+    changed[place] = np.nextafter(changed[place], np.float32(np.inf))
+    leaves[largest] = changed
+    other = jax.tree.unflatten(structure, leaves)
+    peft.save_adapter(tmp_path / "bit", other, model.config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    peft.save_adapter(
+        tmp_path / "scale", adapters["a"], model.config, rank=RANK, alpha=2 * ALPHA, base_model="tiny"
+    )
+    cache = make_cache()
+    for key in ("a", "bit"):
+        check(cache, model, key, adapters["a"])
+    cache._require("scale")
+    assert cache.sampler.weights_of("scale").scale == 2 * ALPHA / RANK
+    assert cache.bytes == 3 * nbytes(adapters["a"])
+    np.testing.assert_array_equal(
+        np.asarray(jax.tree.leaves(cache.sampler.weights_of("bit").own)[largest])[place], changed[place]
+    )
+
+
+def test_weights_that_share_arrays_are_parked_and_come_back_as_one(make_cache, model, adapters):
+    cache = make_cache()
+    state = training(adapters["a"])
+    for key in ("one", "other"):
+        cache.freeze(key, state)
+    cache.park()
+    cache.unpark()
+    for key in ("one", "other"):
+        check(cache, model, key, adapters["a"])
+    assert cache.bytes == nbytes(adapters["a"])
+
+
+def test_equal_full_weights_are_one_copy(make_cache, model, tmp_path):
+    cache = make_cache()
+    cache.freeze("new", TrainingState(None, jax.tree.map(jnp.array, model.base), None))
+    merged.save_merged(
+        tmp_path / "full", merged.in_memory(model.base), model.config, base_folder=model.folder
+    )
+    for key in ("new", "full"):
+        check(cache, model, key, None)
+    assert cache.bytes == nbytes(model.base)
+    weights = [cache.sampler.weights_of(key) for key in ("new", "full")]
+    decoded = [jax.tree.leaves(each.base_by_layer) for each in weights]
+    assert all(one is other for one, other in zip(*decoded, strict=True)), "also the copies for decoding"
