@@ -116,4 +116,5 @@ def create_app(
     app.add_middleware(RefusedNumbers, backend=backend)
     app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
     app.add_middleware(BrowserChecks, keys=keys, hosts=AllowedHosts(settings.own_hosts))
+    app.add_middleware(errors.Unhandled)
     return app

@@ -7,6 +7,7 @@ Every error body has the same keys in all dialects: `detail` and `error` (the me
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import uuid
@@ -18,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import openai_errors
 
@@ -196,6 +198,58 @@ def api_error_response(request_path: str, error: ApiError) -> Response:
     )
 
 
+def _unreadable_ledger(request_path: str, error: OperationalError) -> Response:
+    log.error("the ledger cannot be read: %s", error)
+    message = "the ledger cannot be read at the moment; try again"
+    return error_response(request_path, 503, message, "server", Unavailable.headers)
+
+
+class Unhandled:
+    """ASGI middleware, outside of all others: answers what nothing inside has handled, with an error id.
+
+    Starlette's own way is to answer and then to raise the exception again, upon which uvicorn closes the
+    connection; a client that has sent its next request on it by then gets a reset. An answer that has begun
+    cannot be mended: its connection is closed, so that the client sees that it is cut.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = is_complete = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun, is_complete
+            has_begun = True
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the server stops
+            if has_begun and not is_complete:
+                raise
+            answer = _unhandled(scope, error)
+            if not has_begun:
+                await answer(scope, receive, send)
+
+
+def _unhandled(scope: Scope, error: BaseException) -> Response:
+    """Also what is raised while another error is answered, as when the ledger cannot be written."""
+    if isinstance(error, ApiError):
+        return api_error_response(scope["path"], error)
+    if isinstance(error, OperationalError):
+        return _unreadable_ledger(scope["path"], error)
+    message = internal_error(f"{scope['method']} {scope['path']}", error)
+    return error_response(scope["path"], 500, message, "server")
+
+
 _MESSAGES = {
     "extra_forbidden": "not supported here, or not with this value",
     "model_type": "Input should be an object",
@@ -216,7 +270,7 @@ def describe(errors: list[dict[str, Any]]) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Renders every exception of `app` as above."""
+    """Renders the exceptions of `app`'s routes as above."""
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
@@ -238,9 +292,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(OperationalError)
     async def _ledger_error(request: Request, error: OperationalError) -> Response:
-        log.error("the ledger cannot be read: %s", error)
-        message = "the ledger cannot be read at the moment; try again"
-        return error_response(request.url.path, 503, message, "server", Unavailable.headers)
+        return _unreadable_ledger(request.url.path, error)
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -252,8 +304,3 @@ def install(app: FastAPI) -> None:
         return error_response(
             request.url.path, error.status_code, message, category, dict(error.headers or {}), code=code
         )
-
-    @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> Response:
-        message = internal_error(f"{request.method} {request.url.path}", error)
-        return error_response(request.url.path, 500, message, "server")
