@@ -37,7 +37,7 @@ class LiveSamplers:
         self._saving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def of(self, backend: Backend, run: Run) -> Sampler:
-        """Waits for the model's operations that are queued. Raises BadRequest, or Unavailable at a stop."""
+        """Wait for the model's operations that are queued. Raises as `save_unnamed`."""
         async with self._saving[run.id]:
             versions = self._versions[run.id]
             if versions and backend.runs.last_seq(run) == versions[-1].seq_id:
@@ -58,12 +58,13 @@ async def save_unnamed(backend: Backend, run: Run, identifier: str, key: str | N
     """The model's weights behind the operations that are queued, under a new sampler's id; two of the same
     `key` are one.
 
-    Raises BadRequest, NotFound for one that was forgotten since, or Unavailable at a stop.
+    Raises BadRequest, NotFound for one that was forgotten since, QuotaExceeded, or Unavailable at a stop.
     """
     directory = new_directory(run.id)
+    limit = backend.quotas.of(run.owner).metadata_bytes
 
     def also(connection: Connection, _request_id: str) -> None:
-        add(connection, run.owner, run.session_id, identifier, run.base_model, None, directory)
+        add(connection, limit, run.owner, run.session_id, identifier, run.base_model, None, directory)
 
     is_awaited = backend.distribution.is_awaited(run.base_model, run.owner)
     saving = await submit(

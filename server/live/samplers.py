@@ -135,9 +135,9 @@ class Samplers:
 
         def change(connection: Connection) -> Row:
             if tenancy.find_sampler(connection, identifier) is None:
-                session_sizes.require_room(connection, owner, limit)
                 add(
                     connection,
+                    limit,
                     owner,
                     session_id,
                     identifier,
@@ -271,6 +271,7 @@ class Samplers:
 
 def add(
     connection: Connection,
+    metadata_bytes: int,
     owner: str,
     session_id: str,
     identifier: str,
@@ -280,7 +281,11 @@ def add(
     follows: str | None = None,
     engine: messages.SamplingEngine | None = None,
 ) -> None:
-    """`engine` None: as its session is set, or the server."""
+    """`metadata_bytes`: the owner's quota. `engine` None: as its session is set, or the server.
+
+    Raises QuotaExceeded.
+    """
+    session_sizes.require_room(connection, owner, metadata_bytes)
     tenancy.add_sampler(
         connection,
         id=identifier,

@@ -40,7 +40,7 @@ async def save_weights_for_sampler(
         if name is not None:
             kind, (directory, reply, also) = "save_weights_for_sampler", _named(body, name, run, backend)
         else:
-            kind, (directory, reply, also) = "save_unnamed_sampler", _unnamed(body, run)
+            kind, (directory, reply, also) = "save_unnamed_sampler", _unnamed(body, run, backend)
         is_awaited = name is None and backend.distribution.is_awaited(run.base_model, owner)
         operation = await submit(
             backend,
@@ -72,23 +72,25 @@ def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, backend: B
     if run.dialect == "tinker":  # whose clients make sampling sessions of paths
         return directory, reply, checkpoint
     identifier = sampler_id(run.session_id, number_of(run.id, name))
+    limit = backend.quotas.of(run.owner).metadata_bytes
 
     def also(connection: Connection, request_id: str) -> messages.Failed | None:
         failed = checkpoint(connection, request_id)
         if failed is None and tenancy.find_sampler(connection, identifier) is None:
             add_sampler(
-                connection, run.owner, run.session_id, identifier, run.base_model, str(uri), directory
+                connection, limit, run.owner, run.session_id, identifier, run.base_model, str(uri), directory
             )
         return failed
 
     return directory, reply | {"sampling_session_id": identifier}, also
 
 
-def _unnamed(body: requests.SaveWeightsForSampler, run: Run) -> _Save:
+def _unnamed(body: requests.SaveWeightsForSampler, run: Run, backend: Backend) -> _Save:
     number = body.sampling_session_seq_id
     identifier = sampler_id(run.session_id, uuid.uuid4().hex[:12] if number is None else number)
     directory = new_directory(run.id)
     follows = run.id if body.kind == "inflight" else None
+    limit = backend.quotas.of(run.owner).metadata_bytes
 
     def also(connection: Connection, request_id: str) -> messages.Failed | None:
         if tenancy.find_sampler(connection, identifier) is not None:
@@ -96,7 +98,7 @@ def _unnamed(body: requests.SaveWeightsForSampler, run: Run) -> _Save:
                 request_id, f"sampling_session_seq_id {number} of this session is in use", "user"
             )
         add_sampler(
-            connection, run.owner, run.session_id, identifier, run.base_model, None, directory, follows
+            connection, limit, run.owner, run.session_id, identifier, run.base_model, None, directory, follows
         )
         return None
 

@@ -15,7 +15,7 @@ from conformance.test_sdk_training import set_flags, step
 from tinsmith.server.cli import app
 from typer.testing import CliRunner
 
-TENANTS = ("busy", "queued", "stored", "full", "many", "calm")
+TENANTS = ("busy", "queued", "stored", "full", "many", "described", "calm")
 
 
 def quota(server: ServerProcess, tenant: str, *options: str) -> str:
@@ -35,6 +35,7 @@ def server(make_server) -> Iterator[ServerProcess]:
     quota(made, "stored", "--checkpoint-bytes", "1")
     quota(made, "full", "--checkpoint-bytes", "0")
     quota(made, "many", "--models", "1")
+    quota(made, "described", "--metadata-bytes", "6000")
     made.start()
     yield made
     assert made.stop() == 0
@@ -137,6 +138,24 @@ def test_a_save_without_room_that_is_not_sent_again_holds_up_nothing(server) -> 
     assert full.poll(behind.json()["request_id"]).status_code == 408
     assert "metrics" in full.result(behind, seconds=30)
     assert "quota" in refusal(full.post("save_weights", **save), 400)
+
+
+def test_samplers_beyond_the_quota_of_metadata_are_refused_and_hold_up_nothing(server) -> None:
+    described = Wire(server.url, "tml-described")
+    model = described.model()
+    for number in range(1, 13):
+        saved = described.post(
+            "save_weights_for_sampler", model_id=model, seq_id=number, sampling_session_seq_id=number
+        )
+        if saved.status_code != 200:
+            break
+        assert described.result(saved)["sampling_session_id"].endswith(f":{number}")
+    assert number > 2
+    assert "its quota is 6000" in refusal(saved, 403)
+    assert "metrics" in described.result(described.forward_backward(model, number + 1))
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]}
+    of_now = described.post("asample", model_id=model, prompt=prompt, sampling_params={"max_tokens": 1})
+    assert "its quota is 6000" in refusal(of_now, 403)
 
 
 def test_models_beyond_the_quota_are_refused_until_one_is_finished(

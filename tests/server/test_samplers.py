@@ -58,10 +58,10 @@ async def make(samplers: Samplers, tmp_path: Path):
 
         def change(connection: Connection) -> None:
             session(connection, name, **fields)
-            samplers_module.add(connection, "me", name, f"{name}:sample:0", "tiny", None, directory)
+            samplers_module.add(connection, 1 << 20, "me", name, f"{name}:sample:0", "tiny", None, directory)
             path = f"tinker://{name}:train:0/sampler_weights/x"
-            samplers_module.add(connection, "me", name, f"{name}:sample:1", "tiny", path, named)
-            samplers_module.add(connection, "me", name, f"{name}:sample:2", "tiny", None, None)
+            samplers_module.add(connection, 1 << 20, "me", name, f"{name}:sample:1", "tiny", path, named)
+            samplers_module.add(connection, 1 << 20, "me", name, f"{name}:sample:2", "tiny", None, None)
 
         await samplers._ledger.write(change)
         return tmp_path / directory
@@ -131,7 +131,7 @@ def test_the_directory_of_unnamed_weights_tells_their_model() -> None:
 async def test_publishing_moves_the_followers_of_one_model(samplers: Samplers) -> None:
     def change(connection: Connection) -> None:
         session(connection, "s", 0.0)
-        add = partial(samplers_module.add, connection, "me", "s")
+        add = partial(samplers_module.add, connection, 1 << 20, "me", "s")
         add("first", "tiny", None, "samplers/a/1", follows="a")
         add("second", "tiny", None, "samplers/a/2", follows="a")
         add("other", "tiny", None, "samplers/b/1", follows="b")
