@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from ..backend import Backend
 from ..errors import BadRequest, ClientGone, UnsupportedMediaType
 from ..offload import INLINE_BYTES
+from ..wire import long_numbers
 
 
 class InvalidBody(Exception):
@@ -44,6 +45,8 @@ class BodyRoute(APIRoute):
                     request._json = await _parsed_aside(request, pieces, model)
                 else:
                     request._body = b"".join(pieces)
+                    if request._body:
+                        request._json = _parsed_here(request._body)
                 pieces.clear()
                 await body_is_read(request)
             return await handle(request)
@@ -71,8 +74,19 @@ async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseM
     try:
         return await backend.offload.in_process(request.state.owner, parse, pieces, model, longest)
     except InvalidBody as error:
-        numbered = {"model_id": error.model_id, "seq_id": error.seq_id}
-        raise RequestValidationError(error.errors, body=numbered) from None
+        raise _refused(error) from None
+
+
+def _parsed_here(raw: bytes) -> Any:
+    try:
+        return _content(raw)
+    except InvalidBody as error:
+        raise _refused(error) from None
+
+
+def _refused(error: InvalidBody) -> RequestValidationError:
+    numbered = {"model_id": error.model_id, "seq_id": error.seq_id}
+    return RequestValidationError(error.errors, body=numbered)
 
 
 def _is_json(request: Request) -> bool:
@@ -83,13 +97,7 @@ def _is_json(request: Request) -> bool:
 def parse(raw: bytes, model: type[BaseModel], longest: int) -> BaseModel:
     """The body as FastAPI would read it, if no prompt has more than the `longest` context's tokens. Raises
     InvalidBody, or BadRequest."""
-    try:
-        content = json.loads(raw)
-    except json.JSONDecodeError as error:
-        place = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error"}
-        raise InvalidBody([place | {"ctx": {"error": error.msg}}]) from None
-    except (ValueError, RecursionError):
-        raise BadRequest("There was an error parsing the body") from None
+    content = _content(raw)
     try:
         body = model.model_validate(content)
     except ValidationError as error:
@@ -97,13 +105,34 @@ def parse(raw: bytes, model: type[BaseModel], longest: int) -> BaseModel:
             {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
             for each in error.errors(include_url=False, include_context=False, include_input=False)
         ]
-        numbers = [content.get(name) for name in ("model_id", "seq_id")] if isinstance(content, dict) else []
-        raise InvalidBody(errors[:100], *map(_scalar, numbers)) from None
+        raise InvalidBody(errors[:100], *_numbers(content)) from None
 
     for prompt in getattr(body, "prompts", None) or []:
         if not isinstance(prompt, str) and len(prompt) > longest:
             raise BadRequest(f"prompt: {len(prompt)} tokens are over the limit of {longest}")
     return body
+
+
+def _content(raw: bytes) -> Any:
+    """The JSON. Raises InvalidBody, or BadRequest."""
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        place = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error"}
+        raise InvalidBody([place | {"ctx": {"error": error.msg}}]) from None
+    except (ValueError, RecursionError):
+        long = long_numbers.find(raw, long_numbers.over_python_limit)
+        if long is None:
+            raise BadRequest("There was an error parsing the body") from None
+        place = {"type": "int_parsing_size", "loc": ("body", *long.location), "msg": long.message}
+        raise InvalidBody([place], *_numbers(long.content)) from None
+
+
+def _numbers(content: Any) -> list[Any]:
+    """The model_id and seq_id of a body."""
+    if not isinstance(content, dict):
+        return []
+    return [_scalar(content.get(name)) for name in ("model_id", "seq_id")]
 
 
 def _scalar(value: Any) -> Any:

@@ -19,6 +19,7 @@ from pydantic import (
 
 from ...engine import messages
 from ..errors import BadRequest, Invalid, describe
+from . import long_numbers
 from . import tinsmith_wire_pb2 as pb
 from .body import DEFAULT_MODEL, Body, Finite, Int64, Sequenced
 from .forward_backward import ForwardBackwardBody, checked
@@ -108,6 +109,8 @@ def peek(raw: bytes) -> tuple[Any, Any]:
     try:
         content = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
+        if (long := long_numbers.find(raw, long_numbers.over_float64)) is not None:
+            raise Invalid(describe([{"loc": long.location, "type": "", "msg": long.message}])) from None
         raise BadRequest(f"the body is neither JSON nor a protobuf ForwardBackwardRequest: {error}") from None
     if not isinstance(content, dict):
         raise BadRequest("the body is not a JSON object")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import zstandard
@@ -135,6 +137,34 @@ def test_bodies_that_are_not_what_they_say(model: Model) -> None:
         assert answer.status_code == 422, body
         assert answer.json()["category"] == "user"
     assert model.loss() == before
+
+
+LONG = {
+    "api/v1/optim_step": ({"model_id": "m", "adam_params": {"beta1": "?"}}, "adam_params.beta1"),
+    "api/v1/asample": ({"prompt": {"chunks": []}, "sampling_params": {"seed": "?"}}, "sampling_params.seed"),
+    "api/v1/forward_backward": ({"data": [{"model_input": [5, "?"]}]}, "data.0.model_input.1"),
+    "api/v1/create_session": ({"user_metadata": {"run": "?"}}, "user_metadata.run"),
+    "generate": ({"input_ids": [5, "?"]}, "input_ids.1"),
+    "v1/completions": ({"model": "tiny", "prompt": [5], "max_tokens": "?"}, "max_tokens"),
+    "v1/chat/completions": ({"model": "tiny", "messages": [{"role": "user", "content": "?"}]}, "messages"),
+}
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("path", LONG)
+def test_a_number_of_thousands_of_digits_is_refused_by_the_name_of_its_field(
+    wire: Wire, path: str, size: str
+) -> None:
+    fields, named = LONG[path]
+    padding = {"padding": "a" * 100_000} if size == "large" else {}
+    body = json.dumps(padding | fields).encode().replace(b'"?"', b"-" + b"9" * 5000)
+    answer = wire.http.post(f"/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == (400 if path.startswith("v1/") else 422), answer.text
+    detail = answer.json()["detail"]
+    assert detail.startswith(named)
+    assert "5000 digits" in detail
+    if path.startswith("v1/"):
+        assert answer.json()["error"]["param"].startswith(named)
 
 
 def test_models_that_cannot_be(wire: Wire) -> None:

@@ -71,6 +71,15 @@ KINDS: dict[str, Callable[[str], Refused]] = {
     "a large step that is cut off": lambda m: to(STEP, JSON, in_json(m, x="a" * 300_000)[:-3], 422),
     "a step with more behind it": lambda m: to(STEP, JSON, in_json(m, adam_params={}) + b"}", 422),
     "a step that is not UTF-8": lambda m: to(STEP, JSON, in_json(m, x="?").replace(b"?", b"\xff"), 400),
+    "a step with a number of thousands of digits": lambda m: to(
+        STEP, JSON, in_json(m, adam_params={"beta1": "?"}).replace(b'"?"', b"9" * 5000), 422
+    ),
+    "a large step with a number of thousands of digits": lambda m: to(
+        STEP, JSON, in_json(m, x="a" * 300_000, y="?").replace(b'"?"', b"9" * 5000), 422
+    ),
+    "datums with a number of thousands of digits": lambda m: to(
+        FORWARD, JSON, in_json(m, data=["?"]).replace(b'"?"', b"9" * 5000), 422
+    ),
     "a step that is nested too deeply": lambda m: to(
         STEP, JSON, in_json(m, x="?").replace(b'"?"', b"[" * 50_000 + b"]" * 50_000), 400
     ),
