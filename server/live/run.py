@@ -65,6 +65,7 @@ class Run:
     leaving: asyncio.Task | None = None
     bytes_since_snapshot: int = 0
     used_at: float = field(default_factory=time.monotonic)  # for an operation
+    found_at: float = field(default_factory=time.monotonic)  # by a request of its client
     may_be_saved: bool = True  # no engine died of it
     driven: bool = False  # the server trains it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -41,6 +41,7 @@ from .run import NewRun, Run, from_row
 log = logging.getLogger("tinsmith.runs")
 
 _MOST_OVER = 1024  # models that have finished, and are remembered
+_REMEMBERED_SECONDS = 3600.0  # models that rest; far longer than any request holds on to one
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
@@ -98,6 +99,7 @@ class Runs:
             run = self._runs[row.id]
             if run.alias == run_id:
                 self._aliases[owner, run_id] = run.id
+        run.found_at = time.monotonic()
         return run
 
     def known(self, run_id: str) -> Run | None:
@@ -303,6 +305,20 @@ class Runs:
             log.info("model %s rests: its client is silent", run.id)
             await self._leave(run)
 
+    def forget_unused(self) -> None:
+        """Forget the models that the engine does not have and that nobody has asked for in an hour. `find`
+        reads them from the ledger again."""
+        since = time.monotonic() - _REMEMBERED_SECONDS
+        unused = [run for run in self._runs.values() if max(run.found_at, run.used_at) < since]
+        for run in unused:
+            under_way = [
+                task for task in (run.restoring, run.saving, run.leaving) if task and not task.done()
+            ]
+            # What an engine died of is known here alone.
+            is_blamed = run.broken is not None or not run.may_be_saved
+            if not (self.is_alive(run) or run.driven or under_way or is_blamed):
+                self._forget(run)
+
     async def finish(self, run: Run) -> None:
         """The session is over: the engine forgets the model once its operations are done."""
         if run.state == "finished":
@@ -334,7 +350,7 @@ class Runs:
         return run
 
     def _forget(self, run: Run) -> None:
-        """A model that has finished; the ledger knows it."""
+        """A model that the ledger knows, and that nothing here needs."""
         if self._runs.get(run.id) is not run:
             return
         del self._runs[run.id], self._of_owner[run.owner][run.id]

@@ -175,5 +175,6 @@ class Sessions:
             await asyncio.sleep(min(30.0, self._idle_seconds / 4))
             try:
                 await self.rest_silent()
+                self._runs.forget_unused()
             except ApiError as error:
                 log.error("the models of silent sessions could not be saved: %s", error)

@@ -12,7 +12,7 @@ from msgspec import structs
 from tinsmith.engine import messages
 from tinsmith.server.live import runs as runs_module
 from tinsmith.server.live.run import NewRun
-from tinsmith.server.operations.operation import Operation
+from tinsmith.server.operations.operation import Operation, Submission
 from tinsmith.server.operations.pending import PendingOperations
 from tinsmith.server.recent import Recent
 from tinsmith.server.served import sample_streams
@@ -107,6 +107,49 @@ async def test_models_that_have_finished_are_forgotten(
     again = await server.runs.find("me", f"alias-{names[0]}")
     assert (again.id, again.state) == (names[0], "finished")
     assert server.runs.last_seq(again) == 0
+    server.ledger.close()
+
+
+async def test_models_that_rest_are_forgotten_and_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path)
+    await server.ledger.write(model)
+    run = await server.runs.find("me", MODEL)
+
+    def step(number: int) -> Submission:
+        return Submission(
+            "me",
+            "optim_step",
+            f"{MODEL}/{number}",
+            lambda request_id: messages.OptimStep(request_id, MODEL, messages.AdamParams()),
+            model_id=MODEL,
+            seq_id=number,
+        )
+
+    first = await server.operations.accept(step(1))
+    monkeypatch.setattr(runs_module, "_REMEMBERED_SECONDS", 0.0)
+    server.runs.forget_unused()
+    assert server.runs.known(MODEL) is run, "its operation is not answered"
+    server.operations.on_answer(messages.Done(first.request_id, messages.OptimStepOutput({})))
+    await first.finished.wait()
+    run.resident = True
+    server.runs.forget_unused()
+    assert server.runs.known(MODEL) is run, "the engine has it"
+    run.resident, run.restoring = False, None
+    monkeypatch.setattr(runs_module, "_REMEMBERED_SECONDS", 60.0)
+    server.runs.forget_unused()
+    assert server.runs.known(MODEL) is run, "a request may hold it"
+    monkeypatch.setattr(runs_module, "_REMEMBERED_SECONDS", 0.0)
+    server.runs.forget_unused()
+    assert server.runs.known(MODEL) is None
+    assert server.runs.alive("me") == []
+    again = await server.runs.find("me", MODEL)
+    assert again is not run
+    assert server.runs.last_seq(again) == 1
+    assert (await server.operations.accept(step(1))).request_id == first.request_id
+    second = await server.operations.accept(step(2))
+    assert server.operations.unanswered(MODEL) == [second]
     server.ledger.close()
 
 
