@@ -18,14 +18,14 @@ def _program(name: str) -> str:
         (str(path) for path in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None
     )
     if found is None:
-        pytest.skip(f"there is no {name}")
+        pytest.skip(f"PostgreSQL is not installed here: there is no {name}")
     return found
 
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
     """The URL of an empty database; its server ends with the block. Skips the test where it cannot be run."""
-    pytest.importorskip("psycopg")
+    pytest.importorskip("psycopg", reason="psycopg is not installed here (the extra `postgresql`)")
     programs = {name: _program(name) for name in ("initdb", "pg_ctl")}
     folder.mkdir()
     as_user: dict = {}
