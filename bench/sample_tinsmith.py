@@ -12,7 +12,7 @@ import numpy as np
 from tinsmith.engine import messages
 from tinsmith.engine.sampling.sampler import Sampler
 from tinsmith.model import decoder, kv_cache, lora
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
 
 DECODE_STEPS = 16

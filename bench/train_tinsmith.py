@@ -12,7 +12,7 @@ from tinsmith.engine.messages import AdamParams, Datum, ForwardBackward, LoraSpe
 from tinsmith.engine.training.packing import computed_tokens, pack
 from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
 
 ADAM = AdamParams(learning_rate=1e-4, eps=1e-8)

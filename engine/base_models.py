@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from ..ckpt import tokenizer_files
 from ..ckpt.token_bytes import TokenBytes
 from ..model import decoder
-from ..model.config import ModelConfig, read_config
-from ..model.folder import digest
+from ..model.config import ModelConfig
+from ..model.folder import digest, read_config
 from ..model.load import find_model, load_base
 from ..model.weight_files import WeightsError
 from . import messages

@@ -1,6 +1,6 @@
 """Decoders: arrays in, arrays out.
 
-config.read_config(folder) -> ModelConfig
+folder.read_config(folder) -> config.ModelConfig
 weight_files.headers(folder) -> tensors by name;  folder.digest(folder, config) -> which model it is
 decoder.build(config, dtype) -> (graph, abstract base)
 decoder.logical_axes(config) -> tree of axis names

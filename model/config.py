@@ -1,9 +1,9 @@
-"""The shape of a decoder, read from a Hugging Face folder. Imports no array library."""
+"""The shape of a decoder, as `folder` reads it from a Hugging Face folder. Imports no array library."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,53 +78,6 @@ class ModelConfig:
         }
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Read a model's config, and check its weight files where config.json alone cannot be trusted.
-
-    As in transformers, a model that config.json calls tied is not tied if its files hold a different head.
-    Raises UnsupportedModelError as `stated_config` does, and WeightsError for files that are not safetensors.
-    """
-    from .weight_files import has_another_head
-
-    config = stated_config(folder)
-    if config.tie_embeddings and has_another_head(Path(folder)):
-        return replace(config, tie_embeddings=False)
-    return config
-
-
-def stated_config(folder: Path) -> ModelConfig:
-    """Read config.json, and the end-of-sequence tokens of generation_config.json if it has any.
-
-    Raises UnsupportedModelError for a missing or damaged file, an unknown family or an unsupported option.
-    """
-    from .families import FAMILIES
-
-    folder = Path(folder)
-    hf = read_json(folder / "config.json")
-    if hf is None:
-        raise UnsupportedModelError(_why_no_config(folder))
-    model_type = hf.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise UnsupportedModelError(
-            f"{folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
-        )
-    if (folder / "adapter_config.json").is_file():
-        # transformers would load the adapter's base model, and the adapter on top of it
-        raise UnsupportedModelError(
-            f"{folder} has an adapter_config.json beside its config.json: is it a model or an adapter? Serve "
-            "the model from a folder without adapter files"
-        )
-    _refuse_quantized(folder, hf)
-    generation = read_json(folder / "generation_config.json") or {}
-    if generation.get("eos_token_id") is not None:
-        hf = hf | {"eos_token_id": generation["eos_token_id"]}
-    try:
-        return family.read(hf)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{folder}/config.json: {error}") from None
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read the object in a JSON file; None if the file does not exist.
 
@@ -138,28 +91,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{path} does not hold a JSON object")
     return content
-
-
-def _refuse_quantized(folder: Path, hf: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config", "quantization"):
-        if stated := hf.get(key):
-            method = stated.get("quant_method") if isinstance(stated, dict) else stated
-            raise UnsupportedModelError(
-                f"{folder}: its weights are quantized ({key}: {method or 'of an unnamed method'}), which is "
-                "not supported; give the unquantized model (float32, float16 or bfloat16)"
-            )
-
-
-def _why_no_config(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-        return (
-            f"{folder} is a PEFT adapter{f' of {base}' if base else ''}, not a model: serve its base model, "
-            "and import the adapter with tinsmith checkpoints import"
-        )
-    if any(folder.glob("*.gguf")):
-        return (
-            f"{folder} has GGUF files and no config.json: GGUF models are not supported; give the model's "
-            "Hugging Face folder"
-        )
-    return f"{folder} has no config.json: not a Hugging Face model folder"

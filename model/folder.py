@@ -1,6 +1,6 @@
-"""Identifies a model folder and checks that its files are complete, before an engine starts.
+"""Reads a model folder: its config, the headers of its weight files and the digest that identifies the model.
 
-Imports no array library, because the server process uses this module.
+Imports no array library, because the server process uses this module before an engine starts.
 """
 
 from __future__ import annotations
@@ -9,10 +9,22 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
-from .config import ModelConfig, read_config, stated_config
-from .families import parameter_count, tensor_shapes
-from .weight_files import EMBEDDING, HEAD, INDEX, SINGLE, Stored, WeightsError, check, find, headers
+from .config import ModelConfig, UnsupportedModelError, read_json
+from .families import FAMILIES, parameter_count, tensor_shapes
+from .weight_files import (
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    SINGLE,
+    Stored,
+    WeightsError,
+    check,
+    find,
+    has_another_head,
+    headers,
+)
 
 __all__ = [
     "INDEX",
@@ -30,6 +42,49 @@ _DIGEST_VERSION = 1
 _BLOCK_BYTES = 1 << 20
 _HASHED_BYTES = 512 << 20
 _NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a model's config, and check its weight files where config.json alone cannot be trusted.
+
+    As in transformers, a model that config.json calls tied is not tied if its files hold a different head.
+    Raises UnsupportedModelError as `stated_config` does, and WeightsError for files that are not safetensors.
+    """
+    config = stated_config(folder)
+    if config.tie_embeddings and has_another_head(Path(folder)):
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
+
+
+def stated_config(folder: Path) -> ModelConfig:
+    """Read config.json, and the end-of-sequence tokens of generation_config.json if it has any.
+
+    Raises UnsupportedModelError for a missing or damaged file, an unknown family or an unsupported option.
+    """
+    folder = Path(folder)
+    hf = read_json(folder / "config.json")
+    if hf is None:
+        raise UnsupportedModelError(_why_no_config(folder))
+    model_type = hf.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedModelError(
+            f"{folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the adapter's base model, and the adapter on top of it
+        raise UnsupportedModelError(
+            f"{folder} has an adapter_config.json beside its config.json: is it a model or an adapter? Serve "
+            "the model from a folder without adapter files"
+        )
+    _refuse_quantized(folder, hf)
+    generation = read_json(folder / "generation_config.json") or {}
+    if generation.get("eos_token_id") is not None:
+        hf = hf | {"eos_token_id": generation["eos_token_id"]}
+    try:
+        return family.read(hf)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder}/config.json: {error}") from None
 
 
 def digest(folder: Path, config: ModelConfig) -> str:
@@ -84,3 +139,28 @@ def _arithmetic(config: ModelConfig) -> str:
             if getattr(scaling, field.name) != field.default
         }
     return repr(sorted(fields.items()))
+
+
+def _refuse_quantized(folder: Path, hf: dict[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if stated := hf.get(key):
+            method = stated.get("quant_method") if isinstance(stated, dict) else stated
+            raise UnsupportedModelError(
+                f"{folder}: its weights are quantized ({key}: {method or 'of an unnamed method'}), which is "
+                "not supported; give the unquantized model (float32, float16 or bfloat16)"
+            )
+
+
+def _why_no_config(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+        return (
+            f"{folder} is a PEFT adapter{f' of {base}' if base else ''}, not a model: serve its base model, "
+            "and import the adapter with tinsmith checkpoints import"
+        )
+    if any(folder.glob("*.gguf")):
+        return (
+            f"{folder} has GGUF files and no config.json: GGUF models are not supported; give the model's "
+            "Hugging Face folder"
+        )
+    return f"{folder} has no config.json: not a Hugging Face model folder"

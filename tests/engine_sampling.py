@@ -14,21 +14,22 @@ import numpy as np
 from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.engine import messages
 from tinsmith.engine.sampling.sampler import Sampler
-from tinsmith.model import config as config_lib
 from tinsmith.model import decoder, load, lora
+from tinsmith.model.config import ModelConfig
+from tinsmith.model.folder import read_config
 from tiny_models import write_model
 
 
 class Model(NamedTuple):
     folder: object
-    config: config_lib.ModelConfig
+    config: ModelConfig
     graph: object
     base: dict
 
 
 def load_tiny(folder, variant="llama", **overrides) -> Model:
     folder = write_model(folder, variant, **{"num_hidden_layers": 2, **overrides})
-    config = config_lib.read_config(folder)
+    config = read_config(folder)
     graph, _ = decoder.build(config, jnp.float32)
     return Model(folder, config, graph, load.load_base(folder, config, jnp.float32))
 

@@ -9,7 +9,7 @@ import numpy as np
 from tinsmith.engine.messages import Datum, ForwardBackward, LoraSpec, Tensor
 from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
 from tiny_models import VOCAB_SIZE, write_model
 

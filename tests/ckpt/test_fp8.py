@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tinsmith.ckpt.fp8 import Fp8, quantize
 from tinsmith.ckpt.merged import in_memory, save_merged
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 
 from tests.ckpt.test_merged import our_base
 from tests.tiny_models import hf_config, random_weights, write_model

@@ -7,8 +7,8 @@ from safetensors.numpy import save_file
 from tinsmith.ckpt import stored_parameters, training_state
 from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.ckpt.peft import save_adapter
-from tinsmith.model.config import read_config
 from tinsmith.model.families import is_transposed, tensor_names
+from tinsmith.model.folder import read_config
 
 from tests.ckpt.test_peft import ALPHA, RANK, random_adapter
 from tests.tiny_models import VARIANTS, hf_config, random_weights, write_model

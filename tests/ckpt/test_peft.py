@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tinsmith.ckpt import peft
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tinsmith.model.lora import init_lora
 
 from tests.tiny_models import VARIANTS, write_model

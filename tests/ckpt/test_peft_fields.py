@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tinsmith.ckpt import merged, peft, peft_config
 from tinsmith.model import decoder, load, lora
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ import pytest
 from tinsmith.engine import base_models, messages
 from tinsmith.engine.sampling.sampler import default_kv_cache_tokens
 from tinsmith.model import kv_cache
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tinsmith.model.sharding import make_mesh
 
 from tests.tiny_models import write_model

@@ -6,7 +6,7 @@ import numpy as np
 from engine_training import datum, lora, random_data, relative, run, with_random_b
 from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
 from tiny_models import write_model
 

@@ -16,7 +16,8 @@ from fuzz.campaign import campaign
 from fuzz.mutations import INTEGERS, mutated_bytes, mutated_json
 from safetensors.numpy import save
 from tinsmith.ckpt import peft
-from tinsmith.model.config import ModelConfig, read_config
+from tinsmith.model.config import ModelConfig
+from tinsmith.model.folder import read_config
 from tinsmith.model.lora import pad_rank
 from tiny_models import write_model
 

@@ -6,15 +6,15 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tinsmith.model import config as config_lib
 from tinsmith.model import decoder, load, lora, sharding
+from tinsmith.model.folder import read_config
 from tiny_models import write_model
 
 variant, *meshes = sys.argv[1:]
 folder = write_model(
     tempfile.mkdtemp(), variant, num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64
 )
-config = config_lib.read_config(folder)
+config = read_config(folder)
 graph, _ = decoder.build(config, jnp.float32)
 rng = np.random.default_rng(0)
 B, T = 8, 96

@@ -5,14 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tinsmith.model import config as config_lib
 from tinsmith.model import decoder, load
+from tinsmith.model.config import ModelConfig
+from tinsmith.model.folder import read_config
 from tiny_models import write_model
 
 
 class Tiny(NamedTuple):
     folder: object
-    config: config_lib.ModelConfig
+    config: ModelConfig
     graph: object
     base: dict
 
@@ -25,7 +26,7 @@ def tiny(tmp_path_factory):
     def make(variant: str) -> Tiny:
         if variant not in made:
             folder = write_model(tmp_path_factory.mktemp(variant), variant, shards=2)
-            config = config_lib.read_config(folder)
+            config = read_config(folder)
             graph, _ = decoder.build(config, jnp.float32)
             made[variant] = Tiny(folder, config, graph, load.load_base(folder, config, jnp.float32))
         return made[variant]

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tinsmith.model import config as config_lib
 from tinsmith.model import load, weight_files
+from tinsmith.model.folder import read_config
 from tiny_models import hf_config, random_weights, write_model
 
 
@@ -17,7 +17,7 @@ from tiny_models import hf_config, random_weights, write_model
 @pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
 def test_every_dtype_and_sharded_files(tmp_path, shards, stored, wanted):
     folder = write_model(tmp_path, "qwen2_untied", shards=shards, dtype=stored, tokenizer=False)
-    base = load.load_base(folder, config_lib.read_config(folder), wanted)
+    base = load.load_base(folder, read_config(folder), wanted)
     kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[stored]
     weights = {name: w.astype(kind) for name, w in random_weights(hf_config("qwen2_untied")).items()}
 
@@ -36,7 +36,7 @@ def test_every_dtype_and_sharded_files(tmp_path, shards, stored, wanted):
 
 
 def load_folder(folder):
-    return load.load_base(folder, config_lib.read_config(folder), jnp.float32)
+    return load.load_base(folder, read_config(folder), jnp.float32)
 
 
 def rewrite(folder, change):
@@ -96,7 +96,7 @@ def test_transformers_5_rope_parameters_read_like_the_old_layout(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(hf))
-        read.append(config_lib.read_config(folder))
+        read.append(read_config(folder))
     assert read[0] == read[1]
     assert read[0].rope_theta == 500_000
     assert read[0].rope_scaling.kind == "llama3"

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tinsmith.model import config as config_lib
 from tinsmith.model import decoder, load, weight_files
+from tinsmith.model.config import UnsupportedModelError
 from tinsmith.model.families import FAMILIES, tensor_shapes
+from tinsmith.model.folder import read_config, stated_config
 from tiny_models import hf_config, write_model
 
 torch = pytest.importorskip("torch")
@@ -19,7 +20,7 @@ TOKENS = np.random.default_rng(0).integers(3, 320, 40).astype(np.int32)
 
 
 def ours(folder, dtype=jnp.float32):
-    config = config_lib.read_config(folder)
+    config = read_config(folder)
     weight_files.check(folder, config)
     base = load.load_base(folder, config, dtype)
     graph, _ = decoder.build(config, dtype)
@@ -73,7 +74,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 )
 def test_sliding_windows(tmp_path, variant, changes, windows):
     folder = changed(tmp_path, variant, **changes)
-    config = config_lib.read_config(folder)
+    config = read_config(folder)
     found = config.windowed_layers or (config.sliding_window is not None,) * 2
     assert [config.sliding_window if windowed else None for windowed in found] == windows
     assert_as_transformers(folder)
@@ -84,7 +85,7 @@ def test_gradients_through_windows_of_some_layers(tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = changed(tmp_path, "qwen3", **WINDOW, layer_types=[SLIDING, FULL])
-    config = config_lib.read_config(folder)
+    config = read_config(folder)
     base, (graph, _) = load.load_base(folder, config, jnp.float32), decoder.build(config, jnp.float32)
     first, length = 15, len(TOKENS)
     start = np.where(np.arange(length) < first, 0, first)[None].astype(np.int32)
@@ -148,7 +149,7 @@ def test_rotary_embeddings(tmp_path, changes):
 def test_biases_and_values_that_change_nothing(tmp_path, variant, changes):
     folder = changed(tmp_path, variant, **changes)
     tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(1)
-    for name, shape in tensor_shapes(config_lib.stated_config(folder)).items():
+    for name, shape in tensor_shapes(stated_config(folder)).items():
         if name not in tensors or tensors[name].shape != shape:
             tensors[name] = rng.standard_normal(shape).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -160,7 +161,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     from transformers import AutoConfig
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    config, theirs = config_lib.read_config(tmp_path), AutoConfig.for_model(family)
+    config, theirs = read_config(tmp_path), AutoConfig.for_model(family)
     same = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -221,8 +222,8 @@ PARTIAL = {"partial_rotary_factor": 0.5}
 )  # fmt: skip
 def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, variant, change, message):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(variant, num_hidden_layers=2) | change))
-    with pytest.raises(config_lib.UnsupportedModelError, match=message):
-        config_lib.read_config(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +243,8 @@ def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, var
 def test_folders_that_are_no_models_are_refused(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(config_lib.UnsupportedModelError, match=message):
-        config_lib.read_config(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_config(tmp_path)
 
 
 def rewrite(folder, change):
@@ -256,7 +257,7 @@ def test_a_head_of_its_own_although_config_json_says_tied(tmp_path):
     folder = write_model(tmp_path, "llama", num_hidden_layers=1)
     head = np.random.default_rng(1).standard_normal((320, 32)).astype(np.float32)
     rewrite(folder, lambda tensors: tensors.update({weight_files.HEAD: head}))
-    assert not config_lib.read_config(folder).tie_embeddings
+    assert not read_config(folder).tie_embeddings
     assert_as_transformers(folder)
 
 
@@ -265,7 +266,7 @@ def test_a_head_that_is_the_embedding_stays_tied(tmp_path):
     rewrite(
         folder, lambda tensors: tensors.update({weight_files.HEAD: tensors[weight_files.EMBEDDING].copy()})
     )
-    assert config_lib.read_config(folder).tie_embeddings
+    assert read_config(folder).tie_embeddings
     assert_as_transformers(folder)
 
 
@@ -343,7 +344,7 @@ def test_float64_weights(tmp_path):
 def test_weights_are_never_made_up(tmp_path, variant, change, message):
     folder = write_model(tmp_path, variant, num_hidden_layers=1)
     rewrite(folder, change)
-    config = config_lib.read_config(folder)
+    config = read_config(folder)
     with pytest.raises(weight_files.WeightsError, match=message):
         weight_files.check(folder, config)
     with pytest.raises(weight_files.WeightsError):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.ckpt.peft import save_adapter
-from tinsmith.model.config import read_config
+from tinsmith.model.folder import read_config
 
 from tests.ckpt.test_merged import our_base
 from tests.ckpt.test_peft import ALPHA, RANK, random_adapter
