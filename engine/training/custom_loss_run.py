@@ -10,21 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import messages
 from ..errors import UserError
 from . import validation
+from .custom_loss_processes import CustomLossProcesses
 from .custom_losses import CustomLosses, Differentiated
 from .training_run import Job, JobOutput, NonFiniteError, Run
 from .training_state import TrainingState
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 _TURN_SECONDS = 0.1  # of losses, after which others have theirs
 
@@ -95,9 +92,17 @@ def _input(index: int, datum: messages.Datum, name: str, rank: int) -> np.ndarra
 class CustomLossRun:
     """As `Run`: after `step` returns True, `results` holds one output or error per job."""
 
-    def __init__(self, trainer: Trainer, jobs: Sequence[CustomJob]):
-        self._trainer = trainer
+    def __init__(
+        self,
+        jobs: Sequence[CustomJob],
+        start_run: Callable[[Sequence[Job]], Run],
+        processes: CustomLossProcesses,
+    ):
+        """`start_run` starts the runs for the log-probs and the gradients; `processes` differentiate the
+        losses."""
         self._jobs = list(jobs)
+        self._start_run = start_run
+        self._processes = processes
         self.results: list[JobOutput | Exception] = []
         self.seconds_beside = 0.0
         """What the losses took in their own process, beside the turns of this run."""
@@ -112,9 +117,7 @@ class CustomLossRun:
         self._stages.close()
 
     def _run(self) -> Generator[bool, None, None]:
-        forward = Run(
-            self._trainer, [dataclasses.replace(job.linear, forward_only=True) for job in self._jobs]
-        )
+        forward = self._start_run([dataclasses.replace(job.linear, forward_only=True) for job in self._jobs])
         while not forward.step():
             yield False
         outcomes: list[list[Differentiated] | Exception] = []
@@ -132,7 +135,7 @@ class CustomLossRun:
         }
         results = dict(enumerate(forward.results))
         if backward:
-            run = Run(self._trainer, list(backward.values()))
+            run = self._start_run(list(backward.values()))
             while not run.step():
                 yield False
             results |= dict(zip(backward, run.results, strict=True))
@@ -150,7 +153,7 @@ class CustomLossRun:
             raise output
         differentiated = []
         began = time.perf_counter()
-        with (yield from self._trainer.custom_loss_processes.lease()) as lease:
+        with (yield from self._processes.lease()) as lease:
             try:
                 for index, (logprobs, inputs) in enumerate(zip(output.logprobs, job.inputs, strict=True)):
                     try:

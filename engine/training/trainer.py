@@ -17,25 +17,22 @@ from jax.sharding import Mesh
 from ...model import decoder, sharding
 from ...model.config import ModelConfig
 from ...model.lora import init_lora
-from ..device_memory import device_share
 from ..errors import UserError
 from ..messages import ForwardBackward, GradNormalization, LoraSpec, TargetAlignment
 from ..optimizers import optimizer_families
 from ..programs import OnCompile, Programs
-from . import train_step, validation
+from . import validation
 from .alignment import align
 from .custom_loss_processes import CustomLossProcesses
 from .custom_loss_run import CustomJob, CustomLossRun, custom_job
 from .custom_losses import CustomLosses
+from .gradient_accumulation import GradientAccumulation, zeros_like
 from .gradient_programs import GradientPrograms
 from .packing import shape_table
-from .recycled import RecycledTrees
 from .train_step import Static
 from .training_run import Job, JobOutput, Run
 from .training_state import TrainingState
 from .training_structure import describe, structure
-
-_ZEROS_SHARE, _ZEROS_ON_CPU = 1 / 64, 1 << 28  # of the device's memory; bytes
 
 
 class Trainer:
@@ -84,7 +81,7 @@ class Trainer:
         )
         self.custom_losses = CustomLosses()
         self.custom_loss_processes = CustomLossProcesses()
-        self._zeros = RecycledTrees(device_share(_ZEROS_SHARE, _ZEROS_ON_CPU))
+        self._accumulation = GradientAccumulation(self.programs, self._base_shardings, self._replicated)
 
     @property
     def base(self) -> decoder.Base:
@@ -133,7 +130,7 @@ class Trainer:
         """Zero moments for the state's weights."""
         count = jax.device_put(np.int32(0), self._replicated)
         new_state = optimizer_families.family(state.family).new_state
-        return new_state(count, lambda: self._new_zeros(state.weights))
+        return new_state(count, lambda: zeros_like(state.weights))
 
     def abstract_weights(self, lora: LoraSpec | None) -> Any:
         """Shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
@@ -180,8 +177,11 @@ class Trainer:
         """
         custom = [job for job in jobs if isinstance(job, CustomJob)]
         if custom:
-            return CustomLossRun(self, custom)
-        return Run(self, [job for job in jobs if isinstance(job, Job)])
+            return CustomLossRun(custom, self._start_run, self.custom_loss_processes)
+        return self._start_run([job for job in jobs if isinstance(job, Job)])
+
+    def _start_run(self, jobs: Sequence[Job]) -> Run:
+        return Run(jobs, self.shapes, self.gradient_programs, self._accumulation)
 
     def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | Exception]:
         """Run the jobs to the end; one output or error per job (`Run`)."""
@@ -206,7 +206,7 @@ class Trainer:
                 "nothing to step with: every forward_backward since the last optim_step has failed; "
                 "repeat one that succeeds first"
             )
-        gradients = self.zeros(state) if state.gradients is None else state.gradients
+        gradients = self._accumulation.zeros(state) if state.gradients is None else state.gradients
         mean = state.grad_normalization == "token_mean"
         grad_scale = 1 / max(1, state.valid_tokens) if mean else 1
         rank = 0 if state.lora is None else state.lora.rank
@@ -214,7 +214,7 @@ class Trainer:
         hyper = jax.device_put(scalars, self._replicated)
         arguments = (state.weights, state.optimizer, gradients, hyper)
         key = self.structure(state)
-        weights = self._shardings(state)
+        weights = self._accumulation.shardings(state)
         moments = jax.tree.map(lambda x: x.sharding, state.optimizer)
         name = "optim_step" if state.family == "adamw" else f"optim_step {state.family}"
         program = self.programs.get(
@@ -227,7 +227,7 @@ class Trainer:
         )
         state.weights, state.optimizer, zeros, norms = program(*arguments)
         state.gradients, state.valid_tokens = None, 0
-        self.recycle(state, zeros)
+        self._accumulation.recycle(state, zeros)
         norms = jax.device_get(norms)
         if not all(np.isfinite(norm) for norm in norms):
             state.failed_since_step = 1
@@ -253,52 +253,13 @@ class Trainer:
             lora, self.abstract_weights(lora), self.shapes.shapes if shapes is None else shapes
         )
 
-    # --- device work of a run ---------------------------------------------------------------------------
-
     def structure(self, state: TrainingState) -> Any:
         """What adapters must have in common to share a batch; None for full weights."""
         return structure(state.lora)
 
-    def zeros(self, state: TrainingState) -> Any:
-        """Return a zero tree like the state's gradients, for the caller to keep or to `recycle`."""
-        zeros = self._zeros.take(self.structure(state))
-        return self._new_zeros(state.weights) if zeros is None else zeros
-
-    def recycle(self, state: TrainingState, zeros: Any) -> None:
-        """Keep a tree of zeros for a later run. Full weights are too large to keep idle."""
-        if state.lora is not None:
-            self._zeros.put(self.structure(state), zeros)
-
     def forget_zeros(self) -> None:
-        """Free the recycled trees."""
-        self._zeros.clear()
-
-    def accumulate(self, state: TrainingState, gradients: Any) -> bool:
-        """Add a run's gradients (donated) to the state's. Return False, and add nothing, if the sum would not
-        be finite. Nothing is added when this raises either: the old sum stays until the new one is there."""
-        total = self.zeros(state) if state.gradients is None else state.gradients
-        key, pin = self.structure(state), self._shardings(state)
-        program = self.programs.get(
-            ("accumulate", key),
-            f"accumulate {describe(key)}",
-            train_step.accumulate,
-            (total, gradients),
-            donate=(1,),
-            out_shardings=(pin, self._replicated),
-        )
-        summed, finite = program(total, gradients)
-        finite = bool(finite)  # waits for the device, which may fail only now
-        if state.gradients is None:
-            self.recycle(state, total)
-        if finite:
-            state.gradients = summed
-        return finite
-
-    def _shardings(self, state: TrainingState) -> Any:
-        return self._base_shardings if state.lora is None else self._replicated
-
-    def _new_zeros(self, like: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), like)
+        """Free the zero trees that are kept for later runs."""
+        self._accumulation.forget_zeros()
 
     def _init(self, lora: LoraSpec) -> Any:
         return init_lora(

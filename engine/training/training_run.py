@@ -6,22 +6,21 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...losses import MAX_CONFIG, Loss
 from ..errors import UserError
 from .alignment import Aligned
-from .gradient_programs import DoesNotFitError
+from .gradient_accumulation import GradientAccumulation
+from .gradient_programs import DoesNotFitError, GradientPrograms
 from .packing import ROW_MULTIPLE_OF, MicroBatch, ShapeTable, pack
 from .policy_metrics import policy_metrics
 from .train_step import BATCH_INPUTS, LOSS_INDEX, SEQUENCE_INPUTS, Batch, Outputs
 from .training_state import TrainingState
+from .training_structure import structure
 from .validation import ChosenLoss, TrainingDatum
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +87,17 @@ class Run:
     added and its result is an error. Where `step` raises, nothing has been added for any job.
     """
 
-    def __init__(self, trainer: Trainer, jobs: Sequence[Job]):
-        self._trainer = trainer
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        shapes: ShapeTable,
+        programs: GradientPrograms,
+        accumulation: GradientAccumulation,
+    ):
         self._jobs = list(jobs)
-        self._shapes = trainer.shapes
+        self._shapes = shapes
+        self._programs = programs
+        self._accumulation = accumulation
         self._out_of_memory = False
         self.seconds_beside = 0.0  # all of its work is in its turns
         self.results: list[JobOutput | Exception] = []
@@ -158,10 +164,10 @@ class Run:
         kinds: dict[_Kind, list[tuple[int, int]]] = {}
         for job_index, job in enumerate(self._jobs):
             full_weights = job.state.lora is None
-            structure = ("full", job_index) if full_weights else self._trainer.structure(job.state)
+            shared = ("full", job_index) if full_weights else structure(job.state.lora)
             for index, datum in enumerate(job.data):
                 targets = _bucket_targets(datum.targets.shape[1])
-                kind = _Kind(structure, job.forward_only, job.loss.sequence_level, targets)
+                kind = _Kind(shared, job.forward_only, job.loss.sequence_level, targets)
                 kinds.setdefault(kind, []).append((job_index, index))
         plan = []
         for kind, members in kinds.items():
@@ -175,20 +181,19 @@ class Run:
         n = next(size for size in MODELS_PER_BATCH if size >= len(jobs))
         states = [self._jobs[job].state for job in jobs]
         states += states[:1] * (n - len(jobs))  # no row points at these
-        programs = self._trainer.gradient_programs
-        batch = programs.put(self._batch(kind, members, micro_batch))
+        batch = self._programs.put(self._batch(kind, members, micro_batch))
         if kind.forward_only:
-            outputs = programs.run_forward(states, batch, kind.sequence_level)
+            outputs = self._programs.run_forward(states, batch, kind.sequence_level)
         else:
             begun = [self._gradients.pop(job, None) for job in jobs] + [None] * (n - len(jobs))
             gradients = tuple(
-                self._trainer.zeros(state) if gradient is None else gradient
+                self._accumulation.zeros(state) if gradient is None else gradient
                 for gradient, state in zip(begun, states, strict=True)
             )
-            gradients, outputs = programs.run_gradients(states, gradients, batch, kind.sequence_level)
+            gradients, outputs = self._programs.run_gradients(states, gradients, batch, kind.sequence_level)
             self._gradients.update(zip(jobs, gradients, strict=False))
             for unused in gradients[len(jobs) :]:
-                self._trainer.recycle(states[0], unused)
+                self._accumulation.recycle(states[0], unused)
         self._in_flight.append((members, micro_batch, outputs))
 
     def _batch(self, kind: _Kind, members: list[tuple[int, int]], micro_batch: MicroBatch) -> Batch:
@@ -244,7 +249,7 @@ class Run:
             self._check(index)
             output, valid_tokens = self._output(index), job.valid_tokens
             # The last thing that can fail.
-            if gradients is not None and not self._trainer.accumulate(job.state, gradients):
+            if gradients is not None and not self._accumulation.add(job.state, gradients):
                 raise NonFiniteError(
                     "the gradient is not finite; nothing was accumulated. "
                     "Look for extreme weights, advantages or probability ratios, or a diverged model"

@@ -1,0 +1,72 @@
+"""Sums of gradients from one optimizer step to the next, and the zero trees that they begin with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..device_memory import device_share
+from ..programs import Programs
+from . import train_step
+from .recycled import RecycledTrees
+from .training_state import TrainingState
+from .training_structure import describe, structure
+
+_ZEROS_SHARE, _ZEROS_ON_CPU = 1 / 64, 1 << 28  # of the device's memory; bytes
+
+
+class GradientAccumulation:
+    """Adds gradients to those of a model's `TrainingState`, for any number of models over one base."""
+
+    def __init__(self, programs: Programs, base_shardings: Any, replicated: jax.sharding.Sharding):
+        """Full weights are sharded like the base, `base_shardings`; adapters are `replicated`."""
+        self._programs = programs
+        self._base_shardings = base_shardings
+        self._replicated = replicated
+        self._zeros = RecycledTrees(device_share(_ZEROS_SHARE, _ZEROS_ON_CPU))
+
+    def zeros(self, state: TrainingState) -> Any:
+        """Return a zero tree like the state's gradients, for the caller to keep or to `recycle`."""
+        zeros = self._zeros.take(structure(state.lora))
+        return zeros_like(state.weights) if zeros is None else zeros
+
+    def recycle(self, state: TrainingState, zeros: Any) -> None:
+        """Keep a tree of zeros for a later run. Full weights are too large to keep idle."""
+        if state.lora is not None:
+            self._zeros.put(structure(state.lora), zeros)
+
+    def forget_zeros(self) -> None:
+        """Free the recycled trees."""
+        self._zeros.clear()
+
+    def add(self, state: TrainingState, gradients: Any) -> bool:
+        """Add a run's gradients (donated) to the state's. Return False, and add nothing, if the sum would not
+        be finite. Nothing is added when this raises either: the old sum stays until the new one is there."""
+        total = self.zeros(state) if state.gradients is None else state.gradients
+        key, pin = structure(state.lora), self.shardings(state)
+        program = self._programs.get(
+            ("accumulate", key),
+            f"accumulate {describe(key)}",
+            train_step.accumulate,
+            (total, gradients),
+            donate=(1,),
+            out_shardings=(pin, self._replicated),
+        )
+        summed, finite = program(total, gradients)
+        finite = bool(finite)  # waits for the device, which may fail only now
+        if state.gradients is None:
+            self.recycle(state, total)
+        if finite:
+            state.gradients = summed
+        return finite
+
+    def shardings(self, state: TrainingState) -> Any:
+        """Return the shardings of the state's weights, which its gradients share."""
+        return self._base_shardings if state.lora is None else self._replicated
+
+
+def zeros_like(tree: Any) -> Any:
+    """Return float32 zeros with the shapes and shardings of the tree's arrays."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), tree)
