@@ -32,6 +32,7 @@ from ..errors import StorageFull, Unavailable
 from ..private_files import protect
 from . import lease as leases
 from .faults import LedgerUnusable, damaged, file_of, no_driver, why_unusable
+from .migrations import prereleases
 from .ownership import Ownership, claim, require_local, sqlite_file
 
 log = logging.getLogger("tinsmith.ledger")
@@ -139,6 +140,7 @@ class Ledger:
         with self._engine.connect().execution_options(writes=True) as connection:
             if self._engine.dialect.name == "postgresql":
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
+            prereleases.forget_revision(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
@@ -374,7 +376,8 @@ def check(url: str) -> None:
                 for revision in connection.exec_driver_sql(
                     "SELECT version_num FROM alembic_version"
                 ).scalars():
-                    ScriptDirectory.from_config(_migrations()).get_revision(revision)
+                    if revision not in prereleases.REVISIONS:
+                        ScriptDirectory.from_config(_migrations()).get_revision(revision)
     except (SQLAlchemyError, CommandError) as error:
         raise LedgerUnusable(why_unusable(engine, error)) from error
     finally:

@@ -85,7 +85,7 @@ def segments(connection: Connection) -> set[str]:
 
 
 def any_in_operations(connection: Connection) -> bool:
-    """Whether payloads are still where they were before revision 0017."""
+    """Whether rows of operations still hold payloads, as in ledgers from before the first release."""
     query = select(operations.c.id).where(operations.c.payload.is_not(None)).limit(1)
     return connection.execute(query).first() is not None
 

@@ -161,7 +161,8 @@ operations = Table(
     Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
     Column("dialect", String(16), nullable=False, server_default="tinker"),
     Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
-    Column("payload", LargeBinary),  # before revision 0017; null: it was moved to the table below
+    # Where ledgers from before the first release have payloads; null: in the table below, if it is kept.
+    Column("payload", LargeBinary),
     # The engine's Done or Failed; of operations that are not `accepted`, null: it was dropped (retention.py).
     Column("answer", LargeBinary),
     Column("answer_bytes", BigInteger),

@@ -1,4 +1,4 @@
-"""Migrations of a ledger that has something in it, and of one whose server is killed meanwhile."""
+"""Migrations of ledgers from before the first release, also when the server is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -6,44 +6,26 @@ import os
 import signal
 import sqlite3
 from pathlib import Path
+from typing import Any
 
-from alembic import command
+import prerelease_ledgers
+import pytest
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, event
-from tinsmith.server.ledger import ledger as ledger_module
-from tinsmith.server.ledger.ledger import Ledger
+from engineless import Server
+from sqlalchemy import Engine, create_engine, event, inspect
+from tinsmith.engine import messages
+from tinsmith.server.ledger.ledger import Ledger, check
 from tinsmith.server.ledger.schema import metadata
+from tinsmith.server.operations.answers import KEPT
+from tinsmith.server.operations.operation import stream_of
 
-
-def make_older(path: Path) -> None:
-    """A ledger of revision 0003, with an operation that was refused and one that was answered."""
-    config = Config()
-    folder = Path(ledger_module.__file__).parent / "migrations"
-    config.set_main_option("script_location", str(folder))
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0003")
-        connection.commit()
-    engine.dispose()
-    with sqlite3.connect(path) as ledger:
-        ledger.execute("INSERT INTO tenants (id, created_at) VALUES ('me', 1)")
-        ledger.executemany(
-            "INSERT INTO operations (id, owner, kind, reply, state, answer, accepted_at, finished_at)"
-            " VALUES (?, 'me', 'sample', '{}', ?, ?, 5, ?)",
-            [
-                ("refused", "rejected", b"12345", None),
-                ("answered", "done", b"123", 7),
-                ("new", "accepted", None, None),
-            ],
-        )
-    ledger.close()
+SESSION = "a1b2c3d4-0000-4000-8000-000000000001"
+MODEL = f"{SESSION}:train:0"
 
 
 def migrate_and_die(path: Path, statements: int) -> bool:
-    """In a process of its own that is killed after so many statements; whether it came to that."""
+    """Migrate in a child process that is killed after so many statements; return whether it was killed."""
     child = os.fork()
     if child == 0:
         left = statements
@@ -61,27 +43,115 @@ def migrate_and_die(path: Path, statements: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def test_a_kill_at_any_statement_of_a_migration(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    make_older(path)
-    deaths = 0
-    while migrate_and_die(path, deaths + 1):
-        deaths += 1
-    assert deaths > 5
-    ledger = Ledger(f"sqlite:///{path}")
+def rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """All rows of all tables, in the order of their first columns."""
+    with sqlite3.connect(path) as ledger:
+        ledger.row_factory = sqlite3.Row
+        names = [row["name"] for row in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        found = {
+            name: [dict(row) for row in ledger.execute(f"SELECT * FROM {name} ORDER BY 1, 2")]
+            for name in names
+            if name != "alembic_version"
+        }
+    ledger.close()
+    return found
+
+
+def structure(path: Path) -> dict[str, Any]:
+    """What SQLAlchemy finds of each table, whatever the order of its columns and indexes."""
+    engine = create_engine(f"sqlite:///{path}")
+    found = inspect(engine)
+    tables: dict[str, Any] = {}
+    for name in found.get_table_names():
+        columns = {each["name"]: each | {"type": repr(each["type"])} for each in found.get_columns(name)}
+        indexes = {each["name"]: {**each, "dialect_options": None} for each in found.get_indexes(name)}
+        keys = (
+            found.get_pk_constraint(name),
+            sorted(map(repr, found.get_foreign_keys(name))),
+            sorted(map(repr, found.get_unique_constraints(name))),
+        )
+        tables[name] = (columns, indexes, keys)
+    engine.dispose()
+    return tables
+
+
+@pytest.mark.parametrize("revision", prerelease_ledgers.REVISIONS)
+def test_a_ledger_from_before_the_first_release_gets_today_s_schema_and_keeps_its_rows(
+    revision: str, tmp_path: Path
+) -> None:
+    path, fresh = tmp_path / "ledger.db", tmp_path / "fresh.db"
+    prerelease_ledgers.load(path, revision)
+    before = rows(path)
+    check(f"sqlite:///{path}")
+    assert rows(path) == before, "a check changes nothing"
+    for each in (path, fresh):
+        Ledger(f"sqlite:///{each}").close()
+    assert structure(path) == structure(fresh)
     engine = create_engine(f"sqlite:///{path}")
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        rows = connection.exec_driver_sql(
-            "SELECT id, state, answer, answer_bytes, finished_at FROM operations ORDER BY id"
-        ).all()
+        assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
     engine.dispose()
-    ledger.close()
-    assert rows == [
-        ("answered", "done", b"123", 3, 7.0),
-        ("new", "accepted", None, None, None),
-        ("refused", "rejected", b"12345", 5, 5.0),
-    ]
+    after = rows(path)
+    assert all(before.values()), "the dump has rows in every table"
+    for table, old in before.items():
+        assert len(after[table]) == len(old)
+        for then, now in zip(old, after[table], strict=True):
+            changed = {name for name in then if now[name] != then[name]}
+            assert changed <= ({"finished_at"} if then.get("state") == "rejected" else set())
+    for row in after["operations"]:
+        assert row["answer_bytes"] == (None if row["answer"] is None else len(row["answer"]))
+        assert (row["finished_at"] is None) == (row["state"] == "accepted")
+    assert all(row["size_bytes"] >= 512 for row in after["sessions"])
+    (lease,) = after["lease"]
+    assert len(lease["ledger"]) == 32
+    if "lease" in before:
+        assert before["lease"] == [lease]
+    Ledger(f"sqlite:///{path}").close()
+    assert rows(path) == after, "a second start changes nothing"
+
+
+@pytest.mark.parametrize("revision", prerelease_ledgers.REVISIONS)
+async def test_a_server_goes_on_with_a_ledger_from_before_the_first_release(
+    revision: str, tmp_path: Path
+) -> None:
+    prerelease_ledgers.load(tmp_path / "ledger.db", revision)
+    server = Server(tmp_path)
+    await server.payloads.move_old(stream_of, KEPT)
+    await server.runs.resume()
+    assert all(row["payload"] is None for row in rows(tmp_path / "ledger.db")["operations"])
+    (waiting,) = server.operations.unanswered(MODEL)
+    step = await server.operations.message(waiting)
+    assert isinstance(step, messages.ForwardBackward)
+    assert step.data[0].tokens == (7).to_bytes(4, "little") * 3
+    sample = await server.operations.find("alice", "req_waiting")
+    assert sample is not None
+    assert isinstance(await server.operations.message(sample), messages.Sample)
+    answered = await server.operations.find("alice", "req_copy")
+    assert answered is not None
+    assert isinstance(answered.answer, messages.Done)
+    assert isinstance(answered.answer.output, messages.SampleOutput)
+    assert await server.operations.has_expired("alice", "req_dropped")
+    server.ledger.close()
+
+
+def test_a_kill_at_any_statement_of_a_migration(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    prerelease_ledgers.load(path, "0003")
+    deaths = 0
+    while migrate_and_die(path, deaths + 1):
+        deaths += 1
+    assert deaths > 20
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+    found = {row["id"]: row for row in rows(path)["operations"]}
+    assert (found["req_rejected"]["finished_at"], found["req_copy"]["finished_at"]) == (
+        found["req_rejected"]["accepted_at"],
+        1790000009.5,
+    )
+    assert found["req_next"]["finished_at"] is None
 
 
 def test_a_kill_during_the_first_migration_of_all(tmp_path: Path) -> None:

@@ -10,15 +10,12 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import prerelease_ledgers
 import pytest
-from alembic import command
-from alembic.config import Config
 from engineless import MODEL, Server, model
 from small_disk import fill, small_disk
-from sqlalchemy import create_engine
 from tinsmith.engine import messages
 from tinsmith.server.errors import StorageFull
-from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import payloads as rows
 from tinsmith.server.ledger.segments import SEGMENT_BYTES, PayloadLost, Segments
 from tinsmith.server.operations.answers import KEPT
@@ -253,18 +250,11 @@ async def test_waiting_operations_hold_no_payloads(server: Server) -> None:
 
 async def test_payloads_of_older_ledgers_move_and_a_kill_in_between_loses_none(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    config = Config()
-    folder = Path(ledger_module.__file__).parent / "migrations"
-    config.set_main_option("script_location", str(folder))
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.connect() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0013")
-        connection.commit()
-    engine.dispose()
+    prerelease_ledgers.load(path, "0013")
     sizes = {f"r{number}": size for number, size in enumerate([10, 8192, 8193, 300_000, 5 << 20, 9 << 20])}
     sizes["loss"] = 100_000
     with sqlite3.connect(path) as old:
+        old.execute("DELETE FROM operations")
         old.execute("INSERT INTO tenants (id, created_at) VALUES ('me', 1)")
         old.executemany(
             "INSERT INTO operations (id, owner, kind, model_id, seq_id, reply, state, payload, accepted_at)"
