@@ -15,9 +15,7 @@ def natural_key(session_id: str, seq_id: int) -> str:
 
 
 def _of_session(session_id: str) -> ColumnElement[bool]:
-    first = natural_key(session_id, 0)[:-1]
-    after = first[:-1] + chr(ord("/") + 1)
-    return (operations.c.natural_key >= first) & (operations.c.natural_key < after)
+    return (operations.c.session_id == session_id) & (operations.c.kind == KIND)
 
 
 def find(connection: Connection, natural_key: str) -> Row | None:

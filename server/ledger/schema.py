@@ -158,6 +158,10 @@ operations = Table(
     Column("kind", String(32), nullable=False),
     Column("model_id", String(192)),
     Column("seq_id", BigInteger),
+    # The session of an uploaded loss or of a numbered sample; a sample's sampling session and number in it.
+    Column("session_id", String(192)),
+    Column("sampler_id", String(192)),
+    Column("sample_number", BigInteger),
     Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
     Column("dialect", String(16), nullable=False, server_default="tinker"),
     Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
@@ -173,6 +177,14 @@ operations = Table(
     Index("operations_in_state", "state", "accepted_at"),
     Index("operations_by_age", "finished_at", "answer_bytes"),
     Index("answers_of_owner", "owner", "finished_at", "answer_bytes"),
+    Index(
+        "operations_of_session",
+        "session_id",
+        "kind",
+        "sampler_id",
+        sqlite_where=text("session_id IS NOT NULL"),
+        postgresql_where=text("session_id IS NOT NULL"),
+    ),
 )
 
 # Messages to the engine, kept while a replay may need them. Apart from the operations, whose rows change: a

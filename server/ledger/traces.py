@@ -15,7 +15,7 @@ def timeline(connection: Connection, session_id: str, limit: int) -> Sequence[Ro
     mine = operations.c.model_id.in_(select(models.c.id).where(models.c.session_id == session_id))
     query = select(
         operations.c.id,
-        operations.c.natural_key,
+        operations.c.sampler_id,
         operations.c.kind,
         operations.c.model_id,
         operations.c.seq_id,
@@ -23,7 +23,7 @@ def timeline(connection: Connection, session_id: str, limit: int) -> Sequence[Ro
         operations.c.device_seconds,
         operations.c.accepted_at,
         operations.c.finished_at,
-    ).where(or_(mine, of_session(connection, session_id)))
+    ).where(or_(mine, of_session(session_id)))
     return connection.execute(query.order_by(operations.c.accepted_at.desc()).limit(limit)).all()[::-1]
 
 

@@ -58,6 +58,7 @@ class CustomLosses:
                 lambda request_id: messages.CheckCustomLoss(request_id, loss),
                 {"type": rows.KIND, "loss_id": f"{session_id}:loss:{seq_id}"},
                 also=within_limits,
+                session_id=session_id,
             )
         )
         with contextlib.suppress(TimeoutError):

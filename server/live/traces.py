@@ -20,7 +20,7 @@ def chrome_trace(session_id: str, operations: Sequence[Row]) -> dict[str, Any]:
     processes: dict[str, int] = {}
     events: list[dict[str, Any]] = []
     for row in operations:
-        name = row.model_id or (row.natural_key or "").removeprefix("sample/").rpartition("/")[0]
+        name = row.model_id or row.sampler_id
         process = processes.setdefault(name, len(processes) + 1)
         if process == len(processes):
             events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})

@@ -100,10 +100,10 @@ class Completions:
             del self._streams[key]  # its next poll makes it again, from the ledger
 
     async def poll(
-        self, sampler_id: str, client: int, cursor: int, seconds: float
+        self, session_id: str, sampler_id: str, client: int, cursor: int, seconds: float
     ) -> tuple[list[Completion], int]:
         """What was answered after `cursor`, and the new cursor. Waits for the first one, at most so long."""
-        stream = await self._open(sampler_id, client, cursor)
+        stream = await self._open(session_id, sampler_id, client, cursor)
         stream.polled_at = time.monotonic()
         answered = stream.after(cursor)
         if not answered and seconds > 0:
@@ -117,13 +117,13 @@ class Completions:
         for stream in self._streams.values():
             stream.wake()
 
-    async def _open(self, sampler_id: str, client: int, cursor: int) -> Stream:
+    async def _open(self, session_id: str, sampler_id: str, client: int, cursor: int) -> Stream:
         stream = self._streams.get((sampler_id, client))
         if stream is None:
             self._drop_silent()
             # Known before the ledger is read: a sample that is accepted meanwhile is in one of the two.
             stream = self._streams[sampler_id, client] = Stream(cursor, polled_at=time.monotonic())
-            stream.opened = asyncio.ensure_future(self._fill(stream, sampler_id, client, cursor))
+            stream.opened = asyncio.ensure_future(self._fill(stream, session_id, sampler_id, client, cursor))
         assert stream.opened is not None
         try:
             await asyncio.shield(stream.opened)  # a client that hangs up does not end it for the others
@@ -133,16 +133,15 @@ class Completions:
             raise
         return stream
 
-    async def _fill(self, stream: Stream, sampler_id: str, client: int, cursor: int) -> None:
+    async def _fill(self, stream: Stream, session_id: str, sampler_id: str, client: int, cursor: int) -> None:
         def read(connection: Connection) -> tuple[list[Row], list[Row]]:
             since = cursor / 1e6 - _CLOCK_SECONDS
             found = (
-                rows.unanswered(connection, sampler_id),
-                rows.finished_since(connection, sampler_id, since),
+                rows.unanswered(connection, session_id, sampler_id),
+                rows.finished_since(connection, session_id, sampler_id, since),
             )
             unanswered, finished = (
-                [row for row in part if rows.seq_id_of(row.natural_key) // SEQ_IDS_PER_CLIENT == client]
-                for part in found
+                [row for row in part if row.sample_number // SEQ_IDS_PER_CLIENT == client] for part in found
             )
             return unanswered, finished
 

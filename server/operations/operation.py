@@ -36,6 +36,7 @@ class Operation:
     weights_made_in: int = 0  # that in which the weights it samples were made again
     changed: bytes | None = None  # a message that goes to the engine instead of that one
     natural_key: str | None = None
+    session_id: str | None = None  # of an uploaded loss or a numbered sample
     dialect: Dialect = "tinker"
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     on_answered: Callable[[Operation], None] | None = None
@@ -66,7 +67,8 @@ class Submission:
 
     `message` builds the engine's message from the request id; None: `also` has the answer. `also` writes
     further rows in the same transaction, and may return what is then the answer. Sequenced operations have a
-    model and a seq_id from 1; the others have seq_id 0 and run at once.
+    model and a seq_id from 1; the others have seq_id 0 and run at once. Uploaded losses and numbered samples
+    have a session; the samples also have a sampling session, and a number in it.
     """
 
     owner: str
@@ -78,6 +80,9 @@ class Submission:
     seq_id: int = 0
     also: Callable[[Connection, str], Answer | None] | None = None
     dialect: Dialect = "tinker"
+    session_id: str | None = None
+    sampler_id: str | None = None
+    sample_number: int | None = None
 
 
 def stream_of(model_id: str | None, kind: str) -> str:

@@ -89,6 +89,7 @@ class Operations:
             submission.reply,
             0 if payload is None else len(payload),
             natural_key=submission.natural_key,
+            session_id=submission.session_id,
             dialect=submission.dialect,
         )
         self._pending.add(operation)
@@ -156,6 +157,9 @@ class Operations:
                 kind=operation.kind,
                 model_id=operation.model_id or None,
                 seq_id=operation.seq_id if sequenced else None,
+                session_id=submission.session_id,
+                sampler_id=submission.sampler_id,
+                sample_number=submission.sample_number,
                 reply=operation.reply,
                 dialect=operation.dialect,
                 state="accepted" if answer is None else _STATES[type(answer)],
@@ -388,6 +392,7 @@ class Operations:
             row.reply,
             row.size or 0,
             natural_key=row.natural_key,
+            session_id=row.session_id,
             rejected=row.state == "rejected",
             committed=True,
             dialect=row.dialect,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sqlalchemy import Connection
 
 from ...engine import messages
-from ..ledger import samples
 from ..ledger import usage as rows
 from .operation import Operation
 
@@ -37,7 +36,7 @@ def _add_sample(
 ) -> None:
     prompt = len(asked.prompt) // 4  # int32, as the sampled tokens
     cached = min(prompt, output.prompt_cache_hit_tokens)
-    session_id = samples.session_of(operation.natural_key) if operation.natural_key else ""
+    session_id = operation.session_id or ""
     weights = asked.sampler.weights
     counts = {
         "prefilled": prompt - cached,

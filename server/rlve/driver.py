@@ -24,7 +24,7 @@ from ...engine import messages
 from ..errors import BadRequest, NotFound
 from ..ledger import operations as operation_rows
 from ..ledger import rlve as rows
-from ..ledger import samples as sample_rows
+from ..ledger.samples import SampleNumber
 from ..live.live_samplers import save_unnamed
 from ..live.run import Run
 from ..live.samplers import Sampler, number_of, sampler_id
@@ -204,9 +204,9 @@ class Driver:
             ),
         )
         await self._backend.samplers.sampled(sampler)
-        key = sample_rows.natural_key(sampler.id, number)
+        named = SampleNumber(sampler.session_id, sampler.id, number)
         operation = await patiently(
-            lambda: sample_submits.submit(self._backend, self.run.owner, asked, key, None, self.run.dialect)
+            lambda: sample_submits.submit(self._backend, self.run.owner, asked, named, None, self.run.dialect)
         )
         self._sampling.add(operation)
         try:

@@ -185,7 +185,11 @@ async def retrieve_futures(
     patience = backend.settings.long_poll_seconds * random.uniform(0.8, 1.0)
     seconds = patience if body.timeout is None else min(patience, body.timeout)
     answered, cursor = await backend.completions.poll(
-        sampler.id, body.target.cloned_sampler_id, body.prev_cursor, 0.0 if backend.stopped else seconds
+        sampler.session_id,
+        sampler.id,
+        body.target.cloned_sampler_id,
+        body.prev_cursor,
+        0.0 if backend.stopped else seconds,
     )
     if not answered and backend.stopped:
         raise Unavailable("the server stops")  # which clients ask again after a second

@@ -12,13 +12,13 @@ from ...ckpt.tokenizer_files import end_tokens
 from ...engine import messages
 from ..dialect import POINTS, Dialect
 from ..errors import BadRequest, Unavailable
-from ..ledger import samples
+from ..ledger.samples import SampleNumber
 from ..operations.operation import Operation, Submission
 from ..operations.provenance import sequence_id
 from ..served import sample_submits
 from ..served.hang_ups import while_connected
 from ..served.request_samples import RequestSamples
-from ..served.sample_targets import target
+from ..served.sample_targets import Target, target
 from ..wire import responses
 from ..wire import sampling as wire
 from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
@@ -34,8 +34,8 @@ _CONTEXT = 8  # tokens of a prompt that its samples are decoded after
 
 @router.post("/asample", responses=described_as(responses.SampleFuture))
 async def asample(body: wire.Sample, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
-    sampler = await target(backend, owner, body)
-    operation = await _submit(body, body.prompt, sampler, body.seq_id, backend, owner, said)
+    found = await target(backend, owner, body)
+    operation = await _submit(body, body.prompt, found, body.seq_id, backend, owner, said)
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 
@@ -78,13 +78,11 @@ async def _sample_and_wait(
 async def _sample_now(body: wire.SampleNow, samples: RequestSamples, said: Dialect | None) -> Operation:
     """All prompts are accepted, or none."""
     backend, owner = samples.backend, samples.owner
-    sampler = await target(backend, owner, body)
+    found = await target(backend, owner, body)
     if body.prompt is not None:
-        return await samples.own(_submit(body, body.prompt, sampler, body.seq_id, backend, owner, said))
+        return await samples.own(_submit(body, body.prompt, found, body.seq_id, backend, owner, said))
     inputs = [ModelInput.model_construct(tokens=tokens) for tokens in body.prompts or []]
-    each = [
-        await samples.own(_submit(body, prompt, sampler, None, backend, owner, said)) for prompt in inputs
-    ]
+    each = [await samples.own(_submit(body, prompt, found, None, backend, owner, said)) for prompt in inputs]
     return await _all(each, backend, owner, said)
 
 
@@ -110,12 +108,13 @@ async def _all(each: list[Operation], backend: Backend, owner: str, said: Dialec
 async def _submit(
     body: wire.SampleFields,
     given: ModelInput,
-    sampler: messages.SamplerRef,
+    found: Target,
     seq_id: int | None,
     backend: Backend,
     owner: str,
     said: Dialect | None,
 ) -> Operation:
+    sampler = found.ref
     model = backend.base_model(sampler.base_model)
     if body.num_samples > backend.settings.max_samples:
         raise BadRequest(
@@ -124,8 +123,9 @@ async def _submit(
     longest = longest_prompt(model.max_sequence_length, body.sampling_params.max_tokens)
     prompt = prompt_tokens(given, model.vocab_size, longest)
     targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
-    numbered = _is_numbered(body) and seq_id is not None
-    key = samples.natural_key(body.sampling_session_id or "", seq_id or 0) if numbered else None
+    number: SampleNumber | None = None
+    if found.session is not None and seq_id is not None:
+        number = SampleNumber(found.session.session_id, found.session.id, seq_id)
     dialect = said or "tinkercloud"
     ends = await asyncio.to_thread(end_tokens, model.folder) if POINTS[dialect].stops_add else ()
     params = body.sampling_params.message(dialect, ends)
@@ -147,7 +147,7 @@ async def _submit(
     reply: dict[str, Any] = {}
     if dialect != "tinker":
         reply = {"base_model": sampler.base_model, PROMPT_END: tokens_of(prompt[-4 * _CONTEXT :])}
-    operation = await sample_submits.submit(backend, owner, sample, key, reply, dialect)
-    if numbered:
-        backend.completions.accepted(body.sampling_session_id or "", seq_id or 0, operation)
+    operation = await sample_submits.submit(backend, owner, sample, number, reply, dialect)
+    if number is not None:
+        backend.completions.accepted(number.sampler_id, number.number, operation)
     return operation

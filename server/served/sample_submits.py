@@ -9,6 +9,7 @@ import msgspec
 from ...engine import messages
 from ..dialect import Dialect
 from ..errors import ApiError
+from ..ledger.samples import KIND, SampleNumber
 from ..operations.operation import Operation, Submission
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ async def submit(
     backend: Backend,
     owner: str,
     sample: messages.Sample,
-    natural_key: str | None = None,
+    number: SampleNumber | None = None,
     reply: dict[str, Any] | None = None,
     dialect: Dialect = "tinker",
 ) -> Operation:
@@ -38,7 +39,17 @@ async def submit(
     try:
         with backend.admission.sample(owner) as accepted:
             operation = await backend.operations.accept(
-                Submission(owner, "sample", natural_key, message, reply or {}, dialect=dialect)
+                Submission(
+                    owner,
+                    KIND,
+                    number.natural_key if number else None,
+                    message,
+                    reply or {},
+                    dialect=dialect,
+                    session_id=number.session_id if number else None,
+                    sampler_id=number.sampler_id if number else None,
+                    sample_number=number.number if number else None,
+                )
             )
             accepted(operation)
     except ApiError:

@@ -49,21 +49,29 @@ async def weights(
     return Weights(name, checkpoint.directory, str(uri), checkpoint.run_id)
 
 
-async def target(backend: Backend, owner: str, body: SampleFields) -> messages.SamplerRef:
+@dataclass(frozen=True)
+class Target:
+    """The weights that a request samples, and the sampling session that it names, if any."""
+
+    ref: messages.SamplerRef
+    session: Sampler | None = None
+
+
+async def target(backend: Backend, owner: str, body: SampleFields) -> Target:
     """Raises BadRequest, or NotFound."""
     if body.sampling_session_id is not None:
         session = await backend.samplers.find(owner, body.sampling_session_id)
         await backend.samplers.sampled(session)
-        return session.ref
+        return Target(session.ref, session)
     live = body.model_id
     if body.model_path is not None and body.model_path.endswith(LIVE):
         live = body.model_path.removesuffix(LIVE).rpartition("://")[2]
     if live is not None:
-        return (await live_sampler(backend, owner, live)).ref
+        return Target((await live_sampler(backend, owner, live)).ref)
     if body.base_model is None and body.model_path is None:
         raise BadRequest("give sampling_session_id, model_id, model_path or base_model: whose samples?")
     found = await weights(backend, owner, body.base_model, body.model_path)
-    return messages.SamplerRef(found.base_model, weights=found.directory)
+    return Target(messages.SamplerRef(found.base_model, weights=found.directory))
 
 
 async def live_sampler(backend: Backend, owner: str, name: str) -> Sampler:

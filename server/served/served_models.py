@@ -34,7 +34,8 @@ async def find(backend: Backend, owner: str, name: str | None) -> ServedModel:
         return ServedModel(name, messages.SamplerRef(name))
     if "://" in name:
         version = "live" if name.endswith(LIVE) else name.rpartition("/")[2]
-        return ServedModel(name, await target(backend, owner, SampleFields(model_path=name)), version)
+        found = await target(backend, owner, SampleFields(model_path=name))
+        return ServedModel(name, found.ref, version)
     if ":sample:" in name:
         sampler = await backend.samplers.find(owner, name)
         await backend.samplers.sampled(sampler)

@@ -13,15 +13,16 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from engineless import Server
-from sqlalchemy import Engine, create_engine, event, inspect
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from tinsmith.engine import messages
+from tinsmith.server.ledger import custom_losses, samples, traces
 from tinsmith.server.ledger.ledger import Ledger, check
 from tinsmith.server.ledger.schema import metadata
 from tinsmith.server.operations.answers import KEPT
 from tinsmith.server.operations.operation import stream_of
 
 SESSION = "a1b2c3d4-0000-4000-8000-000000000001"
-MODEL = f"{SESSION}:train:0"
+MODEL, SAMPLER = f"{SESSION}:train:0", f"{SESSION}:sample:0"
 
 
 def migrate_and_die(path: Path, statements: int) -> bool:
@@ -64,7 +65,7 @@ def structure(path: Path) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for name in found.get_table_names():
         columns = {each["name"]: each | {"type": repr(each["type"])} for each in found.get_columns(name)}
-        indexes = {each["name"]: {**each, "dialect_options": None} for each in found.get_indexes(name)}
+        indexes = {each["name"]: repr(each["column_names"]) for each in found.get_indexes(name)}
         keys = (
             found.get_pk_constraint(name),
             sorted(map(repr, found.get_foreign_keys(name))),
@@ -132,6 +133,25 @@ async def test_a_server_goes_on_with_a_ledger_from_before_the_first_release(
     assert isinstance(answered.answer, messages.Done)
     assert isinstance(answered.answer.output, messages.SampleOutput)
     assert await server.operations.has_expired("alice", "req_dropped")
+
+    def of_session(connection: Connection) -> tuple:
+        return (
+            [row.id for row in samples.unanswered(connection, SESSION, SAMPLER)],
+            [(row.id, row.sample_number) for row in samples.finished_since(connection, SESSION, SAMPLER, 0)],
+            [(row.id, row.model_id or row.sampler_id) for row in traces.timeline(connection, SESSION, 100)],
+            custom_losses.stored(connection, SESSION)[0],
+        )
+
+    unanswered, finished, timeline, losses = await server.ledger.read(of_session)
+    assert unanswered == ["req_waiting"]
+    assert finished == [("req_dropped", 1), ("req_copy", 1_000_000_003)]
+    assert timeline == [
+        *((name, MODEL) for name in ("req_create", "req_step", "req_next", "req_rejected")),
+        *((name, SAMPLER) for name in ("req_dropped", "req_waiting", "req_copy")),
+        ("req_over", f"{SESSION}:sample:train-7"),
+    ]
+    assert losses == 1
+    assert sample.session_id == SESSION
     server.ledger.close()
 
 

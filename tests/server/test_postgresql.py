@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import prerelease_ledgers
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -75,6 +76,23 @@ def test_the_migrations_make_the_schema(url: str) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def test_a_ledger_from_before_the_first_release_is_completed(url: str, tmp_path: Path) -> None:
+    prerelease_ledgers.load(tmp_path / "old.db", "0013")
+    prerelease_ledgers.copy(tmp_path / "old.db", url)
+    ledger = Ledger(url)
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        sessions = connection.execute(text("SELECT id, size_bytes FROM sessions ORDER BY id")).all()
+        samples = connection.execute(
+            text("SELECT id, sample_number FROM operations WHERE sampler_id IS NOT NULL ORDER BY id")
+        ).all()
+    engine.dispose()
+    ledger.close()
+    assert [size > 512 for _id, size in sessions] == [True, True]
+    assert samples == [("req_copy", 1_000_000_003), ("req_dropped", 1), ("req_over", 12), ("req_waiting", 2)]
 
 
 def test_one_of_two_servers_with_directories_of_their_own_owns_the_ledger(tmp_path: Path, url: str) -> None:

@@ -44,6 +44,7 @@ def sample(number: int) -> Submission:
         "sample",
         f"sample/{SAMPLER}/{number}",
         lambda request_id: messages.Sample(request_id, ref, bytes(4 * 7), 2, messages.SamplingParams()),
+        session_id="s",
     )
 
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from tinsmith.server.ledger.migrations.prereleases import complete
 
-revision = "0019"
+revision = "0020"
 down_revision = None
 
 tables = MetaData()
@@ -155,6 +155,9 @@ Table(
     Column("kind", String(32), nullable=False),
     Column("model_id", String(192)),
     Column("seq_id", BigInteger),
+    Column("session_id", String(192)),
+    Column("sampler_id", String(192)),
+    Column("sample_number", BigInteger),
     Column("reply", JSON, nullable=False),
     _dialect(),
     Column("state", String(16), nullable=False),
@@ -168,6 +171,14 @@ Table(
     Index("operations_in_state", "state", "accepted_at"),
     Index("operations_by_age", "finished_at", "answer_bytes"),
     Index("answers_of_owner", "owner", "finished_at", "answer_bytes"),
+    Index(
+        "operations_of_session",
+        "session_id",
+        "kind",
+        "sampler_id",
+        sqlite_where=text("session_id IS NOT NULL"),
+        postgresql_where=text("session_id IS NOT NULL"),
+    ),
 )
 Table(
     "payloads",
