@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
     "no JSON": (lambda files: adapters.tarred(files | {"adapter_config.json": b"[" * 9999}), "JSON"),
     "not LoRA": (with_config(peft_type="IA3"), "IA3"),
     "rank": (with_config(r=17), "maximum of 16"),
-    "no rank": (with_config(r=True), "no rank"),
+    "no rank": (with_config(r=True), "a whole number from 1 to"),
     "another rank": (with_config(r=4), "shape"),
     "alpha": (with_config(lora_alpha=-1), "positive"),
     "dora": (with_config(use_dora=True), "use_dora"),
