@@ -164,8 +164,9 @@ def test_a_stream_of_several_prompts_numbers_its_choices(client: openai.OpenAI) 
             assert [x for c in mine for x in getattr(c.logprobs, name)] == getattr(choice.logprobs, name)
         told = [x for c in mine for x in c.logprobs.token_logprobs]
         np.testing.assert_allclose(told, choice.logprobs.token_logprobs, atol=1e-5)
-        assert len(mine) >= 2
         assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+    # A busy server may send two pieces of one choice together, though hardly of all.
+    assert sum(len(chunk.choices) for chunk in chunks) > len(whole.choices)
     assert chunks[-1].usage == whole.usage
 
 
