@@ -99,6 +99,7 @@ def test_the_sdk_waits_for_room(server: ServerProcess, disk: Path) -> None:
 
     def fill_for_a_while() -> None:
         threading.Timer(3.0, fill(disk, leave=RESERVE // 2).unlink).start()
+        time.sleep(0.3)  # the server looks at the disk four times a second
 
     expected = train()
     np.testing.assert_array_equal(train(fill_for_a_while), expected)

@@ -260,10 +260,20 @@ def test_hanging_up_ends_a_sample_there_too(alice: Wire, sessions: dict[str, str
         time.sleep(0.05)
 
 
-def test_how_far_its_log_probs_are_is_told(alice: Wire, sessions: dict[str, str]) -> None:
-    sampled(alice, sessions["sglang"], params={"temperature": 1.0})
+def test_how_far_its_log_probs_are_is_told(alice: Wire) -> None:
+    """Of a sampler's first sample, and so of weights that nobody has sampled before."""
+    session = alice.session()
+    saving = alice.post("save_weights_for_sampler", model_id=alice.model(session), seq_id=1, path="compared")
+    sampler = alice.post(
+        "create_sampling_session",
+        session_id=session,
+        sampling_session_seq_id=0,
+        model_path=alice.result(saving)["path"],
+        sampling_engine="sglang",
+    ).json()["sampling_session_id"]
+    sampled(alice, sampler, params={"temperature": 1.0})
     deadline = time.monotonic() + 10
-    while (found := alice.http.get(f"/api/v1/samplers/{sessions['sglang']}").json()["metrics"]) is None:
+    while (found := alice.http.get(f"/api/v1/samplers/{sampler}").json()["metrics"]) is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert abs(found["sampler/kl"]) <= found["sampler/logprob_difference"] <= 1e-4
