@@ -174,6 +174,9 @@ class Settings(LedgerSettings):
     answer_seconds: float = Field(24 * 3600.0, gt=0)
     answer_bytes: int = Field(4 << 30, ge=0)
     sweep_seconds: float = Field(600.0, gt=0)
+    # A model that was deleted, unloaded or whose session has finished, and that has no checkpoints, leaves
+    # the ledger after so long: it is listed no more, and its id is unknown.
+    ended_model_seconds: float = Field(30 * 24 * 3600.0, gt=0)
     # With less than so much free on the data directory's disk, submits are refused with 507.
     disk_reserve_bytes: int = Field(256 << 20, ge=0)
     stop_patience_seconds: float = Field(600.0, gt=0)

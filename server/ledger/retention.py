@@ -13,7 +13,17 @@ from collections.abc import Collection, Sequence
 from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, select, true, update
 
 from ...engine import messages
-from .schema import checkpoints, models, operations, payloads, samplers, sessions
+from . import session_sizes
+from .schema import (
+    checkpoints,
+    models,
+    operations,
+    payloads,
+    rlve_runs,
+    rlve_steps,
+    samplers,
+    sessions,
+)
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
 _AT_A_TIME = 1000  # rows in one change: other writers wait for it
@@ -109,6 +119,36 @@ def drop_operations(connection: Connection, through: float, now: float, owner: s
         .limit(_AT_A_TIME)
     )
     return connection.execute(delete(operations).where(operations.c.id.in_(old))).rowcount == _AT_A_TIME
+
+
+# --- models
+
+
+def drop_ended_models(connection: Connection, before: float) -> bool:
+    """Delete some of the models that ended, or could not be created, before that time and of which nothing
+    is left: no checkpoint, no payload and no unnamed sampler. Their operations go first. Return whether there
+    may be more."""
+    unnamed = samplers.c.directory.is_not(None) & samplers.c.model_path.is_(None)
+    waiting = operations.alias()
+    ended = select(models.c.id).where(
+        models.c.state.in_(("finished", "failed")),
+        models.c.last_request_at <= before,
+        models.c.id.not_in(select(checkpoints.c.run_id)),
+        models.c.session_id.not_in(select(samplers.c.session_id).where(unnamed)),
+        ~exists().where(payloads.c.model_id == models.c.id),
+        ~exists().where(waiting.c.model_id == models.c.id, waiting.c.state == "accepted"),
+    )
+    some = select(operations.c.id).where(operations.c.model_id.in_(ended)).limit(_AT_A_TIME)
+    if connection.execute(delete(operations).where(operations.c.id.in_(some))).rowcount:
+        return True
+    rows = connection.execute(select(models).where(models.c.id.in_(ended.limit(_AT_A_TIME)))).all()
+    ids = [row.id for row in rows]
+    connection.execute(delete(rlve_steps).where(rlve_steps.c.model_id.in_(ids)))
+    connection.execute(delete(rlve_runs).where(rlve_runs.c.model_id.in_(ids)))
+    connection.execute(delete(models).where(models.c.id.in_(ids)))
+    for row in rows:
+        session_sizes.charge(connection, row.session_id, -session_sizes.size_of_model(row._asdict()))
+    return len(rows) == _AT_A_TIME
 
 
 # --- directories

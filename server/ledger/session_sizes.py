@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, case, delete, func, select, update
@@ -27,6 +28,15 @@ def size_of(*values: Any) -> int:
     return ROW_BYTES + sum(
         len(value) if isinstance(value, bytes) else len(json.dumps(value)) for value in values if value
     )
+
+
+_OF_MODEL = ("id", "owner", "session_id", "base_model", "lora", "optimizer", "user_metadata")
+_OF_MODEL += ("creation", "alias", "configuration")
+
+
+def size_of_model(values: Mapping[str, Any]) -> int:
+    """The bytes of a model's row with these columns; those that change later do not count."""
+    return size_of(*(values.get(name) for name in _OF_MODEL))
 
 
 def charge(connection: Connection, session_id: str, size: int) -> None:

@@ -77,7 +77,7 @@ def add_model(connection: Connection, **values: Any) -> None:
     made = {"created_at": now, "last_request_at": now, "executed_seq": 0, "snapshot_seq": 0}
     base = {"base_digest": digest_of(values["base_model"])}
     connection.execute(insert(models).values(made | base | values))
-    session_sizes.charge(connection, values["session_id"], session_sizes.size_of(*values.values()))
+    session_sizes.charge(connection, values["session_id"], session_sizes.size_of_model(values))
 
 
 def find_model(connection: Connection, model_id: str) -> Row | None:

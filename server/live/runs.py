@@ -325,8 +325,9 @@ class Runs:
             return
         self.on_ending(run)
         run.state = "finished"
+        now = time.time()
         await self._ledger.write(
-            lambda connection: tenancy.update_model(connection, run.id, state="finished")
+            lambda connection: tenancy.update_model(connection, run.id, state="finished", last_request_at=now)
         )
         # Not awaited: the client need not wait for what it has queued.
         run.leaving = asyncio.ensure_future(self._finish(run))

@@ -64,6 +64,9 @@ class Sweep:
         await self._drop_accounts()
         await self._remove_snapshots()
         await self.remove_checkpoints()
+        # Last: the directories of models that the ledger does not know are left alone.
+        before = time.time() - self._settings.ended_model_seconds
+        await self._repeat(partial(retention.drop_ended_models, before=before))
         self.used_bytes = await asyncio.to_thread(self._measure)
 
     async def sweep_forever(self) -> None:

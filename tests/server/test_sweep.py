@@ -235,6 +235,55 @@ async def test_what_a_replay_or_a_sampler_reads_stays(tmp_path: Path, server: Se
     assert not sampled.exists()
 
 
+async def test_an_ended_model_leaves_the_ledger_after_a_month_if_it_has_no_checkpoints(
+    server: Server, save
+) -> None:
+    """Its operations go with it, and its session takes as many bytes as before it was created."""
+
+    def set_up(connection: Connection) -> dict[str, int]:
+        tenancy.add_session(connection, id="t", owner="me", tags=[], user_metadata={})
+        empty = tenancy.find_session(connection, "t").size_bytes
+        creation = messages.encode(messages.CreateModel("c", "m", "tiny", None))
+        fields = {"base_model": "tiny", "lora": {"rank": 4}, "optimizer": {}, "user_metadata": {"a": "b"}}
+        for name, state in (("alive", "ready"), ("ended", "finished"), ("failed", "failed")):
+            of_it = {"id": f"t:train:{name}", "owner": "me", "session_id": "t", "creation": creation}
+            tenancy.add_model(connection, **of_it, **fields, state=state)
+        tenancy.update_model(connection, MODEL, state="finished")
+        return empty
+
+    empty = await server.ledger.write(set_up)
+    await save("kept")
+    for model_id in ("t:train:ended", "t:train:alive"):
+        asked = Submission(
+            "me", "create_model", f"of {model_id}", lambda r: messages.DeleteModel(r, "x"), model_id=model_id
+        )
+        operation = await server.operations.accept(asked)
+        server.operations.on_answer(messages.Done(operation.request_id, messages.OptimStepOutput({})))
+        await operation.finished.wait()
+
+    async def left(days: float) -> tuple[set[str], set[str], int]:
+        def read(connection: Connection) -> tuple[set[str], set[str], int]:
+            of_models = connection.execute(text("SELECT id FROM models")).scalars()
+            asked = connection.execute(text("SELECT model_id FROM operations")).scalars()
+            return set(of_models), set(asked), tenancy.find_session(connection, "t").size_bytes
+
+        now = {"at": time.time() - days * DAY}
+        await server.ledger.write(
+            lambda connection: connection.execute(text("UPDATE models SET last_request_at = :at"), now)
+        )
+        await server.sweep.sweep()
+        return await server.ledger.read(read)
+
+    before = await left(days=29)
+    assert before[0] == {MODEL, "t:train:alive", "t:train:ended", "t:train:failed"}
+    assert before[1] == {"t:train:alive", "t:train:ended"}
+    after = await left(days=31)
+    assert after[:2] == ({MODEL, "t:train:alive"}, {"t:train:alive"}), "one has a checkpoint, one is alive"
+    assert after[2] - empty == pytest.approx((before[2] - empty) / 3, rel=0.01)
+    await server.checkpoints.delete("me", CheckpointUri(MODEL, "weights", "kept"))
+    assert (await left(days=31))[0] == {"t:train:alive"}
+
+
 async def test_the_audit_log_of_one_tenant_is_bounded(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
