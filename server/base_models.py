@@ -23,6 +23,7 @@ from .storage.safetensors_header import Entry
 
 T = TypeVar("T")
 SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BESIDE_WEIGHTS = ["*.json", "*.txt", "*.jinja", "*.model"]
 _WEIGHTS_THAT_ARE_NOT_READ = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".safetensors")
@@ -36,6 +37,7 @@ class BaseModel:
     max_sequence_length: int
     vocab_size: int
     digest: str | None = None  # of its weights and arithmetic: what is trained on it fits no other
+    tokenizer_id: str | None = None  # where clients on other machines find its tokenizer, as far as is known
 
     def message(self, on_this_machine: bool) -> messages.BaseModel:
         """What the engine is told. Clients on this machine can load the base model from its folder; others
@@ -123,7 +125,8 @@ class Plan:
             folder = _download(self.hub_id, self.commit, self.weight_files)
         else:
             folder = smollm2_folder(cache_dir)
-        return _described(self.name, folder, self.hub_id, limit)
+            return _described(self.name, folder, None, SMOLLM2_HUB_ID, limit)
+        return _described(self.name, folder, self.hub_id, _tokenizer_id(self, folder), limit)
 
 
 def plan(entries: Sequence[str], dtype: str = "auto", mesh: dict[str, int] | None = None) -> list[Plan]:
@@ -301,7 +304,24 @@ def _require_memory(planned: list[Plan], dtype: str, mesh: dict[str, int], devic
         )
 
 
-def _described(name: str, folder: Path, hub_id: str | None, limit: int | None) -> BaseModel:
+def _tokenizer_id(planned: Plan, folder: Path) -> str | None:
+    """Return the hub id from which clients can load the tokenizer: the model's own, the one whose folder in
+    the hub's cache this is, or the one that config.json names. None if the model's name is all there is."""
+    if planned.hub_id is not None or _HUB_ID.fullmatch(planned.name):
+        return planned.hub_id
+    kind, *cached = folder.parent.parent.name.split("--", 2)
+    if folder.parent.name == "snapshots" and kind == "models":
+        return "/".join(cached)
+    try:
+        stated = json.loads((folder / "config.json").read_text()).get("_name_or_path")
+    except (OSError, ValueError):
+        return None
+    return stated if isinstance(stated, str) and _HUB_ID.fullmatch(stated) else None
+
+
+def _described(
+    name: str, folder: Path, hub_id: str | None, tokenizer_id: str | None, limit: int | None
+) -> BaseModel:
     config = _of_model(name, folders.read_config, folder)
     _of_model(name, folders.check, folder, config)
     length = config.max_sequence_length
@@ -312,4 +332,5 @@ def _described(name: str, folder: Path, hub_id: str | None, limit: int | None) -
         max_sequence_length=min(length, limit) if limit else length,
         vocab_size=config.vocab_size,
         digest=_of_model(name, folders.digest, folder, config),
+        tokenizer_id=tokenizer_id,
     )

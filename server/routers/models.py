@@ -210,11 +210,11 @@ async def get_info(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str,
         "lora_rank": run.lora["rank"] if run.lora else 0,
         "created_at": iso(run.created_at),
     }
-    if model is not None and model.hub_id is not None:
-        model_data["tokenizer_id"] = model.hub_id
-    elif model is not None and backend.settings.is_loopback:
+    if model is not None and model.hub_id is None and backend.settings.is_loopback:
         # The client is on this machine and can read the tokenizer from the folder.
         model_data["tokenizer_id"] = str(model.folder)
+    elif model is not None and model.tokenizer_id is not None:
+        model_data["tokenizer_id"] = model.tokenizer_id
     info = {
         "type": "get_info",
         "model_id": run.name,
@@ -238,7 +238,8 @@ async def get_tokenizer(model_id: str, backend: BackendOf, owner: Owner) -> Resp
     tokenizer files."""
     run = await backend.runs.find_live(owner, model_id)
     model = backend.base_model(run.base_model)
-    beside = {"model_max_length": model.max_sequence_length, "hf_checkpoint": model.hub_id or model.name}
+    checkpoint = model.tokenizer_id or model.name
+    beside = {"model_max_length": model.max_sequence_length, "hf_checkpoint": checkpoint}
     content = await asyncio.to_thread(_described, model.folder, beside)
     return Response(content, media_type="application/json")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,28 @@ def test_a_folder_that_exists_is_meant_as_it_stands(
         assert Settings().model == [entry]
         monkeypatch.setenv("TINSMITH_MODEL", json.dumps([f"mine={entry}", "other"]))
         assert Settings().model == [f"mine={entry}", "other"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "stated", "expected"),
+    [
+        ("mine", "m", None, None),
+        ("mine", "m", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("mine", "m", "/home/somebody/checkpoints/last", None),
+        ("mine", "m", "./last", None),
+        ("mine", "m", 7, None),
+        ("mine", "models--org--a--b/snapshots/0a1b", "org/other", "org/a--b"),
+        ("org/named", "m", "org/other", None),  # the SDK looks for a name like this on the hub by itself
+    ],
+)
+def test_clients_elsewhere_are_told_the_hub_id_of_the_tokenizer(
+    tmp_path: Path, model: Path, name: str, path: str, stated: object, expected: str | None
+) -> None:
+    folder = tmp_path / path
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": stated}))
+    assert base_models.resolve(f"{name}={folder}", tmp_path, None).tokenizer_id == expected
 
 
 @pytest.mark.parametrize(
