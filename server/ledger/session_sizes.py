@@ -30,8 +30,10 @@ def size_of(*values: Any) -> int:
     )
 
 
-_OF_MODEL = ("id", "owner", "session_id", "base_model", "lora", "optimizer", "user_metadata")
-_OF_MODEL += ("creation", "alias", "configuration")
+_OF_MODEL = (
+    *("id", "owner", "session_id", "base_model", "alias", "creation"),
+    *("lora", "optimizer", "user_metadata", "configuration"),
+)
 
 
 def size_of_model(values: Mapping[str, Any]) -> int:
