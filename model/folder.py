@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig, UnsupportedModelError, read_json
+from .counts import Counts, counts
 from .families import FAMILIES, parameter_count, tensor_shapes
 from .weight_files import (
     EMBEDDING,
@@ -29,7 +30,10 @@ from .weight_files import (
 __all__ = [
     "INDEX",
     "SINGLE",
+    "Counts",
+    "ModelConfig",
     "check",
+    "counts",
     "digest",
     "headers",
     "parameter_count",

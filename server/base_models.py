@@ -16,8 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from ..ckpt import smollm2
 from ..engine import messages
 from ..model import folder as folders
+from ..model.folder import ModelConfig
 from . import machine
 from .storage.safetensors_header import Entry
 
@@ -150,6 +152,21 @@ def plan(entries: Sequence[str], dtype: str = "auto", mesh: dict[str, int] | Non
     planned = [_checked(each.plan, each.revision) for each in named]
     _require_memory(planned, dtype, mesh or {}, devices)
     return planned
+
+
+def config_alone(entry: str, cache_dir: Path) -> tuple[str, ModelConfig]:
+    """Read the name and config.json of a `--model` option, without its weights; of a model on the hub, that
+    file alone is downloaded. Raises ValueError saying what would be right."""
+    named = _parse(entry)
+    if named.plan.hub_id is not None:
+        folder = Path(_from_hub(named.plan.hub_id, named.revision, "config.json")).parent
+    elif named.plan.folder is not None:
+        folder = named.plan.folder
+    else:
+        folder = cache_dir / "models" / smollm2.NAME
+        if not folder.is_dir():
+            raise ValueError(f"model {SMOLLM2!r} is not here yet; run tinsmith models get {SMOLLM2} first")
+    return named.name, _of_model(named.name, folders.stated_config, folder)
 
 
 def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:

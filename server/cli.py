@@ -13,6 +13,7 @@ from .. import __version__
 from .checkpoints_command import checkpoints
 from .command_line import Commands, fail, read_settings, require_writable
 from .keys_command import keys
+from .plan_command import PLAN_HELP, plan
 
 app = typer.Typer(
     cls=Commands,
@@ -26,6 +27,7 @@ models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(checkpoints, name="checkpoints")
+app.command("plan", help=PLAN_HELP)(plan)
 
 _SERVE_HELP = """Serve base models for training and sampling.
 
@@ -113,7 +115,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     given = {key: value for key, value in locals().items() if value is not None}
-    from .base_models import plan
+    from . import base_models as models_to_serve
     from .ledger.keys import any_in
     from .ledger.ledger import Ledger, check
     from .ledger.ownership import claim, sqlite_file
@@ -138,7 +140,7 @@ def serve(
         if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
             owner = claim(settings.data_dir, settings.ledger_url)
         listener = listen(settings.host, settings.port)
-        planned = plan(settings.model, settings.dtype, settings.mesh)
+        planned = models_to_serve.plan(settings.model, settings.dtype, settings.mesh)
         base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
         owner = owner or claim(settings.data_dir, settings.ledger_url)
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)

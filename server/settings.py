@@ -29,6 +29,19 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("TINSMITH_CACHE_DIR") or "~/.cache/tinsmith").expanduser()
 
 
+def read_mesh(text: str) -> dict[str, int]:
+    """Read `data=2,fsdp=4,tensor=1`. Raises ValueError saying what would be right."""
+    axes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or not re.fullmatch("[0-9]{1,6}", size) or int(size) < 1:
+            raise ValueError(f"{part!r}; write data=2,fsdp=4,tensor=1 with any of {', '.join(MESH_AXES)}")
+        if name in axes:
+            raise ValueError(f"{part!r}: {name} is there twice")
+        axes[name] = int(size)
+    return axes
+
+
 class LedgerSettings(BaseSettings):
     """Where the ledger is."""
 
@@ -211,15 +224,7 @@ class Settings(LedgerSettings):
     def _axes(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        axes: dict[str, int] = {}
-        for part in filter(None, (part.strip() for part in value.split(","))):
-            name, _, size = part.partition("=")
-            if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
-                raise ValueError(f"{part!r}; write data=2,fsdp=4,tensor=1 with any of {', '.join(MESH_AXES)}")
-            if name in axes:
-                raise ValueError(f"{part!r}: {name} is there twice")
-            axes[name] = int(size)
-        return axes
+        return read_mesh(value)
 
     @model_validator(mode="after")
     def _known_addresses(self) -> Settings:

@@ -36,7 +36,7 @@ def tinsmith_commands(page: Path) -> list[str]:
 
 
 _COMMAND = re.compile(
-    r"(?<![\w/.-])(?:\.venv/bin/)?tinsmith (?:serve|keys|models|checkpoints|version)[^);|&]*"
+    r"(?<![\w/.-])(?:\.venv/bin/)?tinsmith (?:serve|plan|keys|models|checkpoints|version)[^);|&]*"
 )
 
 

@@ -1,0 +1,356 @@
+"""One plan of a device's memory: what a model, its programs, tenants and samplers take, and what follows.
+
+`plan` chooses what the backward keeps (`remat`), the rows of a micro-batch and the size of the KV cache, from
+counts of the model (`model.counts`), so it can be made before anything is loaded, and for a device that is
+not here. Imports no array library. All sizes are bytes on one device.
+
+The formulas of programs are fitted to what the H200's and the TPUs' compilers report for training steps of
+8B and 70B models; `tests/engine/test_memory.py` has the figures, which they meet within 15 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..model.counts import Counts
+
+Remat = Literal["none", "dots", "full"]
+
+WIDE = 4  # bytes of the float32 that adapters, gradients and moments are kept in
+MODELS_PER_BATCH = 8
+SLOTS = 256
+PREFILL_TOKENS = 4096
+SHORTEST_KV_TOKENS = 16384
+"""The KV cache holds one sequence of full length, or so many tokens of a longer one, at least."""
+KEPT_SHARE = 1 / 4
+"""The most of a device's memory that the blocks may keep for the backward, before they recompute more."""
+MARGIN = 1 / 20
+"""The share of a device's memory that is left to fragmentation and to what the formulas miss."""
+SHORTEST_ROW = 512
+
+_MOMENTS = {"adamw": 2, "muon": 1, "dimuon": 1, "sgd": 1, "signsgd": 0}
+OPTIMIZERS = tuple(_MOMENTS)
+KINDS = ("base", "programs", "tenants", "zeros", "sampler_adapters", "kv_pages", "margin")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be held and computed at once.
+
+    `sequence` is the longest row in tokens, `micro_batch` the tokens that each device computes at once (a
+    longer row is computed alone), and `chunk` those whose logits exist at once. `itemsize` is that of base
+    weights and activations. A tenant is one model in training, of which there may be a sampler too.
+    """
+
+    sequence: int
+    tenants: int = 1
+    rank: int = 32
+    full_weight: bool = False
+    optimizer: str = "adamw"
+    itemsize: int = 2
+    micro_batch: int = 8192
+    chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The sizes of the mesh's axes, as in `model.sharding`."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, axes: Mapping[str, int]) -> Mesh:
+        return cls(**axes)
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def shards(self) -> int:
+        """The number of devices over which one copy of the base is cut."""
+        return self.fsdp * self.tensor
+
+    @property
+    def row_devices(self) -> int:
+        """The number of devices, or groups of them, that compute different rows."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        """As `--mesh` takes it."""
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the memory of each device is used. `rows` are those of one micro-batch on one device."""
+
+    capacity: int
+    mesh: Mesh
+    remat: Remat
+    rows: int
+    sequence: int
+    kinds: dict[str, int] = field(default_factory=dict)  # bytes by the names in KINDS
+    kv_tokens: int = 0
+    needed: int = 0  # with the smallest KV cache
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    @property
+    def slots(self) -> int:
+        """The number of sequences of full length that the KV cache holds, up to the sampler's slots."""
+        return min(SLOTS, self.kv_tokens // self.sequence)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one micro-batch over all devices."""
+        return self.rows * self.sequence * self.mesh.row_devices
+
+
+def plan(counts: Counts, work: Workload, capacity: int, mesh: Mesh | None = None) -> MemoryPlan:
+    """Choose the fastest programs that fit beside everything else; the KV cache takes what is left.
+
+    If nothing fits, the plan is of the smallest programs, and its `fits` is False.
+    """
+    mesh = mesh or Mesh()
+    kinds = resident(counts, work, mesh)
+    kinds["margin"] = int(capacity * MARGIN)
+    per_token = kv_bytes_per_token(counts, work, mesh)
+    smallest_kv = min(work.sequence, SHORTEST_KV_TOKENS) * per_token
+    beside = sum(kinds.values()) + smallest_kv
+    remat: Remat = "full"
+    rows = 1
+    for rows, remat in _choices(counts, work, capacity, mesh):
+        programs = program_bytes(counts, work, mesh, rows * work.sequence, remat)
+        if beside + programs <= capacity:
+            break
+    kinds["programs"] = programs
+    needed = beside + programs
+    kv_tokens = max(smallest_kv, capacity - needed + smallest_kv) // per_token
+    kinds["kv_pages"] = kv_tokens * per_token
+    ordered = {name: kinds[name] for name in KINDS}
+    return MemoryPlan(capacity, mesh, remat, rows, work.sequence, ordered, kv_tokens, needed)
+
+
+def longest_row(counts: Counts, work: Workload, capacity: int, mesh: Mesh | None = None) -> int:
+    """Return the most tokens of a row whose program fits, up to the workload's; 0 if no row does."""
+
+    def fits(sequence: int) -> bool:
+        return plan(counts, replace(work, sequence=sequence), capacity, mesh).fits
+
+    return _most(fits, min(SHORTEST_ROW, work.sequence), work.sequence)
+
+
+def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number from `low` to `high` that fits, by bisection; 0 if none does."""
+    most = 0
+    while low <= high:
+        middle = (low + high) // 2
+        if fits(middle):
+            most, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return most
+
+
+def _choices(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> Iterator[tuple[int, Remat]]:
+    """Rows on each device and remat, the fastest first: recomputing nothing, then more, then fewer rows."""
+    rows = max(1, work.micro_batch // work.sequence)
+    for remat in ("none", "dots"):
+        kept = kept_bytes(counts, work, mesh, rows * work.sequence, remat)
+        if kept <= capacity * KEPT_SHARE:
+            yield rows, remat
+    while rows > 1:
+        yield rows, "full"
+        rows //= 2
+    yield 1, "full"
+
+
+# --- what stays -----------------------------------------------------------------------------------------
+
+
+def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
+    """Return the bytes of what is on the device between programs, KV pages excepted, by kind."""
+    base = counts.parameters * work.itemsize // mesh.shards
+    if work.full_weight:
+        one = counts.parameters * WIDE // mesh.shards
+        sampled = base  # frozen in the base's dtype
+    else:
+        one = sampled = adapter_elements(counts, work) * WIDE
+    moments = _MOMENTS[work.optimizer]
+    at_once = min(work.tenants, 1 if work.full_weight else MODELS_PER_BATCH)
+    stacked = at_once > 1
+    return {
+        "base": base,
+        "tenants": work.tenants * one * (2 + moments),  # weights, gradients and moments
+        "zeros": at_once * one,  # what the gradients of a run begin with, kept from one run to the next
+        # Each tenant's, and for a batch of several a second time, side by side.
+        "sampler_adapters": work.tenants * sampled + (at_once * one if stacked else 0),
+    }
+
+
+def adapter_elements(counts: Counts, work: Workload) -> int:
+    """Return the elements of one adapter on all matrices and the head; adapters are on every device."""
+    return counts.adapter_per_rank * padded_rank(work.rank)
+
+
+def padded_rank(rank: int) -> int:
+    """Return the bucket of a rank: the next power of two, 8 or more (`model.lora.pad_rank`)."""
+    return max(8, 1 << (rank - 1).bit_length())
+
+
+def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh) -> int:
+    """Return the bytes of one position's keys and values. They are cut by heads alone."""
+    ways = mesh.tensor if counts.kv_heads % mesh.tensor == 0 else 1
+    return counts.kv_per_position * work.itemsize // ways
+
+
+# --- what programs take ---------------------------------------------------------------------------------
+
+
+def program_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, remat: Remat) -> int:
+    """Return the temporary memory of the largest program, with `tokens` on each device in training."""
+    training = training_bytes(counts, work, mesh, tokens, remat)
+    return max(training, sampling_bytes(counts, work, mesh))
+
+
+def kept_elements(counts: Counts, remat: Remat, tensor: int = 1) -> float:
+    """Return what one block keeps of one token for the backward.
+
+    With D hidden, F feed-forward, and Q queries, keys and values together: "full" D (the block's input),
+    "dots" 2 D + Q + 2 F (and the products with weights), "none" 8 D + 2 Q + 5 F.
+    """
+    D, F, Q = counts.hidden, counts.feed_forward / tensor, counts.qkv / tensor
+    return {"full": D, "dots": 2 * D + Q + 2 * F, "none": 8 * D + 2 * Q + 5 * F}[remat]
+
+
+def kept_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, remat: Remat) -> int:
+    """Return what all blocks keep of `tokens` tokens for the backward."""
+    return int(kept_elements(counts, remat, mesh.tensor) * counts.num_layers * tokens * work.itemsize)
+
+
+def training_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, remat: Remat) -> int:
+    """Return the temporaries of a training step over `tokens` tokens on each device.
+
+    What the blocks keep, and the larger of two phases: the backward of one block (about 6 [tokens, F] and 5
+    [tokens, D], its weights gathered from all shards, and the new gradients), and the head (the logits of a
+    chunk and their exponentials in float32, the gathered head, and the gradient by the hidden states).
+    """
+    tensor, item = mesh.tensor, work.itemsize
+    block = int((6 * counts.feed_forward / tensor + 5 * counts.hidden) * tokens * item)
+    head = 2 * work.chunk * counts.vocab_size * WIDE // tensor + tokens * counts.hidden * item
+    if mesh.fsdp > 1:
+        block += counts.matrices // counts.num_layers * item // tensor
+        head += counts.head * item // tensor
+    if work.full_weight:
+        # The matrices in the dtype of the computation, and their gradients in it before they are added up.
+        block += 2 * counts.matrices * item // mesh.shards
+        head += counts.matrices * item // mesh.shards + counts.head * (item + 2 * WIDE) // mesh.shards
+    else:
+        block += adapter_elements(counts, work) * WIDE
+    return kept_bytes(counts, work, mesh, tokens, remat) + max(block, head)
+
+
+def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
+    """Return the temporaries of the larger of the sampler's programs, prefill and decode."""
+    tensor, item = mesh.tensor, work.itemsize
+    wide = (3 * counts.feed_forward + 2 * counts.qkv) / tensor + 5 * counts.hidden
+    prefill = int(wide * PREFILL_TOKENS * item) + PREFILL_TOKENS * counts.kv_per_position * item // tensor
+    decode = 3 * SLOTS * counts.vocab_size * WIDE // tensor
+    gathered = 0 if mesh.fsdp == 1 else counts.matrices // counts.num_layers * item // tensor
+    return max(prefill, decode) + gathered
+
+
+# --- which devices would do -----------------------------------------------------------------------------
+
+
+def meshes(counts: Counts, devices: int) -> list[Mesh]:
+    """Return the meshes of so many devices that divide the model's heads."""
+    found = []
+    for tensor in _powers_of_two(devices):
+        if counts.kv_heads % tensor or devices % tensor:
+            continue
+        for fsdp in _powers_of_two(devices // tensor):
+            if (devices // tensor) % fsdp == 0:
+                found.append(Mesh(devices // tensor // fsdp, fsdp, tensor))
+    return found
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    size = 1
+    while size <= most:
+        yield size
+        size *= 2
+
+
+def enough_devices(counts: Counts, work: Workload, capacity: int, most: int = 512) -> Mesh | None:
+    """Return the smallest mesh over `fsdp` on which the workload fits; None if `most` devices do not do."""
+    for devices in _powers_of_two(most):
+        mesh = Mesh(fsdp=devices)
+        if plan(counts, work, capacity, mesh).fits:
+            return mesh
+    return None
+
+
+def most_tenants(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> int:
+    """Return how many of the workload's tenants fit."""
+
+    def fits(tenants: int) -> bool:
+        return plan(counts, replace(work, tenants=tenants), capacity, mesh).fits
+
+    return _most(fits, 1, work.tenants)
+
+
+def refusal(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
+    """Say what a plan that does not fit needs, and what would do instead."""
+    enough = enough_devices(counts, work, planned.capacity)
+    here = planned.mesh.devices
+    remedy = ""
+    if enough is not None and enough.devices > here:
+        remedy = (
+            f"; {_NUMBERS.get(enough.devices, str(enough.devices))} of them with --mesh {enough} would do"
+        )
+    elif enough is not None and enough.devices > 1 and enough.shards > planned.mesh.shards:
+        remedy = f"; --mesh {replace(enough, data=here // enough.devices)} would do"
+    return needs(planned) + remedy + less(counts, work, planned)
+
+
+def needs(planned: MemoryPlan) -> str:
+    """Say how much memory a plan needs, mostly for what, and how much there is."""
+    kinds = {name: size for name, size in planned.kinds.items() if name != "kv_pages"}
+    largest = sorted(kinds, key=lambda name: -kinds[name])[:2]
+    parts = " and ".join(f"{in_gb(kinds[name])} for {_NAMES[name]}" for name in largest)
+    of_each = "" if planned.mesh.devices == 1 else " on each device"
+    return f"needs {in_gb(planned.needed)}{of_each} ({parts}), this device has {in_gb(planned.capacity)}"
+
+
+def less(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
+    """Say how many tenants, or how long rows, would fit where the workload does not; nothing if none do."""
+    if fewer := most_tenants(counts, work, planned.capacity, planned.mesh):
+        return f"; {fewer} models in training instead of {work.tenants} would fit"
+    if shorter := longest_row(counts, work, planned.capacity, planned.mesh):
+        return f"; rows of at most {shorter:,} tokens would fit"
+    return ""
+
+
+_NUMBERS = {2: "two", 4: "four", 8: "eight"}
+_NAMES = {
+    "base": "the base model",
+    "programs": "the largest program",
+    "tenants": "models in training",
+    "zeros": "gradients under way",
+    "sampler_adapters": "samplers' weights",
+    "margin": "a margin",
+}
+
+
+def in_gb(size: float) -> str:
+    """Return a size for messages, in the GB (10⁹ bytes) that devices are sold by."""
+    return f"{size / 1e9:.0f} GB" if size >= 10e9 else f"{size / 1e9:.1f} GB"

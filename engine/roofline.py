@@ -1,0 +1,115 @@
+"""Upper bounds on speed from FLOPs and bytes alone (a roofline, doi:10.1145/1498765.1498785).
+
+They assume that products run at the device's peak, that its memory is read at full bandwidth, and that
+communication is hidden behind computation as far as possible. No program is faster; most are a good deal
+slower. Imports no array library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..model.counts import Counts
+from .device_catalogue import DEVICES, Device
+from .memory import MemoryPlan, Remat, Workload, adapter_elements, kv_bytes_per_token, meshes
+from .memory import plan as plan_memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """FLOPs of forward and backward over a micro-batch, on one device. `useful` ones are those that a step
+    without recomputation has; `attention` is part of both."""
+
+    useful: float
+    executed: float
+    useful_products: float  # with weights alone
+    executed_products: float
+
+
+def step_flops(counts: Counts, work: Workload, plan: MemoryPlan) -> Step:
+    """Count the FLOPs of a training step over the plan's micro-batch.
+
+    For each element of a matrix a token takes 2 FLOPs forward, 2 for the gradient by the input, and 2 more
+    for the gradient by the matrix if it is trained. "full" runs all forward products but the last of each
+    block again; "dots" only those of adapters. Attention has two products forward and five backward; kernels
+    for the queries' and the keys' gradients both compute the scores again, which makes it seven.
+    """
+    tokens = plan.rows * work.sequence
+    adapters = 0 if work.full_weight else adapter_elements(counts, work)
+    trained = counts.matrices + counts.head if work.full_weight else adapters
+    products = 4 * (counts.matrices + counts.head) + 2 * trained + 4 * (0 if work.full_weight else adapters)
+    again = {
+        "none": 0,
+        "dots": 2 * adapters,
+        "full": 2 * (counts.matrices - counts.last_matrices + adapters),
+    }[plan.remat]
+    unit = plan.rows * attention_flops(counts, work.sequence)
+    tensor = plan.mesh.tensor
+    useful, executed = products * tokens / tensor, (products + again) * tokens / tensor
+    return Step(useful + 3.5 * unit / tensor, executed + 4.5 * unit / tensor, useful, executed)
+
+
+def attention_flops(counts: Counts, length: int) -> float:
+    """Return the FLOPs of the forward of attention over one row: two products over the visible keys."""
+    total = 0.0
+    for window in counts.windows:
+        seen = min(window or length, length)
+        keys = length * seen - seen * seen / 2  # summed over queries
+        total += 4 * counts.attention_width * keys
+    return total
+
+
+def training_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Device) -> float:
+    """Return the most tokens per second, over all devices, of forward and backward."""
+    tokens = plan.rows * work.sequence
+    flops = step_flops(counts, work, plan).executed
+    passes = 3 if plan.remat == "full" else 2
+    item, shards = work.itemsize, plan.mesh.tensor
+    read = passes * (counts.matrices + counts.head) * item / shards
+    activations = _activation_traffic(counts, plan.remat) * tokens * item / shards
+    seconds = max(flops / device.flops, (read + activations) / device.bandwidth)
+    if plan.mesh.fsdp > 1:
+        gathered = 2 * counts.parameters * item / plan.mesh.tensor * (1 - 1 / plan.mesh.fsdp)
+        seconds = max(seconds, gathered / device.interconnect)
+    if plan.mesh.tensor > 1:
+        # Two sums over [tokens, hidden] in each block, forward and backward, each a ring of 2 (t - 1) / t.
+        ring = 2 * (plan.mesh.tensor - 1) / plan.mesh.tensor
+        seconds += 4 * counts.num_layers * tokens * counts.hidden * item * ring / device.interconnect
+    return tokens * plan.mesh.row_devices / seconds
+
+
+def _activation_traffic(counts: Counts, remat: Remat) -> float:
+    """Return how many elements of activations one token has written and read at least: inputs and outputs of
+    all products, once in each pass."""
+    passes = 3 if remat == "full" else 2
+    in_and_out = 3 * counts.hidden + counts.qkv + counts.attention_width + 3 * counts.feed_forward
+    return passes * counts.num_layers * in_and_out
+
+
+def decoding_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Device) -> float:
+    """Return the most tokens per second that `plan.slots` sequences of full length are decoded with: each
+    token reads all weights once for all sequences, and each sequence's keys and values."""
+    if plan.slots == 0:
+        return 0.0
+    weights = (counts.matrices + counts.head) * work.itemsize / plan.mesh.shards
+    contexts = plan.slots * work.sequence * kv_bytes_per_token(counts, work, plan.mesh)
+    flops = 2 * plan.slots * (counts.matrices + counts.head) / plan.mesh.tensor
+    return plan.slots / max((weights + contexts) / device.bandwidth, flops / device.flops)
+
+
+def fastest(counts: Counts, work: Workload, device: Device) -> MemoryPlan:
+    """Return the plan on the mesh of all of the device's chips that fits and has the highest bound.
+
+    Of equally fast ones it is the one with the larger KV cache; if none fits, the one that needs the least.
+    """
+    plans = [plan_memory(counts, work, device.memory, mesh) for mesh in meshes(counts, device.count)]
+    fitting = [each for each in plans if each.fits]
+    if not fitting:
+        return min(plans, key=lambda each: each.needed)
+    return max(fitting, key=lambda each: (training_bound(counts, work, each, device), each.kv_tokens))
+
+
+def smallest_slice(counts: Counts, work: Workload, device: Device) -> Device | None:
+    """Return the smallest slice of the device's kind on which the workload fits, of those that are larger."""
+    larger = (each for each in DEVICES.values() if each.kind == device.kind and each.count > device.count)
+    return next((each for each in larger if fastest(counts, work, each).fits), None)

@@ -1,0 +1,208 @@
+"""Plans of memory and arithmetic, against compilers' figures, the arrays themselves and known formulas."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import pytest
+from tinsmith.engine import device_catalogue, memory, roofline
+from tinsmith.engine.memory import Mesh, Workload
+from tinsmith.engine.optimizers import optimizer_families
+from tinsmith.model import decoder, kv_cache
+from tinsmith.model.config import ModelConfig
+from tinsmith.model.counts import counts
+from tinsmith.model.lora import RANK_BUCKETS, init_lora, pad_rank
+
+GIB = 2**30
+
+
+def config(**sizes) -> ModelConfig:
+    common = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_sequence_length": 131072, "head_dim": 128}
+    return ModelConfig(**common | sizes)
+
+
+QWEN3_8B = config(
+    family="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36,
+    num_heads=32, num_kv_heads=8, qk_norm=True,
+)  # fmt: skip
+LLAMA_70B = config(
+    family="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80,
+    num_heads=64, num_kv_heads=8,
+)  # fmt: skip
+TINY = config(
+    family="qwen3", vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4,
+    num_kv_heads=2, qk_norm=True,
+)  # fmt: skip
+C8, C70 = counts(QWEN3_8B), counts(LLAMA_70B)
+K32 = 32768
+
+# GiB on each device of a LoRA step of rank 32 on all matrices and the head, a row of T tokens on each
+# device, compiled ahead of time by jax 0.12.0.1 with flash kernels (docs/plan.md).
+COMPILED = [
+    (C8, Mesh(), 8192, "full", 20.1),
+    (C8, Mesh(), K32, "full", 31.1),
+    (C8, Mesh(), 131072, "full", 75.3),
+    (C8, Mesh(), 8192, "dots", 39.2),
+    (C70, Mesh(fsdp=8), 8192, "full", 40.7),  # 8 x H200
+    (C8, Mesh(fsdp=4), 8192, "full", 9.2),  # v5p:2x2x1
+    (C8, Mesh(tensor=4), 8192, "full", 7.9),
+    (C70, Mesh(fsdp=8), 8192, "full", 36.5),  # v5p:2x2x2
+    (C8, Mesh(fsdp=8), 8192, "full", 7.2),  # v6e:2x4
+    (C8, Mesh(fsdp=16), 8192, "full", 6.4),  # v5e:4x4
+]
+
+
+@pytest.mark.parametrize(("of", "mesh", "tokens", "remat", "gib"), COMPILED)
+def test_estimates_are_within_15_percent_of_what_compilers_report(of, mesh, tokens, remat, gib):
+    work = Workload(tokens)
+    held = memory.resident(of, work, mesh)
+    arguments = held["base"] + 2 * memory.adapter_elements(of, work) * memory.WIDE  # adapter and gradients
+    total = arguments + memory.training_bytes(of, work, mesh, tokens, remat)
+    assert total / GIB == pytest.approx(gib, rel=0.15)
+
+
+def test_flops_are_those_counted_in_compiled_programs():
+    """In TFLOP, 8B at 8k: products of the model, of the program that recomputes all, and of "dots"."""
+    work = Workload(8192)
+    planned = memory.plan(C8, work, 1 << 50)
+    full, dots = (roofline.step_flops(C8, work, replace(planned, remat=r)) for r in ("full", "dots"))
+    assert full.useful_products / 1e12 == pytest.approx(252.5, rel=0.01)
+    assert full.executed_products / 1e12 == pytest.approx(338.0, rel=0.01)
+    assert dots.executed_products / 1e12 == pytest.approx(253.9, rel=0.01)
+    for length, tflop in ((8192, 19.8), (K32, 317), (131072, 5067)):
+        assert roofline.attention_flops(C8, length) / 1e12 == pytest.approx(tflop, rel=0.01)
+
+
+def test_a_window_bounds_the_keys_that_are_counted():
+    windowed = counts(replace(TINY, sliding_window=4, windowed_layers=(True, False, True)))
+    of_layer = [sum(min(query + 1, window) for query in range(100)) for window in (4, 100, 4)]
+    width = TINY.num_heads * TINY.head_dim
+    # The diagonal counts half, as in a kernel's triangle.
+    assert roofline.attention_flops(windowed, 100) == pytest.approx(4 * width * sum(of_layer), rel=0.02)
+
+
+def test_counts_are_those_of_the_arrays():
+    base = decoder.build(TINY, "float32")[1]
+    of = counts(TINY)
+    assert of.parameters == sum(leaf.size for leaf in jax.tree.leaves(base))
+    assert of.matrices == sum(leaf.size for leaf in jax.tree.leaves(base["layers"]) if leaf.ndim == 3)
+    adapter = jax.eval_shape(lambda: init_lora(TINY, 0, 5))
+    assert memory.adapter_elements(of, Workload(8, rank=5)) == sum(x.size for x in jax.tree.leaves(adapter))
+    work = Workload(8, itemsize=2)
+    assert memory.kv_bytes_per_token(of, work, Mesh()) == kv_cache.bytes_per_token(TINY, "bfloat16")
+    assert [memory.padded_rank(rank) for rank in range(1, 513)] == [pad_rank(rank) for rank in range(1, 513)]
+    assert RANK_BUCKETS[-1] == 512
+
+
+@pytest.mark.parametrize("name", memory.OPTIMIZERS)
+def test_moments_are_those_that_the_optimizer_keeps(name):
+    weights = jax.eval_shape(lambda: init_lora(TINY, 0, 8, train_unembed=False))
+    state = optimizer_families.family(name).new_state(0, lambda: weights)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state) if hasattr(leaf, "size"))
+    one = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    tenants = memory.resident(counts(TINY), Workload(8, rank=8, optimizer=name), Mesh())["tenants"]
+    per_tree = memory.adapter_elements(counts(TINY), Workload(8, rank=8)) * memory.WIDE
+    assert kept / one == tenants / per_tree - 2  # beside weights and gradients
+    assert set(memory.OPTIMIZERS) == set(optimizer_families.FAMILIES)
+
+
+@pytest.mark.parametrize("of", [C8, C70, counts(TINY)])
+@pytest.mark.parametrize("tenants", [0, 1, 20])
+@pytest.mark.parametrize("sequence", [2048, 8192, K32])
+@pytest.mark.parametrize("device", ["h200", "h100x8", "v5e-16", "v5p-8", "a100-40"])
+def test_a_plan_never_gives_away_more_than_there_is(of, tenants, sequence, device):
+    found = device_catalogue.find(device)
+    work = Workload(sequence, tenants=tenants)
+    for mesh in memory.meshes(of, found.count):
+        planned = memory.plan(of, work, found.memory, mesh)
+        assert mesh.devices == found.count
+        assert set(planned.kinds) == set(memory.KINDS)
+        assert all(size >= 0 for size in planned.kinds.values())
+        assert planned.fits == (sum(planned.kinds.values()) <= found.memory)
+        assert planned.kv_tokens >= min(sequence, memory.SHORTEST_KV_TOKENS)
+
+
+def test_what_is_short_of_memory_is_recomputed_first_and_then_computed_in_fewer_rows():
+    work, base = Workload(1024), memory.resident(C8, Workload(1024), Mesh())["base"]
+    chosen = [memory.plan(C8, work, base + spare * GIB) for spare in (600, 100, 16, 7)]
+    assert [each.remat for each in chosen] == ["none", "dots", "full", "full"]
+    assert [each.rows for each in chosen][:3] == [8, 8, 8]
+    assert chosen[3].rows < 8
+    assert all(each.fits for each in chosen)
+
+
+def test_more_memory_never_fits_less():
+    work = Workload(8192, tenants=4)
+    plans = [memory.plan(C8, work, size * GIB) for size in range(16, 160, 4)]
+    assert [each.fits for each in plans] == sorted(each.fits for each in plans)
+
+
+def test_a_refusal_says_what_is_needed_and_what_would_do():
+    work = Workload(8192)
+    capacity = 24 * 10**9
+    planned = memory.plan(C8, work, capacity)
+    assert not planned.fits
+    text = memory.refusal(C8, work, planned)
+    assert "this device has 24 GB; two of them with --mesh fsdp=2 would do" in text
+    assert f"needs {memory.in_gb(planned.needed)} (16 GB for the base model" in text
+    assert memory.plan(C8, work, capacity, Mesh(fsdp=2)).fits
+
+
+def test_a_refusal_names_fewer_tenants_or_shorter_rows_where_these_would_do():
+    capacity = 36 * GIB
+    many = Workload(8192, tenants=50)
+    text = memory.refusal(C8, many, memory.plan(C8, many, capacity))
+    fewer = memory.most_tenants(C8, many, capacity, Mesh())
+    assert 1 <= fewer < 50
+    assert f"{fewer} models in training instead of 50 would fit" in text
+    assert memory.plan(C8, replace(many, tenants=fewer), capacity).fits
+    long = Workload(131072)
+    shorter = memory.longest_row(C8, long, capacity)
+    assert f"rows of at most {shorter:,} tokens would fit" in memory.refusal(
+        C8, long, memory.plan(C8, long, capacity)
+    )
+    assert memory.plan(C8, replace(long, sequence=shorter), capacity).fits
+    assert not memory.plan(C8, replace(long, sequence=shorter + 8), capacity).fits
+
+
+@pytest.mark.parametrize(("rows_of", "at_least"), [(2048, 14_000), (8192, 11_000), (K32, 6_500)])
+def test_the_bound_of_an_8b_step_on_an_h200(rows_of, at_least):
+    h200, work = device_catalogue.find("h200"), Workload(rows_of)
+    planned = roofline.fastest(C8, work, h200)
+    assert planned.fits
+    bound = roofline.training_bound(C8, work, planned, h200)
+    executed = roofline.step_flops(C8, work, planned).executed
+    assert at_least <= bound <= planned.micro_batch_tokens * h200.flops / executed * (1 + 1e-9)
+    if rows_of <= 8192:
+        assert planned.remat == "dots"
+        step = roofline.step_flops(C8, work, planned)
+        assert step.useful_products / step.executed_products >= 0.95
+
+
+def test_decoding_is_bound_by_the_bytes_that_it_reads():
+    h200, work = device_catalogue.find("h200"), Workload(8192)
+    planned = roofline.fastest(C8, work, h200)
+    weights = 2 * (QWEN3_8B.num_layers * sum(map(math.prod, QWEN3_8B.linears.values())) + 151936 * 4096)
+    keys_and_values = planned.slots * 8192 * kv_cache.bytes_per_token(QWEN3_8B, "bfloat16")
+    seconds = (weights + keys_and_values) / 4.8e12
+    assert roofline.decoding_bound(C8, work, planned, h200) == pytest.approx(planned.slots / seconds)
+
+
+def test_devices_by_their_names():
+    find = device_catalogue.find
+    assert [find(name).count for name in ("h200", "h200x8", "v5e-16", "v6e-8", "v5p-8", "v5p-16")] == [
+        1, 8, 16, 8, 4, 8,
+    ]  # fmt: skip
+    assert find("A100") == find("a100-80")
+    assert find("a100x4") == find("a100-80x4")
+    assert find("v5litepod-16") == find("v5e-16")
+    assert find("v5p").name == "v5p-8"
+    assert find("v5p-8").topology == "v5p:2x2x1"
+    assert find("h200x16").topology == "1x2x8"
+    for device in device_catalogue.DEVICES.values():
+        chips = math.prod(int(size) for size in device.topology.rpartition(":")[2].split("x"))
+        assert chips == device.count
+    with pytest.raises(ValueError, match=r"'h20' \(did you mean h200\?\); known: h200, .*v5e-16"):
+        find("h20")
