@@ -280,11 +280,6 @@ def install(app: FastAPI) -> None:
     async def _validation_error(request: Request, error: RequestValidationError) -> Response:
         errors = list(error.errors())
         message = describe(errors)
-        # A sequenced operation that is refused still uses up its number (see dispatcher.py).
-        if isinstance(error.body, dict):
-            await request.app.state.backend.runs.unused_numbers.consume(
-                request.state.owner, error.body.get("model_id"), error.body.get("seq_id"), message
-            )
         if openai_errors.speaks_openai(request.url.path):
             param = openai_errors.invalid_field(errors[0]) if errors else None
             return error_response(request.url.path, 400, message, "user", param=param)

@@ -1,8 +1,8 @@
 """The number of an operation whose body is refused is used up: the operations after it need not wait for it.
 
 Routes that have read a body use its number up themselves (`operations/submits.py`). This is for bodies that
-no route has read: those that are too long, compressed or written in a way that nobody understands, or cut
-off. Model and number are mostly among the first bytes of such a body, or the last.
+no route has read: those that are too long, compressed or written in a way that nobody understands, cut off,
+or with a field of the wrong type. The model and the number may be anywhere in JSON (`wire/peek.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RefusedNumbers:
         if scope["type"] != "http" or scope["path"] not in PATHS:
             await self._app(scope, receive, send)
             return
-        body = _Ends(receive, Headers(scope=scope).get("content-encoding", "").strip().lower())
+        body = _Numbered(receive, Headers(scope=scope).get("content-encoding", "").strip().lower())
         start: Message | None = None
 
         async def refused_first(message: Message) -> None:
@@ -62,7 +62,7 @@ class RefusedNumbers:
 
         await self._app(scope, body.receive, refused_first)
 
-    async def _use_up(self, owner: str, body: _Ends, answer: bytes) -> None:
+    async def _use_up(self, owner: str, body: _Numbered, answer: bytes) -> None:
         model_id, seq_id = body.numbered()
         message = "the body was refused"
         with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
@@ -71,40 +71,42 @@ class RefusedNumbers:
             await self._backend.runs.unused_numbers.consume(owner, model_id, seq_id, message)
 
 
-class _Ends:
-    """The first and the last bytes of a body that others receive."""
+class _Numbered:
+    """A body that others receive, as far as it says which operation it is."""
 
     def __init__(self, receive: Receive, encoding: str):
         self._receive = receive
         self._encoding = encoding
-        is_plain = encoding in ("", "identity")
-        self._head_bytes = peek.HEAD_BYTES if is_plain else peek.COMPRESSED_HEAD_BYTES
-        self._head, self._tail, self._size = b"", b"", 0
+        self._head, self._size = b"", 0
+        self._json: peek.JsonNumber | None = None
         self.is_complete = False
         self._is_over = False
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            piece = message.get("body", b"")
-            self._size += len(piece)
-            taken = self._head_bytes - len(self._head)
-            if taken > 0:
-                self._head += piece[:taken]
-            behind = piece[max(taken, len(piece) - peek.TAIL_BYTES, 0) :]
-            self._tail = (self._tail + behind)[-peek.TAIL_BYTES :]
+            self._note(message.get("body", b""))
             self.is_complete = not message.get("more_body", False)
         self._is_over = self.is_complete or message["type"] == "http.disconnect"
         return message
 
+    def _note(self, piece: bytes) -> None:
+        if not self._size and self._encoding in ("", "identity") and peek.is_json(piece):
+            self._json = peek.JsonNumber()
+        self._size += len(piece)
+        if self._json is not None:
+            self._json.feed(piece)
+        elif len(self._head) < peek.COMPRESSED_HEAD_BYTES:
+            self._head += piece[: peek.COMPRESSED_HEAD_BYTES - len(self._head)]
+
     async def read_on(self) -> None:
-        """Receive what the client is still sending, which may end with the number; give up soon if it waits
-        for our answer instead."""
+        """Receive what the client is still sending, which may have the number; give up soon if it waits for
+        our answer instead."""
         with contextlib.suppress(TimeoutError):
             while not self._is_over and self._size < _READ_BYTES:
                 await asyncio.wait_for(self.receive(), _READ_SECONDS)
 
     def numbered(self) -> tuple[object, object]:
-        whole = self.is_complete and len(self._head) + len(self._tail) == self._size
-        tail = self._tail if self.is_complete else b""
-        return peek.numbered(self._head, tail, whole, self._encoding)
+        if self._json is not None:
+            return self._json.found(self.is_complete)
+        return peek.of_head(self._head, self._encoding)

@@ -19,11 +19,11 @@ from ..wire import long_numbers
 
 
 class InvalidBody(Exception):
-    """`errors` are pydantic's; `model_id` and `seq_id` are those of the body, whatever they are."""
+    """`errors` are pydantic's."""
 
-    def __init__(self, errors: list[dict[str, Any]], model_id: Any = None, seq_id: Any = None):
-        super().__init__(errors, model_id, seq_id)
-        self.errors, self.model_id, self.seq_id = errors, model_id, seq_id
+    def __init__(self, errors: list[dict[str, Any]]):
+        super().__init__(errors)
+        self.errors = errors
 
 
 class BodyRoute(APIRoute):
@@ -74,19 +74,14 @@ async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseM
     try:
         return await backend.offload.in_process(request.state.owner, parse, pieces, model, longest)
     except InvalidBody as error:
-        raise _refused(error) from None
+        raise RequestValidationError(error.errors) from None
 
 
 def _parsed_here(raw: bytes) -> Any:
     try:
         return _content(raw)
     except InvalidBody as error:
-        raise _refused(error) from None
-
-
-def _refused(error: InvalidBody) -> RequestValidationError:
-    numbered = {"model_id": error.model_id, "seq_id": error.seq_id}
-    return RequestValidationError(error.errors, body=numbered)
+        raise RequestValidationError(error.errors) from None
 
 
 def _is_json(request: Request) -> bool:
@@ -105,7 +100,7 @@ def parse(raw: bytes, model: type[BaseModel], longest: int) -> BaseModel:
             {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
             for each in error.errors(include_url=False, include_context=False, include_input=False)
         ]
-        raise InvalidBody(errors[:100], *_numbers(content)) from None
+        raise InvalidBody(errors[:100]) from None
 
     for prompt in getattr(body, "prompts", None) or []:
         if not isinstance(prompt, str) and len(prompt) > longest:
@@ -125,15 +120,4 @@ def _content(raw: bytes) -> Any:
         if long is None:
             raise BadRequest("There was an error parsing the body") from None
         place = {"type": "int_parsing_size", "loc": ("body", *long.location), "msg": long.message}
-        raise InvalidBody([place], *_numbers(long.content)) from None
-
-
-def _numbers(content: Any) -> list[Any]:
-    """The model_id and seq_id of a body."""
-    if not isinstance(content, dict):
-        return []
-    return [_scalar(content.get(name)) for name in ("model_id", "seq_id")]
-
-
-def _scalar(value: Any) -> Any:
-    return value if isinstance(value, (str, int)) else None
+        raise InvalidBody([place]) from None

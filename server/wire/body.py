@@ -44,6 +44,13 @@ Label = Annotated[str, StringConstraints(max_length=1024)]
 
 DEFAULT_MODEL = "default"
 """What xorl's clients call their model where they do not say."""
+
+
+def numbered(content: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the model_id and seq_id of an operation's body, whatever else is in it."""
+    return content.get("model_id", content.get("session_id", DEFAULT_MODEL)), content.get("seq_id")
+
+
 ModelId = Annotated[Id, Field(validation_alias=AliasChoices("model_id", "session_id"))]
 
 

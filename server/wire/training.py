@@ -21,7 +21,7 @@ from ...engine import messages
 from ..errors import BadRequest, Invalid, describe
 from . import long_numbers
 from . import tinsmith_wire_pb2 as pb
-from .body import DEFAULT_MODEL, Body, Finite, Int64, Sequenced
+from .body import Body, Finite, Int64, Sequenced, numbered
 from .forward_backward import ForwardBackwardBody, checked
 from .losses import check_loss
 from .model_input import ModelInput
@@ -114,7 +114,7 @@ def peek(raw: bytes) -> tuple[Any, Any]:
         raise BadRequest(f"the body is neither JSON nor a protobuf ForwardBackwardRequest: {error}") from None
     if not isinstance(content, dict):
         raise BadRequest("the body is not a JSON object")
-    return content.get("model_id", DEFAULT_MODEL), content.get("seq_id")
+    return numbered(content)
 
 
 def decode(raw: bytes, max_datums: int) -> ForwardBackwardBody:

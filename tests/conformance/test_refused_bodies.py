@@ -36,6 +36,12 @@ def number_last(model: str) -> bytes:
     return json.dumps({"data": "a" * TOO_LONG, "model_id": model, "x": None, "seq_id": 1}).encode()
 
 
+def number_between(model: str, size: int = TOO_LONG) -> bytes:
+    """Far from both ends, among texts that look like members and like the ends of objects."""
+    texts = {"a": 'x", "seq_id": 7, "{' + "a" * size, "b": ["}]\\", {"seq_id": 8}] * 20_000}
+    return json.dumps(texts | {"seq_id": 1, "model_id": model, "c": {"seq_id": 9}} | {"d": texts}).encode()
+
+
 def zstd(plain: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(plain)
 
@@ -54,6 +60,13 @@ KINDS: dict[str, Callable[[str], Refused]] = {
     "protobuf over the limit": lambda m: to(FORWARD, PROTOBUF, protobuf(m) + bytes(TOO_LONG), 413),
     "JSON over the limit": lambda m: to(FORWARD, JSON, in_json(m, data="a" * TOO_LONG), 413),
     "JSON over the limit, its number last": lambda m: to(FORWARD, JSON, number_last(m), 413),
+    "JSON over the limit, its number in the middle": lambda m: to(FORWARD, JSON, number_between(m), 413),
+    "JSON that is cut off behind its number in the middle": lambda m: to(
+        FORWARD, JSON, number_between(m, MIB)[:-3], 400
+    ),
+    "a step of a name that is called session_id": lambda m: to(
+        STEP, JSON, json.dumps({"session_id": m, "seq_id": 1, "adam_params": 7}).encode(), 422
+    ),
     "a step over the limit": lambda m: to(STEP, JSON, in_json(m, adam_params={}, x="a" * 2 * MIB), 413),
     "a save over the limit": lambda m: to("save_weights", JSON, in_json(m, path="a" * 2 * MIB), 413),
     "zstd over the limit": lambda m: to(FORWARD, PROTOBUF, zstd(protobuf(m) + bytes(300 * MIB)), 413, "zstd"),
