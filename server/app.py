@@ -8,21 +8,20 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from .. import __version__
-from . import errors, openapi
-from .access.admission import Admission
-from .access.auth import ApiKeys, Authentication
-from .access.browsers import AllowedHosts, BrowserChecks
+from .access.keys import ApiKeys
 from .access.quotas import Quotas
 from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
 from .backend import Backend
 from .base_models import BaseModel, BaseModels, plan
-from .body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
-from .json_bodies import JsonBodies
-from .ledger.ledger import Ledger
-from .metrics import Measured, Metrics
-from .refused_numbers import RefusedNumbers
-from .routers import (
+from .http import errors, openapi
+from .http.authentication import Authentication
+from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
+from .http.browsers import AllowedHosts, BrowserChecks
+from .http.json_bodies import JsonBodies
+from .http.metrics import Measured, Metrics
+from .http.refused_numbers import RefusedNumbers
+from .http.routes import (
     accounts,
     checkpoints,
     credentials,
@@ -49,6 +48,8 @@ from .routers import (
     training_runs,
     weights,
 )
+from .ledger.ledger import Ledger
+from .models.admission import Admission
 from .settings import Settings
 
 

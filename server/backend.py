@@ -11,42 +11,42 @@ from functools import partial
 from prometheus_client.core import Metric
 
 from ..engine import messages
-from .access.admission import Admission
-from .access.auth import ApiKeys, read_forever
+from .access.keys import ApiKeys, read_forever
 from .access.quotas import Quotas
 from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
 from .base_models import BaseModel, BaseModels
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.copies import Copies
+from .checkpoints.sweep import Sweep
+from .disk import Disk
 from .errors import BadRequest
-from .inference.distribution import Distribution
-from .inference.divergence import Divergence
-from .inference.endpoints import Endpoints
-from .inference.registry import Registry
-from .inference.sampling import Sampling
 from .ledger import base_models as base_model_rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned
-from .live.custom_losses import CustomLosses
-from .live.live_samplers import LiveSamplers
-from .live.runs import Runs
-from .live.samplers import Samplers
-from .live.sessions import Sessions
-from .live.wandb_runs import WandbRuns
+from .models.admission import Admission
+from .models.custom_losses import CustomLosses
+from .models.live_samplers import LiveSamplers
+from .models.named_models import NamedModels
+from .models.refused_saves import RefusedSaves
+from .models.runs import Runs
+from .models.samplers import Samplers
+from .models.sessions import Sessions
 from .offload import Offload
 from .operations.answers import KEPT
 from .operations.completions import Completions
 from .operations.operation import Operation, stream_of
 from .operations.operations import Operations
 from .operations.payloads import Payloads
-from .operations.refused_saves import RefusedSaves
-from .rlve.runs import RlveRuns
-from .served.named_models import NamedModels
-from .served.sample_streams import SampleStreams
+from .operations.sample_streams import SampleStreams
+from .plugins.rlve.runs import RlveRuns
+from .plugins.sglang.distribution import Distribution
+from .plugins.sglang.divergence import Divergence
+from .plugins.sglang.endpoints import Endpoints
+from .plugins.sglang.registry import Registry
+from .plugins.sglang.sampling import Sampling
+from .plugins.wandb import WandbRuns
 from .settings import Settings
-from .storage.checkpoints import Checkpoints
-from .storage.copies import Copies
-from .storage.disk import Disk
-from .storage.sweep import Sweep
 from .supervision.supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.server")

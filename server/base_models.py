@@ -21,7 +21,7 @@ from ..engine import messages
 from ..model import folder as folders
 from ..model.folder import ModelConfig
 from . import machine
-from .storage.safetensors_header import Entry
+from .safetensors_header import Entry
 
 T = TypeVar("T")
 SMOLLM2 = "smollm2-135m"

@@ -17,8 +17,8 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from ..engine import messages
-from .access import given_keys
-from .inference.addresses import Allowed, address, is_loopback
+from . import given_keys
+from .addresses import Allowed, address, is_loopback
 from .ledger.keys import any_in
 from .ledger.ownership import sqlite_file
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from sqlalchemy import Connection, text
 from tinsmith.engine import messages
+from tinsmith.server.checkpoints.checkpoints import Checkpoints
+from tinsmith.server.checkpoints.sweep import Sweep
+from tinsmith.server.disk import Disk
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
-from tinsmith.server.live.runs import Runs
+from tinsmith.server.models.runs import Runs
 from tinsmith.server.operations.operation import Submission
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
-from tinsmith.server.storage.checkpoints import Checkpoints
-from tinsmith.server.storage.disk import Disk
-from tinsmith.server.storage.sweep import Sweep
 from tinsmith.server.supervision.supervisor import Supervisor
 
 DAY = 24 * 3600.0

@@ -12,13 +12,17 @@ from functools import cached_property
 
 import jwt
 
-from ..wire.session_search import user_urn
 from .signed_urls import UrlSigner
 
 _ALGORITHM = "HS256"
 # The SDK reads who it is from a token that it was given only if its issuer is called so.
 _ISSUER = "passport-tinsmith"
 _REQUIRED = ["iss", "sub", "iat", "exp", "key", "org_id"]
+
+
+def user_urn(owner: str) -> str:
+    """How answers name the owner of a key."""
+    return f"tml:organization_user:{owner}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import messages
+from ..disk import Disk
 from ..errors import ApiError, BadRequest
 from ..ledger import operations as rows
 from ..ledger import payloads as payload_rows
@@ -24,7 +25,6 @@ from ..ledger import retention
 from ..ledger.ledger import Ledger
 from ..ledger.payloads import Stored
 from ..ledger.segments import PayloadLost
-from ..storage.disk import Disk
 from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
 from .answers import KEPT, RememberedAnswers, note_replay, settle

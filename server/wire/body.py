@@ -71,3 +71,26 @@ class Sequenced(Body):
 
     model_id: ModelId = DEFAULT_MODEL
     seq_id: Annotated[StrictInt, Field(ge=1, lt=1 << 31)] | None = None
+
+
+_UNION_TAGS = frozenset({"str", "int", "float", "bool"})
+_MESSAGES = {
+    "extra_forbidden": "not supported here, or not with this value",
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+}
+
+
+def describe(errors: list[dict[str, Any]]) -> str:
+    """Pydantic's errors in one line: `lora_config.rank: Input should be ...; ...`."""
+    parts = []
+    for error in errors[:5]:
+        where = ".".join(str(part) for part in error["loc"] if part != "body" and not is_union_tag(part))
+        message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts) or "invalid request"
+
+
+def is_union_tag(part: str | int) -> bool:
+    """Whether a part of a location is not a field, but which of several types was tried."""
+    return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier() or part[:1].isupper())

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
 
-from ..inference.addresses import plain_host
+from ..addresses import plain_host
 from .body import Body, Id
 
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]

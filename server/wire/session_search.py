@@ -9,11 +9,6 @@ from pydantic import Field, StrictInt
 from .requests import Body, Id
 
 
-def user_urn(owner: str) -> str:
-    """How answers name the owner of a key."""
-    return f"tml:organization_user:{owner}"
-
-
 class SearchOwner(Body):
     type: Literal["own", "accessible", "user"] = "own"
     owner_urns: list[str] = Field(default=[], max_length=10)

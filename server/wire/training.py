@@ -18,10 +18,10 @@ from pydantic import (
 )
 
 from ...engine import messages
-from ..errors import BadRequest, Invalid, describe
+from ..errors import BadRequest, Invalid
 from . import long_numbers
 from . import tinsmith_wire_pb2 as pb
-from .body import Body, Finite, Int64, Sequenced, numbered
+from .body import Body, Finite, Int64, Sequenced, describe, numbered
 from .forward_backward import ForwardBackwardBody, checked
 from .losses import check_loss
 from .model_input import ModelInput

@@ -9,8 +9,8 @@ import pytest
 from fuzz.campaign import campaign
 from fuzz.mutations import TEXTS
 from tinsmith.ckpt import paths
+from tinsmith.server.checkpoints import checkpoints
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.storage import checkpoints
 
 PIECES = [
     *("tinker://", "tinker:", "checkpoints", "weights", "sampler_weights", "external_weights", "s:train:0"),

@@ -14,13 +14,13 @@ from fuzz.campaign import campaign
 from fuzz.mutations import mutated_bytes, mutated_json
 from pydantic import ValidationError
 from tinsmith.engine import messages
-from tinsmith.server import errors
+from tinsmith.server.checkpoints import checkpoints
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.live.model_spec import model_spec
+from tinsmith.server.http import errors
+from tinsmith.server.http.model_spec import model_spec
 from tinsmith.server.settings import Settings
-from tinsmith.server.storage import checkpoints
 from tinsmith.server.wire import models, requests, sampling, training
-from tinsmith.server.wire.body import Body, OfModel
+from tinsmith.server.wire.body import Body, OfModel, describe
 from tinsmith.server.wire.model_input import prompt_tokens
 
 VOCAB, LONGEST = 64, 32
@@ -82,7 +82,7 @@ def test_json_requests(case: tuple[type[Body], bytes], backend: SimpleNamespace)
     try:
         body = model.model_validate(content)
     except ValidationError as error:
-        json.loads(errors.error_response("/", 422, errors.describe(list(error.errors())), "user").body)
+        json.loads(errors.error_response("/", 422, describe(list(error.errors())), "user").body)
         return
     try:
         message = _message(body, backend)

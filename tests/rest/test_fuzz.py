@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rest.clients import BOB, Xorl
 from schemathesis.generation import GenerationMode
-from tinsmith.server.access.auth import OPEN_PATHS
 from tinsmith.server.app import create_app
+from tinsmith.server.http.authentication import OPEN_PATHS
 from tinsmith.server.settings import Settings
 
 CASES = int(os.environ.get("TINSMITH_REST_CASES", "1000"))

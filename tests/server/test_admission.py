@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 from tinsmith.engine import messages
-from tinsmith.server.access.admission import BURST_SECONDS, Admission
 from tinsmith.server.access.quotas import Quotas
-from tinsmith.server.access.token_bucket import TokenBucket
 from tinsmith.server.errors import QuotaExceeded, TooManyRequests
-from tinsmith.server.live.run import Run
+from tinsmith.server.models.admission import BURST_SECONDS, Admission
+from tinsmith.server.models.run import Run
+from tinsmith.server.models.token_bucket import TokenBucket
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.settings import Settings
 

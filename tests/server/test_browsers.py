@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
-from tinsmith.server.access.auth import ApiKeys
-from tinsmith.server.access.browsers import AllowedHosts, BrowserChecks
+from tinsmith.server.access.keys import ApiKeys
+from tinsmith.server.http.browsers import AllowedHosts, BrowserChecks
 from tinsmith.server.settings import Settings
 
 JSON = ("Content-Type", "application/json")

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.served import chat_template
-from tinsmith.server.served.tokenizer import of_folder
+from tinsmith.server.text import chat_template
+from tinsmith.server.text.tokenizer import of_folder
 from tokenizer_folders import CHATML, change_json, write_json, write_tokenizer_folder
 from transformers import AutoTokenizer
 

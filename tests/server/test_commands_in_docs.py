@@ -10,7 +10,7 @@ import pytest
 import tinsmith
 import typer
 from tinsmith.server.cli import app
-from tinsmith.server.command_line import unknown_names
+from tinsmith.server.cli.command_line import unknown_names
 
 ROOT = Path(tinsmith.__file__).resolve().parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

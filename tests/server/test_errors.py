@@ -18,15 +18,15 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
-from tinsmith.server import errors
 from tinsmith.server.app import create_app
-from tinsmith.server.connections import Connection
+from tinsmith.server.cli.connections import Connection
+from tinsmith.server.cli.serve import listen
+from tinsmith.server.http import errors
+from tinsmith.server.http.bodies import BodyRoute
+from tinsmith.server.http.hang_ups import while_connected
 from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import operations
 from tinsmith.server.ledger.ledger import Ledger
-from tinsmith.server.routers.bodies import BodyRoute
-from tinsmith.server.serve import listen
-from tinsmith.server.served.hang_ups import while_connected
 from tinsmith.server.settings import Settings
 
 

@@ -10,13 +10,13 @@ import pytest
 from engineless import MODEL, Server, model
 from msgspec import structs
 from tinsmith.engine import messages
-from tinsmith.server.live import runs as runs_module
-from tinsmith.server.live.run import NewRun
+from tinsmith.server.models import runs as runs_module
+from tinsmith.server.models.run import NewRun
+from tinsmith.server.operations import sample_streams
 from tinsmith.server.operations.operation import Operation, Submission
 from tinsmith.server.operations.pending import PendingOperations
+from tinsmith.server.operations.sample_streams import SampleStreams
 from tinsmith.server.recent import Recent
-from tinsmith.server.served import sample_streams
-from tinsmith.server.served.sample_streams import SampleStreams
 
 
 def drawn(request_id: str, begin: int, tokens: int = 1000, k: int = 0) -> messages.Drawn:

@@ -10,17 +10,17 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from tinsmith.engine import messages
 from tinsmith.server.access.quotas import Quotas
+from tinsmith.server.disk import Disk
 from tinsmith.server.errors import NotFound, QuotaExceeded
 from tinsmith.server.ledger import session_sizes, tenancy
 from tinsmith.server.ledger.ledger import Ledger
-from tinsmith.server.live import custom_losses
-from tinsmith.server.live.runs import Runs
-from tinsmith.server.live.samplers import Samplers
-from tinsmith.server.live.sessions import Sessions
+from tinsmith.server.models import custom_losses
+from tinsmith.server.models.runs import Runs
+from tinsmith.server.models.samplers import Samplers
+from tinsmith.server.models.sessions import Sessions
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
-from tinsmith.server.storage.disk import Disk
 from tinsmith.server.supervision.supervisor import Supervisor
 from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
 from tinsmith.server.wire.models import CreateModel

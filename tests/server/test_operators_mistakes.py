@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from tinsmith.server.cli import app
-from tinsmith.server.command_line import require_writable
-from tinsmith.server.serve import listen
+from tinsmith.server.cli.command_line import require_writable
+from tinsmith.server.cli.serve import listen
 from typer.testing import CliRunner
 
 BINARY = b"\xff\xfe\x00"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.live.model_spec import model_spec
-from tinsmith.server.rlve import environments, metrics, prompts, rollouts
-from tinsmith.server.rlve.difficulty import Difficulty
-from tinsmith.server.rlve.environments import Environments, Problem
+from tinsmith.server.http.model_spec import model_spec
+from tinsmith.server.plugins.rlve import environments, metrics, prompts, rollouts
+from tinsmith.server.plugins.rlve.difficulty import Difficulty
+from tinsmith.server.plugins.rlve.environments import Environments, Problem
 from tinsmith.server.settings import Settings
 from tinsmith.server.wire.models import CreateModel
 from tinsmith.server.wire.rlve import RlveConfig

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection
+from tinsmith.server.disk import Disk
 from tinsmith.server.errors import NotFound
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
-from tinsmith.server.live import samplers as samplers_module
-from tinsmith.server.live.runs import Runs
-from tinsmith.server.live.samplers import Samplers, new_directory, run_of
+from tinsmith.server.models import samplers as samplers_module
+from tinsmith.server.models.runs import Runs
+from tinsmith.server.models.samplers import Samplers, new_directory, run_of
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
-from tinsmith.server.storage.disk import Disk
 from tinsmith.server.supervision.supervisor import Supervisor
 
 HOUR = 3600.0

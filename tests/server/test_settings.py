@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tinsmith.server.access.auth import ApiKeys
+from tinsmith.server.access.keys import ApiKeys
 from tinsmith.server.cli import app
 from tinsmith.server.settings import Settings
 from typer.testing import CliRunner
@@ -91,7 +91,7 @@ def test_serve_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_the_server_imports_no_array_library() -> None:
     code = (
-        "import sys, tinsmith.server.cli, tinsmith.server.serve, tinsmith.server.app;"
+        "import sys, tinsmith.server.cli, tinsmith.server.cli.serve, tinsmith.server.app;"
         "print([m for m in ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'torch', 'transformers')"
         " if m in sys.modules])"
     )

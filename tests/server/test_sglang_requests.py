@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.engine import messages
 from tinsmith.engine.sampling.stop import StopRule
+from tinsmith.server.addresses import Allowed, host_and_port
 from tinsmith.server.base_models import BaseModel, resolve
-from tinsmith.server.inference import requests
-from tinsmith.server.inference.addresses import Allowed, host_and_port
-from tinsmith.server.inference.drawing import Stops
-from tinsmith.server.inference.endpoint import EndpointRefused
-from tinsmith.server.inference.limits import Limits, base_model_of, limits_of, mismatch
-from tinsmith.server.served.tokenizer import of_folder
+from tinsmith.server.plugins.sglang import requests
+from tinsmith.server.plugins.sglang.drawing import Stops
+from tinsmith.server.plugins.sglang.endpoint import EndpointRefused
+from tinsmith.server.plugins.sglang.limits import Limits, base_model_of, limits_of, mismatch
+from tinsmith.server.text.tokenizer import of_folder
 from tiny_models import EOS_ID, VOCAB_SIZE, write_model
 from tokenizer_folders import write_tokenizer_folder
 

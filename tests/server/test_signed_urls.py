@@ -10,8 +10,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 from tinsmith.server.access.signed_urls import UrlSigner
+from tinsmith.server.checkpoints.archive import COMPLETE, Archive
 from tinsmith.server.errors import Forbidden
-from tinsmith.server.storage.archive import COMPLETE, Archive
 
 PATH = "/api/v1/training_runs/s:train:0/checkpoints/sampler_weights/a/archive.tar"
 

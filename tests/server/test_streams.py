@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from tinsmith.engine import messages
+from tinsmith.server.http.generate_answers import Answers, Prompt
+from tinsmith.server.http.openai_answers import ChatAnswers
+from tinsmith.server.http.served_models import ServedModel
+from tinsmith.server.http.served_samples import Asked, Running
 from tinsmith.server.operations.operation import Operation
-from tinsmith.server.served.generate_answers import Answers, Prompt
-from tinsmith.server.served.openai_answers import ChatAnswers
-from tinsmith.server.served.sample_streams import SampleStreams
-from tinsmith.server.served.served_models import ServedModel
-from tinsmith.server.served.served_samples import Asked, Running
-from tinsmith.server.served.tokenizer import ChatTokenizer
+from tinsmith.server.operations.sample_streams import SampleStreams
+from tinsmith.server.text.tokenizer import ChatTokenizer
 from tinsmith.server.wire.generate import Generate
 from tiny_models import write_model
 

@@ -287,7 +287,7 @@ async def test_an_ended_model_leaves_the_ledger_after_a_month_if_it_has_no_check
 async def test_the_audit_log_of_one_tenant_is_bounded(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinsmith.server.storage.sweep._MOST_AUDITED", 10)
+    monkeypatch.setattr("tinsmith.server.checkpoints.sweep._MOST_AUDITED", 10)
 
     def fill(connection: Connection) -> None:
         tenancy.ensure_tenant(connection, "busy")

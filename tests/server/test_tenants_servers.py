@@ -17,10 +17,13 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from tinsmith.server import addresses
+from tinsmith.server.addresses import Allowed, NotAllowed
 from tinsmith.server.base_models import BaseModel, resolve
-from tinsmith.server.inference import addresses
-from tinsmith.server.inference.addresses import Allowed, NotAllowed
-from tinsmith.server.inference.endpoint import (
+from tinsmith.server.ledger import inference as rows
+from tinsmith.server.ledger import tenancy
+from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.plugins.sglang.endpoint import (
     Endpoint,
     EndpointBusy,
     EndpointDied,
@@ -28,11 +31,8 @@ from tinsmith.server.inference.endpoint import (
     EndpointRefused,
     Room,
 )
-from tinsmith.server.inference.endpoints import Endpoints
-from tinsmith.server.inference.registry import MAX_ENDPOINTS, Registry
-from tinsmith.server.ledger import inference as rows
-from tinsmith.server.ledger import tenancy
-from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.plugins.sglang.endpoints import Endpoints
+from tinsmith.server.plugins.sglang.registry import MAX_ENDPOINTS, Registry
 from tinsmith.server.settings import Settings
 from tiny_models import write_model
 
@@ -183,7 +183,7 @@ async def test_an_answer_is_as_long_as_what_was_asked_for() -> None:
 
 
 async def test_an_answer_that_drips_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinsmith.server.inference.endpoint._QUICK_SECONDS", 0.4)
+    monkeypatch.setattr("tinsmith.server.plugins.sglang.endpoint._QUICK_SECONDS", 0.4)
 
     def drip(path: str, writer: asyncio.StreamWriter) -> None:
         async def slowly() -> None:

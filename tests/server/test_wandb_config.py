@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.live.wandb_runs import WandbRuns
+from tinsmith.server.plugins.wandb import WandbRuns
 from tinsmith.server.wire.models import CreateModel
 
 

@@ -17,8 +17,8 @@ from conformance.conftest import ALICE, BOB
 from conformance.server_process import ServerProcess, Wire
 from tinsmith.engine import messages
 from tinsmith.server.base_models import resolve
-from tinsmith.server.inference import endpoints as registered
 from tinsmith.server.ledger import tenancy
+from tinsmith.server.plugins.sglang import endpoints as registered
 from tiny_models import write_model
 
 from .place import MakePlace, Place

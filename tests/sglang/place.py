@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from engineless import Server
 from tinsmith.engine import messages
-from tinsmith.server.access.auth import ApiKeys
+from tinsmith.server.access.keys import ApiKeys
 from tinsmith.server.base_models import BaseModel
-from tinsmith.server.inference.distribution import Distribution
-from tinsmith.server.inference.endpoint import Endpoint
-from tinsmith.server.inference.endpoints import Endpoints, Registered
-from tinsmith.server.inference.sampling import Sampling
+from tinsmith.server.disk import Disk
 from tinsmith.server.operations.operation import Operation, Submission
-from tinsmith.server.storage.disk import Disk
+from tinsmith.server.plugins.sglang.distribution import Distribution
+from tinsmith.server.plugins.sglang.endpoint import Endpoint
+from tinsmith.server.plugins.sglang.endpoints import Endpoints, Registered
+from tinsmith.server.plugins.sglang.sampling import Sampling
 
 PROMPT = [5, 9, 77, 30, 12, 6]
 MakePlace = Callable[..., Awaitable["Place"]]

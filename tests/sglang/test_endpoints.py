@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tinsmith.engine import messages
 from tinsmith.server.base_models import BaseModel
-from tinsmith.server.inference.endpoint import Endpoint, EndpointDied
-from tinsmith.server.inference.endpoints import Endpoints, Registered
+from tinsmith.server.plugins.sglang.endpoint import Endpoint, EndpointDied
+from tinsmith.server.plugins.sglang.endpoints import Endpoints, Registered
 
 from .place import MakePlace, tokens, until
 from .proxy import Proxy

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from tinsmith.engine import messages
-from tinsmith.server.inference.endpoint import Endpoint
-from tinsmith.server.inference.endpoints import Registered
-from tinsmith.server.inference.merged_weights import Synced
+from tinsmith.server.plugins.sglang.endpoint import Endpoint
+from tinsmith.server.plugins.sglang.endpoints import Registered
+from tinsmith.server.plugins.sglang.merged_weights import Synced
 from tiny_models import write_model
 
 from .place import PROMPT, MakePlace, Place, tokens, until

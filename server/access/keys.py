@@ -1,0 +1,118 @@
+"""Who is asking: one mechanism in front of every route.
+
+A key belongs to an owner; everything is created with an owner and is invisible to all others. Keys are given
+at the start (given_keys.py), or are in the ledger, where `tinsmith keys` puts them. Without any (possible on
+loopback only) every caller is the one owner `local`. Keys are kept and looked up as SHA-256 digests, so the
+time that a look-up takes tells nothing about the keys. A token (tokens.py) stands for the key that it was
+exchanged for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .. import given_keys
+from ..ledger import keys as rows
+from ..ledger.ledger import Ledger
+from .quotas import Quotas
+
+log = logging.getLogger("tinsmith.auth")
+
+READ_EVERY_SECONDS = 1.0
+"""How often the ledger is asked for keys that were made or revoked."""
+LOCAL_OWNER = "local"
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """`id`: that by which `tinsmith keys` lists it; of a key outside the ledger a part of its digest."""
+
+    id: str
+    owner: str
+    digest: bytes
+    note: str
+    in_ledger: bool
+
+
+NO_KEY = ApiKey("", LOCAL_OWNER, b"", "this server asks for no key", False)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """`key`: with which the request came; None: with a signed URL. `token`: that it came with for the key."""
+
+    owner: str
+    key: ApiKey | None
+    token: str | None = None
+
+
+class ApiKeys:
+    """The keys that open this server: those given at its start, and those of the ledger, which `read` adds.
+
+    Once there was a key, callers need one, even after all keys have been revoked.
+    """
+
+    def __init__(self, entries: list[str]):
+        """`entries`: each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client could send."""
+        note = "given to the server at its start"
+        self._given = [
+            ApiKey(key.identifier, key.owner, key.digest, note, False) for key in given_keys.parse(entries)
+        ]
+        self._required = bool(entries)
+        self._index([])
+
+    def _index(self, stored: list[ApiKey]) -> None:
+        keys = (*self._given, *stored)
+        self._by_digest = {key.digest: key for key in keys}
+        self._by_id = {key.id: key for key in keys}
+        self._tenants = frozenset(key.owner for key in keys) or frozenset({LOCAL_OWNER})
+
+    @property
+    def required(self) -> bool:
+        """Whether callers need a key."""
+        return self._required
+
+    @property
+    def owners(self) -> list[str]:
+        return sorted({key.owner for key in self._given}) or [LOCAL_OWNER]
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """The owners of all keys that there are now."""
+        return self._tenants
+
+    def find(self, key: str | None) -> ApiKey | None:
+        """Return None for what is no key of this server."""
+        if not self._required:
+            return NO_KEY
+        return self._by_digest.get(rows.digest(key)) if key else None
+
+    def with_id(self, identifier: str) -> ApiKey | None:
+        return self._by_id.get(identifier)
+
+    async def read(self, ledger: Ledger) -> None:
+        """Take up the keys that the ledger has now."""
+        stored = await ledger.read(rows.all_keys)
+        self._required |= bool(stored)
+        self._index(
+            [
+                ApiKey(row.id, row.tenant, row.digest, row.note or "", True)
+                for row in stored
+                if row.revoked_at is None
+            ]
+        )
+
+
+async def read_forever(ledger: Ledger, keys: ApiKeys, quotas: Quotas) -> None:
+    """Takes up what `tinsmith keys` does beside a running server."""
+    while True:
+        await asyncio.sleep(READ_EVERY_SECONDS)
+        try:
+            await keys.read(ledger)
+            await quotas.read(ledger)
+        except SQLAlchemyError as error:
+            log.error("the ledger's keys could not be read; those known before stay: %s", error)

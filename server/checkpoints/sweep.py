@@ -1,0 +1,188 @@
+"""What nobody needs any more leaves the disk: answers, and directories that the ledger does not name.
+
+The ledger is changed first and the disk after it, so a crash in between leaves directories that nothing
+names; they go at the next start. Nothing that an operation, a replay or a living sampler may still read is
+removed, nor anything of models that the ledger does not know: it may be the wrong ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from ...engine import messages
+from ..errors import ApiError
+from ..ledger import audit, retention, usage
+from ..ledger.ledger import Ledger
+from ..ledger.ownership import sqlite_file
+from ..models.snapshots import Snapshots
+from ..operations.payloads import Payloads
+from ..settings import Settings
+from ..supervision.supervisor import Supervisor
+
+log = logging.getLogger("tinsmith.sweep")
+
+# What Orbax and `ckpt.atomic` call a directory while they write it.
+_UNFINISHED = re.compile(r"(\.orbax-checkpoint-tmp[^/]*|\.tmp-[0-9a-f]{32})$")
+_MOST_AUDITED = 500_000  # entries of a tenant in the audit log
+KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
+
+
+class Sweep:
+    """`used_bytes`: by kind, as of the last sweep. `on_removed` is told of checkpoints' directories."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        snapshots: Snapshots,
+        payloads: Payloads,
+        settings: Settings,
+    ):
+        self._ledger = ledger
+        self._engine = engine
+        self._snapshots = snapshots
+        self._payloads = payloads
+        self._settings = settings
+        self._data_dir = settings.data_dir
+        self.used_bytes = dict.fromkeys(KINDS, 0)
+        self.on_removed: Callable[[str], None] = lambda _directory: None
+
+    async def sweep(self) -> None:
+        """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
+        await self._drop_answers()
+        await self._drop_accounts()
+        await self._remove_snapshots()
+        await self.remove_checkpoints()
+        # Last: the directories of models that the ledger does not know are left alone.
+        before = time.time() - self._settings.ended_model_seconds
+        await self._repeat(partial(retention.drop_ended_models, before=before))
+        self.used_bytes = await asyncio.to_thread(self._measure)
+
+    async def sweep_forever(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except (ApiError, SQLAlchemyError, OSError) as error:
+                log.error("the disk could not be swept: %s", error)
+            await asyncio.sleep(self._settings.sweep_seconds)
+
+    # --- the ledger
+
+    async def _drop_answers(self) -> None:
+        now = time.time()
+        through = now - self._settings.answer_seconds
+        await self._payloads.forget_ended_models()
+        await self._payloads.remove_unused()
+        await self._repeat(partial(retention.drop_answers, through=through))
+        await self._repeat(partial(retention.drop_operations, through=through, now=now))
+        await self._drop_answers_beyond_shares(now)
+
+    async def _drop_answers_beyond_shares(self, now: float) -> None:
+        """Where all answers take too many bytes, of the owners that have the most of them."""
+        sizes = await self._ledger.read(retention.answer_bytes)
+        if sum(sizes.values()) <= self._settings.answer_bytes:
+            return
+        share = retention.fair_share(sizes.values(), self._settings.answer_bytes)
+        for owner in (owner for owner, size in sizes.items() if size > share):
+            through = await self._ledger.read(partial(retention.beyond, owner=owner, max_bytes=share))
+            if through is not None:
+                await self._repeat(partial(retention.drop_answers_of, owner=owner, through=through))
+                await self._repeat(partial(retention.drop_operations, through=through, now=now, owner=owner))
+
+    async def _repeat(self, change: Callable[[Connection], int]) -> None:
+        """Other writes come in between."""
+        while await self._ledger.write(change):
+            await asyncio.sleep(0)
+
+    async def _drop_accounts(self) -> None:
+        now = time.time()
+        await self._repeat(partial(audit.drop, before=now - self._settings.audit_seconds))
+        for owner in await self._ledger.read(partial(audit.crowded, most=_MOST_AUDITED)):
+            await self._repeat(partial(audit.drop_oldest, owner=owner, most=_MOST_AUDITED))
+        await self._ledger.write(partial(usage.drop, before=now - self._settings.usage_seconds))
+
+    # --- directories
+
+    async def _remove_snapshots(self) -> None:
+        # In this order: one that is noted in between was listed as being written.
+        found = await asyncio.to_thread(self._directories, "snapshots/*/*")
+        found = await self._of_known_models(found)
+        needed = set(self._snapshots.being_written)
+        needed |= await self._ledger.read(retention.snapshots)
+        await self._remove(key for key in found if key not in needed and _finished_name(key) not in needed)
+
+    async def remove_checkpoints(self) -> None:
+        """Of deleted, overwritten, failed and expired checkpoints, and of none."""
+        found = await asyncio.to_thread(self._directories, "checkpoints/*/*/*")
+        now = time.time()
+        dead = await self._ledger.read(partial(retention.dead_checkpoints, now=now))
+        live = await self._ledger.read(partial(retention.live_checkpoints, now=now))
+        found = await self._of_known_models(found)
+        orphans = [key for key in found if key not in live and live.get(_finished_name(key), True)]
+        if not dead and not orphans:
+            return
+        needed = await self._ledger.read(retention.directories_to_load)
+        silent_since = now - self._settings.unnamed_sampler_seconds
+        needed |= await self._ledger.read(partial(retention.directories_sampled, silent_since=silent_since))
+        await self._remove(key for key in orphans if key not in needed)
+        await self._forget([key for key in dead if key not in needed])
+
+    async def remove_deleted(self, directory: str) -> None:
+        """Of a checkpoint whose owner has deleted it: samplers of it end with it, replays do not."""
+        if directory not in await self._ledger.read(retention.directories_to_load):
+            await self._remove([directory])
+            await self._forget([directory])
+
+    async def _forget(self, directories: list[str]) -> None:
+        for key in directories:
+            self._engine.send(messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key)))
+            self.on_removed(key)
+        await self._ledger.write(partial(retention.forget_checkpoints, directories=directories))
+
+    async def _of_known_models(self, keys: list[str]) -> list[str]:
+        known = await self._ledger.read(retention.known_models) if keys else set()
+        return [key for key in keys if key.split("/")[1].replace("@", ":") in known]
+
+    def _directories(self, pattern: str) -> list[str]:
+        return [str(path.relative_to(self._data_dir)) for path in self._data_dir.glob(pattern)]
+
+    async def _remove(self, keys: Iterable[str]) -> None:
+        for key in list(keys):
+            log.info("removing %s", key)
+            await asyncio.to_thread(shutil.rmtree, self._data_dir / key, ignore_errors=True)
+
+    def _measure(self) -> dict[str, int]:
+        used = {kind: _bytes_below(self._data_dir / kind) for kind in KINDS}
+        ledger = sqlite_file(self._settings.ledger_url)
+        files = [] if ledger is None else ledger.parent.glob(f"{ledger.name}*")
+        used["ledger"] = sum(_size(path) for path in files)
+        used["ledger"] += self._payloads.used_bytes()
+        return used
+
+
+def _finished_name(key: str) -> str:
+    """What a directory that is being written is going to be called."""
+    return _UNFINISHED.sub("", key)
+
+
+def _bytes_below(directory: Path) -> int:
+    return sum(_size(path) for path in directory.rglob("*"))
+
+
+def _size(path: Path) -> int:
+    """In bytes; nothing for what is no file, or no more."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0

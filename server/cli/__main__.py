@@ -1,0 +1,5 @@
+"""`python -m tinsmith.server.cli` is the command `tinsmith`."""
+
+from . import app
+
+app()

@@ -1,0 +1,106 @@
+"""`tinsmith checkpoints`: what goes from files into a running server, and out of it as no SDK asks for it."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+
+from ..checkpoints.adapter_archive import CONFIG_FILE, TENSORS_FILE
+from .remote_server import OPTION, RemoteServer, fail
+
+checkpoints = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of a server.")
+
+_IMPORT_HELP = """Make a checkpoint of an adapter that PEFT has saved, to sample from and to train on.
+
+Examples:
+
+- `tinsmith checkpoints import ./my-adapter --model qwen3-0.6b`, where the server runs on this machine
+
+- `export TINKER_BASE_URL=https://train.example.org TINKER_API_KEY=tml-...`, then
+  `tinsmith checkpoints import adapter.tar --model qwen3-0.6b --name from-peft`
+
+Prints two paths: the first is for create_training_client_from_state, the second for create_sampling_client.
+"""
+
+
+@checkpoints.command("import", help=_IMPORT_HELP)
+def import_adapter(
+    source: Annotated[Path, typer.Argument(help="PEFT's folder, or an uncompressed tar of it.", exists=True)],
+    model: Annotated[str, typer.Option(help="The base model, by its name on the server.")],
+    name: Annotated[str, typer.Option(help="The checkpoints' name.")] = "imported",
+    project: Annotated[str | None, typer.Option(help="The project that they go into.")] = None,
+    url: Annotated[str | None, OPTION] = None,
+) -> None:
+    query = {"base_model": model, "name": name} | ({} if project is None else {"project_id": project})
+    with _tar(source) as tar:
+        headers = {"Content-Type": "application/x-tar", "Content-Length": str(tar.seek(0, os.SEEK_END))}
+        tar.seek(0)
+        imported = RemoteServer(url).ask(
+            "POST",
+            "import_weights",
+            f"{source} was not imported",
+            params=query,
+            headers=headers,
+            content=tar,
+        )
+    typer.echo(imported["path"])
+    typer.echo(imported["sampler_path"])
+
+
+_MERGE_HELP = """Download full weights: a training state's adapter inside its base model.
+
+An adapter of the unembedding cannot be merged into a model whose embeddings are tied without changing what
+it reads; the folder that this makes is untied. Example:
+
+- `tinsmith checkpoints merge tinker://RUN/weights/final ./merged`
+"""
+
+
+@checkpoints.command("merge", help=_MERGE_HELP)
+def merge(
+    path: Annotated[str, typer.Argument(help="A training state, tinker://RUN/weights/NAME.")],
+    folder: Annotated[Path, typer.Argument(help="Where the files go; new, or empty.")],
+    url: Annotated[str | None, OPTION] = None,
+) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise fail(f"{folder} is not empty")
+    server, failed = RemoteServer(url), f"{path} was not merged"
+    session = server.ask("POST", "create_session", failed, json={"tags": ["merge"]})["session_id"]
+    try:
+        model = server.run(
+            "load_weights", failed, session_id=session, model_seq_id=0, path=path, optimizer=False
+        )["model_id"]
+        server.run(
+            "save_weights_external",
+            failed,
+            **{"model_id": model, "seq_id": 1, "path": "merged", "merged": True, "ttl_seconds": 24 * 3600},
+        )
+        checkpoint = f"training_runs/{model}/checkpoints/external_weights/merged"
+        urls = server.ask("GET", f"{checkpoint}/external_weights_urls", failed)["urls"]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(urls):
+            server.download(urls[name], folder / Path(name).name)
+            typer.echo(folder / Path(name).name)
+        server.ask("DELETE", checkpoint, f"{checkpoint} was not deleted")
+    finally:
+        reason = {"reason": {"type": "success"}}
+        server.ask("POST", f"sessions/{session}/finish", f"{session} was not finished", json=reason)
+
+
+def _tar(source: Path) -> BinaryIO:
+    """The archive, or one with the folder's two files."""
+    if source.is_file():
+        return source.open("rb")
+    missing = [name for name in (CONFIG_FILE, TENSORS_FILE) if not (source / name).is_file()]
+    if missing:
+        raise fail(f"{source} has no {' and no '.join(missing)}; give a folder that save_pretrained wrote")
+    file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in (CONFIG_FILE, TENSORS_FILE):
+            tar.add((source / name).resolve(), name)
+    return file

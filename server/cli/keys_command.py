@@ -1,0 +1,182 @@
+"""`tinsmith keys`: API keys that are kept in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from sqlalchemy import Connection
+
+from .command_line import fail, read_settings, require_writable
+
+T = TypeVar("T")
+
+keys = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""API keys: who may use the server, and whose things are whose.
+
+A key belongs to a tenant. Models, checkpoints and samplers belong to the tenant whose key made them, and to
+other tenants they do not exist. A tenant may have several keys.
+
+Examples, in the folder where the server was started (or with the same `--data-dir`):
+
+- `tinsmith keys create alice` prints a new key, once; clients set it as TINKER_API_KEY
+
+- `tinsmith keys list` shows all keys by id, never the keys themselves
+
+- `tinsmith keys revoke 1f0c9a2b` shuts one out
+
+- `tinsmith keys quota alice --models 4` bounds what a tenant may have
+
+A running server knows of both within two seconds. As soon as there is a key, requests without one are
+refused; what was made before without a key belongs to the tenant `local`.
+""",
+)
+
+DataDir = Annotated[Path | None, typer.Option(help="The server's data directory [default: ./tinsmith-data].")]
+
+
+def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T], make: bool = False) -> T:
+    """`make`: the ledger, where there is none yet."""
+    from ..ledger.ledger import Ledger, check
+    from ..ledger.ownership import sqlite_file
+    from ..private_files import make_directory
+    from ..settings import LedgerSettings
+
+    settings = read_settings(LedgerSettings, {} if data_dir is None else {"data_dir": data_dir})
+
+    async def write() -> T:
+        ledger = Ledger(settings.ledger_url, settings.sync_every_commit)
+        try:
+            return await ledger.write(change)
+        finally:
+            ledger.close()
+
+    try:
+        file = sqlite_file(settings.ledger_url)
+        if file is not None and not file.is_file():
+            if not make:
+                fail(f"there is no ledger {file}; give the server's data directory with --data-dir")
+            require_writable(file.parent, "--data-dir")
+            make_directory(file.parent)
+            typer.echo(
+                f"there was no ledger yet; this is the first key in {file}, for a server that is started "
+                "with the same --data-dir",
+                err=True,
+            )
+        check(settings.ledger_url)
+        return asyncio.run(write())
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def _check_tenant(tenant: str) -> None:
+    from ..given_keys import is_owner
+
+    if not is_owner(tenant):
+        fail(f"tenant {tenant!r}: use up to 64 letters, digits and . _ - @")
+
+
+@keys.command()
+def create(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is: letters, digits and . _ - @")],
+    note: Annotated[str | None, typer.Option(help="For the list: what the key is for.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key for a tenant and print it. It is shown this once: the server keeps only its hash.
+
+    Example: `export TINKER_API_KEY=$(tinsmith keys create alice --note laptop)`
+    """
+    from ..ledger import keys as rows
+
+    _check_tenant(tenant)
+    key, identifier = _in_ledger(
+        data_dir, lambda connection: rows.create(connection, tenant, note), make=True
+    )
+    typer.echo(key)
+    typer.echo(f"key {identifier} of {tenant}; it is not shown again", err=True)
+
+
+@keys.command("list")
+def list_keys(data_dir: DataDir = None) -> None:
+    """Every key by id: its tenant, its note, when it was made and revoked. Not those given to `serve`."""
+    from ..ledger import keys as rows
+
+    def day(seconds: float) -> str:
+        return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+    for row in _in_ledger(data_dir, rows.all_keys):
+        state = f"made {day(row.created_at)}"
+        if row.revoked_at is not None:
+            state += f", revoked {day(row.revoked_at)}"
+        typer.echo("  ".join(filter(None, (row.id, row.tenant, state, row.note))))
+
+
+@keys.command()
+def revoke(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="As `tinsmith keys list` shows it.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Shut a key out, for good. What its tenant has stays, for the tenant's other keys.
+
+    Example: `tinsmith keys revoke 1f0c9a2b`
+    """
+    from ..ledger import keys as rows
+
+    if not _in_ledger(data_dir, lambda connection: rows.revoke(connection, identifier)):
+        fail(f"no key has the id {identifier!r}; tinsmith keys list shows them")
+    typer.echo(f"key {identifier} is revoked")
+
+
+@keys.command()
+def quota(
+    tenant: Annotated[str, typer.Argument(help="A tenant, also one whose key was given to `serve`.")],
+    models: Annotated[int | None, typer.Option(min=1, help="Models alive.")] = None,
+    checkpoint_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of checkpoints.")] = None,
+    queued_operations: Annotated[int | None, typer.Option(min=1, help="Training, unanswered.")] = None,
+    waiting_samples: Annotated[int | None, typer.Option(min=1, help="Samples, unanswered.")] = None,
+    requests_per_second: Annotated[float | None, typer.Option(min=0.001, help="Of any kind.")] = None,
+    queued_bytes: Annotated[int | None, typer.Option(min=1, help="Bodies of unanswered ones.")] = None,
+    metadata_bytes: Annotated[int | None, typer.Option(min=0, help="Tags, metadata, names.")] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Back to the server's settings first.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Bound what a tenant may have and ask for, other than the server's settings do; print what is set.
+
+    The settings are for every tenant: TINSMITH_MAX_MODELS, TINSMITH_MAX_CHECKPOINT_BYTES,
+    TINSMITH_MAX_QUEUED_OPERATIONS, TINSMITH_MAX_WAITING_SAMPLES, TINSMITH_MAX_REQUESTS_PER_SECOND,
+    TINSMITH_MAX_QUEUED_BYTES and TINSMITH_MAX_METADATA_BYTES. A running server knows within two seconds. What
+    a tenant has beyond a new quota stays; it gets no more.
+
+    Example: `tinsmith keys quota alice --models 4 --checkpoint-bytes 10000000000`
+    """
+    from ..ledger import tenancy
+
+    _check_tenant(tenant)
+    given = {
+        "models": models,
+        "checkpoint_bytes": checkpoint_bytes,
+        "queued_operations": queued_operations,
+        "waiting_samples": waiting_samples,
+        "requests_per_second": requests_per_second,
+        "queued_bytes": queued_bytes,
+        "metadata_bytes": metadata_bytes,
+    }
+
+    def change(connection: Connection) -> dict[str, float]:
+        known = {} if reset else tenancy.quotas(connection).get(tenant, {})
+        wanted = known | {name: value for name, value in given.items() if value is not None}
+        if reset or wanted != known:
+            tenancy.set_quota(connection, tenant, wanted or None)
+        return wanted
+
+    wanted = _in_ledger(data_dir, change)
+    for name, value in wanted.items():
+        typer.echo(f"{name}  {value}")
+    if not wanted:
+        typer.echo(f"{tenant} has the quota of the server's settings")

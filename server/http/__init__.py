@@ -1,0 +1,1 @@
+"""HTTP: the routes, what stands in front of them, and answers in the shapes of SGLang and OpenAI."""

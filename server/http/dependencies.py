@@ -1,0 +1,93 @@
+"""The HTTP routes, a few lines each: body in, one call to the backend, answer out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Query, Request
+from sqlalchemy import Row
+
+from ..access.keys import Caller
+from ..backend import Backend
+from ..dialect import Dialect, said
+from ..operations.operation import Operation
+from .openapi import BINARY, schema_of
+
+# Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
+
+
+async def _backend(request: Request) -> Backend:
+    return request.app.state.backend
+
+
+async def _owner(request: Request) -> str:
+    return request.state.owner
+
+
+async def _caller(request: Request) -> Caller:
+    return request.state.caller
+
+
+async def _said(request: Request) -> Dialect | None:
+    return said(request.headers, request.url.path)
+
+
+BackendOf = Annotated[Backend, Depends(_backend)]
+Owner = Annotated[str, Depends(_owner)]
+CallerOf = Annotated[Caller, Depends(_caller)]
+# The dialect, if the request says it.
+Said = Annotated[Dialect | None, Depends(_said)]
+
+# Of a page of a listing.
+Limit = Annotated[int, Query(ge=0, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=1 << 31)]
+
+
+def described_as(
+    answer: Any, *, events: type | None = None, binary: str | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """Describe what a route answers with 200, for the `responses` of its decorator.
+
+    A `response_model` would have FastAPI validate and write every answer once more; what is described here is
+    sent unchanged. `answer`: a type of `wire/responses.py` or `wire/inference_responses.py`, or several.
+    `events`: the type of a stream's events. `binary`: another media type that clients may accept.
+    """
+    content = {"application/json": {"schema": schema_of(answer)}}
+    if events is not None:
+        event = {"contentMediaType": "application/json", "contentSchema": schema_of(events)}
+        content["text/event-stream"] = {"schema": {"type": "string"} | event}
+    if binary is not None:
+        content[binary] = {"schema": BINARY}
+    return {200: {"content": content}}
+
+
+def future(operation: Operation) -> dict[str, str]:
+    """The answer to the submit of an operation."""
+    body = {"request_id": operation.request_id}
+    model_id = operation.reply.get("model_id", operation.model_id)
+    if model_id:
+        body["model_id"] = model_id
+    return body
+
+
+async def session_of_client(backend: Backend, owner: str, session_id: str, dialect: Dialect | None) -> str:
+    """Return the id of the active session that a client names.
+
+    Clients of tinkercloud may name one that they have not created: it is created then. Raises NotFound or
+    BadRequest.
+    """
+    if (dialect or "tinkercloud") != "tinkercloud":
+        return await backend.sessions.require_active(owner, session_id)
+    fields = {"tags": [], "user_metadata": {}, "dialect": "tinkercloud"}
+    return await backend.sessions.open_named(owner, session_id, fields)
+
+
+def xorl_name(run: Row, said: Dialect | None) -> str | None:
+    """What xorl's clients call a run, for answers to them; None for other clients. A request that shows no
+    dialect is answered in that of the run."""
+    return (run.alias or run.id) if (said or run.dialect) == "xorl" else None
+
+
+def base_url(request: Request, backend: Backend) -> str:
+    """That of this server, as the client sees it."""
+    return (backend.settings.public_url or str(request.base_url)).rstrip("/")

@@ -1,0 +1,143 @@
+"""The one place that turns exceptions into HTTP answers.
+
+Every error body has the same keys in all dialects: `detail` and `error` (the message), `category`
+(`user` or `server`), `status_code` and `path`. Under `/v1`, `error` is an object, as OpenAI's clients expect
+(`openai_errors.py`), and a body that cannot be read is 400 rather than 422.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import ApiError, Unavailable, internal_error
+from ..wire.body import describe
+from . import openai_errors
+
+log = logging.getLogger("tinsmith.server")
+
+
+def error_response(
+    request_path: str,
+    status: int,
+    message: str,
+    category: str,
+    headers: dict | None = None,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+) -> Response:
+    """The one error body. A 5xx of a submit is retried by clients, a 4xx is final. `param` and `code` are
+    shown to OpenAI's clients only: the field that is wrong, and OpenAI's word for the error."""
+    # Messages quote what was sent, and JSON can have halves of surrogate pairs, which UTF-8 cannot.
+    message, path = (text.encode(errors="backslashreplace").decode() for text in (message, request_path))
+    body: dict[str, Any] = {
+        "detail": message,
+        "error": message,
+        "category": category,
+        "status_code": status,
+        "path": path,
+    }
+    if openai_errors.speaks_openai(path):
+        body["error"] = openai_errors.error_object(status, message, param, code)
+    return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
+
+
+def api_error_response(request_path: str, error: ApiError) -> Response:
+    """`error_response` of an exception."""
+    return error_response(
+        request_path, error.status, error.message, error.category, error.headers, code=error.code
+    )
+
+
+def _unreadable_ledger(request_path: str, error: OperationalError) -> Response:
+    log.error("the ledger cannot be read: %s", error)
+    message = "the ledger cannot be read at the moment; try again"
+    return error_response(request_path, 503, message, "server", Unavailable.headers)
+
+
+class Unhandled:
+    """ASGI middleware, outside of all others: answers what nothing inside has handled, with an error id.
+
+    Starlette's own way is to answer and then to raise the exception again, upon which uvicorn closes the
+    connection; a client that has sent its next request on it by then gets a reset. An answer that has begun
+    cannot be mended: its connection is closed, so that the client sees that it is cut.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = is_complete = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun, is_complete
+            has_begun = True
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the server stops
+            if has_begun and not is_complete:
+                raise
+            answer = _unhandled(scope, error)
+            if not has_begun:
+                await answer(scope, receive, send)
+
+
+def _unhandled(scope: Scope, error: BaseException) -> Response:
+    """Also what is raised while another error is answered, as when the ledger cannot be written."""
+    if isinstance(error, ApiError):
+        return api_error_response(scope["path"], error)
+    if isinstance(error, OperationalError):
+        return _unreadable_ledger(scope["path"], error)
+    message = internal_error(f"{scope['method']} {scope['path']}", error)
+    return error_response(scope["path"], 500, message, "server")
+
+
+def install(app: FastAPI) -> None:
+    """Renders the exceptions of `app`'s routes as above."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(request: Request, error: ApiError) -> Response:
+        return api_error_response(request.url.path, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+        errors = list(error.errors())
+        message = describe(errors)
+        if openai_errors.speaks_openai(request.url.path):
+            param = openai_errors.invalid_field(errors[0]) if errors else None
+            return error_response(request.url.path, 400, message, "user", param=param)
+        return error_response(request.url.path, 422, message, "user")
+
+    @app.exception_handler(OperationalError)
+    async def _ledger_error(request: Request, error: OperationalError) -> Response:
+        return _unreadable_ledger(request.url.path, error)
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> Response:
+        category = "user" if error.status_code < 500 else "server"
+        code, message = None, str(error.detail)
+        if error.status_code == 404 and openai_errors.speaks_openai(request.url.path):
+            code = openai_errors.UNKNOWN_URL
+            message = f"there is no route {request.method} {request.url.path}"
+        return error_response(
+            request.url.path, error.status_code, message, category, dict(error.headers or {}), code=code
+        )

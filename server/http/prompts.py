@@ -1,0 +1,61 @@
+"""Text prompts into tokens, beside the event loop, and never more text than a model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..backend import Backend
+from ..errors import ContextTooLong
+from ..text import conversations
+from ..text.tokenizer import ChatTokenizer
+from .served_models import ServedModel
+
+_INLINE_CHARACTERS = 4096  # tokenized within a millisecond or two
+_CHARACTERS_PER_TOKEN = 8  # more than texts have, on the average; runs of spaces may
+_GROWTH = 4
+
+
+class Prompts:
+    """The prompts of one request, as tokens of `model`."""
+
+    def __init__(self, backend: Backend, owner: str, model: ServedModel, tokenizer: ChatTokenizer):
+        self._backend = backend
+        self._owner = owner
+        self._tokenizer = tokenizer
+        self._limit = backend.base_model(model.sampler.base_model).max_sequence_length
+
+    async def of(self, prompt: str | list[int]) -> list[int]:
+        """Tokens stay as they are. Raises ContextTooLong, or BadRequest for a text that cannot be written."""
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) <= _INLINE_CHARACTERS:
+            return self._tokenizer.encode(prompt)
+        return await self._backend.offload.in_thread(
+            self._owner, tokens_within, self._tokenizer.encode, prompt, self._limit
+        )
+
+    async def of_conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
+        """Raises BadRequest for one that is too long, or that the chat template does not take."""
+
+        def tokens() -> list[int]:
+            text = conversations.written(self._tokenizer, turns, **variables)
+            return tokens_within(self._tokenizer.encode_written, text, self._limit, "messages")
+
+        return await self._backend.offload.in_thread(self._owner, tokens)
+
+
+def tokens_within(
+    encode: Callable[[str], list[int]], text: str, limit: int, where: str = "prompt"
+) -> list[int]:
+    """The text's tokens. Raises ContextTooLong where they are more than `limit`, and soon for a very long
+    text: its beginning is tokenized first, and mostly is too long already."""
+    beginning = _CHARACTERS_PER_TOKEN * (limit + 1)
+    while beginning < len(text):
+        # The last token may go on behind the cut, and then be a few that are merged there.
+        if len(encode(text[:beginning])) > limit + _CHARACTERS_PER_TOKEN * _GROWTH:
+            raise ContextTooLong(
+                f"{where}: a text of {len(text)} characters has more tokens than the model's limit of {limit}"
+            )
+        beginning *= _GROWTH
+    return encode(text)

@@ -1,0 +1,134 @@
+"""What a tenant did and used: the audit log, usage by the hour, checkpoints' storage. Nothing has a price."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from sqlalchemy import Row
+
+from ...access.tokens import user_urn
+from ...checkpoints.checkpoints import as_strings, iso
+from ...errors import BadRequest
+from ...ledger import audit
+from ...ledger import usage as rows
+from ...ledger.session_search import NO_PROJECT
+from ...wire import responses
+from ..dependencies import BackendOf, Owner, described_as
+
+router = APIRouter(prefix="/api/v1", tags=["accounts"])
+
+# Events are called after a resource. Of teams and organizations there are none here.
+_RESOURCES = {
+    "all": None,
+    "checkpoints": "checkpoint",
+    "projects": "project",
+    "teams": "team",
+    "organizations": "organization",
+}
+_MOST_ENTRIES = 50_000
+_MOST_DAYS = 14
+_GIGABYTE = 1e9
+
+
+@router.get("/audit", responses=described_as(responses.AuditLog))
+async def audit_log(
+    backend: BackendOf,
+    owner: Owner,
+    event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all",
+    day: date | None = None,
+) -> dict[str, Any]:
+    """The tenant's own entries of a day of UTC, today by default, oldest first; of very many the newest."""
+    midnight = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC).timestamp()
+    found = await backend.ledger.read(
+        lambda connection: audit.between(
+            connection, owner, midnight, midnight + 86400, _RESOURCES[event_type], _MOST_ENTRIES
+        )
+    )
+    return {"entries": [_entry(row) for row in found]}
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    """With the keys of checkpoints that older clients look for beside the details."""
+    entry = {
+        "timestamp": iso(row.at),
+        "event": row.event,
+        "event_details": {"user": user_urn(row.owner)} | row.details,
+    }
+    if row.event.startswith("checkpoint_"):
+        entry |= {name: row.details.get(name) for name in ("model_id", "tinker_path", "purpose")}
+    return entry
+
+
+@router.get("/billing/usage/events", responses=described_as(responses.Usage))
+async def usage_events(
+    backend: BackendOf, owner: Owner, starting_on: datetime, ending_before: datetime
+) -> dict[str, Any]:
+    """One event per hour, kind, base model, session and training run."""
+    first, end = _hour("starting_on", starting_on), _hour("ending_before", ending_before)
+    if not first < end <= first + _MOST_DAYS * 24:
+        raise BadRequest(f"ending_before: choose one to {_MOST_DAYS * 24} hours after starting_on")
+    if first * rows.HOUR > time.time():
+        raise BadRequest("starting_on: it is in the future")
+    used = await backend.ledger.read(lambda connection: rows.between(connection, owner, first, end))
+    events = [event for row in used for event in _events(row)]
+    events.sort(key=lambda event: (event["bucket_start"], -event["event_info"].get("token_count", 0)))
+    sessions = {row.session_id: {"user_metadata": as_strings(row.user_metadata)} for row in used}
+    sessions.pop("", None)
+    return {"data": events, "sessions": sessions}
+
+
+def _hour(name: str, at: datetime) -> int:
+    """Since 1970; times without a zone are UTC."""
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    hours, rest = divmod(at - datetime.fromtimestamp(0, UTC), timedelta(hours=1))
+    if rest:
+        raise BadRequest(f"{name}: {at.isoformat()} is not the beginning of an hour of UTC")
+    return hours
+
+
+def _events(row: Row) -> Iterator[dict[str, Any]]:
+    shared = {
+        "bucket_start": iso(row.hour * rows.HOUR),
+        "bucket_end": iso((row.hour + 1) * rows.HOUR),
+        "base_model": row.base_model,
+        "user_id": user_urn(row.owner),
+        "user_name": row.owner,
+        "session_id": row.session_id or None,
+        "project_id": (row.project_id or NO_PROJECT) if row.session_id else None,
+        "training_run_id": row.run_id or None,
+    }
+    kinds: list[dict[str, Any]] = [
+        {"type": "training", "token_count": row.trained},
+        {"type": "sampling_prefill", "cached": False, "token_count": row.prefilled},
+        {"type": "sampling_prefill", "cached": True, "token_count": row.prefilled_cached},
+        {"type": "sampling_sample", "token_count": row.sampled},
+        {"type": "checkpoint", "count": row.checkpoints},
+    ]
+    for kind in kinds:
+        if kind.get("token_count") or kind.get("count"):
+            yield shared | {"event_info": kind}
+
+
+@router.get("/billing/usage/checkpoints/current", responses=described_as(responses.CheckpointStorage))
+async def checkpoint_storage(
+    backend: BackendOf, owner: Owner, project_id: str | None = None
+) -> dict[str, Any]:
+    """Of the tenant's checkpoints as they are now, by the projects of their sessions."""
+    stored = await backend.ledger.read(lambda connection: rows.stored(connection, owner, project_id))
+    return {
+        "data": [
+            {
+                "project_id": row.project_id,
+                "org_user_urn": user_urn(owner),
+                "user_name": owner,
+                "checkpoint_count": row.number,
+                "size_bytes": row.size_bytes or 0,
+                "size_gigabytes": (row.size_bytes or 0) / _GIGABYTE,
+            }
+            for row in stored
+        ]
+    }

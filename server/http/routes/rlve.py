@@ -1,0 +1,31 @@
+"""Training that the server runs itself: stopped, and resumed. It begins with its model (`rlve_config` of
+create_model), and get_info tells of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from ...wire import responses
+from ...wire.body import OfModel
+from ..bodies import BodyRoute
+from ..dependencies import BackendOf, Owner, described_as
+
+router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
+
+
+@router.post("/stop_rlve", responses=described_as(responses.RlveModel))
+async def stop_rlve(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """A step that has begun to train is ended first; the client then has the model to itself."""
+    run = await backend.runs.find_trainable(owner, body.model_id)
+    await backend.rlve.stop(run)
+    return {"model_id": run.name, "rlve": await backend.rlve.described(run)}
+
+
+@router.post("/resume_rlve", responses=described_as(responses.RlveModel))
+async def resume_rlve(body: OfModel, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+    """Goes on after the last step that was counted, without gradients that were accumulated since."""
+    run = await backend.runs.find_trainable(owner, body.model_id)
+    await backend.rlve.resume(run)
+    return {"model_id": run.name, "rlve": await backend.rlve.described(run)}

@@ -1,1 +1,0 @@
-"""What clients have made and use: sessions, runs, samplers, losses."""

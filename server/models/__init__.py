@@ -1,0 +1,1 @@
+"""What clients create and use: sessions, models and samplers; their state, their numbers, their recovery."""

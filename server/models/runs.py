@@ -1,0 +1,369 @@
+"""Training runs: the models that clients create, and whether the engine has them.
+
+A run's state is a fold over its operations. The engine holds the states of some runs; one that it does not
+hold (after a restart of the engine or of the server, or when its client was silent for long) is brought back
+when its next operation is due (recovery.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+
+import msgspec
+from sqlalchemy import Connection, Row
+
+from ...engine import messages
+from ..access.quotas import Quotas
+from ..base_models import BaseModels
+from ..dialect import POINTS
+from ..errors import BadRequest, Gone, NotFound, Unavailable
+from ..ledger import operations as operation_rows
+from ..ledger import rlve as rlve_rows
+from ..ledger import session_sizes, tenancy
+from ..ledger.ledger import Ledger
+from ..operations.dispatcher import Dispatcher
+from ..operations.operation import Operation, Submission
+from ..operations.operations import Operations
+from ..operations.payloads import Payloads
+from ..settings import Settings
+from ..supervision.outbox import Lane
+from ..supervision.supervisor import Supervisor
+from .recovery import Recovery
+from .run import NewRun, Run, from_row
+from .snapshots import Snapshots
+from .unused_numbers import UnusedNumbers
+
+log = logging.getLogger("tinsmith.runs")
+
+_MOST_OVER = 1024  # models that have finished, and are remembered
+_REMEMBERED_SECONDS = 3600.0  # models that rest; far longer than any request holds on to one
+
+
+def model_id(session_id: str, model_seq_id: int) -> str:
+    """Clients compute this id too."""
+    return f"{session_id}:train:{model_seq_id}"
+
+
+class Runs:
+    """`on_created` is told of new models, `on_ending` of those that are to end, `on_finished` of models of
+    which nothing more will come."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        operations: Operations,
+        payloads: Payloads,
+        settings: Settings,
+        quotas: Quotas | None = None,
+        base_models: BaseModels | None = None,
+    ):
+        self._base_models = base_models or BaseModels()
+        self._ledger = ledger
+        self._quotas = quotas or Quotas(settings)
+        self._engine = engine
+        self._operations = operations
+        self._settings = settings
+        self._runs: dict[str, Run] = {}
+        self.on_created: Callable[[Run], None] = lambda _run: None
+        self.on_ending: Callable[[Run], None] = lambda _run: None
+        self.on_finished: Callable[[str], None] = lambda _run_id: None
+        self._aliases: dict[tuple[str, str], str] = {}  # owner and name: the newest model of it
+        self._of_owner: defaultdict[str, dict[str, Run]] = defaultdict(dict)
+        self._over: deque[Run] = deque()  # models that have finished, the oldest first
+        self._dispatcher: Dispatcher[Operation] = Dispatcher(
+            self._release, self._give_up, settings.gap_grace_seconds
+        )
+        self.snapshots = Snapshots(ledger, engine, self._dispatcher, payloads, settings)
+        self._recovery = Recovery(ledger, engine, operations, self._dispatcher, self._runs, settings)
+        operations.dispatcher = self._dispatcher
+        self.unused_numbers = UnusedNumbers(ledger, self._dispatcher, self._numbered)
+        operations.on_created = self._created
+
+    # --- finding and creating
+
+    async def find(self, owner: str, run_id: str) -> Run:
+        """By its id, or what its client calls it: the newest of that name. Raises NotFound for what does not
+        exist or is not the owner's."""
+        run = self._runs.get(run_id) or self._runs.get(self._aliases.get((owner, run_id), ""))
+        if run is None or run.owner != owner:
+            row = await self._ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+            if row is None:
+                raise NotFound(f"unknown model {run_id!r}: create it with create_model first")
+            await self._open(row)
+            run = self._runs[row.id]
+            if run.alias == run_id:
+                self._aliases[owner, run_id] = run.id
+        run.found_at = time.monotonic()
+        return run
+
+    def known(self, run_id: str) -> Run | None:
+        """One that has had operations since the server's start."""
+        return self._runs.get(run_id)
+
+    async def _numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
+        run = await self.find(owner, run_id)
+        if run.driven:
+            raise BadRequest(f"model {run_id!r}: the server numbers its operations")
+        return run.id, run.seq_base + seq_id
+
+    async def restart_numbers(self, run: Run) -> None:
+        """Its client has opened it again, and numbers its operations from 1."""
+        base = self._dispatcher.last_seq(run.id)
+        if base != run.seq_base:
+            run.seq_base = base
+            await self._ledger.write(
+                lambda connection: tenancy.update_model(connection, run.id, seq_base=base)
+            )
+
+    async def find_live(self, owner: str, run_id: str) -> Run:
+        """As `find`. A model that was deleted, or whose session has finished, raises the error with which its
+        dialect answers what is gone: Gone or NotFound."""
+        run = await self.find(owner, run_id)
+        if run.state == "finished":
+            is_gone = POINTS[run.dialect].unknown_status == Gone.status
+            raise (Gone if is_gone else NotFound)(
+                f"model {run_id!r} was deleted, or its session has finished; create another with create_model"
+            )
+        return run
+
+    async def find_trainable(self, owner: str, run_id: str) -> Run:
+        """As `find_live`; raises BadRequest for a model whose creation failed, or whose base model has other
+        weights now."""
+        run = await self.find_live(owner, run_id)
+        if run.state == "failed":
+            raise BadRequest(f"model {run_id!r} could not be created; its create_model request says why")
+        if (why := self._base_models.changed(run)) is not None:
+            raise BadRequest(f"model {run_id!r}: {why}, or create another model")
+        return run
+
+    def is_early(self, run: Run, seq_id: int) -> bool:
+        """Whether operations of the model that come before it have not arrived."""
+        return seq_id > self._dispatcher.next_seq(run.id)
+
+    def last_seq(self, run: Run) -> int:
+        return self._dispatcher.last_seq(run.id)
+
+    def reserve_seq(self, run: Run) -> int:
+        return self._dispatcher.reserve(run.id)
+
+    async def create(self, new: NewRun) -> Operation:
+        """Registers the model and asks the engine for it."""
+        message = new.message
+        lora = None if message.lora is None else msgspec.structs.asdict(message.lora)
+        run: Run | None = None
+        limit = self._quotas.of(new.owner).metadata_bytes
+
+        def also(connection: Connection, request_id: str) -> None:
+            nonlocal run
+            session_sizes.require_room(connection, new.owner, limit)
+            if tenancy.find_model(connection, message.model_id) is not None:
+                raise BadRequest(
+                    "model_seq_id: this session has a copied checkpoint of that number; use the next one"
+                )
+            creation = messages.encode(msgspec.structs.replace(message, request_id=request_id))
+            tenancy.add_model(
+                connection,
+                id=message.model_id,
+                owner=new.owner,
+                session_id=new.session_id,
+                base_model=message.base_model,
+                lora=lora,
+                optimizer=new.optimizer,
+                user_metadata=new.user_metadata,
+                state="creating",
+                creation=creation,
+                dialect=new.dialect,
+                alias=new.alias,
+                configuration=new.configuration,
+            )
+            if (rlve := new.configuration.get("rlve")) is not None:
+                rlve_rows.add(connection, message.model_id, rlve["difficulties"])
+            run = Run(
+                message.model_id,
+                new.owner,
+                new.session_id,
+                message.base_model,
+                lora,
+                new.optimizer,
+                new.user_metadata,
+                "creating",
+                creation,
+                None,
+                0,
+                dialect=new.dialect,
+                alias=new.alias,
+                configuration=new.configuration,
+            )
+
+        operation = await self._operations.accept(
+            Submission(
+                new.owner,
+                "create_model",
+                new.natural_key,
+                lambda request_id: msgspec.structs.replace(message, request_id=request_id),
+                new.reply,
+                message.model_id,
+                also=also,
+                dialect=new.dialect,
+            )
+        )
+        if run is not None:
+            run = self._remember(run)
+            if run.alias is not None:
+                self._aliases[run.owner, run.alias] = run.id
+            self._dispatcher.open(run.id, 1)
+            run.resident = operation.sent_in == self._engine.life
+            if operation.answer is not None:
+                self._created(operation)
+            elif not run.resident:
+                self._recovery.bring_back(run)
+            self.on_created(run)
+        return operation
+
+    def _created(self, operation: Operation) -> None:
+        run = self._runs.get(operation.model_id)
+        if run is not None and run.state == "creating":
+            run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"
+
+    async def _open(self, row: Row) -> None:
+        """Takes up a run of the ledger where its operations stand."""
+        early = await self._ledger.read(
+            lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
+        )
+        if row.id not in self._runs:
+            run = from_row(row)
+            run.broken = self._base_models.changed(run)
+            self._remember(run)
+            self._dispatcher.open(row.id, row.executed_seq + 1)
+            for arrival in early:
+                self._dispatcher.add(self._operations.load(arrival))
+
+    async def resume(self) -> None:
+        """At start: what was accepted and not answered is taken up again."""
+        unfinished = await self._ledger.read(operation_rows.unfinished)
+        for row in unfinished:
+            operation = self._operations.load(row)
+            if operation.model_id:
+                run = await self.find(operation.owner, operation.model_id)
+                if run.state == "finished" and run.leaving is None:
+                    run.leaving = asyncio.ensure_future(self._finish(run))
+        self._recovery.take_up()
+        if unfinished:
+            log.info("%d unfinished operations taken up again", len(unfinished))
+
+    # --- releasing
+
+    def _release(self, operation: Operation) -> None:
+        run = self._runs[operation.model_id]
+        run.used_at = time.monotonic()
+        if not run.resident or not operation.payload_bytes:
+            self._recovery.bring_back(run)
+            return
+        self._engine.send_stored(Lane(run.id), operation.request_id, operation.payload_bytes)
+        run.bytes_since_snapshot += operation.payload_bytes
+        self.snapshots.take_if_due(run)
+
+    def _give_up(self, operations: list[Operation], missing: int) -> None:
+        self._operations.fail(
+            operations,
+            f"seq_id {missing} of this model never arrived within {self._settings.gap_grace_seconds:.0f} s; "
+            "the operations sent after it were not run",
+        )
+
+    async def bring_back(self, owner: str, run_id: str) -> bool:
+        """As `Recovery.bring_back_now`, of the owner's model. Raises NotFound."""
+        return await self._recovery.bring_back_now(await self.find(owner, run_id))
+
+    # --- leaving
+
+    async def save_all(self) -> None:
+        """Before a stop: the state of every model that changed since its last snapshot."""
+        await self.snapshots.take_all(list(self._runs.values()))
+
+    def resident(self) -> list[Run]:
+        """Those that the engine has."""
+        return [run for run in self._runs.values() if run.resident]
+
+    def is_alive(self, run: Run) -> bool:
+        """Whether the engine has it, or will have it without another operation."""
+        return run.resident or run.state == "creating" or bool(self._operations.unanswered(run.id))
+
+    def alive(self, owner: str) -> list[Run]:
+        return [run for run in self._of_owner.get(owner, {}).values() if self.is_alive(run)]
+
+    async def rest(self, run: Run) -> None:
+        """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
+        if self._operations.unanswered(run.id) or run.state != "ready":
+            return
+        if await self.snapshots.take_if_changed(run):
+            log.info("model %s rests: its client is silent", run.id)
+            await self._leave(run)
+
+    def forget_unused(self) -> None:
+        """Forget the models that the engine does not have and that nobody has asked for in an hour. `find`
+        reads them from the ledger again."""
+        since = time.monotonic() - _REMEMBERED_SECONDS
+        unused = [run for run in self._runs.values() if max(run.found_at, run.used_at) < since]
+        for run in unused:
+            under_way = [
+                task for task in (run.restoring, run.saving, run.leaving) if task and not task.done()
+            ]
+            # What an engine died of is known here alone.
+            is_blamed = run.broken is not None or not run.may_be_saved
+            if not (self.is_alive(run) or run.driven or under_way or is_blamed):
+                self._forget(run)
+
+    async def finish(self, run: Run) -> None:
+        """The session is over: the engine forgets the model once its operations are done."""
+        if run.state == "finished":
+            return
+        self.on_ending(run)
+        run.state = "finished"
+        now = time.time()
+        await self._ledger.write(
+            lambda connection: tenancy.update_model(connection, run.id, state="finished", last_request_at=now)
+        )
+        # Not awaited: the client need not wait for what it has queued.
+        run.leaving = asyncio.ensure_future(self._finish(run))
+
+    async def _finish(self, run: Run) -> None:
+        for operation in self._operations.unanswered(run.id):
+            await operation.finished.wait()
+        if self._operations.unanswered(run.id):
+            return  # the server stops, and its next start goes on here
+        await self._leave(run)
+        self.on_finished(run.id)
+        await self.snapshots.remove(run)
+        self._over.append(run)
+        while len(self._over) > _MOST_OVER:
+            self._forget(self._over.popleft())
+
+    def _remember(self, run: Run) -> Run:
+        """The one run of this id."""
+        run = self._runs.setdefault(run.id, run)
+        self._of_owner[run.owner][run.id] = run
+        return run
+
+    def _forget(self, run: Run) -> None:
+        """A model that the ledger knows, and that nothing here needs."""
+        if self._runs.get(run.id) is not run:
+            return
+        del self._runs[run.id], self._of_owner[run.owner][run.id]
+        if not self._of_owner[run.owner]:
+            del self._of_owner[run.owner]
+        if self._aliases.get((run.owner, run.name)) == run.id:
+            del self._aliases[run.owner, run.name]
+        self._dispatcher.close(run.id)
+
+    async def _leave(self, run: Run) -> None:
+        if not run.resident:
+            return
+        run.resident = False
+        with contextlib.suppress(Unavailable):  # the engine is gone, and the model with it
+            await self._engine.request(messages.DeleteModel(f"delete-{run.id}", run.id))

@@ -1,0 +1,175 @@
+"""The models that the server trains: started, stopped, resumed, and told of."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
+
+from ...errors import ApiError, BadRequest, internal_error
+from ...ledger import rlve as rows
+from ...models.run import RLVE, Run
+from ...text.tokenizer import of_folder
+from ...wire.rlve import RlveConfig
+from .difficulty import Difficulty
+from .driver import Driver, Progress
+from .environments import Environments
+from .patience import patiently
+from .prompts import prompt
+
+if TYPE_CHECKING:
+    from ...backend import Backend
+
+log = logging.getLogger("tinsmith.rlve")
+
+_TOLD_STEPS = 100
+_STALE_SECONDS = 12 * 3600.0  # answers are dropped after a day
+
+
+class RlveRuns:
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._environments = Environments()
+        self._drivers: dict[str, Driver] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def difficulties(self, config: dict[str, Any], base_model: str) -> dict[str, Any]:
+        """What each environment begins with. Raises BadRequest for what cannot be had."""
+        asked = RlveConfig.model_validate(config)
+        tokenizer = await asyncio.to_thread(of_folder, self._backend.base_model(base_model).folder)
+        prompt("?", asked.custom_prompt_preprocessor, asked.answer_marker_type, tokenizer)
+        begin = {}
+        for name in dict.fromkeys(asked.environment_list):
+            highest = await self._environments.highest_level(name)
+            if asked.initial_difficulty > highest:
+                raise BadRequest(
+                    f"rlve_config.initial_difficulty: {asked.initial_difficulty} is over the highest of "
+                    f"{name}, which is {highest}"
+                )
+            begin[name] = Difficulty(asked.initial_difficulty, highest).as_json()
+        return begin
+
+    def created(self, run: Run) -> None:
+        """A new model, which may be one to train."""
+        if (asked := run.configuration.get(RLVE)) is not None:
+            self._begin(run, Progress(0, 0, _difficulties(asked["difficulties"])))
+
+    async def take_up(self) -> None:
+        """At the server's start: those that were being trained."""
+        for active in await self._backend.ledger.read(rows.active):
+            run = await self._backend.runs.find(active.owner, active.id)
+            row = await self._backend.ledger.read(partial(rows.find, model_id=run.id))
+            assert row is not None
+            stale = time.time() - row.updated_at > _STALE_SECONDS
+            progress = Progress(row.step, row.attempt + stale, _difficulties(row.difficulties))
+            if stale:
+                await self._change(run, attempt=progress.attempt)
+            try:
+                self._begin(run, progress)
+            except BadRequest as error:  # the server has been started without its base model
+                await self._change(run, state="failed", message=error.message)
+                continue
+            if row.state == "stopping":
+                self._drivers[run.id].stopping.set()
+
+    async def stop(self, run: Run) -> None:
+        """Between two steps; what was sampled for the next one is left. Waits for it, for a while. Raises
+        BadRequest for a model that is not trained here."""
+        self._asked(run)
+        driver, task = self._drivers.get(run.id), self._tasks.get(run.id)
+        if driver is None or task is None:
+            return
+        await self._change(run, state="stopping")
+        driver.stopping.set()
+        await asyncio.wait({task}, timeout=self._backend.settings.long_poll_seconds)
+
+    async def resume(self, run: Run) -> None:
+        """From the last step that was counted. Raises BadRequest."""
+        asked = RlveConfig.model_validate(self._asked(run)["config"])
+        row = await self._backend.ledger.read(partial(rows.find, model_id=run.id))
+        assert row is not None
+        if run.id in self._drivers:
+            if row.state == "stopping":
+                raise BadRequest(f"model {run.name!r} is stopping: its step is being ended; ask again")
+            return
+        if row.step >= asked.num_rollout:
+            raise BadRequest(f"model {run.name!r} has had all of its {asked.num_rollout} steps")
+        progress = Progress(row.step, row.attempt + 1, _difficulties(row.difficulties))
+        await self._change(run, state="running", attempt=progress.attempt, message=None)
+        self._begin(run, progress)
+
+    def end(self, run: Run) -> None:
+        """The model is over."""
+        if (task := self._tasks.get(run.id)) is not None:
+            task.cancel()
+
+    async def described(self, run: Run) -> dict[str, Any]:
+        """As get_info tells it."""
+        config = RlveConfig.model_validate(self._asked(run)["config"])
+
+        def read(connection: Connection) -> tuple[Any, list[dict[str, Any]]]:
+            return rows.find(connection, run.id), rows.newest_steps(connection, run.id, _TOLD_STEPS)
+
+        row, steps = await self._backend.ledger.read(read)
+        last = steps[-1] if steps else {}
+        environments = {}
+        for name, difficulty in _difficulties(row.difficulties).items():
+            window = difficulty.window(config.difficulty_sliding_window_size)
+            environments[name] = difficulty.as_json() | {"window": [window[0], window[-1]]}
+        return {
+            "state": "stopped" if run.state == "finished" and row.state in rows.ACTIVE else row.state,
+            "message": row.message,
+            "step": row.step,
+            "num_rollout": config.num_rollout,
+            "reward_mean": last.get("reward_mean"),
+            "accuracy": last.get("accuracy"),
+            "environments": environments,
+            "steps": steps,
+        }
+
+    async def close(self) -> None:
+        """The server stops; its next start goes on."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._environments.close()
+
+    def _asked(self, run: Run) -> dict[str, Any]:
+        asked: dict[str, Any] | None = run.configuration.get(RLVE)
+        if asked is None:
+            raise BadRequest(f"model {run.name!r} was created without rlve_config.enabled")
+        return asked
+
+    def _begin(self, run: Run, progress: Progress) -> None:
+        config = RlveConfig.model_validate(self._asked(run)["config"])
+        self._drivers[run.id] = Driver(self._backend, self._environments, run, config, progress)
+        run.driven = True
+        self._tasks[run.id] = asyncio.ensure_future(self._drive(run, self._drivers[run.id]))
+
+    async def _drive(self, run: Run, driver: Driver) -> None:
+        message = None
+        try:
+            state = "finished" if await driver.drive() else "stopped"
+        except ApiError as error:
+            state, message = "failed", error.message
+        except Exception as error:
+            state, message = "failed", internal_error(f"training {run.id}", error)
+        finally:
+            run.driven = False
+            del self._drivers[run.id], self._tasks[run.id]
+        log.info("model %s: its training is %s%s", run.id, state, f": {message}" if message else "")
+        await self._backend.runs.restart_numbers(run)  # a client that goes on begins with 1
+        await self._change(run, state=state, message=message)
+
+    async def _change(self, run: Run, **values: Any) -> None:
+        change = partial(rows.change, model_id=run.id, **values)
+        await patiently(lambda: self._backend.ledger.write(change))
+
+
+def _difficulties(stored: dict[str, Any]) -> dict[str, Difficulty]:
+    return {name: Difficulty(**values) for name, values in stored.items()}

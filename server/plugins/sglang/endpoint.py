@@ -1,0 +1,357 @@
+"""One SGLang server by its HTTP contract (that of 0.5.23). What it serves, and for whom: endpoints.py.
+
+A tenant's server may be anything: its answers are bounded in bytes, never decompressed, redirects are not
+followed, and nothing that an unexpected answer says is repeated to the tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import httpx
+import orjson
+
+from ...addresses import Allowed
+from .pinned import PinnedTransport
+
+_QUICK_SECONDS = 5.0  # to connect, and for what computes nothing
+_LOAD_SECONDS = 1800.0  # weights from a disk; an unload waits for those who use the adapter
+_FLUSH_SECONDS = 60.0
+_NOT_FLUSHED = "cache was not flushed"  # said where the weights were updated, and their version was not
+_UPDATES = 5
+# Its HTTP server closes connections that are idle for five seconds; a request that is sent just then is lost.
+_KEEPALIVE_SECONDS = 2.0
+_MESSAGE_CHARACTERS = 500
+# Bytes of answers: about itself and about weights; of samples by what was asked for, and at most.
+_PLAIN_BYTES = 1 << 20
+_TOKEN_BYTES, _MOST_BYTES = 256, 256 << 20
+_TENANT_BYTES = 64 << 20
+_LONGEST_CONTEXT = 1 << 20  # tokens, where a request names no number of them
+_QUICKLY_PARSED = 64 << 10
+_MORE_PARTS = 16  # of a stream than it has tokens
+
+
+class EndpointError(Exception):
+    """`message` is for the client: it names the server's URL, and never its key. `detail` may have more, of
+    what the server says; nobody but this server reads it."""
+
+    def __init__(self, message: str, detail: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.detail = detail or message
+
+
+class EndpointRefused(EndpointError):
+    """It lives, and does not do this."""
+
+    def __init__(self, message: str, status: int = 400, detail: str = ""):
+        super().__init__(message, detail)
+        self.status = status
+
+
+class EndpointBusy(EndpointError):
+    """It lives, and has no room now."""
+
+
+class EndpointUnflushed(EndpointBusy):
+    """It has new weights with the cache of those before, and says that it has those before."""
+
+
+class EndpointDied(EndpointError):
+    """It cannot be reached, hung up or is silent. It may come back with nothing of what it had."""
+
+
+class EndpointSilent(EndpointDied):
+    """It did not answer in time; perhaps the machine is busy."""
+
+
+class CannotServe(EndpointError):
+    """It cannot have these weights, or serve this request as it was asked: another has to."""
+
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class Room:
+    """The bytes of answers that are held at once: without limit, or those of all servers of a tenant."""
+
+    def __init__(self, limit: float = math.inf):
+        self._limit = limit
+        self._held = 0
+
+    def take(self, size: int) -> bool:
+        """Whether there was room."""
+        if self._held + size > self._limit:
+            return False
+        self._held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self._held -= size
+
+
+class Endpoint:
+    """`url` has no slash at its end. `allowed`: of a tenant's server, the addresses where it may be; None: it
+    is the operator's. `room` is shared by the servers of a tenant."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        allowed: Allowed | None = None,
+        room: Room | None = None,
+    ):
+        self.url = url.rstrip("/")
+        self.is_operators = allowed is None
+        self._room = room or Room()
+        self._most_bytes = _MOST_BYTES if self.is_operators else _TENANT_BYTES
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS)
+        key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=key | {"Accept-Encoding": "identity"},
+            timeout=_QUICK_SECONDS,
+            limits=limits,
+            transport=None if allowed is None else PinnedTransport(allowed, limits),
+            follow_redirects=False,
+            trust_env=False,  # no proxy, and no key from a netrc file
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # --- how it is
+
+    async def ready(self) -> bool:
+        """Whether it has loaded its model."""
+        try:
+            await self._ask("GET", "/ready")
+        except EndpointError:
+            return False
+        return True
+
+    async def model_info(self) -> dict[str, Any]:
+        """`model_path`, `weight_version` and more. Cheap, unlike `/health`, which draws a token."""
+        return _object(await self._ask("GET", "/model_info"), "/model_info")
+
+    async def server_info(self) -> dict[str, Any]:
+        """All it was started with. There may be secrets in it."""
+        return _object(await self._ask("GET", "/server_info"), "/server_info")
+
+    # --- samples
+
+    async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """A list also of one. As long as it takes: whoever asks watches over the server meanwhile."""
+        answer = await self._ask("POST", "/generate", body, None, self._sample_bytes(body))
+        return [_object(each, "/generate") for each in (answer if isinstance(answer, list) else [answer])]
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Each part has all there is so far."""
+        parts = beside = 0
+        async with self._answered("POST", "/generate", body | {"stream": True}, None) as answer:
+            if answer.status_code != 200:
+                await self._read(answer, "/generate", _PLAIN_BYTES)
+            async for line in self._lines(answer, self._sample_bytes(body)):
+                said = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:") or said == b"[DONE]":
+                    beside += len(line) + 1  # comments, which keep connections alive
+                    if beside > _PLAIN_BYTES:
+                        raise self._too_long("/generate", _PLAIN_BYTES)
+                    continue
+                part = _object(orjson.loads(said), "/generate")
+                if "error" in part:
+                    raise self._refused("/generate", "refused", part)
+                parts += 1
+                if parts > _most_tokens(body) + _MORE_PARTS:
+                    raise EndpointRefused(f"{self.url}/generate: a stream has more parts than tokens")
+                yield part
+
+    async def abort_request(self, rid: str) -> None:
+        """One that has ended, or is unknown, is none."""
+        await self._ask("POST", "/abort_request", {"rid": rid})
+
+    # --- weights
+
+    async def load_lora_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, str]:
+        """The adapters that it has then, by name, and their folders."""
+        body = {"lora_name": name, "lora_path": path, "pinned": pinned}
+        answer = await self._ask("POST", "/load_lora_adapter", body, _LOAD_SECONDS)
+        return _object(answer, "/load_lora_adapter").get("loaded_adapters") or {}
+
+    async def unload_lora_adapter(self, name: str) -> dict[str, str]:
+        """Those that it still has. Waits for requests that use it."""
+        answer = await self._ask("POST", "/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
+        return _object(answer, "/unload_lora_adapter").get("loaded_adapters") or {}
+
+    async def update_weights_from_disk(self, path: str, weight_version: str) -> dict[str, Any]:
+        """Waits for the requests that run, and flushes the cache. A tensor of another shape kills it.
+
+        Raises EndpointUnflushed if it has them from some time on, and does not come to say so."""
+        body = {"model_path": path, "weight_version": weight_version}
+        is_unflushed = False
+        problem: EndpointError | None = None
+        for _ in range(_UPDATES):
+            try:
+                if is_unflushed:
+                    await self.flush_cache(_FLUSH_SECONDS)
+                answer = await self._ask("POST", "/update_weights_from_disk", body, _LOAD_SECONDS)
+                return _object(answer, "/update_weights_from_disk")
+            except EndpointError as error:
+                # Its last request has just ended, and is not yet forgotten; or others sample there.
+                is_unflushed |= isinstance(error, EndpointRefused) and _NOT_FLUSHED in error.detail
+                if not is_unflushed:
+                    raise
+                problem = error
+        assert problem is not None
+        raise EndpointUnflushed(problem.message, problem.detail)
+
+    async def pause_generation(self, mode: PauseMode) -> None:
+        await self._ask("POST", "/pause_generation", {"mode": mode}, _LOAD_SECONDS)
+
+    async def continue_generation(self) -> None:
+        await self._ask("POST", "/continue_generation", {})
+
+    async def flush_cache(self, patience_seconds: float) -> None:
+        """As soon as no request runs; raises EndpointBusy if one still does after so long."""
+        path = f"/flush_cache?timeout={patience_seconds:g}"
+        try:
+            await self._ask("POST", path, seconds=_QUICK_SECONDS + patience_seconds)
+        except EndpointRefused as error:
+            raise EndpointBusy(error.message, error.detail) from None
+
+    # --- the wire
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        seconds: float | None = _QUICK_SECONDS,
+        most_bytes: int = _PLAIN_BYTES,
+    ) -> Any:
+        """What it answers, within that many seconds and bytes. Raises EndpointError."""
+        try:
+            async with asyncio.timeout(None if seconds is None else _QUICK_SECONDS + seconds):
+                async with self._answered(method, path, body, seconds) as answer:
+                    return await self._read(answer, path, most_bytes)
+        except TimeoutError as error:
+            raise self._died(path, error) from None
+
+    @asynccontextmanager
+    async def _answered(
+        self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer, of which nothing has been read but its head."""
+        timeout = httpx.Timeout(_QUICK_SECONDS, read=seconds)
+        try:
+            async with self._http.stream(method, path, json=body, timeout=timeout) as answer:
+                if answer.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+                    raise EndpointRefused(
+                        f"{self.url}{path}: the answer is compressed, which was not asked for"
+                    )
+                yield answer
+        except (httpx.HTTPError, httpx.InvalidURL, orjson.JSONDecodeError) as error:
+            raise self._died(path, error) from None
+
+    async def _lines(self, answer: httpx.Response, most_bytes: int) -> AsyncIterator[bytes]:
+        """The lines of a body. Raises EndpointRefused for one that is longer than that."""
+        line = bytearray()
+        async for data in answer.aiter_raw():
+            begin = 0
+            while (end := data.find(b"\n", begin)) >= 0:
+                line += data[begin:end]
+                yield bytes(line)
+                line.clear()
+                begin = end + 1
+            line += data[begin:]
+            if len(line) > most_bytes:
+                raise self._too_long("/generate", most_bytes)
+        if line:
+            yield bytes(line)
+
+    async def _read(self, answer: httpx.Response, path: str, most_bytes: int) -> Any:
+        """What it says, None where that is nothing. Raises EndpointError."""
+        content = bytearray()
+        try:
+            async for data in answer.aiter_raw():
+                if len(content) + len(data) > most_bytes:
+                    raise self._too_long(path, most_bytes)
+                if not self._room.take(len(data)):
+                    raise EndpointBusy(f"{self.url}{path}: too many long answers at once")
+                content += data
+            said = await _parsed(bytes(content))
+        finally:
+            self._room.give_back(len(content))
+        status = answer.status_code
+        if status == 200 and not (isinstance(said, dict) and said.get("success") is False):
+            return None if isinstance(said, bytes) else said
+        raise self._refused(path, status, said)
+
+    def _sample_bytes(self, body: dict[str, Any]) -> int:
+        """How long the answer may be: so much for each token, and for each likely one beside it."""
+        prompts = body.get("input_ids") or [0]
+        known = sum(map(len, prompts)) if isinstance(prompts[0], list) else len(prompts)
+        topk = body.get("top_logprobs_num") or 0
+        beside = max(topk) if isinstance(topk, list) else topk
+        size = _PLAIN_BYTES + _TOKEN_BYTES * (known + _most_tokens(body)) * (1 + beside)
+        return min(self._most_bytes, size)
+
+    def _refused(self, path: str, status: int | str, said: Any) -> EndpointError:
+        """What an error of its own means. Of a tenant's server nothing that it says is in the message."""
+        message = f"{self.url}{path} is answered {status}"
+        detail = f"{message}: {_reason(said)}"
+        shown = detail if self.is_operators else message
+        if status in (429, 503):
+            return EndpointBusy(shown, detail)
+        if status in (502, 504):
+            return EndpointDied(shown, detail)
+        return EndpointRefused(shown, status if isinstance(status, int) else 400, detail)
+
+    def _too_long(self, path: str, most_bytes: int) -> EndpointRefused:
+        return EndpointRefused(f"{self.url}{path}: the answer is longer than {most_bytes} bytes")
+
+    def _died(self, path: str, error: Exception) -> EndpointDied:
+        kind = EndpointSilent if isinstance(error, (httpx.TimeoutException, TimeoutError)) else EndpointDied
+        message = f"{self.url}{path}: {type(error).__name__}"
+        detail = f"{message} {error}".rstrip()  # it may quote what was answered
+        return kind(detail if self.is_operators else message, detail)
+
+
+async def _parsed(content: bytes) -> Any:
+    """The JSON that it is; bytes that are no JSON as they are."""
+    try:
+        if len(content) > _QUICKLY_PARSED:
+            return await asyncio.to_thread(orjson.loads, content)
+        return orjson.loads(content) if content else None
+    except orjson.JSONDecodeError:
+        return content
+
+
+def _most_tokens(body: dict[str, Any]) -> int:
+    """How many tokens the requests of the body draw at most, together."""
+    params = body["sampling_params"]
+    drawn = 0
+    for one in params if isinstance(params, list) else [params]:
+        limit = one.get("max_new_tokens")
+        drawn += (_LONGEST_CONTEXT if limit is None else limit) * one.get("n", 1)
+    return drawn
+
+
+def _object(said: Any, path: str) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise EndpointRefused(f"{path} is not answered with an object")
+    return said
+
+
+def _reason(said: Any) -> str:
+    """Of the shapes that errors have."""
+    if isinstance(said, dict):
+        found = said.get("error") or said.get("error_message") or said.get("message") or said
+        said = found.get("message", found) if isinstance(found, dict) else found
+    if isinstance(said, bytes):
+        said = said[:_MESSAGE_CHARACTERS].decode(errors="replace")
+    return str(said)[:_MESSAGE_CHARACTERS]

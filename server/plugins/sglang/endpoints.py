@@ -1,0 +1,286 @@
+"""The SGLang servers that are registered: whose they are, what they serve, and whether they do.
+
+The operator's (`--sglang`) serve every tenant; a tenant's own, which the ledger keeps, only that tenant. Each
+is asked every two seconds for its model, which costs it nothing. One that cannot be reached, or is not what
+it was registered as, is out of use until it is again; one that comes and goes is left out for longer each
+time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from ...addresses import host_and_port
+from ...base_models import BaseModel
+from .endpoint import Endpoint, EndpointBusy, EndpointDied, EndpointError, EndpointSilent
+from .limits import Limits, are_tempered, base_model_of, limits_of, mismatch
+
+log = logging.getLogger("tinsmith.inference")
+
+CHECK_SECONDS = 2.0
+DEFAULT_VERSION = "default"
+"""What SGLang calls the weights that it was started with."""
+_FAILED_CHECKS = 3  # in a row: a busy machine is no dead server
+_VERSION_CHARACTERS = 128
+_FLAPPING_SECONDS = 600.0
+_OUT_SECONDS = (0.0, 2.0, 5.0, 15.0, 60.0)  # after the first death within that time, the second, ...
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Registered:
+    """One server. `owner` None: the operator's. `base_model` None: not known yet. `life` grows by one each
+    time that it comes up: what had been loaded may be gone. `weights` is the key of those that it has been
+    given in place of its base model's, `weight_version` what it calls them."""
+
+    client: Endpoint
+    owner: str | None
+    base_model: str | None
+    pool: str = "default"
+    healthy: bool = False
+    reachable: bool = False
+    life: int = 0
+    limits: Limits | None = None
+    weights: str | None = None
+    weight_version: str = DEFAULT_VERSION
+    problem: str = "it has not been asked yet"
+    running: int = 0  # samples
+    answered: int = 0
+    checked: asyncio.Event = field(default_factory=asyncio.Event)  # once
+    _down: asyncio.Event = field(default_factory=asyncio.Event)  # of this life
+    _deaths: list[float] = field(default_factory=list)
+    _failed_checks: int = 0
+    _out_until: float = 0.0
+    _is_exclusive: bool = False
+    _turn: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def host(self) -> str:
+        return host_and_port(self.client.url)[0]
+
+    @property
+    def port(self) -> int:
+        return host_and_port(self.client.url)[1]
+
+    # --- who uses it
+
+    @asynccontextmanager
+    async def sampling(self) -> AsyncIterator[None]:
+        """A sample runs there, and its weights stay what they are."""
+        while self._is_exclusive:
+            await self._turn.wait()
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self._next_turn()
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        """Our samples there have ended, and others wait."""
+        while self._is_exclusive:
+            await self._turn.wait()
+        self._is_exclusive = True
+        try:
+            while self.running:
+                await self._turn.wait()
+            yield
+        finally:
+            self._is_exclusive = False
+            self._next_turn()
+
+    def _next_turn(self) -> None:
+        self._turn.set()
+        self._turn = asyncio.Event()
+
+    async def while_up(self, asked: Awaitable[T]) -> T:
+        """What is asked of it. Raises EndpointDied as soon as it is known to be down."""
+        task, down = asyncio.ensure_future(asked), asyncio.ensure_future(self._down.wait())
+        try:
+            await asyncio.wait({task, down}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EndpointDied(f"{self.client.url}: {self.problem}")
+            return task.result()
+        finally:
+            task.cancel()
+            down.cancel()
+
+    # --- how it is
+
+    def holds(self, weights: str | None, weight_version: str) -> None:
+        """What it has, or is to have before it is used again."""
+        self.weights, self.weight_version = weights, weight_version
+
+    def eject(self, why: str) -> None:
+        """Out of use until the next good check; what it samples is lost."""
+        if self.reachable:
+            log.warning("%s is out of use: %s", self.client.url, why)
+        self.leave(why)
+
+    def leave(self, why: str) -> None:
+        self.healthy = self.reachable = False
+        self.problem = why
+        self._down.set()
+
+    def died(self, why: str) -> None:
+        """As `eject`, and for longer if it was so lately."""
+        if self.reachable:
+            now = time.monotonic()
+            self._deaths = [at for at in self._deaths if now - at < _FLAPPING_SECONDS] + [now]
+            self._out_until = now + _OUT_SECONDS[min(len(self._deaths), len(_OUT_SECONDS)) - 1]
+        self.eject(why)
+
+    @property
+    def may_return(self) -> bool:
+        return time.monotonic() >= self._out_until
+
+    def up(self, limits: Limits) -> None:
+        self.limits, self.reachable, self.life = limits, True, self.life + 1
+        self._down = asyncio.Event()
+
+    def check_failed(self, error: EndpointError) -> None:
+        """One that hangs up is not what it was; one that is slow is asked a few times more."""
+        self._failed_checks += 1
+        is_slow = isinstance(error, (EndpointSilent, EndpointBusy))
+        if not self.reachable:
+            self.problem = error.message
+        elif not is_slow or self._failed_checks >= _FAILED_CHECKS:
+            self.died(error.message)
+
+    def check_passed(self) -> None:
+        self._failed_checks = 0
+
+
+class Endpoints:
+    """`on_life` is told of one that is healthy again, with nothing that it was given in an earlier life;
+    `on_other_weights`, at every check, of one that fits and has other weights than it is to have, and gets
+    what it says of its model."""
+
+    def __init__(self, base_models: dict[str, BaseModel]):
+        self._base_models = base_models
+        self._registered: dict[Registered, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self.on_life: Callable[[Registered], None] = lambda _endpoint: None
+        self.on_other_weights: Callable[[Registered, dict[str, Any]], None] = lambda _endpoint, _info: None
+
+    # --- which there are
+
+    def all(
+        self,
+        base_model: str | None = None,
+        owner: str | None = None,
+        pools: Iterable[str] | None = None,
+    ) -> list[Registered]:
+        """The operator's and the owner's, of a base model (None: any), of some pools (None: all)."""
+        return [
+            each
+            for each in self._registered
+            if each.owner in (None, owner)
+            and base_model in (None, each.base_model)
+            and (pools is None or each.pool in pools)
+        ]
+
+    def of(
+        self, base_model: str, owner: str | None = None, pools: Iterable[str] | None = None
+    ) -> list[Registered]:
+        """Those that are healthy; the one with the fewest samples first."""
+        healthy = [each for each in self.all(base_model, owner, pools) if each.healthy]
+        return sorted(healthy, key=lambda endpoint: endpoint.running)
+
+    def everybody(self) -> list[Registered]:
+        """The operator's and all tenants'."""
+        return list(self._registered)
+
+    def find(self, owner: str | None, host: str, port: int) -> Registered | None:
+        """The owner's own."""
+        mine = (each for each in self._registered if each.owner == owner)
+        return next((each for each in mine if (each.host, each.port) == (host, port)), None)
+
+    def count(self, owner: str) -> int:
+        """How many are the owner's own."""
+        return sum(each.owner == owner for each in self._registered)
+
+    def add(self, endpoint: Registered) -> None:
+        """It is asked from now on."""
+        self._registered[endpoint] = asyncio.ensure_future(self._watch(endpoint))
+
+    async def remove(self, endpoint: Registered) -> None:
+        self._registered.pop(endpoint).cancel()
+        endpoint.leave("it is no longer registered")
+        self._wake()
+        await endpoint.client.close()
+
+    async def close(self) -> None:
+        for endpoint in list(self._registered):
+            await self.remove(endpoint)
+
+    # --- how they are
+
+    def failed(self, endpoint: Registered, error: EndpointDied) -> None:
+        """Whoever sees one die says so."""
+        endpoint.died(error.message)
+
+    async def change(self, seconds: float) -> None:
+        """Waits until one has become healthy or was removed, no longer than that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def unchecked(self, owner: str) -> list[Registered]:
+        """Those that have not been asked yet: what they serve is not known."""
+        return [each for each in self.all(None, owner) if not each.checked.is_set()]
+
+    async def _watch(self, endpoint: Registered) -> None:
+        while True:
+            try:
+                await self.check(endpoint)
+            except EndpointError as error:
+                endpoint.check_failed(error)
+            except Exception as error:  # it says what no SGLang says
+                shown = repr(error) if endpoint.client.is_operators else type(error).__name__
+                endpoint.eject(f"it does not answer as SGLang does: {shown}")
+            endpoint.checked.set()
+            await asyncio.sleep(CHECK_SECONDS)
+
+    async def check(self, endpoint: Registered) -> None:
+        """Asks it how it is, and says so in `endpoint`. Raises EndpointError."""
+        info = await endpoint.client.model_info()
+        endpoint.check_passed()
+        if not endpoint.reachable:
+            if not endpoint.may_return:
+                return
+            limits = limits_of(await endpoint.client.server_info(), info)
+            found = endpoint.base_model or base_model_of(limits, self._base_models.values())
+            why = self._mismatch(endpoint, limits, found)
+            if why is not None:
+                endpoint.problem = why
+                return
+            endpoint.base_model = found
+            endpoint.up(replace(limits, tempered=await are_tempered(endpoint.client)))
+        if info.get("weight_version", DEFAULT_VERSION) != endpoint.weight_version:
+            version = str(info.get("weight_version"))[:_VERSION_CHARACTERS]
+            endpoint.healthy, endpoint.problem = False, f"it has weights {version!r}"
+            self.on_other_weights(endpoint, info)
+        elif not endpoint.healthy:
+            endpoint.healthy, endpoint.problem = True, ""
+            log.info("%s samples %s", endpoint.client.url, endpoint.base_model)
+            self.on_life(endpoint)
+            self._wake()
+
+    def _mismatch(self, endpoint: Registered, limits: Limits, base_model: str | None) -> str | None:
+        if base_model not in self._base_models:
+            known = ", ".join(self._base_models)
+            return f"its model {limits.model_path!r} is none of this server's ({known}); name it: NAME=URL"
+        return mismatch(limits, self._base_models[base_model], endpoint.owner is None)

@@ -1,0 +1,239 @@
+"""Whole models on SGLang servers: exported, checked, loaded in place of what they had.
+
+A sequence has the weights of one version: samples there end first, or are aborted and drawn anew, new ones
+wait, and the server's cache of prefixes is flushed. A server whose load fails is out of use until it has what
+it is to have; or, if no server of a sync has taken the new weights, goes on with those that it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ....engine import messages
+from ...base_models import BaseModel
+from .endpoint import EndpointError, EndpointUnflushed
+from .endpoints import DEFAULT_VERSION, Endpoints, Registered
+from .exports import Export, Exports
+from .fit import misfit
+from .folders import Folders, server_name
+
+log = logging.getLogger("tinsmith.inference")
+
+_AGAIN_SECONDS = (2.0, 5.0, 15.0, 60.0)  # before the second try, the third, ...
+
+
+@dataclass
+class Wanted:
+    """What a server is to have, and what it calls it."""
+
+    export: Export
+    version: str
+    failures: int = 0
+    again_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """To one server. `problem` None: it has them. `is_mixed`: it has them, with the cache and
+    the name of what it had. `seconds`: in which it waited for samples, and loaded."""
+
+    endpoint: Registered
+    problem: str | None = None
+    is_mixed: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Synced:
+    export: Export
+    version: str
+    pushed: list[Pushed]
+    seconds: dict[str, float]
+
+    @property
+    def success(self) -> bool:
+        return bool(self.pushed) and all(each.problem is None for each in self.pushed)
+
+
+class MergedWeights:
+    """Is told by `endpoints` of servers that do not have what they are to have."""
+
+    def __init__(
+        self, folders: Folders, exports: Exports, endpoints: Endpoints, base_models: dict[str, BaseModel]
+    ):
+        self._folders = folders
+        self._exports = exports
+        self._endpoints = endpoints
+        self._base_models = base_models
+        self._wanted: weakref.WeakKeyDictionary[Registered, Wanted] = weakref.WeakKeyDictionary()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by URL
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._names: defaultdict[int, dict[str, str | None]] = defaultdict(lambda: {DEFAULT_VERSION: None})
+        endpoints.on_other_weights = self._other_weights
+
+    async def sync(
+        self,
+        sampler: messages.SamplerRef,
+        servers: list[Registered],
+        *,
+        fp8: messages.Fp8 | None = None,
+        version: str | None = None,
+        abort: bool = False,
+    ) -> Synced:
+        """Brings the weights to these servers of their base model, to all of them or, where one must not have
+        them, to none. `version` is what they call it, with a number after it where that is the name of others
+        there. `abort`: samples under way there are not waited for. Raises CannotServe or ApiError for weights
+        that cannot be had."""
+        times = [time.perf_counter()]
+        export = await self._exports.make(sampler, fp8)
+        times.append(time.perf_counter())
+        name = self._name(export, version, {each.port for each in servers})
+        pushed = await self._checked(export, servers)
+        times.append(time.perf_counter())
+        if all(each.problem is None for each in pushed):
+            before = {each: (self._wanted.get(each), each.weights, each.weight_version) for each in servers}
+            pushes = (self._push(each, Wanted(export, name), abort) for each in servers)
+            pushed = await asyncio.gather(*pushes)
+            if not any(each.problem is None for each in pushed):
+                for each in pushed:
+                    if not each.is_mixed:
+                        await self._take_back(each, *before[each.endpoint])
+        times.append(time.perf_counter())
+        await self._exports.remove_all_but({each.export.key for each in self._wanted.values()})
+        spent = (after - begin for begin, after in itertools.pairwise(times))
+        return Synced(export, name, pushed, dict(zip(("export", "check", "push"), spent, strict=True)))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _name(self, export: Export, asked: str | None, ports: set[int]) -> str:
+        """What the servers are to call it: as it was asked, unless one of them calls, or was to call, other
+        weights so. Samples are known by the name, also to who has the same server under another host."""
+        known = [self._names[port] for port in ports]
+        there = (each for each in self._endpoints.everybody() if each.port in ports)
+        known += [{each.weight_version: each.weights} for each in there]
+        name = own = asked or server_name(export.key)
+        for count in itertools.count(2):
+            if all(names.get(name, export.weights) == export.weights for names in known):
+                break
+            name = f"{own}.{count}"
+        for port in ports:
+            self._names[port][name] = export.weights
+        return name
+
+    # --- one server
+
+    async def _checked(self, export: Export, servers: list[Registered]) -> list[Pushed]:
+        base = self._base_models[export.base_model]
+
+        def check(endpoint: Registered) -> str | None:
+            try:
+                return misfit(export, endpoint, base.tensors, self._folders)
+            except (OSError, ValueError) as error:
+                return f"its model's files cannot be read: {error}"
+
+        problems = [await asyncio.to_thread(check, each) for each in servers]
+        if any(problems):
+            problems = [problem or "another server must not have the weights" for problem in problems]
+        return [Pushed(each, problem) for each, problem in zip(servers, problems, strict=True)]
+
+    async def _push(self, endpoint: Registered, wanted: Wanted, abort: bool = False) -> Pushed:
+        began = time.perf_counter()
+        async with self._turns[endpoint.client.url], _alone(endpoint, abort):
+            loading = time.perf_counter()
+            self._wanted[endpoint] = wanted
+            endpoint.holds(wanted.export.weights, wanted.version)
+            try:
+                path = self._folders.there(wanted.export.key)
+                update = endpoint.client.update_weights_from_disk(path, wanted.version)
+                await endpoint.while_up(update)
+            except EndpointError as error:
+                pause = _AGAIN_SECONDS[min(wanted.failures, len(_AGAIN_SECONDS) - 1)]
+                wanted.failures, wanted.again_at = wanted.failures + 1, time.monotonic() + pause
+                endpoint.eject(f"it has not taken weights: {error.message}")
+                return Pushed(endpoint, error.message, isinstance(error, EndpointUnflushed))
+            wanted.failures = 0
+        with suppress(EndpointError):  # the next check is soon
+            await self._endpoints.check(endpoint)
+        seconds = {"waited": loading - began, "loaded": time.perf_counter() - loading}
+        log.info("%s has %s after %.2f s", endpoint.client.url, wanted.version, sum(seconds.values()))
+        return Pushed(endpoint, seconds=seconds)
+
+    async def _take_back(
+        self, pushed: Pushed, wanted: Wanted | None, weights: str | None, version: str
+    ) -> None:
+        """No server has the new weights: those that have what they had are used again."""
+        endpoint = pushed.endpoint
+        if wanted is None:
+            self._wanted.pop(endpoint, None)
+        else:
+            self._wanted[endpoint] = wanted
+        endpoint.holds(weights, version)
+        with suppress(EndpointError):
+            await self._endpoints.check(endpoint)
+
+    # --- servers that come back
+
+    def _other_weights(self, endpoint: Registered, info: dict[str, Any]) -> None:
+        if self._turns[endpoint.client.url].locked():
+            return
+        wanted = self._wanted.get(endpoint)
+        was_given_others = (
+            wanted is not None and not wanted.failures and info.get("weight_version") != DEFAULT_VERSION
+        )
+        if wanted is None or was_given_others:  # under another name of the server, say: the last ones count
+            self._begin(self._recognise(endpoint, info))
+        elif time.monotonic() >= wanted.again_at:
+            self._begin(self._again(endpoint, wanted))
+
+    async def _again(self, endpoint: Registered, wanted: Wanted) -> None:
+        """It may have been started otherwise than before."""
+        (pushed,) = await self._checked(wanted.export, [endpoint])
+        if pushed.problem is None:
+            pushed = await self._push(endpoint, wanted)
+        if pushed.problem is not None:
+            log.warning("%s does not take %s: %s", endpoint.client.url, wanted.version, pushed.problem)
+
+    async def _recognise(self, endpoint: Registered, info: dict[str, Any]) -> None:
+        """This server has restarted, that one has what it was given before."""
+        async with self._turns[endpoint.client.url]:
+            key = self._folders.key_of(str(info.get("model_path")))
+            if key is None or endpoint.base_model is None:
+                return
+            export = await self._exports.find(key, endpoint.base_model)
+            if export is not None:
+                wanted = Wanted(export, str(info.get("weight_version")))
+                self._wanted[endpoint] = wanted
+                endpoint.holds(export.weights, wanted.version)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+@asynccontextmanager
+async def _alone(endpoint: Registered, abort: bool) -> AsyncIterator[None]:
+    """Nobody samples there. `abort`: those who did are told that theirs have ended, and draw anew."""
+
+    async def end_all() -> None:
+        with suppress(EndpointError):
+            await endpoint.client.pause_generation("abort")
+            await endpoint.client.continue_generation()
+
+    ending = asyncio.ensure_future(end_all()) if abort else None  # once `exclusive` holds new ones back
+    async with endpoint.exclusive():
+        if ending is not None:
+            await ending
+        yield

@@ -1,1 +1,0 @@
-"""Samples as SGLang's and OpenAI's routes answer them."""
