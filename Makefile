@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-quick slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
+.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (u
 	@$(BIN)/python demo/sft.py
 
 test: $(STAMP) ## lint, types, import arrows, and all tests but the slow ones
-	@$(MAKE) --no-print-directory -j 3 lint sglang rlve
+	@$(MAKE) --no-print-directory -j 3 lint sglang rlve docs
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 # What starts no server and compiles little.
@@ -59,6 +59,21 @@ SLOWEST := tests/server/test_rlve.py tests/ckpt/test_smollm2.py
 test-quick: $(STAMP) ## lint, types, import arrows, and the tests that need no server (two minutes)
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(QUICK) $(addprefix --ignore=, $(SLOWEST))
+
+DOCS := .cache/docs/venv
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+docs: $(STAMP) $(DOCS)/.installed ## write the generated pages, and build the site into .cache/docs/site
+	$(BIN)/python docs/generate.py
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: docs ## the site on http://127.0.0.1:8001
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8001
+
+$(DOCS)/.installed: docs/requirements.txt
+	@echo "==> mkdocs in $(DOCS)"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps -r $<
+	@touch $@
 
 CASES ?= 1000000
 fuzz: $(STAMP) ## damaged input for every decoder, a million cases or CASES=...

@@ -1,4 +1,8 @@
-"""What an operator can set: by option, or by environment (`TINSMITH_` and the name in capitals)."""
+"""What an operator can set: with an option of `tinsmith serve`, in the environment or in a file.
+
+The first of these that has a value wins. A setting `x_y` is `TINSMITH_X_Y` in the environment and `x_y` in
+the file. `docs/settings.md` is made of the fields' docstrings; each class is a section there.
+"""
 
 from __future__ import annotations
 
@@ -42,24 +46,30 @@ def read_mesh(text: str) -> dict[str, int]:
     return axes
 
 
-class LedgerSettings(BaseSettings):
-    """Where the ledger is."""
+class Section(BaseSettings):
+    """Settings that belong together. Unknown names are errors."""
 
-    model_config = SettingsConfigDict(env_prefix="TINSMITH_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TINSMITH_", extra="forbid", use_attribute_docstrings=True)
+
+
+class LedgerSettings(Section):
+    """Data and the ledger."""
 
     data_dir: Path = Path("tinsmith-data")
-    database_url: str | None = None  # None: SQLite in data_dir
-    sync_every_commit: bool = False  # SQLite: also survive a loss of power; milliseconds per operation
+    """Where the ledger, checkpoints and payloads are stored. One server owns it at a time."""
+    database_url: str | None = None
+    """The ledger's database, as `postgresql://USER:PASSWORD@HOST/NAME` or `sqlite:////path/ledger.db`. The
+    default is SQLite in the data directory. SQLite must not be on a network volume."""
+    sync_every_commit: bool = False
+    """SQLite only: flush every commit to the disk, so that the ledger also survives a loss of power. Costs a
+    few milliseconds per operation."""
 
     @field_validator("database_url")
     @classmethod
     def _a_database_that_can_be_used(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        for scheme in (
-            "postgres://",
-            "postgresql://",
-        ):  # psycopg, whether the URL says so or not
+        for scheme in ("postgres://", "postgresql://"):  # psycopg, whether the URL says so or not
             if url.startswith(scheme):
                 url = f"postgresql+psycopg://{url.removeprefix(scheme)}"
         try:
@@ -86,113 +96,188 @@ class LedgerSettings(BaseSettings):
         return file.render_as_string(hide_password=False)  # a path may have ? and % in it
 
 
-class Settings(LedgerSettings):
-    # Base models: a folder, a hub id (with @REVISION), or NAME=one of them. In the environment separated by
-    # commas, or as a JSON list.
-    model: Annotated[list[str], NoDecode] = Field(default_factory=list)
+class ServingSettings(Section):
+    """Addresses, keys and logs."""
+
     host: str = "127.0.0.1"
+    """The address to listen on. Any address but loopback needs a key."""
     port: int = Field(8000, ge=0, le=65535)
-    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """The port to listen on; 0 chooses a free one."""
     api_key: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Keys that clients must send, as `KEY` or `OWNER=KEY`. Keys begin with `tml-`. Better: `tinsmith keys
+    create`, which stores them in the ledger."""
     api_key_file: Path | None = None
+    """A file with keys, one per line, as above. `#` begins a comment."""
+    public_url: str | None = None
+    """The address with which URLs for downloads begin, if clients reach the server through a proxy."""
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Without keys, requests to other hosts than this machine, and from pages of other hosts, are refused.
+    These are accepted: names, `*.example.org`, or `*` for any."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
+    stall_seconds: float = Field(60.0, gt=0)
+    """A connection is closed if a request's body or an answer has not moved for this long."""
+    long_poll_seconds: float = Field(25.0, ge=0, le=30)
+    """How long a poll waits for an answer before it is told to try again."""
+    stop_patience_seconds: float = Field(600.0, gt=0)
+    """How long a stop waits for running operations before it ends the engine."""
 
+
+class ModelSettings(Section):
+    """Base models, devices and sequences."""
+
+    model: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Base models to serve: a folder, a hub id (`org/name` or `org/name@REVISION`), `smollm2-135m`, or
+    `NAME=` and one of these. In the environment they are separated by commas, or given as a JSON
+    list."""
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Where downloaded models and compiled programs are stored. It may be deleted."""
     mesh: Annotated[dict[str, int], NoDecode] = Field(default_factory=dict)
+    """How the devices are arranged, such as `data=2,fsdp=4`: `data` replicates, `fsdp` shards parameters and
+    batches, `tensor` shards matrices. The default is one device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The dtype of base weights and activations. `auto` is float32 on a CPU and bfloat16 elsewhere. Adapters,
+    gradients and Adam's moments are always float32."""
     max_rank: int = Field(128, ge=1)
+    """The largest LoRA rank that a client may ask for."""
     lora_alpha: float = Field(32.0, gt=0)
+    """LoRA's alpha, unless the client says another: an adapter's product is scaled by alpha / rank."""
     full_weight: bool = False
+    """Also train full weights (rank 0)."""
     max_sequence_length: int | None = Field(None, ge=2)
+    """The longest sequence, in tokens. The default is the model's own limit."""
     kv_cache_tokens: int | None = Field(None, ge=1)
-    # Sampler weights on the device: of so many bytes (None: an eighth of its memory, 1 GiB on a CPU), and for
-    # so long after they were last sampled. The others wait on disk.
+    """Positions of keys and values that the sampler keeps on the device. The default follows from the free
+    memory."""
     sampler_bytes: int | None = Field(None, ge=1)
+    """Bytes of sampler weights on the device; others wait on the disk. The default is an eighth of the
+    device's memory, and 1 GiB on a CPU."""
     sampler_idle_seconds: float = Field(600.0, gt=0)
-    # Weights that only a sampling session names are removed so long after its session's last sign of life.
+    """Sampler weights leave the device this long after they were last sampled."""
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
+    """Weights that only a sampling session names are deleted this long after the session's last sign of
+    life."""
 
-    # SGLang servers that sample for every tenant: a URL, or BASE_MODEL=URL; and their key. Clients may
-    # register others only where they are allowed here: HOST, HOST:PORT or a network (10.0.0.0/8).
+
+class SamplingSettings(Section):
+    """Sampling on SGLang servers (see [sglang.md](sglang.md))."""
+
     sglang: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """SGLang servers that draw samples for every tenant: a URL, or `BASE_MODEL=URL`."""
     sglang_api_key: SecretStr | None = None
+    """The key of these servers."""
     sglang_allow: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    # Who draws samples that do not say: SGLang where it does the same and is there, else the engine (auto);
-    # always the engine (embedded); or SGLang alone, which is then waited for so long.
+    """Servers that clients may register: `HOST`, `HOST:PORT` or a network such as `10.0.0.0/8`. The default
+    is none."""
     sampling_engine: messages.SamplingEngine = "auto"
+    """Who draws a sample whose request does not say: `auto` is SGLang where it draws exactly what was asked,
+    and else the engine; `embedded` is always the engine; `sglang` waits for SGLang."""
     sglang_patience_seconds: float = Field(300.0, gt=0)
-    # Of the samples that SGLang draws, so many in a hundred are scored by the engine too, for `sampler/kl`.
+    """How long `sglang` waits for a healthy server before a sample fails."""
     sglang_compared_percent: float = Field(2.0, ge=0, le=100)
-    # Where the servers see the data directory (None: under the same path); how many adapters are kept on one
-    # that has no limit of its own; whether a save goes out as a whole model, in place of what they had.
+    """Of the samples that SGLang draws, this percentage is scored by the engine too (metric `sampler/kl`)."""
     sglang_data_dir: Path | None = None
+    """Where the SGLang servers see the data directory. The default is the same path."""
     sglang_adapters: int = Field(32, ge=1)
+    """Adapters that are kept loaded on a server that has no limit of its own."""
     sglang_merge: bool = False
+    """Send what is saved as a whole merged model, not as an adapter."""
 
-    # Whether clients' wandb_config is done, with the network or only into files in data_dir.
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+
+class LimitSettings(Section):
+    """Limits. Those of a tenant can be set for one with `tinsmith keys quota`."""
 
     max_body_bytes: int = Field(256 << 20, ge=1 << 10)
-    max_import_bytes: int = Field(4 << 30, ge=1 << 10)  # of an adapter that becomes a checkpoint
+    """The largest body of a training request. Sampling requests may have 16 MiB, others 1 MiB."""
+    max_import_bytes: int = Field(4 << 30, ge=1 << 10)
+    """The largest adapter that can be imported."""
     max_datums: int = Field(16_384, ge=1)
+    """The most datums of one request."""
     max_samples: int = Field(1024, ge=1)
-    # Of each tenant; `tinsmith keys quota` sets others for one. Models in the engine, bytes of checkpoints,
-    # operations and samples that wait for their answers, requests of any kind.
+    """The most samples of one prompt in one request."""
     max_models: int = Field(256, ge=1)
+    """Of a tenant: models that the engine has at a time."""
     max_checkpoint_bytes: int = Field(1 << 40, ge=0)
+    """Of a tenant: bytes of checkpoints."""
     max_queued_operations: int = Field(10_000, ge=1)
+    """Of a tenant: operations that wait for their answers."""
     max_waiting_samples: int = Field(8192, ge=1)
+    """Of a tenant: samples that wait for their answers."""
     max_requests_per_second: float = Field(2000.0, gt=0)
-    # Of operations, and of samples, that wait for their answers; they wait on the disk.
+    """Of a tenant: requests of any kind per second."""
     max_queued_bytes: int = Field(8 << 30, ge=1)
-    # What sessions, models and samplers are called and described with (tags, metadata, names), in the ledger.
+    """Of a tenant: bytes of operations and samples that wait for their answers. They wait on the disk."""
     max_metadata_bytes: int = Field(64 << 20, ge=0)
-    # A save that was refused for want of room and was not sent again for so long is given up. Between two
-    # tries the SDK waits for up to 30 s.
-    refused_save_seconds: float = Field(60.0, gt=0)
-    # URLs of checkpoints' files need no key for so long. Where a proxy answers clients under another address,
-    # they begin with `public_url`.
-    signed_url_seconds: float = Field(3600.0, gt=0)
-    public_url: str | None = None
-    # Without keys, requests to and pages of other hosts than this machine are refused, but for these:
-    # names, *.example.org, or * for any.
-    allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    # Clients are told to exchange their key for tokens (JSON Web Tokens), which are good for so long. The SDK
-    # takes a new one when a minute is left.
-    token_exchange: bool = False
-    token_seconds: float = Field(3600.0, ge=1)
-    # The audit log, and the hours of usage, go back so far.
-    audit_seconds: float = Field(90 * 24 * 3600.0, gt=0)
-    usage_seconds: float = Field(400 * 24 * 3600.0, gt=0)
-    # Clients are told to upload their custom losses, which then run here; off: in the client.
-    custom_loss_server_side: bool = True
-    # A connection on which a request that has begun, or an answer, does not move for so long is closed.
-    stall_seconds: float = Field(60.0, gt=0)
-    long_poll_seconds: float = Field(25.0, ge=0, le=30)
-    # Longer than the six minutes for which the SDK resends a submit.
-    gap_grace_seconds: float = Field(400.0, gt=0)
-    # A model's state is saved after that many operations or bytes of them, so that few need to be kept.
-    snapshot_operations: int = Field(2000, ge=1)
-    snapshot_bytes: int = Field(1 << 30, ge=1)
-    # The models of a session without a heartbeat or an operation for so long are saved and leave the engine,
-    # until they are needed again.
-    session_idle_seconds: float = Field(600.0, gt=0)
-    # An operation that the engine dies of is tried again, until that many died of it within the window.
-    deaths_per_operation: int = Field(3, ge=1)
-    death_window_seconds: float = Field(600.0, gt=0)
-    # An engine that gives no sign of life for so long (while it loads, five times that) is killed, and the
-    # next one started. It gives them while it computes and compiles.
-    engine_silence_seconds: float = Field(60.0, gt=0)
-    # Answers are kept for so long, and so many bytes of them; a later poll is 410. How often that is looked
-    # at, and directories are removed that nobody needs.
-    answer_seconds: float = Field(24 * 3600.0, gt=0)
-    answer_bytes: int = Field(4 << 30, ge=0)
-    sweep_seconds: float = Field(600.0, gt=0)
-    # A model that was deleted, unloaded or whose session has finished, and that has no checkpoints, leaves
-    # the ledger after so long: it is listed no more, and its id is unknown.
-    ended_model_seconds: float = Field(30 * 24 * 3600.0, gt=0)
-    # With less than so much free on the data directory's disk, submits are refused with 507.
+    """Of a tenant: bytes of tags, metadata and names of sessions, models and samplers in the ledger."""
     disk_reserve_bytes: int = Field(256 << 20, ge=0)
-    stop_patience_seconds: float = Field(600.0, gt=0)
+    """If less than this is free on the data directory's disk, submits are refused with 507."""
+
+
+class AccountSettings(Section):
+    """Tokens, signed URLs, and what is recorded."""
+
+    signed_url_seconds: float = Field(3600.0, gt=0)
+    """How long a URL of a checkpoint's file is valid; it needs no key."""
+    token_exchange: bool = False
+    """Tell clients to exchange their key for JSON Web Tokens."""
+    token_seconds: float = Field(3600.0, ge=1)
+    """How long such a token is valid. The SDK takes a new one when a minute is left."""
+    audit_seconds: float = Field(90 * 24 * 3600.0, gt=0)
+    """How long the audit log goes back."""
+    usage_seconds: float = Field(400 * 24 * 3600.0, gt=0)
+    """How long the hourly usage goes back."""
+    ended_model_seconds: float = Field(30 * 24 * 3600.0, gt=0)
+    """A model that was deleted or unloaded, or whose session has finished, and that has no checkpoints,
+    leaves the ledger after this long: it is no longer listed, and its id is unknown."""
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    """Whether a client's `wandb_config` is honoured, with the network or only into files in the data
+    directory."""
+    custom_loss_server_side: bool = True
+    """Tell clients to upload their custom losses, which then run on the server. Off: they run in the
+    client."""
+
+
+class ReliabilitySettings(Section):
+    """Waiting, saving and recovery (see [reliability.md](reliability.md))."""
+
+    gap_grace_seconds: float = Field(400.0, gt=0)
+    """How long operations wait for a missing `seq_id` before they fail. Longer than the SDK resends a submit
+    (six minutes)."""
+    refused_save_seconds: float = Field(60.0, gt=0)
+    """A save that was refused for lack of room, and not sent again for this long, is given up. The SDK waits
+    for up to 30 s between two tries."""
+    snapshot_operations: int = Field(2000, ge=1)
+    """A model's state is saved after this many operations, so that a recovery replays few."""
+    snapshot_bytes: int = Field(1 << 30, ge=1)
+    """A model's state is saved after this many bytes of operations."""
+    session_idle_seconds: float = Field(600.0, gt=0)
+    """Models of a session without a heartbeat or an operation for this long are saved and leave the engine
+    until they are needed."""
+    deaths_per_operation: int = Field(3, ge=1)
+    """An operation of which the engine dies is tried again, until it has died of it this many times."""
+    death_window_seconds: float = Field(600.0, gt=0)
+    """Deaths count together if they happen within this time."""
+    engine_silence_seconds: float = Field(60.0, gt=0)
+    """An engine that gives no sign of life for this long is killed and started again (five times this while
+    it loads). It gives them while it computes and compiles."""
+    answer_seconds: float = Field(24 * 3600.0, gt=0)
+    """How long answers are kept; a later poll is answered 410."""
+    answer_bytes: int = Field(4 << 30, ge=0)
+    """How many bytes of answers are kept."""
+    sweep_seconds: float = Field(600.0, gt=0)
+    """How often expired answers, and directories that nobody needs, are removed."""
+
+
+class Settings(
+    ModelSettings,
+    ServingSettings,
+    LedgerSettings,
+    SamplingSettings,
+    LimitSettings,
+    AccountSettings,
+    ReliabilitySettings,
+):
+    """All settings of a server."""
 
     @field_validator("model", mode="before")
     @classmethod

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 from typer.core import TyperGroup
+
+from ..settings import Settings, default_cache_dir
 
 S = TypeVar("S", bound=BaseSettings)
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _PREFIX = "TINSMITH_"
+_CONFIG = "TINSMITH_CONFIG"
 _OTHERS = re.compile(
     # Read elsewhere; of the tests and notebooks; and what Kubernetes sets for a service called tinsmith.
     r"WANDB_MODE|(TEST|FUZZ|REST|NOTEBOOK|WRITE)_.*|SGLANG_(VENV|ADAPTERS|COMPARED_PERCENT)"
@@ -67,39 +74,132 @@ class Commands(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def read_settings(kind: type[S], given: Mapping[str, Any]) -> S:
-    """The settings from a command's options and the environment. Ends the command if they are wrong."""
-    unknown = unknown_names(os.environ)
-    if unknown:
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.toml",
+        help="A file with settings, such as `port = 9000`. Options and the environment win over it.",
+    ),
+]
+
+
+def takes_settings(kind: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each setting of `kind`, with the setting's docstring as its help.
+
+    The command is called with those that were given.
+    """
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config),
+        *(_parameter(section, name) for section in kind.__bases__ for name in section.__annotations__),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def with_those_given(**values: Any) -> None:
+            command(**{name: value for name, value in values.items() if value not in (None, [])})
+
+        with_those_given.__name__ = command.__name__
+        with_those_given.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_those_given.__annotations__ = {each.name: each.annotation for each in parameters}
+        return with_those_given
+
+    return decorate
+
+
+def _parameter(section: type[BaseSettings], name: str) -> inspect.Parameter:
+    field = section.model_fields[name]
+    kind: Any = field.annotation
+    if isinstance(kind, UnionType):
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    option = f"--{name.replace('_', '-')}"
+    help_ = " ".join((field.description or "").split())
+    if get_origin(kind) is list:
+        kind = list[str]
+        help_ += " Repeatable."
+    elif kind not in (bool, int, float, Path):
+        kind = str
+    names = [f"{option}/--no-{option[2:]}"] if kind is bool else [option]
+    if (default := default_of(field)) is not None:
+        help_ += f" [default: {default}]"
+    said = typer.Option(*names, help=help_, rich_help_panel=title_of(section))
+    annotation: Any = Annotated[kind | None, said]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def title_of(section: type[BaseSettings]) -> str:
+    return re.split(r"\.| \(", section.__doc__ or "")[0]
+
+
+def default_of(field: FieldInfo) -> str | None:
+    """A setting's default as it would be written; None for one without."""
+    if field.default_factory is default_cache_dir:
+        return "~/.cache/tinsmith"
+    if field.default_factory is not None or field.default is None:
+        return None
+    return str(field.default).lower() if isinstance(field.default, bool) else f"{field.default}"
+
+
+def read_settings(kind: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
+    """The settings from a command's options, the environment and a file. Ends the command if they are wrong.
+
+    The file may have settings that `kind` does not need.
+    """
+    if unknown := unknown_names(os.environ):
         fail("; ".join(unknown))
+    there = {name.upper() for name in os.environ}
+    config = config or (Path(os.environ[_CONFIG]) if os.environ.get(_CONFIG) else None)
+    in_file = {} if config is None else _settings_of(config)
+    from_file = {
+        name: value
+        for name, value in in_file.items()
+        if name in kind.model_fields and _PREFIX + name.upper() not in there and name not in given
+    }
     try:
-        return kind(**given)
+        return kind(**from_file, **given)
     except ValidationError as error:
-        fail("; ".join(_plain(problem, given) for problem in error.errors()))
+        places = {name: f"--{name.replace('_', '-')}" for name in given}
+        places |= {name: f"{config}: {name}" for name in from_file}
+        fail("; ".join(_plain(problem, places) for problem in error.errors()))
+
+
+def _settings_of(config: Path) -> dict[str, Any]:
+    """What a file of settings has. Ends the command if it cannot be read or has unknown names."""
+    try:
+        found = tomllib.loads(config.read_text("utf-8"))
+    except OSError as error:
+        fail(f"--config: {config} cannot be read ({error.strerror})")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f"--config: {config} is not TOML: {error}")
+    known = list(Settings.model_fields)
+    wrong = [f"{config}: {name} is no setting{_nearest(name, known)}" for name in found if name not in known]
+    if wrong:
+        fail("; ".join(wrong))
+    return found
 
 
 def unknown_names(environment: Mapping[str, str]) -> list[str]:
     """What is wrong with the names that begin with TINSMITH_, each with the nearest setting."""
-    from ..settings import Settings
-
     known = [_PREFIX + name.upper() for name in Settings.model_fields]
     found = []
     for name in sorted(environment):
         upper = name.upper()
-        if not upper.startswith(_PREFIX) or upper in known or _OTHERS.fullmatch(upper, len(_PREFIX)):
-            continue
-        near = difflib.get_close_matches(upper, known, 1, cutoff=0.5)
-        found.append(f"{name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+        others = upper == _CONFIG or _OTHERS.fullmatch(upper, len(_PREFIX))
+        if upper.startswith(_PREFIX) and upper not in known and not others:
+            found.append(f"{name} is no setting{_nearest(upper, known)}")
     return found
 
 
-def _plain(problem: Any, given: Mapping[str, Any]) -> str:
-    """A problem of pydantic's, with the option or the variable that it is about, and what was said."""
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _plain(problem: Any, places: Mapping[str, str]) -> str:
+    """A problem of pydantic's, with the place where its value was given, and the value."""
     message = problem["msg"].removeprefix("Value error, ")
     field = str(problem["loc"][0]) if problem["loc"] else ""
     if not field:
         return message
-    name = f"--{field.replace('_', '-')}" if field in given else _PREFIX + field.upper()
+    name = places.get(field, _PREFIX + field.upper())
     value = problem.get("input")
     shown = isinstance(value, (str, int, float)) and field not in _SECRET and problem["type"] != "value_error"
     return f"{name}: {repr(value)[:80]}: {message}" if shown else f"{name}: {message}"

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ... import __version__
+from ..settings import Settings
 from .checkpoints_command import checkpoints
-from .command_line import Commands, fail, read_settings, require_writable
+from .command_line import Commands, fail, read_settings, require_writable, takes_settings
 from .keys_command import keys
 from .plan_command import PLAN_HELP, plan
 
@@ -49,80 +50,23 @@ Examples:
 - On eight devices, parameters sharded over four of them, two replicas of the batch:
   `tinsmith serve --model Qwen/Qwen3-8B --mesh data=2,fsdp=4`
 
-Every option can be set in the environment: `TINSMITH_PORT=9000`, `TINSMITH_MODEL=a,b`.
+Every option can be set in the environment (`TINSMITH_PORT=9000`, `TINSMITH_MODEL=a,b`) or in a file
+(`--config tinsmith.toml` with `port = 9000` and `model = ["a", "b"]`).
 Ctrl-C finishes running work, saves the models' state in the data directory and exits; the next start with
 the same data directory goes on where it stopped.
 """
 
 
 @app.command(help=_SERVE_HELP)
-def serve(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A folder, a hub id (or ID@REVISION), smollm2-135m, or NAME=one of these. Repeatable."
-        ),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port [default: 8000]; 0 lets the system choose.")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Ledger, checkpoints, models' state [default: ./tinsmith-data].")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Fetched models, compiled programs [default: ~/.cache/tinsmith].")
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A key that clients must send, as KEY or OWNER=KEY; begin it with tml-. Repeatable."
-        ),
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line, as above.")] = None,
-    mesh: Annotated[
-        str | None, typer.Option(help="Devices: data=2,fsdp=4,tensor=1 [default: one device].")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32 or bfloat16; auto is float32 on CPU, else bfloat16.")
-    ] = None,
-    max_rank: Annotated[int | None, typer.Option(help="Largest LoRA rank [default: 128].")] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="LoRA's alpha: adapters are scaled by alpha / rank [default: 32].")
-    ] = None,
-    full_weight: Annotated[
-        bool | None, typer.Option("--full-weight", help="Also train full weights (rank 0).")
-    ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(help="Longest sequence [default: the model's own limit].")
-    ] = None,
-    sglang: Annotated[
-        list[str] | None,
-        typer.Option(help="An SGLang server to sample on: its URL, or NAME=URL of a base model. Repeatable."),
-    ] = None,
-    sglang_api_key: Annotated[str | None, typer.Option(help="The key of these servers.")] = None,
-    sglang_allow: Annotated[
-        list[str] | None,
-        typer.Option(help="A HOST, HOST:PORT or network whose servers clients may add. Repeatable."),
-    ] = None,
-    sampling_engine: Annotated[
-        str | None, typer.Option(help="Who draws samples: auto, embedded or sglang [default: auto].")
-    ] = None,
-    sglang_data_dir: Annotated[
-        Path | None, typer.Option(help="Where these servers have the data directory [default: there too].")
-    ] = None,
-    sglang_merge: Annotated[
-        bool | None, typer.Option(help="What is saved goes to them as a whole model, not as an adapter.")
-    ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-) -> None:
-    given = {key: value for key, value in locals().items() if value is not None}
+@takes_settings(Settings)
+def serve(config: Path | None = None, **given: Any) -> None:
     from .. import base_models as models_to_serve
     from ..ledger.keys import any_in
     from ..ledger.ledger import Ledger, check
     from ..ledger.ownership import claim, sqlite_file
-    from ..settings import Settings
     from .serve import listen, run
 
-    settings = read_settings(Settings, given)
+    settings = read_settings(Settings, given, config)
     if not settings.model:
         fail("no model; give one with --model, for example --model smollm2-135m")
     logging.basicConfig(

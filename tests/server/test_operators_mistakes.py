@@ -57,6 +57,9 @@ OPTIONS = {
     ("--dtype", "int8"): "--dtype: 'int8': Input should be 'auto', 'float32' or 'bfloat16'",
     ("--mesh", "data=two"): "--mesh: 'data=two'; write data=2",
     ("--mesh", "data=2,data=4"): "--mesh: 'data=4': data is there twice",
+    ("--config", "nofile"): "--config: nofile cannot be read (No such file or directory)",
+    ("--config", "folder"): "--config: folder cannot be read (Is a directory)",
+    ("--config", "file"): "--config: file is not TOML",
     ("--max-rank", "0"): "--max-rank: 0: Input should be greater than or equal to 1",
     ("--sglang", "nourl"): "'nourl' is no URL of a server",
 }
