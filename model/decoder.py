@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .attention import attention
 from .config import ModelConfig
+from .kernels.attention import SAVED, attention
 from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
 from .sharding import LogicalAxes, constrain
@@ -36,12 +36,15 @@ Base = dict[str, Any]
 Attend = Callable[[Array, Array, Array], Array]
 """Maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H]."""
 
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED)
 REMAT_POLICIES: dict[str, Callable] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+    "full": _SAVE_ATTENTION,
 }
-"""What is stored of a block for the backward: the products with weights, or only its input ("none" stores
-all)."""
+"""What is stored of a block for the backward, besides its input: the output of attention, and with "dots" the
+products with weights too. ("none" stores all.)"""
 
 _RESIDUAL: LogicalAxes = ("rows", "tokens", "hidden")
 _LINEAR_AXES: dict[str, LogicalAxes] = {
@@ -259,7 +262,6 @@ def trunk(
     """
     model = nnx.merge(graph, base)
     config = model.config
-    first_seen = visible_from(config, start_BT)
     at = model.rotation(position_BT)
     block_graph, stacked = nnx.split(model.layers)
 
@@ -267,7 +269,9 @@ def trunk(
         weights, pairs, windowed = layer
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(q, k, v, first_seen(windowed), config.head_dim**-0.5)
+            return attention(
+                q, k, v, start_BT, config.head_dim**-0.5, window=config.sliding_window, windowed=windowed
+            )
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
         return nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora), None
@@ -285,18 +289,6 @@ def trunk(
 def windowed_by_layer(config: ModelConfig) -> Bool[Array, " L"] | None:
     """Return whether each layer has the sliding window, to scan over; None if all layers are alike."""
     return None if config.windowed_layers is None else jnp.array(config.windowed_layers)
-
-
-def visible_from(
-    config: ModelConfig, start_BT: Int[Array, "B T"]
-) -> Callable[[Bool[Array, ""] | None], Int[Array, "B T"]]:
-    """Return a function from a layer's entry in `windowed_by_layer` to the first key that each token sees.
-
-    It is `start_BT`, moved forward by the sliding window in layers that have one."""
-    if config.sliding_window is None:
-        return lambda windowed: start_BT
-    narrowed_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - config.sliding_window + 1)
-    return lambda windowed: narrowed_BT if windowed is None else jnp.where(windowed, narrowed_BT, start_BT)
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:

@@ -20,9 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
-from .attention import attend_parts, attention
+from .attention import attend_parts
 from .config import ModelConfig
-from .decoder import Base, logits, unembed, visible_from, windowed_by_layer
+from .decoder import Base, logits, unembed, windowed_by_layer
+from .kernels.attention import attention
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
 
@@ -54,9 +55,8 @@ def prefill(
     Returns the final hidden states, row after row. `lora` holds one adapter."""
     model = nnx.merge(graph, base)
     config = model.config
-    first_seen = visible_from(config, rows.start)
     visible = _visible_in_prompt(config, rows, pages.page_size)
-    at = model.rotation(rows.position)
+    at, scale = model.rotation(rows.position), config.head_dim**-0.5
     block_graph, stacked = nnx.split(model.layers)
 
     def step(x_BTD: Array, layer: tuple) -> tuple[Array, tuple]:
@@ -66,12 +66,12 @@ def prefill(
         def attend(q: Array, k: Array, v: Array) -> Array:
             kept.extend((k, v))
             if not rows.table.shape[1]:
-                return attention(q, k, v, first_seen(windowed), config.head_dim**-0.5)
+                return attention(q, k, v, rows.start, scale, window=config.sliding_window, windowed=windowed)
             context_visible, own_visible = visible(windowed)
             context = kv_cache.read_layer(pages, index, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
-            return attend_parts(q, parts, config.head_dim**-0.5)
+            return attend_parts(q, parts, scale)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
         x_BTD = nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora)

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tinsmith.model.attention import attention
+from tinsmith.model.decoder import REMAT_POLICIES
+from tinsmith.model.kernels.attention import attention, reference
+
+BACKENDS = ["cpu", "reference"]
 
 
-def loop_attention(q, k, v, start, scale):
+def loop_attention(q, k, v, start, scale, sinks=None):
     B, T, N, _ = q.shape
     group = N // k.shape[2]
     out = np.zeros_like(q)
@@ -16,9 +19,24 @@ def loop_attention(q, k, v, start, scale):
             for i in range(T):
                 seen = slice(start[b, i], i + 1)
                 scores = scale * k[b, seen, n // group] @ q[b, i, n]
-                weights = np.exp(scores - scores.max())
-                out[b, i, n] = weights / weights.sum() @ v[b, seen, n // group]
+                top = scores.max() if sinks is None else max(scores.max(), sinks[n])
+                weights = np.exp(scores - top)
+                total = weights.sum() + (0 if sinks is None else np.exp(sinks[n] - top))
+                out[b, i, n] = weights / total @ v[b, seen, n // group]
     return out
+
+
+def dense_attention(q, k, v, start, scale, sinks=None):
+    """The same with all scores at once, for JAX's own derivative."""
+    B, T, N, _ = q.shape
+    i = jnp.arange(T)
+    visible = (i[None, None] >= start[:, :, None]) & (i <= i[:, None])
+    scores = jnp.einsum("bqnh,bsnh->bnqs", q, jnp.repeat(k, N // k.shape[2], 2)) * scale
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, N, T, 1))], -1)
+    probs = jax.nn.softmax(scores)[..., :T]
+    return jnp.einsum("bnqs,bsnh->bqnh", probs, jnp.repeat(v, N // v.shape[2], 2))
 
 
 def arrays(B, T, N, K, H, seed=0):
@@ -27,43 +45,108 @@ def arrays(B, T, N, K, H, seed=0):
     return q, k, v
 
 
+def packed(B, T, *borders):
+    """The `start` of rows with segments that begin at 0 and at `borders`; the last row is one segment."""
+    start = np.zeros((B, T), int)
+    for border in borders:
+        start[:-1, border:] = border
+    return start
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("T", [1, 5, 64, 129, 300])
 @pytest.mark.parametrize("window", [None, 7])
-def test_equals_a_loop_with_segments_and_windows(T, window):
+def test_equals_a_loop_with_segments_and_windows(backend, T, window):
     q, k, v = arrays(2, T, 6, 2, 8)
-    i = np.arange(T)
-    start = np.stack([np.where(i >= T // 3, T // 3, 0), np.zeros(T, int)])
-    if window:
-        start = np.maximum(start, i - window + 1)
-    got = jax.jit(attention, static_argnums=4)(q, k, v, start, 0.3)
-    np.testing.assert_allclose(got, loop_attention(q, k, v, start, 0.3), atol=2e-5)
+    start = packed(2, T, T // 3)
+    seen = start if window is None else np.maximum(start, np.arange(T) - window + 1)
+    got = jax.jit(lambda *x: attention(*x, 0.3, window=window, backend=backend))(q, k, v, start)
+    np.testing.assert_allclose(got, loop_attention(q, k, v, seen, 0.3), atol=2e-5)
 
 
-def test_a_row_that_sees_no_key_gives_finite_values_and_gradients():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_may_be_told_at_run_time_that_it_has_no_window(backend):
+    q, k, v = arrays(1, 70, 2, 1, 8)
+    start = np.zeros((1, 70), int)
+    narrowed = np.maximum(start, np.arange(70) - 8)
+
+    @jax.jit
+    def run(q, k, v, start, windowed):
+        return attention(q, k, v, start, 0.3, window=9, windowed=windowed, backend=backend)
+
+    for windowed, seen in ((False, start), (True, narrowed)):
+        got = run(q, k, v, start, windowed)
+        np.testing.assert_allclose(got, loop_attention(q, k, v, seen, 0.3), atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_sees_no_key_gives_finite_values_and_gradients(backend):
     q, k, v = map(jnp.asarray, arrays(1, 70, 2, 1, 8))
     start = jnp.full((1, 70), 1000)
-    total = jax.value_and_grad(lambda *x: attention(*x, start, 0.3).sum(), argnums=(0, 1, 2))
+    total = jax.value_and_grad(lambda *x: attention(*x, start, 0.3, backend=backend).sum(), argnums=(0, 1, 2))
     value, grads = jax.jit(total)(q, k, v)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_gradients_equal_those_of_a_dense_softmax():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_outputs_and_gradients_equal_those_of_a_dense_softmax(backend, with_sinks):
     q, k, v = map(jnp.asarray, arrays(2, 150, 4, 2, 8))
-    start = jnp.asarray(np.where(np.arange(150) >= 80, 80, 0)[None].repeat(2, 0))
+    sinks = jnp.asarray([-1.0, 0.0, 2.0, 5.0]) if with_sinks else None
+    start = jnp.asarray(packed(2, 150, 30, 80))
     cotangent = jax.random.normal(jax.random.key(0), q.shape)
 
-    def dense(q, k, v):
-        i = jnp.arange(150)
-        visible = (i[None, None] >= start[:, :, None]) & (i <= i[:, None])
-        scores = jnp.einsum("bqnh,bsnh->bnqs", q, jnp.repeat(k, 2, 2)) * 0.3
-        probs = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf))
-        return jnp.einsum("bnqs,bsnh->bqnh", probs, jnp.repeat(v, 2, 2))
+    @jax.jit
+    def both(*inputs):
+        def ours(q, k, v, sinks):
+            return attention(q, k, v, start, 0.3, sinks_N=sinks, backend=backend)
+
+        def dense(q, k, v, sinks):
+            return dense_attention(q, k, v, start, 0.3, sinks)
+
+        (out, pull), (expected, expected_pull) = jax.vjp(ours, *inputs), jax.vjp(dense, *inputs)
+        return (out, pull(cotangent)), (expected, expected_pull(cotangent))
+
+    got, expected = both(q, k, v, sinks)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+    np.testing.assert_allclose(got[0], loop_attention(q, k, v, start, 0.3, sinks), atol=2e-5)
+
+
+@pytest.mark.parametrize("T", [96, 100])
+def test_the_reference_gives_the_same_in_many_small_blocks(T):
+    q, k, v = map(jnp.asarray, arrays(2, T, 4, 2, 8))
+    start = jnp.asarray(packed(2, T, 17, 40, 64))
+    cotangent = jax.random.normal(jax.random.key(0), q.shape)
 
     @jax.jit
-    def gradients(q, k, v):
-        ours = jax.vjp(lambda *x: attention(*x, start, 0.3), q, k, v)[1](cotangent)
-        return ours, jax.vjp(dense, q, k, v)[1](cotangent)
+    def run(q, k, v):
+        out, lse = reference.forward(q, k, v, start, 0.3, block=16)
+        grads = reference.backward(q, k, v, start, 0.3, out, lse, cotangent, block=16)
+        expected, pull = jax.vjp(lambda *x: dense_attention(*x, start, 0.3), q, k, v)
+        return (out, *grads), (expected, *pull(cotangent))
 
-    for a, b in zip(*gradients(q, k, v), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    for a, b in zip(*run(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backward_of_rematerialised_layers_does_not_repeat_the_forward(backend):
+    """Counted in the compiled program: exponentials of the forward's loop, and of the backward's."""
+    q, k, v = map(jnp.asarray, arrays(1, 256, 2, 1, 8))
+    start = jnp.zeros((1, 256), jnp.int32)
+
+    def exponentials(policy):
+        def layer(q, k):
+            return jnp.sin(attention(q, k, v, start, 0.3, backend=backend)), None
+
+        def loss(q, k):
+            step = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+            return jax.lax.scan(step, q, jnp.stack([k, k]))[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(q, k).compile().as_text().count("exponential(")
+
+    ours = exponentials(REMAT_POLICIES["full"])
+    assert ours == exponentials(jax.checkpoint_policies.everything_saveable)
+    assert ours < exponentials(jax.checkpoint_policies.nothing_saveable)

@@ -1,0 +1,7 @@
+"""Kernels: operations that have one interface and one implementation per backend.
+
+Everything that is known about a backend (layouts, tiles, barriers, what its compiler handles badly) belongs
+in that backend's file of a kernel. Callers see only the interface, the folder's `__init__`.
+
+`attention/`: causal attention over packed rows, with its gradient.
+"""
