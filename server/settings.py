@@ -226,6 +226,10 @@ class AccountSettings(Section):
     """How long the audit log goes back."""
     usage_seconds: float = Field(400 * 24 * 3600.0, gt=0)
     """How long the hourly usage goes back."""
+    step_metrics_bytes: int = Field(64 << 20, ge=0)
+    """Of a tenant: bytes of metrics of training steps. Beyond it the largest runs keep fewer steps."""
+    step_metrics_seconds: float = Field(30 * 24 * 3600.0, gt=0)
+    """Runs without a step for this long keep the metrics of fewer steps."""
     ended_model_seconds: float = Field(30 * 24 * 3600.0, gt=0)
     """A model that was deleted or unloaded, or whose session has finished, and that has no checkpoints,
     leaves the ledger after this long: it is no longer listed, and its id is unknown."""

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import messages
 from ..errors import ApiError
-from ..ledger import audit, retention, usage
+from ..ledger import audit, retention, step_metrics, usage
 from ..ledger.ledger import Ledger
 from ..ledger.ownership import sqlite_file
 from ..models.snapshots import Snapshots
@@ -35,6 +35,8 @@ log = logging.getLogger("tinsmith.sweep")
 # What Orbax and `ckpt.atomic` call a directory while they write it.
 _UNFINISHED = re.compile(r"(\.orbax-checkpoint-tmp[^/]*|\.tmp-[0-9a-f]{32})$")
 _MOST_AUDITED = 500_000  # entries of a tenant in the audit log
+_ROWS_OF_RESTING_RUNS = 256  # of step metrics
+_RUNS_AT_A_TIME = 1000
 KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
@@ -62,6 +64,7 @@ class Sweep:
         """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
         await self._drop_answers()
         await self._drop_accounts()
+        await self._thin_step_metrics()
         await self._remove_snapshots()
         await self.remove_checkpoints()
         # Last: the directories of models that the ledger does not know are left alone.
@@ -111,6 +114,19 @@ class Sweep:
         for owner in await self._ledger.read(partial(audit.crowded, most=_MOST_AUDITED)):
             await self._repeat(partial(audit.drop_oldest, owner=owner, most=_MOST_AUDITED))
         await self._ledger.write(partial(usage.drop, before=now - self._settings.usage_seconds))
+
+    async def _thin_step_metrics(self) -> None:
+        most = self._settings.step_metrics_bytes
+        for owner in await self._ledger.read(partial(step_metrics.crowded, most_bytes=most)):
+            await self._repeat(partial(step_metrics.thin_owner, owner=owner, most_bytes=most))
+        before = time.time() - self._settings.step_metrics_seconds
+        resting = partial(
+            step_metrics.resting, before=before, most_rows=_ROWS_OF_RESTING_RUNS, limit=_RUNS_AT_A_TIME
+        )
+        for model_id in await self._ledger.read(resting):
+            await self._ledger.write(
+                partial(step_metrics.thin, model_id=model_id, most_rows=_ROWS_OF_RESTING_RUNS)
+            )
 
     # --- directories
 

@@ -274,6 +274,23 @@ usage = Table(
     Index("usage_by_age", "hour"),
 )
 
+# One row per answered forward, forward_backward and optim_step of a model, and per step that a client or rlve
+# reported (step_metrics.py). Old rows are thinned.
+step_metrics = Table(
+    "step_metrics",
+    metadata,
+    Column("model_id", String(192), ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
+    # forward, forward_backward, optim_step; reported: from outside the engine
+    Column("kind", String(16), primary_key=True),
+    Column(
+        "number", BigInteger, primary_key=True, autoincrement=False
+    ),  # the seq_id; of reported ones the step
+    Column("step", BigInteger),  # that an optim_step made, or that was reported
+    Column("at", Float, nullable=False),
+    Column("size", Integer, nullable=False),  # of the metrics, in bytes of JSON
+    Column("metrics", JSON, nullable=False),
+)
+
 # What was done by a tenant's keys. No prompts, no metadata of clients, no secrets.
 audit = Table(
     "audit",

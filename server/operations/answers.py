@@ -11,7 +11,7 @@ from ..held_bytes import held_bytes
 from ..ledger import audit, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
-from . import usage
+from . import step_metrics, usage
 from .operation import Answer, Operation
 
 # Operations that change a model: a replay after the newest snapshot needs them again.
@@ -89,6 +89,7 @@ def settle(
     output = answer.output if isinstance(answer, messages.Done) else None
     if output is not None:
         usage.add(connection, operation, output, sample)
+        step_metrics.add(connection, operation, output, answer.device_seconds)
     if operation.kind == "save_unnamed_sampler":
         if output is not None:
             tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])

@@ -24,6 +24,7 @@ from ....engine import messages
 from ...errors import BadRequest, NotFound
 from ...ledger import operations as operation_rows
 from ...ledger import rlve as rows
+from ...ledger import step_metrics as reported
 from ...ledger.samples import SampleNumber
 from ...models import sample_submits
 from ...models.live_samplers import save_unnamed
@@ -121,7 +122,12 @@ class Driver:
 
         if kept:
             metrics |= await self._train(kept, metrics, count)
-            await self._write(lambda db: rows.set_metrics(db, self.run.id, step, metrics))
+
+            def write(db: Connection) -> None:
+                rows.set_metrics(db, self.run.id, step, metrics)
+                reported.report(db, self.run.id, step, step_metrics.flat(metrics))
+
+            await self._write(write)
         else:
             await self._write(count)
         self.progress = Progress(step, 0, after)

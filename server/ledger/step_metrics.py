@@ -1,0 +1,179 @@
+"""Rows of step metrics: what each training operation was answered with, kept for curves.
+
+A run keeps at most about `MOST_ROWS` rows and `MOST_BYTES` bytes: its newest rows whole, half of those before
+them, a quarter of twice as many before these, and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Connection, Row, delete, func, insert, or_, select
+
+from .schema import models, step_metrics
+
+MOST_ROWS = 2048
+MOST_BYTES = 1 << 20
+_THIN_EVERY = 256  # rows of a kind
+_MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
+_REPORTED = "reported"
+_BLOCK = 16
+_ROW_BYTES = 100  # what a row takes beside its metrics
+
+
+def add(
+    connection: Connection,
+    model_id: str,
+    kind: str,
+    number: int,
+    metrics: Mapping[str, float],
+    step: int | None = None,
+) -> None:
+    """Add the metrics of one operation of the model. Non-finite values are left out."""
+    kept = _kept(metrics)
+    values = {
+        "model_id": model_id,
+        "kind": kind,
+        "number": number,
+        "step": step,
+        "at": time.time(),
+        "size": len(json.dumps(kept)) + _ROW_BYTES,
+        "metrics": kept,
+    }
+    connection.execute(insert(step_metrics).values(values))
+    if number % _THIN_EVERY == 0:
+        thin(connection, model_id)
+
+
+def report(connection: Connection, model_id: str, step: int, metrics: Mapping[str, float]) -> None:
+    """Add metrics of a step that come from outside the engine. The newest value of a name counts."""
+    of_step = (
+        (step_metrics.c.model_id == model_id)
+        & (step_metrics.c.kind == _REPORTED)
+        & (step_metrics.c.number == step)
+    )
+    earlier = connection.execute(select(step_metrics.c.metrics).where(of_step)).scalar() or {}
+    connection.execute(delete(step_metrics).where(of_step))
+    add(connection, model_id, _REPORTED, step, earlier | dict(metrics), step)
+
+
+def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
+    finite = ((name, value) for name, value in metrics.items() if math.isfinite(value))
+    return {name[:_MOST_NAME]: value for name, value in list(finite)[:_MOST_METRICS]}
+
+
+def since(connection: Connection, model_id: str, number: int, reported_at: float) -> Sequence[Row]:
+    """Rows of operations after `number`, and those reported after `reported_at`, in order of time."""
+    is_reported = step_metrics.c.kind == _REPORTED
+    newer = (~is_reported & (step_metrics.c.number > number)) | (
+        is_reported & (step_metrics.c.at > reported_at)
+    )
+    query = select(step_metrics).where(step_metrics.c.model_id == model_id, newer)
+    return connection.execute(query.order_by(step_metrics.c.at, step_metrics.c.number)).all()
+
+
+def newest(connection: Connection, model_ids: Sequence[str], rows: int = 8) -> Sequence[Row]:
+    """The newest few rows of each model, oldest first."""
+    place = func.row_number().over(
+        partition_by=step_metrics.c.model_id,
+        order_by=(step_metrics.c.at.desc(), step_metrics.c.number.desc()),
+    )
+    ranked = (
+        select(step_metrics, place.label("place")).where(step_metrics.c.model_id.in_(model_ids)).subquery()
+    )
+    return connection.execute(
+        select(ranked).where(ranked.c.place <= rows).order_by(ranked.c.at, ranked.c.number)
+    ).all()
+
+
+# --- bounds
+
+
+def thin(
+    connection: Connection, model_id: str, most_rows: int = MOST_ROWS, most_bytes: int = MOST_BYTES
+) -> None:
+    """Drop rows of the model, the more the older they are, until the rest is within the bounds."""
+    whole = max(1, most_rows // 4)
+    _thin(connection, model_id, whole)
+    while whole > 1:
+        count, size = _extent(connection, model_id)
+        if count <= most_rows and size <= most_bytes:
+            return
+        whole //= 2
+        _thin(connection, model_id, whole)
+
+
+def _thin(connection: Connection, model_id: str, whole: int) -> None:
+    """Keep the newest `whole` numbers of each kind, half of as many before, a quarter of twice as many..."""
+    of_model = step_metrics.c.model_id == model_id
+    newest_of_kind = (
+        select(step_metrics.c.kind, func.max(step_metrics.c.number))
+        .where(of_model)
+        .group_by(step_metrics.c.kind)
+    )
+    # Consecutive numbers stay together: a step, and the passes before it.
+    block = (step_metrics.c.number - 1) // _BLOCK % (1 << 31)
+    scattered = block * 2654435761 // (1 << 16)
+    for kind, last in connection.execute(newest_of_kind).all():
+        levels = range(1, 1 + (last // whole).bit_length())
+        is_dropped = [
+            (step_metrics.c.number <= last - (whole << (level - 1))) & (scattered % (1 << level) != 0)
+            for level in levels
+        ]
+        if is_dropped:
+            connection.execute(
+                delete(step_metrics).where(of_model, step_metrics.c.kind == kind, or_(*is_dropped))
+            )
+
+
+def _extent(connection: Connection, model_id: str) -> tuple[int, int]:
+    query = select(func.count(), func.coalesce(func.sum(step_metrics.c.size), 0))
+    count, size = connection.execute(query.where(step_metrics.c.model_id == model_id)).one()
+    return count, size
+
+
+def crowded(connection: Connection, most_bytes: int) -> list[str]:
+    """Owners whose runs' metrics take more than that."""
+    query = (
+        select(models.c.owner)
+        .join(step_metrics, step_metrics.c.model_id == models.c.id)
+        .group_by(models.c.owner)
+        .having(func.sum(step_metrics.c.size) > most_bytes)
+    )
+    return list(connection.execute(query).scalars())
+
+
+def thin_owner(connection: Connection, owner: str, most_bytes: int) -> bool:
+    """Halve the largest run of an owner with more than `most_bytes`; return whether to call this again."""
+    size = func.sum(step_metrics.c.size).label("size")
+    sizes = (
+        select(step_metrics.c.model_id, size)
+        .join(models, models.c.id == step_metrics.c.model_id)
+        .where(models.c.owner == owner)
+        .group_by(step_metrics.c.model_id)
+        .order_by(size.desc())
+    )
+    found = connection.execute(sizes).all()
+    if sum(row.size for row in found) <= most_bytes:
+        return False
+    largest = found[0].model_id
+    count, _ = _extent(connection, largest)
+    thin(connection, largest, count // 2)
+    if _extent(connection, largest)[0] == count:  # a few rows; then the runs used longest ago lose theirs
+        oldest = select(models.c.id).where(models.c.owner == owner).order_by(models.c.last_request_at)
+        chosen = oldest.where(models.c.id.in_([row.model_id for row in found])).limit(max(1, len(found) // 2))
+        connection.execute(delete(step_metrics).where(step_metrics.c.model_id.in_(chosen)))
+    return True
+
+
+def resting(connection: Connection, before: float, most_rows: int, limit: int) -> list[str]:
+    """Some models without a row since then that have more than so many rows."""
+    query = (
+        select(step_metrics.c.model_id)
+        .group_by(step_metrics.c.model_id)
+        .having(func.max(step_metrics.c.at) < before, func.count() > most_rows)
+    )
+    return list(connection.execute(query.limit(limit)).scalars())
