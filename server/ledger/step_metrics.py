@@ -10,8 +10,10 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, or_, select
+from sqlalchemy import Connection, Row, delete, func, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from .schema import models, step_metrics
 
@@ -21,6 +23,7 @@ _THIN_EVERY = 256  # rows of a kind
 _MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
 _REPORTED = "reported"
 _BLOCK = 16
+_INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _ROW_BYTES = 100  # what a row takes beside its metrics
 
 
@@ -43,7 +46,8 @@ def add(
         "size": len(json.dumps(kept)) + _ROW_BYTES,
         "metrics": kept,
     }
-    connection.execute(insert(step_metrics).values(values))
+    insert = _INSERT[connection.dialect.name](step_metrics)
+    connection.execute(insert.on_conflict_do_nothing().values(values))
     if number % _THIN_EVERY == 0:
         thin(connection, model_id)
 
