@@ -8,6 +8,7 @@ take, and what the compiler grants on a TPU.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from dataclasses import dataclass, replace
 
 GIB = 1 << 30
@@ -31,6 +32,14 @@ class Device:
     interconnect: float  # to the others, in one direction
     topology: str
     count: int = 1
+
+    @property
+    def has_compiler(self) -> bool:
+        """Whether the compiler for it is installed here. Imports nothing."""
+        return importlib.util.find_spec(_COMPILERS[self.platform]) is not None
+
+
+_COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
 
 
 def _gpu(name: str, memory: float, flops: float, bandwidth: float, interconnect: float) -> Device:

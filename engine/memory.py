@@ -114,10 +114,38 @@ class MemoryPlan:
         return self.rows * self.sequence * self.mesh.row_devices
 
 
-def plan(counts: Counts, work: Workload, capacity: int, mesh: Mesh | None = None) -> MemoryPlan:
+@dataclass(frozen=True)
+class StepToCompile:
+    """A training step of a plan, with the folder of the model's config.json and the name of the device."""
+
+    folder: str
+    device: str
+    work: Workload
+    mesh: Mesh
+    rows: int
+    remat: Remat
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What a compiler says about a training step: bytes on each device, and the seconds that it took."""
+
+    arguments: int
+    temporaries: int
+    seconds: float
+
+
+Measured = Mapping[tuple[int, Remat], int]
+"""Temporary bytes of training steps, by rows on each device and remat, where a compiler has told them."""
+
+
+def plan(
+    counts: Counts, work: Workload, capacity: int, mesh: Mesh | None = None, measured: Measured | None = None
+) -> MemoryPlan:
     """Choose the fastest programs that fit beside everything else; the KV cache takes what is left.
 
-    If nothing fits, the plan is of the smallest programs, and its `fits` is False.
+    Programs that are not in `measured` are estimated. If nothing fits, the plan is of the smallest programs,
+    and its `fits` is False.
     """
     mesh = mesh or Mesh()
     kinds = resident(counts, work, mesh)
@@ -128,7 +156,10 @@ def plan(counts: Counts, work: Workload, capacity: int, mesh: Mesh | None = None
     remat: Remat = "full"
     rows = 1
     for rows, remat in _choices(counts, work, capacity, mesh):
-        programs = program_bytes(counts, work, mesh, rows * work.sequence, remat)
+        training = (measured or {}).get((rows, remat))
+        if training is None:
+            training = training_bytes(counts, work, mesh, rows * work.sequence, remat)
+        programs = max(training, sampling_bytes(counts, work, mesh))
         if beside + programs <= capacity:
             break
     kinds["programs"] = programs
@@ -215,12 +246,6 @@ def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh) -> int:
 # --- what programs take ---------------------------------------------------------------------------------
 
 
-def program_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, remat: Remat) -> int:
-    """Return the temporary memory of the largest program, with `tokens` on each device in training."""
-    training = training_bytes(counts, work, mesh, tokens, remat)
-    return max(training, sampling_bytes(counts, work, mesh))
-
-
 def kept_elements(counts: Counts, remat: Remat, tensor: int = 1) -> float:
     """Return what one block keeps of one token for the backward.
 
@@ -241,18 +266,18 @@ def training_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, rema
 
     What the blocks keep, and the larger of two phases: the backward of one block (about 6 [tokens, F] and 5
     [tokens, D], its weights gathered from all shards, and the new gradients), and the head (the logits of a
-    chunk and their exponentials in float32, the gathered head, and the gradient by the hidden states).
+    chunk in float32 and their exponentials, the gathered head, and the gradient by the hidden states).
     """
     tensor, item = mesh.tensor, work.itemsize
     block = int((6 * counts.feed_forward / tensor + 5 * counts.hidden) * tokens * item)
-    head = 2 * work.chunk * counts.vocab_size * WIDE // tensor + tokens * counts.hidden * item
+    head = work.chunk * counts.vocab_size * (WIDE + item) // tensor + tokens * counts.hidden * item
     if mesh.fsdp > 1:
         block += counts.matrices // counts.num_layers * item // tensor
         head += counts.head * item // tensor
     if work.full_weight:
         # The matrices in the dtype of the computation, and their gradients in it before they are added up.
         block += 2 * counts.matrices * item // mesh.shards
-        head += counts.matrices * item // mesh.shards + counts.head * (item + 2 * WIDE) // mesh.shards
+        head += counts.matrices * item // mesh.shards + counts.head * (item + WIDE) // mesh.shards
     else:
         block += adapter_elements(counts, work) * WIDE
     return kept_bytes(counts, work, mesh, tokens, remat) + max(block, head)

@@ -154,9 +154,11 @@ def plan(entries: Sequence[str], dtype: str = "auto", mesh: dict[str, int] | Non
     return planned
 
 
-def config_alone(entry: str, cache_dir: Path) -> tuple[str, ModelConfig]:
-    """Read the name and config.json of a `--model` option, without its weights; of a model on the hub, that
-    file alone is downloaded. Raises ValueError saying what would be right."""
+def config_alone(entry: str, cache_dir: Path) -> tuple[str, Path, ModelConfig]:
+    """Return the name, the folder and the config of a `--model` option, without its weights.
+
+    Of a model on the hub, config.json alone is downloaded. Raises ValueError saying what would be right.
+    """
     named = _parse(entry)
     if named.plan.hub_id is not None:
         folder = Path(_from_hub(named.plan.hub_id, named.revision, "config.json")).parent
@@ -166,7 +168,7 @@ def config_alone(entry: str, cache_dir: Path) -> tuple[str, ModelConfig]:
         folder = cache_dir / "models" / smollm2.NAME
         if not folder.is_dir():
             raise ValueError(f"model {SMOLLM2!r} is not here yet; run tinsmith models get {SMOLLM2} first")
-    return named.name, _of_model(named.name, folders.stated_config, folder)
+    return named.name, folder, _of_model(named.name, folders.stated_config, folder)
 
 
 def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:

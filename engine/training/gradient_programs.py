@@ -95,11 +95,14 @@ class GradientPrograms:
         self._check_fits(program, batch)
         return program(*arguments)
 
-    def warm_up(self, lora: LoraSpec | None, weights: Any, shapes: Sequence[tuple[int, int]]) -> None:
+    def warm_up(
+        self, lora: LoraSpec | None, weights: Any, shapes: Sequence[tuple[int, int]]
+    ) -> list[jax.stages.Compiled]:
         """Compile the gradients of one model with such (abstract) weights, for micro-batches (T, B)."""
-        for length, rows in shapes:
-            batch = abstract_batch(self._mesh, rows, length)
-            self._gradient_program(structure(lora), (weights,), (weights,), batch, False)
+        batches = [abstract_batch(self._mesh, rows, length) for length, rows in shapes]
+        return [
+            self._gradient_program(structure(lora), (weights,), (weights,), batch, False) for batch in batches
+        ]
 
     def _gradient_program(self, key, weights: tuple, gradients: tuple, batch: Batch, sequence_level: bool):
         static = self._static._replace(

@@ -247,9 +247,12 @@ class Trainer:
             "optimizer_step": float(state.step),
         }
 
-    def warm_up(self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        """Compile what one model of this kind needs for micro-batches of `shapes` (T, B); all by default."""
-        self.gradient_programs.warm_up(
+    def warm_up(
+        self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None
+    ) -> list[jax.stages.Compiled]:
+        """Compile what one model of this kind needs for micro-batches of `shapes` (T, B), by default all, and
+        return these programs. The base may be abstract."""
+        return self.gradient_programs.warm_up(
             lora, self.abstract_weights(lora), self.shapes.shapes if shapes is None else shapes
         )
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from ...engine import device_catalogue, memory, roofline
@@ -33,9 +36,10 @@ Only config.json is read; of a model on the hub, only that file is downloaded. E
 Devices: {device_catalogue.known()}.
 A TPU slice has Cloud's name: v5p-8 is four chips, v5e-16 and v6e-16 are sixteen.
 
-Sizes are estimates, as close as 15 % to what the compilers say. Speeds are upper bounds from FLOPs and
-bandwidth (a roofline): no program is faster, and real ones are slower. The exit status is 1 if it does not
-fit.
+Sizes are estimates, as close as 15 % to what the compilers say. Where the device's compiler is installed (the
+extra `plan`: `pip install "tinsmith[plan]"`), the training step is compiled for it, which takes minutes.
+Speeds are upper bounds from FLOPs and bandwidth (a roofline): no program is faster, and real ones are slower.
+The exit status is 1 if it does not fit.
 """
 
 _KINDS = {
@@ -47,6 +51,11 @@ _KINDS = {
     "kv_pages": "KV cache",
     "margin": "margin",
 }
+_SOURCES = {
+    True: "The training step was compiled; other sizes are estimated.",
+    False: "Sizes are estimated.",
+}
+_COMPILE_SECONDS = 3600.0
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
@@ -59,6 +68,7 @@ class Report:
     work: Workload
     device: Device
     plan: MemoryPlan
+    compiled: bool = False
 
     @property
     def hint(self) -> str | None:
@@ -80,7 +90,7 @@ class Report:
             "devices": self.device.count,
             "fits": plan.fits,
             "hint": self.hint,
-            "source": "estimated",
+            "source": "compiled" if self.compiled else "estimated",
             "mesh": vars(plan.mesh),
             "capacity_bytes": plan.capacity,
             "needed_bytes": plan.needed,
@@ -132,22 +142,43 @@ class Report:
             f"Sampling: KV cache of {plan.kv_tokens:,} tokens, {plan.slots} slots of {plan.sequence:,};",
             f"  upper bound: {all_of_it['decoding_tokens_per_second_upper_bound']:,.0f} tokens/s",
             "",
-            "Sizes are estimated; speeds are upper bounds from a roofline.",
+            f"{_SOURCES[self.compiled]} Speeds are upper bounds from a roofline.",
         ]
         return "\n".join(lines)
 
 
-def report(
-    model: str,
-    of: Counts,
-    work: Workload,
-    device: Device,
-    mesh: memory.Mesh | None = None,
-) -> Report:
+def report(model: str, of: Counts, work: Workload, device: Device, mesh: memory.Mesh | None = None) -> Report:
     """Plan a workload on a device, on the mesh that is given or else on the fastest that fits."""
     if mesh is None:
         return Report(model, of, work, device, roofline.fastest(of, work, device))
     return Report(model, of, work, device, memory.plan(of, work, device.memory, mesh))
+
+
+def compiled(estimated: Report, folder: Path) -> Report:
+    """Plan again with what the compiler says about the training step that was chosen, until it is one that it
+    has compiled. Raises ValueError saying why the compiler cannot be used."""
+    measured: dict[tuple[int, memory.Remat], int] = {}
+    made = estimated
+    while (key := (made.plan.rows, made.plan.remat)) not in measured:
+        step = memory.StepToCompile(str(folder), made.device.name, made.work, made.plan.mesh, *key)
+        measured[key] = _compile(step).temporaries
+        chosen = memory.plan(made.counts, made.work, made.device.memory, made.plan.mesh, measured)
+        made = replace(made, plan=chosen, compiled=True)
+    return made
+
+
+def _compile(step: memory.StepToCompile) -> memory.CompiledStep:
+    command = [sys.executable, "-m", "tinsmith.engine.plan"]
+    try:
+        ran = subprocess.run(
+            command, input=msgspec.json.encode(step), capture_output=True, timeout=_COMPILE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"it took longer than {_COMPILE_SECONDS / 60:.0f} minutes") from None
+    if ran.returncode != 0:
+        lines = ran.stderr.decode(errors="replace").strip().splitlines() or ["no reason was given"]
+        raise ValueError(lines[-1][:500])
+    return msgspec.json.decode(ran.stdout.splitlines()[-1], type=memory.CompiledStep)
 
 
 def plan(
@@ -166,6 +197,9 @@ def plan(
     mesh: Annotated[
         str | None, typer.Option(help="data=2,fsdp=4,tensor=1 [default: the fastest that fits].")
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate, also where the device's compiler is installed.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and tokens.")] = False,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where models are fetched to [default: ~/.cache/tinsmith].")
@@ -188,7 +222,7 @@ def plan(
     axes = None if mesh is None else _mesh(mesh, found)
     length = None if seq is None else _tokens(seq)
     try:
-        name, config = config_alone(model, cache_dir or default_cache_dir())
+        name, folder, config = config_alone(model, cache_dir or default_cache_dir())
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
     limit = config.max_sequence_length
@@ -196,6 +230,12 @@ def plan(
         fail(f"--seq: {seq} is longer than {name}'s limit of {limit:,} tokens")
     work = Workload(length or min(8192, limit), tenants, rank, train == "full", optimizer, _ITEMSIZE[dtype])
     made = report(name, counts(config), work, found, axes)
+    if not estimate and found.has_compiler:
+        typer.echo(f"compiling a training step for {found.name}; --estimate skips that", err=True)
+        try:
+            made = compiled(made, folder)
+        except ValueError as error:
+            typer.echo(f"it cannot be compiled, so its memory is estimated: {error}", err=True)
     typer.echo(json.dumps(made.as_json(), indent=2) if as_json else made.as_text())
     if not made.plan.fits:
         raise typer.Exit(1)

@@ -133,3 +133,18 @@ def test_of_a_model_on_the_hub_config_json_alone_is_downloaded(hub: Hub, tmp_pat
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["model"] == "org/qwen3-8b"
     assert set(hub.asked) == {"config.json"}
+
+
+def test_a_compiler_that_is_missing_is_named_and_the_estimate_stands(folder: Path) -> None:
+    from tinsmith.engine import device_catalogue
+    from tinsmith.engine.memory import Workload
+    from tinsmith.model.folder import counts, stated_config
+    from tinsmith.server import plan_command
+
+    device = device_catalogue.find("v5e-4")
+    if device.has_compiler:
+        pytest.skip("libtpu is installed here")
+    made = plan_command.report("m", counts(stated_config(folder)), Workload(512), device)
+    with pytest.raises(ValueError, match=r"libtpu|TPU|topology"):
+        plan_command.compiled(made, folder)
+    assert planned("--model", folder, "--device", "v5e-4", "--seq", 512)["source"] == "estimated"
