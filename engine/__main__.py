@@ -21,7 +21,7 @@ import msgspec
 from ..ckpt.tokenizer_files import without_torch
 from ..model.load import find_model
 from ..model.sharding import make_mesh
-from . import base_models, compilation, messages
+from . import base_models, compilation, logs, messages
 from .loop import Engine
 from .socket import Socket
 
@@ -31,13 +31,8 @@ log = logging.getLogger("tinsmith.engine")
 def main() -> int:
     without_torch()
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=messages.EngineConfig)
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        force=True,  # absl, which Orbax imports, has installed its own
-    )
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    # absl, which Orbax imports, has installed a handler of its own: it goes.
+    logs.configure(config.log_level, config.log_format, Path(config.data_dir) / logs.FOLDER / "engine.log")
     socket = Socket(config.address, config.beat_seconds)
     # Ctrl-C reaches the whole process group; the server then stops the engine in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,7 +7,7 @@ import uuid
 
 import numpy as np
 
-from . import log_lines, messages
+from . import log_lines, logs, messages
 from .errors import MissingWeights, UserError, reason
 from .training.training_run import JobOutput
 
@@ -33,15 +33,12 @@ def answer_to(
 
 def note(request: messages.ToEngine, answer: messages.Done | messages.Failed) -> None:
     """The answer in the log."""
-    if isinstance(answer, messages.Failed):
-        log.warning("%s: failed (%s): %s", log_lines.described(request), answer.category, answer.message)
-    else:
-        log.info(
-            "%s: %s in %.3f s",
-            log_lines.described(request),
-            log_lines.result(answer.output),
-            answer.device_seconds,
-        )
+    what = log_lines.described(request)
+    with logs.ids(operation_id=request.request_id, model_id=getattr(request, "model_id", None)):
+        if isinstance(answer, messages.Failed):
+            log.warning("%s: failed (%s): %s", what, answer.category, answer.message)
+        else:
+            log.info("%s: %s in %.3f s", what, log_lines.result(answer.output), answer.device_seconds)
 
 
 def forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:

@@ -512,6 +512,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     sampler_bytes: int | None = None  # of sampler weights on the device; None: derived from it
     sampler_idle_seconds: float = 600.0  # after which sampler weights leave the device
     log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
     beat_seconds: float = 5.0
     under_way: str | None = None  # a file for the ids of what is being computed, `id TAB model LF ... NUL`
 

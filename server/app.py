@@ -21,6 +21,7 @@ from .http.browsers import AllowedHosts, BrowserChecks
 from .http.json_bodies import JsonBodies
 from .http.metrics import Measured, Metrics
 from .http.refused_numbers import RefusedNumbers
+from .http.request_ids import RequestIds
 from .http.routes import (
     accounts,
     checkpoints,
@@ -118,4 +119,5 @@ def create_app(
     app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
     app.add_middleware(BrowserChecks, keys=keys, hosts=AllowedHosts(settings.own_hosts))
     app.add_middleware(errors.Unhandled)
+    app.add_middleware(RequestIds)
     return app

@@ -114,7 +114,9 @@ class ServingSettings(Section):
     """Without keys, requests to other hosts than this machine, and from pages of other hosts, are refused.
     These are accepted: names, `*.example.org`, or `*` for any."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much is logged."""
+    """How much is logged, to standard error and into `logs/` of the data directory (see `tinsmith logs`)."""
+    log_format: Literal["text", "json"] = "text"
+    """`json` writes one object per line, with the ids of the request, the operation and the tenant."""
     stall_seconds: float = Field(60.0, gt=0)
     """A connection is closed if a request's body or an answer has not moved for this long."""
     long_poll_seconds: float = Field(25.0, ge=0, le=30)
@@ -407,6 +409,7 @@ class Settings(
             sampler_bytes=self.sampler_bytes,
             sampler_idle_seconds=self.sampler_idle_seconds,
             log_level=self.log_level,
+            log_format=self.log_format,
             beat_seconds=self.engine_silence_seconds / 10,
         )
 

@@ -83,13 +83,19 @@ Config = Annotated[
 ]
 
 
-def takes_settings(kind: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_settings(
+    kind: type[BaseSettings], **own: tuple[Any, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each setting of `kind`, with the setting's docstring as its help.
 
-    The command is called with those that were given.
+    The command is called with those that were given. `own`: further options, each with its type and default.
     """
+    own = {"config": (Config, None)} | own
     parameters = [
-        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config),
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=each)
+            for name, (each, default) in own.items()
+        ),
         *(_parameter(section, name) for section in kind.__bases__ for name in section.__annotations__),
     ]
 

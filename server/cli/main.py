@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from ... import __version__
+from ...engine import logs
 from ..settings import Settings
 from .checkpoints_command import checkpoints
 from .command_line import Commands, fail, read_settings, require_writable, takes_settings
+from .doctor_command import DOCTOR_HELP, doctor
 from .keys_command import keys
+from .logs_command import LOGS_HELP
+from .logs_command import logs as logs_command
 from .plan_command import PLAN_HELP, plan
+from .status_command import RUNS_HELP, STATUS_HELP, TOP_HELP, runs, status, top
 
 app = typer.Typer(
     cls=Commands,
@@ -29,6 +33,11 @@ app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(checkpoints, name="checkpoints")
 app.command("plan", help=PLAN_HELP)(plan)
+app.command("logs", help=LOGS_HELP)(logs_command)
+app.command("status", help=STATUS_HELP)(status)
+app.command("top", help=TOP_HELP)(top)
+app.command("runs", help=RUNS_HELP)(runs)
+app.command("doctor", help=DOCTOR_HELP)(doctor)
 
 _SERVE_HELP = """Serve base models for training and sampling.
 
@@ -69,11 +78,7 @@ def serve(config: Path | None = None, **given: Any) -> None:
     settings = read_settings(Settings, given, config)
     if not settings.model:
         fail("no model; give one with --model, for example --model smollm2-135m")
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
-    )
-    for noisy in ("uvicorn", "alembic", "asyncio", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     owner = None
     try:
         require_writable(settings.data_dir, "--data-dir")
@@ -88,6 +93,8 @@ def serve(config: Path | None = None, **given: Any) -> None:
         base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
         owner = owner or claim(settings.data_dir, settings.ledger_url)
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)
+        log_file = settings.data_dir / logs.FOLDER / "server.log"
+        logs.configure(settings.log_level, settings.log_format, log_file)
     except (ValueError, OSError, RuntimeError) as error:
         if owner is not None:
             owner.release()
@@ -154,3 +161,11 @@ def models_list() -> None:
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+app.command("plan", help=PLAN_HELP)(plan)
+app.command("doctor", help=DOCTOR_HELP)(doctor)
+app.command("status", help=STATUS_HELP)(status)
+app.command("top", help=TOP_HELP)(top)
+app.command("runs", help=RUNS_HELP)(runs)
+app.command("logs", help=LOGS_HELP)(logs_command)

@@ -27,8 +27,10 @@ class RemoteServer:
         headers = {} if key is None else {"X-API-Key": key}
         self._http = httpx.Client(base_url=f"{self.url}/api/v1/", headers=headers, timeout=None)
 
-    def ask(self, method: str, path: str, failed: str, /, **request: Any) -> dict[str, Any]:
-        """The JSON answer; `failed` says what did not happen, if it is an error."""
+    def ask(
+        self, method: str, path: str, failed: str, /, accepted: tuple[int, ...] = (200,), **request: Any
+    ) -> dict[str, Any]:
+        """The JSON answer; `failed` says what did not happen, if its status is none of those accepted."""
         import httpx
 
         try:
@@ -41,7 +43,7 @@ class RemoteServer:
             body = answer.json()
         except ValueError:
             body = {"error": answer.text[:500]}
-        if answer.status_code != 200 or "error" in body:
+        if answer.status_code not in accepted or "error" in body:
             reason = body.get("error") if isinstance(body, dict) else body
             raise fail(f"{failed} ({answer.status_code}): {reason}")
         return body

@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ...engine import logs
 from ..access.keys import ApiKeys, Caller
 from ..access.signed_urls import SIGNATURE, UrlSigner
 from ..access.tokens import Tokens
@@ -46,6 +47,7 @@ class Authentication:
             await api_error_response(scope["path"], error)(scope, receive, send)
             return
         scope.setdefault("state", {}).update(caller=caller, owner=caller.owner)
+        logs.add_ids(tenant=caller.owner)
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller:

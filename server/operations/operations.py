@@ -16,7 +16,7 @@ from typing import Literal
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
 
-from ...engine import messages
+from ...engine import logs, messages
 from ..disk import Disk
 from ..errors import ApiError, BadRequest
 from ..ledger import operations as rows
@@ -79,6 +79,7 @@ class Operations:
 
     async def _accept(self, submission: Submission) -> Operation:
         request_id = f"req_{uuid.uuid4().hex}"
+        logs.add_ids(operation_id=request_id)
         payload = None if submission.message is None else messages.encode(submission.message(request_id))
         operation = Operation(
             request_id,

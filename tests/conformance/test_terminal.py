@@ -1,0 +1,144 @@
+"""The commands that look at a server from a terminal, with a real server and its real log."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from conformance.conftest import ALICE
+from conformance.server_process import ServerProcess, Wire
+
+ServerMaker = Callable[..., ServerProcess]
+
+
+def tinsmith(server: ServerProcess, *arguments: str, key: str = ALICE) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": key, "COLUMNS": "160"}
+    command = [sys.executable, "-m", "tinsmith.server.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def watched(make_server: ServerMaker) -> ServerProcess:
+    return make_server("--api-key", f"alice={ALICE}", "--log-format", "json", "--log-level", "debug").start()
+
+
+@pytest.fixture(scope="module")
+def model(watched: ServerProcess) -> str:
+    wire = Wire(watched.url, ALICE)
+    model = wire.model()
+    wire.result(wire.post("save_weights", model_id=model, path="evening", seq_id=1))
+    return model
+
+
+def test_status_and_runs(watched: ServerProcess, model: str) -> None:
+    seen = tinsmith(watched, "status")
+    assert seen.returncode == 0, seen.stderr
+    assert re.search(r"engine +ready", seen.stdout)
+    assert re.search(r"models +1 in the engine, of 1 sessions", seen.stdout)
+    assert model in seen.stdout
+    listed = json.loads(tinsmith(watched, "runs", "--json").stdout)
+    assert [each["training_run_id"] for each in listed] == [model]
+    one = tinsmith(watched, "runs", model).stdout
+    assert "LoRA 4" in one
+    assert "weights/evening" in one
+
+
+def test_a_key_that_is_wrong_and_a_run_that_is_not_there(watched: ServerProcess) -> None:
+    wrong = tinsmith(watched, "runs", key="tml-other")
+    assert wrong.returncode == 2
+    assert "invalid API key" in wrong.stderr
+    missing = tinsmith(watched, "runs", "nobody:train:0")
+    assert missing.returncode == 2
+    assert "nobody:train:0" in missing.stderr
+    assert len(missing.stderr.splitlines()) == 1
+
+
+def test_top_is_redrawn_until_it_is_stopped(watched: ServerProcess, model: str) -> None:
+    environment = os.environ | {"TINKER_BASE_URL": watched.url, "TINKER_API_KEY": ALICE, "COLUMNS": "160"}
+    command = [sys.executable, "-m", "tinsmith.server.cli", "top", "--every", "0.2"]
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(command, env=environment, stdout=theirs, stderr=theirs)
+    shown, deadline = b"", time.monotonic() + 120
+    try:
+        while shown.count(model.encode()) < 2 and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.5)[0]:
+                shown += os.read(ours, 1 << 16)
+    finally:
+        running.send_signal(signal.SIGINT)
+    assert shown.count(model.encode()) >= 2
+    running.wait(60)
+
+
+def test_the_log_is_one_of_both_processes_with_the_ids(watched: ServerProcess, model: str) -> None:
+    answer = Wire(watched.url, ALICE).http.get("/api/v1/training_runs", headers={"X-Request-Id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    shown = tinsmith(watched, "logs", "-n", "100000", "--data-dir", str(watched.data_dir)).stdout
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    (mine,) = (line for line in lines if line.get("request_id") == "mine-1")
+    assert mine["tenant"] == "alice"
+    assert "training_runs" in mine["message"]
+    saved = [line for line in lines if line.get("operation_id") and line.get("model_id") == model]
+    assert any("SaveState" in line["message"] for line in saved)  # of the engine
+    submitted = [line for line in lines if "save_weights" in line["message"] and "request_id" in line]
+    assert submitted[0]["operation_id"] == saved[-1]["operation_id"]  # of the server, for the same operation
+    engine = tinsmith(watched, "logs", "--of", "engine", "--data-dir", str(watched.data_dir)).stdout
+    assert {json.loads(line)["logger"].split(".")[0] for line in engine.splitlines()} == {"engine"}
+    assert watched.data_dir.joinpath("logs").stat().st_mode & 0o077 == 0
+
+
+def test_the_log_is_followed(watched: ServerProcess) -> None:
+    command = [sys.executable, "-m", "tinsmith.server.cli", "logs", "-f", "--data-dir", str(watched.data_dir)]
+    following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert following.stdout is not None
+    following.stdout.readline()  # it has begun
+    Wire(watched.url, ALICE).http.get("/api/v1/sessions", headers={"X-Request-Id": "followed-1"})
+    try:
+        for line in following.stdout:
+            if "followed-1" in line:
+                return
+    finally:
+        following.kill()
+    pytest.fail("the line did not come")
+
+
+def test_doctor_tells_what_is_wrong_and_what_to_do(watched: ServerProcess) -> None:
+    found = tinsmith(
+        watched,
+        *("doctor", "--json", "--data-dir", str(watched.data_dir), "--port", str(watched.port)),
+        *("--model", "/nowhere", "--mesh", "fsdp=64", "--sglang", "http://127.0.0.1:1"),
+    )
+    assert found.returncode == 1
+    findings = json.loads(found.stdout)
+    wrong = {each["what"]: each for each in findings if each["state"] != "ok"}
+    assert "in use by another server" in wrong["ledger"]["text"]
+    assert f"{watched.port} is in use" in wrong["port"]["text"]
+    assert "64 devices" in wrong["devices"]["text"]
+    assert "/nowhere" in wrong["model"]["text"]
+    assert "127.0.0.1:1" in wrong["sglang"]["text"]
+    assert all(each["advice"] for each in wrong.values() if each["what"] in ("ledger", "devices", "sglang"))
+
+
+def test_doctor_finds_nothing_wrong(watched: ServerProcess, tiny_model, tmp_path) -> None:
+    found = tinsmith(
+        watched,
+        "doctor",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--port",
+        "0",
+        "--model",
+        f"tiny={tiny_model}",
+    )
+    assert found.returncode == 0, found.stdout
+    assert "✗" not in found.stdout
+    assert not (tmp_path / "data").exists()
