@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 
 from ..model.config import ModelConfig
-from ..model.families import FAMILIES, is_transposed, tensor_names
-from ..model.lora import Adapter
+from ..model.families import module_name, parameters, tensor_shapes
+from ..model.lora import Adapter, pairs
 from .fp8 import Fp8, quantized
 from .hf_folder import SHARD_BYTES, Tensors, write_folder
 
 Parameters = Callable[[str], Any]
 """Maps our dotted name of a parameter to its array, on a device or the host, or to one array per layer. Each
 is released before the next one is requested."""
+
+
+_HEAD = "lm_head.weight"
 
 
 def in_memory(base: dict[str, Any]) -> Parameters:
@@ -42,7 +45,7 @@ def in_memory(base: dict[str, Any]) -> Parameters:
 
 def save_merged(
     directory: Path,
-    parameters: Parameters,
+    values: Parameters,
     config: ModelConfig,
     *,
     base_folder: Path,
@@ -58,18 +61,13 @@ def save_merged(
     memory holds the tensors of one file (up to `shard_bytes`) and one layer of a parameter at a time. The
     directory appears complete or not at all. Returns its size in bytes.
     """
-    hf_config: dict[str, Any] = {"dtype": str(parameters("norm.weight").dtype)}
+    hf_config: dict[str, Any] = {"dtype": str(values("norm.weight").dtype)}
     if not config.tie_embeddings or (adapter is not None and "unembed" in adapter):
         hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says
-    tensors: Tensors = _tensors(parameters, config, adapter, scale)
+    tensors: Tensors = _tensors(values, config, adapter, scale)
     if fp8 is not None:
         tensors = quantized(tensors, fp8)
-        names = (
-            name.format(layer=layer)
-            for name in tensor_names(config).values()
-            for layer in _layers(name, config)
-        )
-        hf_config["quantization_config"] = fp8.config(names)
+        hf_config["quantization_config"] = fp8.config(tensor_shapes(config))
     return write_folder(
         directory, tensors, base_folder=base_folder, config=hf_config, shard_bytes=shard_bytes
     )
@@ -82,38 +80,35 @@ class _Delta:
     pair: dict[str, Any]
     scale: float
 
-    def added(self, weight: np.ndarray, layer: int | None) -> np.ndarray:
+    def added(self, weight: np.ndarray, index: int | None) -> np.ndarray:
         """Return the [out, in] weight with the product added."""
-        a_IR, b_RO = (_of_layer(self.pair[side], layer).astype(np.float32) for side in "ab")
+        a_IR, b_RO = (_part(self.pair[side], index).astype(np.float32) for side in "ab")
         return (weight.astype(np.float32) + self.scale * (a_IR @ b_RO).T).astype(weight.dtype)
 
 
 def _tensors(
-    parameters: Parameters, config: ModelConfig, adapter: Adapter | None, scale: float
+    values: Parameters, config: ModelConfig, adapter: Adapter | None, scale: float
 ) -> Iterator[tuple[str, np.ndarray]]:
     deltas: dict[str, _Delta] = {}
     if adapter is not None:
-        deltas = {f"layers.{name}.weight": _Delta(pair, scale) for name, pair in adapter["layers"].items()}
+        deltas = {
+            stack.path(f"{site.name}.weight"): _Delta(pair, scale)
+            for stack, site, pair in pairs(adapter, config)
+        }
         if "unembed" in adapter:
-            deltas["lm_head.weight"] = _Delta(adapter["unembed"], scale)
-    places = [(ours, theirs, ours) for ours, theirs in tensor_names(config).items()]
-    if config.tie_embeddings and "lm_head.weight" in deltas:
-        places.append(
-            ("embed_tokens.weight", FAMILIES[config.family].TENSORS["lm_head.weight"], "lm_head.weight")
-        )
-    for ours, theirs, changed_by in places:
-        parameter, delta = parameters(ours), deltas.get(changed_by)
-        for layer in _layers(theirs, config):
-            array = _of_layer(parameter, layer)
-            array = array.T if is_transposed(ours) else array
-            array = array if delta is None else delta.added(array, layer)
-            yield theirs.format(layer=layer), np.ascontiguousarray(array)
-        del parameter
+            deltas[_HEAD] = _Delta(adapter["unembed"], scale)
+    for parameter in parameters(config):
+        value, delta = values(parameter.path), deltas.get(parameter.path)
+        for name, index in parameter.tensors():
+            array = _part(value, index)
+            array = array.T if parameter.transposed else array
+            array = array if delta is None else delta.added(array, index)
+            yield name, np.ascontiguousarray(array)
+        del value
+    if config.tie_embeddings and _HEAD in deltas:
+        head = np.asarray(values("embed_tokens.weight"))
+        yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head, None))
 
 
-def _layers(theirs: str, config: ModelConfig) -> range | tuple[None]:
-    return range(config.num_layers) if "{layer}" in theirs else (None,)
-
-
-def _of_layer(parameter: Any, layer: int | None) -> np.ndarray:
-    return np.asarray(parameter if layer is None else parameter[layer])
+def _part(value: Any, index: int | None) -> np.ndarray:
+    return np.asarray(value if index is None else value[index])

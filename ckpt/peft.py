@@ -17,14 +17,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..model.config import ModelConfig
-from ..model.families import FAMILIES, is_transposed
-from ..model.lora import RANK_BUCKETS, Adapter, pad_rank
+from ..model.config import ModelConfig, Site, Stack
+from ..model.families import module_name
+from ..model.lora import RANK_BUCKETS, Adapter, pad_rank, pair_shapes, pairs, trainable
 from . import digests, peft_config
 from .atomic import atomic_directory, size_bytes
 from .hf_folder import READ_AS_ONE, copy_tokenizer
@@ -76,12 +77,15 @@ def save_adapter(
     """
     adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
-    for module, layer, name in _modules(adapter, config):
-        pair = adapter["unembed"] if name == "unembed" else adapter["layers"][name]
-        a_IR, b_RO = (np.asarray(pair[side] if layer is None else pair[side][layer]) for side in "ab")
-        tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_IR[:, :rank].T)
-        tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b_RO[:rank].T)
-    targets = {module.rsplit(".", 1)[-1] for module, _, _ in _modules(adapter, config)}
+    targets = set()
+    for place in _places(config):
+        pair = place.pair(adapter)
+        if pair is None:
+            continue
+        a_IR, b_RO = (np.asarray(pair[side] if place.at is None else pair[side][place.at]) for side in "ab")
+        tensors[f"{place.module}.lora_A.weight"] = np.ascontiguousarray(a_IR[:, :rank].T)
+        tensors[f"{place.module}.lora_B.weight"] = np.ascontiguousarray(b_RO[:rank].T)
+        targets.add(place.module.rsplit(".", 1)[-1])
     # A folder may have an @ in its name; a hub id has none.
     is_folder = Path(base_model).is_absolute()
     name, _, revision = (base_model, "", "") if is_folder else base_model.partition("@")
@@ -113,17 +117,19 @@ def save_adapter(
 
 def _whole(adapter: Adapter, config: ModelConfig) -> Adapter:
     """Add adapters of zeros where only some of the matrices that engines merge into one have an adapter."""
-    layers = dict(adapter["layers"])
-    for group in READ_AS_ONE:
-        given = next((layers[name] for name in group if name in layers), None)
-        if given is None:
-            continue
-        padded_rank = given["a"].shape[-1]
-        for name in group:
-            into, out = config.linears[name]
-            shapes = {"a": (config.num_layers, into, padded_rank), "b": (config.num_layers, padded_rank, out)}
-            layers.setdefault(name, {side: np.zeros(shape, np.float32) for side, shape in shapes.items()})
-    return adapter | {"layers": layers}
+    whole: Adapter = adapter | {"layers": {}}
+    for stack in config.all_stacks:
+        given = stack.of(adapter["layers"])
+        ranks = {name: pair["a"].shape[-1] for name, pair in given.items()}
+        added = {}
+        for site in stack.layer.sites:
+            fused = next((group for group in READ_AS_ONE if site.name in group), ())
+            rank = next((ranks[name] for name in fused if name in ranks), None)
+            if rank is not None and site.name not in given:
+                shapes = pair_shapes(stack, site, rank)
+                added[site.name] = {side: np.zeros(shape, np.float32) for side, shape in shapes.items()}
+        whole["layers"] |= given | added if stack.key is None else {stack.key: given | added}
+    return whole
 
 
 def is_adapter(directory: Path) -> bool:
@@ -153,10 +159,9 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
         raise AdapterError(f"{where}: a lora_A has rank {rank}; it must be from 1 to {RANK_BUCKETS[-1]}")
     padded_rank = pad_rank(rank)
 
-    linears = {**config.linears, "unembed": (config.hidden_size, config.vocab_size)}
     adapter: Adapter = {"layers": {}}
-    for module, layer, name in _modules(None, config):
-        into, out = linears[name]
+    for place in _places(config):
+        module, into, out = place.module, place.into, place.out
         of_base = module.removeprefix(_PREFIX)
         true_rank = adapter_config.rank_of(of_base)
         factor = np.float32(adapter_config.scale_of(of_base) / (alpha / rank))
@@ -173,17 +178,16 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
                 raise AdapterError(
                     f"{where}: {module}.lora_{side.upper()} has shape {tensor.shape}; expected {shape[::-1]}"
                 )
-            padded = (into, padded_rank) if side == "a" else (padded_rank, out)
-            pair = adapter["layers"] if layer is not None else adapter
-            stored = pair.setdefault(name, {}).setdefault(
-                side, np.zeros(padded if layer is None else (config.num_layers, *padded), np.float32)
+            stored = place.new_pair(adapter).setdefault(
+                side, np.zeros(place.shapes(padded_rank)[side], np.float32)
             )
-            at = (stored if layer is None else stored[layer])[: shape[0], : shape[1]]
+            at = (stored if place.at is None else stored[place.at])[: shape[0], : shape[1]]
             at[:] = tensor.T if side == "a" or factor == 1 else tensor.T.astype(np.float32) * factor
     _take_copies(tensors, config, base, where)
     if tensors:
         raise AdapterError(f"{where}: the model has no place for {min(tensors)}")
-    for name, pair in (*adapter["layers"].items(), ("unembed", adapter.get("unembed"))):
+    given = [(site.name, pair) for _, site, pair in pairs(adapter, config)]
+    for name, pair in (*given, ("unembed", adapter.get("unembed"))):
         if pair is not None and len(pair) != 2:
             raise AdapterError(f"{where}: {name} has only one of lora_A and lora_B")
     return SavedAdapter(adapter, rank, alpha, adapter_config.base_model)
@@ -196,11 +200,10 @@ def _take_copies(
     request.
 
     PEFT loads them over the base model's, so they must be equal. Raises AdapterError if they are not."""
-    names = FAMILIES[config.family].TENSORS
     unembedding = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
     shape = (config.vocab_size, config.hidden_size)
     for ours, parameter in (("embed_tokens.weight", "embed_tokens.weight"), ("lm_head.weight", unembedding)):
-        module = _PREFIX + names[ours].removesuffix(".weight")
+        module = _PREFIX + module_name(config, ours)
         for name in (f"{module}.weight", f"{module}.base_layer.weight"):
             copied = tensors.pop(name, None)
             if copied is None:
@@ -208,7 +211,7 @@ def _take_copies(
             if copied.shape != shape:
                 raise AdapterError(f"{where}: {name} has shape {copied.shape}; the model's is {shape}")
             own = None if base is None else np.asarray(base(parameter))
-            own = own.T if own is not None and is_transposed(parameter) else own
+            own = own.T if own is not None and parameter == "lm_head.weight" else own
             # Compared in the copy's precision, because it may have been rounded when it was saved.
             if own is None or not np.array_equal(own.astype(copied.dtype), copied):
                 raise AdapterError(
@@ -235,13 +238,48 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _modules(adapter: Adapter | None, config: ModelConfig) -> list[tuple[str, int | None, str]]:
-    """List (PEFT's name, layer or None, our name) of an adapter's modules; for None, of all possible ones."""
-    names = FAMILIES[config.family].TENSORS
-    modules: list[tuple[str, int | None, str]] = []
-    for name in config.linears if adapter is None else adapter["layers"]:
-        pattern = _PREFIX + names[f"layers.{name}.weight"].removesuffix(".weight")
-        modules += [(pattern.format(layer=layer), layer, name) for layer in range(config.num_layers)]
-    if adapter is None or "unembed" in adapter:
-        modules.append((_PREFIX + names["lm_head.weight"].removesuffix(".weight"), None, "unembed"))
-    return modules
+class _Place(NamedTuple):
+    """A matrix that an adapter may have: PEFT's name of its module, and its place in our trees.
+
+    `at` is its index on the stacked axis; None for the unembedding, which has no `stack`."""
+
+    module: str
+    site: Site
+    stack: Stack | None = None
+    at: int | None = None
+
+    @property
+    def into(self) -> int:
+        return self.site.into
+
+    @property
+    def out(self) -> int:
+        return self.site.out
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        if self.stack is None:
+            return {"a": (self.into, rank), "b": (rank, self.out)}
+        return pair_shapes(self.stack, self.site, rank)
+
+    def pair(self, adapter: Adapter) -> dict[str, Any] | None:
+        """Return the two factors, or None if the adapter has none here."""
+        tree = adapter if self.stack is None else self.stack.of(adapter["layers"])
+        return tree.get(self.site.name)
+
+    def new_pair(self, adapter: Adapter) -> dict[str, Any]:
+        """Return the two factors, as far as they have been read."""
+        tree = adapter if self.stack is None else adapter["layers"]
+        if self.stack is not None and self.stack.key is not None:
+            tree = tree.setdefault(self.stack.key, {})
+        return tree.setdefault(self.site.name, {})
+
+
+def _places(config: ModelConfig) -> list[_Place]:
+    """List all matrices that an adapter of the model may have."""
+    places = []
+    for stack, site in trainable(config):
+        for at, layer in enumerate(stack.layers):
+            module = _PREFIX + module_name(config, f"layers.{site.name}.weight", layer)
+            places.append(_Place(module, site, stack, at))
+    unembed = Site("unembed", config.hidden_size, config.vocab_size, None, ("embed", "vocab"))
+    return [*places, _Place(_PREFIX + module_name(config, "lm_head.weight"), unembed)]

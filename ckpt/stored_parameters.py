@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ..model import decoder
 from ..model.config import ModelConfig
-from ..model.load import hf_views
 from ..model.weight_files import MappedTensors
 from . import digests, training_state
 from .merged import Parameters
@@ -51,16 +48,11 @@ def of_folder(directory: Path, config: ModelConfig) -> Parameters:
     it was written."""
     digests.check(directory)
     tensors = MappedTensors(Path(directory))
-    names = tensors.names(config)
-    _, abstract = decoder.build(config, jnp.float32)
-    shapes = {
-        ".".join(key.key for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
-    }
+    parameters = tensors.parameters(config)
 
     def parameter(name: str) -> Any:
         tensors.forget_pages()
-        views = list(hf_views(tensors, name, names[name], shapes[name]))
-        return views if "{layer}" in names[name] else views[0]
+        views = tensors.views(parameters[name])
+        return views[0] if parameters[name].layers is None else views
 
     return parameter

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..ckpt import digests, merged, paths, peft, training_state
 from ..ckpt.atomic import size_bytes
-from ..model.lora import ATTENTION_LINEARS, MLP_LINEARS
+from ..model.lora import pairs
 from . import exports, lora_specs, messages
 from .base_models import BaseModel
 from .deferred_exports import DeferredExports
@@ -203,13 +203,13 @@ class Models:
             saved = peft.load_adapter(directory, base.config, merged.in_memory(base.trainer.base))
         except peft.AdapterError as error:
             raise UserError(str(error)) from error
-        layers = saved.adapter["layers"]
+        parts = {site.part for _, site, _ in pairs(saved.adapter, base.config)}
         lora = messages.LoraSpec(
             saved.rank,
             saved.alpha,
             seed=0,
-            train_attn=any(name in layers for name in ATTENTION_LINEARS),
-            train_mlp=any(name in layers for name in MLP_LINEARS),
+            train_attn="attn" in parts,
+            train_mlp="mlp" in parts,
             train_unembed="unembed" in saved.adapter,
         )
         given = dict(jax.tree_util.tree_leaves_with_path(saved.adapter))

@@ -1,15 +1,45 @@
-"""The shape of a decoder, as `folder` reads it from a Hugging Face folder. Imports no array library."""
+"""The shape of a decoder, as `folder` reads it from a Hugging Face folder. Imports no array library.
+
+A decoder is data: groups of a repeated pattern of layers. A layer is a mixer (attention) and an MLP, each a
+frozen description of its sizes and options. A description lists its matrices as sites. The base's parameters,
+adapters, the names in files, merging, sharding and parameter counts all follow from the sites.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
 class UnsupportedModelError(ValueError):
     """The folder does not hold a supported model; the message says why."""
+
+
+class Site(NamedTuple):
+    """A matrix of a layer that is multiplied with activations, [into, out].
+
+    `part` is the switch of a client that trains it with LoRA (`train_attn`, `train_mlp`); None is never
+    trained. `axes` are the logical axes of its sides (`sharding.RULES`).
+    """
+
+    name: str
+    into: int
+    out: int
+    part: Literal["attn", "mlp"] | None
+    axes: tuple[str, str]
+    bias: bool = False
+
+
+class Norm(NamedTuple):
+    """An RMSNorm over vectors of `size` numbers, with the logical axis of its weight."""
+
+    name: str
+    size: int
+    axis: str = "hidden"
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,123 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """The rotary embedding of `dims` dimensions of a head, with frequencies theta^(-2i/dims)."""
+
+    theta: float
+    dims: int
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention with grouped heads. `kv_heads` divides `heads`.
+
+    `window` is the most keys that a query sees, including its own. `biased` names the matrices with biases.
+    With `qk_norm`, each head of q and k goes through an RMSNorm before rope.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+    window: int | None = None
+    biased: tuple[str, ...] = ()
+    qk_norm: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return self.head_dim**-0.5
+
+    @property
+    def qkv(self) -> int:
+        """The numbers in the queries, keys and values of a token."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        D, Q, K = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            Site("q_proj", D, Q, "attn", ("embed", "heads"), "q_proj" in self.biased),
+            Site("k_proj", D, K, "attn", ("embed", "kv_heads"), "k_proj" in self.biased),
+            Site("v_proj", D, K, "attn", ("embed", "kv_heads"), "v_proj" in self.biased),
+            Site("o_proj", Q, D, "attn", ("heads", "embed"), "o_proj" in self.biased),
+        )
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        if not self.qk_norm:
+            return ()
+        return Norm("q_norm", self.head_dim, "head_dim"), Norm("k_norm", self.head_dim, "head_dim")
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down(silu(gate x) * up x), with `width` hidden units (SwiGLU). `biased` names matrices with biases."""
+
+    hidden: int
+    width: int
+    biased: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        D, F = self.hidden, self.width
+        return (
+            Site("gate_proj", D, F, "mlp", ("embed", "ff"), "gate_proj" in self.biased),
+            Site("up_proj", D, F, "mlp", ("embed", "ff"), "up_proj" in self.biased),
+            Site("down_proj", F, D, "mlp", ("ff", "embed"), "down_proj" in self.biased),
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A mixer and an MLP, each after an RMSNorm and added to the residual stream."""
+
+    mixer: Attention
+    mlp: GatedMlp
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (*self.mixer.sites, *self.mlp.sites)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        D = self.mixer.hidden
+        return Norm("input_layernorm", D), Norm("post_attention_layernorm", D), *self.mixer.norms
+
+
+@dataclass(frozen=True)
+class Group:
+    """A pattern of layers, `repeats` times."""
+
+    pattern: tuple[Layer, ...]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal layers whose parameters lie side by side on a leading axis.
+
+    `key` is the stack's name below "layers" in our trees. It is None for a decoder with only one stack, whose
+    parameters are directly below "layers". `layers` are the numbers of its layers in the decoder.
+    """
+
+    key: str | None
+    layer: Layer
+    layers: range
+
+    def of(self, layers: dict[str, Any]) -> dict[str, Any]:
+        """Return the stack's part of the tree below "layers"; nothing if an adapter has none."""
+        return layers if self.key is None else layers.get(self.key, {})
+
+    def path(self, name: str) -> str:
+        """Return the dotted path of a parameter of the stack in our trees."""
+        return f"layers.{name}" if self.key is None else f"layers.{self.key}.{name}"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that determines a decoder's parameters and arithmetic.
 
@@ -43,39 +190,68 @@ class ModelConfig:
     family: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    groups: tuple[Group, ...]
     rms_norm_eps: float
-    rope_theta: float
     max_sequence_length: int
-    rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    biased: tuple[str, ...] = ()
-    """The linears with biases: q, k and v in Qwen2, or those that config.json names."""
-    qk_norm: bool = False
-    """Whether each head of q and k goes through an RMSNorm before rope (Qwen3)."""
-    sliding_window: int | None = None
-    """The most keys that a query sees in windowed layers, including its own."""
-    windowed_layers: tuple[bool, ...] | None = None
-    """Whether each layer has the window, one entry per layer. None means all layers."""
     eos_token_ids: tuple[int, ...] = ()
 
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers in order."""
+        return tuple(layer for group in self.groups for layer in group.pattern * group.repeats)
+
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each of the seven matrices of a layer."""
-        D, F, H = self.hidden_size, self.intermediate_size, self.head_dim
-        return {
-            "q_proj": (D, self.num_heads * H),
-            "k_proj": (D, self.num_kv_heads * H),
-            "v_proj": (D, self.num_kv_heads * H),
-            "o_proj": (self.num_heads * H, D),
-            "gate_proj": (D, F),
-            "up_proj": (D, F),
-            "down_proj": (F, D),
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def stacks(self) -> tuple[tuple[Stack, ...], ...]:
+        """The stacks of each group, one per layer of its pattern."""
+        stacks, first = [], 0
+        for group in self.groups:
+            step, end = len(group.pattern), first + len(group.pattern) * group.repeats
+            stacks.append([(layer, range(first + i, end, step)) for i, layer in enumerate(group.pattern)])
+            first = end
+        alone = sum(map(len, stacks)) == 1
+        return tuple(
+            tuple(Stack(None if alone else f"stack{g}_{i}", *each) for i, each in enumerate(group))
+            for g, group in enumerate(stacks)
+        )
+
+    @cached_property
+    def all_stacks(self) -> tuple[Stack, ...]:
+        return tuple(stack for group in self.stacks for stack in group)
+
+    @cached_property
+    def places(self) -> tuple[tuple[Stack, int], ...]:
+        """Each layer's stack, and its index there."""
+        places = {
+            layer: (stack, index) for stack in self.all_stacks for index, layer in enumerate(stack.layers)
         }
+        return tuple(places[layer] for layer in range(self.num_layers))
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings."""
+        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers))
+
+
+def fold(layers: Sequence[Layer]) -> tuple[Group, ...]:
+    """Group a list of layers: at each place, the pattern whose repeats cover the most layers; among equals,
+    the shortest."""
+    groups, at = [], 0
+    while at < len(layers):
+        best = Group((layers[at],), 1)
+        for length in range(1, (len(layers) - at) // 2 + 1):
+            pattern, repeats = tuple(layers[at : at + length]), 1
+            while tuple(layers[at + repeats * length : at + (repeats + 1) * length]) == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * length > len(best.pattern) * best.repeats:
+                best = Group(pattern, repeats)
+        groups.append(best)
+        at += len(best.pattern) * best.repeats
+    return tuple(groups)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

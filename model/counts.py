@@ -6,7 +6,6 @@ Imports no array library: a plan needs config.json alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from .config import ModelConfig
 from .families import parameter_count
@@ -39,22 +38,22 @@ class Counts:
 
 def counts(config: ModelConfig) -> Counts:
     """Return the counts of a model. Every plan asks for them here."""
-    L, D, H = config.num_layers, config.hidden_size, config.head_dim
-    linears = config.linears
-    windowed = config.windowed_layers or (config.sliding_window is not None,) * L
+    layers = config.layers
+    sites = [site for layer in layers for site in layer.sites]
+    mixers = [layer.mixer for layer in layers]
     return Counts(
         parameters=parameter_count(config),
-        matrices=L * sum(map(prod, linears.values())),
-        last_matrices=L * prod(linears["down_proj"]),
-        head=config.vocab_size * D,
-        adapter_per_rank=L * sum(map(sum, linears.values())) + config.vocab_size + D,
-        num_layers=L,
+        matrices=sum(site.into * site.out for site in sites),
+        last_matrices=sum(site.into * site.out for site in sites if site.name == "down_proj"),
+        head=config.vocab_size * config.hidden_size,
+        adapter_per_rank=sum(site.into + site.out for site in sites) + config.vocab_size + config.hidden_size,
+        num_layers=config.num_layers,
         vocab_size=config.vocab_size,
-        hidden=D,
-        feed_forward=config.intermediate_size,
-        qkv=(config.num_heads + 2 * config.num_kv_heads) * H,
-        attention_width=config.num_heads * H,
-        kv_per_position=2 * L * config.num_kv_heads * H,
-        kv_heads=config.num_kv_heads,
-        windows=tuple(config.sliding_window if each else None for each in windowed),
+        hidden=config.hidden_size,
+        feed_forward=max(layer.mlp.width for layer in layers),
+        qkv=max(mixer.qkv for mixer in mixers),
+        attention_width=max(mixer.heads * mixer.head_dim for mixer in mixers),
+        kv_per_position=sum(2 * mixer.kv_heads * mixer.head_dim for mixer in mixers),
+        kv_heads=max(mixer.kv_heads for mixer in mixers),
+        windows=tuple(mixer.window for mixer in mixers),
     )

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, penalties, token_sampling
 from .attention import attend_parts
-from .config import ModelConfig
 from .decoder import Base, logits
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
@@ -79,12 +78,11 @@ def decode(
     model, blocks, head_VD, wide = open_layers(graph, base)
     config = model.config
     S, V = rows.last_token.shape[0], config.vocab_size
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    L, K, H = config.num_layers, *kv_cache.kv_shape(config)
     dtype = model.norm.weight.dtype
     contexts = [kv_cache.read_layer(pages, layer, rows.table, dtype) for layer in range(L)]
-    pairs = open_stack(lora["layers"]) if lora and lora["layers"] else ({},) * L
-    has_window = config.windowed_layers or (config.sliding_window is not None,) * L
-    masks = set(has_window)
+    pairs = open_stack(lora["layers"], config) if lora and lora["layers"] else ({},) * L
+    windows = {layer.mixer.window for layer in config.layers}
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top)
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
 
@@ -96,23 +94,21 @@ def decode(
         step, alive, token, recent, seen, out = state
         at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1), rotations)
         x = model.embed_tokens(token[:, None])
-        visible = {windowed: _visible(config, rows, step, M, pages.page_size, windowed) for windowed in masks}
+        visible = {window: _visible(rows, step, M, pages.page_size, window) for window in windows}
         kept = []
-        for block, context, layer_recent, pair, windowed in zip(
-            blocks, contexts, recent, pairs, has_window, strict=True
-        ):
-            seen_keys = visible[windowed]
+        for block, context, layer_recent, pair in zip(blocks, contexts, recent, pairs, strict=True):
+            mixer = block.layer.mixer
 
             def attend(
-                q: Array, k: Array, v: Array, context=context, layer_recent=layer_recent, seen_keys=seen_keys
+                q: Array, k: Array, v: Array, mixer=mixer, context=context, layer_recent=layer_recent
             ) -> Array:
-                context_visible, recent_visible = seen_keys
+                context_visible, recent_visible = visible[mixer.window]
                 new = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v))
                 put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, step, 0))
                 keys, values = now = tuple(map(put, layer_recent, new))
                 kept.append(now)
                 parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
-                return attend_parts(q, parts, config.head_dim**-0.5)
+                return attend_parts(q, parts, mixer.scale)
 
             x = block(x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, wide) if lora else None)
         z = logits(head_VD, lora, model.norm(x), rows.adapter)[:, 0]
@@ -126,7 +122,7 @@ def decode(
         return step + 1, alive, drawn.tokens, tuple(kept), seen, out
 
     # Computed for all tokens before the loop; inside, XLA would recompute the cosines in every block.
-    rotations = model.rotation(rows.position[:, None] + jnp.arange(M))
+    rotations = model.rotations(rows.position[:, None] + jnp.arange(M))
     # In float32: to write one bfloat16 into an array, the CPU backend converts the whole array to float32 and
     # back.
     recent = ((jnp.zeros((S, K, M, H)),) * 2,) * L
@@ -143,18 +139,18 @@ def decode(
 
 
 def _visible(
-    config: ModelConfig, rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int, windowed: bool
+    rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int, window: int | None
 ) -> tuple[Bool[Array, "S 1 C"], Bool[Array, "S 1 M"]]:
     """Return which cached positions, and which of this call's M tokens, the token of step `step` sees.
 
-    `windowed` selects the layers with the sliding window or those without."""
+    `window` is the sliding window of a layer."""
     S, P = rows.table.shape
     length = rows.position[:, None, None]
     context = jnp.arange(P * page_size)
     recent = jnp.broadcast_to(jnp.arange(M), (S, 1, M))
     context_visible, recent_visible = context < length, recent <= step
-    if windowed:
-        first = length + step - config.sliding_window + 1
+    if window is not None:
+        first = length + step - window + 1
         context_visible &= context >= first
         recent_visible &= length + recent >= first
     return context_visible, recent_visible

@@ -1,10 +1,11 @@
-"""The decoder: a scanned stack of identical blocks.
+"""The decoder: for each group of layers, a scan over the repeats of its pattern.
 
 `build` describes it without arrays: `graph` (hashable, static in every jit) and the abstract base weights, a
 plain nested dict. `trunk` is the forward pass for training. The sampler runs the same blocks one by one with
 its own `attend`, so that both compute the same numbers.
 
-The base weights, with [L, ...] leaves below "layers":
+The base weights, with [L, ...] leaves below "layers" (or below a key for each of several stacks, see
+`config.Stack`):
 
     {"embed_tokens": {"weight": [V, D]},
      "layers": {"input_layernorm": {"weight"}, "q_proj": {"weight": [L, in, out], "bias": [L, out]}, ...,
@@ -24,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from .config import ModelConfig
+from .config import Layer, ModelConfig, Site, Stack
 from .kernels.attention import SAVED, attention
 from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
@@ -35,6 +36,8 @@ from .sharding import LogicalAxes, constrain
 Base = dict[str, Any]
 Attend = Callable[[Array, Array, Array], Array]
 """Maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H]."""
+Rotations = tuple[Rotation, ...]
+"""The angles of each of `ModelConfig.ropes`."""
 
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED)
 REMAT_POLICIES: dict[str, Callable] = {
@@ -47,15 +50,6 @@ REMAT_POLICIES: dict[str, Callable] = {
 products with weights too. ("none" stores all.)"""
 
 _RESIDUAL: LogicalAxes = ("rows", "tokens", "hidden")
-_LINEAR_AXES: dict[str, LogicalAxes] = {
-    "q_proj": ("embed", "heads"),
-    "k_proj": ("embed", "kv_heads"),
-    "v_proj": ("embed", "kv_heads"),
-    "o_proj": ("heads", "embed"),
-    "gate_proj": ("embed", "ff"),
-    "up_proj": ("embed", "ff"),
-    "down_proj": ("ff", "embed"),
-}
 
 
 def by_vector(
@@ -87,10 +81,11 @@ class Linear(nnx.Module):
 
     by_output = False
 
-    def __init__(self, into: int, out: int, axes: LogicalAxes, bias: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, site: Site, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
-        self.weight = nnx.Param(init(rngs.params(), (into, out), dtype), logical_axes=axes)
-        self.bias = nnx.Param(jnp.zeros((out,), dtype), logical_axes=axes[1:]) if bias else None
+        self.weight = nnx.Param(init(rngs.params(), (site.into, site.out), dtype), logical_axes=site.axes)
+        bias = jnp.zeros((site.out,), dtype) if site.bias else None
+        self.bias = None if bias is None else nnx.Param(bias, logical_axes=site.axes[1:])
 
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...]
@@ -153,31 +148,36 @@ def gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Flo
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and gated MLP."""
+    """One layer: a mixer and an MLP, each after a norm and added to the residual stream.
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
-        for name, (into, out) in config.linears.items():
-            setattr(self, name, Linear(into, out, _LINEAR_AXES[name], name in config.biased, dtype, rngs))
-        D, H, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(D, "hidden", eps, dtype)
-        self.post_attention_layernorm = RMSNorm(D, "hidden", eps, dtype)
-        self.q_norm = RMSNorm(H, "head_dim", eps, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(H, "head_dim", eps, dtype) if config.qk_norm else None
-        self.head_dim = H
+    It has a `Linear` for each site of its description, and an `RMSNorm` for each norm, under their names."""
+
+    def __init__(self, config: ModelConfig, layer: Layer, dtype: Any, rngs: nnx.Rngs):
+        for site in layer.sites:
+            setattr(self, site.name, Linear(site, dtype, rngs))
+        for norm in layer.norms:
+            setattr(self, norm.name, RMSNorm(norm.size, norm.axis, config.rms_norm_eps, dtype))
+        self.layer = layer
+        self.rope = config.ropes.index(layer.mixer.rope)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], at: Rotation, attend: Attend, lora: LayerLora | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotations: Rotations,
+        attend: Attend,
+        lora: LayerLora | None = None,
     ) -> Float[Array, "B T D"]:
-        """Apply one layer to the residual stream. `attend` gets rotated q and k, and may cache k and v."""
+        """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v."""
         B, T, _ = x_BTD.shape
+        mixer, at = self.layer.mixer, rotations[self.rope]
 
         def linear(name: str, x: Array) -> Array:
             y = getattr(self, name)(x)
             return (y if lora is None else lora.add(name, x, y)).astype(x.dtype)
 
         y = self.input_layernorm(x_BTD)
-        q, k, v = (linear(n, y).reshape(B, T, -1, self.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = (linear(n, y).reshape(B, T, -1, mixer.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
+        if mixer.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), _RESIDUAL)
@@ -186,25 +186,39 @@ class Block(nnx.Module):
         return constrain(x_BTD + linear("down_proj", y_BTF), _RESIDUAL)
 
 
+class Stacks(nnx.Module):
+    """The stacks of a decoder with several, as attributes under their keys."""
+
+    def __init__(self, stacks: dict[str, Block]):
+        for key, blocks in stacks.items():
+            setattr(self, key, blocks)
+
+
 class Decoder(nnx.Module):
-    """Embedding, blocks stacked on a leading axis, final norm, and a separate head if not tied."""
+    """Embedding, stacks of blocks, final norm, and a separate head if not tied."""
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
+        head = Site("lm_head", D, V, None, ("embed", "vocab"))
         self.embed_tokens = Embedding(V, D, dtype, rngs)
-        self.layers = nnx.vmap(lambda keys: Block(config, dtype, keys))(rngs.split(config.num_layers))
+
+        def blocks(stack: Stack) -> Block:
+            keys = rngs.split(len(stack.layers))
+            return nnx.vmap(lambda keys: Block(config, stack.layer, dtype, keys))(keys)
+
+        (alone, *more) = config.all_stacks
+        self.layers = Stacks({str(s.key): blocks(s) for s in config.all_stacks}) if more else blocks(alone)
         self.norm = RMSNorm(D, "hidden", config.rms_norm_eps, dtype)
-        self.lm_head = None if config.tie_embeddings else Linear(D, V, ("embed", "vocab"), False, dtype, rngs)
+        self.lm_head = None if config.tie_embeddings else Linear(head, dtype, rngs)
         self.config = config
 
-    def block(self, layer: int | Array) -> Block:
-        """Return layer number `layer` (traced or not) as a single block."""
-        graph, stacked = nnx.split(self.layers)
-        return nnx.merge(graph, jax.tree.map(lambda w: w[layer], stacked))
+    def stack(self, stack: Stack) -> Block:
+        """Return the blocks of a stack; their parameters have a leading axis."""
+        return self.layers if stack.key is None else getattr(self.layers, stack.key)
 
-    def rotation(self, position_BT: Int[Array, "B T"]) -> Rotation:
+    def rotations(self, position_BT: Int[Array, "B T"]) -> Rotations:
         """Return the rope angles that `Block` takes."""
-        return rotation(self.config, position_BT)
+        return tuple(rotation(rope, position_BT) for rope in self.config.ropes)
 
 
 def build(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Base]:
@@ -262,33 +276,72 @@ def trunk(
     """
     model = nnx.merge(graph, base)
     config = model.config
-    at = model.rotation(position_BT)
-    block_graph, stacked = nnx.split(model.layers)
+    rotations = model.rotations(position_BT)
 
-    def step(x_BTD: Array, layer: tuple) -> tuple[Array, None]:
-        weights, pairs, windowed = layer
+    def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, None]:
+        mixer = block.layer.mixer
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(
-                q, k, v, start_BT, config.head_dim**-0.5, window=config.sliding_window, windowed=windowed
-            )
+            return attention(q, k, v, start_BT, mixer.scale, window=mixer.window)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
-        return nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora), None
+        return block(x_BTD, rotations, attend, block_lora), None
 
-    if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
-    dtype = model.layers.o_proj.weight[...].dtype
+    dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
-    layers = (stacked, {} if lora is None else lora["layers"], windowed_by_layer(config))
-    x_BTD, _ = jax.lax.scan(step, x_BTD, layers)
+    x_BTD, _ = scan_layers(model, lora, x_BTD, run, remat=remat)
     return model.norm(x_BTD)
 
 
-def windowed_by_layer(config: ModelConfig) -> Bool[Array, " L"] | None:
-    """Return whether each layer has the sliding window, to scan over; None if all layers are alike."""
-    return None if config.windowed_layers is None else jnp.array(config.windowed_layers)
+def scan_layers(
+    model: Decoder,
+    lora: LoraStack | None,
+    x_BTD: Float[Array, "B T D"],
+    run: Callable[[Block, Array, dict, Any], tuple[Array, Any]],
+    *,
+    numbered: bool = False,
+    remat: str = "none",
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Pass the residual stream through all layers, in one scan per group.
+
+    `run(block, x, pairs, number)` applies a layer with its adapter pairs, and returns the stream and what to
+    keep; `number` is the layer's if `numbered`, else None. Returns the stream, and what was kept, with a
+    leading axis of layers. `remat` is what the backward stores of each layer (REMAT_POLICIES).
+    """
+
+    def apply(graph: nnx.GraphDef, x_BTD: Array, weights: Any, pairs: dict, number: Any) -> tuple[Array, Any]:
+        return run(nnx.merge(graph, weights), x_BTD, pairs, number)
+
+    if remat != "none":
+        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=0)
+    kept = []
+    for stacks in model.config.stacks:
+        graphs, weights = zip(*(nnx.split(model.stack(stack)) for stack in stacks), strict=True)
+        pairs = [{} if lora is None else stack.of(lora["layers"]) for stack in stacks]
+        numbers = [_numbers(stack.layers) if numbered else None for stack in stacks]
+
+        def step(x_BTD: Array, layers: list, graphs: tuple = graphs) -> tuple[Array, list]:
+            kept = []
+            for graph, layer in zip(graphs, layers, strict=True):
+                x_BTD, of_layer = apply(graph, x_BTD, *layer)
+                kept.append(of_layer)
+            return x_BTD, kept
+
+        x_BTD, of_group = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, numbers, strict=True)))
+        kept.append(_in_order(of_group))
+    return x_BTD, kept[0] if len(kept) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *kept)
+
+
+def _numbers(layers: range) -> Int[Array, " L"]:
+    return jnp.arange(layers.start, layers.stop, layers.step)
+
+
+def _in_order(of_pattern: list[Any]) -> Any:
+    """Interleave what the stacks of a group kept, [repeats, ...] each, to [layers, ...]."""
+    if len(of_pattern) == 1:
+        return of_pattern[0]
+    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *of_pattern)
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:

@@ -46,6 +46,7 @@ _DIGEST_VERSION = 1
 _BLOCK_BYTES = 1 << 20
 _HASHED_BYTES = 512 << 20
 _NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids")
+_FIRST_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -129,20 +130,43 @@ def _stored(stored: dict[str, Stored], name: str) -> Stored:
 
 
 def _arithmetic(config: ModelConfig) -> str:
-    """Return the fields that differ from their defaults, so that fields added later change no digest."""
-    fields = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _NOT_ARITHMETIC and value != field.default:
-            fields[field.name] = value
-    scaling = fields.pop("rope_scaling", None)
-    if scaling is not None:
-        fields |= {
-            f"rope_scaling.{field.name}": getattr(scaling, field.name)
-            for field in dataclasses.fields(scaling)
-            if getattr(scaling, field.name) != field.default
-        }
-    return repr(sorted(fields.items()))
+    """Return the fields that differ from their defaults, so that fields added later change no digest.
+
+    The first families keep the form of their first digests, by which existing models know their base."""
+    if config.family not in _FIRST_FAMILIES:
+        return repr(_stated(config))
+    layers = config.layers
+    mixer, mlp = layers[0].mixer, layers[0].mlp
+    windows = [layer.mixer.window for layer in layers]
+    fields = _stated(config) | {
+        "intermediate_size": mlp.width,
+        "num_layers": len(layers),
+        "num_heads": mixer.heads,
+        "num_kv_heads": mixer.kv_heads,
+        "head_dim": mixer.head_dim,
+        "rope_theta": mixer.rope.theta,
+        "biased": mixer.biased + mlp.biased or None,
+        "qk_norm": mixer.qk_norm or None,
+        "sliding_window": max((window for window in windows if window), default=None),
+        "windowed_layers": tuple(map(bool, windows)) if any(windows) and not all(windows) else None,
+    }
+    scaling = {} if mixer.rope.scaling is None else _stated(mixer.rope.scaling)
+    fields |= {f"rope_scaling.{name}": value for name, value in scaling.items()}
+    del fields["groups"]
+    return repr(sorted((name, value) for name, value in fields.items() if value is not None))
+
+
+def _stated(described: Any) -> Any:
+    """Return a description as plain values, without the fields that have their defaults."""
+    if isinstance(described, tuple):
+        return tuple(map(_stated, described))
+    if not dataclasses.is_dataclass(described):
+        return described
+    return {
+        field.name: _stated(getattr(described, field.name))
+        for field in dataclasses.fields(described)
+        if field.name not in _NOT_ARITHMETIC and getattr(described, field.name) != field.default
+    }
 
 
 def _refuse_quantized(folder: Path, hf: dict[str, Any]) -> None:

@@ -43,14 +43,21 @@ VALUE_AXES: LogicalAxes = ("layers", "tokens", "kv_heads", "tokens", "head_dim")
 
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
     """Return the memory for the keys and values of one position in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    elements = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers)
+    return elements * jnp.dtype(dtype).itemsize
+
+
+def kv_shape(config: ModelConfig) -> tuple[int, int]:
+    """Return the number of key heads and their size, which are the same in all layers."""
+    (shape,) = {(layer.mixer.kv_heads, layer.mixer.head_dim) for layer in config.layers}
+    return shape
 
 
 def make_pages(
     config: ModelConfig, num_pages: int, page_size: int, dtype: Any, mesh: Mesh | None = None
 ) -> Pages:
     """Make empty pages. `num_pages` includes page 0, which belongs to no sequence."""
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+    L, K, H = config.num_layers, *kv_shape(config)
     stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
     def empty(shape: tuple[int, ...], axes: LogicalAxes) -> Array:

@@ -8,7 +8,6 @@ never a second copy of the model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import decoder, families
+from . import decoder
 from .config import ModelConfig
 from .sharding import make_mesh, shardings_for
 from .weight_files import MappedTensors, unread
@@ -47,18 +46,17 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
     _, abstract = decoder.build(config, dtype)
     shardings = shardings_for(abstract, decoder.logical_axes(config), mesh)
     tensors = MappedTensors(Path(folder))
-    names = tensors.names(config)
+    parameters = tensors.parameters(config)
     if ignored := unread(Path(folder), config):
         some = ", ".join(ignored[:_NAMED_UNREAD])
         log.warning("%s: %d tensors are not of this model and are ignored: %s", folder, len(ignored), some)
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         ours = ".".join(key.key for key in path)
-        views = list(hf_views(tensors, ours, names[ours], leaf.shape))
-        stacked = ours.startswith("layers.")
+        views = tensors.views(parameters[ours])
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            if not stacked:
+            if parameters[ours].layers is None:
                 return np.ascontiguousarray(views[0][index], dtype=leaf.dtype)
             chosen = views[index[0]]
             inner = [view[index[1:]] for view in chosen]
@@ -73,13 +71,3 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
         return array
 
     return jax.tree_util.tree_map_with_path(load, abstract, shardings)
-
-
-def hf_views(tensors: MappedTensors, ours: str, pattern: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Return views of the files for one of our parameters, one per layer, in our orientation."""
-    stacked = "{layer}" in pattern
-    inner = shape[1:] if stacked else shape
-    transposed = families.is_transposed(ours)
-    for layer in range(shape[0] if stacked else 1):
-        view = tensors.get(pattern.format(layer=layer), inner[::-1] if transposed else inner)
-        yield view.T if transposed else view

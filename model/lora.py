@@ -5,7 +5,8 @@ One adapter:
     {"layers": {"q_proj": {"a": [L, in, R], "b": [L, R, out]}, ...},
      "unembed": {"a": [D, R], "b": [R, V]}}
 
-with only the keys that are trained. R is padded to a bucket, so that few programs are compiled. The padded
+with only the keys that are trained. A decoder with several stacks has a tree of matrices for each of them
+below "layers" (`config.Stack`). R is padded to a bucket, so that few programs are compiled. The padded
 columns of `a` and rows of `b` start at zero, get zero gradients and stay zero. The delta of a matrix is
 (alpha / rank) x A B, with the rank before padding.
 
@@ -14,6 +15,7 @@ Letters: B rows, T tokens, D hidden, V vocab, R padded rank, L layers, n adapter
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .config import ModelConfig
+from .config import ModelConfig, Site, Stack
 
 Adapter = dict[str, Any]
 LoraStack = dict[str, Any]
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 RANK_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -55,20 +55,44 @@ def init_lora(
     gives the same adapter on every backend and mesh; the caller puts them on devices.
     """
     padded_rank = pad_rank(rank) if padded_rank is None else padded_rank
-    names = (ATTENTION_LINEARS if train_attn else ()) + (MLP_LINEARS if train_mlp else ())
-    streams = np.random.SeedSequence(seed % 2**64).spawn(len(config.linears) + 1)
-    rngs = dict(zip((*config.linears, "unembed"), map(np.random.default_rng, streams), strict=True))
+    sites = trainable(config)
+    streams = np.random.SeedSequence(seed % 2**64).spawn(len(sites) + 1)  # the same whatever is trained
+    trained = {"attn": train_attn, "mlp": train_mlp}
 
-    def pair(name: str, layers: tuple[int, ...], into: int, out: int) -> dict[str, np.ndarray]:
-        a = np.zeros((*layers, into, padded_rank), np.float32)
-        bound = 1 / np.sqrt(into)
-        a[..., :rank] = rngs[name].uniform(-bound, bound, (*layers, into, rank))
-        return {"a": a, "b": np.zeros((*layers, padded_rank, out), np.float32)}
+    def pair(stream: np.random.SeedSequence, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        a, b = (np.zeros(shapes[side], np.float32) for side in "ab")
+        bound = 1 / np.sqrt(a.shape[-2])
+        drawn = np.random.default_rng(stream).uniform(-bound, bound, (*a.shape[:-1], rank))
+        a[..., :rank] = drawn
+        return {"a": a, "b": b}
 
-    adapter: Adapter = {"layers": {n: pair(n, (config.num_layers,), *config.linears[n]) for n in names}}
+    adapter: Adapter = {"layers": {}}
+    for (stack, site), stream in zip(sites, streams[:-1], strict=True):
+        if site.part is not None and trained[site.part]:
+            at = adapter["layers"] if stack.key is None else adapter["layers"].setdefault(stack.key, {})
+            at[site.name] = pair(stream, pair_shapes(stack, site, padded_rank))
     if train_unembed:
-        adapter["unembed"] = pair("unembed", (), config.hidden_size, config.vocab_size)
+        shapes = {"a": (config.hidden_size, padded_rank), "b": (padded_rank, config.vocab_size)}
+        adapter["unembed"] = pair(streams[-1], shapes)
     return adapter
+
+
+def trainable(config: ModelConfig) -> list[tuple[Stack, Site]]:
+    """List the matrices of the layers that an adapter may have, stack after stack."""
+    return [(stack, site) for stack in config.all_stacks for site in stack.layer.sites if site.part]
+
+
+def pairs(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[Stack, Site, dict[str, Any]]]:
+    """Yield the matrices of the layers that an adapter has."""
+    for stack, site in trainable(config):
+        if (pair := stack.of(adapter["layers"]).get(site.name)) is not None:
+            yield stack, site, pair
+
+
+def pair_shapes(stack: Stack, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a matrix's two factors in an adapter."""
+    layers = len(stack.layers)
+    return {"a": (layers, site.into, rank), "b": (layers, rank, site.out)}
 
 
 def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -> LoraStack:

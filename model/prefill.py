@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
 from .attention import attend_parts
-from .config import ModelConfig
-from .decoder import Base, logits, unembed, windowed_by_layer
+from .decoder import Base, Block, logits, scan_layers, unembed
 from .kernels.attention import attention
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
@@ -55,51 +54,44 @@ def prefill(
     Returns the final hidden states, row after row. `lora` holds one adapter."""
     model = nnx.merge(graph, base)
     config = model.config
-    visible = _visible_in_prompt(config, rows, pages.page_size)
-    at, scale = model.rotation(rows.position), config.head_dim**-0.5
-    block_graph, stacked = nnx.split(model.layers)
+    visible = _visible_in_prompt(rows, pages.page_size)
+    rotations = model.rotations(rows.position)
 
-    def step(x_BTD: Array, layer: tuple) -> tuple[Array, tuple]:
-        weights, pairs, windowed, index = layer
+    def run(block: Block, x_BTD: Array, pairs: dict, number: Array) -> tuple[Array, tuple]:
+        mixer = block.layer.mixer
         kept = []
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             kept.extend((k, v))
             if not rows.table.shape[1]:
-                return attention(q, k, v, rows.start, scale, window=config.sliding_window, windowed=windowed)
-            context_visible, own_visible = visible(windowed)
-            context = kv_cache.read_layer(pages, index, rows.table, q.dtype)
+                return attention(q, k, v, rows.start, mixer.scale, window=mixer.window)
+            context_visible, own_visible = visible(mixer.window)
+            context = kv_cache.read_layer(pages, number, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
-            return attend_parts(q, parts, scale)
+            return attend_parts(q, parts, mixer.scale)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        x_BTD = nnx.merge(block_graph, weights)(x_BTD, at, attend, block_lora)
-        return x_BTD, tuple(kept)
+        return block(x_BTD, rotations, attend, block_lora), tuple(kept)
 
-    x_BTD = model.embed_tokens(rows.tokens)
-    pairs = {} if lora is None else lora["layers"]
-    layers = (stacked, pairs, windowed_by_layer(config), jnp.arange(config.num_layers))
-    x_BTD, kept = jax.lax.scan(step, x_BTD, layers)
+    x_BTD, kept = scan_layers(model, lora, model.embed_tokens(rows.tokens), run, numbered=True)
     k_WLKH, v_WLKH = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept)
     pages = kv_cache.write(pages, k_WLKH, v_WLKH, rows.page.reshape(-1), rows.offset.reshape(-1))
     return pages, model.norm(x_BTD).reshape(-1, config.hidden_size)
 
 
 def _visible_in_prompt(
-    config: ModelConfig, rows: PrefillRows, page_size: int
-) -> Callable[[Bool[Array, ""] | None], tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]]:
+    rows: PrefillRows, page_size: int
+) -> Callable[[int | None], tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]]:
     """Return a function that says which cached positions, and which of its row, each token of a row sees.
 
-    Its argument is a layer's entry in `windowed_by_layer`."""
+    Its argument is the sliding window of a layer."""
     context, own = jnp.arange(rows.table.shape[1] * page_size), jnp.arange(rows.tokens.shape[1])
-    window = config.sliding_window
 
-    def visible(windowed: Bool[Array, ""] | None) -> tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]:
+    def visible(window: int | None) -> tuple[Bool[Array, "S T C"], Bool[Array, "S T T"]]:
         first = jnp.zeros_like(rows.position)
         if window is not None:
-            narrowed = rows.position - window + 1
-            first = narrowed if windowed is None else jnp.where(windowed, narrowed, first)
+            first = rows.position - window + 1
         first, start = first[..., None], rows.start[..., None]
         context_visible = (context < rows.context[:, None, None]) & (context >= first)
         own_visible = (own <= own[:, None]) & (rows.position[:, None] >= first) & (own >= start)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .config import ModelConfig, RopeScaling
+from .config import Rope, RopeScaling
 
 
 class Rotation(NamedTuple):
@@ -22,21 +22,21 @@ class Rotation(NamedTuple):
     sin_BTH: Float[Array, "B T 1 half"]
 
 
-def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
-    """Return theta^(-2i/H), scaled as `config.rope_scaling` says.
+def inverse_frequencies(rope: Rope) -> Float[np.ndarray, " half"]:
+    """Return theta^(-2i/H), scaled as `rope.scaling` says.
 
     Sources: transformers' `modeling_rope_utils._compute_llama3_parameters` for llama3, arXiv:2309.00071 for
     yarn.
     """
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    scaling = config.rope_scaling
+    half = rope.dims // 2
+    frequencies = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = rope.scaling
     if scaling is None:
         return frequencies.astype(np.float32)
     if scaling.kind == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
     if scaling.kind == "yarn":
-        kept = _yarn_kept(config, scaling)
+        kept = _yarn_kept(rope, scaling)
         return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
     wavelength = 2 * math.pi / frequencies
     cycles = scaling.original_max_position / wavelength
@@ -46,14 +46,14 @@ def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " half"]:
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
-def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
+def _yarn_kept(rope: Rope, scaling: RopeScaling) -> Float[np.ndarray, " half"]:
     """Return the unscaled share of each frequency: 1 for fast ones, 0 for slow ones, linear in between."""
-    H = config.head_dim
+    H = rope.dims
 
     def dimension(turns: float) -> float:
         """Return the index of the pair that turns this many times in the original context."""
         wavelength = scaling.original_max_position / turns
-        return H * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return H * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
 
     first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
@@ -64,12 +64,12 @@ def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Float[np.ndarray, "
     return 1 - np.clip((np.arange(H // 2) - first) / (last - first), 0.0, 1.0)
 
 
-def rotation(config: ModelConfig, position_BT: Int[Array, "B T"]) -> Rotation:
+def rotation(rope: Rope, position_BT: Int[Array, "B T"]) -> Rotation:
     """Return float32 angles of tokens at `position_BT`, counted from the start of their own sequence."""
-    angle = position_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
+    angle = position_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(rope)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1:
-        cos, sin = cos * config.rope_scaling.attention_factor, sin * config.rope_scaling.attention_factor
+    if rope.scaling is not None and rope.scaling.attention_factor != 1:
+        cos, sin = cos * rope.scaling.attention_factor, sin * rope.scaling.attention_factor
     return Rotation(cos, sin)
 
 

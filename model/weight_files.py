@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .config import ModelConfig, read_json
-from .families import tensor_names, tensor_shapes
+from .families import Parameter, parameters, tensor_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -192,12 +192,18 @@ class MappedTensors:
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def names(self, config: ModelConfig) -> dict[str, str]:
-        """Return `families.tensor_names` for these files: a tied model may be stored as its head alone."""
-        names = tensor_names(config)
+    def parameters(self, config: ModelConfig) -> dict[str, Parameter]:
+        """Return `families.parameters` by path for these files: a tied model may be stored as its head
+        alone."""
+        found = {parameter.path: parameter for parameter in parameters(config)}
         if config.tie_embeddings and self.find(EMBEDDING) is None and self.find(HEAD) is not None:
-            names["embed_tokens.weight"] = HEAD
-        return names
+            found["embed_tokens.weight"] = found["embed_tokens.weight"]._replace(name=HEAD)
+        return found
+
+    def views(self, parameter: Parameter) -> list[np.ndarray]:
+        """Return a parameter's tensors, one per layer, in our orientation. Raises as `get`."""
+        views = [self.get(name, parameter.file_shape) for name, _ in parameter.tensors()]
+        return [view.T for view in views] if parameter.transposed else views
 
 
 def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:

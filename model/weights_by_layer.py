@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .config import ModelConfig
 from .decoder import Base, Block, Decoder, Linear, unembed
 from .lora import LoraStack
 
@@ -30,6 +31,7 @@ class BaseByLayer:
     rest: Base
     tied_VD: Array | None
     layers: tuple[Base, ...]
+    config: ModelConfig = field(metadata={"static": True})
     by_output: bool = field(metadata={"static": True})
 
     @property
@@ -39,7 +41,7 @@ class BaseByLayer:
         return self.rest["lm_head"]["weight"] if self.by_output else unembed(self.rest)
 
 
-def base_by_layer(base: Base, by_output: bool = False) -> Base | BaseByLayer:
+def base_by_layer(base: Base, config: ModelConfig, by_output: bool = False) -> Base | BaseByLayer:
     """Return `base` in the layout that is fastest for `decode`; on anything but one CPU device, `base`
     itself.
 
@@ -54,7 +56,8 @@ def base_by_layer(base: Base, by_output: bool = False) -> Base | BaseByLayer:
     tied_VD = None if "lm_head" in rest else table_VD
     if by_output and "lm_head" in rest:
         rest["lm_head"] = {"weight": rest["lm_head"]["weight"].T}
-    return BaseByLayer(rest, tied_VD, _by_layer(base["layers"], by_output), by_output)
+    layers = _by_layer(base["layers"], config, by_output)
+    return BaseByLayer(rest, tied_VD, layers, config, by_output)
 
 
 def _bits(table_VD: Float[Array, "V D"]) -> Array:
@@ -64,11 +67,11 @@ def _bits(table_VD: Float[Array, "V D"]) -> Array:
     return jax.device_put(np.asarray(table_VD).view(np.uint16), table_VD.device, may_alias=True)
 
 
-def adapters_by_layer(stack: LoraStack) -> LoraStack:
+def adapters_by_layer(stack: LoraStack, config: ModelConfig) -> LoraStack:
     """Return `stack` with "layers" as views, one tree per layer, if on one CPU device; otherwise `stack`."""
     if not _is_on_one_cpu(stack["layers"]):
         return stack
-    return stack | {"layers": _by_layer(stack["layers"])}
+    return stack | {"layers": _by_layer(stack["layers"], config)}
 
 
 def _is_on_one_cpu(layers: PyTree) -> bool:
@@ -76,7 +79,7 @@ def _is_on_one_cpu(layers: PyTree) -> bool:
     return all(len(leaf.devices()) == 1 and leaf.device.platform == "cpu" for leaf in leaves)
 
 
-def _by_layer(layers: PyTree, by_output: bool = False) -> tuple[PyTree, ...]:
+def _by_layer(layers: PyTree, config: ModelConfig, by_output: bool = False) -> tuple[PyTree, ...]:
     leaves = jax.tree.leaves(layers)
     if not leaves:
         return ()
@@ -87,8 +90,8 @@ def _by_layer(layers: PyTree, by_output: bool = False) -> tuple[PyTree, ...]:
             return jax.device_put(np.ascontiguousarray(w.T), device)
         return jax.device_put(w, device, may_alias=True)
 
-    stacked = jax.tree.map(np.asarray, layers)
-    return tuple(jax.tree.map(lambda w, at=layer: put(w[at]), stacked) for layer in range(len(leaves[0])))
+    by_layer = open_stack(jax.tree.map(np.asarray, layers), config)
+    return tuple(jax.tree.map(put, layer) for layer in by_layer)
 
 
 class OpenLayers(NamedTuple):
@@ -107,9 +110,13 @@ def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
     """Open the decoder of `base`, which may come from `base_by_layer`."""
     if not isinstance(base, BaseByLayer):
         tied_VD = None if "lm_head" in base else base["embed_tokens"]["weight"]
-        base = BaseByLayer(base, tied_VD, open_stack(base["layers"]), by_output=False)
-    models = [nnx.merge(graph, base.rest | {"layers": layer}) for layer in base.layers]
-    model, blocks = models[0], [model.layers for model in models]
+        config = nnx.merge(graph, base).config
+        base = BaseByLayer(base, tied_VD, open_stack(base["layers"], config), config, by_output=False)
+    one_each = {stack.key: base.layers[stack.layers[0]] for stack in base.config.all_stacks}
+    model = nnx.merge(graph, base.rest | {"layers": one_each.get(None, one_each)})
+    graphs = {stack.key: nnx.split(model.stack(stack))[0] for stack in base.config.all_stacks}
+    places = zip(base.config.places, base.layers, strict=True)
+    blocks = [nnx.merge(graphs[stack.key], layer) for (stack, _), layer in places]
     dtype = model.norm.weight.dtype
     if model.embed_tokens.weight.dtype != dtype:
         model.embed_tokens.bits_of = dtype
@@ -120,9 +127,8 @@ def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
     return OpenLayers(model, blocks, base.head, jnp.float32 if base.by_output else dtype)
 
 
-def open_stack(layers: PyTree) -> tuple[PyTree, ...]:
-    """Return one tree per layer, from a tree stacked on a leading axis or from separate trees."""
+def open_stack(layers: PyTree, config: ModelConfig) -> tuple[PyTree, ...]:
+    """Return one tree per layer, from trees stacked on a leading axis or from separate trees."""
     if isinstance(layers, tuple):
         return layers
-    num_layers = len(jax.tree.leaves(layers)[0])
-    return tuple(jax.tree.map(lambda w, at=layer: w[at], layers) for layer in range(num_layers))
+    return tuple(jax.tree.map(lambda w, at=at: w[at], stack.of(layers)) for stack, at in config.places)

@@ -145,7 +145,9 @@ def _is_factor(path: Any) -> bool:
 
 def _matrix(path: Any, leaf: Any) -> bool:
     """Whether a leaf is a matrix, or one per layer: a factor of an adapter, or a linear's weight."""
-    return _is_factor(path) or (_keys(path)[0] == "layers" and len(leaf.shape) == 3)
+    return _is_factor(path) or (
+        _keys(path)[0] == "layers" and _keys(path)[-1] == "weight" and len(leaf.shape) > 2
+    )
 
 
 def _not_matrices(tree: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Sampler:
             on_compile=on_compile,
         )
         self._weights: dict[str | None, Weights] = {
-            None: Weights(base, base_by_layer(base, _is_by_output(base)))
+            None: Weights(base, base_by_layer(base, config, _is_by_output(base)))
         }
         self._arrivals = 0
         self._generations: dict[str, Generation] = {}
@@ -124,7 +124,7 @@ class Sampler:
         copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
         if base is not None:
             own = base if owned else copy(base)
-            self._weights[key] = Weights(own, base_by_layer(own))
+            self._weights[key] = Weights(own, base_by_layer(own, self._config))
             return
         shared = self._weights[None]
         adapter = adapter if owned else copy(adapter)

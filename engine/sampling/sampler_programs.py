@@ -66,7 +66,7 @@ class SamplerPrograms:
         self._compiled: set[str] = set()
         self._slots = Slots()
         self._pages: kv_cache.Pages | None = None  # made when first needed
-        self.stacks = AdapterStacks(None if mesh is None else replicated(mesh))
+        self.stacks = AdapterStacks(config, None if mesh is None else replicated(mesh))
 
     @contextlib.contextmanager
     def ready(self) -> Any:
@@ -171,6 +171,7 @@ def _kind(stack: PyTree | None) -> str:
     if stack is None:
         return ""
     n = len(stack["scale"])
-    ranks = sorted({leaf["a"].shape[-1] for leaf in stack["layers"].values()})
-    names = "+".join([*stack["layers"], *(["unembed"] if "unembed" in stack else [])])
+    leaves = jax.tree_util.tree_leaves_with_path(stack)
+    ranks = sorted({leaf.shape[-1] for path, leaf in leaves if path[-1].key == "a"})
+    names = "+".join(dict.fromkeys(path[-2].key for path, _ in leaves if len(path) > 1))
     return f", {n} adapter{'s' if n > 1 else ''} of rank {ranks} on {names}"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import lora
+from ...model.config import ModelConfig
 from ...model.weights_by_layer import adapters_by_layer
 from ..device_memory import device_share
 
@@ -60,7 +61,8 @@ class AdapterStacks:
     with zeros, so that few programs are compiled. One adapter alone keeps its own shape.
     """
 
-    def __init__(self, sharding: Any = None, max_bytes: int | None = None):
+    def __init__(self, config: ModelConfig, sharding: Any = None, max_bytes: int | None = None):
+        self._config = config
         self._sharding = sharding
         self._max_bytes = device_share(_STACKS_SHARE, _STACKS_ON_CPU) if max_bytes is None else max_bytes
         self._kept: OrderedDict[tuple[int, ...], AdapterStack] = OrderedDict()
@@ -104,7 +106,7 @@ class AdapterStacks:
         stack = lora.stack_adapters(tuple(adapters), jnp.asarray(scales, jnp.float32))
         if self._sharding is not None:
             stack = jax.device_put(stack, self._sharding)
-        return AdapterStack(stack, adapters_by_layer(stack))
+        return AdapterStack(stack, adapters_by_layer(stack, self._config))
 
 
 def _widest(adapters: list[PyTree]) -> PyTree:

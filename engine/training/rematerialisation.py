@@ -22,10 +22,11 @@ def kept_bytes(config: ModelConfig, tokens: int, itemsize: int, remat: str) -> i
     Per layer and token, with D hidden, F feed-forward and Q = queries, keys and values together: "full" D
     (the block's input), "dots" 2 D + Q + 2 F (and the products with weights), "none" 8 D + 2 Q + 5 F.
     """
-    D, F = config.hidden_size, config.intermediate_size
-    Q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    elements = {"full": D, "dots": 2 * D + Q + 2 * F, "none": 8 * D + 2 * Q + 5 * F}
-    return elements[remat] * config.num_layers * tokens * itemsize
+    elements, D = 0, config.hidden_size
+    for layer in config.layers:
+        Q, F = layer.mixer.qkv, layer.mlp.width
+        elements += {"full": D, "dots": 2 * D + Q + 2 * F, "none": 8 * D + 2 * Q + 5 * F}[remat]
+    return elements * tokens * itemsize
 
 
 def choose_remat(config: ModelConfig, tokens: int, itemsize: int, limit: int) -> str:

@@ -131,8 +131,7 @@ def _cast_matrices(static: Static, weights: Any) -> Any:
     plain sums over tokens, in which each addition would round. Products sum in float32 anyway."""
 
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        keys = [part.key for part in path]
-        is_matrix = keys[0] == "layers" and leaf.ndim == 3
+        is_matrix = path[0].key == "layers" and path[-1].key == "weight" and leaf.ndim > 2
         return leaf.astype(static.dtype) if is_matrix else leaf
 
     return jax.tree_util.tree_map_with_path(cast, weights)

@@ -1,56 +1,93 @@
 """Model families. Each is a reader of Hugging Face configs and a table of parameter names, and nothing else.
 
-A family module has `read(hf: dict) -> ModelConfig` and `TENSORS: dict[str, str]`, from our parameter path
-("layers.q_proj.weight") to the Hugging Face tensor name, with `{layer}` where there is one per layer.
-Biases are named after their weights.
+A family module has `read(hf: dict) -> ModelConfig` and `TENSORS: dict[str, str]`, from the name of a
+parameter ("layers.q_proj.weight", in whatever stack) to the Hugging Face tensor name, with `{layer}` where
+there is one per layer. Biases are named after their weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 from types import ModuleType
+from typing import NamedTuple
 
-from ..config import ModelConfig
+from ..config import Layer, ModelConfig
 from . import llama, qwen2, qwen3
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 """Family modules by config.json's model_type."""
 
 
-def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Map our dotted parameter paths to Hugging Face tensor names, for the parameters that this model has."""
-    names = dict(FAMILIES[config.family].TENSORS)
-    for linear in config.biased:
-        weight = names[f"layers.{linear}.weight"]
-        names[f"layers.{linear}.bias"] = weight.removesuffix("weight") + "bias"
-    if config.tie_embeddings:
-        del names["lm_head.weight"]
-    return names
+class Parameter(NamedTuple):
+    """One of our arrays, and its tensors in the model's files.
+
+    `path` is its dotted path in the base's tree. `name` is the name of its tensors, with `{layer}` if it is
+    stacked over `layers`. `shape` is that of one layer. A `transposed` one is [out, in] in the files and
+    [in, out] here.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+    layers: range | None = None
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def tensors(self) -> Iterator[tuple[str, int | None]]:
+        """Yield the name of each of its tensors, and the tensor's index on the stacked axis."""
+        if self.layers is None:
+            yield self.name, None
+            return
+        for index, layer in enumerate(self.layers):
+            yield self.name.format(layer=layer), index
+
+
+@lru_cache(maxsize=64)
+def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """List the parameters of a model."""
+    V, D = config.vocab_size, config.hidden_size
+    names = FAMILIES[config.family].TENSORS
+
+    def outer(path: str, shape: tuple[int, ...], transposed: bool = False) -> Parameter:
+        return Parameter(path, names[path], shape, transposed)
+
+    found = [outer("embed_tokens.weight", (V, D))]
+    for stack in config.all_stacks:
+        for name, shape, transposed in _of_layer(stack.layer):
+            weight = names[f"layers.{name.removesuffix('bias').removesuffix('weight')}weight"]
+            theirs = weight.removesuffix("weight") + "bias" if name.endswith(".bias") else weight
+            found.append(Parameter(stack.path(name), theirs, shape, transposed, stack.layers))
+    found.append(outer("norm.weight", (D,)))
+    if not config.tie_embeddings:
+        found.append(outer("lm_head.weight", (D, V), transposed=True))
+    return tuple(found)
+
+
+def _of_layer(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Yield the name of each parameter of a layer, its shape, and whether the files have it transposed."""
+    for norm in layer.norms:
+        yield f"{norm.name}.weight", (norm.size,), False
+    for site in layer.sites:
+        yield f"{site.name}.weight", (site.into, site.out), True
+        if site.bias:
+            yield f"{site.name}.bias", (site.out,), False
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Map the Hugging Face names of this model's tensors, in all layers, to their shapes in the files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for ours, theirs in tensor_names(config).items():
-        for layer in range(config.num_layers) if "{layer}" in theirs else (0,):
-            shapes[theirs.format(layer=layer)] = _shape(config, ours)
-    return shapes
+    """Map the Hugging Face names of this model's tensors to their shapes in the files."""
+    return {name: each.file_shape for each in parameters(config) for name, _ in each.tensors()}
 
 
 def parameter_count(config: ModelConfig) -> int:
     return sum(map(prod, tensor_shapes(config).values()))
 
 
-def _shape(config: ModelConfig, ours: str) -> tuple[int, ...]:
-    name, _, kind = ours.removeprefix("layers.").rpartition(".")
-    if name in config.linears:
-        into, out = config.linears[name]
-        return (out,) if kind == "bias" else (out, into)
-    if name in ("embed_tokens", "lm_head"):
-        return config.vocab_size, config.hidden_size
-    return (config.head_dim,) if name in ("q_norm", "k_norm") else (config.hidden_size,)
-
-
-def is_transposed(path: str) -> bool:
-    """Return whether our `path` is a linear weight, which is [out, in] in the files and [in, out] here."""
-    return path.endswith("_proj.weight") or path == "lm_head.weight"
+def module_name(config: ModelConfig, parameter: str, layer: int | None = None) -> str:
+    """Return the Hugging Face name of the module that has this parameter: "lm_head.weight", or one of a layer
+    as in `TENSORS`."""
+    return FAMILIES[config.family].TENSORS[parameter].removesuffix(".weight").format(layer=layer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ..config import ModelConfig, UnsupportedModelError
+from ..config import Attention, GatedMlp, Layer, ModelConfig, Rope, UnsupportedModelError, fold
 from .options import flag, number, tokens, whole
 from .rotary import read_rope
 
@@ -67,12 +68,19 @@ def read(hf: dict[str, Any]) -> ModelConfig:
     return read_common(hf, DEFAULTS, family="llama", biased=attention + mlp)
 
 
-def read_common(hf: dict[str, Any], defaults: dict[str, Any], **family_options: Any) -> ModelConfig:
-    """Convert what all dense families share. `family_options` are the ModelConfig fields in which they
-    differ.
+def read_common(
+    hf: dict[str, Any],
+    defaults: dict[str, Any],
+    *,
+    family: str,
+    biased: tuple[str, ...] = (),
+    qk_norm: bool = False,
+    windows: Sequence[int | None] = (),
+) -> ModelConfig:
+    """Convert what all dense families share; the options are those in which they differ.
 
-    Raises UnsupportedModelError for invalid values, and for options that would change the arithmetic and are
-    not supported.
+    `windows` is each layer's sliding window, or nothing if there are none. Raises UnsupportedModelError for
+    invalid values, and for options that would change the arithmetic and are not supported.
     """
     _reject_unknown_arithmetic(hf)
     heads = whole(hf, "num_attention_heads", defaults["num_attention_heads"])
@@ -89,22 +97,38 @@ def read_common(hf: dict[str, Any], defaults: dict[str, Any], **family_options: 
         raise UnsupportedModelError(f"head_dim is {head_dim}; rotary embeddings need an even number")
     max_position = whole(hf, "max_position_embeddings", defaults["max_position_embeddings"])
     theta, scaling = read_rope(hf, max_position)
-    options: dict[str, Any] = {
-        "vocab_size": whole(hf, "vocab_size", defaults["vocab_size"]),
-        "hidden_size": hidden_size,
-        "intermediate_size": whole(hf, "intermediate_size", defaults["intermediate_size"]),
-        "num_layers": whole(hf, "num_hidden_layers", defaults["num_hidden_layers"]),
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": number(hf, "rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_sequence_length": max_position,
-        "tie_embeddings": flag(hf, "tie_word_embeddings"),
-        "eos_token_ids": tokens(hf, "eos_token_id", defaults["eos_token_id"]),
-    }
-    return ModelConfig(**(options | family_options))
+    num_layers = whole(hf, "num_hidden_layers", defaults["num_hidden_layers"])
+    mlp = GatedMlp(
+        hidden_size,
+        whole(hf, "intermediate_size", defaults["intermediate_size"]),
+        tuple(name for name in MLP if name in biased),
+    )
+    layers = [
+        Layer(
+            Attention(
+                hidden_size,
+                heads,
+                kv_heads,
+                head_dim,
+                Rope(theta, head_dim, scaling),
+                window,
+                tuple(name for name in ATTENTION if name in biased),
+                qk_norm,
+            ),
+            mlp,
+        )
+        for window in (windows or (None,) * num_layers)
+    ]
+    return ModelConfig(
+        family,
+        whole(hf, "vocab_size", defaults["vocab_size"]),
+        hidden_size,
+        fold(layers),
+        number(hf, "rms_norm_eps", 1e-6),
+        max_position,
+        flag(hf, "tie_word_embeddings"),
+        tokens(hf, "eos_token_id", defaults["eos_token_id"]),
+    )
 
 
 def _reject_unknown_arithmetic(hf: dict[str, Any]) -> None:

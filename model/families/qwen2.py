@@ -24,7 +24,7 @@ def read(hf: dict[str, Any]) -> ModelConfig:
     refuse_mlp_bias(hf)
     # `attention_bias` has no effect here: q, k and v have biases, o has none
     biased = ("q_proj", "k_proj", "v_proj")
-    return llama.read_common(hf, DEFAULTS, family="qwen2", biased=biased, **read_windows(hf))
+    return llama.read_common(hf, DEFAULTS, family="qwen2", biased=biased, windows=read_windows(hf))
 
 
 def refuse_mlp_bias(hf: dict[str, Any]) -> None:

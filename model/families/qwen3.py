@@ -23,4 +23,6 @@ def read(hf: dict[str, Any]) -> ModelConfig:
     if hf.get("head_dim", 0) is None:
         hf = {key: value for key, value in hf.items() if key != "head_dim"}
     biased = llama.ATTENTION if flag(hf, "attention_bias") else ()
-    return llama.read_common(hf, DEFAULTS, family="qwen3", qk_norm=True, biased=biased, **read_windows(hf))
+    return llama.read_common(
+        hf, DEFAULTS, family="qwen3", qk_norm=True, biased=biased, windows=read_windows(hf)
+    )

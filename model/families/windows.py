@@ -11,8 +11,8 @@ _LEGACY = {"attention": "full_attention"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_windows(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return `sliding_window` and `windowed_layers` for a ModelConfig.
+def read_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
+    """Return each layer's sliding window, or nothing if no layer has one.
 
     As in transformers, `layer_types` decides if it is given. Otherwise layers from `max_window_layers` (28)
     on have the window if `use_sliding_window` is true. A window as long as the longest sequence counts as
@@ -28,11 +28,11 @@ def read_windows(hf: dict[str, Any]) -> dict[str, Any]:
     else:
         windowed = ()
     if not any(windowed):
-        return {}
+        return ()
     size = whole({"sliding_window": size}, "sliding_window")
     if size >= whole(hf, "max_position_embeddings", 32_768):
-        return {}
-    return {"sliding_window": size, "windowed_layers": None if all(windowed) else windowed}
+        return ()
+    return tuple(size if each else None for each in windowed)
 
 
 def _of_layer_types(stated: Any, num_layers: int, size: Any) -> tuple[bool, ...]:

@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 from tinsmith.ckpt import stored_parameters, training_state
 from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.ckpt.peft import save_adapter
-from tinsmith.model.families import is_transposed, tensor_names
+from tinsmith.model.families import parameters
 from tinsmith.model.folder import read_config
 
 from tests.ckpt.test_peft import ALPHA, RANK, random_adapter
@@ -17,15 +17,14 @@ from tests.tiny_models import VARIANTS, hf_config, random_weights, write_model
 def our_base(config, weights):
     """The base pytree of Hugging Face weights, stacked by hand."""
     base = {}
-    for ours, theirs in tensor_names(config).items():
-        layers = range(config.num_layers) if "{layer}" in theirs else [None]
-        arrays = [weights[theirs.format(layer=layer)] for layer in layers]
-        arrays = [array.T if is_transposed(ours) else array for array in arrays]
-        *parents, leaf = ours.split(".")
+    for parameter in parameters(config):
+        arrays = [weights[name] for name, _ in parameter.tensors()]
+        arrays = [array.T if parameter.transposed else array for array in arrays]
+        *parents, leaf = parameter.path.split(".")
         at = base
         for key in parents:
             at = at.setdefault(key, {})
-        at[leaf] = np.stack(arrays) if "{layer}" in theirs else arrays[0]
+        at[leaf] = arrays[0] if parameter.layers is None else np.stack(arrays)
     return base
 
 

@@ -57,7 +57,7 @@ def test_files_hold_the_true_rank_and_name_every_target(tmp_path):
     )
     written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert written["r"] == RANK
-    assert written["target_modules"] == sorted([*config.linears, "lm_head"])
+    assert written["target_modules"] == sorted([*(site.name for site in config.layers[0].sites), "lm_head"])
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in tensors.values()} == {RANK}
     assert len(tensors) == 2 * (7 * config.num_layers + 1)

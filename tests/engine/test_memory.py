@@ -13,28 +13,36 @@ from tinsmith.engine.optimizers import optimizer_families
 from tinsmith.model import decoder, kv_cache
 from tinsmith.model.config import ModelConfig
 from tinsmith.model.counts import counts
+from tinsmith.model.families import FAMILIES
 from tinsmith.model.lora import RANK_BUCKETS, init_lora, pad_rank
 
 GIB = 2**30
 
 
-def config(**sizes) -> ModelConfig:
-    common = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_sequence_length": 131072, "head_dim": 128}
-    return ModelConfig(**common | sizes)
+def config(model_type: str, **sizes) -> ModelConfig:
+    common = {"model_type": model_type, "rope_theta": 1e6, "max_position_embeddings": 131072, "head_dim": 128}
+    return FAMILIES[model_type].read(common | sizes)
 
 
 QWEN3_8B = config(
-    family="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36,
-    num_heads=32, num_kv_heads=8, qk_norm=True,
+    "qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8,
 )  # fmt: skip
 LLAMA_70B = config(
-    family="llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80,
-    num_heads=64, num_kv_heads=8,
+    "llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+    num_attention_heads=64, num_key_value_heads=8,
 )  # fmt: skip
-TINY = config(
-    family="qwen3", vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4,
-    num_kv_heads=2, qk_norm=True,
-)  # fmt: skip
+TINY_SIZES = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TINY = config(**TINY_SIZES)
+SLIDING, FULL = "sliding_attention", "full_attention"
 C8, C70 = counts(QWEN3_8B), counts(LLAMA_70B)
 K32 = 32768
 
@@ -88,9 +96,11 @@ def test_flops_are_those_counted_in_compiled_programs():
 
 
 def test_a_window_bounds_the_keys_that_are_counted():
-    windowed = counts(replace(TINY, sliding_window=4, windowed_layers=(True, False, True)))
+    windowed = counts(
+        config(**TINY_SIZES, use_sliding_window=True, sliding_window=4, layer_types=[SLIDING, FULL, SLIDING])
+    )
     of_layer = [sum(min(query + 1, window) for query in range(100)) for window in (4, 100, 4)]
-    width = TINY.num_heads * TINY.head_dim
+    width = TINY.layers[0].mixer.heads * TINY.layers[0].mixer.head_dim
     # The diagonal counts half, as in a kernel's triangle.
     assert roofline.attention_flops(windowed, 100) == pytest.approx(4 * width * sum(of_layer), rel=0.02)
 

@@ -44,7 +44,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     directory.mkdir()
     tensors = {}
     for layer in range(2):
-        into, out = config.linears["q_proj"]
+        _, into, out, *_ = config.layers[layer].mixer.sites[0]
         module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         tensors[f"{module}.lora_A.weight"] = np.ones((2, into), np.float32)
         tensors[f"{module}.lora_B.weight"] = np.ones((out, 2), np.float32)
@@ -114,10 +114,10 @@ def test_adapters(rng: random.Random, adapter: Adapter) -> None:
         return
     assert np.isfinite(saved.alpha)
     assert isinstance(saved.base_model, str)
-    linears = adapter.config.linears
+    sites = {site.name: site for site in adapter.config.layers[0].sites}
     rank = pad_rank(saved.rank)
     for name, pair in saved.adapter["layers"].items():
-        into, out = linears[name]
+        _, into, out, *_ = sites[name]
         for side, shape in (("a", (into, rank)), ("b", (rank, out))):
             assert pair[side].shape == (adapter.config.num_layers, *shape)
             assert pair[side].dtype == np.float32

@@ -98,5 +98,6 @@ def test_transformers_5_rope_parameters_read_like_the_old_layout(tmp_path):
         (folder / "config.json").write_text(json.dumps(hf))
         read.append(read_config(folder))
     assert read[0] == read[1]
-    assert read[0].rope_theta == 500_000
-    assert read[0].rope_scaling.kind == "llama3"
+    (rope,) = read[0].ropes
+    assert rope.theta == 500_000
+    assert rope.scaling.kind == "llama3"

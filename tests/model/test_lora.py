@@ -33,8 +33,9 @@ def random_adapter(config, seed, **options):
 def test_a_fresh_adapter_changes_nothing_and_is_peft_s_uniform(tiny):
     config = tiny("qwen3").config
     adapter = lora.init_lora(config, seed=7, rank=RANK)
+    sites = {site.name: site for site in config.layers[0].sites}
     for name, pair in [*adapter["layers"].items(), ("unembed", adapter["unembed"])]:
-        into = config.linears[name][0] if name != "unembed" else config.hidden_size
+        into = sites[name].into if name != "unembed" else config.hidden_size
         a = pair["a"][..., :RANK]
         assert not pair["b"].any()
         assert not pair["a"][..., RANK:].any()

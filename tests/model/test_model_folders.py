@@ -75,8 +75,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def test_sliding_windows(tmp_path, variant, changes, windows):
     folder = changed(tmp_path, variant, **changes)
     config = read_config(folder)
-    found = config.windowed_layers or (config.sliding_window is not None,) * 2
-    assert [config.sliding_window if windowed else None for windowed in found] == windows
+    assert [layer.mixer.window for layer in config.layers] == windows
     assert_as_transformers(folder)
 
 
@@ -165,10 +164,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     same = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
         "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
         "rms_norm_eps": "rms_norm_eps",
         "max_sequence_length": "max_position_embeddings",
         "tie_embeddings": "tie_word_embeddings",
@@ -176,11 +172,12 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     assert {name: getattr(config, name) for name in same} == {
         name: getattr(theirs, their) for name, their in same.items()
     }
-    assert (
-        config.head_dim == getattr(theirs, "head_dim", None)
-        or theirs.hidden_size // theirs.num_attention_heads
-    )
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    mixer = config.layers[0].mixer
+    assert config.layers[0].mlp.width == theirs.intermediate_size
+    assert (mixer.heads, mixer.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    their_size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert mixer.head_dim == their_size
+    assert mixer.rope.theta == theirs.rope_parameters["rope_theta"]
     assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
 
 

@@ -39,8 +39,9 @@ def peft_model(tiny, adapter):
         ),
     )
     modules, parameters = dict(model.named_modules()), {}
+    parts = {site.name: site.part for site in tiny.config.layers[0].sites}
     for name, pair in adapter["layers"].items():
-        room = "self_attn" if name in lora.ATTENTION_LINEARS else "mlp"
+        room = "self_attn" if parts[name] == "attn" else "mlp"
         for layer in range(tiny.config.num_layers):
             module = modules[f"base_model.model.model.layers.{layer}.{room}.{name}"]
             parameters[name, layer] = (module, pair["a"][layer], pair["b"][layer])

@@ -28,13 +28,13 @@ def test_opened_layers_compute_what_the_stack_does(tmp_path, by_output, tied):
     config = read_config(tmp_path)
     graph, _ = decoder.build(config, jnp.float32)
     base = decoder.random_base(config, jnp.float32)
-    by_layer = weights_by_layer.base_by_layer(base, by_output)
+    by_layer = weights_by_layer.base_by_layer(base, config, by_output)
     x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, config.hidden_size)), jnp.float32)
 
     @jax.jit
     def run(base):
         opened = weights_by_layer.open_layers(graph, base)
-        at = opened.model.rotation(jnp.arange(3)[None].repeat(2, axis=0))
+        at = opened.model.rotations(jnp.arange(3)[None].repeat(2, axis=0))
         x = x_BTD
         for block in opened.blocks:
             x = block(x, at, lambda q, k, v: q)
@@ -42,6 +42,5 @@ def test_opened_layers_compute_what_the_stack_does(tmp_path, by_output, tied):
 
     np.testing.assert_allclose(run(by_layer), run(base), atol=1e-5, rtol=1e-5)
     assert len(by_layer.layers) == config.num_layers
-    assert (
-        by_layer.layers[1]["up_proj"]["weight"].shape == config.linears["up_proj"][:: -1 if by_output else 1]
-    )
+    shape = (config.hidden_size, config.layers[1].mlp.width)
+    assert by_layer.layers[1]["up_proj"]["weight"].shape == (shape[::-1] if by_output else shape)
