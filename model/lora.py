@@ -15,7 +15,7 @@ Letters: B rows, T tokens, D hidden, V vocab, R padded rank, L layers, n adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ def init_lora(
     streams = np.random.SeedSequence(seed % 2**64).spawn(len(sites) + 1)  # the same whatever is trained
     trained = {"attn": train_attn, "mlp": train_mlp}
 
-    def pair(stream: np.random.SeedSequence, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    def pair(stream: np.random.SeedSequence, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         a, b = (np.zeros(shapes[side], np.float32) for side in "ab")
         bound = 1 / np.sqrt(a.shape[-2])
         drawn = np.random.default_rng(stream).uniform(-bound, bound, (*a.shape[:-1], rank))

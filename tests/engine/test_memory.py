@@ -206,7 +206,8 @@ def test_the_bound_of_an_8b_step_on_an_h200(rows_of, at_least):
 def test_decoding_is_bound_by_the_bytes_that_it_reads():
     h200, work = device_catalogue.find("h200"), Workload(8192)
     planned = roofline.fastest(C8, work, h200)
-    weights = 2 * (QWEN3_8B.num_layers * sum(map(math.prod, QWEN3_8B.linears.values())) + 151936 * 4096)
+    matrices = sum(site.into * site.out for layer in QWEN3_8B.layers for site in layer.sites)
+    weights = 2 * (matrices + 151936 * 4096)
     keys_and_values = planned.slots * 8192 * kv_cache.bytes_per_token(QWEN3_8B, "bfloat16")
     seconds = (weights + keys_and_values) / 4.8e12
     assert roofline.decoding_bound(C8, work, planned, h200) == pytest.approx(planned.slots / seconds)
