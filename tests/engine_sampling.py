@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from adapters import random_adapter as random_adapter
 from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.engine import messages
 from tinsmith.engine.sampling.sampler import Sampler
@@ -32,15 +33,6 @@ def load_tiny(folder, variant="llama", **overrides) -> Model:
     config = read_config(folder)
     graph, _ = decoder.build(config, jnp.float32)
     return Model(folder, config, graph, load.load_base(folder, config, jnp.float32))
-
-
-def random_adapter(config, seed=0, rank=8, **which):
-    """An adapter with a B that is not zero."""
-    adapter = lora.init_lora(config, seed, rank, **which)
-    rng = np.random.default_rng(seed)
-    for pair in [*adapter["layers"].values(), *([adapter["unembed"]] if "unembed" in adapter else [])]:
-        pair["b"][..., :rank, :] = rng.normal(size=pair["b"][..., :rank, :].shape) * 0.1
-    return adapter
 
 
 def make_sampler(model: Model, **options) -> Sampler:

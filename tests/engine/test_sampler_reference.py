@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from adapters import by_layer
 from engine_sampling import load_tiny, make_sampler, random_adapter, request, run_all, sequences
 from tiny_models import VARIANTS
 
@@ -17,7 +18,7 @@ def generate(model, prompt, adapter=None):
 
     hf = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
     if adapter is not None:
-        merge(hf, adapter)
+        merge(hf, adapter, model.config)
     with torch.no_grad():
         out = hf.generate(
             torch.tensor(prompt[None]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
@@ -25,16 +26,15 @@ def generate(model, prompt, adapter=None):
     return out[0, len(prompt) :].tolist()
 
 
-def merge(hf, adapter):
+def merge(hf, adapter, config):
     """W += scale A B, for every matrix (torch stores W transposed)."""
 
     def add(weight, a, b):
         weight.data += torch.tensor(SCALE * (a @ b).T)
 
-    for name, pair in adapter["layers"].items():
-        for layer, block in enumerate(hf.model.layers):
-            part = block.self_attn if name[0] in "qkvo" else block.mlp
-            add(getattr(part, name).weight, pair["a"][layer], pair["b"][layer])
+    for layer, site, a, b in by_layer(adapter, config):
+        block = hf.model.layers[layer]
+        add(getattr(block.self_attn if site.part == "attn" else block.mlp, site.name).weight, a, b)
     if "unembed" in adapter:
         hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone())  # no longer the embedding
         add(hf.lm_head.weight, adapter["unembed"]["a"], adapter["unembed"]["b"])
