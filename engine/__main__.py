@@ -53,25 +53,35 @@ def main() -> int:
 def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     """The engine with its base models on the devices; the server hears of the progress."""
 
-    def tell(phase: Literal["loading", "ready"], text: str) -> None:
+    phase: Literal["loading", "ready"] = "loading"
+
+    def tell(text: str) -> None:
         log.info("%s", text)
         socket.send(messages.Status(phase, text))
 
+    def compiles(program: str, seconds: float | None) -> None:
+        if seconds is None:
+            socket.send(messages.Status("compiling", f"compiling {program}"))
+        else:
+            socket.send(messages.Status(phase, f"compiled {program} in {seconds:.1f} s"))
+
     began = time.perf_counter()
-    tell("loading", "starting JAX")
+    tell("starting JAX")
     compilation.log_all_compilations()
+    compilation.watch(compiles)
     cache = compilation.use_cache(Path(config.cache_dir))
     mesh = make_mesh(config.mesh or None)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     log.info("JAX %s on %s; compiled programs are kept in %s", jax.__version__, devices, cache)
     bases: dict[str, base_models.BaseModel] = {}
     for number, declared in enumerate(config.base_models, start=1):
-        tell("loading", f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
+        tell(f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
         same = (base for base in bases.values() if base.folder == find_model(declared.path))
         shared = next(same, None) or base_models.load(declared, config, mesh)
         bases[declared.name] = dataclasses.replace(shared, name=declared.name)
     engine = Engine(config, bases, socket)
-    tell("ready", f"ready after {time.perf_counter() - began:.1f} s with {', '.join(bases)} on {devices}")
+    phase = "ready"
+    tell(f"ready after {time.perf_counter() - began:.1f} s with {', '.join(bases)} on {devices}")
     return engine
 
 

@@ -20,7 +20,6 @@ from ..model.folder import digest, read_config
 from ..model.load import find_model, load_base
 from ..model.weight_files import WeightsError
 from . import messages
-from .compilation import log_compiled
 from .device_memory import device_share
 from .sampling.sampler import Sampler, default_kv_cache_tokens
 from .sampling.sampler_cache import SamplerCache
@@ -68,7 +67,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
     graph, _ = decoder.build(config, dtype)
     weights = load_base(folder, config, dtype, mesh)
     limit = min(config.max_sequence_length, engine.max_sequence_length or config.max_sequence_length)
-    trainer = Trainer(graph, weights, config, mesh, max_sequence_length=limit, on_compile=log_compiled)
+    trainer = Trainer(graph, weights, config, mesh, max_sequence_length=limit)
 
     token_bytes = _token_bytes(folder)
     sharing = len(engine.base_models)  # what is derived from the device is for all of them
@@ -86,7 +85,6 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
             mesh=mesh,
             kv_cache_tokens=kv_cache_tokens,
             max_sequence_length=limit,
-            on_compile=log_compiled,
         )
 
     samplers = SamplerCache(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -32,9 +35,30 @@ def use_cache(cache_dir: Path) -> Path:
     return folder
 
 
-def log_compiled(name: str, seconds: float) -> None:
-    """The line for a program of ours: what `on_compile` of the trainer and the sampler report."""
-    log.info("compiled %s in %.2f s", name, seconds)
+OnCompilation = Callable[[str, float | None], None]
+"""Called with a program's name when its compilation begins, and again, with its seconds, at the end."""
+_listeners: list[OnCompilation] = []
+
+
+def watch(listener: OnCompilation) -> None:
+    """Tell `listener` of every program of ours that is compiled from now on, as long as the process lives."""
+    _listeners.append(listener)
+
+
+@contextlib.contextmanager
+def compiling(program: str) -> Iterator[None]:
+    """The block compiles a program: logs it and tells those who watch, at its beginning and its end."""
+    log.info("compiling %s", program)
+    for each in _listeners:
+        each(program, None)
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - began
+        log.info("compiled %s in %.2f s", program, seconds)
+        for each in _listeners:
+            each(program, seconds)
 
 
 def log_all_compilations() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-log = logging.getLogger(__name__)
+from .compilation import compiling
 
 OnCompile = Callable[[str, float], None]
 """Called with a program's name and the seconds its compilation took, after it."""
@@ -44,10 +43,9 @@ class Programs:
         not fit.
         """
         if key not in self._compiled:
-            log.info("compiling %s", name)  # it may take a while; `on_compile` tells how long it took
             began = time.perf_counter()
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
-            with jax.set_mesh(self._mesh):
+            with jax.set_mesh(self._mesh), compiling(name):
                 self._compiled[key] = jitted.lower(*arguments).compile()
             self.compile_seconds[name] = seconds = time.perf_counter() - began
             if self._on_compile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from ...model import decode, kv_cache, prefill
 from ...model.config import ModelConfig
 from ...model.decode import Decoded
 from ...model.sharding import replicated
+from ..compilation import compiling
 from .prompt_scores import PromptScores
 from .sampler_rows import (
     CONTEXT_BUCKETS,
@@ -29,8 +29,6 @@ from .sampler_rows import (
 from .sampler_weights import AdapterStacks
 from .sequence import Prompt, Sequence
 from .slots import Slots
-
-log = logging.getLogger(__name__)
 
 PyTree = Any
 
@@ -157,13 +155,14 @@ class SamplerPrograms:
 
     @contextlib.contextmanager
     def _timed(self, program: str) -> Any:
-        if program not in self._compiled:
-            log.info("compiling %s", program)  # it may take a while; `on_compile` tells how long it took
+        if program in self._compiled:
+            yield
+            return
         began = time.monotonic()
-        yield
-        if program not in self._compiled:
-            self._compiled.add(program)
-            self._on_compile(program, time.monotonic() - began)
+        with compiling(program):
+            yield
+        self._compiled.add(program)
+        self._on_compile(program, time.monotonic() - began)
 
 
 def _kind(stack: PyTree | None) -> str:

@@ -97,7 +97,8 @@ class EngineProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self.phase = "starting"  # then those of messages.Status, `dead` or `stopped`
-        self.text = "starting the engine"
+        self._news = "starting the engine"
+        self._since = time.monotonic()
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self.death: str | None = None  # how it ended, if nobody asked it to
@@ -267,11 +268,20 @@ class EngineProcess:
                 self._on_answer(message)
 
     def _note(self, status: messages.Status) -> None:
-        self.phase, self.text = status.phase, status.text
+        self._now(status.phase, status.text)
         log.debug("engine: %s: %s", status.phase, status.text)  # it logs them itself
         if status.phase == "ready":
             self.ready.set()
             self.was_ready = True
+
+    def _now(self, phase: str, text: str) -> None:
+        self.phase, self._news, self._since = phase, text, time.monotonic()
+
+    @property
+    def text(self) -> str:
+        """The engine's newest news, for people; of a compilation, also how long it has taken so far."""
+        seconds = time.monotonic() - self._since
+        return f"{self._news}, for {seconds:.0f} s" if self.phase == "compiling" else self._news
 
     async def _listen_for_silence(self) -> None:
         assert self._process is not None
@@ -292,14 +302,14 @@ class EngineProcess:
         self.ready.clear()
         self.ended.set()
         if self._stopping:
-            self.phase, self.text = "stopped", "the engine has ended"
+            self._now("stopped", "the engine has ended")
         else:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             if self._killed_for is not None:
                 how += f" ({self._killed_for})"
             self.refused = code > 0 and not self.was_ready
             self.death = f"it ended with {how} after {time.monotonic() - started_at:.0f} s"
-            self.phase, self.text = "dead", self.death
+            self._now("dead", self.death)
             log.error("the engine is dead: %s", self.death)
         for answer in self._requests.values():
             if not answer.done():

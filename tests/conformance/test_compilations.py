@@ -1,0 +1,60 @@
+"""While the engine compiles, health, polls and the log say what and for how long."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conformance.server_process import ServerProcess, Wire
+
+ServerMaker = Callable[..., ServerProcess]
+_DATUM = {
+    "model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3, 4]}]},
+    "loss_fn_inputs": {
+        "target_tokens": {"data": [2, 3, 4, 5], "dtype": "int64", "shape": [4]},
+        "weights": {"data": [1.0] * 4, "dtype": "float32", "shape": [4]},
+    },
+}
+
+
+def test_a_compilation_is_told_while_it_lasts(make_server: ServerMaker, tmp_path: Path) -> None:
+    server = make_server("--cache-dir", str(tmp_path / "empty"), TINSMITH_LONG_POLL_SECONDS="0").start()
+    wire = Wire(server.url, None)
+    model = wire.model()
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            engine = (server.health() or {}).get("engine", {})
+            if engine.get("phase") == "compiling":
+                assert engine["ready"]
+                seen.add(engine["text"])
+            time.sleep(0.02)
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    submitted = wire.post(
+        "forward_backward",
+        model_id=model,
+        seq_id=1,
+        forward_backward_input={"data": [_DATUM], "loss_fn": "cross_entropy"},
+    ).json()
+    reasons = set()
+    while (answer := wire.post("retrieve_future", request_id=submitted["request_id"])).status_code == 408:
+        reasons.add(answer.json()["queue_state_reason"])
+        time.sleep(0.02)
+    over.set()
+    watching.join()
+    assert "error" not in answer.json()
+    told = re.compile(r"compiling forward_backward .*, for \d+ s")
+    assert any(told.fullmatch(text) for text in seen)
+    assert any(told.fullmatch(text) for text in reasons)
+    health = server.health()
+    assert health is not None
+    assert health["engine"]["phase"] == "ready"
+    assert re.fullmatch(r"compiled .* in \d+\.\d s", health["engine"]["text"])
+    assert "compiling forward_backward" in server.log
