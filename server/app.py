@@ -1,25 +1,39 @@
-"""The application: `create_app(settings)`."""
+"""The application: `create_app(settings)` puts it together.
+
+`Application.build` makes every object once, each from the objects above it. Routes get theirs by type
+(`http/provided.py`).
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 
 from .. import __version__
-from .access.keys import ApiKeys
+from .access.keys import ApiKeys, read_forever
 from .access.quotas import Quotas
 from .access.signed_urls import UrlSigner
 from .access.tokens import Tokens
-from .backend import Backend
 from .base_models import BaseModel, BaseModels, plan
+from .checkpoints.checkpoints import Checkpoints
+from .checkpoints.copies import Copies
+from .checkpoints.sweep import Sweep
+from .disk import Disk
 from .http import errors, openapi
+from .http.api_samples import ApiSamples
 from .http.authentication import Authentication
 from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
 from .http.browsers import AllowedHosts, BrowserChecks
 from .http.json_bodies import JsonBodies
 from .http.metrics import Measured, Metrics
+from .http.model_creations import ModelCreations
+from .http.operation_answers import OperationAnswers
+from .http.provided import Services
 from .http.refused_numbers import RefusedNumbers
 from .http.request_ids import RequestIds
 from .http.routes import (
@@ -49,9 +63,51 @@ from .http.routes import (
     training_runs,
     weights,
 )
-from .ledger.ledger import Ledger
+from .http.sample_targets import SampleTargets
+from .http.served_models import ServedModels
+from .http.served_samples import ServedSamples
+from .ledger import base_models as base_model_rows
+from .ledger import tenancy
+from .ledger.ledger import Ledger, open_owned
+from .models.adapter_imports import AdapterImports
 from .models.admission import Admission
+from .models.custom_losses import CustomLosses
+from .models.live_samplers import LiveSamplers
+from .models.named_models import NamedModels
+from .models.recovery import Recovery
+from .models.run import KnownRuns
+from .models.runs import Runs
+from .models.sample_submits import SampleSubmits
+from .models.samplers import Samplers
+from .models.saves import Saves
+from .models.sessions import Sessions
+from .models.snapshots import Snapshots
+from .models.submits import Submits
+from .models.unused_numbers import RefusedSaves, UnusedNumbers
+from .offload import Offload
+from .operations.answers import KEPT
+from .operations.completions import Completions
+from .operations.dispatcher import Dispatcher
+from .operations.operation import Operation, stream_of
+from .operations.operations import Operations
+from .operations.payloads import Payloads
+from .operations.sample_streams import SampleStreams
+from .plugins.rlve.driver import TrainingClient
+from .plugins.rlve.runs import RlveRuns
+from .plugins.sglang.distribution import Distribution
+from .plugins.sglang.divergence import Divergence
+from .plugins.sglang.endpoints import Endpoints
+from .plugins.sglang.registry import Registry
+from .plugins.sglang.sampling import Sampling
+from .plugins.wandb import WandbRuns
 from .settings import Settings
+from .supervision.supervisor import Supervisor
+
+log = logging.getLogger("tinsmith.server")
+
+# What a worker takes by itself, and, as Python's objects, for each byte of a body of JSON.
+_WORKER_BYTES = 1 << 30
+_MEMORY_PER_BODY_BYTE = 16
 
 
 def create_app(
@@ -61,51 +117,28 @@ def create_app(
     if base_models is None:
         planned = plan(settings.model, settings.dtype, settings.mesh)
         base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
-    keys = ApiKeys(settings.api_keys)
-    quotas = Quotas(settings)
-    admission = Admission(quotas)
-    signer = UrlSigner(settings.data_dir, settings.signed_url_seconds)
-    known = BaseModels({model.name: model for model in base_models})
-    tokens = Tokens(signer, settings.token_seconds)
-    backend = Backend(settings, known, keys, quotas, admission, signer, tokens, ledger)
+    application = Application(settings, BaseModels({model.name: model for model in base_models}), ledger)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await backend.start()
+        await application.start()
         yield
-        await backend.close()
+        await application.close()
 
     app = FastAPI(title="Tinsmith", version=__version__, lifespan=lifespan)
-    app.state.backend = backend
+    app.state.application = application
+    app.state.services = application.services
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, generate, openai, sessions, models, weights),
-        *(
-            sampler_weights,
-            sampling_sessions,
-            training_runs,
-            checkpoints,
-            downloads,
-            session_search,
-            traces,
-            accounts,
-            credentials,
-            imports,
-            custom_losses,
-            inference,
-            sync,
-            engine_info,
-            sleep,
-            rlve,
-        ),
+        *(sampler_weights, sampling_sessions, training_runs, checkpoints, downloads, session_search, traces),
+        *(accounts, credentials, imports, custom_losses, inference, sync, engine_info, sleep, rlve),
     ):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)
-    app.state.metrics = Metrics()
-    app.state.metrics.registry.register(backend)
     app.add_middleware(JsonBodies)
-    app.add_middleware(Measured, metrics=app.state.metrics)
+    app.add_middleware(Measured, metrics=application.metrics)
     # The last one added is the first to see a request.
     own = of_training_and_sampling(settings.max_body_bytes) | {imports.PATH: settings.max_import_bytes}
     app.add_middleware(
@@ -115,9 +148,222 @@ def create_app(
         budget=budget(settings.max_body_bytes),
         streamed=[imports.PATH],
     )
-    app.add_middleware(RefusedNumbers, backend=backend)
-    app.add_middleware(Authentication, keys=keys, tokens=tokens, admission=admission, signer=signer)
-    app.add_middleware(BrowserChecks, keys=keys, hosts=AllowedHosts(settings.own_hosts))
+    app.add_middleware(RefusedNumbers, services=application.services)
+    app.add_middleware(
+        Authentication,
+        keys=application.keys,
+        tokens=application.tokens,
+        admission=application.admission,
+        signer=application.signer,
+    )
+    app.add_middleware(BrowserChecks, keys=application.keys, hosts=AllowedHosts(settings.own_hosts))
     app.add_middleware(errors.Unhandled)
     app.add_middleware(RequestIds)
     return app
+
+
+class Application:
+    """All objects of a server, from its start to its end. `opened`: the ledger, if it has been opened
+    already."""
+
+    def __init__(self, settings: Settings, base_models: BaseModels, opened: Ledger | None):
+        self.settings = settings
+        self.base_models = base_models
+        self._opened = opened
+        self.metrics = Metrics()
+        self.keys = ApiKeys(settings.api_keys)
+        self.quotas = Quotas(settings)
+        self.admission = Admission(self.quotas)
+        self.signer = UrlSigner(settings.data_dir, settings.signed_url_seconds)
+        self.tokens = Tokens(self.signer, settings.token_seconds)
+        self.services = Services()
+        self.services.add((settings, base_models, self.metrics, self.keys, self.quotas, self.admission))
+        self.services.add((self.signer, self.tokens))
+        self._background: list[asyncio.Task] = []
+        self._draining = False
+
+    def build(self, ledger: Ledger) -> None:
+        """Make everything that needs a ledger; nothing is started yet."""
+        settings, base_models, quotas, admission = (
+            self.settings,
+            self.base_models,
+            self.quotas,
+            self.admission,
+        )
+        self.ledger = ledger
+        self.offload = Offload(_WORKER_BYTES + _MEMORY_PER_BODY_BYTE * settings.max_body_bytes)
+        self.payloads = Payloads(ledger, settings.payload_dir, settings.sync_every_commit)
+        disk = Disk(settings.data_dir, settings.disk_reserve_bytes, settings.payload_dir.parent)
+        self.engine = Supervisor(
+            settings.engine_config([model.message(settings.is_loopback) for model in base_models.values()]),
+            settings.engine_silence_seconds,
+            inherited=() if ledger.owner is None else ledger.owner.descriptors,
+            load=self.payloads.load,
+        )
+        streams = SampleStreams()
+        self.engine.drawn.subscribe(streams.add)
+
+        # SGLang servers, which may draw samples in the engine's place.
+        self.endpoints = Endpoints(base_models)
+        self.registry = Registry(settings, ledger, self.endpoints)
+        self.distribution = Distribution(settings, self.keys, self.engine, disk, self.endpoints, base_models)
+        divergence = Divergence(self.engine, self.endpoints, settings.sglang_compared_percent / 100)
+        self.metrics.registry.register(divergence)
+        self.sampling = Sampling(
+            self.endpoints,
+            self.distribution.adapters,
+            base_models,
+            settings.sampling_engine,
+            settings.sglang_patience_seconds,
+            streams.add,
+            divergence.answered,
+        )
+
+        # Operations and models.
+        dispatcher: Dispatcher[Operation] = Dispatcher(settings.gap_grace_seconds)
+        self.operations = Operations(ledger, self.engine, disk, self.payloads, dispatcher, self.sampling)
+        self.completions = Completions(ledger, self.operations)
+        known = KnownRuns()
+        self.snapshots = Snapshots(ledger, self.engine, dispatcher, self.payloads, settings)
+        recovery = Recovery(ledger, self.engine, self.operations, dispatcher, known, settings)
+        self.runs = Runs(
+            ledger,
+            self.engine,
+            self.operations,
+            dispatcher,
+            known,
+            recovery,
+            self.snapshots,
+            quotas,
+            base_models,
+        )
+        self.operations.finished.subscribe(admission.answered)
+        removed = self.distribution.adapters.removed
+        self.samplers = Samplers(
+            ledger, self.engine, self.operations, self.runs, settings, quotas, base_models, removed
+        )
+        self.sessions = Sessions(ledger, self.runs, self.samplers, quotas, settings.session_idle_seconds)
+        unused = UnusedNumbers(ledger, dispatcher, self.runs.numbered)
+        self.refused_saves = RefusedSaves(unused, settings.refused_save_seconds)
+        submits = Submits(self.runs, self.operations, admission, unused, self.refused_saves)
+        saves = Saves(submits, self.operations, quotas, self.distribution)
+        live_samplers = LiveSamplers(self.runs, self.samplers, saves, quotas)
+        sample_submits = SampleSubmits(self.operations, admission, streams, self.sampling)
+        custom_losses_ = CustomLosses(ledger, self.operations, quotas, settings.custom_loss_server_side)
+        named_models = NamedModels(self.runs, self.sessions, self.operations, admission)
+
+        # Checkpoints on disk.
+        self.sweep = Sweep(
+            ledger, self.engine, self.payloads, settings, self.snapshots.being_written, removed
+        )
+        checkpoints_ = Checkpoints(ledger, self.sweep, base_models)
+        self.copies = Copies(ledger, disk, quotas, settings.data_dir)
+
+        # Plugins that watch or train models.
+        self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
+        self.operations.finished.subscribe(self.wandb.answered)
+        self.runs.finished.subscribe(self.wandb.finish)
+        client = TrainingClient(
+            ledger,
+            self.operations,
+            submits,
+            sample_submits,
+            self.samplers,
+            live_samplers,
+            self.wandb.tell,
+        )
+        self.rlve = RlveRuns(client, self.runs, base_models, settings.long_poll_seconds)
+
+        # What routes share.
+        targets = SampleTargets(base_models, self.runs, checkpoints_, self.samplers, live_samplers)
+        served = ServedSamples(sample_submits, streams, base_models, self.offload, settings.max_samples)
+        self.services.add((ledger, self.offload, disk, self.engine, streams, self.endpoints, self.registry))
+        self.services.add((self.distribution, divergence, self.operations, self.completions, self.runs))
+        self.services.add((self.samplers, self.sessions, unused, submits, saves, sample_submits))
+        self.services.add((custom_losses_, named_models, self.sweep, checkpoints_, self.copies, self.wandb))
+        self.services.add((self.rlve, targets, served))
+        self.services.add(
+            (
+                AdapterImports(
+                    settings, ledger, disk, quotas, admission, self.sessions, self.runs, submits, saves
+                ),
+                ModelCreations(
+                    settings,
+                    base_models,
+                    self.runs,
+                    self.sessions,
+                    named_models,
+                    checkpoints_,
+                    admission,
+                    self.wandb,
+                    self.rlve,
+                ),
+                ApiSamples(
+                    base_models,
+                    targets,
+                    sample_submits,
+                    self.operations,
+                    self.completions,
+                    settings.max_samples,
+                ),
+                ServedModels(base_models, targets, self.samplers, self.runs, ledger),
+                OperationAnswers(self.operations, self.engine, admission, self.offload, base_models),
+            )
+        )
+
+    async def start(self) -> None:
+        """Opens the ledger, starts the engine without waiting for it, takes up what was unfinished."""
+        settings = self.settings
+        self.build(
+            self._opened or open_owned(settings.data_dir, settings.ledger_url, settings.sync_every_commit)
+        )
+        if moved := await self.payloads.move_old(stream_of, KEPT):
+            log.info("%d payloads of an older ledger have their new place", moved)
+        digests = {name: model.digest for name, model in self.base_models.items() if model.digest}
+        await self.ledger.write(partial(base_model_rows.record, digests=digests))
+        await self.copies.take_up()
+        await self.keys.read(self.ledger)
+        await self.quotas.read(self.ledger)
+        for owner in self.keys.owners:
+            await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
+        await self.engine.start()
+        await self.registry.start()
+        await self.runs.resume()
+        self.admission.take_up(self.operations.unanswered())
+        await self.rlve.take_up()
+        forever = (
+            read_forever(self.ledger, self.keys, self.quotas),
+            self.samplers.sweep_forever(),
+            self.sweep.sweep_forever(),
+            self.sessions.rest_silent_forever(),
+        )
+        self._background = [asyncio.ensure_future(each) for each in forever]
+
+    async def drain(self) -> None:
+        """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""
+        self._draining = True
+        await self.rlve.close()
+        if self.engine.ready.is_set():
+            log.info("finishing the work that is queued and saving the models")
+            self.engine.refuse_submits()
+            await self.runs.save_all()
+        await self.sampling.finish(self.settings.stop_patience_seconds)
+        await self.engine.stop(self.settings.stop_patience_seconds)
+        await self.operations.settle()
+        await self.wandb.close()
+        self.operations.wake_all()
+        self.completions.wake_all()
+
+    async def close(self) -> None:
+        """Ends everything; what is not drained yet is drained first."""
+        for task in self._background:
+            task.cancel()
+        self.refused_saves.close()
+        self.offload.close()
+        if not self._draining:
+            await self.drain()
+        await self.distribution.close()
+        await self.endpoints.close()
+        self.registry.close()
+        self.payloads.close()
+        self.ledger.close()

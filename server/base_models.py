@@ -21,6 +21,7 @@ from ..engine import messages
 from ..model import folder as folders
 from ..model.folder import ModelConfig
 from . import machine
+from .errors import BadRequest
 from .safetensors_header import Entry
 
 T = TypeVar("T")
@@ -78,6 +79,14 @@ class MadeOn(Protocol):
 
 class BaseModels(dict[str, BaseModel]):
     """Those that are served, by name."""
+
+    def named(self, name: str) -> BaseModel:
+        """Return the base model of this name. Raises BadRequest naming those that are served."""
+        try:
+            return self[name]
+        except KeyError:
+            known = ", ".join(sorted(self)) or "none"
+            raise BadRequest(f"base_model: unknown model {name!r}; this server has: {known}") from None
 
     def changed(self, made: MadeOn) -> str | None:
         """Say why something cannot be used now: its base model is not served, or has other weights."""

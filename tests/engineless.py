@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import Connection, text
 from tinsmith.engine import messages
+from tinsmith.server.access.quotas import Quotas
+from tinsmith.server.base_models import BaseModels
 from tinsmith.server.checkpoints.checkpoints import Checkpoints
 from tinsmith.server.checkpoints.sweep import Sweep
 from tinsmith.server.disk import Disk
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
+from tinsmith.server.models.recovery import Recovery
+from tinsmith.server.models.run import KnownRuns
 from tinsmith.server.models.runs import Runs
-from tinsmith.server.operations.operation import Submission
+from tinsmith.server.models.samplers import Samplers
+from tinsmith.server.models.sessions import Sessions
+from tinsmith.server.models.snapshots import Snapshots
+from tinsmith.server.operations.dispatcher import Dispatcher
+from tinsmith.server.operations.elsewhere import SampleDrawer
+from tinsmith.server.operations.operation import Operation, Submission
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
@@ -20,22 +30,45 @@ from tinsmith.server.supervision.supervisor import Supervisor
 
 DAY = 24 * 3600.0
 MODEL = "s:train:0"
+MakeDrawer = Callable[[Settings, Supervisor], SampleDrawer]
 
 
 class Server:
     """All but the routers and an engine, on one data directory; made again, it is a new start."""
 
-    def __init__(self, data_dir: Path, **settings):
+    def __init__(self, data_dir: Path, make_drawer: MakeDrawer | None = None, **settings):
         self.settings = Settings(data_dir=data_dir, **settings)
         self.ledger = Ledger(self.settings.ledger_url)
         self.payloads = Payloads(self.ledger, self.settings.payload_dir)
-        self.engine = Supervisor(
-            self.settings.engine_config([]), lambda answer: None, load=self.payloads.load
+        self.engine = Supervisor(self.settings.engine_config([]), load=self.payloads.load)
+        ledger, engine, payloads, settings = self.ledger, self.engine, self.payloads, self.settings
+        self.quotas = Quotas(settings)
+        base_models = BaseModels()
+        drawer = None if make_drawer is None else make_drawer(settings, engine)
+        dispatcher: Dispatcher[Operation] = Dispatcher(settings.gap_grace_seconds)
+        self.operations = Operations(ledger, engine, Disk(data_dir, 0), payloads, dispatcher, drawer)
+        known = KnownRuns()
+        snapshots = Snapshots(ledger, engine, dispatcher, payloads, settings)
+        recovery = Recovery(ledger, engine, self.operations, dispatcher, known, settings)
+        self.runs = Runs(
+            ledger,
+            engine,
+            self.operations,
+            dispatcher,
+            known,
+            recovery,
+            snapshots,
+            self.quotas,
+            base_models,
         )
-        self.operations = Operations(self.ledger, self.engine, Disk(data_dir, 0), self.payloads)
-        self.runs = Runs(self.ledger, self.engine, self.operations, self.payloads, self.settings)
-        self.sweep = Sweep(self.ledger, self.engine, self.runs.snapshots, self.payloads, self.settings)
-        self.checkpoints = Checkpoints(self.ledger, self.sweep)
+        self.removed: list[str] = []
+        on_removed = self.removed.append
+        self.samplers = Samplers(
+            ledger, engine, self.operations, self.runs, settings, self.quotas, base_models, on_removed
+        )
+        self.sessions = Sessions(ledger, self.runs, self.samplers, self.quotas, settings.session_idle_seconds)
+        self.sweep = Sweep(ledger, engine, payloads, settings, snapshots.being_written, on_removed)
+        self.checkpoints = Checkpoints(ledger, self.sweep, base_models)
 
     async def sample(self, number: int, tokens: int = 0, owner: str = "me") -> str:
         """A sample of so many tokens, answered; its request id."""

@@ -25,7 +25,7 @@ from ..errors import BadRequest, NotFound, StorageQuotaExceeded
 from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
-from ..models.runs import model_id
+from ..ledger.tenancy import model_id
 from .checkpoints import expiry
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from ..errors import ApiError
 from ..ledger import audit, retention, step_metrics, usage
 from ..ledger.ledger import Ledger
 from ..ledger.ownership import sqlite_file
-from ..models.snapshots import Snapshots
 from ..operations.payloads import Payloads
 from ..settings import Settings
 from ..supervision.supervisor import Supervisor
@@ -41,24 +40,26 @@ KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
 class Sweep:
-    """`used_bytes`: by kind, as of the last sweep. `on_removed` is told of checkpoints' directories."""
+    """`used_bytes`: by kind, as of the last sweep. `being_written`: directories of snapshots that the ledger
+    does not name yet. `on_removed` is told of checkpoints' directories that are removed."""
 
     def __init__(
         self,
         ledger: Ledger,
         engine: Supervisor,
-        snapshots: Snapshots,
         payloads: Payloads,
         settings: Settings,
+        being_written: Collection[str],
+        on_removed: Callable[[str], None],
     ):
         self._ledger = ledger
         self._engine = engine
-        self._snapshots = snapshots
+        self._being_written = being_written
         self._payloads = payloads
         self._settings = settings
         self._data_dir = settings.data_dir
         self.used_bytes = dict.fromkeys(KINDS, 0)
-        self.on_removed: Callable[[str], None] = lambda _directory: None
+        self._on_removed = on_removed
 
     async def sweep(self) -> None:
         """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
@@ -134,7 +135,7 @@ class Sweep:
         # In this order: one that is noted in between was listed as being written.
         found = await asyncio.to_thread(self._directories, "snapshots/*/*")
         found = await self._of_known_models(found)
-        needed = set(self._snapshots.being_written)
+        needed = set(self._being_written)
         needed |= await self._ledger.read(retention.snapshots)
         await self._remove(key for key in found if key not in needed and _finished_name(key) not in needed)
 
@@ -163,7 +164,7 @@ class Sweep:
     async def _forget(self, directories: list[str]) -> None:
         for key in directories:
             self._engine.send(messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key)))
-            self.on_removed(key)
+            self._on_removed(key)
         await self._ledger.write(partial(retention.forget_checkpoints, directories=directories))
 
     async def _of_known_models(self, keys: list[str]) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ..settings import Settings
+
 MAX_HEAD_BYTES = 256 << 10
 MAX_HEADERS = 256
 _HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
@@ -31,7 +33,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._stall_seconds: float = self.config.app.state.backend.settings.stall_seconds  # type: ignore[union-attr]
+        self._stall_seconds: float = self.config.app.state.services[Settings].stall_seconds  # type: ignore[union-attr]
         self._request: asyncio.TimerHandle | None = None  # runs while one is incomplete
         self._answer: asyncio.TimerHandle | None = None  # runs while one is not read
         self._in_body = False

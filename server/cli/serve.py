@@ -29,7 +29,7 @@ times per request, are much."""
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that, on the first signal, drains the backend while it still answers polls."""
+    """Uvicorn that, on the first signal, drains the application while it still answers polls."""
 
     def __init__(self, config: uvicorn.Config):
         super().__init__(config)
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         """An engine that refuses to start at all would do so the next time too."""
         while not self.started:
             await asyncio.sleep(0.05)
-        await self.config.app.state.backend.engine.refused.wait()  # type: ignore[union-attr]
+        await self.config.app.state.application.engine.refused.wait()  # type: ignore[union-attr]
         if self._draining is None:
             log.error("the engine could not start; its messages above say why")
             self.failed = self.should_exit = True
@@ -57,10 +57,10 @@ class Server(uvicorn.Server):
         """A server that another one has replaced ends at once: what it has in memory may be wrong by now."""
         while not self.started:
             await asyncio.sleep(0.05)
-        backend = self.config.app.state.backend  # type: ignore[union-attr]
-        await asyncio.shield(asyncio.wrap_future(backend.ledger.lost))
+        application = self.config.app.state.application  # type: ignore[union-attr]
+        await asyncio.shield(asyncio.wrap_future(application.ledger.lost))
         log.error("stopping at once, with the engine: this server does not own its ledger any more")
-        backend.engine.kill()
+        application.engine.kill()
         logging.shutdown()
         os._exit(1)
 
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         try:
-            await self.config.app.state.backend.drain()  # type: ignore[union-attr]
+            await self.config.app.state.application.drain()  # type: ignore[union-attr]
         except Exception:
             log.exception("the models could not all be saved")
             self.failed = True

@@ -12,10 +12,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from ..backend import Backend
+from ..base_models import BaseModels
 from ..errors import BadRequest, ClientGone, UnsupportedMediaType
-from ..offload import INLINE_BYTES
+from ..offload import INLINE_BYTES, Offload
 from ..wire import long_numbers
+from .provided import provided
 
 
 class InvalidBody(Exception):
@@ -69,10 +70,10 @@ async def body_is_read(request: Request) -> None:
 
 
 async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseModel]) -> BaseModel:
-    backend: Backend = request.app.state.backend
-    longest = max((each.max_sequence_length for each in backend.base_models.values()), default=0)
+    base_models = provided(request, BaseModels)
+    longest = max((each.max_sequence_length for each in base_models.values()), default=0)
     try:
-        return await backend.offload.in_process(request.state.owner, parse, pieces, model, longest)
+        return await provided(request, Offload).in_process(request.state.owner, parse, pieces, model, longest)
     except InvalidBody as error:
         raise RequestValidationError(error.errors) from None
 

@@ -1,4 +1,4 @@
-"""The HTTP routes, a few lines each: body in, one call to the backend, answer out."""
+"""What the parameters of many routes have in common, and what their answers do."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from fastapi import Depends, Query, Request
 from sqlalchemy import Row
 
 from ..access.keys import Caller
-from ..backend import Backend
 from ..dialect import Dialect, said
 from ..operations.operation import Operation
+from ..settings import Settings
 from .openapi import BINARY, schema_of
+from .provided import provided
 
 # Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
-
-
-async def _backend(request: Request) -> Backend:
-    return request.app.state.backend
 
 
 async def _owner(request: Request) -> str:
@@ -32,11 +29,16 @@ async def _said(request: Request) -> Dialect | None:
     return said(request.headers, request.url.path)
 
 
-BackendOf = Annotated[Backend, Depends(_backend)]
+async def _base_url(request: Request) -> str:
+    return (provided(request, Settings).public_url or str(request.base_url)).rstrip("/")
+
+
 Owner = Annotated[str, Depends(_owner)]
 CallerOf = Annotated[Caller, Depends(_caller)]
 # The dialect, if the request says it.
 Said = Annotated[Dialect | None, Depends(_said)]
+# That of this server, as the client sees it.
+BaseUrl = Annotated[str, Depends(_base_url)]
 
 # Of a page of a listing.
 Limit = Annotated[int, Query(ge=0, le=1000)]
@@ -70,24 +72,7 @@ def future(operation: Operation) -> dict[str, str]:
     return body
 
 
-async def session_of_client(backend: Backend, owner: str, session_id: str, dialect: Dialect | None) -> str:
-    """Return the id of the active session that a client names.
-
-    Clients of tinkercloud may name one that they have not created: it is created then. Raises NotFound or
-    BadRequest.
-    """
-    if (dialect or "tinkercloud") != "tinkercloud":
-        return await backend.sessions.require_active(owner, session_id)
-    fields = {"tags": [], "user_metadata": {}, "dialect": "tinkercloud"}
-    return await backend.sessions.open_named(owner, session_id, fields)
-
-
 def xorl_name(run: Row, said: Dialect | None) -> str | None:
     """What xorl's clients call a run, for answers to them; None for other clients. A request that shows no
     dialect is answered in that of the run."""
     return (run.alias or run.id) if (said or run.dialect) == "xorl" else None
-
-
-def base_url(request: Request, backend: Backend) -> str:
-    """That of this server, as the client sees it."""
-    return (backend.settings.public_url or str(request.base_url)).rstrip("/")

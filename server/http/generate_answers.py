@@ -11,16 +11,15 @@ from typing import Any
 import orjson
 
 from ...engine import messages
-from ..backend import Backend
 from ..errors import ApiError, BadRequest, internal_error
 from ..text.sampled_text import SampledText
 from ..text.tokenizer import ChatTokenizer
 from ..wire.generate import Generate, OnePrompt
 from ..wire.sampled import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
-from . import served_samples, token_scores
+from . import token_scores
 from .request_samples import RequestSamples
 from .served_models import ServedModel
-from .served_samples import Asked, Running
+from .served_samples import Asked, Running, ServedSamples, answers
 
 _MOST_SCORES = 1 << 20  # of one prompt, for token_ids_logprob
 Entry = list[Any]
@@ -101,28 +100,29 @@ class _Sequence:
 class Answers:
     """`began`: when the request did, by the monotonic clock."""
 
-    def __init__(self, body: Generate, prompts: Sequence[Prompt], began: float):
+    def __init__(self, served: ServedSamples, body: Generate, prompts: Sequence[Prompt], began: float):
+        self._served = served
         self._body, self._prompts, self._began = body, prompts, began
         self._n = prompts[0].said.params.n
         self._several = body.is_batch or self._n > 1
 
     async def whole(self, samples: RequestSamples, running: list[Running]) -> bytes:
         """In JSON. Raises ApiError."""
-        outputs = await served_samples.answers(running)
+        outputs = await answers(running)
         found = []
         for place, output in enumerate(outputs):
             found += await self._answers(samples, place, running[place], output)
         return b"[" + b",".join(found) + b"]" if self._several else found[0]
 
-    async def events(self, backend: Backend, owner: str, running: list[Running]) -> AsyncIterator[bytes]:
+    async def events(self, owner: str, running: list[Running]) -> AsyncIterator[bytes]:
         """Each with all there is so far of one sequence. A sequence whose prompt or other tokens are scored
         comes in one event, because those scores are known last."""
         growing = [
             self._sequence(place, running[place]) for place in range(len(running)) for _ in range(self._n)
         ]
         try:
-            async with RequestSamples(backend, owner) as samples:
-                async for place, part in served_samples.drawn(backend, running):
+            async with self._served.of_request(owner) as samples:
+                async for place, part in self._served.drawn(running):
                     if isinstance(part, messages.SampleOutput):
                         for answer in await self._answers(samples, place, running[place], part, True):
                             yield b"data: " + answer + b"\n\n"
@@ -150,14 +150,16 @@ class Answers:
         in_stream: bool = False,
     ) -> list[bytes]:
         """The JSON of one for each sequence of a prompt."""
-        write = partial(served_samples.written, samples.backend, samples.owner, [output])
+        write = partial(self._served.written, samples.owner, [output])
         prompt = self._prompts[place]
         sequences: list[_Sequence] = await write(lambda: self._sequences(place, running, output))
         if prompt.scores_tokens:
             asked, tokens = running.asked, prompt.said.token_ids_logprob
             begin = min(prompt.first_scored(asked.prompt), len(asked.prompt) - 1)
             wanted = [token_scores.Wanted(asked, each.tokens, tokens, begin) for each in sequences]
-            for each, scores in zip(sequences, await token_scores.score(samples, wanted), strict=True):
+            for each, scores in zip(
+                sequences, await token_scores.score(self._served, samples, wanted), strict=True
+            ):
                 each.scores = scores
         return await write(lambda: self._written(place, running, output, sequences, in_stream))
 

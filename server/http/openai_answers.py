@@ -12,14 +12,12 @@ from typing import Any
 import orjson
 
 from ...engine import messages
-from ..backend import Backend
 from ..errors import ApiError, internal_error
 from ..text.sampled_text import SampledText
 from ..text.tokenizer import ChatTokenizer
 from ..wire.sampled import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
-from . import served_samples
 from .openai_errors import error_object
-from .served_samples import Asked, Running
+from .served_samples import Asked, Running, ServedSamples
 
 Likely = list[tuple[int, float]]
 """The most likely tokens at one position, and their log-probs."""
@@ -80,17 +78,17 @@ class Answers:
         body = self._body(answered[0][0], self.kind, choices)
         return orjson.dumps(body | {"usage": _usage(answered)})
 
-    async def events(self, backend: Backend, running: list[Running]) -> AsyncIterator[bytes]:
+    async def events(self, served: ServedSamples, running: list[Running]) -> AsyncIterator[bytes]:
         """The choices of the first prompt come first in the numbering, then those of the next."""
         choices = [_Choice(self, each.asked) for each in running for _ in range(self.num_choices)]
         answered: list[tuple[Running, messages.SampleOutput]] = []
         try:
-            async for place, part in served_samples.drawn(backend, running):
+            async for place, part in served.drawn(running):
                 if isinstance(part, messages.SampleOutput):
                     answered.append((running[place], part))
                     for index, sequence in enumerate(part.sequences, place * self.num_choices):
                         last = partial(self._last_event, running[0], choices, index, part, sequence)
-                        yield await served_samples.written(backend, running[0].operation.owner, [part], last)
+                        yield await served.written(running[0].operation.owner, [part], last)
                     continue
                 index = place * self.num_choices + part.index
                 first, more = choices[index].is_new, choices[index].add(part)

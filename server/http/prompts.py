@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..backend import Backend
 from ..errors import ContextTooLong
+from ..offload import Offload
 from ..text import conversations
 from ..text.tokenizer import ChatTokenizer
-from .served_models import ServedModel
 
 _INLINE_CHARACTERS = 4096  # tokenized within a millisecond or two
 _CHARACTERS_PER_TOKEN = 8  # more than texts have, on the average; runs of spaces may
@@ -17,13 +16,13 @@ _GROWTH = 4
 
 
 class Prompts:
-    """The prompts of one request, as tokens of `model`."""
+    """The prompts of one request as tokens, of a model whose context has `limit` of them."""
 
-    def __init__(self, backend: Backend, owner: str, model: ServedModel, tokenizer: ChatTokenizer):
-        self._backend = backend
+    def __init__(self, offload: Offload, owner: str, tokenizer: ChatTokenizer, limit: int):
+        self._offload = offload
         self._owner = owner
         self._tokenizer = tokenizer
-        self._limit = backend.base_model(model.sampler.base_model).max_sequence_length
+        self._limit = limit
 
     async def of(self, prompt: str | list[int]) -> list[int]:
         """Tokens stay as they are. Raises ContextTooLong, or BadRequest for a text that cannot be written."""
@@ -31,7 +30,7 @@ class Prompts:
             return prompt
         if len(prompt) <= _INLINE_CHARACTERS:
             return self._tokenizer.encode(prompt)
-        return await self._backend.offload.in_thread(
+        return await self._offload.in_thread(
             self._owner, tokens_within, self._tokenizer.encode, prompt, self._limit
         )
 
@@ -42,7 +41,7 @@ class Prompts:
             text = conversations.written(self._tokenizer, turns, **variables)
             return tokens_within(self._tokenizer.encode_written, text, self._limit, "messages")
 
-        return await self._backend.offload.in_thread(self._owner, tokens)
+        return await self._offload.in_thread(self._owner, tokens)
 
 
 def tokens_within(

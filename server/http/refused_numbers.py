@@ -14,9 +14,10 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..backend import Backend
 from ..errors import ApiError
+from ..models.unused_numbers import UnusedNumbers
 from ..wire import peek
+from .provided import Services
 
 PATHS = frozenset(
     f"/api/v1/{name}"
@@ -35,9 +36,9 @@ _READ_SECONDS = 1.0
 class RefusedNumbers:
     """ASGI middleware, inside of authentication and outside of the limits of bodies."""
 
-    def __init__(self, app: ASGIApp, backend: Backend):
+    def __init__(self, app: ASGIApp, services: Services):
         self._app = app
-        self._backend = backend
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in PATHS:
@@ -68,7 +69,7 @@ class RefusedNumbers:
         with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
             message = str(orjson.loads(answer)["detail"])
         with contextlib.suppress(ApiError):  # the ledger cannot be written: the others wait, as for any gap
-            await self._backend.runs.unused_numbers.consume(owner, model_id, seq_id, message)
+            await self._services[UnusedNumbers].consume(owner, model_id, seq_id, message)
 
 
 class _Numbered:

@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from ..backend import Backend
+from ..models.sample_submits import SampleSubmits
 from ..operations.operation import Operation
 
 
 class RequestSamples:
     """The samples of one HTTP request. Leaving the context cancels those that have no answer yet."""
 
-    def __init__(self, backend: Backend, owner: str):
-        self.backend = backend
+    def __init__(self, submits: SampleSubmits, owner: str):
+        self._submits = submits
         self.owner = owner
         self._owned: list[Operation] = []
 
@@ -23,7 +23,7 @@ class RequestSamples:
 
     async def __aexit__(self, *_error: object) -> None:
         for operation in self._owned:
-            cancel(self.backend, operation)
+            self._submits.cancel(operation)
 
     async def own(self, submitting: Coroutine[Any, Any, Operation]) -> Operation:
         """Await a submit and own its sample, also when the request ends before the submit does."""
@@ -37,16 +37,9 @@ class RequestSamples:
         return operation
 
     def disown(self) -> None:
-        """Let the samples outlive the request; streams cancel their own (`served_samples.drawn`)."""
+        """Let the samples outlive the request; streams cancel their own (`ServedSamples.drawn`)."""
         self._owned.clear()
 
     def _cancel_late(self, submitted: asyncio.Task[Operation]) -> None:
         if not submitted.cancelled() and submitted.exception() is None:
-            cancel(self.backend, submitted.result())
-
-
-def cancel(backend: Backend, operation: Operation) -> None:
-    """Stop drawing a sample that nobody waits for any more."""
-    backend.streams.close(operation.request_id)
-    if operation.answer is None and not backend.stopped:
-        backend.operations.cancel(operation)
+            self._submits.cancel(submitted.result())

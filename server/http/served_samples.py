@@ -10,14 +10,15 @@ from typing import TypeVar
 import msgspec
 
 from ...engine import messages
-from ..backend import Backend
+from ..base_models import BaseModels
 from ..errors import ApiError, BadRequest, Unavailable
-from ..models import sample_submits
+from ..models.sample_submits import SampleSubmits
+from ..offload import Offload
 from ..operations.operation import Operation
-from ..operations.sample_streams import SampleStream
+from ..operations.sample_streams import SampleStream, SampleStreams
 from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
 from ..wire.results import size
-from .request_samples import RequestSamples, cancel
+from .request_samples import RequestSamples
 from .served_models import ServedModel
 
 T = TypeVar("T")
@@ -65,14 +66,109 @@ class Running:
     stream: SampleStream | None
 
 
-async def submit(samples: RequestSamples, asked: Sequence[Asked]) -> list[Running]:
-    """Accept all of these samples or none: a wrong one is refused before any is accepted. Raises ApiError."""
-    backend, owner = samples.backend, samples.owner
-    running: list[Running] = []
-    for each, sample in [(each, _sample(backend, owner, each)) for each in asked]:
-        operation = await samples.own(sample_submits.submit(backend, owner, sample))
-        running.append(Running(each, operation, backend.streams.of(operation.request_id)))
-    return running
+class ServedSamples:
+    """Submits the samples of the inference routes. A request may ask for at most `max_samples` of a
+    prompt."""
+
+    def __init__(
+        self,
+        submits: SampleSubmits,
+        streams: SampleStreams,
+        base_models: BaseModels,
+        offload: Offload,
+        max_samples: int,
+    ):
+        self._submits = submits
+        self._streams = streams
+        self._base_models = base_models
+        self._offload = offload
+        self._max_samples = max_samples
+
+    def of_request(self, owner: str) -> RequestSamples:
+        """The samples of one HTTP request."""
+        return RequestSamples(self._submits, owner)
+
+    async def submit(self, samples: RequestSamples, asked: Sequence[Asked]) -> list[Running]:
+        """Accept all of these samples or none: a wrong one is refused before any is accepted. Raises
+        ApiError."""
+        running: list[Running] = []
+        for each, sample in [(each, self._sample(samples.owner, each)) for each in asked]:
+            operation = await samples.own(self._submits.submit(samples.owner, sample))
+            running.append(Running(each, operation, self._streams.of(operation.request_id)))
+        return running
+
+    async def drawn(
+        self, running: Sequence[Running]
+    ) -> AsyncIterator[tuple[int, messages.Drawn | messages.SampleOutput]]:
+        """Yield what is drawn for each, by its place in `running`, and at last its answer. Raises as
+        `answers` does; then, or when the caller stops listening, all that are not answered are cancelled."""
+        # Of one part: what nobody has read yet waits in the streams, which are bounded in bytes.
+        parts: asyncio.Queue[tuple[int, messages.Drawn | Exception | None]] = asyncio.Queue(1)
+
+        async def follow(place: int, each: Running) -> None:
+            assert each.stream is not None
+            try:
+                async for part in each.stream.until_answered(each.operation):
+                    await parts.put((place, part))
+            except Exception as error:
+                await parts.put((place, error))
+            else:
+                await parts.put((place, None))
+
+        following = [asyncio.ensure_future(follow(place, each)) for place, each in enumerate(running)]
+        try:
+            unanswered = len(running)
+            while unanswered:
+                place, part = await parts.get()
+                if isinstance(part, Exception):
+                    raise part
+                if part is None:
+                    unanswered -= 1
+                    yield place, _output(running[place])
+                elif not running[place].asked.draws_nothing:
+                    yield place, part
+        finally:
+            for task in following:
+                task.cancel()
+            for each in running:
+                self._submits.cancel(each.operation)
+
+    async def written(
+        self, owner: str, outputs: Sequence[messages.SampleOutput], write: Callable[[], T]
+    ) -> T:
+        """Return what `write` makes of the answers; in a thread where that takes long."""
+        if size(outputs) <= _INLINE_BYTES:
+            return write()
+        return await self._offload.in_thread(owner, write)
+
+    def _sample(self, owner: str, asked: Asked) -> messages.Sample:
+        """Raises ApiError for one that cannot be served."""
+        if asked.num_samples > self._max_samples:
+            raise BadRequest(
+                f"{asked.count_field}: {asked.num_samples} is over the limit of {self._max_samples}"
+            )
+        model = self._base_models.named(asked.model.sampler.base_model)
+        tokens = ModelInput(tokens=asked.prompt)
+        max_tokens = 1 if asked.draws_nothing else asked.params.max_tokens
+        longest = longest_prompt(model.max_sequence_length, max_tokens)
+        prompt = prompt_tokens(tokens, model.vocab_size, longest, asked.prompt_field)
+        sample = messages.Sample(
+            request_id="",
+            sampler=asked.model.sampler,
+            prompt=prompt,
+            # The engine draws at least one token.
+            num_samples=1 if asked.draws_nothing else asked.num_samples,
+            params=msgspec.structs.replace(asked.params, max_tokens=1)
+            if asked.draws_nothing
+            else asked.params,
+            prompt_logprobs=asked.prompt_logprobs,
+            topk_prompt_logprobs=asked.prompt_topk,
+            topk_sample_logprobs=asked.topk,
+            prompt_targets=asked.targets,
+            stream=asked.stream,
+        )
+        self._submits.check(owner, sample)
+        return sample
 
 
 async def answers(running: Sequence[Running]) -> list[messages.SampleOutput]:
@@ -84,80 +180,6 @@ async def answers(running: Sequence[Running]) -> list[messages.SampleOutput]:
     finally:
         for each in waiting:
             each.cancel()
-
-
-async def drawn(
-    backend: Backend, running: Sequence[Running]
-) -> AsyncIterator[tuple[int, messages.Drawn | messages.SampleOutput]]:
-    """Yield what is drawn for each, by its place in `running`, and at last its answer. Raises as `answers`
-    does; then, or when the caller stops listening, all that are not answered are cancelled."""
-    # Of one part: what nobody has read yet waits in the streams, which are bounded in bytes.
-    parts: asyncio.Queue[tuple[int, messages.Drawn | Exception | None]] = asyncio.Queue(1)
-
-    async def follow(place: int, each: Running) -> None:
-        assert each.stream is not None
-        try:
-            async for part in each.stream.until_answered(each.operation):
-                await parts.put((place, part))
-        except Exception as error:
-            await parts.put((place, error))
-        else:
-            await parts.put((place, None))
-
-    following = [asyncio.ensure_future(follow(place, each)) for place, each in enumerate(running)]
-    try:
-        unanswered = len(running)
-        while unanswered:
-            place, part = await parts.get()
-            if isinstance(part, Exception):
-                raise part
-            if part is None:
-                unanswered -= 1
-                yield place, _output(running[place])
-            elif not running[place].asked.draws_nothing:
-                yield place, part
-    finally:
-        for task in following:
-            task.cancel()
-        for each in running:
-            cancel(backend, each.operation)
-
-
-async def written(
-    backend: Backend, owner: str, outputs: Sequence[messages.SampleOutput], write: Callable[[], T]
-) -> T:
-    """Return what `write` makes of the answers; in a thread where that takes long."""
-    if size(outputs) <= _INLINE_BYTES:
-        return write()
-    return await backend.offload.in_thread(owner, write)
-
-
-def _sample(backend: Backend, owner: str, asked: Asked) -> messages.Sample:
-    """Raises ApiError for one that cannot be served."""
-    if asked.num_samples > backend.settings.max_samples:
-        raise BadRequest(
-            f"{asked.count_field}: {asked.num_samples} is over the limit of {backend.settings.max_samples}"
-        )
-    model = backend.base_model(asked.model.sampler.base_model)
-    tokens = ModelInput(tokens=asked.prompt)
-    max_tokens = 1 if asked.draws_nothing else asked.params.max_tokens
-    longest = longest_prompt(model.max_sequence_length, max_tokens)
-    prompt = prompt_tokens(tokens, model.vocab_size, longest, asked.prompt_field)
-    sample = messages.Sample(
-        request_id="",
-        sampler=asked.model.sampler,
-        prompt=prompt,
-        # The engine draws at least one token.
-        num_samples=1 if asked.draws_nothing else asked.num_samples,
-        params=msgspec.structs.replace(asked.params, max_tokens=1) if asked.draws_nothing else asked.params,
-        prompt_logprobs=asked.prompt_logprobs,
-        topk_prompt_logprobs=asked.prompt_topk,
-        topk_sample_logprobs=asked.topk,
-        prompt_targets=asked.targets,
-        stream=asked.stream,
-    )
-    backend.sampling.check(owner, sample)
-    return sample
 
 
 async def _answer(running: Running) -> messages.SampleOutput:

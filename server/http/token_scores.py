@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...engine import messages
-from . import served_samples
 from .request_samples import RequestSamples
-from .served_samples import Asked
+from .served_samples import Asked, ServedSamples, answers
 
 Row = list[tuple[int, float]]
 """The wanted tokens at one position, and their log-probs."""
@@ -35,7 +34,9 @@ class Wanted:
         return self.asked.prompt + (self.drawn or [0])  # the last token only makes a position
 
 
-async def score(samples: RequestSamples, wanted: Sequence[Wanted]) -> list[tuple[list[Row], list[Row]]]:
+async def score(
+    served: ServedSamples, samples: RequestSamples, wanted: Sequence[Wanted]
+) -> list[tuple[list[Row], list[Row]]]:
     """Return a row for each position of the prompt and of what was drawn. Raises ApiError."""
     asked = [
         replace(
@@ -51,7 +52,7 @@ async def score(samples: RequestSamples, wanted: Sequence[Wanted]) -> list[tuple
         )
         for each in wanted
     ]
-    outputs = await served_samples.answers(await served_samples.submit(samples, asked))
+    outputs = await answers(await served.submit(samples, asked))
     return [_rows(each, output) for each, output in zip(wanted, outputs, strict=True)]
 
 

@@ -14,6 +14,11 @@ from .base_models import digest_of
 from .schema import models, samplers, sessions, tenants
 
 
+def model_id(session_id: str, model_seq_id: int) -> str:
+    """Clients compute this id too."""
+    return f"{session_id}:train:{model_seq_id}"
+
+
 def ensure_tenant(connection: Connection, tenant: str) -> None:
     if connection.execute(select(tenants.c.id).where(tenants.c.id == tenant)).first() is None:
         connection.execute(insert(tenants).values(id=tenant, created_at=time.time()))

@@ -16,11 +16,12 @@ from ...ckpt import paths
 from ...engine import messages
 from ..dialect import Dialect
 from ..errors import BadRequest, NotFound
+from ..ledger.tenancy import model_id
 from ..operations.operation import Operation
 from ..operations.operations import Operations
 from .admission import Admission
 from .run import RLVE, ModelSpec, NewRun, Run
-from .runs import Runs, model_id
+from .runs import Runs
 from .sessions import Sessions
 
 _OVER = ("finished", "failed")

@@ -29,14 +29,14 @@ from ..settings import Settings
 from ..supervision.outbox import Lane
 from ..supervision.quarantine import Quarantine, Suspect
 from ..supervision.supervisor import Supervisor
-from .run import Run
+from .run import KnownRuns, Run
 from .snapshots import snapshot_request
 
 log = logging.getLogger("tinsmith.recovery")
 
 
 class Recovery:
-    """Of `runs`, by id, and of the operations that the ledger has accepted."""
+    """Brings models back, and sends the engine what the ledger has accepted and nobody has answered."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Recovery:
         engine: Supervisor,
         operations: Operations,
         dispatcher: Dispatcher[Operation],
-        runs: dict[str, Run],
+        runs: KnownRuns,
         settings: Settings,
     ):
         self._ledger = ledger
@@ -56,13 +56,13 @@ class Recovery:
         self._quarantine = Quarantine(settings.deaths_per_operation, settings.death_window_seconds)
         self._held: set[str] = set()  # models and samples that wait for their turn in quarantine
         self._trials: asyncio.Task | None = None
-        engine.on_death = self.engine_died
-        engine.on_start = self.take_up
-        engine.on_lost = self.payload_lost
+        engine.died.subscribe(self.engine_died)
+        engine.started.subscribe(self.take_up)
+        engine.lost.subscribe(self.payload_lost)
 
     def engine_died(self, under_way: list[Suspect]) -> None:
         """The states that it held are gone; what it died of more than a few times is given up."""
-        for run in self._runs.values():
+        for run in self._runs.all():
             run.resident = False
             if run.restoring is not None:
                 run.restoring.cancel()
@@ -70,16 +70,16 @@ class Recovery:
             self._trials.cancel()
         waiting = {operation.request_id: operation for operation in self._operations.unanswered()}
         for request_id, model_id in self._quarantine.blame(under_way):
+            blamed = self._runs.get(model_id)
             deaths = f"{self._settings.deaths_per_operation} engines ended while they ran it"
             log.error("%s of %s is given up: %s", request_id, model_id or "no model", deaths)
             if (operation := waiting.get(request_id)) is not None:
                 self._operations.fail([operation], f"{deaths}; it is not tried again", "server", ran=True)
-            elif model_id in self._runs:
-                run = self._runs[model_id]
-                if request_id == snapshot_request(run):
-                    run.may_be_saved = False
+            elif blamed is not None:
+                if request_id == snapshot_request(blamed):
+                    blamed.may_be_saved = False
                 else:
-                    run.broken = f"{deaths}: {request_id}"
+                    blamed.broken = f"{deaths}: {request_id}"
 
     def payload_lost(self, request_id: str, model_id: str, why: str) -> None:
         """An operation cannot be run; without it, what comes after it would not be what was asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,50 @@ class Run:
         message = messages.decode_to_engine(self.creation)
         assert isinstance(message, messages.CreateModel)
         return message
+
+
+class KnownRuns:
+    """The models that the server has in memory: by id, by owner, and by what their clients call them."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Run] = {}
+        self._newest: dict[tuple[str, str], str] = {}  # owner and name: the id of its newest model
+        self._of_owner: defaultdict[str, dict[str, Run]] = defaultdict(dict)
+
+    def get(self, run_id: str) -> Run | None:
+        return self._by_id.get(run_id)
+
+    def named(self, owner: str, name: str) -> Run | None:
+        """The newest model that its client calls so."""
+        return self._by_id.get(self._newest.get((owner, name), ""))
+
+    def all(self) -> list[Run]:
+        return list(self._by_id.values())
+
+    def of_owner(self, owner: str) -> list[Run]:
+        return list(self._of_owner.get(owner, {}).values())
+
+    def add(self, run: Run) -> Run:
+        """Return the one object of this model: `run`, unless there is one."""
+        run = self._by_id.setdefault(run.id, run)
+        self._of_owner[run.owner][run.id] = run
+        return run
+
+    def call(self, run: Run) -> None:
+        """The model is the newest of its name."""
+        if run.alias is not None:
+            self._newest[run.owner, run.alias] = run.id
+
+    def discard(self, run: Run) -> bool:
+        """Forget the model; return whether it was known."""
+        if self._by_id.get(run.id) is not run:
+            return False
+        del self._by_id[run.id], self._of_owner[run.owner][run.id]
+        if not self._of_owner[run.owner]:
+            del self._of_owner[run.owner]
+        if self._newest.get((run.owner, run.name)) == run.id:
+            del self._newest[run.owner, run.name]
+        return True
 
 
 def from_row(row: Row) -> Run:

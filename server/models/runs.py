@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable
+from collections import deque
 
 import msgspec
 from sqlalchemy import Connection, Row
@@ -22,6 +21,7 @@ from ..access.quotas import Quotas
 from ..base_models import BaseModels
 from ..dialect import POINTS
 from ..errors import BadRequest, Gone, NotFound, Unavailable
+from ..events import Event
 from ..ledger import operations as operation_rows
 from ..ledger import rlve as rlve_rows
 from ..ledger import session_sizes, tenancy
@@ -29,14 +29,11 @@ from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
-from ..operations.payloads import Payloads
-from ..settings import Settings
 from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
 from .recovery import Recovery
-from .run import NewRun, Run, from_row
+from .run import KnownRuns, NewRun, Run, from_row
 from .snapshots import Snapshots
-from .unused_numbers import UnusedNumbers
 
 log = logging.getLogger("tinsmith.runs")
 
@@ -44,69 +41,66 @@ _MOST_OVER = 1024  # models that have finished, and are remembered
 _REMEMBERED_SECONDS = 3600.0  # models that rest; far longer than any request holds on to one
 
 
-def model_id(session_id: str, model_seq_id: int) -> str:
-    """Clients compute this id too."""
-    return f"{session_id}:train:{model_seq_id}"
-
-
 class Runs:
-    """`on_created` is told of new models, `on_ending` of those that are to end, `on_finished` of models of
-    which nothing more will come."""
+    """The models of all tenants.
+
+    Events: `created(run)` for a new model, `ending(run)` for one that is to end, `finished(run_id)` for one
+    of which nothing more will come.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         engine: Supervisor,
         operations: Operations,
-        payloads: Payloads,
-        settings: Settings,
-        quotas: Quotas | None = None,
-        base_models: BaseModels | None = None,
+        dispatcher: Dispatcher[Operation],
+        known: KnownRuns,
+        recovery: Recovery,
+        snapshots: Snapshots,
+        quotas: Quotas,
+        base_models: BaseModels,
     ):
-        self._base_models = base_models or BaseModels()
         self._ledger = ledger
-        self._quotas = quotas or Quotas(settings)
         self._engine = engine
         self._operations = operations
-        self._settings = settings
-        self._runs: dict[str, Run] = {}
-        self.on_created: Callable[[Run], None] = lambda _run: None
-        self.on_ending: Callable[[Run], None] = lambda _run: None
-        self.on_finished: Callable[[str], None] = lambda _run_id: None
-        self._aliases: dict[tuple[str, str], str] = {}  # owner and name: the newest model of it
-        self._of_owner: defaultdict[str, dict[str, Run]] = defaultdict(dict)
+        self._dispatcher = dispatcher
+        self._known = known
+        self._recovery = recovery
+        self._snapshots = snapshots
+        self._quotas = quotas
+        self._base_models = base_models
         self._over: deque[Run] = deque()  # models that have finished, the oldest first
-        self._dispatcher: Dispatcher[Operation] = Dispatcher(
-            self._release, self._give_up, settings.gap_grace_seconds
-        )
-        self.snapshots = Snapshots(ledger, engine, self._dispatcher, payloads, settings)
-        self._recovery = Recovery(ledger, engine, operations, self._dispatcher, self._runs, settings)
-        operations.dispatcher = self._dispatcher
-        self.unused_numbers = UnusedNumbers(ledger, self._dispatcher, self._numbered)
-        operations.on_created = self._created
+        self.created: Event[[Run]] = Event()
+        self.ending: Event[[Run]] = Event()
+        self.finished: Event[[str]] = Event()
+        dispatcher.released.subscribe(self._release)
+        operations.finished.subscribe(self._note_creation)
 
     # --- finding and creating
 
     async def find(self, owner: str, run_id: str) -> Run:
         """By its id, or what its client calls it: the newest of that name. Raises NotFound for what does not
         exist or is not the owner's."""
-        run = self._runs.get(run_id) or self._runs.get(self._aliases.get((owner, run_id), ""))
+        run = self._known.get(run_id) or self._known.named(owner, run_id)
         if run is None or run.owner != owner:
             row = await self._ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
             if row is None:
                 raise NotFound(f"unknown model {run_id!r}: create it with create_model first")
-            await self._open(row)
-            run = self._runs[row.id]
+            run = await self._open(row)
             if run.alias == run_id:
-                self._aliases[owner, run_id] = run.id
+                self._known.call(run)
         run.found_at = time.monotonic()
         return run
 
     def known(self, run_id: str) -> Run | None:
         """One that has had operations since the server's start."""
-        return self._runs.get(run_id)
+        return self._known.get(run_id)
 
-    async def _numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
+    async def numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
+        """Return the model that a client's number is about, and the number among all of its operations.
+
+        Raises NotFound, or BadRequest for a model that the server trains.
+        """
         run = await self.find(owner, run_id)
         if run.driven:
             raise BadRequest(f"model {run_id!r}: the server numbers its operations")
@@ -214,35 +208,38 @@ class Runs:
             )
         )
         if run is not None:
-            run = self._remember(run)
-            if run.alias is not None:
-                self._aliases[run.owner, run.alias] = run.id
+            run = self._known.add(run)
+            self._known.call(run)
             self._dispatcher.open(run.id, 1)
             run.resident = operation.sent_in == self._engine.life
             if operation.answer is not None:
-                self._created(operation)
+                self._note_creation(operation)
             elif not run.resident:
                 self._recovery.bring_back(run)
-            self.on_created(run)
+            self.created(run)
         return operation
 
-    def _created(self, operation: Operation) -> None:
-        run = self._runs.get(operation.model_id)
+    def _note_creation(self, operation: Operation) -> None:
+        if operation.kind != "create_model":
+            return
+        run = self._known.get(operation.model_id)
         if run is not None and run.state == "creating":
             run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"
 
-    async def _open(self, row: Row) -> None:
-        """Takes up a run of the ledger where its operations stand."""
+    async def _open(self, row: Row) -> Run:
+        """Take up a run of the ledger where its operations stand."""
         early = await self._ledger.read(
             lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
         )
-        if row.id not in self._runs:
-            run = from_row(row)
-            run.broken = self._base_models.changed(run)
-            self._remember(run)
-            self._dispatcher.open(row.id, row.executed_seq + 1)
-            for arrival in early:
-                self._dispatcher.add(self._operations.load(arrival))
+        if (known := self._known.get(row.id)) is not None:
+            return known
+        run = from_row(row)
+        run.broken = self._base_models.changed(run)
+        self._known.add(run)
+        self._dispatcher.open(row.id, row.executed_seq + 1)
+        for arrival in early:
+            self._dispatcher.add(self._operations.load(arrival))
+        return run
 
     async def resume(self) -> None:
         """At start: what was accepted and not answered is taken up again."""
@@ -260,21 +257,15 @@ class Runs:
     # --- releasing
 
     def _release(self, operation: Operation) -> None:
-        run = self._runs[operation.model_id]
+        run = self._known.get(operation.model_id)
+        assert run is not None
         run.used_at = time.monotonic()
         if not run.resident or not operation.payload_bytes:
             self._recovery.bring_back(run)
             return
         self._engine.send_stored(Lane(run.id), operation.request_id, operation.payload_bytes)
         run.bytes_since_snapshot += operation.payload_bytes
-        self.snapshots.take_if_due(run)
-
-    def _give_up(self, operations: list[Operation], missing: int) -> None:
-        self._operations.fail(
-            operations,
-            f"seq_id {missing} of this model never arrived within {self._settings.gap_grace_seconds:.0f} s; "
-            "the operations sent after it were not run",
-        )
+        self._snapshots.take_if_due(run)
 
     async def bring_back(self, owner: str, run_id: str) -> bool:
         """As `Recovery.bring_back_now`, of the owner's model. Raises NotFound."""
@@ -284,24 +275,24 @@ class Runs:
 
     async def save_all(self) -> None:
         """Before a stop: the state of every model that changed since its last snapshot."""
-        await self.snapshots.take_all(list(self._runs.values()))
+        await self._snapshots.take_all(self._known.all())
 
     def resident(self) -> list[Run]:
         """Those that the engine has."""
-        return [run for run in self._runs.values() if run.resident]
+        return [run for run in self._known.all() if run.resident]
 
     def is_alive(self, run: Run) -> bool:
         """Whether the engine has it, or will have it without another operation."""
         return run.resident or run.state == "creating" or bool(self._operations.unanswered(run.id))
 
     def alive(self, owner: str) -> list[Run]:
-        return [run for run in self._of_owner.get(owner, {}).values() if self.is_alive(run)]
+        return [run for run in self._known.of_owner(owner) if self.is_alive(run)]
 
     async def rest(self, run: Run) -> None:
         """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
         if self._operations.unanswered(run.id) or run.state != "ready":
             return
-        if await self.snapshots.take_if_changed(run):
+        if await self._snapshots.take_if_changed(run):
             log.info("model %s rests: its client is silent", run.id)
             await self._leave(run)
 
@@ -309,7 +300,7 @@ class Runs:
         """Forget the models that the engine does not have and that nobody has asked for in an hour. `find`
         reads them from the ledger again."""
         since = time.monotonic() - _REMEMBERED_SECONDS
-        unused = [run for run in self._runs.values() if max(run.found_at, run.used_at) < since]
+        unused = [run for run in self._known.all() if max(run.found_at, run.used_at) < since]
         for run in unused:
             under_way = [
                 task for task in (run.restoring, run.saving, run.leaving) if task and not task.done()
@@ -323,7 +314,7 @@ class Runs:
         """The session is over: the engine forgets the model once its operations are done."""
         if run.state == "finished":
             return
-        self.on_ending(run)
+        self.ending(run)
         run.state = "finished"
         now = time.time()
         await self._ledger.write(
@@ -338,28 +329,16 @@ class Runs:
         if self._operations.unanswered(run.id):
             return  # the server stops, and its next start goes on here
         await self._leave(run)
-        self.on_finished(run.id)
-        await self.snapshots.remove(run)
+        self.finished(run.id)
+        await self._snapshots.remove(run)
         self._over.append(run)
         while len(self._over) > _MOST_OVER:
             self._forget(self._over.popleft())
 
-    def _remember(self, run: Run) -> Run:
-        """The one run of this id."""
-        run = self._runs.setdefault(run.id, run)
-        self._of_owner[run.owner][run.id] = run
-        return run
-
     def _forget(self, run: Run) -> None:
         """A model that the ledger knows, and that nothing here needs."""
-        if self._runs.get(run.id) is not run:
-            return
-        del self._runs[run.id], self._of_owner[run.owner][run.id]
-        if not self._of_owner[run.owner]:
-            del self._of_owner[run.owner]
-        if self._aliases.get((run.owner, run.name)) == run.id:
-            del self._aliases[run.owner, run.name]
-        self._dispatcher.close(run.id)
+        if self._known.discard(run):
+            self._dispatcher.close(run.id)
 
     async def _leave(self, run: Run) -> None:
         if not run.resident:

@@ -103,12 +103,14 @@ class Samplers:
         operations: Operations,
         runs: Runs,
         settings: Settings,
-        quotas: Quotas | None = None,
-        base_models: BaseModels | None = None,
+        quotas: Quotas,
+        base_models: BaseModels,
+        on_removed: Callable[[str], None],
     ):
-        self._base_models = base_models or BaseModels()
+        """`on_removed` is told of directories that are removed."""
+        self._base_models = base_models
         self._ledger = ledger
-        self._quotas = quotas or Quotas(settings)
+        self._quotas = quotas
         self._engine = engine
         self._operations = operations
         self._runs = runs
@@ -116,8 +118,8 @@ class Samplers:
         self._samplers: Recent[str, Sampler] = Recent(_REMEMBERED)
         self._alive: Recent[str, float] = Recent(_REMEMBERED)  # sessions, and when the ledger was told
         self._making: set[asyncio.Task] = set()
-        self.on_removed: Callable[[str], None] = lambda _directory: None
-        operations.on_missing_weights = self._missing
+        self._on_removed = on_removed
+        operations.weights_missing.subscribe(self._missing)
 
     async def create(
         self,
@@ -236,7 +238,7 @@ class Samplers:
             self._samplers.discard(row.id)
             release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
             self._engine.send(messages.encode(release))
-            self.on_removed(row.directory)
+            self._on_removed(row.directory)
             directory = paths.resolve(self._settings.data_dir, row.directory)
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 

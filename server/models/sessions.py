@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Row
 
 from ...ckpt import paths
 from ..access.quotas import Quotas
+from ..dialect import Dialect
 from ..errors import ApiError, BadRequest, Gone, NotFound
 from ..ledger import audit, custom_losses, session_sizes, tenancy
 from ..ledger.ledger import Ledger
@@ -120,6 +121,17 @@ class Sessions:
             raise BadRequest(f"session {session_id!r} has finished; create a new one")
         self._active[row.id] = (owner, row.last_heartbeat_at)
         return row.id
+
+    async def of_client(self, owner: str, session_id: str, dialect: Dialect | None) -> str:
+        """Return the id of the active session that a client names.
+
+        Clients of tinkercloud may name one that they have not created: it is created then. Raises NotFound or
+        BadRequest.
+        """
+        if (dialect or "tinkercloud") != "tinkercloud":
+            return await self.require_active(owner, session_id)
+        fields = {"tags": [], "user_metadata": {}, "dialect": "tinkercloud"}
+        return await self.open_named(owner, session_id, fields)
 
     async def heartbeat(self, owner: str, session_id: str) -> None:
         """Raises Gone for a session that has finished: the client then stops sending."""

@@ -45,7 +45,7 @@ class Snapshots:
         self._dispatcher = dispatcher
         self._payloads = payloads
         self._settings = settings
-        self.being_written: set[str] = set()
+        self.being_written: set[str] = set()  # directories that the ledger does not name yet
 
     def _released(self, run: Run) -> int:
         """The number of the last operation that the engine was sent."""

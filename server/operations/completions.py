@@ -54,7 +54,7 @@ class Stream:
             self._add(operation.request_id, isinstance(operation.answer, messages.Failed))
         elif operation.request_id not in self.waiting:
             self.waiting.add(operation.request_id)
-            operation.on_answered = self._answered
+            operation.when_answered(self._answered)
 
     def _answered(self, operation: Operation) -> None:
         self.waiting.discard(operation.request_id)

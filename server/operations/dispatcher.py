@@ -10,9 +10,11 @@ asked for. A number that was refused at its submit is no gap: it is recorded, an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
+
+from ..events import Event
 
 
 class Sequenced(Protocol):
@@ -39,17 +41,16 @@ class Lane(Generic[Op]):
 
 
 class Dispatcher(Generic[Op]):
-    """Calls `release(operation)` in order, and `give_up(operations, missing_seq)` when a gap stays open."""
+    """Releases each model's operations in order.
 
-    def __init__(
-        self,
-        release: Callable[[Op], None],
-        give_up: Callable[[list[Op], int], None],
-        gap_grace_seconds: float,
-    ):
-        self._release = release
-        self._give_up = give_up
-        self._gap_grace_seconds = gap_grace_seconds
+    `released(operation)`: it is the operation's turn. `gave_up(operations, missing_seq)`: the number
+    `missing_seq` has not arrived in `gap_grace_seconds`, and these operations after it are not run.
+    """
+
+    def __init__(self, gap_grace_seconds: float):
+        self.gap_grace_seconds = gap_grace_seconds
+        self.released: Event[[Op]] = Event()
+        self.gave_up: Event[[list[Op], int]] = Event()
         self._lanes: dict[Hashable, Lane[Op]] = {}
 
     def open(self, model_id: str, next_seq: int) -> None:
@@ -89,14 +90,14 @@ class Dispatcher(Generic[Op]):
         while (operation := lane.held.pop(lane.next_seq, None)) is not None:
             lane.next_seq += 1
             if not operation.settled:
-                self._release(operation)
+                self.released(operation)
         moved = lane.next_seq != started_at
         if lane.gap_timer is not None and (moved or not lane.held):
             lane.gap_timer.cancel()
             lane.gap_timer = None
         if lane.held and lane.gap_timer is None:
             loop = asyncio.get_running_loop()
-            lane.gap_timer = loop.call_later(self._gap_grace_seconds, self._gap_stayed_open, model_id)
+            lane.gap_timer = loop.call_later(self.gap_grace_seconds, self._gap_stayed_open, model_id)
 
     def _gap_stayed_open(self, model_id: str) -> None:
         lane = self._lanes[model_id]
@@ -104,4 +105,4 @@ class Dispatcher(Generic[Op]):
         missing = lane.next_seq
         lane.next_seq = max(lane.held) + 1
         given_up = [lane.held.pop(seq_id) for seq_id in sorted(lane.held)]
-        self._give_up([operation for operation in given_up if not operation.settled], missing)
+        self.gave_up([operation for operation in given_up if not operation.settled], missing)

@@ -39,13 +39,17 @@ class Operation:
     session_id: str | None = None  # of an uploaded loss or a numbered sample
     dialect: Dialect = "tinker"
     finished: asyncio.Event = field(default_factory=asyncio.Event)
-    on_answered: Callable[[Operation], None] | None = None
+    _listener: Callable[[Operation], None] | None = None
+
+    def when_answered(self, listener: Callable[[Operation], None]) -> None:
+        """Have `listener` called when there is an answer; a later one takes its place."""
+        self._listener = listener
 
     def answered(self) -> None:
         """Wakes everybody who waits for it."""
         self.finished.set()
-        if self.on_answered is not None:
-            self.on_answered(self)
+        if self._listener is not None:
+            self._listener(self)
 
     @property
     def settled(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 from sqlalchemy import Connection, Row
@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ...engine import logs, messages
 from ..disk import Disk
 from ..errors import ApiError, BadRequest
+from ..events import Event
 from ..ledger import operations as rows
 from ..ledger import payloads as payload_rows
 from ..ledger import retention
@@ -29,7 +30,7 @@ from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
 from .answers import KEPT, RememberedAnswers, note_replay, settle
 from .dispatcher import Dispatcher
-from .elsewhere import Elsewhere, Nowhere
+from .elsewhere import EngineOnly, SampleDrawer
 from .operation import Answer, Operation, Submission
 from .payloads import Payloads
 from .pending import PendingOperations
@@ -41,26 +42,37 @@ _STATES = {messages.Done: "done", messages.Failed: "failed"}
 
 
 class Operations:
-    """All operations of the server. What `Runs` sets: `dispatcher` releases what is sequenced, `on_created`
-    is told of answered creations, `on_finished` of all answers. Samplers set `on_missing_weights`, which gets
-    a sample that the engine has no weights for, and why. `elsewhere` answers samples in the engine's
-    place."""
+    """All operations of the server.
 
-    dispatcher: Dispatcher[Operation]
-    on_created: Callable[[Operation], None]
-    on_missing_weights: Callable[[Operation, str], None]
+    `dispatcher` puts the operations of each model in order, `drawer` may draw samples in the engine's place.
+    Events: `finished(operation)` when an operation has its answer, `weights_missing(sample, why)` for a
+    sample whose weights the engine does not have.
+    """
 
-    def __init__(self, ledger: Ledger, engine: Supervisor, disk: Disk, payloads: Payloads):
+    def __init__(
+        self,
+        ledger: Ledger,
+        engine: Supervisor,
+        disk: Disk,
+        payloads: Payloads,
+        dispatcher: Dispatcher[Operation],
+        drawer: SampleDrawer | None = None,
+    ):
         self._ledger = ledger
         self._engine = engine
         self._disk = disk
         self._payloads = payloads
+        self._dispatcher = dispatcher
+        self._drawer = drawer or EngineOnly()
+        self.finished: Event[[Operation]] = Event()
+        self.weights_missing: Event[[Operation, str]] = Event()
         self._pending = PendingOperations()
         self._remembered = RememberedAnswers()
         self._tasks: set[asyncio.Task] = set()
-        self.on_finished: Callable[[Operation], None] = lambda _operation: None
-        self.elsewhere: Elsewhere = Nowhere()
         self.accepted = 0  # since the start
+        self.stopped = False  # polls are not to wait any more
+        engine.answered.subscribe(self.on_answer)
+        dispatcher.gave_up.subscribe(self._give_up)
 
     # --- submits
 
@@ -112,7 +124,7 @@ class Operations:
         operation.committed = True
         self.accepted += 1
         if operation.sequenced:
-            self.dispatcher.add(operation)
+            self._dispatcher.add(operation)
         elif not operation.settled:
             self.send(operation)
         return operation
@@ -139,7 +151,7 @@ class Operations:
     ) -> Row | Answer | None:
         """The first operation of the natural key, if it is another one, or the answer, if it is known."""
         request_id, sequenced = operation.request_id, operation.sequenced
-        past = sequenced and operation.seq_id < self.dispatcher.next_seq(operation.model_id)
+        past = sequenced and operation.seq_id < self._dispatcher.next_seq(operation.model_id)
 
         def change(connection: Connection) -> Row | Answer | None:
             if submission.natural_key is not None:
@@ -203,7 +215,7 @@ class Operations:
             task.add_done_callback(self._tasks.discard)
 
     def _send_sample(self, operation: Operation, payload: bytes) -> None:
-        if not self.elsewhere.take(operation, _sample(payload)):
+        if not self._drawer.take(operation, _sample(payload), self):
             self.send_to_engine(operation)
 
     async def _load_and_send(self, operation: Operation) -> None:
@@ -253,7 +265,8 @@ class Operations:
         if sample.answering or sample.settled:
             return
         sample.cancelled = True
-        if self.elsewhere.cancel(sample):
+        if self._drawer.cancel(sample):
+            self.fail([sample], _CANCELLED)
             return
         cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", sample.request_id)
         if self._engine.withdraw(sample.request_id) or not self._engine.send(messages.encode(cancel)):
@@ -283,7 +296,7 @@ class Operations:
             answer = messages.Failed(answer.request_id, _CANCELLED, "user")
         elif isinstance(answer, messages.Failed) and answer.category == "missing":
             self._engine.dealt_with(answer.request_id)
-            self.on_missing_weights(operation, answer.message)
+            self.weights_missing(operation, answer.message)
             return
         operation.answering = True
         task = asyncio.ensure_future(self._finish(operation, answer, ran))
@@ -322,9 +335,7 @@ class Operations:
         operation.answer = answer
         self._payloads.forget(operation.request_id)
         self._engine.dealt_with(operation.request_id)
-        if operation.kind == "create_model":
-            self.on_created(operation)
-        self.on_finished(operation)
+        self.finished(operation)
         self._remember(operation)
 
     def _remember(self, operation: Operation) -> None:
@@ -342,6 +353,14 @@ class Operations:
         """`ran`: the engine has begun them, and a replay must know that they failed."""
         for operation in operations:
             self.on_answer(messages.Failed(operation.request_id, message, category), ran)
+
+    def _give_up(self, operations: list[Operation], missing: int) -> None:
+        seconds = self._dispatcher.gap_grace_seconds
+        self.fail(
+            operations,
+            f"seq_id {missing} of this model never arrived within {seconds:.0f} s; "
+            "the operations sent after it were not run",
+        )
 
     # --- polls
 
@@ -379,7 +398,8 @@ class Operations:
         return dropped
 
     def wake_all(self) -> None:
-        """Lets every poll answer that its operation is still pending."""
+        """The server stops: every poll answers that its operation is still pending."""
+        self.stopped = True
         for operation in self._pending.all():
             operation.finished.set()
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from ...engine import messages
 from ..errors import Unavailable
+from ..events import Event
 from .engine_process import EngineProcess, nothing_stored
 from .outbox import Lane
 
@@ -23,25 +24,29 @@ _HOPELESS_STARTS = 5  # that many in a row which did not get ready: clients are 
 
 
 class Supervisor:
-    """`on_death` is told what the engine computed when it died, `on_start` that there is an empty new one,
-    `on_lost` of an operation whose payload cannot be read, its model, and why."""
+    """Keeps one engine running.
 
-    on_lost: Callable[[str, str, str], None]
-    on_death: Callable[[list[tuple[str, str]]], None]
-    on_start: Callable[[], None]
+    Events: `answered(answer)` for each answer that `request` does not wait for, `drawn(tokens)` for a part of
+    a streamed sample, `died(under_way)` with what the engine computed when it died, `started()` when there is
+    an empty new engine, `lost(request_id, model_id, why)` for an operation whose payload cannot be read.
+    """
 
     def __init__(
         self,
         config: messages.EngineConfig,
-        on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
         silence_seconds: float = 60.0,
         module: str = "tinsmith.engine",
         inherited: tuple[int, ...] = (),
         load: Callable[[str], Awaitable[bytes | None]] = nothing_stored,
     ):
         """`inherited`: descriptors that each engine has open as long as it lives. `load` reads payloads."""
+        self.answered: Event[[messages.Done | messages.Failed]] = Event()
+        self.drawn: Event[[messages.Drawn]] = Event()
+        self.died: Event[[list[tuple[str, str]]]] = Event()
+        self.started: Event[[]] = Event()
+        self.lost: Event[[str, str, str]] = Event()
         self._make = lambda: EngineProcess(
-            config, on_answer, silence_seconds, module, inherited, load, self._lost
+            config, self._heard, silence_seconds, module, inherited, load, self.lost
         )
         self._process = self._make()
         self._keeper: asyncio.Task | None = None
@@ -78,7 +83,7 @@ class Supervisor:
             self._fruitless_lives = 0 if process.has_answered else self._fruitless_lives + 1
             under_way = process.under_way()
             await process.close()
-            self.on_death(under_way)
+            self.died(under_way)
             await self._begin_again()
 
     async def _begin_again(self) -> None:
@@ -92,7 +97,7 @@ class Supervisor:
                 log.error("the engine cannot be started: %s", error)
                 self._fruitless_lives += 1
                 continue
-            self.on_start()
+            self.started()
             return
 
     # --- what it is doing
@@ -157,8 +162,11 @@ class Supervisor:
         """The operation's answer is written, or not needed: it takes no room any more."""
         self._process.dealt_with(request_id)
 
-    def _lost(self, request_id: str, model_id: str, why: str) -> None:
-        self.on_lost(request_id, model_id, why)
+    def _heard(self, answer: messages.Done | messages.Failed | messages.Drawn) -> None:
+        if isinstance(answer, messages.Drawn):
+            self.drawn(answer)
+        else:
+            self.answered(answer)
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
         """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""

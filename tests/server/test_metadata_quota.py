@@ -6,22 +6,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import engineless
 import pytest
 from pydantic import TypeAdapter, ValidationError
 from tinsmith.engine import messages
-from tinsmith.server.access.quotas import Quotas
-from tinsmith.server.disk import Disk
 from tinsmith.server.errors import NotFound, QuotaExceeded
 from tinsmith.server.ledger import session_sizes, tenancy
-from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.models import custom_losses
-from tinsmith.server.models.runs import Runs
-from tinsmith.server.models.samplers import Samplers
-from tinsmith.server.models.sessions import Sessions
-from tinsmith.server.operations.operations import Operations
-from tinsmith.server.operations.payloads import Payloads
-from tinsmith.server.settings import Settings
-from tinsmith.server.supervision.supervisor import Supervisor
 from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
 from tinsmith.server.wire.models import CreateModel
 from tinsmith.server.wire.requests import CreateSession, FinishSession, SaveWeights
@@ -29,19 +20,8 @@ from tinsmith.server.wire.requests import CreateSession, FinishSession, SaveWeig
 NOTE = {"note": "x" * 10_000}
 
 
-class Server:
+class Server(engineless.Server):
     """Sessions and samplers on a ledger, without an engine."""
-
-    def __init__(self, data_dir: Path, **settings):
-        self.settings = Settings(data_dir=data_dir, **settings)
-        self.ledger = Ledger(self.settings.ledger_url)
-        payloads = Payloads(self.ledger, self.settings.payload_dir)
-        engine = Supervisor(self.settings.engine_config([]), lambda answer: None, load=payloads.load)
-        self.operations = Operations(self.ledger, engine, Disk(data_dir, 0), payloads)
-        self.quotas = Quotas(self.settings)
-        runs = Runs(self.ledger, engine, self.operations, payloads, self.settings, self.quotas)
-        self.samplers = Samplers(self.ledger, engine, self.operations, runs, self.settings, self.quotas)
-        self.sessions = Sessions(self.ledger, runs, self.samplers, self.quotas, 600.0)
 
     async def create(self, owner: str = "me", **fields) -> str:
         return await self.sessions.create(owner, {"tags": [], "user_metadata": NOTE} | fields)

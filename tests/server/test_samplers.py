@@ -9,18 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from engineless import Server
 from sqlalchemy import Connection
-from tinsmith.server.disk import Disk
 from tinsmith.server.errors import NotFound
 from tinsmith.server.ledger import tenancy
-from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.models import samplers as samplers_module
-from tinsmith.server.models.runs import Runs
 from tinsmith.server.models.samplers import Samplers, new_directory, run_of
-from tinsmith.server.operations.operations import Operations
-from tinsmith.server.operations.payloads import Payloads
-from tinsmith.server.settings import Settings
-from tinsmith.server.supervision.supervisor import Supervisor
 
 HOUR = 3600.0
 
@@ -35,15 +29,10 @@ def session(connection: Connection, name: str, silent_for: float, finished: bool
 @pytest.fixture
 async def samplers(tmp_path: Path) -> AsyncIterator[Samplers]:
     """Behind an engine that is not started."""
-    settings = Settings(data_dir=tmp_path, unnamed_sampler_seconds=24 * HOUR)
-    ledger = Ledger(settings.ledger_url)
-    engine = Supervisor(settings.engine_config([]), lambda answer: None)
-    payloads = Payloads(ledger, settings.payload_dir)
-    operations = Operations(ledger, engine, Disk(settings.data_dir, 0), payloads)
-    runs = Runs(ledger, engine, operations, payloads, settings)
-    await ledger.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
-    yield Samplers(ledger, engine, operations, runs, settings)
-    ledger.close()
+    server = Server(tmp_path, unnamed_sampler_seconds=24 * HOUR)
+    await server.ledger.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
+    yield server.samplers
+    server.ledger.close()
 
 
 @pytest.fixture

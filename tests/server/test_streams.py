@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from tinsmith.engine import messages
+from tinsmith.server.base_models import BaseModels
 from tinsmith.server.http.generate_answers import Answers, Prompt
 from tinsmith.server.http.openai_answers import ChatAnswers
 from tinsmith.server.http.served_models import ServedModel
-from tinsmith.server.http.served_samples import Asked, Running
+from tinsmith.server.http.served_samples import Asked, Running, ServedSamples
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.operations.sample_streams import SampleStreams
 from tinsmith.server.text.tokenizer import ChatTokenizer
@@ -27,8 +28,8 @@ FAILURES = {
 }
 
 
-def failed(answer: Any) -> tuple[Any, list[Running]]:
-    """A backend that only knows streams, and a sample that was answered so after one token."""
+def failed(answer: Any) -> tuple[ServedSamples, list[Running]]:
+    """Samples of which only the streams are there, and a sample that was answered so after one token."""
     streams = SampleStreams()
     streams.open("req_1", "me")
     streams.add(messages.Drawn("req_1", 0, 0, b"\x05\0\0\0", b"\0\0\0\0", None))
@@ -36,7 +37,8 @@ def failed(answer: Any) -> tuple[Any, list[Running]]:
     asked = Asked(MODEL, [5], messages.SamplingParams(max_tokens=4), stream=True)
     running = Running(asked, operation, streams.of("req_1"))
     operation.answered()
-    return SimpleNamespace(streams=streams, stopped=False), [running]
+    submits = SimpleNamespace(cancel=lambda operation: streams.close(operation.request_id))
+    return ServedSamples(submits, streams, BaseModels(), None, 1), [running]  # type: ignore[arg-type]
 
 
 async def events(stream: AsyncIterator[bytes]) -> list[Any]:
@@ -53,9 +55,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 @pytest.mark.parametrize("how", FAILURES)
 async def test_a_stream_of_openais_ends_with_an_error_of_openais(text: ChatTokenizer, how: str) -> None:
     answer, message = FAILURES[how]
-    backend, running = failed(answer)
+    served, running = failed(answer)
     answers = ChatAnswers("tiny", text, False, True, 1)
-    error = (await events(answers.events(backend, running)))[-1]["error"]
+    error = (await events(answers.events(served, running)))[-1]["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert message in error["message"]
     assert error["type"] == ("invalid_request_error" if how == "user" else "server_error")
@@ -65,9 +67,9 @@ async def test_a_stream_of_openais_ends_with_an_error_of_openais(text: ChatToken
 @pytest.mark.parametrize("how", FAILURES)
 async def test_a_stream_of_generate_ends_with_an_error_of_sglangs(text: ChatTokenizer, how: str) -> None:
     answer, message = FAILURES[how]
-    backend, running = failed(answer)
+    served, running = failed(answer)
     body = Generate.model_validate({"input_ids": [5], "stream": True})
-    answers = Answers(body, [Prompt(body.each[0], MODEL, 320, text)], 0.0)
-    error = (await events(answers.events(backend, "me", running)))[-1]["error"]
+    answers = Answers(served, body, [Prompt(body.each[0], MODEL, 320, text)], 0.0)
+    error = (await events(answers.events("me", running)))[-1]["error"]
     assert message in error["message"]
     assert error["code"] == (400 if how == "user" else 500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jwt
@@ -12,6 +13,7 @@ from starlette.testclient import TestClient
 from tinsmith.server.access.signed_urls import UrlSigner
 from tinsmith.server.access.tokens import Claims, Tokens
 from tinsmith.server.app import create_app
+from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.settings import Settings
 
 ALICE = Claims("alice", "0123456789ab")
@@ -53,10 +55,13 @@ def test_nothing_in_it_can_be_altered(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> TestClient:
-    """Of an application whose backend is not started: authentication comes before it."""
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    """Of an application that is not started and has only a ledger: authentication comes before all else."""
     settings = Settings(data_dir=tmp_path, api_key=["alice=tml-a", "bob=tml-b"], token_seconds=1)
-    return TestClient(create_app(settings, []))
+    app, ledger = create_app(settings, []), Ledger(settings.ledger_url)
+    app.state.services.add([ledger])
+    yield TestClient(app)
+    ledger.close()
 
 
 def exchange(client: TestClient, key: str) -> str:

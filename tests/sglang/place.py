@@ -12,13 +12,15 @@ import numpy as np
 from engineless import Server
 from tinsmith.engine import messages
 from tinsmith.server.access.keys import ApiKeys
-from tinsmith.server.base_models import BaseModel
+from tinsmith.server.base_models import BaseModel, BaseModels
 from tinsmith.server.disk import Disk
 from tinsmith.server.operations.operation import Operation, Submission
 from tinsmith.server.plugins.sglang.distribution import Distribution
 from tinsmith.server.plugins.sglang.endpoint import Endpoint
 from tinsmith.server.plugins.sglang.endpoints import Endpoints, Registered
 from tinsmith.server.plugins.sglang.sampling import Sampling
+from tinsmith.server.settings import Settings
+from tinsmith.server.supervision.supervisor import Supervisor
 
 PROMPT = [5, 9, 77, 30, 12, 6]
 MakePlace = Callable[..., Awaitable["Place"]]
@@ -31,30 +33,29 @@ class Place:
     def __init__(self, data_dir: Path, model: BaseModel, engine: messages.SamplingEngine, **settings: Any):
         data_dir.mkdir(exist_ok=True)
         self.data_dir = data_dir
-        self.server = Server(data_dir, **settings)
-        self.operations = self.server.operations
-        models = {model.name: model}
-        self.endpoints = Endpoints(models)
-        self.distribution = Distribution(
-            self.server.settings,
-            ApiKeys([]),
-            self.server.engine,
-            Disk(data_dir, 0),
-            self.endpoints,
-            models,
-        )
+        self.model, self.engine = model, engine
         self.drawn: list[messages.Drawn] = []
         self.embedded: list[Operation] = []
+        self.server = Server(data_dir, self._sampling, **settings)
+        self.operations = self.server.operations
         self.operations.send_to_engine = self.embedded.append  # type: ignore[method-assign]
+
+    def _sampling(self, settings: Settings, engine: Supervisor) -> Sampling:
+        models = BaseModels({self.model.name: self.model})
+        self.endpoints = Endpoints(models)
+        self.distribution = Distribution(
+            settings, ApiKeys([]), engine, Disk(self.data_dir, 0), self.endpoints, models
+        )
         self.sampling = Sampling(
-            self.operations,
             self.endpoints,
             self.distribution.adapters,
             models,
-            engine,
+            self.engine,
             patience_seconds=300.0,
             on_drawn=self.drawn.append,
+            on_answered=lambda _endpoint, _sample, _output: None,
         )
+        return self.sampling
 
     def add(self, url: str) -> Registered:
         endpoint = Registered(Endpoint(url), None, None)

@@ -140,7 +140,7 @@ async def test_one_with_other_weights_than_it_is_to_have_is_not_used(
 ) -> None:
     place = await make_place()
     seen: list[dict] = []
-    place.endpoints.on_other_weights = lambda _endpoint, info: seen.append(info)
+    place.endpoints.other_weights.subscribe(lambda _endpoint, info: seen.append(info))
     endpoint = place.add(sglang.url)
     await until(lambda: endpoint.healthy)
     endpoint.holds("weights/of/another", "version-2")

@@ -15,9 +15,11 @@ from ...checkpoints.checkpoints import as_strings, iso
 from ...errors import BadRequest
 from ...ledger import audit
 from ...ledger import usage as rows
+from ...ledger.ledger import Ledger
 from ...ledger.session_search import NO_PROJECT
 from ...wire import responses
-from ..dependencies import BackendOf, Owner, described_as
+from ..dependencies import Owner, described_as
+from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["accounts"])
 
@@ -36,14 +38,14 @@ _GIGABYTE = 1e9
 
 @router.get("/audit", responses=described_as(responses.AuditLog))
 async def audit_log(
-    backend: BackendOf,
+    ledger: Provided[Ledger],
     owner: Owner,
     event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all",
     day: date | None = None,
 ) -> dict[str, Any]:
     """The tenant's own entries of a day of UTC, today by default, oldest first; of very many the newest."""
     midnight = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC).timestamp()
-    found = await backend.ledger.read(
+    found = await ledger.read(
         lambda connection: audit.between(
             connection, owner, midnight, midnight + 86400, _RESOURCES[event_type], _MOST_ENTRIES
         )
@@ -65,7 +67,7 @@ def _entry(row: Row) -> dict[str, Any]:
 
 @router.get("/billing/usage/events", responses=described_as(responses.Usage))
 async def usage_events(
-    backend: BackendOf, owner: Owner, starting_on: datetime, ending_before: datetime
+    ledger: Provided[Ledger], owner: Owner, starting_on: datetime, ending_before: datetime
 ) -> dict[str, Any]:
     """One event per hour, kind, base model, session and training run."""
     first, end = _hour("starting_on", starting_on), _hour("ending_before", ending_before)
@@ -73,7 +75,7 @@ async def usage_events(
         raise BadRequest(f"ending_before: choose one to {_MOST_DAYS * 24} hours after starting_on")
     if first * rows.HOUR > time.time():
         raise BadRequest("starting_on: it is in the future")
-    used = await backend.ledger.read(lambda connection: rows.between(connection, owner, first, end))
+    used = await ledger.read(lambda connection: rows.between(connection, owner, first, end))
     events = [event for row in used for event in _events(row)]
     events.sort(key=lambda event: (event["bucket_start"], -event["event_info"].get("token_count", 0)))
     sessions = {row.session_id: {"user_metadata": as_strings(row.user_metadata)} for row in used}
@@ -115,10 +117,10 @@ def _events(row: Row) -> Iterator[dict[str, Any]]:
 
 @router.get("/billing/usage/checkpoints/current", responses=described_as(responses.CheckpointStorage))
 async def checkpoint_storage(
-    backend: BackendOf, owner: Owner, project_id: str | None = None
+    ledger: Provided[Ledger], owner: Owner, project_id: str | None = None
 ) -> dict[str, Any]:
     """Of the tenant's checkpoints as they are now, by the projects of their sessions."""
-    stored = await backend.ledger.read(lambda connection: rows.stored(connection, owner, project_id))
+    stored = await ledger.read(lambda connection: rows.stored(connection, owner, project_id))
     return {
         "data": [
             {

@@ -6,22 +6,25 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ...access.tokens import Claims
+from ...access.keys import ApiKeys
+from ...access.tokens import Claims, Tokens
 from ...errors import Forbidden
 from ...ledger import keys as rows
+from ...ledger.ledger import Ledger
 from ...wire import responses
-from ..dependencies import BackendOf, CallerOf, described_as
+from ..dependencies import CallerOf, described_as
+from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1/auth", tags=["credentials"])
 
 
 @router.post("/token", responses=described_as(responses.Token))
-async def exchange(backend: BackendOf, caller: CallerOf) -> dict[str, str]:
+async def exchange(tokens: Provided[Tokens], caller: CallerOf) -> dict[str, str]:
     """A token for the caller's key. One for a token is that token: nobody who found one can renew it."""
     if caller.token is not None:
         return {"jwt": caller.token}
     assert caller.key is not None  # no URL of this route is signed
-    return {"jwt": backend.tokens.issue(Claims(caller.owner, caller.key.id))}
+    return {"jwt": tokens.issue(Claims(caller.owner, caller.key.id))}
 
 
 @router.get("/apikey/me", responses=described_as(responses.KeyInfo))
@@ -39,13 +42,15 @@ async def api_key(caller: CallerOf) -> dict[str, Any]:
 
 
 @router.delete("/apikey/me", responses=described_as(responses.Acknowledged))
-async def revoke_api_key(backend: BackendOf, caller: CallerOf) -> dict[str, str]:
+async def revoke_api_key(
+    keys: Provided[ApiKeys], ledger: Provided[Ledger], caller: CallerOf
+) -> dict[str, str]:
     """The key that the request was sent with, and no other."""
     key = caller.key
     if caller.token is not None:
         raise Forbidden("a token cannot revoke its key; send the key itself")
     if key is None or not key.in_ledger:
         raise Forbidden("this key was given to the server at its start, and is taken away there")
-    await backend.ledger.write(lambda connection: rows.revoke(connection, key.id))
-    await backend.keys.read(backend.ledger)
+    await ledger.write(lambda connection: rows.revoke(connection, key.id))
+    await keys.read(ledger)
     return {"status": "revoked"}

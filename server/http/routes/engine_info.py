@@ -7,20 +7,25 @@ from typing import Any
 from fastapi import APIRouter
 
 from .... import __version__
+from ...base_models import BaseModels
+from ...settings import Settings
 from ...wire import inference_responses
-from .. import served_models
-from ..dependencies import Backend, BackendOf, Owner, described_as
+from ..dependencies import Owner, described_as
+from ..provided import Provided
+from ..served_models import ServedModels
 
 router = APIRouter(tags=["inference"])
 
 
 @router.get("/v1/models", responses=described_as(inference_responses.ServedModels))
-async def models(backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def models(
+    base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
+) -> dict[str, Any]:
     """The base models, and the caller's samplers of named weights: by path, each an adapter of its base."""
-    data = [_model(base.name, None, base.max_sequence_length, 0.0) for base in backend.base_models.values()]
+    data = [_model(base.name, None, base.max_sequence_length, 0.0) for base in base_models.values()]
     paths = set()
-    for row in await served_models.listed(backend, owner):
-        base = backend.base_models.get(row.base_model)
+    for row in await served_models.listed(owner):
+        base = base_models.get(row.base_model)
         if base is not None and row.model_path not in paths:
             paths.add(row.model_path)
             data.append(_model(row.model_path, base.name, base.max_sequence_length, row.created_at))
@@ -28,10 +33,12 @@ async def models(backend: BackendOf, owner: Owner) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{name:path}", responses=described_as(inference_responses.ServedModel))
-async def model(name: str, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def model(
+    name: str, base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
+) -> dict[str, Any]:
     """Any model that completions take, by whatever name they take it."""
-    found = await served_models.describe(backend, owner, name)
-    base = backend.base_model(found.parent or found.name)
+    found = await served_models.describe(owner, name)
+    base = base_models.named(found.parent or found.name)
     return _model(found.name, found.parent, base.max_sequence_length, found.created)
 
 
@@ -49,9 +56,9 @@ def _model(name: str, parent: str | None, max_length: int, created: float) -> di
 
 @router.get("/model_info", responses=described_as(inference_responses.ServedModelInfo))
 @router.get("/get_model_info", responses=described_as(inference_responses.ServedModelInfo))
-async def model_info(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
+async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[str, Any]:
     """Of the first base model. No path of this machine is in it: where there is no hub id, the name."""
-    name = _first(backend)
+    name = _first(base_models)
     return {
         "model_path": name,
         "tokenizer_path": name,
@@ -63,21 +70,23 @@ async def model_info(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
 
 @router.get("/server_info", responses=described_as(inference_responses.ServerInfo))
 @router.get("/get_server_info", responses=described_as(inference_responses.ServerInfo))
-async def server_info(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
-    name = _first(backend)
+async def server_info(
+    settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
+) -> dict[str, Any]:
+    name = _first(base_models)
     return {
         "model_path": name,
-        "served_model_name": next(iter(backend.base_models)),
-        "tp_size": backend.settings.mesh.get("tensor", 1) if backend.settings.mesh else 1,
-        "dtype": backend.settings.dtype,
+        "served_model_name": next(iter(base_models)),
+        "tp_size": settings.mesh.get("tensor", 1) if settings.mesh else 1,
+        "dtype": settings.dtype,
         "quantization": None,
         "kv_cache_dtype": "auto",
         "enable_lora": True,
-        "max_lora_rank": backend.settings.max_rank,
+        "max_lora_rank": settings.max_rank,
         "version": __version__,
     }
 
 
-def _first(backend: Backend) -> str:
-    base = next(iter(backend.base_models.values()))
+def _first(base_models: BaseModels) -> str:
+    base = next(iter(base_models.values()))
     return base.hub_id or base.name

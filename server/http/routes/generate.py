@@ -8,16 +8,19 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from ...base_models import BaseModels
+from ...offload import Offload
 from ...text import tokenizer
 from ...wire import inference_responses
 from ...wire.generate import Generate
-from .. import served_models, served_samples
 from ..bodies import BodyRoute
-from ..dependencies import Backend, BackendOf, Owner, described_as
+from ..dependencies import Owner, described_as
 from ..generate_answers import Answers, Prompt
 from ..hang_ups import while_connected
 from ..prompts import Prompts
-from ..request_samples import RequestSamples
+from ..provided import Provided
+from ..served_models import ServedModels
+from ..served_samples import ServedSamples
 
 router = APIRouter(tags=["inference"], route_class=BodyRoute)
 
@@ -27,30 +30,48 @@ router = APIRouter(tags=["inference"], route_class=BodyRoute)
     response_model=None,
     responses=described_as(inference_responses.Generated, events=inference_responses.Generation),
 )
-async def generate(body: Generate, request: Request, backend: BackendOf, owner: Owner) -> Response:
+async def generate(
+    body: Generate,
+    request: Request,
+    base_models: Provided[BaseModels],
+    offload: Provided[Offload],
+    served_models: Provided[ServedModels],
+    served: Provided[ServedSamples],
+    owner: Owner,
+) -> Response:
     """One object; a list of several prompts, or of several samples. With `stream` server-sent events, each
     with all there is so far. Closing the connection cancels the samples."""
-    return await while_connected(request, _generate(body, backend, owner))
+    return await while_connected(request, _generate(body, base_models, offload, served_models, served, owner))
 
 
-async def _generate(body: Generate, backend: Backend, owner: str) -> Response:
+async def _generate(
+    body: Generate,
+    base_models: BaseModels,
+    offload: Offload,
+    served_models: ServedModels,
+    served: ServedSamples,
+    owner: str,
+) -> Response:
     began = time.monotonic()
     named = {}
     prompts, asked = [], []
     for said in body.each:
         if said.model not in named:
-            model = await served_models.find(backend, owner, said.model)
-            base = backend.base_model(model.sampler.base_model)
+            model = await served_models.find(owner, said.model)
+            base = base_models.named(model.sampler.base_model)
             text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
-            named[said.model] = Prompts(backend, owner, model, text), (model, base.vocab_size, text)
+            named[said.model] = (
+                Prompts(offload, owner, text, base.max_sequence_length),
+                (model, base.vocab_size, text),
+            )
         of_model, known = named[said.model]
         prompts.append(Prompt(said, *known))
         asked.append(prompts[-1].asked(await of_model.of(said.prompt), body.stream))
-    answers = Answers(body, prompts, began)
-    async with RequestSamples(backend, owner) as samples:
-        running = await served_samples.submit(samples, asked)
+    answers = Answers(served, body, prompts, began)
+    async with served.of_request(owner) as samples:
+        running = await served.submit(samples, asked)
         if body.stream:
             samples.disown()
-            return StreamingResponse(answers.events(backend, owner, running), media_type="text/event-stream")
+            return StreamingResponse(answers.events(owner, running), media_type="text/event-stream")
         whole = await answers.whole(samples, running)
     return Response(whole, media_type="application/json")

@@ -13,13 +13,18 @@ from sqlalchemy import Row
 
 from .... import __version__
 from ...addresses import is_loopback
+from ...base_models import BaseModels
 from ...errors import Gone
 from ...ledger import inference as rows
-from ...plugins.sglang.endpoints import Registered
+from ...ledger.ledger import Ledger
+from ...plugins.sglang.endpoints import Endpoints, Registered
+from ...plugins.sglang.registry import Registry
+from ...settings import Settings
 from ...wire import inference as wire
 from ...wire import inference_responses
 from ..bodies import BodyRoute
-from ..dependencies import Backend, BackendOf, Owner, described_as
+from ..dependencies import Owner, described_as
+from ..provided import Provided
 
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
@@ -30,22 +35,30 @@ def is_this(request: Request, host: str, port: int) -> bool:
     return port == own and (host == request.url.hostname or is_loopback(host))
 
 
-def _shown(request: Request, backend: Backend, owner: str, row: Row | wire.AddEndpoint) -> dict[str, Any]:
+def _shown(
+    request: Request,
+    settings: Settings,
+    base_models: BaseModels,
+    endpoints: Endpoints,
+    registry: Registry,
+    owner: str,
+    row: Row | wire.AddEndpoint,
+) -> dict[str, Any]:
     """One that the caller has named, or wants to; never its key."""
     fields = row.model_dump() if isinstance(row, wire.AddEndpoint) else row.fields
     shown = {"host": row.host, "port": row.port, "worker_port": None, "world_size": 1, "pool": "default"}
     shown |= {key: value for key, value in fields.items() if key in shown}
     if is_this(request, row.host, row.port):
-        return shown | {"healthy": True, "server_info": _of_this(backend), "problem": None}
-    state = _state(backend.endpoints.find(owner, row.host, row.port))
-    problem = backend.registry.problems.get((owner, row.host, row.port))
+        return shown | {"healthy": True, "server_info": _of_this(settings, base_models), "problem": None}
+    state = _state(endpoints.find(owner, row.host, row.port))
+    problem = registry.problems.get((owner, row.host, row.port))
     return shown | state | ({} if problem is None else {"problem": problem})
 
 
-def _of_this(backend: Backend) -> dict[str, Any]:
-    model = next(iter(backend.base_models), None)
+def _of_this(settings: Settings, base_models: BaseModels) -> dict[str, Any]:
+    model = next(iter(base_models), None)
     about = {"model_path": model, "served_model_name": model, "tp_size": 1, "version": __version__}
-    return about | {"enable_lora": True, "max_lora_rank": backend.settings.max_rank, "quantization": None}
+    return about | {"enable_lora": True, "max_lora_rank": settings.max_rank, "quantization": None}
 
 
 def _state(endpoint: Registered | None) -> dict[str, Any]:
@@ -69,37 +82,53 @@ def _state(endpoint: Registered | None) -> dict[str, Any]:
 
 @router.post("/add_inference_endpoint", responses=described_as(inference_responses.AddedEndpoint))
 async def add_inference_endpoint(
-    body: wire.AddEndpoint, request: Request, backend: BackendOf, owner: Owner
+    body: wire.AddEndpoint,
+    request: Request,
+    settings: Provided[Settings],
+    base_models: Provided[BaseModels],
+    endpoints: Provided[Endpoints],
+    registry: Provided[Registry],
+    owner: Owner,
 ) -> dict[str, Any]:
     """Only of a server that may be asked (`--sglang-allow`), answers, and has one of the base models."""
     if body.base_model is not None:
-        backend.base_model(body.base_model)
+        base_models.named(body.base_model)
     here = is_this(request, body.host, body.port)
     fields = body.model_dump(exclude={"host", "port"}) | {"is_this": here}
-    problem = await backend.registry.add(owner, body.host, body.port, fields)
+    problem = await registry.add(owner, body.host, body.port, fields)
     where = f"{body.host}:{body.port}"
     return {
         "success": problem is None,
         "message": problem or f"{where} is registered",
-        "endpoint": _shown(request, backend, owner, body),
+        "endpoint": _shown(request, settings, base_models, endpoints, registry, owner, body),
         "weights_synced": problem is None and here and body.sync_weights,
         "sync_message": None if here or not body.sync_weights else "sync_inference_weights brings them",
     }
 
 
 @router.post("/remove_inference_endpoint", responses=described_as(inference_responses.RemovedEndpoint))
-async def remove_inference_endpoint(body: wire.Endpoint, backend: BackendOf, owner: Owner) -> dict[str, Any]:
-    gone = await backend.registry.remove(owner, body.host, body.port)
+async def remove_inference_endpoint(
+    body: wire.Endpoint, registry: Provided[Registry], owner: Owner
+) -> dict[str, Any]:
+    gone = await registry.remove(owner, body.host, body.port)
     where = f"{body.host}:{body.port}"
     return {"success": gone, "message": f"{where} is forgotten" if gone else f"{where} is not there"}
 
 
 @router.get("/list_inference_endpoints", responses=described_as(inference_responses.InferenceEndpoints))
-async def list_inference_endpoints(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def list_inference_endpoints(
+    request: Request,
+    settings: Provided[Settings],
+    base_models: Provided[BaseModels],
+    ledger: Provided[Ledger],
+    endpoints: Provided[Endpoints],
+    registry: Provided[Registry],
+    owner: Owner,
+) -> dict[str, Any]:
     """The caller's own; and how many of the operator's there are for everybody, and are healthy."""
-    known = await backend.ledger.read(lambda connection: rows.endpoints(connection, owner))
-    shown = [_shown(request, backend, owner, row) for row in known]
-    shared = [each for each in backend.endpoints.all(None, owner) if each.owner is None]
+    known = await ledger.read(lambda connection: rows.endpoints(connection, owner))
+    shown = [_shown(request, settings, base_models, endpoints, registry, owner, row) for row in known]
+    shared = [each for each in endpoints.all(None, owner) if each.owner is None]
     return {
         "endpoints": shown,
         "count": len(shown),

@@ -7,17 +7,20 @@ import asyncio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from ...base_models import BaseModel, BaseModels
+from ...offload import Offload
 from ...text import tokenizer
 from ...wire import inference_responses
 from ...wire.openai import ChatCompletions, Completions
-from .. import served_models, served_samples
 from ..bodies import BodyRoute
-from ..dependencies import Backend, BackendOf, Owner, described_as
+from ..dependencies import Owner, described_as
 from ..hang_ups import while_connected
 from ..openai_answers import Answers, ChatAnswers, CompletionAnswers
 from ..prompts import Prompts
-from ..request_samples import RequestSamples
-from ..served_samples import Asked
+from ..provided import Provided
+from ..served_models import ServedModel, ServedModels
+from ..served_samples import Asked, ServedSamples
+from ..served_samples import answers as outputs_of
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 
@@ -29,15 +32,32 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
         inference_responses.TextCompletion, events=inference_responses.TextCompletionChunk
     ),
 )
-async def completions(body: Completions, request: Request, backend: BackendOf, owner: Owner) -> Response:
+async def completions(
+    body: Completions,
+    request: Request,
+    base_models: Provided[BaseModels],
+    offload: Provided[Offload],
+    served_models: Provided[ServedModels],
+    served: Provided[ServedSamples],
+    owner: Owner,
+) -> Response:
     """Of one prompt or several, `n` each. With `stream` server-sent events. Closing the connection cancels
     the samples."""
-    return await while_connected(request, _completions(body, backend, owner))
+    return await while_connected(
+        request, _completions(body, base_models, offload, served_models, served, owner)
+    )
 
 
-async def _completions(body: Completions, backend: Backend, owner: str) -> Response:
-    model, text = await _named(backend, owner, body.model)
-    prompts = Prompts(backend, owner, model, text)
+async def _completions(
+    body: Completions,
+    base_models: BaseModels,
+    offload: Offload,
+    served_models: ServedModels,
+    served: ServedSamples,
+    owner: str,
+) -> Response:
+    model, base, text = await _named(base_models, served_models, owner, body.model)
+    prompts = Prompts(offload, owner, text, base.max_sequence_length)
     scores_prompt = body.echo and body.logprobs is not None
     asked = [
         Asked(
@@ -65,7 +85,7 @@ async def _completions(body: Completions, backend: Backend, owner: str) -> Respo
         body.no_stop_trim,
         body.skip_special_tokens,
     )
-    return await _answered(backend, owner, answers, asked)
+    return await _answered(served, owner, answers, asked)
 
 
 @router.post(
@@ -76,16 +96,31 @@ async def _completions(body: Completions, backend: Backend, owner: str) -> Respo
     ),
 )
 async def chat_completions(
-    body: ChatCompletions, request: Request, backend: BackendOf, owner: Owner
+    body: ChatCompletions,
+    request: Request,
+    base_models: Provided[BaseModels],
+    offload: Provided[Offload],
+    served_models: Provided[ServedModels],
+    served: Provided[ServedSamples],
+    owner: Owner,
 ) -> Response:
     """The conversation as the model's chat template writes it, gone on with. With `stream` server-sent
     events. Closing the connection cancels the samples."""
-    return await while_connected(request, _chat_completions(body, backend, owner))
+    return await while_connected(
+        request, _chat_completions(body, base_models, offload, served_models, served, owner)
+    )
 
 
-async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str) -> Response:
-    model, text = await _named(backend, owner, body.model)
-    prompts = Prompts(backend, owner, model, text)
+async def _chat_completions(
+    body: ChatCompletions,
+    base_models: BaseModels,
+    offload: Offload,
+    served_models: ServedModels,
+    served: ServedSamples,
+    owner: str,
+) -> Response:
+    model, base, text = await _named(base_models, served_models, owner, body.model)
+    prompts = Prompts(offload, owner, text, base.max_sequence_length)
     turns = [message.turn() for message in body.messages]
     asked = Asked(
         model,
@@ -105,24 +140,24 @@ async def _chat_completions(body: ChatCompletions, backend: Backend, owner: str)
         body.no_stop_trim,
         body.skip_special_tokens,
     )
-    return await _answered(backend, owner, answers, [asked])
+    return await _answered(served, owner, answers, [asked])
 
 
 async def _named(
-    backend: Backend, owner: str, name: str
-) -> tuple[served_models.ServedModel, tokenizer.ChatTokenizer]:
-    model = await served_models.find(backend, owner, name)
-    folder = backend.base_model(model.sampler.base_model).folder
-    return model, await asyncio.to_thread(tokenizer.of_folder, folder)
+    base_models: BaseModels, served_models: ServedModels, owner: str, name: str
+) -> tuple[ServedModel, BaseModel, tokenizer.ChatTokenizer]:
+    model = await served_models.find(owner, name)
+    base = base_models.named(model.sampler.base_model)
+    return model, base, await asyncio.to_thread(tokenizer.of_folder, base.folder)
 
 
-async def _answered(backend: Backend, owner: str, answers: Answers, asked: list[Asked]) -> Response:
-    async with RequestSamples(backend, owner) as samples:
-        running = await served_samples.submit(samples, asked)
+async def _answered(served: ServedSamples, owner: str, answers: Answers, asked: list[Asked]) -> Response:
+    async with served.of_request(owner) as samples:
+        running = await served.submit(samples, asked)
         if asked[0].stream:
             samples.disown()
-            return StreamingResponse(answers.events(backend, running), media_type="text/event-stream")
-        outputs = await served_samples.answers(running)
+            return StreamingResponse(answers.events(served, running), media_type="text/event-stream")
+        outputs = await outputs_of(running)
     answered = list(zip(running, outputs, strict=True))
-    whole = await served_samples.written(backend, owner, outputs, lambda: answers.whole(answered))
+    whole = await served.written(owner, outputs, lambda: answers.whole(answered))
     return Response(whole, media_type="application/json")

@@ -11,9 +11,18 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from .... import __version__
+from ...base_models import BaseModels
+from ...checkpoints.sweep import Sweep
+from ...disk import Disk
+from ...models.runs import Runs
+from ...operations.operations import Operations
 from ...plugins.rlve import environments
+from ...settings import Settings
+from ...supervision.supervisor import Supervisor
 from ...wire import responses
-from ..dependencies import Backend, BackendOf, Owner, base_url, described_as
+from ..dependencies import BaseUrl, Owner, described_as
+from ..metrics import Metrics
+from ..provided import Provided
 
 router = APIRouter(tags=["service"])
 
@@ -32,8 +41,8 @@ CLIENT_CONFIG = {
 
 
 @router.post("/api/v1/client/config", responses=described_as(responses.ClientConfig))
-async def client_config(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
-    settings = backend.settings
+async def client_config(settings: Provided[Settings], _owner: Owner) -> dict[str, Any]:
+    settings = settings
     return CLIENT_CONFIG | {
         "pjwt_auth_enabled": settings.token_exchange,
         "custom_loss_server_side": settings.custom_loss_server_side,
@@ -47,7 +56,9 @@ async def dynamic_config(_owner: Owner) -> dict[str, Any]:
 
 @router.get("/api/v1/capabilities", responses=described_as(responses.Capabilities))
 @router.get("/api/v1/get_server_capabilities", responses=described_as(responses.Capabilities))
-async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
+async def capabilities(
+    settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
+) -> dict[str, Any]:
     return {
         "supported_models": [
             {
@@ -57,12 +68,12 @@ async def capabilities(backend: BackendOf, _owner: Owner) -> dict[str, Any]:
                 "sampleable": True,
                 "supports_lora": True,
             }
-            for model in backend.base_models.values()
+            for model in base_models.values()
         ],
-        "model_names": list(backend.base_models),
-        "max_batch_size": backend.settings.max_datums,
+        "model_names": list(base_models),
+        "max_batch_size": settings.max_datums,
         "features": ["lora", "gradient_accumulation", "checkpointing", "sampling"]
-        + (["full_weight"] if backend.settings.full_weight else [])
+        + (["full_weight"] if settings.full_weight else [])
         + (["rlve"] if environments.installed() else []),
         "version": __version__,
     }
@@ -76,19 +87,18 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/", responses=described_as(responses.Directory))
-async def root(request: Request, backend: BackendOf, _owner: Owner) -> dict[str, Any]:
+async def root(base: BaseUrl, _owner: Owner) -> dict[str, Any]:
     """What is here."""
-    of = base_url(request, backend)
     return {
         "name": "Tinsmith",
         "version": __version__,
         "architecture": "one server process, one engine process",
-        "docs": f"{of}/docs",
-        "health": f"{of}/health",
+        "docs": f"{base}/docs",
+        "health": f"{base}/health",
         "endpoints": {
-            "training": f"{of}/api/v1/forward_backward",
-            "sampling": f"{of}/api/v1/asample",
-            "openapi": f"{of}/openapi.json",
+            "training": f"{base}/api/v1/forward_backward",
+            "sampling": f"{base}/api/v1/asample",
+            "openapi": f"{base}/openapi.json",
         },
     }
 
@@ -99,12 +109,19 @@ _HEALTH[503] = {"description": "the engine cannot start", **_HEALTH[200]}
 
 @router.get("/health", responses=_HEALTH)
 @router.get("/api/v1/health", responses=_HEALTH)
-async def health(request: Request, backend: BackendOf) -> Response:
+async def health(
+    request: Request,
+    disk: Provided[Disk],
+    engine: Provided[Supervisor],
+    operations: Provided[Operations],
+    runs: Provided[Runs],
+    sweep: Provided[Sweep],
+) -> Response:
     """200 while the engine lives, loads or is started again; 503 when it seems that it cannot start. The ids
     of one's models are told to those who send their key."""
-    engine = backend.engine
+    engine = engine
     dead = engine.death is not None
-    resident, waiting = backend.runs.resident(), len(backend.operations.unanswered())
+    resident, waiting = runs.resident(), len(operations.unanswered())
     owner = getattr(request.state, "owner", None)
     body = {
         "status": "unhealthy" if dead else "healthy",
@@ -112,7 +129,7 @@ async def health(request: Request, backend: BackendOf) -> Response:
         "timestamp": datetime.now(UTC).isoformat(),
         "engine_running": engine.alive,
         "active_requests": waiting,
-        "total_requests": backend.operations.accepted,
+        "total_requests": operations.accepted,
         "futures_count": waiting,
         "active_models": len(resident),
         "active_training_clients": len(resident),
@@ -126,16 +143,16 @@ async def health(request: Request, backend: BackendOf) -> Response:
             "ready": engine.ready.is_set(),
             "lives": engine.life,
         },
-        "disk": _disk(backend),
+        "disk": _disk(disk, sweep),
     }
     return Response(orjson.dumps(body), 503 if dead else 200, media_type="application/json")
 
 
-def _disk(backend: Backend) -> dict[str, Any]:
+def _disk(disk: Disk, sweep: Sweep) -> dict[str, Any]:
     """Of the data directory. `full`: submits are answered 507; `used_bytes`: by kind, at the last sweep."""
-    reserve = backend.disk.reserve_bytes
+    reserve = disk.reserve_bytes
     try:
-        total, free = backend.disk.usage()
+        total, free = disk.usage()
     except OSError as error:
         return {"error": str(error)}
     return {
@@ -143,7 +160,7 @@ def _disk(backend: Backend) -> dict[str, Any]:
         "free_bytes": free,
         "reserve_bytes": reserve,
         "full": free < reserve,
-        "used_bytes": backend.sweep.used_bytes,
+        "used_bytes": sweep.used_bytes,
     }
 
 
@@ -154,8 +171,8 @@ async def telemetry(_owner: Owner) -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request, _owner: Owner) -> Response:
+async def metrics(metrics: Provided[Metrics], _owner: Owner) -> Response:
     return Response(
-        prometheus_client.generate_latest(request.app.state.metrics.registry),
+        prometheus_client.generate_latest(metrics.registry),
         media_type=prometheus_client.CONTENT_TYPE_LATEST,
     )

@@ -9,10 +9,13 @@ from fastapi import APIRouter
 from ...access.tokens import user_urn
 from ...checkpoints.checkpoints import as_strings, iso
 from ...ledger import session_search as rows
+from ...ledger.ledger import Ledger
+from ...settings import Settings
 from ...wire import responses
 from ...wire import session_search as wire
 from ..bodies import BodyRoute
-from ..dependencies import BackendOf, Owner, described_as
+from ..dependencies import Owner, described_as
+from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
 
@@ -21,9 +24,11 @@ _LEAST_ACTIVE_SECONDS = 180.0
 
 
 @router.post("/sessions/search", responses=described_as(responses.FoundSessions))
-async def search_sessions(body: wire.SearchSessions, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def search_sessions(
+    body: wire.SearchSessions, settings: Provided[Settings], ledger: Provided[Ledger], owner: Owner
+) -> dict[str, Any]:
     """Only one's own sessions, whoever's are asked for: nobody shares one."""
-    since = rows.active_since(max(backend.settings.session_idle_seconds, _LEAST_ACTIVE_SECONDS))
+    since = rows.active_since(max(settings.session_idle_seconds, _LEAST_ACTIVE_SECONDS))
     if body.owner.type == "user" and not {owner, user_urn(owner)} & set(body.owner.owner_urns):
         return {"sessions": [], "next_cursor": None}
     wanted = rows.SessionFilter(
@@ -36,8 +41,8 @@ async def search_sessions(body: wire.SearchSessions, backend: BackendOf, owner: 
         since,
         None if body.cursor is None else body.cursor.last_session_id,
     )
-    page, more = await backend.ledger.read(lambda connection: rows.search(connection, wanted, body.limit))
-    stored = await backend.ledger.read(lambda connection: rows.stored(connection, [row.id for row in page]))
+    page, more = await ledger.read(lambda connection: rows.search(connection, wanted, body.limit))
+    stored = await ledger.read(lambda connection: rows.stored(connection, [row.id for row in page]))
     found = []
     for row in page:
         count, size = stored.get(row.id, (0, 0))

@@ -9,9 +9,12 @@ from fastapi import APIRouter, Request
 from pydantic import ValidationError
 
 from ....engine import messages
-from ...backend import Backend
+from ...base_models import BaseModels
 from ...errors import BadRequest, Unavailable
 from ...ledger import inference as rows
+from ...ledger.ledger import Ledger
+from ...models.runs import Runs
+from ...plugins.sglang.distribution import Distribution
 from ...plugins.sglang.endpoint import CannotServe
 from ...plugins.sglang.endpoints import Registered
 from ...plugins.sglang.merged_weights import Synced
@@ -19,8 +22,9 @@ from ...wire import inference as wire
 from ...wire import inference_responses
 from ...wire.body import DEFAULT_MODEL, describe
 from ..bodies import BodyRoute
-from ..dependencies import BackendOf, Owner, described_as
-from ..sample_targets import live_sampler, weights
+from ..dependencies import Owner, described_as
+from ..provided import Provided
+from ..sample_targets import SampleTargets
 from .inference import is_this
 
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
@@ -29,7 +33,14 @@ router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 @router.post("/sync_inference_weights", responses=described_as(inference_responses.SyncedWeights))
 @router.post("/api/v1/sync_inference_weights", responses=described_as(inference_responses.SyncedWeights))
 async def sync_inference_weights(
-    body: wire.SyncWeights, request: Request, backend: BackendOf, owner: Owner
+    body: wire.SyncWeights,
+    request: Request,
+    base_models: Provided[BaseModels],
+    ledger: Provided[Ledger],
+    runs: Provided[Runs],
+    distribution: Provided[Distribution],
+    targets: Provided[SampleTargets],
+    owner: Owner,
 ) -> dict[str, Any]:
     """Full weights, an adapter inside its base model's, in place of what the caller's servers have: those of
     a model now, or of `model_path`; of `base_model` alone: its own again. Answered when they are there.
@@ -39,23 +50,23 @@ async def sync_inference_weights(
     """
     began = time.perf_counter()
     if body.model_id is not None:
-        await backend.runs.find(owner, body.model_id)
-    known = await backend.ledger.read(lambda connection: rows.endpoints(connection, owner))
+        await runs.find(owner, body.model_id)
+    known = await ledger.read(lambda connection: rows.endpoints(connection, owner))
     asked = [row for row in known if body.pools is None or row.fields.get("pool") in body.pools]
     own = [_said(row.host, row.port, None, _HERE) for row in asked if is_this(request, row.host, row.port)]
-    servers = backend.distribution.own(owner, body.pools)
+    servers = distribution.own(owner, body.pools)
     away = [each for each in servers if not each.reachable]
     if away or not servers:
         said = own + [_said(each.host, each.port, _reason(each)) for each in servers]
         return _answer(body, said, "nothing had to be sent" if own and not servers else None)
-    sampler = await _sampler(body, backend, owner)
+    sampler = await _sampler(body, base_models, targets, owner)
     fp8 = quantization(body.quantization) if body.quantization is not None else None
     if body.quantization is None:
-        fp8 = quantization(await backend.ledger.read(lambda connection: rows.quantization(connection, owner)))
+        fp8 = quantization(await ledger.read(lambda connection: rows.quantization(connection, owner)))
     of_model = [each for each in servers if each.base_model == sampler.base_model]
     saved = time.perf_counter()
     try:
-        synced = await backend.distribution.merged.sync(
+        synced = await distribution.merged.sync(
             sampler, of_model, fp8=fp8, version=body.weight_version, abort=body.pause_mode == "abort"
         )
     except CannotServe as error:
@@ -70,11 +81,11 @@ async def sync_inference_weights(
 
 @router.post("/api/v1/set_sync_quantization", responses=described_as(inference_responses.SyncQuantization))
 async def set_sync_quantization(
-    body: wire.SetQuantization, backend: BackendOf, owner: Owner
+    body: wire.SetQuantization, ledger: Provided[Ledger], owner: Owner
 ) -> dict[str, Any]:
     """Kept: for every sync that does not say its own."""
     chosen = _normalised(body.quantization) if body.quantization else None
-    await backend.ledger.write(lambda connection: rows.set_quantization(connection, owner, chosen))
+    await ledger.write(lambda connection: rows.set_quantization(connection, owner, chosen))
     message = "weights go out as they are" if chosen is None else f"weights go out as {chosen['fmt']}"
     return {"quantization": chosen, "message": message}
 
@@ -82,13 +93,15 @@ async def set_sync_quantization(
 _HERE = "it samples what is trained here"
 
 
-async def _sampler(body: wire.SyncWeights, backend: Backend, owner: str) -> messages.SamplerRef:
+async def _sampler(
+    body: wire.SyncWeights, base_models: BaseModels, targets: SampleTargets, owner: str
+) -> messages.SamplerRef:
     if body.model_path is not None:
-        found = await weights(backend, owner, body.base_model, body.model_path, body.model_id)
+        found = await targets.weights(owner, body.base_model, body.model_path, body.model_id)
         return messages.SamplerRef(found.base_model, found.directory)
     if body.base_model is not None and body.model_id is None:
-        return messages.SamplerRef(backend.base_model(body.base_model).name)
-    live = await live_sampler(backend, owner, body.model_id or DEFAULT_MODEL)
+        return messages.SamplerRef(base_models.named(body.base_model).name)
+    live = await targets.live_sampler(owner, body.model_id or DEFAULT_MODEL)
     return messages.SamplerRef(live.base_model, live.directory)
 
 

@@ -9,10 +9,14 @@ from fastapi import APIRouter, Request
 from ....engine import messages
 from ...dialect import POINTS
 from ...errors import ApiError, BadRequest
+from ...models.custom_losses import CustomLosses
 from ...models.run import Run
-from ...models.submits import refuse, submit
-from ...offload import INLINE_BYTES
+from ...models.runs import Runs
+from ...models.submits import Submits
+from ...offload import INLINE_BYTES, Offload
 from ...operations import provenance
+from ...operations.operations import Operations
+from ...settings import Settings
 from ...wire import forward_backward as wire
 from ...wire import responses
 from ...wire import training as json_wire
@@ -21,27 +25,58 @@ from ...wire.losses import PER_TOKEN
 from ...wire.training_body import ReadBody, with_datums
 from ...wire.training_body import read as read_body
 from ..bodies import BodyRoute, body_is_read, received
-from ..dependencies import Backend, BackendOf, Owner, described_as, future
+from ..dependencies import Owner, described_as, future
+from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
 @router.post("/forward_backward", responses=described_as(responses.Future))
-async def forward_backward(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def forward_backward(
+    request: Request,
+    settings: Provided[Settings],
+    operations: Provided[Operations],
+    custom_losses: Provided[CustomLosses],
+    runs: Provided[Runs],
+    offload: Provided[Offload],
+    submits: Provided[Submits],
+    owner: Owner,
+) -> dict[str, Any]:
     """JSON; or a protobuf ForwardBackwardRequest, also compressed with zstd."""
-    return await _forward_backward(request, backend, owner, forward_only=False)
+    return await _forward_backward(
+        request, settings, operations, custom_losses, runs, offload, submits, owner, forward_only=False
+    )
 
 
 @router.post("/forward", responses=described_as(responses.Future))
-async def forward(request: Request, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def forward(
+    request: Request,
+    settings: Provided[Settings],
+    operations: Provided[Operations],
+    custom_losses: Provided[CustomLosses],
+    runs: Provided[Runs],
+    offload: Provided[Offload],
+    submits: Provided[Submits],
+    owner: Owner,
+) -> dict[str, Any]:
     """As forward_backward, without gradients."""
-    return await _forward_backward(request, backend, owner, forward_only=True)
+    return await _forward_backward(
+        request, settings, operations, custom_losses, runs, offload, submits, owner, forward_only=True
+    )
 
 
 async def _forward_backward(
-    request: Request, backend: Backend, owner: str, forward_only: bool
+    request: Request,
+    settings: Settings,
+    operations: Operations,
+    custom_losses: CustomLosses,
+    runs: Runs,
+    offload: Offload,
+    submits: Submits,
+    owner: str,
+    forward_only: bool,
 ) -> dict[str, Any]:
-    read = await _read(request, backend, owner)
+    read = await _read(request, settings, offload, owner)
     model, seq_id = read.model_id, read.seq_id
     try:
         if read.error is not None:
@@ -49,42 +84,46 @@ async def _forward_backward(
         if seq_id is not None:
             _check_seq_id(seq_id)
         body = await with_datums(read)
-        run = await backend.runs.find_trainable(owner, body.model_id)
+        run = await runs.find_trainable(owner, body.model_id)
         _check_limits(body, run)
         only = forward_only or body.forward_only
-        message = await _message(body, run, only, backend)
+        message = await _message(body, run, only, operations, custom_losses)
         kind = "forward" if only else "forward_backward"
-        operation = await submit(backend, run, kind, seq_id, message)
+        operation = await submits.submit(run, kind, seq_id, message)
     except ApiError as error:
-        await refuse(backend, owner, model, seq_id, error)
+        await submits.refuse(owner, model, seq_id, error)
         raise
     return future(operation)
 
 
-async def _read(request: Request, backend: Backend, owner: str) -> ReadBody:
+async def _read(request: Request, settings: Settings, offload: Offload, owner: str) -> ReadBody:
     """Small bodies are read here, large ones in a worker; what is compressed may be large."""
     pieces = await received(request)
     encoding = request.headers.get("content-encoding", "")
     as_sent = (request.headers.get("content-type", ""), encoding)
-    within = (backend.settings.max_body_bytes, backend.settings.max_datums)
+    within = (settings.max_body_bytes, settings.max_datums)
     if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
         read = read_body(b"".join(pieces), *as_sent, *within)
     else:
-        read = await backend.offload.in_process(owner, read_body, pieces, *as_sent, *within)
+        read = await offload.in_process(owner, read_body, pieces, *as_sent, *within)
     pieces.clear()
     await body_is_read(request)
     return read
 
 
 async def _message(
-    body: wire.ForwardBackwardBody, run: Run, forward_only: bool, backend: Backend
+    body: wire.ForwardBackwardBody,
+    run: Run,
+    forward_only: bool,
+    operations: Operations,
+    custom_losses: CustomLosses,
 ) -> messages.ForwardBackward:
     data = body.data
     if body.loss_fn in provenance.LOSSES:
-        data = await provenance.with_sampled_logprobs(backend.operations, run.owner, data, body.spans)
+        data = await provenance.with_sampled_logprobs(operations, run.owner, data, body.spans)
     custom_loss = None
     if body.loss_id is not None:
-        custom_loss = await backend.custom_losses.find(run.owner, run.session_id, body.loss_id)
+        custom_loss = await custom_losses.find(run.owner, run.session_id, body.loss_id)
     per_token = body.loss_config.get(PER_TOKEN, POINTS[run.dialect].elementwise_loss)
     if per_token not in (False, True):  # 0 and 1 too
         raise BadRequest(f"loss_fn_config[{PER_TOKEN!r}] is {per_token!r}; it must be true or false")
@@ -120,9 +159,11 @@ def _check_limits(body: wire.ForwardBackwardBody, run: Run) -> None:
 
 
 @router.post("/optim_step", responses=described_as(responses.Future))
-async def optim_step(body: json_wire.OptimStep, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def optim_step(
+    body: json_wire.OptimStep, runs: Provided[Runs], submits: Provided[Submits], owner: Owner
+) -> dict[str, Any]:
     try:
-        run = await backend.runs.find_trainable(owner, body.model_id)
+        run = await runs.find_trainable(owner, body.model_id)
         family = run.optimizer["type"]
         if body.family not in ("", family):
             raise BadRequest(
@@ -134,9 +175,9 @@ async def optim_step(body: json_wire.OptimStep, backend: BackendOf, owner: Owner
         reply = {"learning_rates": [_learning_rate(message)], "success": True, "info": {}}
         if body.step_num is not None:
             reply["step_num"] = body.step_num
-        operation = await submit(backend, run, "optim_step", body.seq_id, message, reply)
+        operation = await submits.submit(run, "optim_step", body.seq_id, message, reply)
     except ApiError as error:
-        await refuse(backend, owner, body.model_id, body.seq_id, error)
+        await submits.refuse(owner, body.model_id, body.seq_id, error)
         raise
     return future(operation)
 
@@ -146,14 +187,16 @@ def _learning_rate(message: messages.OptimStep) -> float:
 
 
 @router.post("/abort_gradient_epoch", responses=described_as(responses.Future))
-async def abort_gradient_epoch(body: Sequenced, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def abort_gradient_epoch(
+    body: Sequenced, runs: Provided[Runs], submits: Provided[Submits], owner: Owner
+) -> dict[str, Any]:
     """Forgets the gradients that were accumulated since the last step."""
     try:
-        run = await backend.runs.find_trainable(owner, body.model_id)
+        run = await runs.find_trainable(owner, body.model_id)
         message = messages.DropGradients("", run.id)
         reply = {"type": "abort_gradient_epoch", "success": True, "info": {}}
-        operation = await submit(backend, run, "drop_gradients", body.seq_id, message, reply)
+        operation = await submits.submit(run, "drop_gradients", body.seq_id, message, reply)
     except ApiError as error:
-        await refuse(backend, owner, body.model_id, body.seq_id, error)
+        await submits.refuse(owner, body.model_id, body.seq_id, error)
         raise
     return future(operation)

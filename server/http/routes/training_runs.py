@@ -14,8 +14,10 @@ from ...dialect import Dialect
 from ...errors import NotFound
 from ...ledger import checkpoints as rows
 from ...ledger import tenancy
+from ...ledger.ledger import Ledger
 from ...wire import responses
-from ..dependencies import Backend, BackendOf, Limit, Offset, Owner, Said, described_as, xorl_name
+from ..dependencies import Limit, Offset, Owner, Said, described_as, xorl_name
+from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["training runs"])
 
@@ -24,8 +26,8 @@ AccessScope = Literal["owned", "accessible"]
 """`accessible`: also others' runs of which a checkpoint is published, and of these no more than that."""
 
 
-async def _training_run(backend: Backend, owner: str, row: Row, said: Dialect | None) -> dict[str, Any]:
-    saved = await _checkpoints(backend, owner, row)
+async def _training_run(ledger: Ledger, owner: str, row: Row, said: Dialect | None) -> dict[str, Any]:
+    saved = await _checkpoints(ledger, owner, row)
     name = xorl_name(row, said)
     last = {
         kind: next((shown(each, name) for each in saved if each.segment == kind), None)
@@ -46,16 +48,14 @@ async def _training_run(backend: Backend, owner: str, row: Row, said: Dialect | 
     }
 
 
-async def _checkpoints(backend: Backend, owner: str, run: Row) -> Sequence[Row]:
+async def _checkpoints(ledger: Ledger, owner: str, run: Row) -> Sequence[Row]:
     others = run.owner != owner
-    return await backend.ledger.read(
-        lambda connection: rows.of_run(connection, run.id, published_only=others)
-    )
+    return await ledger.read(lambda connection: rows.of_run(connection, run.id, published_only=others))
 
 
 @router.get("/training_runs", responses=described_as(responses.TrainingRuns))
 async def training_runs(
-    backend: BackendOf,
+    ledger: Provided[Ledger],
     owner: Owner,
     said: Said,
     limit: Limit = 20,
@@ -69,36 +69,36 @@ async def training_runs(
     if project_id is not None:
         # The names of projects are each tenant's own.
         of &= tenancy.models_of_project(project_id) & tenancy.models_of(owner)
-    page, total = await backend.ledger.read(
-        lambda connection: tenancy.list_models(connection, of, limit, offset)
-    )
+    page, total = await ledger.read(lambda connection: tenancy.list_models(connection, of, limit, offset))
     return {
-        "training_runs": [await _training_run(backend, owner, row, said) for row in page],
+        "training_runs": [await _training_run(ledger, owner, row, said) for row in page],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
     }
 
 
-async def _find(backend: Backend, owner: str, run_id: str, access_scope: AccessScope) -> Row:
+async def _find(ledger: Ledger, owner: str, run_id: str, access_scope: AccessScope) -> Row:
     """Raises NotFound."""
-    row = await backend.ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+    row = await ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
     if row is not None:
         return row
-    row = await backend.ledger.read(lambda connection: tenancy.find_model(connection, run_id))
-    if row is not None and access_scope == "accessible" and await _checkpoints(backend, owner, row):
+    row = await ledger.read(lambda connection: tenancy.find_model(connection, run_id))
+    if row is not None and access_scope == "accessible" and await _checkpoints(ledger, owner, row):
         return row
     raise NotFound(f"unknown training run {run_id!r}")
 
 
 @router.get("/training_runs/{run_id}", responses=described_as(responses.TrainingRun))
 async def training_run(
-    run_id: str, backend: BackendOf, owner: Owner, said: Said, access_scope: AccessScope = "owned"
+    run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said, access_scope: AccessScope = "owned"
 ) -> dict[str, Any]:
-    return await _training_run(backend, owner, await _find(backend, owner, run_id, access_scope), said)
+    return await _training_run(ledger, owner, await _find(ledger, owner, run_id, access_scope), said)
 
 
 @router.get("/training_runs/{run_id}/checkpoints", responses=described_as(responses.Checkpoints))
-async def checkpoints_of_run(run_id: str, backend: BackendOf, owner: Owner, said: Said) -> dict[str, Any]:
+async def checkpoints_of_run(
+    run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said
+) -> dict[str, Any]:
     """All of one's own; of another's run the published ones."""
-    run = await _find(backend, owner, run_id, "accessible")
+    run = await _find(ledger, owner, run_id, "accessible")
     name = xorl_name(run, said)
-    return {"checkpoints": [shown(row, name) for row in await _checkpoints(backend, owner, run)]}
+    return {"checkpoints": [shown(row, name) for row in await _checkpoints(ledger, owner, run)]}

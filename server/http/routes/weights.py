@@ -10,57 +10,93 @@ from fastapi import APIRouter
 from sqlalchemy import Connection, Row
 
 from ....engine import messages
+from ...base_models import BaseModels
+from ...checkpoints.checkpoints import Checkpoints
 from ...errors import ApiError, BadRequest
 from ...ledger import tenancy
+from ...ledger.tenancy import model_id
+from ...models.admission import Admission
 from ...models.run import NewRun, Run
-from ...models.runs import model_id
-from ...models.saves import save_state
-from ...models.submits import refuse, submit
+from ...models.runs import Runs
+from ...models.saves import Saves
+from ...models.sessions import Sessions
+from ...models.submits import Submits
 from ...wire import requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import Backend, BackendOf, Owner, Said, described_as, future
+from ..dependencies import Owner, Said, described_as, future
 from ..model_spec import optimizer_of
+from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)
 
 
 @router.post("/save_weights", responses=described_as(responses.Future))
-async def save_weights(body: requests.SaveWeights, backend: BackendOf, owner: Owner) -> dict[str, Any]:
+async def save_weights(
+    body: requests.SaveWeights,
+    runs: Provided[Runs],
+    submits: Provided[Submits],
+    saves: Provided[Saves],
+    owner: Owner,
+) -> dict[str, Any]:
     """Without a name it is one of the time."""
     try:
-        run = await backend.runs.find_trainable(owner, body.model_id)
+        run = await runs.find_trainable(owner, body.model_id)
         name = f"checkpoint-{int(time.time())}" if body.short_name is None else body.short_name
-        operation = await save_state(backend, run, name, body.seq_id, **body.kept())
+        operation = await saves.state(run, name, body.seq_id, **body.kept())
     except ApiError as error:
-        await refuse(backend, owner, body.model_id, body.seq_id, error)
+        await submits.refuse(owner, body.model_id, body.seq_id, error)
         raise
     return future(operation)
 
 
 @router.post("/load_weights", responses=described_as(responses.Future))
 async def load_weights(
-    body: requests.LoadWeights, backend: BackendOf, owner: Owner, said: Said
+    body: requests.LoadWeights,
+    base_models: Provided[BaseModels],
+    admission: Provided[Admission],
+    runs: Provided[Runs],
+    sessions: Provided[Sessions],
+    checkpoints: Provided[Checkpoints],
+    submits: Provided[Submits],
+    owner: Owner,
+    said: Said,
 ) -> dict[str, Any]:
     """Into a model that exists, or, with a session, as a new model."""
     if body.session_id is not None and body.model_seq_id is not None:
-        return await _load_as_new(body, body.session_id, body.model_seq_id, backend, owner, said)
+        return await _load_as_new(
+            body,
+            body.session_id,
+            body.model_seq_id,
+            base_models,
+            admission,
+            runs,
+            sessions,
+            checkpoints,
+            owner,
+            said,
+        )
     identifier = body.model_id or body.session_id
     if identifier is None:
         raise BadRequest(
             "load_weights: give model_id and seq_id, or session_id and model_seq_id for a new model"
         )
     try:
-        return await _load_into(body, identifier, backend, owner)
+        return await _load_into(body, identifier, runs, checkpoints, submits, owner)
     except ApiError as error:
-        await refuse(backend, owner, identifier, body.seq_id, error)
+        await submits.refuse(owner, identifier, body.seq_id, error)
         raise
 
 
 async def _load_into(
-    body: requests.LoadWeights, identifier: str, backend: Backend, owner: str
+    body: requests.LoadWeights,
+    identifier: str,
+    runs: Runs,
+    checkpoints: Checkpoints,
+    submits: Submits,
+    owner: str,
 ) -> dict[str, Any]:
-    run = await backend.runs.find_trainable(owner, identifier)
-    checkpoint = await backend.checkpoints.find_loadable(owner, body.path, run.name)
+    run = await runs.find_trainable(owner, identifier)
+    checkpoint = await checkpoints.find_loadable(owner, body.path, run.name)
     if (checkpoint.base_model, _shape(checkpoint.lora)) != (run.base_model, _shape(run.lora)):
         raise BadRequest(
             f"path: {body.path!r} holds {_words(checkpoint)}, the model is {_words(run)}; they must be alike"
@@ -70,8 +106,7 @@ async def _load_into(
             f"optimizer: {body.path!r} was trained with {checkpoint.optimizer['type']}, the model with "
             f"{run.optimizer['type']}; load it without its optimizer"
         )
-    operation = await submit(
-        backend,
+    operation = await submits.submit(
         run,
         "load_weights",
         body.seq_id,
@@ -93,15 +128,19 @@ async def _load_as_new(
     body: requests.LoadWeights,
     session_id: str,
     model_seq_id: int,
-    backend: Backend,
+    base_models: BaseModels,
+    admission: Admission,
+    runs: Runs,
+    sessions: Sessions,
+    checkpoints: Checkpoints,
     owner: str,
     said: Said,
 ) -> dict[str, Any]:
-    session_id = await backend.sessions.require_active(owner, session_id)
-    checkpoint = await backend.checkpoints.find_loadable(owner, body.path)
+    session_id = await sessions.require_active(owner, session_id)
+    checkpoint = await checkpoints.find_loadable(owner, body.path)
     if body.base_model is not None and body.base_model != checkpoint.base_model:
         raise BadRequest(f"base_model: {body.path!r} was trained from {checkpoint.base_model!r}")
-    backend.base_model(checkpoint.base_model)
+    base_models.named(checkpoint.base_model)
     identifier = model_id(session_id, model_seq_id)
     optimizer = checkpoint.optimizer if body.optimizer else optimizer_of(body.optimizer_config)
     message = messages.CreateModel(
@@ -114,8 +153,8 @@ async def _load_as_new(
         checkpoint=checkpoint.directory,
         optimizer_state=body.optimizer,
     )
-    with backend.admission.model(owner, identifier, backend.runs.alive(owner)):
-        operation = await backend.runs.create(
+    with admission.model(owner, identifier, runs.alive(owner)):
+        operation = await runs.create(
             NewRun(
                 owner,
                 session_id,

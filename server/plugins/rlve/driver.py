@@ -15,23 +15,26 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection
 
 from ....engine import messages
+from ...base_models import BaseModel
 from ...errors import BadRequest, NotFound
 from ...ledger import operations as operation_rows
 from ...ledger import rlve as rows
 from ...ledger import step_metrics as reported
+from ...ledger.ledger import Ledger
 from ...ledger.samples import SampleNumber
-from ...models import sample_submits
-from ...models.live_samplers import save_unnamed
+from ...models.live_samplers import LiveSamplers
 from ...models.run import Run
-from ...models.samplers import Sampler, number_of, sampler_id
-from ...models.submits import submit
+from ...models.sample_submits import SampleSubmits
+from ...models.samplers import Sampler, Samplers, number_of, sampler_id
+from ...models.submits import Submits
 from ...operations.operation import Operation
+from ...operations.operations import Operations
 from ...wire.rlve import RlveConfig
 from ...wire.training import OptimStep
 from . import metrics as step_metrics
@@ -41,9 +44,6 @@ from .patience import patiently
 from .problems import Problems
 from .prompts import answer
 from .rollouts import Draw, Group, datums, differ
-
-if TYPE_CHECKING:
-    from ...backend import Backend
 
 _WAVES = 8  # of prompts, in search of some whose samples differ
 
@@ -61,11 +61,26 @@ class Progress:
     difficulties: dict[str, Difficulty]
 
 
+@dataclass(frozen=True)
+class TrainingClient:
+    """What clients do over HTTP, for a client that lives in the server. `tell(model_id, metrics)` reports
+    metrics of a model's next step."""
+
+    ledger: Ledger
+    operations: Operations
+    submits: Submits
+    sample_submits: SampleSubmits
+    samplers: Samplers
+    live_samplers: LiveSamplers
+    tell: Callable[[str, dict[str, float]], None]
+
+
 class Driver:
     def __init__(
         self,
-        backend: Backend,
+        client: TrainingClient,
         environments: Environments,
+        model: BaseModel,
         run: Run,
         config: RlveConfig,
         progress: Progress,
@@ -73,10 +88,9 @@ class Driver:
         self.run = run
         self.progress = progress
         self.stopping = asyncio.Event()
-        self._backend = backend
+        self._client = client
         self._environments = environments
         self._config = config
-        model = backend.base_model(run.base_model)
         own = run.configuration.get("max_seq_len") or model.max_sequence_length
         longest = min(own, model.max_sequence_length)
         self._problems = Problems(config, environments, model.folder, longest)
@@ -104,7 +118,7 @@ class Driver:
         return True
 
     async def _created(self) -> None:
-        creation = await self._backend.operations.find(self.run.owner, self.run.create_message.request_id)
+        creation = await self._client.operations.find(self.run.owner, self.run.create_message.request_id)
         assert creation is not None  # the ledger keeps creations
         await self._output(creation)
 
@@ -150,13 +164,13 @@ class Driver:
             return sampling.result()
         await asyncio.wait({sampling})
         for operation in self._sampling:
-            self._backend.operations.cancel(operation)
+            self._client.operations.cancel(operation)
         return None
 
     async def _is_training(self) -> bool:
         key = self._key("forward_backward")
         find = partial(operation_rows.find_by_natural_key, natural_key=key)
-        return await patiently(lambda: self._backend.ledger.read(find)) is not None
+        return await patiently(lambda: self._client.ledger.read(find)) is not None
 
     async def _sampled(self, step: int) -> list[Group]:
         """All groups that were sampled, in their order."""
@@ -185,7 +199,7 @@ class Driver:
         number = number_of(self.run.id, f"rlve:{self.progress.step + 1}:{self.progress.attempt}")
         identifier, key = sampler_id(self.run.session_id, number), self._key("save_unnamed_sampler")
         try:
-            live = await patiently(lambda: save_unnamed(self._backend, self.run, identifier, key))
+            live = await patiently(lambda: self._client.live_samplers.save(self.run, identifier, key))
         except NotFound:
             raise _BeginAgainError from None
         self._sampler_now = live.sampler
@@ -195,7 +209,7 @@ class Driver:
         """Its samples are all there, or nobody wants them."""
         if self._sampler_now is not None:
             sampler, self._sampler_now = self._sampler_now, None
-            await patiently(lambda: self._backend.samplers.forget(sampler))
+            await patiently(lambda: self._client.samplers.forget(sampler))
 
     async def _group(self, sampler: Sampler, number: int, draw: Draw, tokens: list[int]) -> Group:
         asked = messages.Sample(
@@ -209,10 +223,10 @@ class Driver:
                 temperature=self._config.rollout_temperature,
             ),
         )
-        await self._backend.samplers.sampled(sampler)
+        await self._client.samplers.sampled(sampler)
         named = SampleNumber(sampler.session_id, sampler.id, number)
         operation = await patiently(
-            lambda: sample_submits.submit(self._backend, self.run.owner, asked, named, None, self.run.dialect)
+            lambda: self._client.sample_submits.submit(self.run.owner, asked, named, None, self.run.dialect)
         )
         self._sampling.add(operation)
         try:
@@ -255,7 +269,7 @@ class Driver:
         )
         trained = await self._output(await self._operation("forward_backward", gradients))
         assert isinstance(trained, messages.ForwardBackwardOutput)
-        self._backend.wandb.tell(self.run.id, step_metrics.flat(metrics))
+        self._client.tell(self.run.id, step_metrics.flat(metrics))
         step = OptimStep(model_id=self.run.id, learning_rate=self._config.learning_rate)
         message = step.message(self.run.id, self.run.configuration.get("steps"))
         reply = {"learning_rates": [message.params.learning_rate], "success": True, "info": {}}
@@ -269,7 +283,7 @@ class Driver:
     ) -> Operation:
         key = self._key(kind)
         return await patiently(
-            lambda: submit(self._backend, self.run, kind, None, message, reply, also, key=key)
+            lambda: self._client.submits.submit(self.run, kind, None, message, reply, also, key=key)
         )
 
     def _key(self, kind: str) -> str:
@@ -286,7 +300,7 @@ class Driver:
         return operation.answer.output
 
     async def _write(self, change: Callable[[Connection], None]) -> None:
-        await patiently(lambda: self._backend.ledger.write(change))
+        await patiently(lambda: self._client.ledger.write(change))
 
 
 def _ids(tokens: bytes) -> list[int]:

@@ -6,23 +6,22 @@ import asyncio
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Connection
 
+from ...base_models import BaseModels
 from ...errors import ApiError, BadRequest, internal_error
 from ...ledger import rlve as rows
 from ...models.run import RLVE, Run
+from ...models.runs import Runs
 from ...text.tokenizer import of_folder
 from ...wire.rlve import RlveConfig
 from .difficulty import Difficulty
-from .driver import Driver, Progress
+from .driver import Driver, Progress, TrainingClient
 from .environments import Environments
 from .patience import patiently
 from .prompts import prompt
-
-if TYPE_CHECKING:
-    from ...backend import Backend
 
 log = logging.getLogger("tinsmith.rlve")
 
@@ -31,16 +30,25 @@ _STALE_SECONDS = 12 * 3600.0  # answers are dropped after a day
 
 
 class RlveRuns:
-    def __init__(self, backend: Backend):
-        self._backend = backend
+    """Starts and stops the training of models that the server trains. A client that stops one waits for at
+    most `patience_seconds`."""
+
+    def __init__(self, client: TrainingClient, runs: Runs, base_models: BaseModels, patience_seconds: float):
+        self._client = client
+        self._ledger = client.ledger
+        self._runs = runs
+        self._base_models = base_models
+        self._patience_seconds = patience_seconds
         self._environments = Environments()
         self._drivers: dict[str, Driver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        runs.created.subscribe(self._created)
+        runs.ending.subscribe(self._end)
 
     async def difficulties(self, config: dict[str, Any], base_model: str) -> dict[str, Any]:
         """What each environment begins with. Raises BadRequest for what cannot be had."""
         asked = RlveConfig.model_validate(config)
-        tokenizer = await asyncio.to_thread(of_folder, self._backend.base_model(base_model).folder)
+        tokenizer = await asyncio.to_thread(of_folder, self._base_models.named(base_model).folder)
         prompt("?", asked.custom_prompt_preprocessor, asked.answer_marker_type, tokenizer)
         begin = {}
         for name in dict.fromkeys(asked.environment_list):
@@ -53,16 +61,16 @@ class RlveRuns:
             begin[name] = Difficulty(asked.initial_difficulty, highest).as_json()
         return begin
 
-    def created(self, run: Run) -> None:
+    def _created(self, run: Run) -> None:
         """A new model, which may be one to train."""
         if (asked := run.configuration.get(RLVE)) is not None:
             self._begin(run, Progress(0, 0, _difficulties(asked["difficulties"])))
 
     async def take_up(self) -> None:
         """At the server's start: those that were being trained."""
-        for active in await self._backend.ledger.read(rows.active):
-            run = await self._backend.runs.find(active.owner, active.id)
-            row = await self._backend.ledger.read(partial(rows.find, model_id=run.id))
+        for active in await self._ledger.read(rows.active):
+            run = await self._runs.find(active.owner, active.id)
+            row = await self._ledger.read(partial(rows.find, model_id=run.id))
             assert row is not None
             stale = time.time() - row.updated_at > _STALE_SECONDS
             progress = Progress(row.step, row.attempt + stale, _difficulties(row.difficulties))
@@ -85,12 +93,12 @@ class RlveRuns:
             return
         await self._change(run, state="stopping")
         driver.stopping.set()
-        await asyncio.wait({task}, timeout=self._backend.settings.long_poll_seconds)
+        await asyncio.wait({task}, timeout=self._patience_seconds)
 
     async def resume(self, run: Run) -> None:
         """From the last step that was counted. Raises BadRequest."""
         asked = RlveConfig.model_validate(self._asked(run)["config"])
-        row = await self._backend.ledger.read(partial(rows.find, model_id=run.id))
+        row = await self._ledger.read(partial(rows.find, model_id=run.id))
         assert row is not None
         if run.id in self._drivers:
             if row.state == "stopping":
@@ -102,7 +110,7 @@ class RlveRuns:
         await self._change(run, state="running", attempt=progress.attempt, message=None)
         self._begin(run, progress)
 
-    def end(self, run: Run) -> None:
+    def _end(self, run: Run) -> None:
         """The model is over."""
         if (task := self._tasks.get(run.id)) is not None:
             task.cancel()
@@ -114,7 +122,7 @@ class RlveRuns:
         def read(connection: Connection) -> tuple[Any, list[dict[str, Any]]]:
             return rows.find(connection, run.id), rows.newest_steps(connection, run.id, _TOLD_STEPS)
 
-        row, steps = await self._backend.ledger.read(read)
+        row, steps = await self._ledger.read(read)
         last = steps[-1] if steps else {}
         environments = {}
         for name, difficulty in _difficulties(row.difficulties).items():
@@ -147,7 +155,14 @@ class RlveRuns:
 
     def _begin(self, run: Run, progress: Progress) -> None:
         config = RlveConfig.model_validate(self._asked(run)["config"])
-        self._drivers[run.id] = Driver(self._backend, self._environments, run, config, progress)
+        self._drivers[run.id] = Driver(
+            self._client,
+            self._environments,
+            self._base_models.named(run.base_model),
+            run,
+            config,
+            progress,
+        )
         run.driven = True
         self._tasks[run.id] = asyncio.ensure_future(self._drive(run, self._drivers[run.id]))
 
@@ -163,12 +178,12 @@ class RlveRuns:
             run.driven = False
             del self._drivers[run.id], self._tasks[run.id]
         log.info("model %s: its training is %s%s", run.id, state, f": {message}" if message else "")
-        await self._backend.runs.restart_numbers(run)  # a client that goes on begins with 1
+        await self._runs.restart_numbers(run)  # a client that goes on begins with 1
         await self._change(run, state=state, message=message)
 
     async def _change(self, run: Run, **values: Any) -> None:
         change = partial(rows.change, model_id=run.id, **values)
-        await patiently(lambda: self._backend.ledger.write(change))
+        await patiently(lambda: self._ledger.write(change))
 
 
 def _difficulties(stored: dict[str, Any]) -> dict[str, Difficulty]:

@@ -57,7 +57,7 @@ class Adapters:
         self._loaded: weakref.WeakKeyDictionary[Registered, Loaded] = weakref.WeakKeyDictionary()
         self._saved: OrderedDict[messages.SamplerRef, str] = OrderedDict()  # and whose, the newest last
         self._tasks: set[asyncio.Task[None]] = set()
-        endpoints.on_life = self._new_life
+        endpoints.revived.subscribe(self._new_life)
 
     async def ensure(self, endpoint: Registered, sampler: messages.SamplerRef) -> str:
         """The name under which the server has the adapter now; it may be loaded first, once for all who ask.

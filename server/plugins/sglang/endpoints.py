@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ...addresses import host_and_port
 from ...base_models import BaseModel
+from ...events import Event
 from .endpoint import Endpoint, EndpointBusy, EndpointDied, EndpointError, EndpointSilent
 from .limits import Limits, are_tempered, base_model_of, limits_of, mismatch
 
@@ -161,16 +162,19 @@ class Registered:
 
 
 class Endpoints:
-    """`on_life` is told of one that is healthy again, with nothing that it was given in an earlier life;
-    `on_other_weights`, at every check, of one that fits and has other weights than it is to have, and gets
-    what it says of its model."""
+    """The SGLang servers that are registered, and their health.
+
+    Events: `revived(endpoint)` when one is healthy, or healthy again with nothing that it was given in an
+    earlier life; `other_weights(endpoint, info)`, at every check, for one that fits and has other weights
+    than it is to have, with what it says of its model.
+    """
 
     def __init__(self, base_models: dict[str, BaseModel]):
         self._base_models = base_models
         self._registered: dict[Registered, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self.on_life: Callable[[Registered], None] = lambda _endpoint: None
-        self.on_other_weights: Callable[[Registered, dict[str, Any]], None] = lambda _endpoint, _info: None
+        self.revived: Event[[Registered]] = Event()
+        self.other_weights: Event[[Registered, dict[str, Any]]] = Event()
 
     # --- which there are
 
@@ -272,11 +276,11 @@ class Endpoints:
         if info.get("weight_version", DEFAULT_VERSION) != endpoint.weight_version:
             version = str(info.get("weight_version"))[:_VERSION_CHARACTERS]
             endpoint.healthy, endpoint.problem = False, f"it has weights {version!r}"
-            self.on_other_weights(endpoint, info)
+            self.other_weights(endpoint, info)
         elif not endpoint.healthy:
             endpoint.healthy, endpoint.problem = True, ""
             log.info("%s samples %s", endpoint.client.url, endpoint.base_model)
-            self.on_life(endpoint)
+            self.revived(endpoint)
             self._wake()
 
     def _mismatch(self, endpoint: Registered, limits: Limits, base_model: str | None) -> str | None:

@@ -78,7 +78,7 @@ class MergedWeights:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by URL
         self._tasks: set[asyncio.Task[None]] = set()
         self._names: defaultdict[int, dict[str, str | None]] = defaultdict(lambda: {DEFAULT_VERSION: None})
-        endpoints.on_other_weights = self._other_weights
+        endpoints.other_weights.subscribe(self._other_weights)
 
     async def sync(
         self,

@@ -20,8 +20,8 @@ import msgspec
 from ....engine import messages
 from ...base_models import BaseModel
 from ...errors import BadRequest, internal_error
+from ...operations.elsewhere import Outcome
 from ...operations.operation import Operation
-from ...operations.operations import Operations
 from .endpoint import CannotServe, EndpointBusy, EndpointDied, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
 from .remote_sample import RemoteSample
@@ -48,27 +48,23 @@ class Sampling:
 
     def __init__(
         self,
-        operations: Operations,
         endpoints: Endpoints,
         adapters: Adapters,
         base_models: dict[str, BaseModel],
         default: messages.SamplingEngine,
         patience_seconds: float,
         on_drawn: Callable[[messages.Drawn], None],
+        on_answered: Callable[[Registered, messages.Sample, messages.SampleOutput], None],
     ):
-        self._operations = operations
         self._endpoints = endpoints
         self._adapters = adapters
         self._base_models = base_models
         self._default = default
         self._patience = patience_seconds
         self._on_drawn = on_drawn
-        self.on_answered: Callable[[Registered, messages.Sample, messages.SampleOutput], None] = (
-            lambda _endpoint, _sample, _output: None
-        )
+        self._on_answered = on_answered
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by request id
         self._drawing: set[str] = set()  # those that a server has
-        operations.elsewhere = self
 
     # --- what is decided
 
@@ -85,7 +81,7 @@ class Sampling:
         if all(reasons):
             raise BadRequest(f"{reasons[0]} (sampling_engine is sglang; `embedded` does it)")
 
-    def take(self, operation: Operation, sample: messages.Sample) -> bool:
+    def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
         """Whether it is answered here; otherwise it is the engine's. Once sent there, it stays there."""
         if operation.request_id in self._tasks:
             return True
@@ -97,7 +93,7 @@ class Sampling:
         if operation.sent_in or model is None or engine == "embedded" or (engine == "auto" and not there):
             _give_seed(operation, sample)
             return False
-        task = asyncio.ensure_future(self._answer(operation, sample, model, engine == "sglang"))
+        task = asyncio.ensure_future(self._answer(operation, sample, model, engine == "sglang", outcome))
         self._tasks[operation.request_id] = task
         task.add_done_callback(lambda _task: self._tasks.pop(operation.request_id, None))
         return True
@@ -107,7 +103,6 @@ class Sampling:
         task = self._tasks.get(operation.request_id)
         if task is not None:
             task.cancel()
-            self._operations.fail([operation], "cancelled")
         return task is not None
 
     async def finish(self, seconds: float) -> None:
@@ -127,7 +122,12 @@ class Sampling:
     # --- one sample
 
     async def _answer(
-        self, operation: Operation, sample: messages.Sample, model: BaseModel, only: bool
+        self,
+        operation: Operation,
+        sample: messages.Sample,
+        model: BaseModel,
+        only: bool,
+        outcome: Outcome,
     ) -> None:
         """`only`: not by the engine, whatever happens."""
         try:
@@ -135,16 +135,16 @@ class Sampling:
         except EndpointError as error:
             if only or isinstance(error, StreamBroken):
                 category: Literal["user", "server"] = "user" if isinstance(error, CannotServe) else "server"
-                self._operations.fail([operation], error.message, category)
+                outcome.fail([operation], error.message, category)
                 return
             log.debug("%s is sampled by the engine: %s", operation.request_id, error.message)
             _give_seed(operation, sample)
-            self._operations.send_to_engine(operation)
+            outcome.send_to_engine(operation)
         except Exception as error:
             what = internal_error("a sample on an SGLang server", error)
-            self._operations.fail([operation], what, "server")
+            outcome.fail([operation], what, "server")
         else:
-            self._operations.on_answer(messages.Done(operation.request_id, output))
+            outcome.on_answer(messages.Done(operation.request_id, output))
 
     async def _drawn(
         self, operation: Operation, sample: messages.Sample, model: BaseModel, only: bool
@@ -183,7 +183,7 @@ class Sampling:
                     refused[endpoint] = life, error
             else:
                 endpoint.answered += 1
-                self.on_answered(endpoint, sample, output)
+                self._on_answered(endpoint, sample, output)
                 return output
             finally:
                 self._drawing.discard(remote.request_id)
