@@ -6,10 +6,9 @@ Requests may have the shape of any of them, and answers have the fields of all; 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-from starlette.datastructures import Headers
 
 from ..ckpt import paths
 from ..engine import messages
@@ -49,7 +48,7 @@ POINTS: dict[Dialect, Points] = {
 }
 
 
-def said(headers: Headers, path: str) -> Dialect | None:
+def said(headers: Mapping[str, str], path: str) -> Dialect | None:
     """Whose request this is: by `X-API-Dialect`, or by what only clients of one dialect send.
 
     None: nothing tells, and what the request is about decides. Raises BadRequest for a dialect there is not.
