@@ -29,16 +29,19 @@ from .http.api_samples import ApiSamples
 from .http.authentication import Authentication
 from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
 from .http.browsers import AllowedHosts, BrowserChecks
+from .http.console_pages import ConsolePages
 from .http.json_bodies import JsonBodies
 from .http.metrics import Measured, Metrics
 from .http.model_creations import ModelCreations
 from .http.operation_answers import OperationAnswers
+from .http.overview import Overview
 from .http.provided import Services
 from .http.refused_numbers import RefusedNumbers
 from .http.request_ids import RequestIds
 from .http.routes import (
     accounts,
     checkpoints,
+    console,
     credentials,
     custom_losses,
     downloads,
@@ -125,14 +128,14 @@ def create_app(
         yield
         await application.close()
 
-    app = FastAPI(title="Tinsmith", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="Tinsmith", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.application = application
     app.state.services = application.services
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, generate, openai, sessions, models, weights),
         *(sampler_weights, sampling_sessions, training_runs, checkpoints, downloads, session_search, traces),
-        *(accounts, credentials, imports, custom_losses, inference, sync, engine_info, sleep, rlve),
+        *(accounts, credentials, imports, custom_losses, inference, sync, engine_info, sleep, rlve, console),
     ):
         app.include_router(module.router)
     errors.install(app)
@@ -156,6 +159,7 @@ def create_app(
         admission=application.admission,
         signer=application.signer,
     )
+    app.add_middleware(ConsolePages, keys=application.keys)
     app.add_middleware(BrowserChecks, keys=application.keys, hosts=AllowedHosts(settings.own_hosts))
     app.add_middleware(errors.Unhandled)
     app.add_middleware(RequestIds)
@@ -262,6 +266,8 @@ class Application:
         # Plugins that watch or train models.
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.finished.subscribe(self.wandb.answered)
+        overview = Overview(self.engine, self.operations, self.runs, disk, self.sweep)
+        self.operations.finished.subscribe(overview.activity.answered)
         self.runs.finished.subscribe(self.wandb.finish)
         client = TrainingClient(
             ledger,
@@ -281,7 +287,7 @@ class Application:
         self.services.add((self.distribution, divergence, self.operations, self.completions, self.runs))
         self.services.add((self.samplers, self.sessions, unused, submits, saves, sample_submits))
         self.services.add((custom_losses_, named_models, self.sweep, checkpoints_, self.copies, self.wandb))
-        self.services.add((self.rlve, targets, served))
+        self.services.add((self.rlve, targets, served, overview))
         self.services.add(
             (
                 AdapterImports(

@@ -79,18 +79,20 @@ def since(connection: Connection, model_id: str, number: int, reported_at: float
     return connection.execute(query.order_by(step_metrics.c.at, step_metrics.c.number)).all()
 
 
-def newest(connection: Connection, model_ids: Sequence[str], rows: int = 8) -> Sequence[Row]:
-    """The newest few rows of each model, oldest first."""
-    place = func.row_number().over(
-        partition_by=step_metrics.c.model_id,
-        order_by=(step_metrics.c.at.desc(), step_metrics.c.number.desc()),
+def newest(connection: Connection, model_ids: Sequence[str], operations: int = 8) -> Sequence[Row]:
+    """The last few rows of each model up to its newest step (or, without a step, up to its newest pass)."""
+    other = step_metrics.alias()
+    last = (
+        select(func.max(other.c.number))
+        .where(other.c.model_id == step_metrics.c.model_id, other.c.kind == step_metrics.c.kind)
+        .scalar_subquery()
     )
-    ranked = (
-        select(step_metrics, place.label("place")).where(step_metrics.c.model_id.in_(model_ids)).subquery()
+    query = select(step_metrics).where(
+        step_metrics.c.model_id.in_(model_ids),
+        step_metrics.c.number > last - operations,
+        (step_metrics.c.kind != _REPORTED) | (step_metrics.c.number == last),
     )
-    return connection.execute(
-        select(ranked).where(ranked.c.place <= rows).order_by(ranked.c.at, ranked.c.number)
-    ).all()
+    return connection.execute(query.order_by(step_metrics.c.at, step_metrics.c.number)).all()
 
 
 # --- bounds

@@ -169,6 +169,12 @@ def samplers_of_session(connection: Connection, session_id: str) -> Sequence[Row
     return connection.execute(query).all()
 
 
+def samplers_of_owner(connection: Connection, owner: str, limit: int) -> Sequence[Row]:
+    """The newest."""
+    query = select(samplers).where(samplers.c.owner == owner).order_by(samplers.c.created_at.desc())
+    return connection.execute(query.limit(limit)).all()
+
+
 def publish_inflight(connection: Connection, sampler_id: str) -> None:
     """The weights of a sampler are saved: if it follows its model, all that do sample them from now on."""
     saved = find_sampler(connection, sampler_id)

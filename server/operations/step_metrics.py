@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,8 +50,11 @@ class Curve:
 
 def parse_cursor(cursor: str) -> tuple[int, float]:
     """The number of the last operation and the time of the last report seen. Raises ValueError."""
-    number, _, reported_at = cursor.partition("-")
-    return int(number), float(reported_at or 0)
+    seen, _, reported = cursor.partition("-")
+    number, reported_at = int(seen), float(reported or 0)
+    if not (0 <= number < 1 << 63 and math.isfinite(reported_at)):
+        raise ValueError
+    return number, reported_at
 
 
 def curve(found: Iterable[Row], cursor: tuple[int, float]) -> Curve:

@@ -199,3 +199,18 @@ class Project(Body):
 
 class Ttl(Body):
     ttl_seconds: StrictInt | None = None
+
+
+class StepMetrics(Body):
+    """A client's metrics of one step: at most 64 finite numbers, with names of at most 128 characters."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"step": 12, "metrics": {"reward": 0.75}}]})
+
+    step: Annotated[StrictInt, Field(ge=0, lt=1 << 53)]
+    metrics: Annotated[
+        dict[
+            Annotated[str, StringConstraints(min_length=1, max_length=128)],
+            Annotated[float, Field(allow_inf_nan=False)],
+        ],
+        Field(min_length=1, max_length=64),
+    ]

@@ -703,6 +703,131 @@ class TrainingRuns(TypedDict):
     cursor: PageCursor
 
 
+# What the console shows.
+
+
+class MetricsPoint(TypedDict):
+    """One step of a run. `complete`: its optim_step has been answered. `time`: seconds since 1970."""
+
+    step: int
+    time: float
+    complete: bool
+    metrics: dict[str, float]
+
+
+class RunMetrics(TypedDict):
+    """Steps of a run, oldest first, and the cursor to ask for later ones."""
+
+    run_id: str
+    points: list[MetricsPoint]
+    cursor: str
+
+
+class OverviewEngine(TypedDict):
+    """What the engine is doing. `lives`: how many engine processes there have been."""
+
+    phase: str
+    text: str
+    ready: bool
+    lives: int
+
+
+class QueuedModel(TypedDict):
+    """A model of the caller, and how many of its operations wait for their answers."""
+
+    id: str
+    name: str
+    waiting: int
+
+
+class OverviewQueue(TypedDict):
+    """Operations that wait: those of all tenants together, and the caller's."""
+
+    all_tenants: int
+    models: list[QueuedModel]
+    samples: int
+
+
+class Overview(TypedDict):
+    """The server as the caller may see it. `revisions`: by model, a number that changes with each answer."""
+
+    owner: str
+    version: str
+    engine: OverviewEngine
+    queue: OverviewQueue
+    resident_models: list[str]
+    disk: dict[str, int] | None
+    revisions: dict[str, int]
+
+
+class ConsoleRun(TypedDict):
+    """A run, and the metrics of its newest step."""
+
+    id: str
+    name: str
+    base_model: str
+    lora_rank: int | None
+    state: str
+    session_id: str
+    created_at: str | None
+    last_request_at: str | None
+    user_metadata: dict[str, str] | None
+    step: int | None
+    metrics: dict[str, float]
+
+
+class ConsoleRuns(TypedDict):
+    """One page of runs."""
+
+    runs: list[ConsoleRun]
+    total: int
+
+
+class ConsoleSession(TypedDict):
+    """A session as its client described it."""
+
+    id: str
+    name: str
+    tags: list[str]
+    user_metadata: dict[str, str] | None
+    sdk_version: str | None
+    project_id: str | None
+    created_at: str | None
+    last_heartbeat_at: str | None
+    finished_at: str | None
+    finish_reason: str | None
+
+
+class ConsoleSessions(TypedDict):
+    """One page of sessions."""
+
+    sessions: list[ConsoleSession]
+
+
+class ConsoleSampler(TypedDict):
+    """A sampling session. `follows`: the model whose newest inflight weights it samples."""
+
+    id: str
+    session_id: str
+    base_model: str
+    model_path: str | None
+    follows: str | None
+    created_at: str | None
+
+
+class ConsoleSamplers(TypedDict):
+    """The caller's newest sampling sessions."""
+
+    samplers: list[ConsoleSampler]
+
+
+class DownloadUrl(TypedDict):
+    """A URL that needs no key until it expires."""
+
+    url: str
+    expires: str | None
+
+
 # The server itself.
 
 

@@ -1,0 +1,100 @@
+"""The console's files, and the page of the API's documentation: static, without a key, without any data.
+
+Browsers that ask for a page of the console get one HTML file, whose script reads the address. Programs that
+ask for the same addresses (without `text/html` in `Accept`) get what the API has there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..access.keys import ApiKeys
+
+_FOLDER = Path(__file__).with_name("console")
+_PAGES = ("training_runs", "checkpoints", "sessions", "samplers", "playground", "usage")
+_KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".LICENSE": "text/plain; charset=utf-8",
+}
+# Swagger UI's pictures are data: URLs in its style sheet, and React writes style attributes.
+_DOCS = {"docs.js", "docs.html", "swagger-ui.css", "swagger-ui-bundle.js"}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; style-src 'self'"
+)
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class ConsolePages:
+    """ASGI middleware, in front of the one that asks for keys. Pages say whether a key is needed."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys):
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = None
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+            name = _file(scope["path"], Headers(scope=scope).get("accept", ""))
+        if name is None:
+            await self._app(scope, receive, send)
+        else:
+            await _answer(name, Headers(scope=scope), self._keys.required)(scope, receive, send)
+
+
+def _file(path: str, accept: str) -> str | None:
+    """The name of the file that is at `path`; None for what is no page of the console."""
+    if path == "/docs":
+        return "docs.html"
+    folder, _, rest = path.removeprefix("/").partition("/")
+    if folder == "console":
+        return rest
+    is_page = path == "/" or folder in _PAGES
+    return "index.html" if is_page and "text/html" in accept else None
+
+
+def _answer(name: str, headers: Headers, needs_key: bool) -> Response:
+    content = _content(name)
+    if content is None:
+        return PlainTextResponse("the console has no such file\n", 404, headers=_HEADERS)
+    if needs_key and name.endswith(".html"):
+        content = content.replace(b'data-key="none"', b'data-key="required"', 1)
+    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    policy = _POLICY + (" 'unsafe-inline'" if name in _DOCS else "")
+    sent = _HEADERS | {"ETag": tag, "Content-Security-Policy": policy, "Vary": "Accept"}
+    if headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=sent)
+    return Response(content, headers=sent, media_type=_KINDS[Path(name).suffix])
+
+
+@cache
+def _content(name: str) -> bytes | None:
+    """The bytes of one of the console's files; None if it has no such file."""
+    found = _files().get(name)
+    return None if found is None else found.read_bytes()
+
+
+@cache
+def _files() -> dict[str, Path]:
+    """Files by name. Swagger UI is that of the package fastapi-offline."""
+    files = {file.name: file for file in _FOLDER.iterdir() if file.suffix in _KINDS}
+    offline = importlib.util.find_spec("fastapi_offline")
+    if offline is not None and offline.origin is not None:
+        static = Path(offline.origin).with_name("static")
+        files |= {name: static / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")}
+    return files
