@@ -73,11 +73,13 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     mesh = make_mesh(config.mesh or None)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     log.info("JAX %s on %s; compiled programs are kept in %s", jax.__version__, devices, cache)
+    room = base_models.Room.of(config, mesh)
+    log.info("memory planned, in %s", room.plan)
     bases: dict[str, base_models.BaseModel] = {}
     for number, declared in enumerate(config.base_models, start=1):
         tell(f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
         same = (base for base in bases.values() if base.folder == find_model(declared.path))
-        shared = next(same, None) or base_models.load(declared, config, mesh)
+        shared = next(same, None) or base_models.load(declared, config, mesh, room)
         bases[declared.name] = dataclasses.replace(shared, name=declared.name)
     engine = Engine(config, bases, socket)
     phase = "ready"

@@ -16,12 +16,16 @@ from ..ckpt import tokenizer_files
 from ..ckpt.token_bytes import TokenBytes
 from ..model import decoder
 from ..model.config import ModelConfig
+from ..model.counts import counts
 from ..model.folder import digest, read_config
 from ..model.load import find_model, load_base
 from ..model.weight_files import WeightsError
 from . import messages
-from .device_memory import device_share
-from .sampling.sampler import Sampler, default_kv_cache_tokens
+from .budget import Budget
+from .device_memory import capacity_bytes
+from .memory import EnginePlan, Served, plan_engine
+from .memory import Mesh as MeshSizes
+from .sampling.sampler import Sampler
 from .sampling.sampler_cache import SamplerCache
 from .training.trainer import Trainer
 
@@ -41,6 +45,7 @@ class BaseModel:
     trainer: Trainer
     samplers: SamplerCache
     reference: str
+    room: Room
 
 
 def compute_dtype(name: str) -> Any:
@@ -50,12 +55,44 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh) -> BaseModel:
-    """Read a base model onto the mesh.
+@dataclass(frozen=True)
+class Room:
+    """How the device's memory is divided: the plan, the folder of each base model in it, and the budget."""
+
+    plan: EnginePlan
+    folders: tuple[Path, ...]
+    budget: Budget
+
+    @classmethod
+    def of(cls, engine: messages.EngineConfig, mesh: Mesh) -> Room:
+        """Plan with what is free now, from the base models' configs. Names of one folder share a model."""
+        folders = tuple(dict.fromkeys(find_model(declared.path) for declared in engine.base_models))
+        itemsize = compute_dtype(engine.dtype).itemsize
+        configs = [read_config(folder) for folder in folders]
+        served = [Served(counts(config), _limit(config, engine), itemsize) for config in configs]
+        plan = plan_engine(
+            served,
+            capacity_bytes(mesh.size),
+            MeshSizes.of(mesh.shape),
+            on_cpu=mesh.devices.flat[0].platform == "cpu",
+            kv_cache_tokens=engine.kv_cache_tokens,
+        )
+        return cls(plan, folders, Budget(plan.budget))
+
+
+def _limit(config: ModelConfig, engine: messages.EngineConfig) -> int:
+    return min(config.max_sequence_length, engine.max_sequence_length or config.max_sequence_length)
+
+
+def load(
+    declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh, room: Room | None = None
+) -> BaseModel:
+    """Read a base model onto the mesh. It takes what the `room` has for it, by default that of the engine.
 
     Raises FileNotFoundError, UnsupportedModelError or WeightsError for what cannot be loaded.
     """
     began = time.perf_counter()
+    room = room or Room.of(engine, mesh)
     folder = find_model(declared.path)
     config = read_config(folder)
     if declared.digest is not None and digest(folder, config) != declared.digest:
@@ -66,14 +103,17 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
     dtype = compute_dtype(engine.dtype)
     graph, _ = decoder.build(config, dtype)
     weights = load_base(folder, config, dtype, mesh)
-    limit = min(config.max_sequence_length, engine.max_sequence_length or config.max_sequence_length)
-    trainer = Trainer(graph, weights, config, mesh, max_sequence_length=limit)
-
-    token_bytes = _token_bytes(folder)
-    sharing = len(engine.base_models)  # what is derived from the device is for all of them
-    kv_cache_tokens = engine.kv_cache_tokens or max(
-        default_kv_cache_tokens(config, dtype, limit) // sharing, min(limit, 16384)
+    limit = _limit(config, engine)
+    trainer = Trainer(
+        graph,
+        weights,
+        config,
+        mesh,
+        max_sequence_length=limit,
+        budget=room.budget,
+        kept_bytes=room.plan.kept,
     )
+    token_bytes = _token_bytes(folder)
 
     def new_sampler() -> Sampler:
         return Sampler(
@@ -83,8 +123,9 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
             token_bytes=token_bytes,
             end_tokens=tokenizer_files.end_tokens(folder),
             mesh=mesh,
-            kv_cache_tokens=kv_cache_tokens,
+            kv_cache_tokens=room.plan.kv_tokens[room.folders.index(folder)],
             max_sequence_length=limit,
+            budget=room.budget,
         )
 
     samplers = SamplerCache(
@@ -93,8 +134,9 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
         Path(engine.data_dir),
         dtype,
         mesh,
-        engine.sampler_bytes or device_share(1 / 8, on_cpu=2**30) // sharing,
+        engine.sampler_bytes,
         engine.sampler_idle_seconds,
+        room.budget,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     log.info(
@@ -117,6 +159,7 @@ def load(declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh
         trainer,
         samplers,
         declared.reference or declared.name,
+        room,
     )
 
 

@@ -1,12 +1,32 @@
-"""Limits that follow from the device."""
+"""What the devices have, and what is free of it now."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
+from . import host_memory
 
-def device_share(share: float, on_cpu: int) -> int:
-    """So much of an accelerator's memory, in bytes; `on_cpu` on a CPU, or where the device does not tell."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    return int(limit * share) if limit else on_cpu
+
+def free_bytes(device: Any = None) -> int | None:
+    """Return the bytes that are free on an accelerator (by default the first); None on a CPU, or where the
+    device does not tell."""
+    device = device or jax.local_devices()[0]
+    if device.platform == "cpu":
+        return None
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return None if limit is None else int(limit - stats.get("bytes_in_use", 0))
+
+
+def capacity_bytes(devices: int) -> int:
+    """Return what a new engine may use of each of so many devices.
+
+    On a CPU they share the machine's free memory. Where nothing is known it is 16 GiB.
+    """
+    free = free_bytes()
+    if free is None and jax.local_devices()[0].platform == "cpu":
+        free = host_memory.free_bytes()
+        free = None if free is None else free // devices
+    return 16 << 30 if free is None else free

@@ -5,11 +5,13 @@ Exits with 1, and the reason as the last line on standard error, where there is 
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import jax
 import msgspec
 
+from .device_memory import free_bytes
 from .messages import Devices
 
 
@@ -19,9 +21,21 @@ def main() -> int:
     except RuntimeError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
-    limit = (found[0].memory_stats() or {}).get("bytes_limit") if found[0].platform != "cpu" else None
-    print(msgspec.json.encode(Devices(found[0].platform, len(found), limit)).decode())
+    free = [size for size in (free_bytes(found[0]), _free_of_nvidia(found[0])) if size is not None]
+    print(msgspec.json.encode(Devices(found[0].platform, len(found), min(free, default=None))).decode())
     return 0
+
+
+def _free_of_nvidia(device: jax.Device) -> int | None:
+    """Return what other processes have left of the fullest GPU, as NVIDIA's driver says; None without it."""
+    if device.platform == "cpu" or "nvidia" not in device.device_kind.lower():
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, check=True, timeout=60, text=True).stdout
+        return min(int(line) for line in answer.split()) << 20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 if __name__ == "__main__":

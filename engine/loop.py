@@ -19,11 +19,13 @@ from . import messages
 from .answers import answer_to, forward_backward_output, note
 from .base_models import BaseModel
 from .errors import MissingWeights, UserError
+from .memory_report import MemoryReport
 from .models import Models, Writing
 from .sampling.sampler_cache import SamplerCache
 from .scheduler import ModelOperation, Scheduler, Unit
 from .sleep import Sleep
 from .socket import Socket
+from .tenants import Tenants
 from .training.custom_loss_run import CustomJob
 from .training.custom_losses import check
 from .training.training_run import Job, JobOutput
@@ -46,7 +48,11 @@ class Engine:
 
     def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel], socket: Socket):
         self._socket = socket
-        self._models = Models(config, bases)
+        base = next(iter(bases.values()))
+        on_cpu = base.mesh.devices.flat[0].platform == "cpu"
+        tenants = Tenants(base.room.budget, lambda model_id: self._scheduler.is_running(model_id), not on_cpu)
+        self._models = Models(config, bases, tenants)
+        self._memory = MemoryReport(base.room, tenants, socket.send)
         # One of each, though several names may share a base.
         self._samplers = list(dict.fromkeys(base.samplers for base in bases.values()))
         micro_batch = max(base.trainer.shapes.micro_batch_tokens for base in bases.values())
@@ -86,6 +92,7 @@ class Engine:
         while True:
             idle = not self._busy and not self._sleep.under_way
             may_wait = idle and (self._writing or not self._stops)
+            self._memory.send(bool(may_wait), self._sleep.asleep)
             if may_wait:
                 self._under_way.note(())
             until_idle = [samplers.evict_idle() for samplers in self._samplers]
@@ -145,7 +152,7 @@ class Engine:
     def _batch_key(self, operation: ModelOperation) -> Hashable | None:
         """Adapters of one shape on one base can share a device batch. Full weights cannot, and a custom loss
         that takes long would hold up those it shares a batch with."""
-        model = self._models.get(operation.model_id)
+        model = self._models.peek(operation.model_id)
         if not isinstance(operation, messages.ForwardBackward) or model is None or model.state.lora is None:
             return None
         if operation.loss_fn == "custom":

@@ -10,7 +10,7 @@ The formulas of programs are fitted to what the H200's and the TPUs' compilers r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -195,7 +195,7 @@ def _choices(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> Itera
     """Rows on each device and remat, the fastest first: recomputing nothing, then more, then fewer rows."""
     rows = max(1, work.micro_batch // work.sequence)
     for remat in ("none", "dots"):
-        kept = kept_bytes(counts, work, mesh, rows * work.sequence, remat)
+        kept = kept_bytes(counts, rows * work.sequence, remat, work.itemsize, mesh.tensor)
         if kept <= capacity * KEPT_SHARE:
             yield rows, remat
     while rows > 1:
@@ -256,9 +256,17 @@ def kept_elements(counts: Counts, remat: Remat, tensor: int = 1) -> float:
     return {"full": D, "dots": 2 * D + Q + 2 * F, "none": 8 * D + 2 * Q + 5 * F}[remat]
 
 
-def kept_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, remat: Remat) -> int:
+def kept_bytes(counts: Counts, tokens: int, remat: Remat, itemsize: int, tensor: int = 1) -> int:
     """Return what all blocks keep of `tokens` tokens for the backward."""
-    return int(kept_elements(counts, remat, mesh.tensor) * counts.num_layers * tokens * work.itemsize)
+    return int(kept_elements(counts, remat, tensor) * counts.num_layers * tokens * itemsize)
+
+
+def choose_remat(counts: Counts, tokens: int, itemsize: int, limit: int, tensor: int = 1) -> Remat:
+    """Return the fastest remat that keeps at most `limit` bytes, or else "full"."""
+    for remat in ("none", "dots"):
+        if kept_bytes(counts, tokens, remat, itemsize, tensor) <= limit:
+            return remat
+    return "full"
 
 
 def training_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, remat: Remat) -> int:
@@ -280,7 +288,7 @@ def training_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, rema
         head += counts.matrices * item // mesh.shards + counts.head * (item + WIDE) // mesh.shards
     else:
         block += adapter_elements(counts, work) * WIDE
-    return kept_bytes(counts, work, mesh, tokens, remat) + max(block, head)
+    return kept_bytes(counts, tokens, remat, item, tensor) + max(block, head)
 
 
 def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
@@ -291,6 +299,143 @@ def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
     decode = 3 * SLOTS * counts.vocab_size * WIDE // tensor
     gathered = 0 if mesh.fsdp == 1 else counts.matrices // counts.num_layers * item // tensor
     return max(prefill, decode) + gathered
+
+
+# --- the engine's own plan ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """A base model that an engine serves: its counts, its longest sequence, and the bytes of its numbers."""
+
+    counts: Counts
+    longest: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How an engine divides the memory of each device among what it serves.
+
+    `budget` is for models in training, samplers' weights and recycled arrays (`budget.Budget`), `kept` the
+    most that the blocks may keep of a micro-batch for its backward, `kv_tokens` the positions in the KV cache
+    of each base model. `needed` is the least that the engine can work with.
+    """
+
+    capacity: int
+    mesh: Mesh
+    base: int
+    programs: int
+    kv_pages: int
+    margin: int
+    budget: int
+    kept: int
+    kv_tokens: tuple[int, ...]
+    needed: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The bytes by kind. They are the capacity together, unless it is too small."""
+        return {
+            "base": self.base,
+            "programs": self.programs,
+            "kv_pages": self.kv_pages,
+            "budget": self.budget,
+            "margin": self.margin,
+        }
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in self.kinds.items())
+        return f"GiB of {self.capacity / 2**30:.2f} on each device: {parts}"
+
+
+KV_ON_CPU, KEPT_ON_CPU, BUDGET_ON_CPU = 1 << 30, 2 << 30, 3 << 29
+"""On a CPU, which shares its memory with everything else, the most that each of these takes."""
+
+
+def plan_engine(
+    models: Sequence[Served],
+    capacity: int,
+    mesh: Mesh | None = None,
+    *,
+    on_cpu: bool = False,
+    kv_cache_tokens: int | None = None,
+) -> EnginePlan:
+    """Divide `capacity` bytes of each device among the base models that are served.
+
+    Programs get what the fastest micro-batch of each model takes, and its longest row that half of the
+    memory beside the base has room for. What is left is for KV caches (unless `kv_cache_tokens` says how
+    many positions each has) and the budget, half and half.
+    """
+    mesh = mesh or Mesh()
+    works = [_engine_workload(each, on_cpu) for each in models]
+    base = sum(each.counts.parameters * each.itemsize for each in models) // mesh.shards
+    margin = 0 if on_cpu else int(capacity * MARGIN)
+    per_token = [kv_bytes_per_token(m.counts, w, mesh) for m, w in zip(models, works, strict=True)]
+    least_kv = [
+        (kv_cache_tokens or min(each.longest, SHORTEST_KV_TOKENS)) * size
+        for each, size in zip(models, per_token, strict=True)
+    ]
+    least_programs = max(_least_programs(m, w, mesh) for m, w in zip(models, works, strict=True))
+    least_budget = max(3 * WIDE * adapter_elements(m.counts, w) for m, w in zip(models, works, strict=True))
+    needed = base + margin + sum(least_kv) + least_programs + least_budget
+    room = max(0, capacity - base - margin)
+    if on_cpu:
+        kept = min(KEPT_ON_CPU, room // 4)
+        programs = max(least_programs, kept)
+        most_kv, budget = min(KV_ON_CPU, room // 4), min(BUDGET_ON_CPU, room // 4)
+    else:
+        kept, programs = _programs_of_accelerator(models, works, mesh, room - sum(least_kv) - least_budget)
+        programs = max(least_programs, programs)
+        most_kv = budget = max(0, room - programs) // 2
+    more_kv = 0 if kv_cache_tokens else max(0, most_kv - sum(least_kv)) // len(models)
+    kv_tokens = tuple((least + more_kv) // size for least, size in zip(least_kv, per_token, strict=True))
+    kv_pages = sum(tokens * size for tokens, size in zip(kv_tokens, per_token, strict=True))
+    if not on_cpu:
+        budget = max(0, room - programs - kv_pages)
+    return EnginePlan(
+        capacity, mesh, base, programs, kv_pages, margin, max(budget, least_budget), kept, kv_tokens, needed
+    )
+
+
+def _engine_workload(served: Served, on_cpu: bool) -> Workload:
+    """What one micro-batch is, as the trainer chooses it (`training.trainer`)."""
+    tokens, chunk = (1024, 256) if on_cpu else (8192, 1024)
+    sequence = min(served.longest, tokens)
+    return Workload(sequence, tenants=1, itemsize=served.itemsize, micro_batch=tokens, chunk=chunk)
+
+
+def _least_programs(served: Served, work: Workload, mesh: Mesh) -> int:
+    tokens = min(SHORTEST_ROW, work.sequence)
+    return training_bytes(served.counts, work, mesh, tokens, "full")
+
+
+def _programs_of_accelerator(
+    models: Sequence[Served], works: Sequence[Workload], mesh: Mesh, room: int
+) -> tuple[int, int]:
+    """Return the most that blocks may keep, and the memory of the programs, of the `room` for them."""
+    kept = programs = 0
+    for served, work in zip(models, works, strict=True):
+        tokens = max(1, work.micro_batch // work.sequence) * work.sequence
+        of = served.counts
+        for remat in ("none", "dots", "full"):
+            size = training_bytes(of, work, mesh, tokens, remat)
+            held = kept_bytes(of, tokens, remat, work.itemsize, mesh.tensor)
+            if size <= room and (remat == "full" or held <= room / 4):
+                kept, programs = max(kept, held), max(programs, size)
+                break
+
+        def fits(length: int, of: Counts = of, work: Workload = work) -> bool:
+            return training_bytes(of, work, mesh, length, "full") <= room / 2
+
+        longest = _most(fits, work.sequence, served.longest)
+        programs = max(programs, training_bytes(of, work, mesh, longest, "full") if longest else 0)
+        programs = max(programs, min(room, sampling_bytes(of, work, mesh)))
+    return kept, programs
 
 
 # --- which devices would do -----------------------------------------------------------------------------
@@ -339,9 +484,7 @@ def refusal(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
     here = planned.mesh.devices
     remedy = ""
     if enough is not None and enough.devices > here:
-        remedy = (
-            f"; {_NUMBERS.get(enough.devices, str(enough.devices))} of them with --mesh {enough} would do"
-        )
+        remedy = f"; {number(enough.devices)} of them with --mesh {enough} would do"
     elif enough is not None and enough.devices > 1 and enough.shards > planned.mesh.shards:
         remedy = f"; --mesh {replace(enough, data=here // enough.devices)} would do"
     return needs(planned) + remedy + less(counts, work, planned)
@@ -365,7 +508,11 @@ def less(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
     return ""
 
 
-_NUMBERS = {2: "two", 4: "four", 8: "eight"}
+def number(count: int) -> str:
+    """Return a number of devices for messages."""
+    return {2: "two", 4: "four", 8: "eight"}.get(count, str(count))
+
+
 _NAMES = {
     "base": "the base model",
     "programs": "the largest program",

@@ -470,7 +470,19 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """The process lives, whatever it computes; sent every `EngineConfig.beat_seconds`."""
 
 
-FromEngine = Done | Failed | Drawn | Status | Beat
+class Memory(msgspec.Struct, frozen=True, tag=True):
+    """The memory of each device, in bytes: what the engine may use, how that was `planned`, and what is
+    `held`, by kind. `free` is what the device says (None: it does not); `waiting` are the states of models in
+    training that wait in the host's memory."""
+
+    capacity: int
+    planned: dict[str, int]
+    held: dict[str, int]
+    free: int | None
+    waiting: int
+
+
+FromEngine = Done | Failed | Drawn | Status | Beat | Memory
 
 # --- start ----------------------------------------------------------------------------------------------
 
@@ -489,7 +501,7 @@ class BaseModel(msgspec.Struct, frozen=True):
 
 
 class Devices(msgspec.Struct, frozen=True):
-    """What JAX finds on this machine. `bytes_each`: memory of one device; None: not known, as on a CPU."""
+    """What JAX finds on this machine. `bytes_each`: free memory of one; None: not known, as on a CPU."""
 
     platform: str
     count: int

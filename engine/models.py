@@ -22,17 +22,10 @@ from .deferred_exports import DeferredExports
 from .errors import UserError
 from .optimizers import optimizer_families
 from .scheduler import ModelOperation
+from .tenants import Model, Tenants
 from .training.custom_loss_run import CustomJob
 from .training.training_run import Job
 from .training.training_state import TrainingState
-
-
-@dataclass
-class Model:
-    """A model in training on its base."""
-
-    base: BaseModel
-    state: TrainingState
 
 
 @dataclass(frozen=True)
@@ -48,10 +41,10 @@ class Writing:
 class Models:
     """Executes operations one at a time; `ForwardBackward`s are checked here and run by the trainer."""
 
-    def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel]):
+    def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel], tenants: Tenants):
         self._config = config
         self._bases = bases
-        self._models: dict[str, Model] = {}
+        self._tenants = tenants
         self._writing: dict[str, Future[int]] = {}
         self._writers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="export")
         self._deferred = DeferredExports()
@@ -65,8 +58,8 @@ class Models:
         wait(list(self._writing.values()))
         self._deferred.finish()
 
-    def states(self) -> list[TrainingState]:
-        return [model.state for model in self._models.values()]
+    def states_on_device(self) -> list[TrainingState]:
+        return self._tenants.states_on_device()
 
     def base(self, name: str) -> BaseModel:
         """Raises UserError for a base model that is not loaded."""
@@ -74,14 +67,15 @@ class Models:
             raise UserError(f"unknown base model {name!r}; this server has: {', '.join(self._bases)}")
         return self._bases[name]
 
-    def get(self, model_id: str) -> Model | None:
-        return self._models.get(model_id)
+    def peek(self, model_id: str) -> Model | None:
+        """Return a model, if there is one, whose arrays may not be on the device."""
+        return self._tenants.peek(model_id)
 
     def find(self, model_id: str) -> Model:
-        """Raises UserError for a model that is not here."""
-        if model_id not in self._models:
+        """Return a model whose state is on the device. Raises UserError for a model that is not here."""
+        if model_id not in self._tenants:
             raise UserError(f"unknown model {model_id!r}: it was not created, or it was deleted")
-        return self._models[model_id]
+        return self._tenants.use(model_id)
 
     def job(self, operation: messages.ForwardBackward) -> Job | CustomJob:
         """The operation checked against its model. Raises UserError; a later optim_step knows of it."""
@@ -113,8 +107,9 @@ class Models:
             case messages.SaveSampler():
                 return self._save_sampler(operation)
             case messages.DeleteModel():
-                self.find(operation.model_id)
-                del self._models[operation.model_id]
+                if operation.model_id not in self._tenants:
+                    self.find(operation.model_id)
+                self._tenants.remove(operation.model_id)
                 self._deferred.forget(operation.model_id)
                 return messages.Nothing()
         raise TypeError(f"{type(operation).__name__} is not an operation on one model")
@@ -123,7 +118,7 @@ class Models:
 
     def _create(self, operation: messages.CreateModel) -> messages.ModelCreated:
         base = self.base(operation.base_model)
-        if operation.model_id in self._models:
+        if operation.model_id in self._tenants:
             raise UserError(f"model {operation.model_id!r} exists already")
         options = optimizer_families.filled(operation.optimizer, operation.optimizer_options)
         if operation.checkpoint is None:
@@ -147,7 +142,7 @@ class Models:
             state.grad_normalization = operation.grad_normalization
             state.target_alignment = operation.target_alignment
             state.optimizer_options = options
-        self._models[operation.model_id] = Model(base, state)
+        self._tenants.add(operation.model_id, base, state)
         return messages.ModelCreated(lora=state.lora, step=state.step)
 
     def _load_state(self, operation: messages.LoadState) -> messages.StateLoaded:

@@ -56,6 +56,10 @@ class Scheduler:
         """Whether there is anything to run."""
         return bool(self._queues)
 
+    def is_running(self, model_id: str) -> bool:
+        """Whether an operation of the model has begun and not ended."""
+        return model_id in self._running
+
     def add(self, operation: ModelOperation) -> None:
         if operation.model_id not in self._queues:
             self._queues[operation.model_id] = deque()

@@ -97,7 +97,7 @@ class Sleep:
         weights = [(base, Parked(base.trainer.base)) for base in self._bases]
         states = [
             (state, Parked((state.weights, state.optimizer, state.gradients)))
-            for state in self._models.states()
+            for state in self._models.states_on_device()
         ]
         for base in self._bases:
             base.samplers.park()

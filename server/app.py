@@ -104,6 +104,7 @@ from .plugins.sglang.registry import Registry
 from .plugins.sglang.sampling import Sampling
 from .plugins.wandb import WandbRuns
 from .settings import Settings
+from .supervision.device_memory import DeviceMemory
 from .supervision.supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.server")
@@ -213,6 +214,7 @@ class Application:
         self.distribution = Distribution(settings, self.keys, self.engine, disk, self.endpoints, base_models)
         divergence = Divergence(self.engine, self.endpoints, settings.sglang_compared_percent / 100)
         self.metrics.registry.register(divergence)
+        self.metrics.registry.register(DeviceMemory(self.engine))
         self.sampling = Sampling(
             self.endpoints,
             self.distribution.adapters,

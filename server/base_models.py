@@ -22,6 +22,7 @@ from ..model import folder as folders
 from ..model.folder import ModelConfig
 from . import machine
 from .errors import BadRequest
+from .memory_check import require_memory
 from .safetensors_header import Entry
 
 T = TypeVar("T")
@@ -123,7 +124,12 @@ class Plan:
     hub_id: str | None = None
     commit: str | None = None
     weight_files: tuple[str, ...] = ()
-    parameters: int = 0
+    config: ModelConfig | None = None
+
+    @property
+    def parameters(self) -> int:
+        """The number of its parameters; 0 where no config has been read."""
+        return 0 if self.config is None else folders.parameter_count(self.config)
 
     def obtain(self, cache_dir: Path, limit: int | None) -> BaseModel:
         """Download what is not here, and look at the weights. `limit` caps the sequence length.
@@ -140,11 +146,18 @@ class Plan:
         return _described(self.name, folder, self.hub_id, _tokenizer_id(self, folder), limit)
 
 
-def plan(entries: Sequence[str], dtype: str = "auto", mesh: dict[str, int] | None = None) -> list[Plan]:
+def plan(
+    entries: Sequence[str],
+    dtype: str = "auto",
+    mesh: dict[str, int] | None = None,
+    max_sequence_length: int | None = None,
+    kv_cache_tokens: int | None = None,
+) -> list[Plan]:
     """Read the operator's `--model` options, and check all that can be known before weights are downloaded.
 
     An entry is `PATH`, `HUB_ID`, `HUB_ID@REVISION`, `smollm2-135m`, or `NAME=` and one of them. Of models on
-    the hub, config.json is downloaded. Raises ValueError saying what would be right, OSError.
+    the hub, config.json is downloaded. The other arguments are the settings of these names. Raises ValueError
+    saying what would be right, OSError.
     """
     named = [_parse(entry) for entry in entries]
     names = [each.name for each in named]
@@ -159,7 +172,9 @@ def plan(entries: Sequence[str], dtype: str = "auto", mesh: dict[str, int] | Non
             f"--mesh {stated} is of {needed} devices, and JAX finds {devices.count} ({devices.platform})"
         )
     planned = [_checked(each.plan, each.revision) for each in named]
-    _require_memory(planned, dtype, mesh or {}, devices)
+    distinct = {(each.folder, each.hub_id, each.commit): each for each in planned}
+    configs = {each.name: each.config for each in distinct.values() if each.config is not None}
+    require_memory(configs, devices, dtype, mesh or {}, max_sequence_length, kv_cache_tokens)
     return planned
 
 
@@ -237,11 +252,11 @@ def _is_path(source: str) -> bool:
 
 
 def _checked(planned: Plan, revision: str | None) -> Plan:
-    """With the number of its parameters. Raises ValueError for a model that cannot be served."""
+    """With its config. Raises ValueError for a model that cannot be served."""
     if planned.folder is not None:
         config = _of_model(planned.name, folders.stated_config, planned.folder)
         _of_model(planned.name, folders.check, planned.folder, config)
-        return replace(planned, parameters=folders.parameter_count(config))
+        return replace(planned, config=config)
     if planned.hub_id is None:
         return planned
     config_file = Path(_from_hub(planned.hub_id, revision, "config.json"))
@@ -251,7 +266,7 @@ def _checked(planned: Plan, revision: str | None) -> Plan:
         planned,
         commit=commit,
         weight_files=_weight_files(planned.hub_id, commit),
-        parameters=folders.parameter_count(config),
+        config=config,
     )
 
 
@@ -309,27 +324,6 @@ def _not_on_hub(hub_id: str, revision: str | None, error: Exception) -> ValueErr
         f"model {which!r} is no folder here, and cannot be had from the Hugging Face hub: "
         f"{type(error).__name__}: {reason}"
     )
-
-
-def _require_memory(planned: list[Plan], dtype: str, mesh: dict[str, int], devices: messages.Devices) -> None:
-    """Raises ValueError if the weights alone do not fit into memory."""
-    on_cpu = devices.platform == "cpu"
-    kind = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
-    available = machine.free_memory() if on_cpu else devices.bytes_each
-    if available is None:
-        return
-    copies = mesh.get("data", 1) if on_cpu else 1
-    shards = 1 if on_cpu else mesh.get("fsdp", 1) * mesh.get("tensor", 1)
-    parameters = {(each.folder, each.hub_id, each.commit): each.parameters for each in planned}
-    needed = sum(parameters.values()) * (4 if kind == "float32" else 2) * copies // shards
-    if needed > available:
-        names = ", ".join(each.name for each in planned)
-        of_each = "" if on_cpu else " of each device"
-        hint = "; --dtype bfloat16 halves that" if kind == "float32" else ""
-        raise ValueError(
-            f"too large: the weights of {names} ({sum(parameters.values()) / 1e9:.2f} billion parameters as "
-            f"{kind}) need {needed / 1e9:.1f} GB{of_each}, and {available / 1e9:.1f} GB are free{hint}"
-        )
 
 
 def _tokenizer_id(planned: Plan, folder: Path) -> str | None:

@@ -152,8 +152,8 @@ class ModelSettings(Section):
     """Positions of keys and values that the sampler keeps on the device. The default follows from the free
     memory."""
     sampler_bytes: int | None = Field(None, ge=1)
-    """Bytes of sampler weights on the device; others wait on the disk. The default is an eighth of the
-    device's memory, and 1 GiB on a CPU."""
+    """The most bytes of sampler weights on the device; others wait on the disk. Without it they share the
+    engine's memory budget with models in training, and what was used least recently gives way."""
     sampler_idle_seconds: float = Field(600.0, gt=0)
     """Sampler weights leave the device this long after they were last sampled."""
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)

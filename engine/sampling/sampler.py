@@ -26,8 +26,9 @@ from ...model.config import ModelConfig
 from ...model.sharding import replicated
 from ...model.weights_by_layer import base_by_layer
 from .. import messages, processor
-from ..device_memory import device_share
+from ..budget import Budget
 from ..errors import UserError
+from ..memory import KV_ON_CPU
 from .page_pool import PagePool
 from .prompt_scores import PromptScores
 from .sample_checks import check_request
@@ -64,6 +65,7 @@ class Sampler:
         page_size: int = 64,
         prefill_tokens: int = 512,
         decode_steps: int = 16,
+        budget: Budget | None = None,
         on_compile: Callable[[str, float], None] | None = None,
     ):
         """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
@@ -95,6 +97,7 @@ class Sampler:
             prefill_tokens=prefill_tokens,
             decode_steps=decode_steps,
             mesh=mesh,
+            budget=budget or Budget(1 << 28),
             on_compile=on_compile,
         )
         self._weights: dict[str | None, Weights] = {
@@ -305,10 +308,9 @@ class Sampler:
 
 
 def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
-    """A quarter of an accelerator's memory, or 1 GiB on the CPU; at least one sequence of full length up to
-    16384 tokens."""
-    budget = device_share(1 / 4, on_cpu=2**30)
-    return max(budget // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
+    """Return what 1 GiB holds, where no plan says more; at least one sequence of full length up to 16384
+    tokens."""
+    return max(KV_ON_CPU // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
 
 
 def _is_by_output(base: PyTree) -> bool:

@@ -18,6 +18,7 @@ from ...model.config import ModelConfig
 from ...model.load import load_base
 from ...model.weight_files import WeightsError
 from .. import messages
+from ..budget import Budget
 from ..errors import MissingWeights, UserError
 from ..parking import Parked
 from ..training.training_state import TrainingState
@@ -31,10 +32,11 @@ log = logging.getLogger(__name__)
 @dataclass
 class Resident:
     """Weights on the device. `source`: the training state's arrays that they are a copy of; `likeness`: None
-    until they are compared with the others."""
+    until they are compared with the others. `used`: of `Budget.now`."""
 
     weights: Weights
     sampled_at: float  # of time.monotonic
+    used: int
     source: Source | None = None
     likeness: Hashable | None = None
 
@@ -43,12 +45,15 @@ class SamplerCache:
     """One base model's sampler, and the weights registered with it, by the key of their directory.
 
     Weights come from a model in training (`freeze`), or are read from their directory when they are first
-    sampled. They leave the device when they were not sampled for `idle_seconds`, or when all together exceed
-    `bytes_on_device`, those not sampled for longest first (the newest stay, whatever their size); and come
-    back when they are sampled again. Frozen weights stay in memory until `written` says that they are on
-    disk. Keys whose weights are equal to the bit share one copy on the device, found when a model is frozen
-    twice at one step, or when weights are sampled for the first time since they came to the device.
+    sampled. They leave the device when they were not sampled for `idle_seconds`, when something else needs
+    the room (`budget`), or when all together exceed `bytes_on_device`, those not sampled for longest first
+    (the newest stay, whatever their size); and come back when they are sampled again. Frozen weights stay in
+    memory until `written` says that they are on disk. Keys whose weights are equal to the bit share one copy
+    on the device, found when a model is frozen twice at one step, or when weights are sampled for the first
+    time since they came to the device.
     """
+
+    kind = "sampler_adapters"
 
     def __init__(
         self,
@@ -57,17 +62,22 @@ class SamplerCache:
         data_dir: Path,
         dtype: Any,
         mesh: Mesh,
-        bytes_on_device: int = 2**30,
+        bytes_on_device: int | None = None,
         idle_seconds: float = 600.0,
+        budget: Budget | None = None,
     ):
+        """Without `bytes_on_device` the budget is the only bound."""
         self._new_sampler = new_sampler
         self._config, self._data_dir, self._dtype, self._mesh = config, data_dir, dtype, mesh
+        self._budget = budget or Budget(2**30)
+        self._bytes: int | None = 0  # None: to be counted again
         self._bytes_on_device = bytes_on_device
         self._idle_seconds = idle_seconds
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # sampled last comes last
         self._frozen: dict[str, Weights] = {}
         self._parked: dict[str, tuple[float, Parked]] = {}  # frozen ones, while they are not on the device
         self.sampler = new_sampler()
+        self._budget.add(self)
 
     def add(self, request: messages.Sample) -> None:
         """Queue a request, its weights brought to the device first if need be. Raises UserError."""
@@ -116,6 +126,7 @@ class SamplerCache:
         """A new sampler in place of one that failed, without requests."""
         self.sampler = self._new_sampler()
         self._resident.clear()
+        self._bytes = 0
 
     def park(self) -> None:
         """Let the sampler and all weights leave the device, frozen ones for the host's memory. Nothing may be
@@ -128,6 +139,7 @@ class SamplerCache:
             self._parked[key] = weights.scale, parked
         self._frozen = {}
         self._resident.clear()
+        self._bytes = 0
         del self.sampler
 
     def unpark(self) -> None:
@@ -148,7 +160,8 @@ class SamplerCache:
             if twin is not None:
                 self.sampler.release(key)
                 self._share(key, twin)
-        self._resident[key].sampled_at = time.monotonic()
+        resident = self._resident[key]
+        resident.sampled_at, resident.used = time.monotonic(), self._budget.now()
         self._resident.move_to_end(key)
 
     def _bring(self, key: str) -> None:
@@ -202,28 +215,43 @@ class SamplerCache:
     def _share(self, key: str, twin: Resident) -> None:
         """Register the weights of `twin` as `key` too."""
         self.sampler.share(key, twin.weights)
+        self._bytes = None
         self._resident[key] = Resident(
-            self.sampler.weights_of(key), time.monotonic(), twin.source, twin.likeness
+            self.sampler.weights_of(key), time.monotonic(), self._budget.now(), twin.source, twin.likeness
         )
 
     def _register(self, key: str, registered: dict[str, Any], owned: bool = False) -> None:
         """Bring weights to the device, the arguments of `Sampler.register`; older ones make way. Of `owned`
         arrays there is one copy, here and in the sampler."""
         size = _size(registered)
-        while self._resident and size + self.bytes > self._bytes_on_device:
-            self._leave(next(iter(self._resident)))
+        while self._bytes_on_device and self._resident and size + self.bytes > self._bytes_on_device:
+            self.drop_oldest()
+        self._budget.make_room(size)
         self.sampler.register(key, **registered, owned=owned)
-        self._resident[key] = Resident(self.sampler.weights_of(key), time.monotonic())
+        self._bytes = None
+        self._resident[key] = Resident(self.sampler.weights_of(key), time.monotonic(), self._budget.now())
 
     def _leave(self, key: str) -> None:
         if self._resident.pop(key, None) is not None:
+            self._bytes = None
             self.sampler.release(key)
+
+    @property
+    def oldest(self) -> int | None:
+        """When the weights that were not sampled for longest were sampled (`Budget.now`)."""
+        return next(iter(self._resident.values())).used if self._resident else None
+
+    def drop_oldest(self) -> None:
+        """Let these leave the device."""
+        self._leave(next(iter(self._resident)))
 
     @property
     def bytes(self) -> int:
         """Of the weights on the device, those that several keys share counted once."""
-        leaves = (leaf for each in self._resident.values() for leaf in jax.tree.leaves(each.weights.own))
-        return sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
+        if self._bytes is None:
+            leaves = (leaf for each in self._resident.values() for leaf in jax.tree.leaves(each.weights.own))
+            self._bytes = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
+        return self._bytes
 
 
 def _size(registered: dict[str, Any]) -> int:

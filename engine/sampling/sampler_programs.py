@@ -14,6 +14,7 @@ from ...model import decode, kv_cache, prefill
 from ...model.config import ModelConfig
 from ...model.decode import Decoded
 from ...model.sharding import replicated
+from ..budget import Budget
 from ..compilation import compiling
 from .prompt_scores import PromptScores
 from .sampler_rows import (
@@ -50,6 +51,7 @@ class SamplerPrograms:
         prefill_tokens: int,
         decode_steps: int,
         mesh: Any,
+        budget: Budget,
         on_compile: Callable[[str, float], None] | None,
     ):
         """`longest` is the most positions that a sequence may have. `num_pages` counts page 0."""
@@ -64,7 +66,7 @@ class SamplerPrograms:
         self._compiled: set[str] = set()
         self._slots = Slots()
         self._pages: kv_cache.Pages | None = None  # made when first needed
-        self.stacks = AdapterStacks(config, None if mesh is None else replicated(mesh))
+        self.stacks = AdapterStacks(config, budget, None if mesh is None else replicated(mesh))
 
     @contextlib.contextmanager
     def ready(self) -> Any:

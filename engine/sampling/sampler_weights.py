@@ -14,12 +14,11 @@ import numpy as np
 from ...model import lora
 from ...model.config import ModelConfig
 from ...model.weights_by_layer import adapters_by_layer
-from ..device_memory import device_share
+from ..budget import Budget
 
 PyTree = Any
 
 _STACKS_KEPT = 4
-_STACKS_SHARE, _STACKS_ON_CPU = 1 / 32, 1 << 28  # of the device's memory; bytes
 _numbers = itertools.count()
 
 
@@ -54,18 +53,22 @@ class AdapterStack(NamedTuple):
 
 
 class AdapterStacks:
-    """A stack for the adapters of a batch, with the last few results kept, of at most `max_bytes` (but the
-    one in use, whatever its size).
+    """A stack for the adapters of a batch, with the last few results kept within the budget (but the one in
+    use, whatever its size).
 
     The number of adapters is padded to a power of two, matrices and ranks to what the widest of them has,
     with zeros, so that few programs are compiled. One adapter alone keeps its own shape.
     """
 
-    def __init__(self, config: ModelConfig, sharding: Any = None, max_bytes: int | None = None):
+    kind = "sampler_stacks"
+
+    def __init__(self, config: ModelConfig, budget: Budget, sharding: Any = None):
         self._config = config
+        self._budget = budget
         self._sharding = sharding
-        self._max_bytes = device_share(_STACKS_SHARE, _STACKS_ON_CPU) if max_bytes is None else max_bytes
         self._kept: OrderedDict[tuple[int, ...], AdapterStack] = OrderedDict()
+        self._used: dict[tuple[int, ...], int] = {}
+        budget.add(self)
 
     def of(self, batch: list[Weights]) -> tuple[AdapterStack, list[int]]:
         """The stack for the rows' weights, and each row's index in it; zeros without any adapter."""
@@ -77,10 +80,12 @@ class AdapterStacks:
         if key not in self._kept:
             # Room first: an accelerator need not hold the old ones and the new one at once.
             size = sum(weights.adapter_bytes for weights in distinct)
-            while self._kept and (len(self._kept) >= _STACKS_KEPT or self.bytes + size > self._max_bytes):
-                self._kept.popitem(last=False)
+            while len(self._kept) >= _STACKS_KEPT:
+                self.drop_oldest()
+            self._budget.make_room(size)
             self._kept[key] = self._stack(distinct)
         self._kept.move_to_end(key)
+        self._used[key] = self._budget.now()
         return self._kept[key], [index[weights.id] for weights in batch]
 
     @property
@@ -89,10 +94,21 @@ class AdapterStacks:
         arrays = {id(leaf): leaf for stack in self._kept.values() for leaf in jax.tree.leaves(stack)}
         return sum(leaf.nbytes for leaf in arrays.values())
 
+    @property
+    def oldest(self) -> int | None:
+        return self._used[next(iter(self._kept))] if self._kept else None
+
+    def drop_oldest(self) -> None:
+        self._drop(next(iter(self._kept)))
+
     def forget(self, weights: Weights) -> None:
         """Free the stacks that hold `weights`."""
         for key in [key for key in self._kept if weights.id in key]:
-            del self._kept[key]
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        del self._kept[key]
+        self._used.pop(key, None)
 
     def _stack(self, distinct: list[Weights]) -> AdapterStack:
         adapters: list[Any] = [weights.adapter for weights in distinct]

@@ -7,25 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..device_memory import device_share
+from ..budget import Budget
 from ..programs import Programs
 from . import train_step
 from .recycled import RecycledTrees
 from .training_state import TrainingState
 from .training_structure import describe, structure
 
-_ZEROS_SHARE, _ZEROS_ON_CPU = 1 / 64, 1 << 28  # of the device's memory; bytes
-
 
 class GradientAccumulation:
     """Adds gradients to those of a model's `TrainingState`, for any number of models over one base."""
 
-    def __init__(self, programs: Programs, base_shardings: Any, replicated: jax.sharding.Sharding):
+    def __init__(
+        self, programs: Programs, base_shardings: Any, replicated: jax.sharding.Sharding, budget: Budget
+    ):
         """Full weights are sharded like the base, `base_shardings`; adapters are `replicated`."""
         self._programs = programs
         self._base_shardings = base_shardings
         self._replicated = replicated
-        self._zeros = RecycledTrees(device_share(_ZEROS_SHARE, _ZEROS_ON_CPU))
+        self._zeros = RecycledTrees(budget)
 
     def zeros(self, state: TrainingState) -> Any:
         """Return a zero tree like the state's gradients, for the caller to keep or to `recycle`."""

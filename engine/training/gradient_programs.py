@@ -13,12 +13,14 @@ from jax.sharding import Mesh
 
 from ...model import sharding
 from ...model.config import ModelConfig
-from ..device_memory import device_share
+from ...model.counts import counts
+from .. import memory
+from ..budget import Budget
+from ..device_memory import free_bytes
 from ..errors import UserError
 from ..messages import LoraSpec
 from ..programs import Programs
 from . import train_step
-from .rematerialisation import activation_bytes, choose_remat
 from .train_step import Batch, Outputs, Static
 from .training_state import TrainingState
 from .training_structure import abstract_batch, describe, structure
@@ -40,19 +42,21 @@ class GradientPrograms:
         base_shardings: Any,
         static: Static,
         remat: str | None,
+        budget: Budget,
+        kept_bytes: int,
     ):
-        """`static.remat` is replaced by `remat`, by default what fits (`rematerialisation`)."""
+        """`static.remat` is replaced by `remat`, by default the fastest that keeps at most `kept_bytes` of a
+        micro-batch. What is held by the `budget` makes room for a program that needs more than is free."""
         self._programs = programs
         self._mesh = mesh
-        self._config = config
         self.base = base
         self._base_shardings = base_shardings
         self._replicated = sharding.replicated(mesh)
         self._static = static
         self._remat = remat
         self._row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._activation_bytes = activation_bytes()
-        self._device_bytes = device_share(1.0, on_cpu=0)  # 0: unknown
+        self._counts = counts(config)
+        self._budget, self._kept_bytes = budget, kept_bytes
 
     def put(self, batch: Batch) -> Batch:
         """A micro-batch of NumPy arrays, on the mesh."""
@@ -130,26 +134,30 @@ class GradientPrograms:
         )
 
     def _check_fits(self, program: jax.stages.Compiled, batch: Batch) -> None:
-        """By what the compiler says that the program has in memory at once; a CPU has no such limit."""
-        if not self._device_bytes or (analysis := program.memory_analysis()) is None:
+        """Compare what the compiler says that the program takes beside its arguments with what is free.
+
+        A CPU has no such limit.
+        """
+        free = free_bytes(self._mesh.local_devices[0])
+        if free is None or (analysis := program.memory_analysis()) is None:
             return
-        needed = (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
-        if needed > self._device_bytes:
+        needed = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+        if needed > free:
+            self._budget.give_up(needed - free)
+            free = free_bytes(self._mesh.local_devices[0]) or 0
+        if needed > free:
             rows, length = batch.tokens.shape
             raise DoesNotFitError(
-                f"a micro-batch of {rows} x {length} tokens takes {needed / 2**30:.1f} GiB of the device's "
-                f"{self._device_bytes / 2**30:.1f} GiB; send shorter datums or fewer targets per token"
+                f"a micro-batch of {rows} x {length} tokens takes {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB of the device are free; send shorter datums or fewer targets per "
+                "token"
             )
 
     def _remat_of(self, batch: Batch) -> str:
         """By what one device computes of the micro-batch."""
         tokens = batch.tokens.shape[0] * batch.tokens.shape[1] // self._row_devices
-        return choose_remat(self._config, tokens, self._static.dtype.itemsize, self._activation_bytes)
+        itemsize, tensor = self._static.dtype.itemsize, self._mesh.shape["tensor"]
+        return memory.choose_remat(self._counts, tokens, itemsize, self._kept_bytes, tensor)
 
     def _scales(self, states: Sequence[TrainingState]) -> jax.Array:
         return jax.device_put(np.array([s.scale for s in states], np.float32), self._replicated)

@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from ...model import decoder, sharding
 from ...model.config import ModelConfig
 from ...model.lora import init_lora
+from .. import memory
+from ..budget import Budget
 from ..errors import UserError
 from ..messages import ForwardBackward, GradNormalization, LoraSpec, TargetAlignment
 from ..optimizers import optimizer_families
@@ -49,13 +51,15 @@ class Trainer:
         micro_batch_tokens: int | None = None,
         chunk_tokens: int | None = None,
         remat: str | None = None,
+        budget: Budget | None = None,
+        kept_bytes: int = memory.KEPT_ON_CPU,
         on_compile: OnCompile | None = None,
     ):
         """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
 
         `micro_batch_tokens` are computed at once (default 1024 on a CPU, 8192 per device elsewhere), and of
-        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full", by default what fits
-        (`rematerialisation`).
+        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full", by default the fastest
+        that keeps at most `kept_bytes` of a micro-batch. Recycled arrays are within the `budget`.
         `on_compile(name, seconds)` hears of every compilation.
         """
         self.config = config
@@ -71,17 +75,20 @@ class Trainer:
             micro_batch_tokens or (1024 if on_cpu else 8192 * row_devices),
             row_devices,
         )
+        budget = budget or Budget(memory.BUDGET_ON_CPU)
         self.programs = Programs(self.mesh, on_compile)
         self._replicated = sharding.replicated(self.mesh)
         self._base_shardings = sharding.shardings_for(base, decoder.logical_axes(config), self.mesh)
         dtype = base["embed_tokens"]["weight"].dtype
         static = Static(graph, dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False)
         self.gradient_programs = GradientPrograms(
-            self.programs, self.mesh, config, base, self._base_shardings, static, remat
+            self.programs, self.mesh, config, base, self._base_shardings, static, remat, budget, kept_bytes
         )
         self.custom_losses = CustomLosses()
         self.custom_loss_processes = CustomLossProcesses()
-        self._accumulation = GradientAccumulation(self.programs, self._base_shardings, self._replicated)
+        self._accumulation = GradientAccumulation(
+            self.programs, self._base_shardings, self._replicated, budget
+        )
 
     @property
     def base(self) -> decoder.Base:

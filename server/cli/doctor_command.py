@@ -183,7 +183,13 @@ def _models(settings: Settings) -> Iterator[Finding]:
         yield Finding("model", "warning", "none was given", "give one, such as --model smollm2-135m")
     for entry in settings.model:
         try:
-            planned = plan([entry], settings.dtype, settings.mesh)
+            planned = plan(
+                [entry],
+                settings.dtype,
+                settings.mesh,
+                settings.max_sequence_length,
+                settings.kv_cache_tokens,
+            )
         except (ValueError, OSError, RuntimeError) as error:
             yield Finding("model", "problem", str(error))
             continue

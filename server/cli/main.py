@@ -89,7 +89,13 @@ def serve(config: Path | None = None, **given: Any) -> None:
         if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
             owner = claim(settings.data_dir, settings.ledger_url)
         listener = listen(settings.host, settings.port)
-        planned = models_to_serve.plan(settings.model, settings.dtype, settings.mesh)
+        planned = models_to_serve.plan(
+            settings.model,
+            settings.dtype,
+            settings.mesh,
+            settings.max_sequence_length,
+            settings.kv_cache_tokens,
+        )
         base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
         owner = owner or claim(settings.data_dir, settings.ledger_url)
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)

@@ -28,6 +28,7 @@ import zmq
 import zmq.asyncio
 
 from ...engine import messages
+from ...engine.device_catalogue import GPU_SHARE
 from ..errors import Unavailable
 from .outbox import Lane, Outbox
 from .silence import Silence
@@ -56,9 +57,9 @@ _GLIBC_TUNABLES = ":".join(
 
 
 def engine_environment() -> dict[str, str]:
-    """The engine's: the server's, and the allocator's settings where the user has none."""
+    """The engine's: the server's, and the allocators' settings where the user has none."""
     tunables = {"GLIBC_TUNABLES": _GLIBC_TUNABLES} if platform.libc_ver()[0] == "glibc" else {}
-    return tunables | os.environ
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)} | tunables | os.environ
 
 
 async def nothing_stored(_request_id: str) -> None:
@@ -99,6 +100,7 @@ class EngineProcess:
         self.phase = "starting"  # then those of messages.Status, `dead` or `stopped`
         self._news = "starting the engine"
         self._since = time.monotonic()
+        self.memory: messages.Memory | None = None  # as the engine reported it last
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self.death: str | None = None  # how it ended, if nobody asked it to
@@ -256,6 +258,9 @@ class EngineProcess:
                 continue
             if isinstance(message, messages.Status):
                 self._note(message)
+                continue
+            if isinstance(message, messages.Memory):
+                self.memory = message
                 continue
             self.has_answered = True
             if isinstance(message, messages.Drawn):

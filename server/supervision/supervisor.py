@@ -115,6 +115,11 @@ class Supervisor:
         return self._process.text if how is None else f"the engine is started again: {how}"
 
     @property
+    def memory(self) -> messages.Memory | None:
+        """What is on the devices, as the engine reported it last; None before it has."""
+        return self._process.memory
+
+    @property
     def ready(self) -> asyncio.Event:
         return self._process.ready
 

@@ -899,6 +899,16 @@ class EngineHealth(TypedDict):
     lives: int
 
 
+class MemoryHealth(TypedDict):
+    """The memory of each device, in bytes, as the engine reported it last. `planned` and `held`: by kind."""
+
+    capacity_bytes: int
+    planned_bytes: dict[str, int]
+    held_bytes: dict[str, int]
+    free_bytes: int | None
+    waiting_in_host_memory_bytes: int
+
+
 class DiskHealth(TypedDict):
     """The data directory's file system. `full`: submits are answered 507. `used_bytes`: by kind."""
 
@@ -932,6 +942,7 @@ class Health(TypedDict):
     ray_status: Literal["not_used"]
     ray_initialized: Literal[False]
     engine: EngineHealth
+    memory: MemoryHealth | None
     disk: DiskHealth | DiskUnknown
 
 

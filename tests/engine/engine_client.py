@@ -110,6 +110,9 @@ class EngineClient:
         message = messages.decode_from_engine(self._socket.recv())
         if isinstance(message, messages.Beat):
             return
+        if isinstance(message, messages.Memory):
+            self.memory = message
+            return
         if isinstance(message, messages.Status):
             self.statuses.append(message)
             return

@@ -29,9 +29,20 @@ def test_keys_and_values_are_derived_from_the_device(folder):
 @pytest.mark.parametrize(
     ("given", "bases", "expected"), [(None, 1, 2**30 // 384), (None, 4, 2**28 // 384), (1000, 4, 1000)]
 )
-def test_base_models_share_what_is_derived_from_the_device(folder, tmp_path, given, bases, expected):
-    declared = [messages.BaseModel(f"m{number}", str(folder)) for number in range(bases)]
+def test_base_models_share_what_is_derived_from_the_device(tmp_path, given, bases, expected):
+    folders = [write_model(tmp_path / f"m{number}") for number in range(bases)]
+    declared = [messages.BaseModel(folder.name, str(folder)) for folder in folders]
     config = messages.EngineConfig("", str(tmp_path), str(tmp_path), declared, kv_cache_tokens=given)
     model = base_models.load(declared[0], config, make_mesh())
     sampler = model.samplers.sampler
     assert sampler._pool.capacity == expected // 64 * 64  # whole pages
+
+
+def test_two_names_of_one_folder_take_the_memory_of_one(folder, tmp_path):
+    declared = [messages.BaseModel(name, str(folder)) for name in ("a", "b")]
+    rooms = [
+        base_models.Room.of(messages.EngineConfig("", str(tmp_path), "", some), make_mesh())
+        for some in (declared, declared[:1])
+    ]
+    assert rooms[0].plan.base == rooms[1].plan.base
+    assert rooms[0].plan.kv_tokens == rooms[1].plan.kv_tokens

@@ -49,7 +49,9 @@ def run(base):
         for request in (*requests, messages.Stop("stop")):
             socket.post(request)
         Engine(config, {"tiny": model}, socket).run()
-        answers = [message for message in socket.sent if not isinstance(message, messages.Status)]
+        answers = [
+            message for message in socket.sent if not isinstance(message, (messages.Status, messages.Memory))
+        ]
         asked = [*(request.request_id for request in requests), "stop"]
         assert sorted(answer.request_id for answer in answers) == sorted(asked)
         return {answer.request_id: answer for answer in answers}

@@ -229,3 +229,46 @@ def test_devices_by_their_names():
         assert chips == device.count
     with pytest.raises(ValueError, match=r"'h20' \(did you mean h200\?\); known: h200, .*v5e-16"):
         find("h20")
+
+
+def served(of=C8, longest=K32, itemsize=2) -> memory.Served:
+    return memory.Served(of, longest, itemsize)
+
+
+@pytest.mark.parametrize(
+    "models", [[served()], [served(), served(counts(TINY), 512)], [served(longest=131072)]]
+)
+@pytest.mark.parametrize("gib", [24, 40, 80, 128])
+def test_an_engine_s_plan_uses_all_of_the_memory_and_no_more(models, gib):
+    planned = memory.plan_engine(models, gib * GIB)
+    assert planned.fits
+    assert sum(planned.kinds.values()) == pytest.approx(gib * GIB, rel=0.01)
+    for each, tokens in zip(models, planned.kv_tokens, strict=True):
+        assert tokens >= min(each.longest, memory.SHORTEST_KV_TOKENS)
+    assert planned.base == sum(each.counts.parameters * 2 for each in models)
+    assert planned.budget >= 3 * 4 * memory.adapter_elements(C8, Workload(8))
+
+
+def test_an_engine_has_room_for_the_micro_batches_that_it_chooses():
+    planned = memory.plan_engine([served()], 128 * GIB)
+    work = Workload(8192)
+    remat = memory.choose_remat(C8, 8192, 2, planned.kept)
+    assert remat == "dots"
+    assert memory.training_bytes(C8, work, Mesh(), 8192, remat) <= planned.programs
+    assert memory.choose_remat(C8, K32, 2, planned.kept) == "full"
+    assert memory.training_bytes(C8, work, Mesh(), K32, "full") <= planned.programs
+    small = memory.plan_engine([served()], 32 * GIB)
+    assert memory.choose_remat(C8, 8192, 2, small.kept) == "full"
+
+
+def test_positions_that_the_operator_wants_are_planned_for():
+    planned = memory.plan_engine([served(), served(counts(TINY))], 80 * GIB, kv_cache_tokens=100_000)
+    assert planned.kv_tokens == (100_000, 100_000)
+    per_token = sum(kv_cache.bytes_per_token(each, "bfloat16") for each in (QWEN3_8B, TINY))
+    assert planned.kv_pages == 100_000 * per_token
+    assert not memory.plan_engine([served()], 24 * GIB, kv_cache_tokens=10**6).fits
+
+
+def test_shards_of_a_mesh_make_a_model_fit():
+    assert not memory.plan_engine([served(C70)], 80 * GIB).fits
+    assert memory.plan_engine([served(C70)], 80 * GIB, Mesh(fsdp=4)).fits

@@ -90,10 +90,10 @@ def test_other_errors_are_not_tried_again(trainer, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_programs, "device_share", lambda share, on_cpu: 1 << 16)
+    monkeypatch.setattr(gradient_programs, "free_bytes", lambda device: 1 << 16)
     trainer = make_trainer(tmp_path / "model", **TABLE)
     state = trainer.create(lora(4))
-    with pytest.raises(UserError, match=r"a micro-batch of 1 x 8 tokens takes .* GiB; send shorter datums"):
+    with pytest.raises(UserError, match=r"of 1 x 8 tokens takes .* are free; send shorter datums"):
         run(trainer, state, random_data([7, 8]))
     assert state.gradients is None
 

@@ -1,6 +1,7 @@
 """Recycled trees: reused by their structure, within a number of bytes."""
 
 import jax.numpy as jnp
+from tinsmith.engine.budget import Budget
 from tinsmith.engine.training.recycled import RecycledTrees
 
 
@@ -9,7 +10,7 @@ def tree(kib: int):
 
 
 def test_the_least_recently_used_make_way_and_what_is_left_is_bounded():
-    kept = RecycledTrees(max_bytes=10 << 10)
+    kept = RecycledTrees(Budget(10 << 10))
     small, large = [tree(2), tree(2)], tree(4)
     kept.put("small", small[0])
     kept.put("large", large)
@@ -24,7 +25,7 @@ def test_the_least_recently_used_make_way_and_what_is_left_is_bounded():
 
 
 def test_a_tree_is_given_out_once():
-    kept = RecycledTrees(max_bytes=1 << 20)
+    kept = RecycledTrees(Budget(1 << 20))
     one = tree(1)
     kept.put("s", one)
     assert kept.take("s") is one

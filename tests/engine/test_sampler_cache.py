@@ -21,6 +21,7 @@ from engine_sampling import (
 )
 from tinsmith.ckpt import merged, peft
 from tinsmith.engine import messages
+from tinsmith.engine.budget import Budget
 from tinsmith.engine.deferred_exports import DeferredExports
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.sampling.sampler_cache import SamplerCache
@@ -159,17 +160,17 @@ def test_frozen_weights_that_come_back_are_the_same_arrays(make_cache, model, ad
 
 def test_stacks_of_adapters_are_bounded_in_bytes(model):
     weights = [Weights(model.base, None, random_adapter(model.config, seed, RANK), 1.0) for seed in range(6)]
-    stacks = AdapterStacks(model.config)
+    stacks = AdapterStacks(model.config, Budget(1 << 28))
     stacks.of(weights[:2])
     size = stacks.bytes
-    stacks = AdapterStacks(model.config, max_bytes=2 * size)
+    stacks = AdapterStacks(model.config, Budget(2 * size))
     for first in range(5):
         pair = weights[first : first + 2]
         stack, rows = stacks.of(pair)
         assert rows == [0, 1]
         assert stacks.bytes <= 2 * size
         assert stacks.of(pair)[0] is stack
-    small = AdapterStacks(model.config, max_bytes=0)
+    small = AdapterStacks(model.config, Budget(0))
     stack, _ = small.of(weights[:2])
     assert small.of(weights[:2])[0] is stack, "the one in use is kept"
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from .... import __version__
+from ....engine import messages
 from ...base_models import BaseModels
 from ...checkpoints.sweep import Sweep
 from ...disk import Disk
@@ -143,9 +144,23 @@ async def health(
             "ready": engine.ready.is_set(),
             "lives": engine.life,
         },
+        "memory": _memory(engine.memory),
         "disk": _disk(disk, sweep),
     }
     return Response(orjson.dumps(body), 503 if dead else 200, media_type="application/json")
+
+
+def _memory(memory: messages.Memory | None) -> dict[str, Any] | None:
+    """Of each device, as the engine reported it last; None before it has."""
+    if memory is None:
+        return None
+    return {
+        "capacity_bytes": memory.capacity,
+        "planned_bytes": memory.planned,
+        "held_bytes": memory.held,
+        "free_bytes": memory.free,
+        "waiting_in_host_memory_bytes": memory.waiting,
+    }
 
 
 def _disk(disk: Disk, sweep: Sweep) -> dict[str, Any]:

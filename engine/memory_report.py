@@ -1,0 +1,38 @@
+"""Tells the server what is on the devices, when that has changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from . import messages
+from .base_models import Room
+from .device_memory import free_bytes
+from .tenants import Tenants
+
+_SECONDS = 2.0  # between two reports while the engine works
+
+
+class MemoryReport:
+    """Sends `messages.Memory`."""
+
+    def __init__(self, room: Room, tenants: Tenants, send: Callable[[messages.Memory], None]):
+        self._room, self._tenants, self._send = room, tenants, send
+        self._sent: messages.Memory | None = None
+        self._sent_at = -_SECONDS
+
+    def send(self, at_once: bool, asleep: bool) -> None:
+        """Send a report if it differs from the last one; only now and then, unless `at_once`."""
+        now = time.monotonic()
+        if not at_once and now < self._sent_at + _SECONDS:
+            return
+        report = self.report(asleep)
+        if report != self._sent:
+            self._send(report)
+        self._sent, self._sent_at = report, now
+
+    def report(self, asleep: bool) -> messages.Memory:
+        plan = self._room.plan
+        held = {"base": plan.base, "kv_pages": plan.kv_pages, **self._room.budget.by_kind()}
+        held = dict.fromkeys(held, 0) if asleep else held
+        return messages.Memory(plan.capacity, plan.kinds, held, free_bytes(), self._tenants.bytes_waiting)
