@@ -139,7 +139,7 @@ def test_a_compiler_that_is_missing_is_named_and_the_estimate_stands(folder: Pat
     from tinsmith.engine import device_catalogue
     from tinsmith.engine.memory import Workload
     from tinsmith.model.folder import counts, stated_config
-    from tinsmith.server import plan_command
+    from tinsmith.server.cli import plan_command
 
     device = device_catalogue.find("v5e-4")
     if device.has_compiler:
