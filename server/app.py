@@ -87,6 +87,7 @@ from .models.sessions import Sessions
 from .models.snapshots import Snapshots
 from .models.submits import Submits
 from .models.unused_numbers import RefusedSaves, UnusedNumbers
+from .models.warm_up import WarmUp
 from .offload import Offload
 from .operations.answers import KEPT
 from .operations.completions import Completions
@@ -346,6 +347,10 @@ class Application:
             self.sessions.rest_silent_forever(),
         )
         self._background = [asyncio.ensure_future(each) for each in forever]
+        if settings.warm_up:
+            rank = min(settings.warm_up_rank, settings.max_rank)
+            warm_up = WarmUp(self.engine, list(self.base_models.values()), settings.data_dir, rank)
+            self._background.append(asyncio.ensure_future(warm_up.run()))
 
     async def drain(self) -> None:
         """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""

@@ -146,6 +146,11 @@ class ModelSettings(Section):
     """LoRA's alpha, unless the client says another: an adapter's product is scaled by alpha / rank."""
     full_weight: bool = False
     """Also train full weights (rank 0)."""
+    warm_up: bool = False
+    """Compile the programs of ordinary requests at the start, before a client waits for them: an adapter of
+    `warm_up_rank` that trains and samples up to 2,048 tokens."""
+    warm_up_rank: int = Field(32, ge=1)
+    """The LoRA rank of the warm-up."""
     max_sequence_length: int | None = Field(None, ge=2)
     """The longest sequence, in tokens. The default is the model's own limit."""
     kv_cache_tokens: int | None = Field(None, ge=1)

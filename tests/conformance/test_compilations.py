@@ -58,3 +58,37 @@ def test_a_compilation_is_told_while_it_lasts(make_server: ServerMaker, tmp_path
     assert health["engine"]["phase"] == "ready"
     assert re.fullmatch(r"compiled .* in \d+\.\d s", health["engine"]["text"])
     assert "compiling forward_backward" in server.log
+
+
+def test_after_a_warm_up_nothing_is_compiled_for_ordinary_requests(
+    make_server: ServerMaker, tmp_path: Path
+) -> None:
+    options = ("--warm-up", "--warm-up-rank", "4", "--max-sequence-length", "128")
+    server = make_server("--cache-dir", str(tmp_path / "empty"), *options).start()
+    deadline = time.monotonic() + 300
+    while "warmed up in" not in server.log:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.2)
+    assert "failed" not in server.log
+    assert "compiling forward_backward" in server.log
+    compiled = server.log.count("compiling")
+    wire = Wire(server.url, None)
+    model = wire.model(rank=4)
+    wire.result(
+        wire.post(
+            "forward_backward",
+            model_id=model,
+            seq_id=1,
+            forward_backward_input={"data": [_DATUM], "loss_fn": "cross_entropy"},
+        )
+    )
+    wire.result(wire.post("optim_step", model_id=model, seq_id=2, adam_params={}))
+    saved = wire.result(wire.post("save_weights_for_sampler", model_id=model, path="s", seq_id=3))
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
+    params = {"max_tokens": 3, "temperature": 0.5}
+    for weights in ({"model_path": saved["path"]}, {"base_model": "tiny"}):
+        sampled = wire.post("asample", prompt=prompt, num_samples=1, sampling_params=params, **weights)
+        assert len(wire.result(sampled)["sequences"][0]["tokens"]) <= 3
+    assert server.log.count("compiling") == compiled, server.log
+    assert wire.http.get("/api/v1/training_runs").json()["cursor"]["total_count"] == 1
+    assert not list((server.data_dir / "checkpoints").glob("warm-up*"))
