@@ -24,6 +24,7 @@ from ..model.sharding import make_mesh
 from . import base_models, compilation, logs, messages
 from .loop import Engine
 from .socket import Socket
+from .training.custom_loss_processes import CustomLossProcesses
 
 log = logging.getLogger("tinsmith.engine")
 
@@ -76,10 +77,11 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     room = base_models.Room.of(config, mesh)
     log.info("memory planned, in %s", room.plan)
     bases: dict[str, base_models.BaseModel] = {}
+    losses = CustomLossProcesses()
     for number, declared in enumerate(config.base_models, start=1):
         tell(f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
         same = (base for base in bases.values() if base.folder == find_model(declared.path))
-        shared = next(same, None) or base_models.load(declared, config, mesh, room)
+        shared = next(same, None) or base_models.load(declared, config, mesh, room, losses)
         bases[declared.name] = dataclasses.replace(shared, name=declared.name)
     engine = Engine(config, bases, socket)
     phase = "ready"

@@ -27,6 +27,7 @@ from .memory import EnginePlan, Served, plan_engine
 from .memory import Mesh as MeshSizes
 from .sampling.sampler import Sampler
 from .sampling.sampler_cache import SamplerCache
+from .training.custom_loss_processes import CustomLossProcesses
 from .training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,14 @@ def _limit(config: ModelConfig, engine: messages.EngineConfig) -> int:
 
 
 def load(
-    declared: messages.BaseModel, engine: messages.EngineConfig, mesh: Mesh, room: Room | None = None
+    declared: messages.BaseModel,
+    engine: messages.EngineConfig,
+    mesh: Mesh,
+    room: Room | None = None,
+    custom_losses: CustomLossProcesses | None = None,
 ) -> BaseModel:
     """Read a base model onto the mesh. It takes what the `room` has for it, by default that of the engine.
+    All base models of an engine share one `custom_losses`.
 
     Raises FileNotFoundError, UnsupportedModelError or WeightsError for what cannot be loaded.
     """
@@ -112,6 +118,7 @@ def load(
         max_sequence_length=limit,
         budget=room.budget,
         kept_bytes=room.plan.kept,
+        custom_loss_processes=custom_losses,
     )
     token_bytes = _token_bytes(folder)
 

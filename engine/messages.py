@@ -163,6 +163,7 @@ class ForwardBackward(_Request, frozen=True):
 
     `custom_loss` is that of loss_fn `custom`: it travels with the operation, for a replay has nothing else.
     `elementwise_loss`: the answer has the loss of each token too, of all losses but custom ones.
+    `owner`: whose operation it is. Custom losses of different owners take turns.
     """
 
     model_id: str
@@ -172,6 +173,7 @@ class ForwardBackward(_Request, frozen=True):
     forward_only: bool = False
     custom_loss: CustomLoss | None = None
     elementwise_loss: bool = False
+    owner: str = ""
 
 
 class OptimStep(_Request, frozen=True):

@@ -18,7 +18,7 @@ import numpy as np
 from .. import messages
 from ..errors import UserError
 from . import validation
-from .custom_loss_processes import CustomLossProcesses
+from .custom_loss_processes import Account, CustomLossProcesses
 from .custom_losses import CustomLosses, Differentiated
 from .training_run import Job, JobOutput, NonFiniteError, Run
 from .training_state import TrainingState
@@ -28,12 +28,13 @@ _TURN_SECONDS = 0.1  # of losses, after which others have theirs
 
 @dataclass(frozen=True)
 class CustomJob:
-    """A checked operation with a custom loss; `inputs`, of each datum, are what the loss reads besides the
-    log-probs. `linear` is the operation with cross-entropy, its weights zero."""
+    """A checked operation of `owner` with a custom loss. `inputs` has, for each datum, what the loss reads
+    besides the log-probs. `linear` is the operation with cross-entropy, its weights zero."""
 
     linear: Job
     loss: messages.CustomLoss
     inputs: list[dict[str, np.ndarray]]
+    owner: str
 
     @property
     def state(self) -> TrainingState:
@@ -64,7 +65,7 @@ def custom_job(
                 f"{loss.name!r} takes logprobs of rank {rank}"
             )
         inputs.append({name: _input(index, datum, name, rank) for name, rank in loss.inputs[1:]})
-    return CustomJob(Job(state, checked, surrogate, operation.forward_only), loss, inputs)
+    return CustomJob(Job(state, checked, surrogate, operation.forward_only), loss, inputs, operation.owner)
 
 
 def _linear(datum: messages.Datum) -> messages.Datum:
@@ -104,9 +105,13 @@ class CustomLossRun:
         self._start_run = start_run
         self._processes = processes
         self.results: list[JobOutput | Exception] = []
-        self.seconds_beside = 0.0
-        """What the losses took in their own process, beside the turns of this run."""
+        self._accounts: list[Account] = []
         self._stages = self._run()
+
+    @property
+    def seconds_beside(self) -> float:
+        """Seconds that the losses have taken in their own processes, besides the turns of this run."""
+        return sum(account.seconds for account in self._accounts)
 
     def step(self) -> bool:
         """A micro-batch, or some datums' losses; whether the run has ended."""
@@ -152,21 +157,19 @@ class CustomLossRun:
         if isinstance(output, Exception):
             raise output
         differentiated = []
+        account = Account(job.owner)
+        self._accounts.append(account)
         began = time.perf_counter()
-        with (yield from self._processes.lease()) as lease:
+        for index, (logprobs, inputs) in enumerate(zip(output.logprobs, job.inputs, strict=True)):
             try:
-                for index, (logprobs, inputs) in enumerate(zip(output.logprobs, job.inputs, strict=True)):
-                    try:
-                        of_datum = yield from lease.differentiate(job.loss, logprobs, inputs)
-                    except UserError as error:
-                        raise UserError(f"datum {index}: custom loss {job.loss.name!r}: {error}") from None
-                    _check_finite(index, job.loss.name, of_datum)
-                    differentiated.append(of_datum)
-                    if time.perf_counter() - began > _TURN_SECONDS:
-                        yield False
-                        began = time.perf_counter()
-            finally:
-                self.seconds_beside += lease.seconds
+                of_datum = yield from self._processes.differentiate(account, job.loss, logprobs, inputs)
+            except UserError as error:
+                raise UserError(f"datum {index}: custom loss {job.loss.name!r}: {error}") from None
+            _check_finite(index, job.loss.name, of_datum)
+            differentiated.append(of_datum)
+            if time.perf_counter() - began > _TURN_SECONDS:
+                yield False
+                began = time.perf_counter()
         return differentiated
 
 

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
 from .custom_loss_messages import READY, Failure, Result, Task, decode_task, encode
-from .custom_losses import CustomLosses, Differentiated
+from .custom_losses import MAX_BYTES, CustomLosses, Differentiated
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # training and sampling come first
+_MAX_BYTES = 2 * MAX_BYTES  # for the intermediate values of a loss, for what XLA allocates besides, and JAX
 
 
 def main(descriptor: int) -> None:
     """Answer tasks, one after the other, until the engine closes its end."""
     if sys.platform == "linux":  # a long program must not outlive an engine that was killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the first process to end when memory runs out
+        resource.setrlimit(resource.RLIMIT_DATA, (_MAX_BYTES, _MAX_BYTES))
     os.nice(_NICENESS)
     losses = CustomLosses()
     with Connection(descriptor) as connection:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _GRAPHS, _PROGRAMS = 64, 512  # kept
 _MAX_OPERATIONS = 1 << 34  # of one datum's loss and gradient: a few seconds or less
+MAX_BYTES = 2 << 30  # of one datum's intermediate values
 _SHORTEST = 64  # of the padded lengths, which are powers of two
 
 
@@ -130,14 +131,21 @@ def _compile_padded(
 
 
 def _compiled(program: jax.stages.Traced) -> jax.stages.Compiled:
-    """Raises UserError for what cannot be done in a datum's seconds."""
+    """Raises UserError for a program that needs more than a datum's seconds, or too much memory."""
     cost = estimate(program.jaxpr.jaxpr)
     if cost > _MAX_OPERATIONS:
         raise UserError(
             f"it takes as long as {cost:.2g} floating point operations for one datum; {_MAX_OPERATIONS:.2g} "
             "is the limit"
         )
-    return program.lower().compile()
+    compiled = program.lower().compile()
+    memory = compiled.memory_analysis()
+    if memory is not None and memory.temp_size_in_bytes > MAX_BYTES:
+        raise UserError(
+            f"its intermediate values take {memory.temp_size_in_bytes / 2**30:.2g} GiB for one datum; "
+            f"{MAX_BYTES / 2**30:.2g} GiB is the limit"
+        )
+    return compiled
 
 
 def _padded(value: np.ndarray) -> np.ndarray:

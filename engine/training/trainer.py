@@ -54,6 +54,7 @@ class Trainer:
         budget: Budget | None = None,
         kept_bytes: int = memory.KEPT_ON_CPU,
         on_compile: OnCompile | None = None,
+        custom_loss_processes: CustomLossProcesses | None = None,
     ):
         """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
 
@@ -85,7 +86,7 @@ class Trainer:
             self.programs, self.mesh, config, base, self._base_shardings, static, remat, budget, kept_bytes
         )
         self.custom_losses = CustomLosses()
-        self.custom_loss_processes = CustomLossProcesses()
+        self.custom_loss_processes = custom_loss_processes or CustomLossProcesses()
         self._accumulation = GradientAccumulation(
             self.programs, self._base_shardings, self._replicated, budget
         )

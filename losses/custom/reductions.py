@@ -1,4 +1,4 @@
-"""torch's reductions, scans and matrix products in JAX. Parameters have torch's names."""
+"""torch's reductions, sorts and matrix products in JAX. Parameters have torch's names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from .activations import magnitude
 from .dtypes import align, as_float, category, summed
 from .elementwise import ELEMENTWISE
+from .scans import cumprod, cumsum, logcumsumexp
 
 Dim = int | tuple[int, ...] | list[int] | None
 
@@ -160,18 +161,6 @@ def _truth(reduce: Callable) -> Callable[..., Array]:
 
 def count_nonzero(input: Array, dim: Dim = None) -> Int[Array, "*N"]:
     return jnp.sum(input != 0, axis=axes(dim), dtype=jnp.int64)
-
-
-def cumsum(input: Shaped[Array, "*N"], dim: int, *, dtype: Any = None) -> Shaped[Array, "*N"]:
-    return jnp.cumsum(summed(input, dtype), axis=dim)
-
-
-def cumprod(input: Shaped[Array, "*N"], dim: int, *, dtype: Any = None) -> Shaped[Array, "*N"]:
-    return jnp.cumprod(summed(input, dtype), axis=dim)
-
-
-def logcumsumexp(input: Float[Array, "*N"], dim: int) -> Float[Array, "*N"]:
-    return jax.lax.cumlogsumexp(input, axis=dim % input.ndim)
 
 
 def sort(input: Array, dim: int = -1, descending: bool = False, stable: bool = False) -> Selected:

@@ -9,6 +9,7 @@ import pytest
 from engine_training import datum, lora, make_trainer, run, with_random_b, worst
 from tinsmith.engine import messages
 from tinsmith.engine.errors import UserError
+from tinsmith.engine.training import custom_loss_processes, custom_losses
 from tinsmith.engine.training.custom_loss_processes import CustomLossProcesses
 
 REF = {"ref": "logprobs"}
@@ -44,16 +45,22 @@ def table(size):
     ]
 
 
-SORTED = [
-    *table(1 << 20),
-    call("sorted", "torch.argsort", {"ref": "table"}),
-    call("last", "float", {"ref": "sorted"}, op="call_method"),
-]
+def sorting(size):
+    return [
+        *table(size),
+        call("sorted", "torch.argsort", {"ref": "table"}),
+        call("last", "float", {"ref": "sorted"}, op="call_method"),
+    ]
+
+
+SORTED = sorting(1 << 20)  # takes a second or so
 DATA = [datum([5, 6, 7, 8], target_tokens=[6, 7, 8, 9])]
 
 
-def custom(trainer, state, which):
-    made = messages.ForwardBackward("request", "model", DATA, "custom", {}, custom_loss=which)
+def custom(trainer, state, which, owner="", datums=1):
+    made = messages.ForwardBackward(
+        "request", "model", DATA * datums, "custom", {}, custom_loss=which, owner=owner
+    )
     return trainer.job(state, made)
 
 
@@ -100,6 +107,65 @@ def test_a_loss_is_stopped_after_its_seconds_while_others_train(trainer):
     assert again.metrics["loss:sum"] == pytest.approx(first.metrics["loss:sum"], rel=1e-5)
 
 
+def finish(under_way, *others):
+    """Step a run to its end, and others meanwhile. Return the seconds it took; none of the others may end."""
+    began = time.monotonic()
+    while not under_way.step():
+        for other in others:
+            assert not other.step()
+    (result,) = under_way.results
+    assert not isinstance(result, Exception), result
+    return time.monotonic() - began
+
+
+def slow_datum_seconds(trainer, state):
+    """Seconds of one datum of the slow loss, without compilation."""
+    slow = custom(trainer, state, loss(*sorting(1 << 19)))
+    trainer.forward_backward([slow])
+    return finish(trainer.start([slow]))
+
+
+def test_slow_losses_of_two_owners_do_not_delay_a_third_one_s(trainer):
+    """A third owner's loss takes less time than one datum of theirs, of which each has many."""
+    states = [trainer.create(lora(seed=seed)) for seed in range(3)]
+    trainer.custom_loss_processes = CustomLossProcesses(datum_seconds=60.0)
+    one_datum = slow_datum_seconds(trainer, states[0])
+    finish(trainer.start([custom(trainer, states[2], loss(), "c")]))
+    slow = [
+        trainer.start([custom(trainer, state, loss(*sorting(1 << 19)), owner, datums=30)])
+        for state, owner in zip(states[:2], "ab", strict=True)
+    ]
+    finish(trainer.start([custom(trainer, states[2], loss(), "c")]), *slow)  # has its process now
+    while min(each.seconds_beside for each in slow) < 2 * one_datum:
+        assert [each.step() for each in slow] == [False, False]
+    times = [finish(trainer.start([custom(trainer, states[2], loss(), "c")]), *slow) for _ in range(5)]
+    for each in slow:
+        each.close()
+    assert np.median(times) < one_datum / 2
+
+
+def test_an_owner_with_little_use_takes_the_place_of_one_with_much(trainer, monkeypatch):
+    """There are two processes and two owners with slow losses, whose results do not change."""
+    monkeypatch.setattr(custom_loss_processes, "_MUCH_SECONDS", 0.1)
+    states = [with_random_b(trainer.create(lora(seed=seed)), seed) for seed in range(3)]
+    trainer.custom_loss_processes = CustomLossProcesses(datum_seconds=60.0, processes=2, running=1)
+    one_datum = slow_datum_seconds(trainer, states[2])
+    slow = [
+        custom(trainer, state, loss(*sorting(1 << 19)), owner, datums=3)
+        for state, owner in zip(states[:2], "ab", strict=True)
+    ]
+    expected = [trainer.start([job]) for job in slow]
+    while not all([each.step() for each in expected]):  # noqa: C419 (all of them are stepped)
+        pass
+    under_way = [trainer.start([job]) for job in slow]
+    while sum(each.seconds_beside for each in under_way) < one_datum:
+        assert [each.step() for each in under_way] == [False, False]
+    finish(trainer.start([custom(trainer, states[2], loss(), "c")]), *under_way)
+    for each, of_first in zip(under_way, expected, strict=True):
+        finish(each)
+        assert each.results[0].metrics == of_first.results[0].metrics
+
+
 def test_what_is_cancelled_leaves_its_place_to_others(trainer):
     state = trainer.create(lora())
     trainer.custom_loss_processes = CustomLossProcesses(datum_seconds=60.0)
@@ -131,3 +197,23 @@ def test_what_would_take_too_long_is_refused_before_it_is_computed(trainer, size
     (result,) = trainer.forward_backward([custom(trainer, state, loss(*table(size), *last))])
     assert isinstance(result, UserError)
     assert "floating point operations for one datum" in str(result)
+
+
+def test_a_loss_that_needs_too_much_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(custom_losses, "MAX_BYTES", 1 << 20)
+    values = np.zeros(4, np.float32)
+    small, large = (
+        loss(*table(size), call("last", "torch.argsort", {"ref": "table"})) for size in (10, 1 << 17)
+    )
+    custom_losses.CustomLosses().differentiate(small, values, {})
+    with pytest.raises(UserError, match=r"its intermediate values take .* GiB for one datum"):
+        custom_losses.CustomLosses().differentiate(large, values, {})
+
+
+def test_the_compiler_does_not_compute_a_long_scan_of_constants(trainer):
+    """XLA would take minutes for the gradient, a cumulative sum of ones."""
+    state = trainer.create(lora())
+    trainer.custom_loss_processes = CustomLossProcesses()
+    scan = loss(*table(1 << 20), call("last", "torch.cumsum", {"ref": "table"}, 0))
+    (result,) = trainer.forward_backward([custom(trainer, state, scan)])
+    assert not isinstance(result, Exception)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from tinsmith.losses.custom.interpreter import NotPaddableError, evaluate, load
+from tinsmith.losses.custom.operations import METHODS
 from tinsmith.losses.custom.padding import evaluate_padded
 
 torch = pytest.importorskip("torch")
@@ -251,3 +252,21 @@ def test_what_where_masks_has_no_gradient(placeholder, padded):
     np.testing.assert_allclose(loss, want.sum(), rtol=1e-5)
     np.testing.assert_allclose(gradient, want, rtol=1e-5)
     np.testing.assert_allclose(metrics["custom/kl:sum"], -0.3 * (advantages != 0).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cumsum", "cumprod", "logcumsumexp"])
+@pytest.mark.parametrize("zeros", [(), (0,), (3,), (2, 4), (6,)])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_gradients_of_scans(name, zeros, dim):
+    random = np.random.default_rng(len(zeros))
+    x, gradient = random.standard_normal((2, N, N))
+    x[list(zeros)] = 0
+    gradient[1] = 0
+    tensor = torch.tensor(x, requires_grad=True)
+    expected = getattr(torch, name)(tensor, dim)
+    expected.backward(torch.tensor(gradient))
+    with jax.enable_x64(True):
+        values, pull = jax.vjp(lambda x: METHODS[name](x, dim), jax.numpy.asarray(x))
+        (of_x,) = pull(jax.numpy.asarray(gradient))
+    np.testing.assert_allclose(values, expected.detach(), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(of_x, tensor.grad, rtol=1e-9, atol=1e-12)

@@ -136,6 +136,7 @@ async def _message(
         forward_only=forward_only,
         custom_loss=custom_loss,
         elementwise_loss=bool(per_token) and custom_loss is None,
+        owner="" if custom_loss is None else run.owner,
     )
 
 
