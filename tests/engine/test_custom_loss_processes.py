@@ -146,24 +146,34 @@ def test_slow_losses_of_two_owners_do_not_delay_a_third_one_s(trainer):
 
 def test_an_owner_with_little_use_takes_the_place_of_one_with_much(trainer, monkeypatch):
     """There are two processes and two owners with slow losses, whose results do not change."""
+    started = []
+
+    class Counted(custom_loss_processes.CustomLossProcess):
+        def __init__(self):
+            super().__init__()
+            started.append(self)
+
+    monkeypatch.setattr(custom_loss_processes, "CustomLossProcess", Counted)
     monkeypatch.setattr(custom_loss_processes, "_MUCH_SECONDS", 0.1)
     states = [with_random_b(trainer.create(lora(seed=seed)), seed) for seed in range(3)]
     trainer.custom_loss_processes = CustomLossProcesses(datum_seconds=60.0, processes=2, running=1)
-    one_datum = slow_datum_seconds(trainer, states[2])
     slow = [
-        custom(trainer, state, loss(*sorting(1 << 19)), owner, datums=3)
-        for state, owner in zip(states[:2], "ab", strict=True)
+        custom(trainer, state, loss(*SORTED), owner) for state, owner in zip(states[:2], "ab", strict=True)
     ]
     expected = [trainer.start([job]) for job in slow]
     while not all([each.step() for each in expected]):  # noqa: C419 (all of them are stepped)
         pass
     under_way = [trainer.start([job]) for job in slow]
-    while sum(each.seconds_beside for each in under_way) < one_datum:
+    for _ in range(10):
         assert [each.step() for each in under_way] == [False, False]
-    finish(trainer.start([custom(trainer, states[2], loss(), "c")]), *under_way)
+    third = trainer.start([custom(trainer, states[2], loss(), "c")])
+    for _ in range(5):
+        assert not third.step()
+    assert len(started) == 3, "one of the two has ended, and one for the third owner is starting"
     for each, of_first in zip(under_way, expected, strict=True):
         finish(each)
         assert each.results[0].metrics == of_first.results[0].metrics
+    finish(third)
 
 
 def test_what_is_cancelled_leaves_its_place_to_others(trainer):
