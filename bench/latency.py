@@ -29,9 +29,14 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 
 
-def start(model: str, data_dir: Path, *options: str) -> tuple[subprocess.Popen, str]:
+SERVE = (sys.executable, "-m", "tinsmith.server.cli", "serve")
+
+
+def start(
+    model: str, data_dir: Path, *options: str, serve: tuple[str, ...] = SERVE
+) -> tuple[subprocess.Popen, str]:
     """Start a server whose model is called `base`. Returns its process and URL once the engine is ready."""
-    command = [sys.executable, "-m", "tinsmith.server.cli", "serve", "--model", f"base={model}"]
+    command = [*serve, "--model", f"base={model}"]
     log = data_dir.with_suffix(".log")
     with log.open("w") as output:
         server = subprocess.Popen(
