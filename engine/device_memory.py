@@ -20,6 +20,12 @@ def free_bytes(device: Any = None) -> int | None:
     return None if limit is None else int(limit - stats.get("bytes_in_use", 0))
 
 
+def limit_bytes(device: Any = None) -> int | None:
+    """Return the bytes of an accelerator (by default the first) that JAX may use; None if unknown."""
+    device = device or jax.local_devices()[0]
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
 def capacity_bytes(devices: int) -> int:
     """Return what a new engine may use of each of so many devices.
 

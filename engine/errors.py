@@ -15,6 +15,11 @@ class MissingWeights(UserError):
     """Sampler weights that are neither in memory nor on disk."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether XLA could not allocate memory on the device."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def reason(error: BaseException) -> str:
     """What the client is told of an error that is not its own; the log has the rest."""
     if isinstance(error, DamagedFiles):
@@ -23,6 +28,6 @@ def reason(error: BaseException) -> str:
     no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if no_room or "No space left on device" in text or "ENOSPC" in text:
         return "the server's disk is full; nothing was saved, save again when there is room"
-    if "RESOURCE_EXHAUSTED" in text:
+    if is_out_of_memory(error):
         return "the device is out of memory"
     return "internal error"

@@ -166,8 +166,11 @@ class Block(nnx.Module):
         rotations: Rotations,
         attend: Attend,
         lora: LayerLora | None = None,
+        residual: LogicalAxes = _RESIDUAL,
     ) -> Float[Array, "B T D"]:
-        """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v."""
+        """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v.
+
+        `residual` are the axes by which the stream is sharded."""
         B, T, _ = x_BTD.shape
         mixer, at = self.layer.mixer, rotations[self.rope]
 
@@ -180,10 +183,10 @@ class Block(nnx.Module):
         if mixer.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
-        x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), _RESIDUAL)
+        x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), residual)
         y = self.post_attention_layernorm(x_BTD)
         y_BTF = gated(linear("gate_proj", y), linear("up_proj", y))
-        return constrain(x_BTD + linear("down_proj", y_BTF), _RESIDUAL)
+        return constrain(x_BTD + linear("down_proj", y_BTF), residual)
 
 
 class Stacks(nnx.Module):
@@ -297,20 +300,21 @@ def trunk(
 def scan_layers(
     model: Decoder,
     lora: LoraStack | None,
-    x_BTD: Float[Array, "B T D"],
-    run: Callable[[Block, Array, dict, Any], tuple[Array, Any]],
+    x_BTD: Any,
+    run: Callable[[Block, Any, dict, Any], tuple[Any, Any]],
     *,
     numbered: bool = False,
     remat: str = "none",
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Pass the residual stream through all layers, in one scan per group.
+) -> tuple[Any, Any]:
+    """Pass the residual stream [B T D] through all layers, in one scan per group.
 
     `run(block, x, pairs, number)` applies a layer with its adapter pairs, and returns the stream and what to
     keep; `number` is the layer's if `numbered`, else None. Returns the stream, and what was kept, with a
-    leading axis of layers. `remat` is what the backward stores of each layer (REMAT_POLICIES).
+    leading axis of layers. `remat` is what the backward stores of each layer (REMAT_POLICIES). The stream may
+    be a tree that holds more than the hidden states, such as the pages of keys and values.
     """
 
-    def apply(graph: nnx.GraphDef, x_BTD: Array, weights: Any, pairs: dict, number: Any) -> tuple[Array, Any]:
+    def apply(graph: nnx.GraphDef, x_BTD: Any, weights: Any, pairs: dict, number: Any) -> tuple[Any, Any]:
         return run(nnx.merge(graph, weights), x_BTD, pairs, number)
 
     if remat != "none":
@@ -321,7 +325,7 @@ def scan_layers(
         pairs = [{} if lora is None else stack.of(lora["layers"]) for stack in stacks]
         numbers = [_numbers(stack.layers) if numbered else None for stack in stacks]
 
-        def step(x_BTD: Array, layers: list, graphs: tuple = graphs) -> tuple[Array, list]:
+        def step(x_BTD: Any, layers: list, graphs: tuple = graphs) -> tuple[Any, list]:
             kept = []
             for graph, layer in zip(graphs, layers, strict=True):
                 x_BTD, of_layer = apply(graph, x_BTD, *layer)
@@ -356,9 +360,11 @@ def logits(
     lora: LoraStack | None,
     hidden_BTD: Float[Array, "B T D"],
     row_adapter_B: Int[Array, " B"] | None,
+    each_once: bool = False,
 ) -> Float[Array, "B T V"]:
-    """Return float32 logits, including the head's adapter if there is one."""
+    """Return float32 logits, including the head's adapter if there is one. `each_once` is `lora.delta`'s."""
     z = product_by_output(hidden_BTD, head_VD)
     if lora is not None and "unembed" in lora:
-        z = z + delta(hidden_BTD.astype(jnp.float32), lora["unembed"], lora["scale"], row_adapter_B)
+        hidden32_BTD = hidden_BTD.astype(jnp.float32)
+        z = z + delta(hidden32_BTD, lora["unembed"], lora["scale"], row_adapter_B, each_once)
     return z

@@ -16,12 +16,13 @@ Letters: B rows, T tokens, D hidden, V vocab, R padded rank, L layers, n adapter
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .config import ModelConfig, Site, Stack
 
@@ -110,21 +111,47 @@ def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -
     return stack
 
 
+@partial(jax.jit, static_argnames="dtype")
+def contained(stack: LoraStack, dtype: Any) -> LoraStack:
+    """Return a stack for `delta`'s `each_once`, with the pairs of layers in `dtype`.
+
+    There a product of zero and a value that is not finite would spread from one adapter to all rows. Such
+    values become zero, and the scale of their adapter NaN: its own rows alone are not finite.
+    """
+    n = len(stack["scale"])
+    pairs = {name: part for name, part in stack.items() if name != "scale"}
+
+    def is_finite(path: tuple, leaf: Array) -> Bool[Array, " n"]:
+        by_adapter = leaf if path[0].key == "unembed" else leaf.swapaxes(0, 1)
+        return jnp.isfinite(by_adapter).reshape(n, -1).all(-1)
+
+    def clean(path: tuple, leaf: Array) -> Array:
+        finite = jnp.where(jnp.isfinite(leaf), leaf, 0)
+        return finite if path[0].key == "unembed" else finite.astype(dtype)
+
+    finite_n = jnp.stack(jax.tree.leaves(jax.tree_util.tree_map_with_path(is_finite, pairs))).all(0)
+    return jax.tree_util.tree_map_with_path(clean, pairs) | {
+        "scale": jnp.where(finite_n, stack["scale"], jnp.nan)
+    }
+
+
 class LayerLora(NamedTuple):
     """One layer's slice of a stack, as the scan passes it to a block. `dtype` is the dtype of the computation
-    of deltas (None: that of the inputs)."""
+    of deltas (None: that of the inputs). `each_once` is `delta`'s."""
 
     pairs: dict[str, dict[str, Array]]
     scale_n: Float[Array, " n"]
     row_adapter_B: Int[Array, " B"] | None
     dtype: Any = None
+    each_once: bool = False
 
     def add(self, name: str, x_BTI: Array, y_BTO: Array) -> Array:
         """Return y plus the delta of matrix `name` at x, or y itself if that matrix has no adapter."""
         if name not in self.pairs:
             return y_BTO
         x_BTI = x_BTI.astype(self.dtype or x_BTI.dtype)
-        return y_BTO + delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B).astype(y_BTO.dtype)
+        added = delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B, self.each_once)
+        return y_BTO + added.astype(y_BTO.dtype)
 
 
 def delta(
@@ -132,17 +159,26 @@ def delta(
     pair: dict[str, Array],
     scale_n: Float[Array, " n"],
     row_adapter_B: Int[Array, " B"] | None,
+    each_once: bool = False,
 ) -> Float[Array, "B T O"]:
     """Return scale x A B, each row with its own adapter; `pair` is {"a": [n, I, R], "b": [n, R, O]}.
 
     A single adapter is a plain product and ignores `row_adapter_B`. A and B are cast to x's dtype only here;
     the adapter itself stays float32.
+
+    Usually each row's adapter is gathered. With `each_once`, every row is multiplied by all A, side by side,
+    and what is not its own is masked before the product with all B: for a few tokens, where reading the
+    adapters takes longer than computing with them. The stack must come from `contained`.
     """
     a, b = pair["a"], pair["b"]
     if a.shape[0] == 1:
         scale = scale_n[0].astype(x_BTI.dtype)
         return product(product(x_BTI, a[0]) * scale, b[0])
     scale_B11 = scale_n[row_adapter_B, None, None].astype(x_BTI.dtype)
+    if each_once:
+        own_B1nR = (jnp.asarray(row_adapter_B)[:, None] == jnp.arange(len(a)))[:, None, :, None]
+        x_BTnR = jnp.einsum("bti,nir->btnr", x_BTI, a.astype(x_BTI.dtype)) * scale_B11[..., None]
+        return jnp.einsum("btnr,nro->bto", jnp.where(own_B1nR, x_BTnR, 0), b.astype(x_BTI.dtype))
     return product(product(x_BTI, a[row_adapter_B]) * scale_B11, b[row_adapter_B])
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
-from .attention import attend_parts
-from .decoder import Base, Block, logits, scan_layers, unembed
-from .kernels.attention import attention
+from .decoder import Base, Block, Decoder, logits, scan_layers, unembed
+from .kernels.attention import attention, attention_to_merge
+from .kernels.paged_attention import context_attention, merge
+from .kernels.paged_attention.cpu import attend_parts, read_layer
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
 
@@ -53,7 +54,16 @@ def prefill(
 
     Returns the final hidden states, row after row. `lora` holds one adapter."""
     model = nnx.merge(graph, base)
-    config = model.config
+    run = _with_contexts_read if pages.backend == "cpu" else _in_place
+    pages, x_STD = run(model, pages, lora, rows)
+    return pages, model.norm(x_STD).reshape(-1, model.config.hidden_size)
+
+
+def _with_contexts_read(
+    model: Decoder, pages: Pages, lora: LoraStack | None, rows: PrefillRows
+) -> tuple[Pages, Float[Array, "S T D"]]:
+    """Run the layers on a CPU: each reads its context from the pages, and all keys and values are written
+    together at the end."""
     visible = _visible_in_prompt(rows, pages.page_size)
     rotations = model.rotations(rows.position)
 
@@ -66,7 +76,7 @@ def prefill(
             if not rows.table.shape[1]:
                 return attention(q, k, v, rows.start, mixer.scale, window=mixer.window)
             context_visible, own_visible = visible(mixer.window)
-            context = kv_cache.read_layer(pages, number, rows.table, q.dtype)
+            context = read_layer(pages, number, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
             return attend_parts(q, parts, mixer.scale)
@@ -74,10 +84,42 @@ def prefill(
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
         return block(x_BTD, rotations, attend, block_lora), tuple(kept)
 
-    x_BTD, kept = scan_layers(model, lora, model.embed_tokens(rows.tokens), run, numbered=True)
+    x_STD, kept = scan_layers(model, lora, model.embed_tokens(rows.tokens), run, numbered=True)
     k_WLKH, v_WLKH = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept)
-    pages = kv_cache.write(pages, k_WLKH, v_WLKH, rows.page.reshape(-1), rows.offset.reshape(-1))
-    return pages, model.norm(x_BTD).reshape(-1, config.hidden_size)
+    return kv_cache.write(pages, k_WLKH, v_WLKH, rows.page.reshape(-1), rows.offset.reshape(-1)), x_STD
+
+
+def _in_place(
+    model: Decoder, pages: Pages, lora: LoraStack | None, rows: PrefillRows
+) -> tuple[Pages, Float[Array, "S T D"]]:
+    """Run the layers on an accelerator: each writes its keys and values to the pages, and reads its context
+    there in place."""
+    rotations = model.rotations(rows.position)
+    page_W, offset_W = rows.page.reshape(-1), rows.offset.reshape(-1)
+
+    def run(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Pages], None]:
+        x_STD, pages = carried
+        mixer = block.layer.mixer
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            nonlocal pages
+            k_WKH, v_WKH = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+            pages = kv_cache.write_layer(pages, number, k_WKH, v_WKH, page_W, offset_W)
+            if not rows.table.shape[1]:
+                return attention(q, k, v, rows.start, mixer.scale, window=mixer.window)
+            own = attention_to_merge(q, k, v, rows.start, mixer.scale, window=mixer.window)
+            first = jnp.zeros_like(rows.position)
+            if mixer.window is not None:
+                first = jnp.maximum(rows.position - mixer.window + 1, 0)
+            context = context_attention(q, pages, number, rows.table, first, rows.context, mixer.scale)
+            return merge(own, context).astype(q.dtype)
+
+        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
+        return (block(x_STD, rotations, attend, block_lora), pages), None
+
+    x_STD = model.embed_tokens(rows.tokens)
+    (x_STD, pages), _ = scan_layers(model, lora, (x_STD, pages), run, numbered=True)
+    return pages, x_STD
 
 
 def _visible_in_prompt(

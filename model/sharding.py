@@ -20,18 +20,24 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
+    "sequences": ("data",),
     "tokens": (),
+    "pages": (),
+    "positions": (),
     "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "cached_heads": ("tensor", "fsdp"),
     "head_dim": (),
     "ff": ("tensor",),
     "experts": ("expert",),
     "hidden": (),
 }
-"""From logical axis to mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation."""
+"""From logical axis to mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation.
+
+`sequences` and `cached_heads` are of decoding on accelerators, where weights stay where they are."""
 
 LogicalAxes = tuple[str, ...]
 

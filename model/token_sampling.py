@@ -9,7 +9,9 @@ Axis letters: S sequences, V vocabulary, K most likely tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,23 @@ _BLOCK = 256  # tokens per block of the two-level inverse CDF
 _LEAST_MASS = 1e-30  # the least top_p; as it approaches 0, only the most likely token is left
 _LEAST_TEMPERATURE = 1e-30  # keeps logits / temperature finite; far above it, the draw is already the argmax
 _LARGEST_TEMPERATURE = 1e38  # far below it, the distribution is already uniform
+
+
+class Drawing(Enum):
+    """What is known of a batch when its program is compiled, and how the rest is decided in it."""
+
+    AT_RUN_TIME = "at run time"
+    """Nothing is known: what no row wants is skipped by branches."""
+    PLAIN = "plain"
+    """No row has top_k or top_p, and top tokens are not wanted."""
+    FILTERED = "filtered"
+    """Everything is computed for all rows, without branches: a GPU would wait for the host at each."""
+
+    def branch(self, condition: Bool[Array, ""], yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        """Return yes() or no()."""
+        if self is Drawing.AT_RUN_TIME:
+            return jax.lax.cond(condition, yes, no)
+        return jax.tree.map(lambda one, other: jnp.where(condition, one, other), yes(), no())
 
 
 class SamplingRows(NamedTuple):
@@ -51,6 +70,7 @@ def sample_tokens(
     rows: SamplingRows,
     u: Float[Array, "S 2"],
     want_top: Bool[Array, ""],
+    drawing: Drawing = Drawing.AT_RUN_TIME,
 ) -> Drawn:
     """Draw one token per row of float32 logits, from two uniforms in [0, 1) each.
 
@@ -66,20 +86,21 @@ def sample_tokens(
 
     filtered = ~greedy & ((rows.top_k > 0) | (rows.top_p < 1.0))
     K = min(TOP_K, z.shape[-1])
-    top_z, top_tokens = jax.lax.cond(
-        want_top | filtered.any(),
-        lambda: tuple(jax.lax.top_k(z, K)),
-        lambda: (jnp.zeros((z.shape[0], K), z.dtype), jnp.zeros((z.shape[0], K), jnp.int32)),
-    )
-    threshold = jax.lax.cond(
-        filtered.any(),
-        lambda: jnp.where(filtered, keep_threshold(z, top_z, rows.top_k, rows.top_p), -jnp.inf),
-        lambda: jnp.full(z.shape[:1], -jnp.inf, z.dtype),
-    )
+    top_z, top_tokens = jnp.zeros((z.shape[0], K), z.dtype), jnp.zeros((z.shape[0], K), jnp.int32)
+    threshold = jnp.full(z.shape[:1], -jnp.inf, z.dtype)
+    if drawing is not Drawing.PLAIN:
+        top_z, top_tokens = drawing.branch(
+            want_top | filtered.any(), lambda: tuple(jax.lax.top_k(z, K)), lambda: (top_z, top_tokens)
+        )
+        threshold = drawing.branch(
+            filtered.any(),
+            lambda: jnp.where(filtered, keep_threshold(z, top_z, rows.top_k, rows.top_p, drawing), -jnp.inf),
+            lambda: threshold,
+        )
     threshold = jnp.maximum(threshold, jnp.log(rows.min_p))
     weights = jnp.where(z >= threshold[:, None], jnp.exp(z), 0.0)
     drawn = invert_cdf(weights, u)
-    tokens = jax.lax.cond(  # an argmax takes as long as everything else here
+    tokens = drawing.branch(  # an argmax takes as long as everything else here
         greedy.any(),
         lambda: jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn),
         lambda: drawn,
@@ -155,7 +176,11 @@ def _pick(mass: Float[Array, "S M"], u: Float[Array, " S"]) -> Int[Array, " S"]:
 
 
 def keep_threshold(
-    z: Float[Array, "S V"], top_z: Float[Array, "S K"], top_k: Int[Array, " S"], top_p: Float[Array, " S"]
+    z: Float[Array, "S V"],
+    top_z: Float[Array, "S K"],
+    top_k: Int[Array, " S"],
+    top_p: Float[Array, " S"],
+    drawing: Drawing = Drawing.AT_RUN_TIME,
 ) -> Float[Array, " S"]:
     """Return the smallest logit that top_k and then top_p keep; tokens with z below it are removed.
 
@@ -180,11 +205,7 @@ def keep_threshold(
     decided = k_within | (k == V) & ((p >= 1.0) | (kept.sum(-1) < K))
     quick = jnp.where(p >= 1.0, k_threshold[:, 0], p_threshold[:, 0])
 
-    return jax.lax.cond(
-        decided.all(),
-        lambda: quick,
-        lambda: _bisected_threshold(z, k, p),
-    )
+    return drawing.branch(decided.all(), lambda: quick, lambda: _bisected_threshold(z, k, p))
 
 
 def _bisected_threshold(

@@ -78,6 +78,11 @@ class PagePool:
                 self._page_of[digest] = page
                 self._hash_of[page] = digest
 
+    def forget(self) -> None:
+        """Forget what the pages hold."""
+        self._page_of.clear()
+        self._hash_of.clear()
+
     def digests(self, weights_id: int, tokens: np.ndarray) -> list[bytes]:
         """A hash per full page of `tokens`, of everything up to its end and the weights."""
         data = np.asarray(tokens, np.int32)

@@ -9,7 +9,9 @@ token's position only, so it goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -23,12 +25,14 @@ from ...ckpt.token_bytes import TokenBytes
 from ...ckpt.tokenizer_files import TokenizerError
 from ...model import kv_cache
 from ...model.config import ModelConfig
+from ...model.kernels.backends import Backend, current_backend
 from ...model.sharding import replicated
 from ...model.weights_by_layer import base_by_layer
 from .. import messages, processor
 from ..budget import Budget
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..memory import KV_ON_CPU
+from .batch_sizes import batch_sizes
 from .page_pool import PagePool
 from .prompt_scores import PromptScores
 from .sample_checks import check_request
@@ -37,6 +41,8 @@ from .sampler_weights import Weights
 from .sampling_queue import SamplingQueue
 from .sequence import Generation, Prompt, Sequence, seed_of
 from .stop import StopRule, implicit_stop_tokens
+
+log = logging.getLogger(__name__)
 
 PyTree = Any
 
@@ -61,22 +67,29 @@ class Sampler:
         mesh: Any = None,
         kv_cache_tokens: int | None = None,
         max_sequence_length: int | None = None,
-        max_slots: int = 64,
+        max_slots: int | None = None,
         page_size: int = 64,
-        prefill_tokens: int = 512,
-        decode_steps: int = 16,
+        prefill_tokens: int | None = None,
+        decode_steps: int | None = None,
+        backend: Backend | None = None,
         budget: Budget | None = None,
         on_compile: Callable[[str, float], None] | None = None,
     ):
-        """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device);
-        `max_sequence_length` is the longest prompt + sample (None: the model's). `prefill_tokens` is a
-        multiple of `page_size`. `end_tokens` end a sample that names no stop (None: those of the config).
-        `on_compile(name, seconds)` is called when a program ran for the first time.
+        """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device).
+        `max_sequence_length` is the longest prompt + sample (None: the model's). `max_slots`,
+        `prefill_tokens` (a multiple of `page_size`) and `decode_steps` are by default what suits the device
+        (`batch_sizes`). `end_tokens` end a sample that names no stop (None: those of the config). `backend`
+        is whose kernels are used (None: that of the mesh's devices). `on_compile(name, seconds)` is called
+        when a program ran for the first time.
         """
         self._config = config
         self._token_bytes = token_bytes
         self._end_tokens = tuple(config.eos_token_ids if end_tokens is None else end_tokens)
         self._mesh = mesh
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            backend = backend or current_backend()
+        sizes = batch_sizes(backend)
+        decode_steps = decode_steps or sizes.steps
         dtype = base["embed_tokens"]["weight"].dtype
         max_length = max_sequence_length or config.max_sequence_length
         tokens = kv_cache_tokens or default_kv_cache_tokens(config, dtype, max_length)
@@ -86,7 +99,7 @@ class Sampler:
         self._max_length = max_length
         weights_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
         weights_positions = weights_bytes // kv_cache.bytes_per_token(config, dtype)
-        self._queue = SamplingQueue(self._pool, max_slots, decode_steps, weights_positions)
+        self._queue = SamplingQueue(self._pool, max_slots or sizes.slots, decode_steps, weights_positions)
         self._programs = SamplerPrograms(
             graph,
             config,
@@ -94,14 +107,16 @@ class Sampler:
             num_pages=num_pages,
             page_size=page_size,
             longest=self._longest,
-            prefill_tokens=prefill_tokens,
+            prefill_tokens=prefill_tokens or sizes.prefill,
             decode_steps=decode_steps,
             mesh=mesh,
             budget=budget or Budget(1 << 28),
+            backend=backend,
             on_compile=on_compile,
         )
+        self._is_on_cpu = backend == "cpu"
         self._weights: dict[str | None, Weights] = {
-            None: Weights(base, base_by_layer(base, config, _is_by_output(base)))
+            None: Weights(base, base_by_layer(base, config, _is_by_output(base)) if self._is_on_cpu else base)
         }
         self._arrivals = 0
         self._generations: dict[str, Generation] = {}
@@ -127,7 +142,7 @@ class Sampler:
         copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
         if base is not None:
             own = base if owned else copy(base)
-            self._weights[key] = Weights(own, base_by_layer(own, self._config))
+            self._weights[key] = Weights(own, base_by_layer(own, self._config) if self._is_on_cpu else own)
             return
         shared = self._weights[None]
         adapter = adapter if owned else copy(adapter)
@@ -259,7 +274,11 @@ class Sampler:
     def _prefill(self, pieces: list[tuple[Prompt, int]]) -> list[messages.Done | messages.Failed]:
         """Rows of prompt tokens, as many as a program takes."""
         began = time.monotonic()
-        finite = self._programs.prefill(pieces)
+        try:
+            finite = self._programs.prefill(pieces)
+        except jax.errors.JaxRuntimeError as error:
+            self._start_over(error, self._programs.shorten_prefill())
+            return []
         seconds = (time.monotonic() - began) / len(pieces)
         for prompt, count in pieces:
             prompt.generation.device_seconds += seconds
@@ -274,7 +293,13 @@ class Sampler:
         if not chosen:
             return []
         positions = max(self._queue.positions_after_chunk(sequence) for sequence in chosen)
-        decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
+        try:
+            decoded = self._programs.decode(chosen, positions, self._queue.wanted_slots)
+        except jax.errors.JaxRuntimeError as error:
+            fewer = self._programs.fewer_slots(len(chosen))
+            self._start_over(error, fewer is not None)
+            self._queue.max_slots = fewer or 1
+            return []
         seconds = (time.monotonic() - began) / len(chosen)
         answers: list[messages.Done | messages.Failed] = []
         for row, sequence in enumerate(chosen):
@@ -296,6 +321,16 @@ class Sampler:
                 del self._generations[generation.request.request_id]
                 answers.append(generation.answer())
         return answers
+
+    def _start_over(self, error: Exception, is_smaller: bool) -> None:
+        """After the device ran out of memory, compute what is in the pages again, in smaller batches.
+
+        Raises `error` if it is another one, or if batches cannot be smaller (`is_smaller` is False)."""
+        if not is_out_of_memory(error) or not is_smaller:
+            raise error
+        log.warning("the device is out of memory for samples: going on in smaller batches")
+        self._programs.drop_pages()
+        self._queue.start_over()
 
     def _fail_not_finite(self, generation: Generation) -> messages.Failed:
         self.cancel(generation.request.request_id)

@@ -13,7 +13,9 @@ import numpy as np
 from ...model import decode, kv_cache, prefill
 from ...model.config import ModelConfig
 from ...model.decode import Decoded
+from ...model.kernels.backends import Backend
 from ...model.sharding import replicated
+from ...model.token_sampling import Drawing
 from ..budget import Budget
 from ..compilation import compiling
 from .prompt_scores import PromptScores
@@ -24,6 +26,7 @@ from .sampler_rows import (
     TARGET_BUCKETS,
     bucket_of,
     decode_rows,
+    is_filtered,
     is_penalized,
     prefill_rows,
 )
@@ -52,6 +55,7 @@ class SamplerPrograms:
         decode_steps: int,
         mesh: Any,
         budget: Budget,
+        backend: Backend,
         on_compile: Callable[[str, float], None] | None,
     ):
         """`longest` is the most positions that a sequence may have. `num_pages` counts page 0."""
@@ -61,12 +65,14 @@ class SamplerPrograms:
         self._longest = longest
         self.prefill_lengths = [t for t in PREFILL_BUCKETS if t < prefill_tokens] + [prefill_tokens]
         self._decode_steps = decode_steps
-        self._mesh = mesh
+        self._mesh, self._backend = mesh, backend
         self._on_compile = on_compile or (lambda name, seconds: None)
         self._compiled: set[str] = set()
         self._slots = Slots()
         self._pages: kv_cache.Pages | None = None  # made when first needed
-        self.stacks = AdapterStacks(config, budget, None if mesh is None else replicated(mesh))
+        self._prefilled: jax.Array | None = None  # of the last prompts, on an accelerator
+        decoded_as = None if backend == "cpu" else dtype
+        self.stacks = AdapterStacks(config, budget, None if mesh is None else replicated(mesh), decoded_as)
 
     @contextlib.contextmanager
     def ready(self) -> Any:
@@ -74,9 +80,25 @@ class SamplerPrograms:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             if self._pages is None:
                 self._pages = kv_cache.make_pages(
-                    self._config, self._num_pages, self._page_size, self._dtype, self._mesh
+                    self._config, self._num_pages, self._page_size, self._dtype, self._mesh, self._backend
                 )
             yield
+
+    def shorten_prefill(self) -> bool:
+        """Take fewer prompt tokens per call from now on; False if they are as few as can be."""
+        if len(self.prefill_lengths) == 1:
+            return False
+        self.prefill_lengths.pop()
+        return True
+
+    def fewer_slots(self, sequences: int) -> int | None:
+        """Decode fewer than so many sequences per call from now on. Returns how many, or None for a single
+        one."""
+        return self._slots.fewer(sequences)
+
+    def drop_pages(self) -> None:
+        """Free the pages; `ready` makes new ones, which are empty."""
+        self._pages = self._prefilled = None
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
         """Copy pages to pages."""
@@ -97,8 +119,16 @@ class SamplerPrograms:
         name = f"prefill {S} x {T} tokens after {context * self._page_size}{_kind(stack)}"
         with self._timed(name):
             self._pages, hidden = prefill.prefill(self._graph, weights.base, self._pages, stack, rows)
-            hidden.block_until_ready()
+            self._wait_for(hidden)
         return self._score(pieces, places, weights.base, stack, hidden)
+
+    def _wait_for(self, hidden: jax.Array) -> None:
+        """On a CPU, wait for a chunk of prompts; on an accelerator, for the one before it, so that the device
+        computes one while the host prepares the next."""
+        previous, self._prefilled = self._prefilled, hidden
+        waited_for = hidden if self._backend == "cpu" else previous
+        if waited_for is not None:
+            waited_for.block_until_ready()
 
     def _score(
         self,
@@ -137,7 +167,9 @@ class SamplerPrograms:
         stack, adapter = self.stacks.of([s.generation.weights for s in chosen])
         pages = self._context_pages(positions)
         penalties = " with penalties" if any(map(is_penalized, chosen)) else ""
-        kind = f"over {pages * self._page_size}{penalties}{_kind(stack.stacked)}"
+        drawing = self._drawing(chosen)
+        filtered = " with filters" if drawing is Drawing.FILTERED else ""
+        kind = f"over {pages * self._page_size}{penalties}{filtered}{_kind(stack.stacked)}"
         slots = self._slots.choose(kind, len(chosen), soon)
         rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps)
         want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
@@ -145,11 +177,17 @@ class SamplerPrograms:
         began = time.monotonic()
         with self._timed(f"decode {slots} slots {kind}"):
             self._pages, decoded = decode.decode(
-                self._graph, base, self._pages, stack.by_layer, rows, want_top
+                self._graph, base, self._pages, stack.by_layer, rows, want_top, drawing
             )
             decoded = jax.device_get(decoded)
         self._slots.ran(kind, len(chosen), slots, time.monotonic() - began)
         return decoded
+
+    def _drawing(self, chosen: list[Sequence]) -> Drawing:
+        """Accelerators have a program for rows without filters, and one without branches for all others."""
+        if self._backend == "cpu":
+            return Drawing.AT_RUN_TIME
+        return Drawing.FILTERED if any(map(is_filtered, chosen)) else Drawing.PLAIN
 
     def _context_pages(self, positions: int) -> int:
         """Table columns for so many cached positions: the bucket's, at most the model's longest."""

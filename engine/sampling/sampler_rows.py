@@ -13,9 +13,9 @@ from ...model.prefill import PrefillRows
 from ...model.token_sampling import SamplingRows, float32_temperature, uniforms
 from .sequence import Prompt, Sequence
 
-SLOT_BUCKETS = (1, 4, 16, 32, 64)  # each is a program, which takes seconds to compile
+SLOT_BUCKETS = (1, 4, 16, 32, 64, 128, 256)  # each is a program, which takes seconds to compile
 CONTEXT_BUCKETS = tuple(192 << doublings for doublings in range(13))  # up to 786,432 positions
-PREFILL_BUCKETS = (64, 128, 256, 1024)  # tokens of a row of prompts
+PREFILL_BUCKETS = (64, 128, 256, 1024, 4096)  # tokens of a row of prompts
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
 _INT32_MAX = np.iinfo(np.int32).max
@@ -95,6 +95,14 @@ def decode_rows(
         u=u,
         penalties=_penalty_rows(chosen, S, P * page_size) if any(map(is_penalized, chosen)) else None,
     )
+
+
+def is_filtered(sequence: Sequence) -> bool:
+    """Whether a row needs the largest logits: for its filters, or to report them."""
+    request = sequence.generation.request
+    params = request.params
+    has_filter = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
+    return has_filter or request.topk_sample_logprobs > 0
 
 
 def is_penalized(sequence: Sequence) -> bool:

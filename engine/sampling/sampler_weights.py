@@ -62,10 +62,12 @@ class AdapterStacks:
 
     kind = "sampler_stacks"
 
-    def __init__(self, config: ModelConfig, budget: Budget, sharding: Any = None):
+    def __init__(self, config: ModelConfig, budget: Budget, sharding: Any = None, decoded_as: Any = None):
+        """`decoded_as`, on an accelerator, is the dtype of the base (`lora.contained`)."""
         self._config = config
         self._budget = budget
         self._sharding = sharding
+        self._decoded_as = decoded_as
         self._kept: OrderedDict[tuple[int, ...], AdapterStack] = OrderedDict()
         self._used: dict[tuple[int, ...], int] = {}
         budget.add(self)
@@ -122,6 +124,8 @@ class AdapterStacks:
         stack = lora.stack_adapters(tuple(adapters), jnp.asarray(scales, jnp.float32))
         if self._sharding is not None:
             stack = jax.device_put(stack, self._sharding)
+        if self._decoded_as is not None:
+            return AdapterStack(stack, lora.contained(stack, self._decoded_as))
         return AdapterStack(stack, adapters_by_layer(stack, self._config))
 
 

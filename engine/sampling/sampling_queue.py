@@ -28,7 +28,7 @@ class SamplingQueue:
         the keys and values are as many bytes as the weights."""
         self.pool = pool
         self._turn = 0  # decode chunks so far
-        self._max_slots = max_slots
+        self.max_slots = max_slots
         self._decode_steps = decode_steps
         self._weights_positions = weights_positions
         self._waiting: list[Prompt] = []  # oldest request first
@@ -138,7 +138,7 @@ class SamplingQueue:
         """Let samples of cached prompts run, as far as there are slots and pages. Returns the pages to be
         copied for them, each with where to."""
         copies: list[tuple[int, int]] = []
-        while self._cached and len(self.running) < self._max_slots:
+        while self._cached and len(self.running) < self.max_slots:
             prompt = self._cached[0]
             shared, partial = divmod(prompt.target, self.pool.page_size)
             if len(prompt.sequences) == 1:
@@ -167,10 +167,10 @@ class SamplingQueue:
         """For all samples that run or wait, as far as there are slots."""
         wanted = len(self.running)
         for prompt in chain(self.prefilling, self._cached, self._waiting):
-            if wanted >= self._max_slots:
+            if wanted >= self.max_slots:
                 break
             wanted += len(prompt.sequences)
-        return min(self._max_slots, wanted)
+        return min(self.max_slots, wanted)
 
     # --- running -----------------------------------------------------------------------------------------
 
@@ -240,6 +240,12 @@ class SamplingQueue:
             newest.pages, newest.num_cached = [], 0
             self.add(newest)
         return newest
+
+    def start_over(self) -> None:
+        """Take all pages, because the arrays behind them are lost: everything will be prefilled again."""
+        while self.prefilling or self._cached or self.running:
+            self.preempt_newest()
+        self.pool.forget()
 
     def finish(self, sequence: Sequence) -> None:
         """A running sequence has ended: its slot is free, and what is in its full pages may be found."""

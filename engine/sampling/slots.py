@@ -14,15 +14,27 @@ class Slots:
     def __init__(self) -> None:
         self._compile_seconds: dict[str, dict[int, float]] = defaultdict(dict)
         self._borrowed_seconds: dict[tuple[str, int], float] = defaultdict(float)
+        self._most = SLOT_BUCKETS[-1]
+
+    def fewer(self, needed: int) -> int | None:
+        """Choose fewer slots than those for `needed` sequences from now on. Returns how many at most, or None
+        if there are no fewer."""
+        smaller = [
+            slots for slots in SLOT_BUCKETS if slots < min(self._most, bucket_of(SLOT_BUCKETS, needed))
+        ]
+        if not smaller:
+            return None
+        self._most = smaller[-1]
+        return self._most
 
     def choose(self, kind: str, needed: int, soon: int) -> int:
         """For `needed` sequences now, and `soon` so many if all that wait run as well."""
         compiled, fitting = self._compile_seconds[kind], bucket_of(SLOT_BUCKETS, needed)
         if fitting in compiled:
             return fitting
-        larger = min((slots for slots in compiled if slots > fitting), default=None)
+        larger = min((slots for slots in compiled if fitting < slots <= self._most), default=None)
         if larger is None:
-            return bucket_of(SLOT_BUCKETS, max(needed, soon))
+            return bucket_of(SLOT_BUCKETS, min(max(needed, soon), self._most))
         return larger if self._borrowed_seconds[kind, fitting] < compiled[larger] else fitting
 
     def ran(self, kind: str, needed: int, slots: int, seconds: float) -> None:

@@ -4,4 +4,5 @@ Everything that is known about a backend (layouts, tiles, barriers, what its com
 in that backend's file of a kernel. Callers see only the interface, the folder's `__init__`.
 
 `attention/`: causal attention over packed rows, with its gradient.
+`paged_attention/`: attention of new tokens to the paged cache of keys and values.
 """

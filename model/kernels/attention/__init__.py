@@ -70,10 +70,35 @@ def attention(
 
     Differentiable in q, k, v and `sinks_N`. A query that sees no key gives finite values and gradients.
     """
-    if window is not None:
-        narrowed_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - window + 1)
-        start_BT = narrowed_BT if windowed is None else jnp.where(windowed, narrowed_BT, start_BT)
+    start_BT = _narrowed(start_BT, window, windowed)
     return _attend(_KERNELS[backend or current_backend()], scale, q_BTNH, k_BTKH, v_BTKH, start_BT, sinks_N)
+
+
+def attention_to_merge(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    start_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    window: int | None = None,
+    windowed: Bool[Array, ""] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Return `attention` and the log-sum-exp of each query's scores, to merge it with that to other keys.
+
+    Not differentiable."""
+    kernel = _KERNELS[backend or current_backend()]
+    out_BTNH, lse_BNT = kernel.forward(q_BTNH, k_BTKH, v_BTKH, _narrowed(start_BT, window, windowed), scale)
+    return out_BTNH, lse_BNT.swapaxes(1, 2)
+
+
+def _narrowed(start_BT: Array, window: int | None, windowed: Array | None) -> Array:
+    """Apply the sliding window to the first key that each query sees."""
+    if window is None:
+        return start_BT
+    narrowed_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - window + 1)
+    return narrowed_BT if windowed is None else jnp.where(windowed, narrowed_BT, start_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

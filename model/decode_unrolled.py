@@ -1,0 +1,125 @@
+"""Decoding on a CPU: the context is read from the pages once per call, and the layers are unrolled.
+
+Keys and values of the new tokens are held beside the context and written to the pages together at the end.
+
+Axis letters: S sequences, D hidden, K kv heads, H head dim, L layers, P pages of a table, C context
+positions, M tokens decoded by one call.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from . import kv_cache
+from .decode_rows import DecodeRows
+from .decoder import Base
+from .kernels.paged_attention.cpu import attend_parts, read_layer
+from .kv_cache import Pages
+from .lora import LayerLora, LoraStack
+from .weights_by_layer import BaseByLayer, open_layers, open_stack
+
+
+class Unrolled:
+    """See `decode.Steps`. The state is each layer's keys and values of this call's tokens."""
+
+    fixed = each_once = False
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        base: Base | BaseByLayer,
+        pages: Pages,
+        lora: LoraStack | None,
+        rows: DecodeRows,
+    ):
+        # Cut into layers outside the loop over tokens; inside, XLA would repeat it for every token.
+        self.model, self._blocks, self.head_VD, self._wide = open_layers(graph, base)
+        self._pages, self._lora, self._rows = pages, lora, rows
+        config = self.model.config
+        dtype = self._dtype = self.model.norm.weight.dtype
+        L = config.num_layers
+        self._contexts = [read_layer(pages, layer, rows.table, dtype) for layer in range(L)]
+        self._pairs = open_stack(lora["layers"], config) if lora and lora["layers"] else ({},) * L
+        # Computed for all tokens before the loop; inside, XLA would recompute the cosines in every block.
+        self._rotations = self.model.rotations(rows.position[:, None] + jnp.arange(self._tokens))
+
+    @property
+    def _tokens(self) -> int:
+        return self._rows.u.shape[0]
+
+    def first_state(self) -> Any:
+        config, S = self.model.config, self._rows.last_token.shape[0]
+        K, H = kv_cache.kv_shape(config)
+        # In float32: to write one bfloat16 into an array, the CPU backend converts the whole array to float32
+        # and back.
+        return ((jnp.zeros((S, K, self._tokens, H)),) * 2,) * config.num_layers
+
+    def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Any) -> tuple[Array, Any]:
+        rows, lora = self._rows, self._lora
+        at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1), self._rotations)
+        x = self.model.embed_tokens(token_S[:, None])
+        windows = {layer.mixer.window for layer in self.model.config.layers}
+        visible = {
+            window: _visible(rows, step, self._tokens, self._pages.page_size, window) for window in windows
+        }
+        kept = []
+        for block, context, recent, pair in zip(
+            self._blocks, self._contexts, state, self._pairs, strict=True
+        ):
+            mixer = block.layer.mixer
+
+            def attend(q: Array, k: Array, v: Array, mixer=mixer, context=context, recent=recent) -> Array:
+                context_visible, recent_visible = visible[mixer.window]
+                new = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v))
+                put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, step, 0))
+                keys, values = now = tuple(map(put, recent, new))
+                kept.append(now)
+                parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
+                return attend_parts(q, parts, mixer.scale)
+
+            x = block(
+                x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
+            )
+        return self.model.norm(x), tuple(kept)
+
+    def pages(self, state: Any) -> Pages:
+        return _append(self._pages, self._rows, state, self._dtype)
+
+
+def _visible(
+    rows: DecodeRows, step: Int[Array, ""], M: int, page_size: int, window: int | None
+) -> tuple[Bool[Array, "S 1 C"], Bool[Array, "S 1 M"]]:
+    """Return which cached positions, and which of this call's M tokens, the token of step `step` sees.
+
+    `window` is the sliding window of a layer."""
+    S, P = rows.table.shape
+    length = rows.position[:, None, None]
+    context = jnp.arange(P * page_size)
+    recent = jnp.broadcast_to(jnp.arange(M), (S, 1, M))
+    context_visible, recent_visible = context < length, recent <= step
+    if window is not None:
+        first = length + step - window + 1
+        context_visible &= context >= first
+        recent_visible &= length + recent >= first
+    return context_visible, recent_visible
+
+
+def _append(pages: Pages, rows: DecodeRows, recent: Any, dtype: Any) -> Pages:
+    """Write this call's keys and values to the pages. Those without a page in the table go to page 0."""
+    S, P = rows.table.shape
+    M = rows.u.shape[0]
+    position = rows.position[:, None] + jnp.arange(M)
+    column = position // pages.page_size
+    page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
+    page = jnp.where(column < P, page, 0).reshape(-1)
+
+    k_LSKMH, v_LSKMH = (jnp.stack(of).astype(dtype) for of in zip(*recent, strict=True))
+    L, _, K, _, H = v_LSKMH.shape
+    k_WLKH, v_WLKH = (x.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H) for x in (k_LSKMH, v_LSKMH))
+    return kv_cache.write(pages, k_WLKH, v_WLKH, page, (position % pages.page_size).reshape(-1))

@@ -1,0 +1,89 @@
+"""Paged attention on CPUs: a sequence's pages are laid end to end once per call, then read by plain products.
+
+Letters: S rows, T tokens, N query heads, K kv heads, H head dim, L layers, P pages of a table, Z positions of
+a page, C keys of one array, W tokens written at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..attention.cpu import MASKED
+from .pages import Pages
+
+
+def stored_dtype(dtype: Any) -> Any:
+    """Return the dtype in which the pages hold values of `dtype` (`Pages`)."""
+    return jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
+
+
+def read_layer(
+    pages: Pages, layer: int | Int[Array, ""], table_SP: Int[Array, "S P"], dtype: Any
+) -> tuple[Float[Array, "S K H C"], Float[Array, "S K C H"]]:
+    """Read one layer's keys and values from the pages in each row of `table_SP`, end to end.
+
+    They have the dtype in which they were written."""
+    S, P = table_SP.shape
+    K, Z, H = pages.v.shape[2:]
+    k_SPKHZ, v_SPKZH = pages.k[layer, table_SP], pages.v[layer, table_SP]
+    if k_SPKHZ.dtype != dtype:
+        k_SPKHZ, v_SPKZH = (jax.lax.bitcast_convert_type(x, dtype) for x in (k_SPKHZ, v_SPKZH))
+    return (
+        k_SPKHZ.transpose(0, 2, 3, 1, 4).reshape(S, K, H, P * Z),
+        v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, H),
+    )
+
+
+def write(
+    pages: Pages,
+    k_WLKH: Float[Array, "W L K H"],
+    v_WLKH: Float[Array, "W L K H"],
+    page_W: Int[Array, " W"],
+    offset_W: Int[Array, " W"],
+) -> tuple[Array, Array]:
+    """Return the arrays of `pages` with the keys and values of W tokens, in all layers, at (page, offset)."""
+    k, v = (
+        jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x for x in (k_WLKH, v_WLKH)
+    )
+    return pages.k.at[:, page_W, :, :, offset_W].set(k), pages.v.at[:, page_W, :, offset_W].set(v)
+
+
+def attend_parts(
+    q_STNH: Float[Array, "S T N H"],
+    parts: list[tuple[Array, Array, Array]],
+    scale: float,
+) -> Float[Array, "S T N H"]:
+    """Return softmax(scale * q k^T) v over C keys held in several arrays of S rows. The softmax is float32.
+
+    A part is (k [S K H C], v [S K C H], visible [S T C]). Parts may have different dtypes; products with
+    two-byte floats are summed in float32.
+    """
+    S, T, N, H = q_STNH.shape
+    K = parts[0][0].shape[1]
+    q = (q_STNH * jnp.asarray(scale, q_STNH.dtype)).reshape(S, T, K, N // K, H)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(S, K, N // K * T, H)
+
+    def scores(keys: Array, visible: Array) -> Array:
+        found = jnp.einsum("skqh,skhc->skqc", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+        found = found.reshape(S, K, N // K, T, keys.shape[3])
+        return jnp.where(visible[:, None, None], found, MASKED)
+
+    found = [scores(k, visible) for k, _, visible in parts]
+    highest = jnp.stack([z.max(-1) for z in found]).max(0)[..., None]
+    weights = [jnp.exp(z - highest) for z in found]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    mixed = sum(
+        jnp.einsum(
+            "skqc,skch->skqh",
+            (w / total).astype(v.dtype).reshape(S, K, N // K * T, -1),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        for w, (_, v, _) in zip(weights, parts, strict=True)
+    )
+    mixed = mixed.reshape(S, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(S, T, N, H)
+    return mixed.astype(q_STNH.dtype)

@@ -1,0 +1,114 @@
+"""Attention to keys and values in pages, on every backend, against plain attention in float64."""
+
+import contextlib
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from tinsmith.model.kernels import paged_attention
+from tinsmith.model.kernels.paged_attention import gpu, reference, tpu
+from tinsmith.model.kernels.paged_attention.pages import Pages
+
+S, N, K, H, Z, P, L = 5, 8, 2, 128, 16, 4, 2
+SCALE = H**-0.5
+FIRST, LENGTH = np.array([0, 3, 40, 49, 0], np.int32), np.array([1, 17, 64, 50, 33], np.int32)
+
+
+def case(dtype, seed=0):
+    """Queries, keys and values [L, pages, K, Z, H], and tables that share no page."""
+    rng = np.random.default_rng(seed)
+    q = jnp.asarray(rng.normal(size=(S, N, H)), dtype)
+    k, v = (jnp.asarray(rng.normal(size=(L, 1 + S * P, K, Z, H)), dtype) for _ in "kv")
+    table = 1 + rng.permutation(S * P).reshape(S, P).astype(np.int32)
+    return q, k, v, jnp.asarray(table)
+
+
+def expected(q, k, v, table, first, length):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((S, N, H))
+    for s in range(S):
+        keys, values = (x[np.asarray(table[s])].transpose(1, 0, 2, 3).reshape(K, -1, H) for x in (k, v))
+        seen = slice(first[s], length[s])
+        for n in range(N):
+            scores = keys[n * K // N, seen] @ q[s, n] * SCALE
+            weights = np.exp(scores - scores.max())
+            out[s, n] = weights / weights.sum() @ values[n * K // N, seen]
+    return out
+
+
+def pages_of(k, v, backend):
+    order = (2, 0, 1, 3, 4) if backend == "tpu" else (0, 1, 2, 3, 4)
+    return Pages(k.transpose(order), v.transpose(order), backend)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(gpu, "attend", partial(gpu.attend, interpret=True))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("backend", ["reference", "gpu", "tpu"])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_decoding_reads_the_pages_of_its_layer(backend, windowed, dtype, bound):
+    q, k, v, table = case(dtype)
+    first = jnp.asarray(FIRST) if windowed else None
+    with pltpu.force_tpu_interpret_mode() if backend == "tpu" else contextlib.nullcontext():
+        out = paged_attention.decode_attention(
+            q, pages_of(k, v, backend), jnp.int32(1), table, first, jnp.asarray(LENGTH), SCALE
+        )
+    want = expected(q, k[1], v[1], table, FIRST if windowed else np.zeros_like(FIRST), LENGTH)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=bound)
+
+
+def test_the_tpu_has_its_kernel_where_it_takes_the_shape(monkeypatch):
+    called = []
+    monkeypatch.setattr(tpu, "attend", lambda *arguments, scale: called.append(scale) or arguments[0])
+    q, k, v, table = case(jnp.bfloat16)
+    decode = partial(paged_attention.decode_attention, q, pages_of(k, v, "tpu"), jnp.int32(0), table)
+    decode(None, jnp.asarray(LENGTH), SCALE)
+    decode(jnp.asarray(FIRST), jnp.asarray(LENGTH), SCALE)  # a window: XLA
+    assert called == [SCALE]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tpu"])
+def test_contexts_of_prompts_merge_with_the_tokens_own_keys(backend):
+    """Attention to a context and to other keys, merged, is attention to both."""
+    q, k, v, table = case(jnp.float32)
+    pages = pages_of(k, v, backend)
+    read = partial(paged_attention.context_attention, q[:, None], pages, jnp.int32(1), table)
+    middle = (FIRST + LENGTH) // 2
+    parts = (
+        read(jnp.asarray(FIRST)[:, None], jnp.asarray(middle), SCALE),
+        read(jnp.asarray(middle)[:, None], jnp.asarray(LENGTH), SCALE),
+    )
+    merged = paged_attention.merge(*parts)[:, 0]
+    np.testing.assert_allclose(merged, expected(q, k[1], v[1], table, FIRST, LENGTH), atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    q, k, v, table = case(jnp.float32)
+    nothing = jnp.zeros(S, jnp.int32)
+    for out in (
+        reference.attend(q[:, None], k[0], v[0], table, nothing[:, None], nothing, SCALE)[0],
+        gpu.attend(q, k[0], v[0], table, nothing, nothing, SCALE),
+    ):
+        np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gpu", "tpu"])
+def test_a_layer_is_written_at_its_places(backend):
+    _, k, v, _ = case(jnp.float32)
+    rng = np.random.default_rng(1)
+    new_k, new_v = (jnp.asarray(rng.normal(size=(3, K, H)), jnp.float32) for _ in "kv")
+    page, offset = np.array([4, 7, 4], np.int32), np.array([0, 15, 3], np.int32)
+    written = paged_attention.write_layer(
+        pages_of(k, v, backend), jnp.int32(1), new_k, new_v, jnp.asarray(page), jnp.asarray(offset)
+    )
+    want_k, want_v = np.array(k), np.array(v)
+    want_k[1, page, :, offset], want_v[1, page, :, offset] = new_k, new_v
+    want = pages_of(jnp.asarray(want_k), jnp.asarray(want_v), backend)
+    np.testing.assert_array_equal(written[0], want.k)
+    np.testing.assert_array_equal(written[1], want.v)
