@@ -21,7 +21,7 @@ import msgspec
 from ..ckpt.tokenizer_files import without_torch
 from ..model.load import find_model
 from ..model.sharding import make_mesh
-from . import base_models, compilation, logs, messages
+from . import base_models, compilation, logs, messages, precision
 from .loop import Engine
 from .socket import Socket
 from .training.custom_loss_processes import CustomLossProcesses
@@ -74,6 +74,9 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     mesh = make_mesh(config.mesh or None)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     log.info("JAX %s on %s; compiled programs are kept in %s", jax.__version__, devices, cache)
+    platform = mesh.devices.flat[0].platform
+    precision.set_precision(base_models.compute_dtype(config.dtype), platform)
+    log.info("on this backend %s", precision.promise(platform))
     room = base_models.Room.of(config, mesh)
     log.info("memory planned, in %s", room.plan)
     bases: dict[str, base_models.BaseModel] = {}

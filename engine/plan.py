@@ -40,6 +40,7 @@ def compile_step(step: StepToCompile) -> CompiledStep:
     from ..model import decoder, sharding
     from ..model.folder import stated_config
     from .messages import LoraSpec
+    from .precision import set_precision
     from .training.trainer import Trainer
 
     began = time.perf_counter()
@@ -48,7 +49,9 @@ def compile_step(step: StepToCompile) -> CompiledStep:
     axes = sharding.MESH_AXES
     on = compile_only.devices(find(step.device)).reshape([getattr(sizes, axis) for axis in axes])
     mesh = Mesh(on, axes, axis_types=(AxisType.Auto,) * len(axes))
-    graph, abstract = decoder.build(config, "bfloat16" if work.itemsize == 2 else "float32")
+    dtype = "bfloat16" if work.itemsize == 2 else "float32"
+    set_precision(dtype, find(step.device).platform)
+    graph, abstract = decoder.build(config, dtype)
     shardings = sharding.shardings_for(abstract, decoder.logical_axes(config), mesh)
     base = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     trainer = Trainer(graph, base, config, mesh, chunk_tokens=work.chunk, remat=step.remat)

@@ -27,7 +27,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ...engine import messages
+from ...engine import messages, xla_flags
 from ...engine.device_catalogue import GPU_SHARE
 from ..errors import Unavailable
 from .outbox import Lane, Outbox
@@ -57,9 +57,13 @@ _GLIBC_TUNABLES = ":".join(
 
 
 def engine_environment() -> dict[str, str]:
-    """The engine's: the server's, and the allocators' settings where the user has none."""
+    """The engine's: the server's, with settings of the allocators where the user has none, and on NVIDIA's
+    GPUs with deterministic operations."""
     tunables = {"GLIBC_TUNABLES": _GLIBC_TUNABLES} if platform.libc_ver()[0] == "glibc" else {}
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)} | tunables | os.environ
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)} | tunables | os.environ
+    if Path("/dev/nvidiactl").exists():
+        environment["XLA_FLAGS"] = xla_flags.deterministic(environment.get("XLA_FLAGS", ""))
+    return environment
 
 
 async def nothing_stored(_request_id: str) -> None:
