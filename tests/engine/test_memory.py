@@ -74,8 +74,8 @@ def test_estimates_are_within_15_percent_of_what_compilers_report(of, mesh, toke
 @pytest.mark.parametrize(("full_weight", "mib"), [(False, 363.1 + 209.5), (True, 1268.2 + 586.0)])
 def test_estimates_hold_for_full_weights_and_small_models_too(full_weight, mib):
     """What jax 0.12.0.1 reports for an H200 about this step, with XLA's attention over a row of 1024."""
-    sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_layers": 8}
-    of = counts(config(family="qwen3", num_heads=8, num_kv_heads=4, qk_norm=True, **sizes))
+    sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
+    of = counts(config("qwen3", num_attention_heads=8, num_key_value_heads=4, **sizes))
     work = Workload(1024, full_weight=full_weight)
     one = of.parameters if full_weight else memory.adapter_elements(of, work)
     arguments = 2 * one * memory.WIDE + (0 if full_weight else of.parameters * 2)
