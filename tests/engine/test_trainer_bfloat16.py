@@ -1,14 +1,25 @@
 """Training in bfloat16, at a real model's width: the kernels of small products are others."""
 
+import shutil
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from engine_training import datum, lora, random_data, relative, run, with_random_b
+import pytest
+from engine_training import lora, random_data, run, with_random_b
 from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
 from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
 from tiny_models import write_model
+
+from tests.engine import full_weight_gradients
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+import safetensors.torch  # noqa: E402
 
 WIDE = {
     "hidden_size": 576,
@@ -39,30 +50,37 @@ def test_gradients_are_those_of_float32(tmp_path_factory):
         assert error < 0.1
 
 
-def test_sums_over_many_tokens_are_float32_in_full_weight_training(tmp_path):
-    """One token stands at every second place. The reference has the same weights, and computes in float32."""
-    folder = write_model(tmp_path / "model", "qwen3", tokenizer=False, num_hidden_layers=1)
-    config = read_config(folder)
-    tokens = np.random.default_rng(0).integers(3, 300, 2049)
-    tokens[::2] = 7
-    data = [
-        datum(
-            tokens[at : at + 256], target_tokens=tokens[at + 1 : at + 257], weights=np.ones(256, np.float32)
-        )
-        for at in range(0, 2048, 256)
-    ]
-    gradients = []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        graph, _ = decoder.build(config, dtype)
-        trainer = Trainer(graph, load_base(folder, config, dtype), config, micro_batch_tokens=2048)
-        state = trainer.create(None)
-        state.weights = jax.tree.map(
-            lambda w: jax.device_put(w.astype(jnp.bfloat16).astype(jnp.float32), w.sharding), state.weights
-        )
-        run(trainer, state, data)
-        gradients.append(jax.tree_util.tree_leaves_with_path(state.gradients))
-    for (path, exact), (_, found) in zip(*gradients, strict=True):
-        assert relative(found, exact) < 0.01, jax.tree_util.keystr(path)
+def torch_gradients(folder, into):
+    """Write the model again with gradients as its weights: those of `full_weight_gradients.token_rows`, by
+    transformers and torch in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = torch.tensor(full_weight_gradients.token_rows())
+    logprobs = torch.log_softmax(model(rows[:, :-1]).logits, -1)
+    (-logprobs.gather(-1, rows[:, 1:, None]).sum()).backward()
+    into.mkdir()
+    shutil.copy(folder / "config.json", into)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    safetensors.torch.save_file(gradients, into / "model.safetensors")
+    return into
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_full_weight_gradients_are_torch_s_in_float32(tmp_path, tied):
+    """Every second token is the same: its sum over the tokens needs float32. On one device, and on eight."""
+    folder = write_model(
+        *(tmp_path / "model", "qwen3"),
+        tokenizer=False,
+        dtype="bfloat16",
+        num_hidden_layers=1,
+        tie_word_embeddings=tied,
+    )
+    expected = torch_gradients(folder, tmp_path / "gradients")
+    errors = full_weight_gradients.errors(folder, expected)
+    assert any("embed_tokens" in name for name in errors)
+    assert max(errors.values()) < 0.01, errors
+    program = [sys.executable, full_weight_gradients.__file__, folder, expected]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_a_trained_bias_has_a_float32_gradient_and_the_sum_that_bfloat16_has():
