@@ -182,7 +182,13 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
                 side, np.zeros(place.shapes(padded_rank)[side], np.float32)
             )
             at = (stored if place.at is None else stored[place.at])[: shape[0], : shape[1]]
-            at[:] = tensor.T if side == "a" or factor == 1 else tensor.T.astype(np.float32) * factor
+            with np.errstate(over="ignore"):
+                at[:] = tensor.T if side == "a" or factor == 1 else tensor.T.astype(np.float32) * factor
+            if not np.isfinite(at).all():
+                raise AdapterError(
+                    f"{where}: {module}.lora_{side.upper()} has values that are not finite, or too large for "
+                    "float32 with the adapter's scale"
+                )
     _take_copies(tensors, config, base, where)
     if tensors:
         raise AdapterError(f"{where}: the model has no place for {min(tensors)}")

@@ -265,3 +265,19 @@ def test_copies_of_the_base_must_be_the_base_s(tmp_path: Path, variant: str) -> 
         save_file(tensors | {name: tensors[name] + np.float32(0.5)}, file)
         with pytest.raises(peft.AdapterError, match=f"{name} is not the base model's"):
             peft.load_adapter(tmp_path / "a", tiny.config, tiny.unchanged)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (-np.inf, "float16"), (1e300, "float64")])
+def test_values_that_are_not_finite_are_refused(
+    tiny: Tiny, plain: Path, tmp_path: Path, value: float, dtype: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
+    tensors = load_file(plain / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.lora_B.weight"))
+    tensors[name] = tensors[name].astype(dtype)
+    tensors[name][3, 1] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        peft.AdapterError, match=r"layers\.1\.mlp\.down_proj\.lora_B has values that are not finite"
+    ):
+        peft.load_adapter(tmp_path, tiny.config, tiny.unchanged)
