@@ -217,9 +217,14 @@ def _parse(entry: str) -> _Entry:
     """A folder that exists is meant as it stands, whatever is in its name."""
     if not entry.strip():
         raise ValueError("--model is empty; give a folder, a hub id (owner/name) or NAME=one of these")
-    if Path(entry).expanduser().is_dir() or "=" not in entry or _is_path(entry):
+    if Path(entry).expanduser().is_dir() or "=" not in entry:
         return _source(entry, None)
-    name, _, source = entry.partition("=")
+    # Both the name and the folder may have a = of their own: what is behind the right one exists.
+    splits = [(entry[: at.start()], entry[at.end() :]) for at in re.finditer("=", entry)]
+    of_folders = [split for split in splits if split[0] and _is_here(split[1])]
+    if not of_folders and _is_path(entry):
+        return _source(entry, None)
+    name, source = (of_folders or splits)[0]
     name = name.strip()
     if not name or not name.isprintable():
         raise ValueError(f"--model {entry!r}: the name before the = is {name!r}; write NAME=FOLDER")
@@ -244,6 +249,10 @@ def _source(source: str, name: str | None) -> _Entry:
     if _is_path(source):
         raise ValueError(f"model {source!r}: there is no such folder")
     raise ValueError(f"model {source!r} is neither a folder, nor a hub id (owner/name), nor {SMOLLM2!r}")
+
+
+def _is_here(source: str) -> bool:
+    return source == SMOLLM2 or Path(source).expanduser().is_dir()
 
 
 def _is_path(source: str) -> bool:

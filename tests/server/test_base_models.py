@@ -41,6 +41,8 @@ def test_a_folder_that_exists_is_meant_as_it_stands(
     folder.parent.mkdir(exist_ok=True)
     folder.symlink_to(model)
     monkeypatch.chdir(tmp_path)
+    (planned,) = base_models.plan([f"{folder}={folder}"])  # named by its path
+    assert (planned.folder, planned.name) == (model, str(folder))
     for entry in (str(folder), name):
         (planned,) = base_models.plan([entry])
         assert (planned.folder, planned.name) == (model, "tiny")

@@ -1,0 +1,45 @@
+"""The code of the documentation's pages, block by block."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import tinsmith
+
+ROOT = Path(tinsmith.__file__).resolve().parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two fences."""
+
+    page: str
+    language: str
+    text: str
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """The page, and the first line."""
+        return self.page, self.text.partition("\n")[0]
+
+
+def blocks() -> list[Block]:
+    """All of them, in the order of the pages."""
+    fence = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    return [
+        Block(page.name, language, text)
+        for page in PAGES
+        for language, text in fence.findall(page.read_text())
+    ]
+
+
+def inline_commands(begins: str) -> list[str]:
+    """Code within text that begins so and goes on, such as `make slow`."""
+    found: list[str] = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        found += re.findall(rf"`({begins} [^`]+)`", re.sub(r"\s*\n\s*", " ", text))
+    return sorted(set(found))

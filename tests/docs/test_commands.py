@@ -1,0 +1,348 @@
+"""The documentation's commands are run as they stand: those of README.md and of docs/.
+
+`smollm2-135m` is a tiny model here, which lies where that one is cached, and so are `MODEL` and
+`/models/qwen3-8b`. Ports, folders of other machines and ids are replaced. What cannot be run is in `NOT_RUN`,
+with the reason, and checked in another way where there is one.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("tinker")
+
+from fake_hub import Hub
+from tinsmith.ckpt import smollm2
+from tiny_models import hf_config, write_model
+
+from .pages import ROOT, Block, blocks, inline_commands
+from .terminal import Serving, Terminal
+
+BLOCKS = {block.name: block for block in blocks()}
+QUICKSTART, RL = "quickstart.md", "rl.md"
+CONTRIBUTING, PLACEMENT = "CONTRIBUTING.md", "placement.md"
+TINSMITH = ".venv/bin/tinsmith"
+SERVE = f"{TINSMITH} serve --model smollm2-135m"
+PYTEST = ".venv/bin/python -m pytest -q tests/losses"
+
+RUN = {
+    ("README.md", "make demo"),
+    ("README.md", SERVE),
+    ("README.md", "import tinker"),
+    ("README.md", "0 4.259"),
+    (CONTRIBUTING, f"{PYTEST}/test_losses.py -k dro"),
+    (CONTRIBUTING, f"{PYTEST}/test_losses.py tests/server"),
+    (PLACEMENT, "export TINSMITH_DATABASE_URL"),
+    (PLACEMENT, "python -m sglang.launch_server --model-path MODEL"),
+    (PLACEMENT, "CUDA_VISIBLE_DEVICES=1"),
+    ("plan.md", "tinsmith plan --model"),
+    ("plan.md", "Qwen/Qwen3-8B: 8.19 billion"),
+    (QUICKSTART, "make install"),
+    (QUICKSTART, f"{SERVE} --data-dir runs"),
+    (QUICKSTART, "Tinsmith 0.1.0 on"),
+    (QUICKSTART, f"{SERVE} --data-dir runs --host 0.0.0.0"),
+    (QUICKSTART, "tinsmith: host 0.0.0.0"),
+    (QUICKSTART, f"{TINSMITH} keys create alice"),
+    (QUICKSTART, "path = client.save_state"),
+    (QUICKSTART, "tinker://"),
+    (QUICKSTART, "stopped; everything"),
+    (QUICKSTART, "client = service.create_training"),
+    (QUICKSTART, f"{TINSMITH} checkpoints import"),
+    (RL, "M=$("),
+    (RL, "export TINKER_API_KEY"),
+    (RL, SERVE),
+    (RL, "curl -s"),
+    (RL, '{"enabled": true'),
+    ("serving.md", "import openai"),
+    (RL, ".venv/bin/python demo/brevity.py"),
+    ("serving.md", "'A tinsmith is"),
+    ("serving.md", '{"success":true'),
+    ("sglang.md", "python -m sglang.launch_server"),
+}
+NOT_RUN = {
+    (
+        "README.md",
+        ".venv/bin/python -m pip install",
+    ): "gigabytes for a GPU; the extra and the file are checked",
+    ("architecture.md", "client "): "a picture",
+    ("models.md", "tinsmith: model"): "answers to models and devices that are not here (test_base_models.py)",
+    (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "`make cookbook` runs these recipes in an hour",
+    (RL, "python -m tinker_cookbook.recipes.rl_loop"): "`make cookbook` runs these recipes in an hour",
+}
+
+
+def block(page: str, begins: str) -> str:
+    """The code of the shortest of a page's blocks that begins so."""
+    found = [each.text for each in BLOCKS.values() if each.page == page and each.text.startswith(begins)]
+    assert found, f"{page} has no block that begins with {begins!r}"
+    return min(found, key=len)
+
+
+def test_every_block_is_run_or_says_why_not() -> None:
+    def covers(name: tuple[str, str], each: Block) -> bool:
+        return each.page == name[0] and each.text.startswith(name[1])
+
+    listed = [*RUN, *NOT_RUN]
+    assert not [each.name for each in BLOCKS.values() if not any(covers(name, each) for name in listed)]
+    assert not [name for name in listed if not any(covers(name, each) for each in BLOCKS.values())]
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory: pytest.TempPathFactory) -> Terminal:
+    home = tmp_path_factory.mktemp("home")
+    model = write_model(home / ".cache/tinsmith/models/SmolLM2-135M-Instruct", "llama")
+    compiled = ROOT / ".cache" / "tests" / "servers" / "xla"
+    compiled.mkdir(parents=True, exist_ok=True)
+    (home / ".cache/tinsmith/xla").symlink_to(compiled)
+    own = {
+        "MODEL": str(model),
+        "/models/qwen3-8b": str(model),
+        "http://sampler-1:30000": "http://127.0.0.1:9",
+    }
+    own |= {"30000": "9", "/shared": str(home / "shared"), "/local/disk": str(home / "disk")}
+    return Terminal(home, own)
+
+
+@pytest.fixture
+def serve(terminal: Terminal) -> Iterator:
+    started: list[Serving] = []
+
+    def serve(text: str, **environment: str) -> Serving:
+        started.append(terminal.serve(text, **environment))
+        return started[-1]
+
+    yield serve
+    for each in started:
+        each.kill()
+
+
+class Python:
+    """One interpreter for several blocks."""
+
+    def __init__(self, terminal: Terminal):
+        self._terminal = terminal
+        self.names: dict = {}
+
+    def run(self, text: str) -> list[str]:
+        """The lines that it prints."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(self._terminal.mine(text), self.names)
+        return printed.getvalue().splitlines()
+
+
+def test_from_the_first_command_to_a_stop_and_on(terminal: Terminal, serve) -> None:
+    """README.md's loop, what the quickstart and the other pages do with it, and what is there afterwards."""
+    server = serve(block(QUICKSTART, f"{SERVE} --data-dir runs\n"))
+    banner = terminal.mine(block(QUICKSTART, "Tinsmith 0.1.0 on"))
+    banner = banner.replace("8192", "512").replace("~", str(terminal.home))
+    for line in banner.splitlines():
+        assert line in server.log.splitlines()
+    server.wait_for_engine()
+
+    python = Python(terminal)
+    *losses, answer = python.run(block("README.md", "import tinker"))
+    steps, values = zip(*(line.split() for line in losses), strict=True)
+    assert steps == tuple("01234567")
+    assert [*values] == sorted(values, key=float, reverse=True), "each step lowers the loss"
+    saved = python.run(block(QUICKSTART, "path = client.save_state"))
+    shown = block(QUICKSTART, "tinker://").split()
+    assert [re.sub("[0-9a-f]{32}", "", path) for path in saved] == [
+        re.sub("[0-9a-f]{32}", "", path) for path in shown
+    ]
+    chunks = python.run(block("serving.md", "import openai"))
+    assert all(line.startswith(("'", '"')) for line in chunks)
+    with_rlve(terminal)
+    sleeping, awake = block("serving.md", '{"success":true').splitlines()
+    for path, line in (("sleep", sleeping), ("wake_up", awake)):
+        answered = httpx.post(f"{server.url}/{path}", timeout=60).json()
+        assert (answered["success"], answered["result"].keys()) == (True, json.loads(line)["result"].keys())
+    assert server.interrupt() == 0
+    assert server.log.splitlines()[-1:] == block(QUICKSTART, "stopped; everything").splitlines()
+
+    server = serve(block(QUICKSTART, f"{SERVE} --data-dir runs\n")).wait_for_engine()
+    python.names["service"] = python.names["tinker"].ServiceClient(base_url=server.url, api_key="tml-local")
+    python.run(block(QUICKSTART, "client = service.create_training").replace(shown[1], saved[1]))
+    again = "client.save_weights_and_get_sampling_client().result()"
+    for sampler in ("sampler", again):
+        asked = (
+            f"{sampler}.sample(types.ModelInput.from_ints(prompt), 1, params).result().sequences[0].tokens"
+        )
+        assert python.run(f"print(tokenizer.decode({asked}))") == [answer]
+    imported(terminal)
+    assert server.interrupt() == 0
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_what_the_pages_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M in float32, and the reinforcement learning of brevity."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    terminal = Terminal(tmp_path, {})
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/tinsmith").symlink_to(smollm2.default_cache())
+    server = terminal.serve(block("README.md", SERVE)).wait_for_engine()
+    try:
+        python = Python(terminal)
+        *losses, answer = python.run(block("README.md", "import tinker"))
+        *shown, shown_answer = block("README.md", "0 4.259").splitlines()
+        assert answer == shown_answer
+        values, expected = ([float(line.split()[1]) for line in lines] for lines in (losses, shown))
+        assert values == pytest.approx(expected, rel=0.02)
+        text = "".join(map(ast.literal_eval, python.run(block("serving.md", "import openai"))))
+        assert text == "".join(map(ast.literal_eval, block("serving.md", "'A tinsmith is").splitlines()))
+    finally:
+        server.kill()
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    terminal.run(block(RL, ".venv/bin/python demo/brevity.py"))
+
+
+def with_rlve(terminal: Terminal) -> None:
+    pytest.importorskip("reasoning_gym")
+    answers = terminal.run(block(RL, "curl -s"))
+    created, described, stopped = [json.loads(each) for each in re.split(r"(?<=\})(?=\{)", answers)]
+    assert "request_id" in created, answers
+    assert described["rlve"]["state"] == "running", answers
+    assert "error" not in stopped, answers
+
+
+def imported(terminal: Terminal) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = terminal.home / ".cache/tinsmith/models/SmolLM2-135M-Instruct"
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(terminal.home / "my-adapter")
+    printed = terminal.run(block(QUICKSTART, f"{TINSMITH} checkpoints import"))
+    assert [path.rpartition("/")[2] for path in printed.split()] == ["from-peft"] * 2
+
+
+def test_keys_and_clients_on_other_machines(terminal: Terminal, serve) -> None:
+    """Without a key the server refuses as the quickstart says, and with one it serves. The SDK then finds
+    the tokenizer on the hub, although the model has a name of its own here."""
+    open_to_all = block(QUICKSTART, f"{SERVE} --data-dir runs --host 0.0.0.0")
+    refused = terminal.attempt(open_to_all.replace("runs", "others"))
+    assert refused.returncode == 2
+    assert refused.stderr == block(QUICKSTART, "tinsmith: host 0.0.0.0").replace("runs", "others")
+    create = block(QUICKSTART, f"{TINSMITH} keys create alice").replace("runs", "others")
+    (key,) = re.findall(r"tml-[\w-]+", terminal.run(create))
+    for command in inline_commands(r"tinsmith keys (?:list|quota)(?:[^`]*)"):
+        terminal.run(command, TINSMITH_DATA_DIR="others")
+    server = serve(open_to_all.replace("runs", "others")).wait_for_engine()
+    folder = terminal.home / ".cache/tinsmith/models/SmolLM2-135M-Instruct"
+    hub = Hub({("HuggingFaceTB/SmolLM2-135M-Instruct", "main"): folder})
+    code = (
+        "import tinker; client = tinker.ServiceClient().create_lora_training_client('smollm2-135m', rank=4)\n"
+        "print(client.result().get_tokenizer().encode('hello'))"
+    )
+    environment = terminal.environment | {"TINKER_API_KEY": key, "TINKER_BASE_URL": server.url}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180
+    )
+    hub.close()
+    assert done.returncode == 0, done.stderr
+    from transformers import AutoTokenizer
+
+    assert json.loads(done.stdout.splitlines()[-1]) == AutoTokenizer.from_pretrained(folder).encode("hello")
+    assert "tokenizer.json" in hub.asked
+
+
+def test_servers_of_other_pages(terminal: Terminal, serve) -> None:
+    """Each listens, with the models and the settings that its page names."""
+
+    def names(server: Serving) -> list[str]:
+        listed = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
+        server.kill()
+        return [model["id"] for model in listed]
+
+    folder = terminal.home / ".cache/tinsmith/models/SmolLM2-135M-Instruct"
+    assert names(serve(block("README.md", SERVE))) == ["smollm2-135m"]
+    assert block("README.md", SERVE) == block(RL, SERVE)
+    assert names(serve(block(RL, "M=$("))) == [str(folder), "meta-llama/Llama-3.2-1B"]
+    (terminal.home / "shared").mkdir()
+    (terminal.home / "disk/tinsmith").mkdir(parents=True)
+    sqlite, _postgresql, command = block(PLACEMENT, "export TINSMITH_DATABASE_URL").splitlines()
+    of_sglang = (
+        block("sglang.md", "python -m sglang"),
+        block(PLACEMENT, "python -m sglang"),
+        block(PLACEMENT, "CUDA_VISIBLE_DEVICES=1"),
+    )
+    for text in (f"{sqlite}\n{command}", *(each[each.rindex("\n", 0, -1) :] for each in of_sglang)):
+        assert names(serve(text)) == ["SmolLM2-135M-Instruct"]
+    assert (terminal.home / "disk/tinsmith/ledger.db").exists()
+
+
+def test_sglang_takes_the_options_that_it_is_given() -> None:
+    """It is started for real, on the CPU, by tests/sglang."""
+    venv = Path(os.environ.get("TINSMITH_SGLANG_VENV") or ROOT / ".cache" / "sglang" / "venv")
+    fields = [*venv.glob("lib/python*/site-packages/sglang/srt/arg_groups/fields/*.py")]
+    if not fields:
+        pytest.skip("no SGLang here")
+    taken = "".join(each.read_text() for each in fields)
+    commands = [each.text for each in BLOCKS.values() if "sglang.launch_server" in each.text]
+    of_sglang = [
+        line for text in commands for line in text.replace("\\\n", "").splitlines() if "launch" in line
+    ]
+    options = {option for line in of_sglang for option in re.findall(r"--([a-z-]+)", line)}
+    assert "enable-lora" in options
+    for option in options:
+        assert re.search(rf"^    {option.replace('-', '_')}: ", taken, re.MULTILINE), option
+
+
+def test_the_plan_is_the_one_that_is_printed(terminal: Terminal) -> None:
+    """From the config.json of Qwen3-8B, on a hub that has nothing else."""
+    folder = terminal.home / "hub"
+    folder.mkdir()
+    config = hf_config("qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36) | {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 40_960,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    hub = Hub({("Qwen/Qwen3-8B", "main"): folder})
+    command = block("plan.md", "tinsmith plan --model")
+    printed = terminal.run(command, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+    hub.close()
+    assert printed.split() == block("plan.md", "Qwen/Qwen3-8B: 8.19 billion").split()
+
+
+def test_targets_of_make_and_files_of_tests(terminal: Terminal) -> None:
+    targets = [line.partition("#")[0] for line in block("README.md", "make demo").splitlines()]
+    for command in [*targets, block(QUICKSTART, "make install"), *inline_commands("make")]:
+        terminal.run(command.replace("make ", "make -n ", 1), folder=ROOT)
+    first, *others = [
+        line
+        for begins in (f"{PYTEST}/test_losses.py -k dro", f"{PYTEST}/test_losses.py tests/server")
+        for line in block(CONTRIBUTING, begins).splitlines()
+    ]
+    assert "test_losses.py::" in terminal.run(f"{first} --collect-only", folder=ROOT)
+    for line in others:
+        assert all((ROOT / path).exists() for path in line.split()[4:])
+    installs = block("README.md", ".venv/bin/python -m pip install")
+    (extra,) = re.findall(r"\.\[(\w+)\]", installs)
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_configuration_of_a_training_run_is_taken(terminal: Terminal) -> None:
+    """rl.md's `rlve_config`, and its environment for the cookbook's programs."""
+    from tinsmith.server.wire.rlve import RlveConfig
+
+    RlveConfig.model_validate_json(block(RL, '{"enabled": true'))
+    exported = terminal.run(block(RL, "export TINKER_API_KEY") + "echo $U")
+    assert exported.startswith("http://127.0.0.1:")
