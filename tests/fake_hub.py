@@ -29,6 +29,8 @@ class Hub:
             def _answer(self, body: bool) -> None:
                 parts = unquote(urlsplit(self.path).path).strip("/").split("/")
                 api = parts[:2] == ["api", "models"]
+                if len(parts) < (6 if api else 4):
+                    return self._send(404, b"{}", {})
                 repository, kind, revision, file = (
                     (f"{parts[2]}/{parts[3]}", parts[4], parts[5], "")
                     if api

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import tinker
 from conformance.batches import batch
@@ -50,6 +51,20 @@ def sdk(server: ServerProcess, tenant: str) -> tinker.TrainingClient:
 def calm(server: ServerProcess) -> tinker.TrainingClient:
     """Of a tenant that is within its quota."""
     return sdk(server, "calm")
+
+
+def test_openai_s_client_waits_when_there_are_too_many_requests(server: ServerProcess) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="tml-busy", max_retries=0) as client:
+
+        def ask_often() -> None:
+            for _ in range(1000):
+                client.models.list()
+
+        with pytest.raises(openai.RateLimitError, match="10 requests a second") as raised:
+            ask_often()
+        assert (raised.value.type, raised.value.code) == ("requests", "rate_limit_exceeded")
+        assert float(raised.value.response.headers["retry-after"]) > 0
+        assert client.with_options(max_retries=2).models.list().data
 
 
 def refusal(answer: httpx.Response, status: int) -> str:

@@ -8,19 +8,23 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
 
+import openai
 import pytest
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
+from tinsmith.server import errors as domain_errors
 from tinsmith.server.app import create_app
 from tinsmith.server.cli.connections import Connection
 from tinsmith.server.cli.serve import listen
+from tinsmith.server.errors import ApiError
 from tinsmith.server.http import errors
 from tinsmith.server.http.bodies import BodyRoute
 from tinsmith.server.http.hang_ups import while_connected
@@ -43,6 +47,7 @@ def test_a_ledger_that_cannot_be_read_is_503(tmp_path: Path, monkeypatch) -> Non
     errors.install(app)
 
     @app.get("/unfinished")
+    @app.get("/v1/unfinished")
     async def unfinished() -> int:
         return len(await ledger.read(operations.unfinished))
 
@@ -56,9 +61,30 @@ def test_a_ledger_that_cannot_be_read_is_503(tmp_path: Path, monkeypatch) -> Non
     assert refused.status_code == 503
     assert refused.headers["Retry-After"] == "5"
     assert "try again" in refused.json()["detail"]
+    own = openai.OpenAI(base_url="http://testserver/v1", api_key="x", http_client=client, max_retries=0)
+    with pytest.raises(openai.InternalServerError, match="try again") as raised:
+        own.get("/unfinished", cast_to=object)
+    assert (raised.value.status_code, raised.value.type) == (503, "server_error")
     intruder.close()
     assert client.get("/unfinished").json() == 0
     ledger.close()
+
+
+REFUSALS = {
+    name: each
+    for name, each in vars(domain_errors).items()
+    if isinstance(each, type) and issubclass(each, ApiError)
+}
+# https://github.com/openai/openai-python#handling-errors; of all others, the plain APIStatusError.
+BY_STATUS = {
+    400: openai.BadRequestError,
+    401: openai.AuthenticationError,
+    403: openai.PermissionDeniedError,
+    404: openai.NotFoundError,
+    409: openai.ConflictError,
+    422: openai.UnprocessableEntityError,
+    429: openai.RateLimitError,
+}
 
 
 class Broken:
@@ -69,6 +95,7 @@ class Broken:
         router = APIRouter(route_class=BodyRoute)
         for path in ("/v1/raises", "/api/v1/raises"):
             router.post(path)(self.raises)
+        router.post("/v1/refuses/{name}")(self.refuses)
         router.post("/v1/awaits_what_was_cancelled")(self.awaits_what_was_cancelled)
         router.post("/api/v1/raises_behind_its_beginning")(self.raises_behind_its_beginning)
         self.app.include_router(router)
@@ -78,6 +105,9 @@ class Broken:
             raise KeyError(body.note)
 
         await while_connected(request, work())
+
+    async def refuses(self, name: str) -> None:
+        raise REFUSALS[name]("field: what is wrong")
 
     async def awaits_what_was_cancelled(self, body: Note, request: Request) -> None:
         cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -92,10 +122,9 @@ class Broken:
         return StreamingResponse(pieces())
 
 
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a server of these routes."""
-    app = Broken(tmp_path_factory.mktemp("data")).app
+@contextmanager
+def serving(app: FastAPI) -> Iterator[int]:
+    """The port on which the application answers."""
     listener = listen("127.0.0.1", 0)
     config = uvicorn.Config(app, http=Connection, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
@@ -104,6 +133,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     yield listener.getsockname()[1]
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a server of these routes."""
+    with serving(Broken(tmp_path_factory.mktemp("data")).app) as port:
+        yield port
 
 
 def post(connection: HTTPConnection, path: str, size: int = 1) -> tuple[int, dict]:
@@ -131,6 +167,74 @@ def test_what_nobody_handles_is_answered_with_an_error_id_and_the_connection_goe
             assert body["error"] == expected
         time.sleep(0.1)  # in which a server that closes the connection would have done so
     connection.close()
+
+
+def raised_by(port: int, ask: Callable[[openai.OpenAI], object]) -> openai.APIStatusError:
+    """The error that OpenAI's client makes of an answer, with the four fields that it reads."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="tml-none", max_retries=0)
+    with client, pytest.raises(openai.APIStatusError) as raised:
+        ask(client)
+    error = raised.value
+    usual = openai.InternalServerError if error.status_code >= 500 else openai.APIStatusError
+    assert type(error) is BY_STATUS.get(error.status_code, usual)
+    shown = error.response.json()["error"]
+    assert shown == {
+        "message": shown["message"],
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    assert shown["message"] in str(error)
+    kinds = {429: "requests"} | dict.fromkeys(range(500, 600), "server_error")
+    assert error.type == kinds.get(error.status_code, "invalid_request_error")
+    return error
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_openai_s_client_raises_what_belongs_to_the_status(broken: int, name: str) -> None:
+    error = raised_by(broken, lambda client: client.post(f"/refuses/{name}", cast_to=object, body={}))
+    assert error.status_code == REFUSALS[name].status
+    assert (error.param, str(error).count("field: what is wrong")) == ("field", 1)
+    assert error.response.headers.get("retry-after") == REFUSALS[name]("").headers.get("Retry-After")
+
+
+@pytest.mark.parametrize(
+    ("status", "ask", "says"),
+    [
+        (400, lambda client: client.post("/completions", cast_to=object, content=b"{"), "JSON"),
+        (400, lambda client: client.post("/completions", cast_to=object, body={"prompt": 1}), "prompt"),
+        (403, lambda client: client.with_options(default_headers={"Host": "x.org"}).models.list(), "x.org"),
+        (403, lambda client: client.models.list(extra_headers={"Origin": "http://x.org"}), "x.org"),
+        (404, lambda client: client.post("/embeddings", cast_to=object, body={}), "/v1/embeddings"),
+        (405, lambda client: client.delete("/models", cast_to=object), "Not Allowed"),
+        (
+            413,
+            lambda client: client.post("/completions", cast_to=object, body={"prompt": "a" * 17_000_000}),
+            "",
+        ),
+        (
+            415,
+            lambda client: client.post(
+                "/completions", cast_to=object, body={}, options={"headers": {"Content-Encoding": "gzip"}}
+            ),
+            "Content-Encoding",
+        ),
+        (
+            415,
+            lambda client: client.post(
+                "/completions", cast_to=object, body={}, options={"headers": {"Content-Type": "text/plain"}}
+            ),
+            "text/plain",
+        ),
+        (500, lambda client: client.post("/raises", cast_to=object, body={"note": "x"}), "internal error"),
+    ],
+)
+def test_openai_s_client_understands_answers_that_no_route_gives(
+    broken: int, status: int, ask: Callable[[openai.OpenAI], object], says: str
+) -> None:
+    error = raised_by(broken, ask)
+    assert error.status_code == status
+    assert says in str(error)
 
 
 def test_an_answer_that_fails_behind_its_beginning_is_cut_off(broken: int) -> None:
