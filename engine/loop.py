@@ -52,7 +52,9 @@ class Engine:
         on_cpu = base.mesh.devices.flat[0].platform == "cpu"
         tenants = Tenants(base.room.budget, lambda model_id: self._scheduler.is_running(model_id), not on_cpu)
         self._models = Models(config, bases, tenants)
-        self._memory = MemoryReport(base.room, tenants, socket.send)
+        self._memory = MemoryReport(
+            base.room, tenants, (each.trainer.programs for each in bases.values()), socket.send
+        )
         # One of each, though several names may share a base.
         self._samplers = list(dict.fromkeys(base.samplers for base in bases.values()))
         micro_batch = max(base.trainer.shapes.micro_batch_tokens for base in bases.values())

@@ -216,11 +216,14 @@ def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
     else:
         one = sampled = adapter_elements(counts, work) * WIDE
     moments = _MOMENTS[work.optimizer]
+    # Muon steps embedding, head and norms by AdamW, which has a second moment.
+    others = counts.parameters - counts.matrices if work.full_weight and "muon" in work.optimizer else 0
     at_once = min(work.tenants, 1 if work.full_weight else MODELS_PER_BATCH)
     stacked = at_once > 1
     return {
         "base": base,
-        "tenants": work.tenants * one * (2 + moments),  # weights, gradients and moments
+        # weights, gradients and moments
+        "tenants": work.tenants * (one * (2 + moments) + others * WIDE // mesh.shards),
         "zeros": at_once * one,  # what the gradients of a run begin with, kept from one run to the next
         # Each tenant's, and for a batch of several a second time, side by side.
         "sampler_adapters": work.tenants * sampled + (at_once * one if stacked else 0),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from . import messages
 from .base_models import Room
 from .device_memory import free_bytes
+from .programs import Programs
 from .tenants import Tenants
 
 _SECONDS = 2.0  # between two reports while the engine works
@@ -16,8 +17,15 @@ _SECONDS = 2.0  # between two reports while the engine works
 class MemoryReport:
     """Sends `messages.Memory`."""
 
-    def __init__(self, room: Room, tenants: Tenants, send: Callable[[messages.Memory], None]):
+    def __init__(
+        self,
+        room: Room,
+        tenants: Tenants,
+        programs: Iterable[Programs],
+        send: Callable[[messages.Memory], None],
+    ):
         self._room, self._tenants, self._send = room, tenants, send
+        self._programs = list(programs)
         self._sent: messages.Memory | None = None
         self._sent_at = -_SECONDS
 
@@ -33,6 +41,8 @@ class MemoryReport:
 
     def report(self, asleep: bool) -> messages.Memory:
         plan = self._room.plan
-        held = {"base": plan.base, "kv_pages": plan.kv_pages, **self._room.budget.by_kind()}
+        largest = max(each.largest_bytes for each in self._programs)
+        held = {"base": plan.base, "programs": largest, "kv_pages": plan.kv_pages}
+        held |= self._room.budget.by_kind()
         held = dict.fromkeys(held, 0) if asleep else held
         return messages.Memory(plan.capacity, plan.kinds, held, free_bytes(), self._tenants.bytes_waiting)

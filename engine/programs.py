@@ -23,6 +23,8 @@ class Programs:
         self._on_compile = on_compile
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
         self.compile_seconds: dict[str, float] = {}
+        self.largest_bytes = 0
+        """The temporary memory of the largest program on each device, as the compiler says."""
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -48,6 +50,8 @@ class Programs:
             with jax.set_mesh(self._mesh), compiling(name):
                 self._compiled[key] = jitted.lower(*arguments).compile()
             self.compile_seconds[name] = seconds = time.perf_counter() - began
+            if (analysis := self._compiled[key].memory_analysis()) is not None:
+                self.largest_bytes = max(self.largest_bytes, analysis.temp_size_in_bytes)
             if self._on_compile:
                 self._on_compile(name, seconds)
         return self._compiled[key]

@@ -133,6 +133,10 @@ class GradientPrograms:
             out_shardings=(pin, self._replicated),
         )
 
+    def make_way(self) -> None:
+        """After the device ran out of memory, let half of what can leave it leave."""
+        self._budget.give_up(self._budget.bytes // 2)
+
     def _check_fits(self, program: jax.stages.Compiled, batch: Batch) -> None:
         """Compare what the compiler says that the program takes beside its arguments with what is free.
 

@@ -129,6 +129,7 @@ class Run:
                 self.results = [self._finish(index) for index in range(len(self._jobs))]
             return ended
         # Not in the handler: the error holds on to the arrays of the frames that it came through.
+        self._programs.make_way()
         self._begin()
         return False
 

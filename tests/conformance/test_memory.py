@@ -30,8 +30,10 @@ def test_health_and_metrics_tell_the_plan_and_what_is_held(server: ServerProcess
     assert sum(planned.values()) <= memory["capacity_bytes"]
     assert planned["base"] == held["base"]
     assert memory["waiting_in_host_memory_bytes"] == 0
-    wire.model(rank=8)
+    model = wire.model(rank=8)
     until(lambda: server.health()["memory"]["held_bytes"]["tenants"] > held["tenants"])
+    wire.result(wire.forward_backward(model, 1))
+    until(lambda: server.health()["memory"]["held_bytes"]["programs"] > 0)
     scraped = gauges(wire, "tinsmith_device_memory_held_bytes")
     assert scraped == pytest.approx(server.health()["memory"]["held_bytes"])
     assert gauges(wire, "tinsmith_device_memory_planned_bytes") == pytest.approx(planned)

@@ -10,11 +10,13 @@ import pytest
 from tinsmith.engine import device_catalogue, memory, roofline
 from tinsmith.engine.memory import Mesh, Workload
 from tinsmith.engine.optimizers import optimizer_families
+from tinsmith.engine.programs import Programs
 from tinsmith.model import decoder, kv_cache
 from tinsmith.model.config import ModelConfig
 from tinsmith.model.counts import counts
 from tinsmith.model.families import FAMILIES
 from tinsmith.model.lora import RANK_BUCKETS, init_lora, pad_rank
+from tinsmith.model.sharding import make_mesh
 
 GIB = 2**30
 
@@ -128,6 +130,24 @@ def test_moments_are_those_that_the_optimizer_keeps(name):
     per_tree = memory.adapter_elements(counts(TINY), Workload(8, rank=8)) * memory.WIDE
     assert kept / one == tenants / per_tree - 2  # beside weights and gradients
     assert set(memory.OPTIMIZERS) == set(optimizer_families.FAMILIES)
+
+
+@pytest.mark.parametrize("name", memory.OPTIMIZERS)
+def test_moments_of_full_weights(name):
+    base = decoder.build(TINY, "float32")[1]
+    state = optimizer_families.family(name).new_state(0, lambda: base)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state) if hasattr(leaf, "size"))
+    work = Workload(8, full_weight=True, optimizer=name)
+    tenants = memory.resident(counts(TINY), work, Mesh())["tenants"] // memory.WIDE
+    assert tenants - 2 * counts(TINY).parameters == kept
+
+
+def test_the_largest_program_is_what_the_compiler_says():
+    programs = Programs(make_mesh())
+    matrix = jax.ShapeDtypeStruct((64, 64), "float32")
+    for name, function in (("small", lambda x: x + 1), ("large", lambda x: (x @ x) @ (x.T @ x))):
+        compiled = programs.get(name, name, function, (matrix,))
+    assert programs.largest_bytes == compiled.memory_analysis().temp_size_in_bytes > 0
 
 
 @pytest.mark.parametrize("of", [C8, C70, counts(TINY)])
