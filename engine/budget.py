@@ -15,6 +15,8 @@ class Holder(Protocol):
     """Holds arrays of one kind (`memory.KINDS`) on the device."""
 
     kind: str
+    may_leave: bool
+    """Whether any of it ever leaves. What never does is reported, but takes nothing of the budget."""
 
     @property
     def bytes(self) -> int:
@@ -48,10 +50,10 @@ class Budget:
 
     @property
     def bytes(self) -> int:
-        return sum(holder.bytes for holder in self._holders)
+        return sum(holder.bytes for holder in self._holders if holder.may_leave)
 
     def by_kind(self) -> dict[str, int]:
-        """Return the bytes that are held, by kind."""
+        """Return the bytes that are held, by kind, also those that never leave."""
         kinds: dict[str, int] = {}
         for holder in self._holders:
             kinds[holder.kind] = kinds.get(holder.kind, 0) + holder.bytes

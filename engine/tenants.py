@@ -49,7 +49,7 @@ class Tenants:
     kind = "tenants"
 
     def __init__(self, budget: Budget, is_running: Callable[[str], bool], may_leave: bool):
-        self._budget, self._is_running, self._may_leave = budget, is_running, may_leave
+        self._budget, self._is_running, self.may_leave = budget, is_running, may_leave
         self._models: dict[str, Model] = {}
         budget.add(self)
 
@@ -104,7 +104,7 @@ class Tenants:
         log.debug("the state of model %s waits in the host's memory", model_id)
 
     def _leavers(self) -> list[tuple[str, Model]]:
-        if not self._may_leave:
+        if not self.may_leave:
             return []
         return [
             (model_id, model)

@@ -54,6 +54,7 @@ class SamplerCache:
     """
 
     kind = "sampler_adapters"
+    may_leave = True
 
     def __init__(
         self,

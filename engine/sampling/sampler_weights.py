@@ -61,6 +61,7 @@ class AdapterStacks:
     """
 
     kind = "sampler_stacks"
+    may_leave = True
 
     def __init__(self, config: ModelConfig, budget: Budget, sharding: Any = None, decoded_as: Any = None):
         """`decoded_as`, on an accelerator, is the dtype of the base (`lora.contained`)."""

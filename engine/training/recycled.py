@@ -15,6 +15,7 @@ class RecycledTrees:
     """Trees by their structure: those of the least recently used go first."""
 
     kind = "zeros"
+    may_leave = True
 
     def __init__(self, budget: Budget):
         self._budget = budget

@@ -87,6 +87,19 @@ def test_a_model_that_has_a_turn_and_models_on_a_cpu_stay(trainer):
     assert where(tenants_of(trainer, Budget(1), may_leave=False)) == dict.fromkeys("abc", True)
 
 
+def test_models_that_never_leave_crowd_nothing_out(trainer):
+    """On a CPU, samplers' weights and recycled zeros stay however many models are trained."""
+    budget = Budget(1 << 20)
+    zeros = RecycledTrees(budget)
+    zeros.put("s", {"x": jax.numpy.zeros(1000)})
+    tenants = tenants_of(trainer, budget, may_leave=False)
+    assert tenants.bytes > 0
+    budget.max_bytes = 8000
+    zeros.put("t", {"x": jax.numpy.zeros(1000)})
+    assert zeros.take("s") is not None
+    assert budget.by_kind()["tenants"] == tenants.bytes
+
+
 def test_whatever_was_used_least_recently_gives_way_over_all_kinds(trainer):
     budget = Budget(1 << 30)
     tenants = tenants_of(trainer, budget)
