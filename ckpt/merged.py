@@ -75,14 +75,19 @@ def save_merged(
 
 @dataclass(frozen=True)
 class _Delta:
-    """The product to add to a matrix: {"a": [in, R], "b": [R, out]}, in layers with a leading axis L."""
+    """The product to add to a matrix: {"a": [in, R], "b": [R, out]}, stacked over layers and experts as in
+    `model.lora`."""
 
     pair: dict[str, Any]
     scale: float
+    shared: str | None = None  # the factor that has no axis for experts
 
-    def added(self, weight: np.ndarray, index: int | None) -> np.ndarray:
+    def added(self, weight: np.ndarray, index: tuple[int, ...]) -> np.ndarray:
         """Return the [out, in] weight with the product added."""
-        a_IR, b_RO = (_part(self.pair[side], index).astype(np.float32) for side in "ab")
+        a_IR, b_RO = (
+            _part(self.pair[side], index[:1] if side == self.shared else index).astype(np.float32)
+            for side in "ab"
+        )
         return (weight.astype(np.float32) + self.scale * (a_IR @ b_RO).T).astype(weight.dtype)
 
 
@@ -92,7 +97,7 @@ def _tensors(
     deltas: dict[str, _Delta] = {}
     if adapter is not None:
         deltas = {
-            stack.path(f"{site.name}.weight"): _Delta(pair, scale)
+            stack.path(f"{site.name}.weight"): _Delta(pair, scale, site.shared)
             for stack, site, pair in pairs(adapter, config)
         }
         if "unembed" in adapter:
@@ -107,8 +112,10 @@ def _tensors(
         del value
     if config.tie_embeddings and _HEAD in deltas:
         head = np.asarray(values("embed_tokens.weight"))
-        yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head, None))
+        yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head, ()))
 
 
-def _part(value: Any, index: int | None) -> np.ndarray:
-    return np.asarray(value if index is None else value[index])
+def _part(value: Any, index: tuple[int, ...]) -> np.ndarray:
+    for at in index:
+        value = value[at]
+    return np.asarray(value)

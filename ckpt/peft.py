@@ -26,8 +26,9 @@ from safetensors.numpy import load_file, save_file
 from ..model.config import ModelConfig, Site, Stack
 from ..model.families import module_name
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank, pair_shapes, pairs, trainable
-from . import digests, peft_config
+from . import digests, expert_files, peft_config
 from .atomic import atomic_directory, size_bytes
+from .expert_files import ExpertForm
 from .hf_folder import READ_AS_ONE, copy_tokenizer
 from .peft_config import AdapterConfig, AdapterError
 
@@ -63,13 +64,14 @@ def save_adapter(
     alpha: float,
     base_model: str,
     tokenizer_of: Path | None = None,
+    experts: ExpertForm = "shared",
 ) -> int:
     """Write an adapter (in host or device memory, rank padded or not). The directory appears complete or not
     at all.
 
     Serving engines need adapters for q, k and v together, and for gate and up together. If only some of them
     have one, the others get one of zeros. The scale is lora_alpha / r, and nothing else in the config changes
-    it.
+    it. `experts` is the form of the adapters of experts (`expert_files`).
 
     `base_model` is where PEFT's readers load the base model from: a folder, or a hub id that may end with
     `@revision`. The tokenizer files of the folder `tokenizer_of` are copied, because
@@ -82,10 +84,12 @@ def save_adapter(
         pair = place.pair(adapter)
         if pair is None:
             continue
-        a_IR, b_RO = (np.asarray(pair[side] if place.at is None else pair[side][place.at]) for side in "ab")
-        tensors[f"{place.module}.lora_A.weight"] = np.ascontiguousarray(a_IR[:, :rank].T)
-        tensors[f"{place.module}.lora_B.weight"] = np.ascontiguousarray(b_RO[:rank].T)
-        targets.add(place.module.rsplit(".", 1)[-1])
+        own = {side: np.asarray(pair[side] if place.at is None else pair[side][place.at]) for side in "ab"}
+        own = {"a": own["a"][..., :rank], "b": own["b"][..., :rank, :]}
+        for module, a, b in expert_files.written(place.module, place.site, own, experts):
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.swapaxes(-1, -2))
+            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.swapaxes(-1, -2))
+            targets.add(module.rsplit(".", 1)[-1])
     # A folder may have an @ in its name; a hub id has none.
     is_folder = Path(base_model).is_absolute()
     name, _, revision = (base_model, "", "") if is_folder else base_model.partition("@")
@@ -154,19 +158,22 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
     adapter_config = _read_config(directory)
     tensors = _read_tensors(directory)
     a_shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
-    rank, alpha = adapter_config.overall(shape[0] for shape in a_shapes if shape)
+    rank, alpha = adapter_config.overall(shape[-2] for shape in a_shapes if len(shape) > 1)
     if not 1 <= rank <= RANK_BUCKETS[-1]:
         raise AdapterError(f"{where}: a lora_A has rank {rank}; it must be from 1 to {RANK_BUCKETS[-1]}")
     padded_rank = pad_rank(rank)
 
     adapter: Adapter = {"layers": {}}
     for place in _places(config):
-        module, into, out = place.module, place.into, place.out
+        try:
+            module, found = expert_files.read(place.module, place.site, tensors)
+        except ValueError as error:
+            raise AdapterError(f"{where}: {error}") from None
         of_base = module.removeprefix(_PREFIX)
         true_rank = adapter_config.rank_of(of_base)
         factor = np.float32(adapter_config.scale_of(of_base) / (alpha / rank))
-        for side, shape in (("a", (into, true_rank)), ("b", (true_rank, out))):
-            tensor = tensors.pop(f"{module}.lora_{side.upper()}.weight", None)
+        for side, shape in place.site.factors(true_rank).items():
+            tensor = found.get(side)
             if tensor is None:
                 continue
             if (field := adapter_config.leaves_out(of_base)) is not None:
@@ -174,16 +181,18 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
                     f"{where}: {field} leaves out {of_base}, for which there are tensors; PEFT would not "
                     "load them"
                 )
-            if tensor.T.shape != shape:
+            tensor = tensor.swapaxes(-1, -2) if tensor.ndim > 1 else tensor
+            if tensor.shape != shape:
+                there, wanted = (_of_file(each) for each in (tensor.shape, shape))
                 raise AdapterError(
-                    f"{where}: {module}.lora_{side.upper()} has shape {tensor.shape}; expected {shape[::-1]}"
+                    f"{where}: {module}.lora_{side.upper()} has shape {there}; expected {wanted}"
                 )
             stored = place.new_pair(adapter).setdefault(
                 side, np.zeros(place.shapes(padded_rank)[side], np.float32)
             )
-            at = (stored if place.at is None else stored[place.at])[: shape[0], : shape[1]]
+            at = (stored if place.at is None else stored[place.at])[tuple(map(slice, shape))]
             with np.errstate(over="ignore"):
-                at[:] = tensor.T if side == "a" or factor == 1 else tensor.T.astype(np.float32) * factor
+                at[...] = tensor if side == "a" or factor == 1 else tensor.astype(np.float32) * factor
             if not np.isfinite(at).all():
                 raise AdapterError(
                     f"{where}: {module}.lora_{side.upper()} has values that are not finite, or too large for "
@@ -244,6 +253,11 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _of_file(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in files, [..., out, in], of one here."""
+    return (*shape[:-2], *shape[-2:][::-1])
+
+
 class _Place(NamedTuple):
     """A matrix that an adapter may have: PEFT's name of its module, and its place in our trees.
 
@@ -254,18 +268,8 @@ class _Place(NamedTuple):
     stack: Stack | None = None
     at: int | None = None
 
-    @property
-    def into(self) -> int:
-        return self.site.into
-
-    @property
-    def out(self) -> int:
-        return self.site.out
-
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        if self.stack is None:
-            return {"a": (self.into, rank), "b": (rank, self.out)}
-        return pair_shapes(self.stack, self.site, rank)
+        return self.site.factors(rank) if self.stack is None else pair_shapes(self.stack, self.site, rank)
 
     def pair(self, adapter: Adapter) -> dict[str, Any] | None:
         """Return the two factors, or None if the adapter has none here."""

@@ -23,7 +23,9 @@ class Site(NamedTuple):
     """A matrix of a layer that is multiplied with activations, [into, out].
 
     `part` is the switch of a client that trains it with LoRA (`train_attn`, `train_mlp`); None is never
-    trained. `axes` are the logical axes of its sides (`sharding.RULES`).
+    trained. `axes` are the logical axes of its sides (`sharding.RULES`). If there are `experts`, each of them
+    has such a matrix. Their adapter has one factor that is `shared` by all experts, the one at the hidden
+    axis, and one of its own for each.
     """
 
     name: str
@@ -32,6 +34,22 @@ class Site(NamedTuple):
     part: Literal["attn", "mlp"] | None
     axes: tuple[str, str]
     bias: bool = False
+    experts: int | None = None
+    shared: Literal["a", "b"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in one layer."""
+        sides = (self.into, self.out)
+        return sides if self.experts is None else (self.experts, *sides)
+
+    def factors(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the two factors of its adapter in one layer."""
+        sides = {"a": (self.into, rank), "b": (rank, self.out)}
+        if self.experts is None:
+            return sides
+        own = "b" if self.shared == "a" else "a"
+        return sides | {own: (self.experts, *sides[own])}
 
 
 class Norm(NamedTuple):
@@ -126,6 +144,10 @@ class GatedMlp:
     biased: tuple[str, ...] = ()
 
     @property
+    def active_width(self) -> int:
+        return self.width
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         D, F = self.hidden, self.width
         return (
@@ -136,11 +158,39 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of `count` gated MLPs, each with `width` hidden units, of which every token gets `chosen`.
+
+    The router's softmax is over all experts. If `normalised`, the weights of those chosen sum to 1."""
+
+    hidden: int
+    width: int
+    count: int
+    chosen: int
+    normalised: bool
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        D, F, E = self.hidden, self.width, self.count
+        return (
+            Site("router", D, E, None, ("embed", "experts")),
+            Site("expert_gate", D, F, "mlp", ("embed", "ff"), experts=E, shared="a"),
+            Site("expert_up", D, F, "mlp", ("embed", "ff"), experts=E, shared="a"),
+            Site("expert_down", F, D, "mlp", ("ff", "embed"), experts=E, shared="b"),
+        )
+
+    @property
+    def active_width(self) -> int:
+        """The hidden units that a token passes."""
+        return self.chosen * self.width
+
+
+@dataclass(frozen=True)
 class Layer:
     """A mixer and an MLP, each after an RMSNorm and added to the residual stream."""
 
     mixer: Attention
-    mlp: GatedMlp
+    mlp: GatedMlp | Experts
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -6,8 +6,9 @@ Imports no array library: a plan needs config.json alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from .config import ModelConfig
+from .config import Experts, Layer, ModelConfig, Site
 from .families import parameter_count
 
 
@@ -15,9 +16,10 @@ from .families import parameter_count
 class Counts:
     """Numbers of elements (not bytes) of a decoder's weights, and of the activations of one token.
 
-    `matrices` are the elements of all layers' matrices; each token takes two FLOPs for each of them in a
-    forward pass. `last_matrices` are those of the last matrix of every layer, whose product a recomputation
-    does not need. `adapter_per_rank` are the elements that a LoRA of rank 1 on all matrices and the head has.
+    `matrices` are the elements of all layers' matrices, of experts only those that a token gets; each token
+    takes two FLOPs for each of them in a forward pass. `last_matrices` are those of the last matrix of every
+    layer, whose product a recomputation does not need. `adapter_per_rank` are the elements that a LoRA of
+    rank 1 on all matrices and the head has.
     """
 
     parameters: int
@@ -38,22 +40,36 @@ class Counts:
 
 def counts(config: ModelConfig) -> Counts:
     """Return the counts of a model. Every plan asks for them here."""
-    layers = config.layers
-    sites = [site for layer in layers for site in layer.sites]
-    mixers = [layer.mixer for layer in layers]
+    mixers, mlps = [layer.mixer for layer in config.layers], [layer.mlp for layer in config.layers]
     return Counts(
         parameters=parameter_count(config),
-        matrices=sum(site.into * site.out for site in sites),
-        last_matrices=sum(site.into * site.out for site in sites if site.name == "down_proj"),
+        matrices=sum(_active(layer, site) for layer in config.layers for site in layer.sites),
+        last_matrices=sum(_active(layer, layer.sites[-1]) for layer in config.layers),
         head=config.vocab_size * config.hidden_size,
-        adapter_per_rank=sum(site.into + site.out for site in sites) + config.vocab_size + config.hidden_size,
+        adapter_per_rank=sum(adapter_counts(config, 1).values()),
         num_layers=config.num_layers,
         vocab_size=config.vocab_size,
         hidden=config.hidden_size,
-        feed_forward=max(layer.mlp.width for layer in layers),
+        feed_forward=max(mlp.active_width for mlp in mlps),
         qkv=max(mixer.qkv for mixer in mixers),
         attention_width=max(mixer.heads * mixer.head_dim for mixer in mixers),
         kv_per_position=sum(2 * mixer.kv_heads * mixer.head_dim for mixer in mixers),
         kv_heads=max(mixer.kv_heads for mixer in mixers),
         windows=tuple(mixer.window for mixer in mixers),
     )
+
+
+def adapter_counts(config: ModelConfig, rank: int) -> dict[str, int]:
+    """Return the numbers of trained parameters of a LoRA, by part: attn, mlp and unembed."""
+    found = {"attn": 0, "mlp": 0, "unembed": rank * (config.hidden_size + config.vocab_size)}
+    for layer in config.layers:
+        for site in layer.sites:
+            if site.part is not None:
+                found[site.part] += sum(map(prod, site.factors(rank).values()))
+    return found
+
+
+def _active(layer: Layer, site: Site) -> int:
+    """Return the elements of a matrix that a token is multiplied with: of experts, those that it gets."""
+    used = layer.mlp.chosen if isinstance(layer.mlp, Experts) and site.experts is not None else 1
+    return used * site.into * site.out

@@ -25,9 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from .config import Layer, ModelConfig, Site, Stack
+from .config import Experts, Layer, ModelConfig, Site, Stack
+from .experts import EXPERT_SITES, Weights, mixture
 from .kernels.attention import SAVED, attention
 from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
@@ -82,8 +83,9 @@ class Linear(nnx.Module):
     by_output = False
 
     def __init__(self, site: Site, dtype: Any, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        self.weight = nnx.Param(init(rngs.params(), (site.into, site.out), dtype), logical_axes=site.axes)
+        init = nnx.initializers.lecun_normal(batch_axis=() if site.experts is None else (0,))
+        axes = site.axes if site.experts is None else ("experts", *site.axes)
+        self.weight = nnx.Param(init(rngs.params(), site.shape, dtype), logical_axes=axes)
         bias = jnp.zeros((site.out,), dtype) if site.bias else None
         self.bias = None if bias is None else nnx.Param(bias, logical_axes=site.axes[1:])
 
@@ -167,10 +169,12 @@ class Block(nnx.Module):
         attend: Attend,
         lora: LayerLora | None = None,
         residual: LogicalAxes = _RESIDUAL,
+        routes: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
         """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v.
 
-        `residual` are the axes by which the stream is sharded."""
+        `residual` are the axes by which the stream is sharded. A mixture appends the experts that it has
+        chosen, [B T k], to `routes`."""
         B, T, _ = x_BTD.shape
         mixer, at = self.layer.mixer, rotations[self.rope]
 
@@ -185,8 +189,18 @@ class Block(nnx.Module):
         mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), residual)
         y = self.post_attention_layernorm(x_BTD)
-        y_BTF = gated(linear("gate_proj", y), linear("up_proj", y))
-        return constrain(x_BTD + linear("down_proj", y_BTF), residual)
+        if isinstance(self.layer.mlp, Experts):
+            y, chosen_BTk = mixture(self.layer.mlp, self._expert_weights(), y, lora, gated)
+            if routes is not None:
+                routes.append(chosen_BTk)
+        else:
+            y = linear("down_proj", gated(linear("gate_proj", y), linear("up_proj", y)))
+        return constrain(x_BTD + y, residual)
+
+    def _expert_weights(self) -> Weights:
+        router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
+        router_DE = router.weight[...].T if router.by_output else router.weight[...]
+        return Weights(router_DE, *(site.weight[...] for site in experts))
 
 
 class Stacks(nnx.Module):
@@ -277,24 +291,51 @@ def trunk(
     `lora` is `lora.stack_adapters`' result and `row_adapter_B` each row's index in it (ignored for one
     adapter). `remat`: "none", "dots" or "full", see REMAT_POLICIES.
     """
+    real_BT = jnp.zeros(tokens_BT.shape, bool)
+    return routed_trunk(graph, base, tokens_BT, position_BT, start_BT, real_BT, lora, row_adapter_B, remat)[0]
+
+
+def routed_trunk(
+    graph: nnx.GraphDef,
+    base: Base,
+    tokens_BT: Int[Array, "B T"],
+    position_BT: Int[Array, "B T"],
+    start_BT: Int[Array, "B T"],
+    real_BT: Bool[Array, "B T"],
+    lora: LoraStack | None = None,
+    row_adapter_B: Int[Array, " B"] | None = None,
+    remat: str = "none",
+) -> tuple[Float[Array, "B T D"], Int[Array, "M B E"] | None]:
+    """Return `trunk`'s hidden states, and how many of each row's `real` tokens each expert got.
+
+    The counts have an axis of the layers with experts; they are None if there are no such layers."""
     model = nnx.merge(graph, base)
     config = model.config
     rotations = model.rotations(position_BT)
 
-    def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, None]:
-        mixer = block.layer.mixer
+    def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, Array | None]:
+        mixer, mlp, routes = block.layer.mixer, block.layer.mlp, []
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             return attention(q, k, v, start_BT, mixer.scale, window=mixer.window)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
-        return block(x_BTD, rotations, attend, block_lora), None
+        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes)
+        return x_BTD, _tokens_by_expert(mlp.count, *routes, real_BT) if isinstance(mlp, Experts) else None
 
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
-    x_BTD, _ = scan_layers(model, lora, x_BTD, run, remat=remat)
-    return model.norm(x_BTD)
+    x_BTD, tokens_MBE = scan_layers(model, lora, x_BTD, run, remat=remat)
+    return model.norm(x_BTD), tokens_MBE
+
+
+def _tokens_by_expert(
+    experts: int, chosen_BTk: Int[Array, "B T k"], real_BT: Bool[Array, "B T"]
+) -> Int[Array, "B E"]:
+    rows_B11 = jnp.arange(len(real_BT))[:, None, None]
+    counts_BE = jnp.zeros((len(real_BT), experts), jnp.int32)
+    return counts_BE.at[rows_B11, chosen_BTk].add(real_BT[..., None])
 
 
 def scan_layers(
@@ -309,9 +350,10 @@ def scan_layers(
     """Pass the residual stream [B T D] through all layers, in one scan per group.
 
     `run(block, x, pairs, number)` applies a layer with its adapter pairs, and returns the stream and what to
-    keep; `number` is the layer's if `numbered`, else None. Returns the stream, and what was kept, with a
-    leading axis of layers. `remat` is what the backward stores of each layer (REMAT_POLICIES). The stream may
-    be a tree that holds more than the hidden states, such as the pages of keys and values.
+    keep, or None; `number` is the layer's if `numbered`, else None. Returns the stream, and what was kept,
+    with a leading axis of the layers that kept something. `remat` is what the backward stores of each layer
+    (REMAT_POLICIES). The stream may be a tree that holds more than the hidden states, such as the pages of
+    keys and values.
     """
 
     def apply(graph: nnx.GraphDef, x_BTD: Any, weights: Any, pairs: dict, number: Any) -> tuple[Any, Any]:
@@ -334,7 +376,8 @@ def scan_layers(
 
         x_BTD, of_group = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, numbers, strict=True)))
         kept.append(_in_order(of_group))
-    return x_BTD, kept[0] if len(kept) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *kept)
+    kept = [of_group for of_group in kept if of_group is not None]
+    return x_BTD, kept[0] if len(kept) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *kept or [None])
 
 
 def _numbers(layers: range) -> Int[Array, " L"]:
@@ -343,9 +386,10 @@ def _numbers(layers: range) -> Int[Array, " L"]:
 
 def _in_order(of_pattern: list[Any]) -> Any:
     """Interleave what the stacks of a group kept, [repeats, ...] each, to [layers, ...]."""
-    if len(of_pattern) == 1:
-        return of_pattern[0]
-    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *of_pattern)
+    kept = [of_stack for of_stack in of_pattern if of_stack is not None] or [None]
+    if len(kept) == 1:
+        return kept[0]
+    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *kept)
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:

@@ -5,10 +5,13 @@ One adapter:
     {"layers": {"q_proj": {"a": [L, in, R], "b": [L, R, out]}, ...},
      "unembed": {"a": [D, R], "b": [R, V]}}
 
-with only the keys that are trained. A decoder with several stacks has a tree of matrices for each of them
-below "layers" (`config.Stack`). R is padded to a bucket, so that few programs are compiled. The padded
-columns of `a` and rows of `b` start at zero, get zero gradients and stay zero. The delta of a matrix is
-(alpha / rank) x A B, with the rank before padding.
+with only the keys that are trained. Of a matrix that every expert has, one factor has an axis more for the
+experts, [L, E, ...], and the other is shared by all experts (`config.Site.shared`). A decoder with several
+stacks has a tree of matrices for each of them below "layers" (`config.Stack`).
+
+R is padded to a bucket, so that few programs are compiled. The padded columns of `a` and rows of `b` start at
+zero, get zero gradients and stay zero. The delta of a matrix is (alpha / rank) x A B, with the rank before
+padding.
 
 Letters: B rows, T tokens, D hidden, V vocab, R padded rank, L layers, n adapters of a device batch.
 """
@@ -92,8 +95,7 @@ def pairs(adapter: Adapter, config: ModelConfig) -> Iterator[tuple[Stack, Site, 
 
 def pair_shapes(stack: Stack, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a matrix's two factors in an adapter."""
-    layers = len(stack.layers)
-    return {"a": (layers, site.into, rank), "b": (layers, rank, site.out)}
+    return {side: (len(stack.layers), *shape) for side, shape in site.factors(rank).items()}
 
 
 def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -> LoraStack:

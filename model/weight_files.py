@@ -149,6 +149,18 @@ def has_another_head(folder: Path) -> bool:
     return embedding.shape != head.shape or not _equal(embedding, head)
 
 
+class ExpertViews:
+    """The matrices of a layer's experts, which lie apart, as one [experts, in, out] array."""
+
+    def __init__(self, views: list[np.ndarray]):
+        self._views = views
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not isinstance(index, tuple):
+            return self._views[index]
+        return np.stack([view[index[1:]] for view in self._views[index[0]]])
+
+
 class MappedTensors:
     """The tensors of a folder's safetensors files as read-only views of mapped memory."""
 
@@ -200,10 +212,13 @@ class MappedTensors:
             found["embed_tokens.weight"] = found["embed_tokens.weight"]._replace(name=HEAD)
         return found
 
-    def views(self, parameter: Parameter) -> list[np.ndarray]:
+    def views(self, parameter: Parameter) -> list[np.ndarray] | list[ExpertViews]:
         """Return a parameter's tensors, one per layer, in our orientation. Raises as `get`."""
         views = [self.get(name, parameter.file_shape) for name, _ in parameter.tensors()]
-        return [view.T for view in views] if parameter.transposed else views
+        views = [view.T for view in views] if parameter.transposed else views
+        if (experts := parameter.experts) is None:
+            return views
+        return [ExpertViews(views[first : first + experts]) for first in range(0, len(views), experts)]
 
 
 def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:

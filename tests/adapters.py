@@ -1,6 +1,7 @@
 """Adapters for tests."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +22,43 @@ def random_adapter(config: ModelConfig, seed: int = 0, rank: int = 8, size: floa
     return jax.tree_util.tree_map_with_path(fill, adapter)
 
 
-def by_layer(adapter, config: ModelConfig) -> Iterator[tuple[int, Site, np.ndarray, np.ndarray]]:
+def by_layer(adapter, config: ModelConfig, form=np.asarray) -> Iterator[tuple[int, Site, Any, Any]]:
     """Yield (number of the layer, site, A, B) of each matrix of the layers that the adapter has."""
     for stack, site, pair in lora.pairs(adapter, config):
         for at, layer in enumerate(stack.layers):
-            yield layer, site, np.asarray(pair["a"][at]), np.asarray(pair["b"][at])
+            yield layer, site, form(pair["a"][at]), form(pair["b"][at])
+
+
+def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
+    """Return a transformers model's parameters with an adapter's products added: W + scale x (A B)^T.
+
+    `adapter` holds torch tensors, through which gradients pass, or arrays. Experts' gate and up lie side by
+    side in transformers. A head with an adapter is a parameter of its own, also beside a tied embedding.
+    """
+    import torch
+
+    def tensor(x):
+        return x if isinstance(x, torch.Tensor) else torch.tensor(np.array(x))
+
+    parameters = dict(model.named_parameters())
+    experts: dict[str, dict[str, torch.Tensor]] = {}
+    for layer, site, a, b in by_layer(adapter, config, tensor):
+        delta = scale * (a @ b).transpose(-1, -2)
+        at = f"model.layers.{layer}."
+        if site.experts is None:
+            part = "self_attn" if site.part == "attn" else "mlp"
+            name = f"{at}{part}.{site.name}.weight"
+            parameters[name] = parameters[name] + delta
+        elif site.name == "expert_down":
+            parameters[f"{at}mlp.experts.down_proj"] = parameters[f"{at}mlp.experts.down_proj"] + delta
+        else:
+            experts.setdefault(at, {})[site.name] = delta
+    for at, deltas in experts.items():
+        name = f"{at}mlp.experts.gate_up_proj"
+        both = torch.cat([deltas["expert_gate"], deltas["expert_up"]], dim=1)
+        parameters[name] = parameters[name] + both
+    if "unembed" in adapter:
+        head = parameters.get("lm_head.weight", parameters["model.embed_tokens.weight"])
+        a, b = (tensor(adapter["unembed"][side]) for side in "ab")
+        parameters["lm_head.weight"] = head + scale * (a @ b).T
+    return parameters

@@ -72,6 +72,22 @@ VARIANTS: dict[str, dict] = {
         "rope_theta": 1_000_000.0,
         "tie_word_embeddings": False,
     },
+    "mistral": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 21,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 16,
+        "moe_intermediate_size": 24,  # twice of which is not hidden_size
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -131,12 +147,18 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
                 bias = 0.3 * rng.standard_normal(heads * H)
                 weights[f"{at}self_attn.{name}.bias"] = bias.astype(np.float32)
         weights[f"{at}self_attn.o_proj.weight"] = linear(D, N * H)
-        if config["model_type"] == "qwen3":
+        if config["model_type"].startswith("qwen3"):
             weights[f"{at}self_attn.q_norm.weight"] = norm(H)
             weights[f"{at}self_attn.k_norm.weight"] = norm(H)
-        weights[f"{at}mlp.gate_proj.weight"] = linear(F, D)
-        weights[f"{at}mlp.up_proj.weight"] = linear(F, D)
-        weights[f"{at}mlp.down_proj.weight"] = linear(D, F)
+        mlps = {f"{at}mlp.": F}
+        if config["model_type"] == "qwen3_moe":
+            weights[f"{at}mlp.gate.weight"] = linear(config["num_experts"], D)
+            width = config["moe_intermediate_size"]
+            mlps = {f"{at}mlp.experts.{expert}.": width for expert in range(config["num_experts"])}
+        for mlp, width in mlps.items():
+            weights[f"{mlp}gate_proj.weight"] = linear(width, D)
+            weights[f"{mlp}up_proj.weight"] = linear(width, D)
+            weights[f"{mlp}down_proj.weight"] = linear(D, width)
         weights[f"{at}input_layernorm.weight"] = norm(D)
         weights[f"{at}post_attention_layernorm.weight"] = norm(D)
     weights["model.norm.weight"] = norm(D)

@@ -52,6 +52,9 @@ class Outputs(NamedTuple):
     logprobs: jax.Array  # [B, T, K] float32
     losses: jax.Array  # [B, T, K] float32
     loss: jax.Array  # [B] float32, summed over the row
+    expert_tokens: jax.Array | None = (
+        None  # [M, B, E] int32: tokens of a row by layer with experts and expert
+    )
 
 
 def forward_backward_adapters(
@@ -63,7 +66,7 @@ def forward_backward_adapters(
         stack = stack_adapters(adapters, scale_n)
         return _trunk(static, base, batch, stack)
 
-    hidden, pull = jax.vjp(hidden_of, adapters)
+    hidden, pull, tokens = jax.vjp(hidden_of, adapters, has_aux=True)
     head = _head(static, hidden, decoder.unembed(base), batch, _head_lora(adapters, scale_n))
     (new,) = pull(head.d_hidden)
     if head.d_lora is not None:
@@ -71,7 +74,7 @@ def forward_backward_adapters(
             tree | {"unembed": {"a": head.d_lora["a"][i], "b": head.d_lora["b"][i]}}
             for i, tree in enumerate(new)
         )
-    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.losses, head.loss)
+    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.losses, head.loss, tokens)
 
 
 def forward_backward_weights(
@@ -82,7 +85,7 @@ def forward_backward_weights(
     def hidden_of(weights):
         return _trunk(static, _cast_matrices(static, weights), batch, None)
 
-    hidden, pull = jax.vjp(hidden_of, weights)
+    hidden, pull, tokens = jax.vjp(hidden_of, weights, has_aux=True)
     unembed = decoder.unembed(_cast(static, weights))
     head = _head(static, hidden, unembed, batch, None, train_unembed=True)
     (new,) = pull(head.d_hidden)
@@ -91,12 +94,12 @@ def forward_backward_weights(
         new["lm_head"]["weight"] += head.d_unembed.T
     else:
         new["embed_tokens"]["weight"] += head.d_unembed
-    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.losses, head.loss)
+    return jax.tree.map(jnp.add, gradients, new), Outputs(head.logprobs, head.losses, head.loss, tokens)
 
 
 def forward_adapters(static: Static, base: Any, adapters: tuple, scale_n: jax.Array, batch: Batch) -> Outputs:
     """Log-probs and losses without gradients."""
-    hidden = _trunk(static, base, batch, stack_adapters(adapters, scale_n))
+    hidden, _ = _trunk(static, base, batch, stack_adapters(adapters, scale_n))
     lora = _head_lora(adapters, scale_n)
     return _evaluate(static, hidden, decoder.unembed(base), batch, lora)
 
@@ -104,7 +107,7 @@ def forward_adapters(static: Static, base: Any, adapters: tuple, scale_n: jax.Ar
 def forward_weights(static: Static, weights: Any, batch: Batch) -> Outputs:
     """`forward_adapters` for full weights."""
     base = _cast(static, weights)
-    return _evaluate(static, _trunk(static, base, batch, None), decoder.unembed(base), batch, None)
+    return _evaluate(static, _trunk(static, base, batch, None)[0], decoder.unembed(base), batch, None)
 
 
 def accumulate(total: Any, addition: Any) -> tuple[Any, jax.Array]:
@@ -113,13 +116,14 @@ def accumulate(total: Any, addition: Any) -> tuple[Any, jax.Array]:
     return summed, jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(summed)]).all()
 
 
-def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> jax.Array:
-    return decoder.trunk(
+def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> tuple[jax.Array, jax.Array | None]:
+    return decoder.routed_trunk(
         static.graph,
         base,
         batch.tokens,
         batch.position,
         batch.start,
+        batch.real.any(-1),
         stack,
         batch.adapter,
         remat=static.remat,

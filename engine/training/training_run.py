@@ -17,6 +17,7 @@ from .gradient_accumulation import GradientAccumulation
 from .gradient_programs import DoesNotFitError, GradientPrograms
 from .packing import ROW_MULTIPLE_OF, MicroBatch, ShapeTable, pack
 from .policy_metrics import policy_metrics
+from .router_metrics import router_metrics
 from .train_step import BATCH_INPUTS, LOSS_INDEX, SEQUENCE_INPUTS, Batch, Outputs
 from .training_state import TrainingState
 from .training_structure import structure
@@ -106,6 +107,7 @@ class Run:
     def _begin(self) -> None:
         self._gradients: dict[int, Any] = {}
         self._losses = np.zeros(len(self._jobs))
+        self._expert_tokens: list[Any] = [0] * len(self._jobs)  # [M, E] each, of mixtures that are trained
         self._logprobs: list[list[Any]] = [[None] * len(job.data) for job in self._jobs]
         self._elementwise: list[list[Any]] = [[None] * len(job.data) for job in self._jobs]
         self._waiting = deque(self._plan(self._shapes))
@@ -232,8 +234,11 @@ class Run:
 
     def _read_back(self, members: list[tuple[int, int]], micro_batch: MicroBatch, outputs: Outputs) -> None:
         loss = np.asarray(outputs.loss)
+        tokens_MBE = None if outputs.expert_tokens is None else np.asarray(outputs.expert_tokens)
         for at, row in enumerate(micro_batch.rows):
             self._losses[row.group] += loss[at]
+            if tokens_MBE is not None:
+                self._expert_tokens[row.group] = self._expert_tokens[row.group] + tokens_MBE[:, at]
         kept = [(self._logprobs, outputs.logprobs)]
         if any(self._jobs[row.group].elementwise for row in micro_batch.rows):
             kept.append((self._elementwise, outputs.losses))
@@ -293,6 +298,8 @@ class Run:
             "tokens:sum": float(job.tokens),
             "valid_tokens:sum": float(job.valid_tokens),
         }
+        if not isinstance(self._expert_tokens[index], int):
+            metrics |= router_metrics(self._expert_tokens[index])
         return metrics | policy_metrics(job.chosen, job.data, self._logprobs[index])
 
 

@@ -14,9 +14,15 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..config import Layer, ModelConfig
-from . import llama, qwen2, qwen3
+from . import llama, mistral, qwen2, qwen3, qwen3_moe
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+}
 """Family modules by config.json's model_type."""
 
 
@@ -24,8 +30,8 @@ class Parameter(NamedTuple):
     """One of our arrays, and its tensors in the model's files.
 
     `path` is its dotted path in the base's tree. `name` is the name of its tensors, with `{layer}` if it is
-    stacked over `layers`. `shape` is that of one layer. A `transposed` one is [out, in] in the files and
-    [in, out] here.
+    stacked over `layers`, and `{expert}` if it is also stacked over `experts`. `shape` is that of one tensor.
+    A `transposed` one is [out, in] in the files and [in, out] here.
     """
 
     path: str
@@ -33,18 +39,21 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
     transposed: bool = False
     layers: range | None = None
+    experts: int | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.transposed else self.shape
 
-    def tensors(self) -> Iterator[tuple[str, int | None]]:
-        """Yield the name of each of its tensors, and the tensor's index on the stacked axis."""
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name of each of its tensors, and the tensor's index on the stacked axes."""
+        for at, layer in enumerate(() if self.layers is None else self.layers):
+            for expert in () if self.experts is None else range(self.experts):
+                yield self.name.format(layer=layer, expert=expert), (at, expert)
+            if self.experts is None:
+                yield self.name.format(layer=layer), (at,)
         if self.layers is None:
-            yield self.name, None
-            return
-        for index, layer in enumerate(self.layers):
-            yield self.name.format(layer=layer), index
+            yield self.name, ()
 
 
 @lru_cache(maxsize=64)
@@ -58,24 +67,25 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 
     found = [outer("embed_tokens.weight", (V, D))]
     for stack in config.all_stacks:
-        for name, shape, transposed in _of_layer(stack.layer):
+        for name, shape, transposed, experts in _of_layer(stack.layer):
             weight = names[f"layers.{name.removesuffix('bias').removesuffix('weight')}weight"]
             theirs = weight.removesuffix("weight") + "bias" if name.endswith(".bias") else weight
-            found.append(Parameter(stack.path(name), theirs, shape, transposed, stack.layers))
+            found.append(Parameter(stack.path(name), theirs, shape, transposed, stack.layers, experts))
     found.append(outer("norm.weight", (D,)))
     if not config.tie_embeddings:
         found.append(outer("lm_head.weight", (D, V), transposed=True))
     return tuple(found)
 
 
-def _of_layer(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Yield the name of each parameter of a layer, its shape, and whether the files have it transposed."""
+def _of_layer(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool, int | None]]:
+    """Yield the name of each parameter of a layer, its shape, whether the files have it transposed, and the
+    number of experts that have one."""
     for norm in layer.norms:
-        yield f"{norm.name}.weight", (norm.size,), False
+        yield f"{norm.name}.weight", (norm.size,), False, None
     for site in layer.sites:
-        yield f"{site.name}.weight", (site.into, site.out), True
+        yield f"{site.name}.weight", (site.into, site.out), True, site.experts
         if site.bias:
-            yield f"{site.name}.bias", (site.out,), False
+            yield f"{site.name}.bias", (site.out,), False, site.experts
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -89,5 +99,6 @@ def parameter_count(config: ModelConfig) -> int:
 
 def module_name(config: ModelConfig, parameter: str, layer: int | None = None) -> str:
     """Return the Hugging Face name of the module that has this parameter: "lm_head.weight", or one of a layer
-    as in `TENSORS`."""
-    return FAMILIES[config.family].TENSORS[parameter].removesuffix(".weight").format(layer=layer)
+    as in `TENSORS`. It has `{expert}` for a parameter of experts."""
+    name = FAMILIES[config.family].TENSORS[parameter].removesuffix(".weight")
+    return name.format(layer=layer, expert="{expert}")

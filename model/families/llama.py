@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import Attention, GatedMlp, Layer, ModelConfig, Rope, UnsupportedModelError, fold
+from ..config import Attention, Experts, GatedMlp, Layer, ModelConfig, Rope, UnsupportedModelError, fold
 from .options import flag, number, tokens, whole
 from .rotary import read_rope
 
@@ -76,11 +76,13 @@ def read_common(
     biased: tuple[str, ...] = (),
     qk_norm: bool = False,
     windows: Sequence[int | None] = (),
+    experts: Sequence[Experts | None] = (),
 ) -> ModelConfig:
     """Convert what all dense families share; the options are those in which they differ.
 
-    `windows` is each layer's sliding window, or nothing if there are none. Raises UnsupportedModelError for
-    invalid values, and for options that would change the arithmetic and are not supported.
+    `windows` is each layer's sliding window, or nothing if there are none; `experts` is each layer's mixture,
+    None for a dense MLP. Raises UnsupportedModelError for invalid values, and for options that would change
+    the arithmetic and are not supported.
     """
     _reject_unknown_arithmetic(hf)
     heads = whole(hf, "num_attention_heads", defaults["num_attention_heads"])
@@ -115,9 +117,11 @@ def read_common(
                 tuple(name for name in ATTENTION if name in biased),
                 qk_norm,
             ),
-            mlp,
+            mixture or mlp,
         )
-        for window in (windows or (None,) * num_layers)
+        for window, mixture in zip(
+            windows or (None,) * num_layers, experts or (None,) * num_layers, strict=True
+        )
     ]
     return ModelConfig(
         family,

@@ -35,6 +35,18 @@ def read_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
     return tuple(size if each else None for each in windowed)
 
 
+def window_of_all_layers(hf: dict[str, Any], if_absent: int) -> tuple[int | None, ...]:
+    """Return each layer's window for families in which all layers have `sliding_window`, unless it is null.
+
+    A window as long as the longest sequence counts as none."""
+    if hf.get("sliding_window", if_absent) is None:
+        return ()
+    size = whole(hf, "sliding_window", if_absent)
+    if size >= whole(hf, "max_position_embeddings", 131_072):
+        return ()
+    return (size,) * whole(hf, "num_hidden_layers", 32)
+
+
 def _of_layer_types(stated: Any, num_layers: int, size: Any) -> tuple[bool, ...]:
     if not isinstance(stated, list) or len(stated) != num_layers:
         count = f"{len(stated)} entries" if isinstance(stated, list) else repr(stated)

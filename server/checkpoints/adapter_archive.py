@@ -25,7 +25,7 @@ _EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 def unpack(tar: BinaryIO, directory: Path) -> None:
@@ -124,7 +124,8 @@ def described(directory: Path) -> messages.LoraSpec:
         entries = safetensors_header.entries(directory / TENSORS_FILE)
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    ranks = {name: entry.shape[0] for name, entry in entries.items() if _is_a(name) and entry.shape}
+    # of experts, files may have one tensor with an axis for them
+    ranks = {name: entry.shape[-2] for name, entry in entries.items() if _is_a(name) and len(entry.shape) > 1}
     modules = {name.split(".")[-3] for name in ranks}
     rank, alpha = config.overall(ranks.values())
     return messages.LoraSpec(

@@ -24,7 +24,8 @@ def our_base(config, weights):
         at = base
         for key in parents:
             at = at.setdefault(key, {})
-        at[leaf] = arrays[0] if parameter.layers is None else np.stack(arrays)
+        stacked = [len(each) for each in (parameter.layers, range(parameter.experts or 0)) if each]
+        at[leaf] = np.stack(arrays).reshape(*stacked, *arrays[0].shape) if stacked else arrays[0]
     return base
 
 
@@ -85,7 +86,8 @@ def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
     save_merged(
         out, base, config, base_folder=folder, adapter=adapter, scale=ALPHA / RANK, shard_bytes=20_000
     )
-    save_adapter(tmp_path / "adapter", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": "per_expert"}
+    save_adapter(tmp_path / "adapter", adapter, config, **names)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
     with torch.no_grad():
         beside = peft.PeftModel.from_pretrained(

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from adapters import parameters_with
 from safetensors.numpy import load_file, save_file
 from tinsmith.ckpt import peft
 from tinsmith.model.folder import read_config
@@ -117,7 +118,8 @@ def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, trai
     folder = write_model(tmp_path / "base", variant)
     config = read_config(folder)
     adapter = random_adapter(config, train_unembed=train_unembed)
-    peft.save_adapter(tmp_path / "a", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": "per_expert"}
+    peft.save_adapter(tmp_path / "a", adapter, config, **names)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
 
     def base():
@@ -128,20 +130,69 @@ def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, trai
         found = torch.log_softmax(loaded(tokens).logits, -1)
 
         # The formula: W + (alpha / r) A B in every matrix; logits get (alpha / r) h A B on top.
-        model = base()
-        scale = ALPHA / RANK
-        for name, pair in adapter["layers"].items():
-            for index, layer in enumerate(model.model.layers):
-                block = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-                delta = scale * pair["a"][index] @ pair["b"][index]
-                getattr(block, name).weight += torch.tensor(delta.T)
-        hidden = model.model(tokens).last_hidden_state
+        model, scale = base(), ALPHA / RANK
+        changed = parameters_with(model, {"layers": adapter["layers"]}, config, scale)
+        hidden = torch.func.functional_call(
+            model.model,
+            {
+                name.removeprefix("model."): value
+                for name, value in changed.items()
+                if name != "lm_head.weight"
+            },
+            (tokens,),
+        ).last_hidden_state
         logits = model.lm_head(hidden)
         if train_unembed:
             logits += scale * hidden @ torch.tensor(adapter["unembed"]["a"] @ adapter["unembed"]["b"])
         expected = torch.log_softmax(logits, -1)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
     assert (expected - torch.log_softmax(base()(tokens).logits, -1)).abs().max() > 0.1
+
+
+def test_experts_in_the_form_of_the_hosted_service(tmp_path):
+    """3-D tensors; the first axis is 1 for the factor that the experts share."""
+    config = read_config(write_model(tmp_path / "base", "qwen3_moe", tokenizer=False))
+    adapter = random_adapter(config)
+    peft.save_adapter(tmp_path / "a", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    E, D, F = 8, 32, 24
+    at = "base_model.model.model.layers.1.mlp.experts."
+    shapes = {name.removeprefix(at): tensor.shape for name, tensor in tensors.items() if name.startswith(at)}
+    assert shapes == {
+        "w1.lora_A.weight": (1, RANK, D),
+        "w1.lora_B.weight": (E, F, RANK),
+        "w2.lora_A.weight": (E, RANK, F),
+        "w2.lora_B.weight": (1, D, RANK),
+        "w3.lora_A.weight": (1, RANK, D),
+        "w3.lora_B.weight": (E, F, RANK),
+    }
+    up = adapter["layers"]["expert_up"]
+    np.testing.assert_array_equal(tensors[f"{at}w3.lora_B.weight"][5].T, up["b"][1, 5, :RANK])
+
+
+@pytest.mark.parametrize("form", ["shared", "per_expert"])
+def test_adapters_of_experts_survive_both_forms(tmp_path, form):
+    config = read_config(write_model(tmp_path / "base", "qwen3_moe", tokenizer=False))
+    adapter = random_adapter(config)
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
+    peft.save_adapter(tmp_path / "a", adapter, config, **names)
+    before, after = leaves(adapter), leaves(peft.load_adapter(tmp_path / "a", config).adapter)
+    assert before.keys() == after.keys()
+    for path, array in before.items():
+        np.testing.assert_array_equal(array, after[path])
+
+
+def test_experts_that_share_nothing_are_refused(tmp_path):
+    config = read_config(write_model(tmp_path / "base", "qwen3_moe", tokenizer=False))
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": "per_expert"}
+    peft.save_adapter(tmp_path / "a", random_adapter(config), config, **names)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight"
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, file)
+    with pytest.raises(peft.AdapterError, match=rf"{name} differs from those of the other experts"):
+        peft.load_adapter(tmp_path / "a", config)
 
 
 @pytest.mark.reference

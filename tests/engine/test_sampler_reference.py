@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from adapters import by_layer
+from adapters import parameters_with
 from engine_sampling import load_tiny, make_sampler, random_adapter, request, run_all, sequences
 from tiny_models import VARIANTS
 
@@ -27,17 +27,10 @@ def generate(model, prompt, adapter=None):
 
 
 def merge(hf, adapter, config):
-    """W += scale A B, for every matrix (torch stores W transposed)."""
-
-    def add(weight, a, b):
-        weight.data += torch.tensor(SCALE * (a @ b).T)
-
-    for layer, site, a, b in by_layer(adapter, config):
-        block = hf.model.layers[layer]
-        add(getattr(block.self_attn if site.part == "attn" else block.mlp, site.name).weight, a, b)
-    if "unembed" in adapter:
-        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone())  # no longer the embedding
-        add(hf.lm_head.weight, adapter["unembed"]["a"], adapter["unembed"]["b"])
+    hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone())  # no longer the embedding
+    with torch.no_grad():
+        for name, value in parameters_with(hf, adapter, config, SCALE).items():
+            hf.get_parameter(name).copy_(value)
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 21}

@@ -54,9 +54,10 @@ def sample_in_a_crowd(sampler, asked, key):
         ("llama", lora()),
         pytest.param("qwen2", lora(), marks=pytest.mark.slow),
         ("qwen3", lora()),
+        ("qwen3_moe", lora()),
         ("llama", None),
     ],
-    ids=["llama", "qwen2", "qwen3", "full weights"],
+    ids=["llama", "qwen2", "qwen3", "qwen3_moe", "full weights"],
 )
 def test_512_sampled_tokens_after_three_steps(tmp_path, variant, spec):
     model = load_tiny(tmp_path, variant, max_position_embeddings=1024)

@@ -57,8 +57,8 @@ _, (expected, *expected_grads) = run(sharding.make_mesh())
 for text in meshes:
     axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     base, (out, *grads) = run(sharding.make_mesh(axes))
-    held = base["layers"]["up_proj"]["weight"].addressable_shards[0].data.size
-    whole = base["layers"]["up_proj"]["weight"].size
+    up = base["layers"]["expert_up" if variant == "qwen3_moe" else "up_proj"]["weight"]
+    held, whole = up.addressable_shards[0].data.size, up.size
     assert held == whole // (axes.get("fsdp", 1) * axes.get("tensor", 1)), "the weights are not cut"
     np.testing.assert_allclose(out, expected, atol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):

@@ -173,7 +173,16 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
         name: getattr(theirs, their) for name, their in same.items()
     }
     mixer = config.layers[0].mixer
-    assert config.layers[0].mlp.width == theirs.intermediate_size
+    width = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    assert config.layers[0].mlp.width == width
+    if family == "qwen3_moe":
+        mlp, expected = (
+            config.layers[0].mlp,
+            (theirs.num_experts, theirs.num_experts_per_tok, theirs.norm_topk_prob),
+        )
+        assert (mlp.count, mlp.chosen, mlp.normalised) == expected
+    window = getattr(theirs, "sliding_window", None)
+    assert mixer.window == (window if window != theirs.max_position_embeddings else None)
     assert (mixer.heads, mixer.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
     their_size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert mixer.head_dim == their_size

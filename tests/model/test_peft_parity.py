@@ -54,7 +54,7 @@ def peft_model(tiny, adapter):
     return model, {key: module for key, (module, _, _) in parameters.items()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "qwen3_moe"])  # test_experts
 def test_log_probs_and_gradients_equal_peft_s(tiny, packed_rows, variant):
     model = tiny(variant)
     adapter = random_adapter(model.config)

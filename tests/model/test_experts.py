@@ -1,0 +1,91 @@
+"""Mixtures of experts: adapters' gradients against torch, several adapters in a batch, what is trained."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapters import parameters_with, random_adapter
+from tinsmith.model import decoder, lora
+
+RANK, SCALE = 4, 8.0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_probs(graph, base, adapters, scale, row_adapter, rows, targets):
+    """The targets' log-probs, [B, T], with each row's adapter."""
+    stack = lora.stack_adapters(adapters, scale)
+    hidden = decoder.trunk(graph, base, *rows, stack, row_adapter)
+    z = decoder.logits(decoder.unembed(base), stack, hidden, row_adapter)
+    return jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], -1)[..., 0]
+
+
+@pytest.fixture(scope="module")
+def targets(packed_rows):
+    return np.random.default_rng(5).integers(0, 320, packed_rows.tokens.shape)
+
+
+@pytest.mark.reference
+def test_log_probs_and_gradients_equal_torch_s(tiny, packed_rows, targets):
+    """transformers runs the weights with the adapter's products added; torch differentiates through them."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("qwen3_moe")
+    adapter = random_adapter(model.config, 1, RANK)
+    weights = np.zeros(targets.shape, np.float32)
+    rng = np.random.default_rng(6)
+    for row, at in packed_rows.segments:
+        weights[row, at] = rng.uniform(-0.5, 1.5, at.stop - at.start)
+
+    def loss(adapter):
+        found = log_probs(
+            model.graph, model.base, (adapter,), jnp.full(1, SCALE), None, packed_rows[:3], targets
+        )
+        return -(weights * found).sum(), found
+
+    (_, ours), gradients = jax.value_and_grad(loss, has_aux=True)(adapter)
+
+    reference = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    leaves = jax.tree.map(lambda leaf: torch.tensor(leaf, requires_grad=True), adapter)
+    parameters = parameters_with(reference, leaves, model.config, SCALE)
+    total = 0.0
+    for row, at in packed_rows.segments:
+        ids = torch.tensor(packed_rows.tokens[row, at][None]).long()
+        z = torch.func.functional_call(reference, parameters, (ids,)).logits[0]
+        theirs = torch.log_softmax(z, -1).gather(-1, torch.tensor(targets[row, at])[:, None])[:, 0]
+        np.testing.assert_allclose(ours[row, at], theirs.detach().numpy(), atol=1e-4)
+        total = total - (torch.tensor(weights[row, at]) * theirs).sum()
+    total.backward()
+    for (path, got), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(leaves), strict=True
+    ):
+        expected = leaf.grad.numpy()
+        if path[-1].key == "a":
+            assert not np.asarray(got)[..., RANK:].any(), "padding of the rank"
+        error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+        assert error < 1e-3, (jax.tree_util.keystr(path), error)
+
+
+def test_rows_of_several_adapters_equal_each_adapter_alone(tiny, packed_rows, targets):
+    model = tiny("qwen3_moe")
+    adapters = tuple(random_adapter(model.config, seed, RANK) for seed in range(3))
+    scale, rows = jnp.asarray([SCALE, 1.0, 0.5]), packed_rows[:3]
+    both = log_probs(model.graph, model.base, adapters, scale, jnp.asarray([2, 0]), rows, targets)
+    for row, n in enumerate([2, 0]):
+        alone = log_probs(
+            model.graph, model.base, adapters[n : n + 1], scale[n : n + 1], jnp.zeros(2, int), rows, targets
+        )
+        np.testing.assert_allclose(both[row], alone[row], atol=2e-5)
+
+
+def test_an_adapter_shares_the_factor_at_the_hidden_size_and_leaves_the_router_alone(tiny):
+    """The form of the hosted service: gate and up share A, down shares B; each expert has the full rank."""
+    L, E, D, F, R = 3, 8, 32, 24, 8
+    adapter = lora.init_lora(tiny("qwen3_moe").config, 0, RANK, train_attn=False, train_unembed=False)
+    assert jax.tree.map(np.shape, adapter["layers"]) == {
+        "expert_gate": {"a": (L, D, R), "b": (L, E, R, F)},
+        "expert_up": {"a": (L, D, R), "b": (L, E, R, F)},
+        "expert_down": {"a": (L, E, F, R), "b": (L, R, D)},
+    }
