@@ -45,7 +45,7 @@ class Site(NamedTuple):
 
     def factors(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the two factors of its adapter in one layer."""
-        sides = {"a": (self.into, rank), "b": (rank, self.out)}
+        sides: dict[str, tuple[int, ...]] = {"a": (self.into, rank), "b": (rank, self.out)}
         if self.experts is None:
             return sides
         own = "b" if self.shared == "a" else "a"

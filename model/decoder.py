@@ -314,14 +314,17 @@ def routed_trunk(
     rotations = model.rotations(position_BT)
 
     def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, Array | None]:
-        mixer, mlp, routes = block.layer.mixer, block.layer.mlp, []
+        mixer, mlp = block.layer.mixer, block.layer.mlp
+        routes: list[Array] = []
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             return attention(q, k, v, start_BT, mixer.scale, window=mixer.window)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
         x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes)
-        return x_BTD, _tokens_by_expert(mlp.count, *routes, real_BT) if isinstance(mlp, Experts) else None
+        if not isinstance(mlp, Experts):
+            return x_BTD, None
+        return x_BTD, _tokens_by_expert(mlp.count, routes[0], real_BT)
 
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype

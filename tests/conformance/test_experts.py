@@ -1,0 +1,89 @@
+"""A mixture of experts through the SDK, from its first step to its merged weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+from conformance.batches import batch
+from conformance.server_process import ServerProcess
+from conformance.test_downloads import by_torch
+from conformance.test_sdk_checkpoints import PROMPT, forward
+from conformance.test_sdk_training import step
+from safetensors.numpy import load_file
+from tiny_models import write_model
+from transformers import AutoModelForCausalLM
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def server(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("experts")
+    model = write_model(folder / "model", "qwen3_moe")
+    running = ServerProcess(model, folder / "data", cache_dir)
+    yield running.start()
+    running.kill()
+
+
+def checkpoints(server: ServerProcess, *arguments: object) -> str:
+    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
+    line = [sys.executable, "-m", "tinsmith.server.cli", "checkpoints", *map(str, arguments)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_mixture_of_experts_from_the_first_step_to_its_merged_weights(
+    server: ServerProcess, tmp_path
+) -> None:
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+    data = batch()
+    training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
+    step(training, data)
+    metrics = training.forward_backward(data, "cross_entropy").result().metrics
+    training.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+    assert 0 < metrics["e_frac_with_tokens:mean"] <= 1
+    assert metrics["e_max_violation:max"] >= metrics["e_max_violation:mean"] > 0
+
+    # The sampler scores as the trainer does.
+    sampler = training.save_weights_and_get_sampling_client().result()
+    scored = sampler.compute_logprobs(PROMPT).result()[1:]
+    of_prompt = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(PROMPT.to_ints()[:-1]),
+        loss_fn_inputs={"target_tokens": PROMPT.to_ints()[1:], "weights": [1.0] * (PROMPT.length - 1)},
+    )
+    np.testing.assert_allclose(forward(training, [of_prompt]), scored, atol=1e-4)
+
+    # A stop and a start change nothing.
+    path = training.save_state("kept").result().path
+    training.save_weights_for_sampler("kept").result()
+    expected = forward(training, data)
+    assert server.stop() == 0
+    server.start()
+    np.testing.assert_array_equal(forward(training, data), expected)
+    loaded = service.create_training_client_from_state(path).result()
+    np.testing.assert_array_equal(forward(loaded, data), expected)
+
+    # Merged weights are a model with the same log-probs for transformers.
+    checkpoints(server, "merge", path, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    np.testing.assert_allclose(by_torch(merged, data), expected, atol=1e-4)
+
+    # The adapter's files have the hosted form, and can be imported.
+    (folder,) = (file.parent for file in server.data_dir.glob("samplers/**/adapter_model.safetensors"))
+    shutil.copytree(folder, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight"].shape == (1, 4, 32)
+    printed = checkpoints(server, "import", tmp_path / "adapter", "--model", "tiny", "--name", "again")
+    (imported,) = (word for word in printed.split() if "/weights/" in word)
+    again = service.create_training_client_from_state(imported).result()
+    np.testing.assert_allclose(forward(again, data), expected, atol=1e-5)
+    service.close("success").result()
