@@ -7,8 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
-
 
 def instruction_sets() -> list[str]:
     """The names of its instruction sets; none where the system does not tell."""
@@ -22,12 +20,6 @@ def kind() -> str:
     """The machine type and a hash of its instruction sets: a program compiled for another may not run."""
     sets = " ".join(instruction_sets())
     return f"{platform.machine()}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
-
-
-def lacks_bfloat16() -> bool:
-    """Whether products in bfloat16 are known to be emulated."""
-    sets = instruction_sets()
-    return bool(sets) and _BFLOAT16.isdisjoint(sets)
 
 
 def memory_bytes() -> int:

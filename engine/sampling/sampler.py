@@ -349,7 +349,10 @@ def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) ->
 
 
 def _is_by_output(base: PyTree) -> bool:
-    """Whether to decode with copies of the matrices that lie [out, in]: on a CPU that lacks products in
-    bfloat16 and converts other weights for each; if the copies take at most a quarter of the memory."""
-    is_emulated = base["embed_tokens"]["weight"].dtype == jnp.bfloat16 and processor.lacks_bfloat16()
-    return is_emulated and sum(x.nbytes for x in jax.tree.leaves(base)) <= processor.memory_bytes() // 4
+    """Whether a CPU decodes with copies of the matrices that lie [out, in]: in bfloat16, if they take at most
+    a quarter of the memory.
+
+    XLA's products of a few rows convert other bfloat16 weights to float32 each time. This holds with and
+    without bfloat16 instructions."""
+    is_bfloat16 = base["embed_tokens"]["weight"].dtype == jnp.bfloat16
+    return is_bfloat16 and sum(x.nbytes for x in jax.tree.leaves(base)) <= processor.memory_bytes() // 4

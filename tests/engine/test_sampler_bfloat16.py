@@ -1,4 +1,4 @@
-"""Decoding in bfloat16, with weights as they are and by output (for CPUs that lack bfloat16)."""
+"""Decoding in bfloat16, with copies of the weights by output, and as they are if there is little memory."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +16,11 @@ def model(tmp_path_factory):
     return tiny._replace(graph=graph, base=load.load_base(tiny.folder, tiny.config, jnp.bfloat16))
 
 
-def ask(model, adapter, lacks, monkeypatch):
-    monkeypatch.setattr(processor, "lacks_bfloat16", lambda: lacks)
+def ask(model, adapter, by_output, monkeypatch):
+    monkeypatch.setattr(processor, "memory_bytes", lambda: 1 << 40 if by_output else 0)
     sampler = make_sampler(model)
     sampler.register("a", adapter, scale=2.0)
-    assert sampler.weights_of(None).base_by_layer.by_output == lacks
+    assert sampler.weights_of(None).base_by_layer.by_output == by_output
     for index, key in enumerate(("a", None)):
         prompt = np.random.default_rng(index).integers(3, 320, 40)
         sampler.add(request(index, prompt, max_tokens=30, seed=index, stop_tokens=[]), key)
@@ -29,13 +29,13 @@ def ask(model, adapter, lacks, monkeypatch):
 
 def test_both_ways_give_the_trainers_log_probs(model, monkeypatch):
     adapter = random_adapter(model.config, 1)
-    for lacks in (False, True):
-        for index, sampled in ask(model, adapter, lacks, monkeypatch).items():
+    for by_output in (False, True):
+        for index, sampled in ask(model, adapter, by_output, monkeypatch).items():
             prompt = np.random.default_rng(int(index)).integers(3, 320, 40)
             tokens = [*prompt, *sampled.tokens]
             reference = full_forward_logprobs(model, tokens, 1.0, adapter if index == "0" else None, 2.0)
             rows = len(prompt) - 1 + np.arange(len(sampled.tokens))
             difference = np.abs(sampled.logprobs - reference[rows, sampled.tokens])
             # bfloat16 has 8 bits: activations of a few layers differ by a few of the last one
-            assert difference.max() < 0.1, lacks
-            assert difference.mean() < 0.02, lacks
+            assert difference.max() < 0.1, by_output
+            assert difference.mean() < 0.02, by_output
