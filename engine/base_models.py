@@ -109,13 +109,16 @@ def load(
     dtype = compute_dtype(engine.dtype)
     graph, _ = decoder.build(config, dtype)
     weights = load_base(folder, config, dtype, mesh)
-    limit = _limit(config, engine)
+    limit, number = _limit(config, engine), room.folders.index(folder)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     trainer = Trainer(
         graph,
         weights,
         config,
         mesh,
         max_sequence_length=limit,
+        micro_batch_tokens=None if on_cpu else room.plan.micro_batches[number] * row_devices,
         budget=room.budget,
         kept_bytes=room.plan.kept,
         custom_loss_processes=custom_losses,
@@ -130,7 +133,7 @@ def load(
             token_bytes=token_bytes,
             end_tokens=tokenizer_files.end_tokens(folder),
             mesh=mesh,
-            kv_cache_tokens=room.plan.kv_tokens[room.folders.index(folder)],
+            kv_cache_tokens=room.plan.kv_tokens[number],
             max_sequence_length=limit,
             budget=room.budget,
         )

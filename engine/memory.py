@@ -321,8 +321,9 @@ class EnginePlan:
     """How an engine divides the memory of each device among what it serves.
 
     `budget` is for models in training, samplers' weights and recycled arrays (`budget.Budget`), `kept` the
-    most that the blocks may keep of a micro-batch for its backward, `kv_tokens` the positions in the KV cache
-    of each base model. `needed` is the least that the engine can work with.
+    most that the blocks may keep of a micro-batch for its backward. Of each base model, `micro_batches` are
+    the tokens that a device computes at once, and `kv_tokens` the positions in the KV cache. `needed` is the
+    least that the engine can work with.
     """
 
     capacity: int
@@ -333,6 +334,7 @@ class EnginePlan:
     margin: int
     budget: int
     kept: int
+    micro_batches: tuple[int, ...]
     kv_tokens: tuple[int, ...]
     needed: int
 
@@ -388,11 +390,12 @@ def plan_engine(
     needed = base + margin + sum(least_kv) + least_programs + least_budget
     room = max(0, capacity - base - margin)
     if on_cpu:
-        kept = min(KEPT_ON_CPU, room // 4)
+        kept, micro_batches = min(KEPT_ON_CPU, room // 4), tuple(work.micro_batch for work in works)
         programs = max(least_programs, kept)
         most_kv, budget = min(KV_ON_CPU, room // 4), min(BUDGET_ON_CPU, room // 4)
     else:
-        kept, programs = _programs_of_accelerator(models, works, mesh, room - sum(least_kv) - least_budget)
+        beside = sum(least_kv) + least_budget
+        kept, programs, micro_batches = _programs_of_accelerator(models, works, mesh, room - beside)
         programs = max(least_programs, programs)
         most_kv = budget = max(0, room - programs) // 2
     more_kv = 0 if kv_cache_tokens else max(0, most_kv - sum(least_kv)) // len(models)
@@ -401,7 +404,17 @@ def plan_engine(
     if not on_cpu:
         budget = max(0, room - programs - kv_pages)
     return EnginePlan(
-        capacity, mesh, base, programs, kv_pages, margin, max(budget, least_budget), kept, kv_tokens, needed
+        capacity,
+        mesh,
+        base,
+        programs,
+        kv_pages,
+        margin,
+        max(budget, least_budget),
+        kept,
+        micro_batches,
+        kv_tokens,
+        needed,
     )
 
 
@@ -419,26 +432,31 @@ def _least_programs(served: Served, work: Workload, mesh: Mesh) -> int:
 
 def _programs_of_accelerator(
     models: Sequence[Served], works: Sequence[Workload], mesh: Mesh, room: int
-) -> tuple[int, int]:
-    """Return the most that blocks may keep, and the memory of the programs, of the `room` for them."""
+) -> tuple[int, int, tuple[int, ...]]:
+    """Return the most that blocks may keep, the memory of the programs (of the `room` for them), and the
+    tokens of each model's micro-batches."""
     kept = programs = 0
+    micro_batches = []
     for served, work in zip(models, works, strict=True):
-        tokens = max(1, work.micro_batch // work.sequence) * work.sequence
-        of = served.counts
-        for remat in ("none", "dots", "full"):
-            size = training_bytes(of, work, mesh, tokens, remat)
-            held = kept_bytes(of, tokens, remat, work.itemsize, mesh.tensor)
-            if size <= room and (remat == "full" or held <= room / 4):
-                kept, programs = max(kept, held), max(programs, size)
-                break
+        of, item = served.counts, work.itemsize
+        tokens = work.micro_batch
+        while tokens > SHORTEST_ROW and training_bytes(of, work, mesh, tokens, "full") > room:
+            tokens //= 2
+        micro_batches.append(tokens)
+        remat = choose_remat(of, tokens, item, int(room * KEPT_SHARE), mesh.tensor)
+        kept = max(kept, kept_bytes(of, tokens, remat, item, mesh.tensor))
 
         def fits(length: int, of: Counts = of, work: Workload = work) -> bool:
             return training_bytes(of, work, mesh, length, "full") <= room / 2
 
-        longest = _most(fits, work.sequence, served.longest)
-        programs = max(programs, training_bytes(of, work, mesh, longest, "full") if longest else 0)
-        programs = max(programs, min(room, sampling_bytes(of, work, mesh)))
-    return kept, programs
+        longest = _most(fits, min(tokens, served.longest), served.longest)
+        programs = max(
+            programs,
+            training_bytes(of, work, mesh, tokens, remat),
+            training_bytes(of, work, mesh, longest, "full") if longest else 0,
+            min(room, sampling_bytes(of, work, mesh)),
+        )
+    return kept, programs, tuple(micro_batches)
 
 
 # --- which devices would do -----------------------------------------------------------------------------

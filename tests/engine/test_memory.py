@@ -279,6 +279,13 @@ def test_an_engine_has_room_for_the_micro_batches_that_it_chooses():
     assert memory.training_bytes(C8, work, Mesh(), K32, "full") <= planned.programs
     small = memory.plan_engine([served()], 32 * GIB)
     assert memory.choose_remat(C8, 8192, 2, small.kept) == "full"
+    assert (planned.micro_batches, small.micro_batches) == ((8192,), (8192,))
+    for gib in range(21, 32):
+        (tokens,) = memory.plan_engine([served()], gib * GIB).micro_batches
+        least = memory.plan_engine([served()], gib * GIB)
+        assert 512 <= tokens <= 8192
+        assert memory.training_bytes(C8, work, Mesh(), tokens, "full") <= least.programs
+    assert memory.plan_engine([served()], 21 * GIB).micro_batches < (8192,)
 
 
 def test_positions_that_the_operator_wants_are_planned_for():
