@@ -217,7 +217,7 @@ def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
         one = sampled = adapter_elements(counts, work) * WIDE
     moments = _MOMENTS[work.optimizer]
     # Muon steps embedding, head and norms by AdamW, which has a second moment.
-    others = counts.parameters - counts.matrices if work.full_weight and "muon" in work.optimizer else 0
+    others = counts.parameters - counts.stored if work.full_weight and "muon" in work.optimizer else 0
     at_once = min(work.tenants, 1 if work.full_weight else MODELS_PER_BATCH)
     stacked = at_once > 1
     return {
@@ -283,12 +283,12 @@ def training_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, rema
     block = int((6 * counts.feed_forward / tensor + 5 * counts.hidden) * tokens * item)
     head = work.chunk * counts.vocab_size * (WIDE + item) // tensor + tokens * counts.hidden * item
     if mesh.fsdp > 1:
-        block += counts.matrices // counts.num_layers * item // tensor
+        block += counts.stored // counts.num_layers * item // tensor
         head += counts.head * item // tensor
     if work.full_weight:
         # The matrices in the dtype of the computation, and their gradients in it before they are added up.
-        block += 2 * counts.matrices * item // mesh.shards
-        head += counts.matrices * item // mesh.shards + counts.head * (item + WIDE) // mesh.shards
+        block += 2 * counts.stored * item // mesh.shards
+        head += counts.stored * item // mesh.shards + counts.head * (item + WIDE) // mesh.shards
     else:
         block += adapter_elements(counts, work) * WIDE
     return kept_bytes(counts, tokens, remat, item, tensor) + max(block, head)
@@ -300,7 +300,7 @@ def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
     wide = (3 * counts.feed_forward + 2 * counts.qkv) / tensor + 5 * counts.hidden
     prefill = int(wide * PREFILL_TOKENS * item) + PREFILL_TOKENS * counts.kv_per_position * item // tensor
     decode = 3 * SLOTS * counts.vocab_size * WIDE // tensor
-    gathered = 0 if mesh.fsdp == 1 else counts.matrices // counts.num_layers * item // tensor
+    gathered = 0 if mesh.fsdp == 1 else counts.stored // counts.num_layers * item // tensor
     return max(prefill, decode) + gathered
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..model.counts import Counts
 from .device_catalogue import DEVICES, Device
-from .memory import MemoryPlan, Remat, Workload, adapter_elements, kv_bytes_per_token, meshes
+from .memory import MemoryPlan, Remat, Workload, kv_bytes_per_token, meshes, padded_rank
 from .memory import plan as plan_memory
 
 
@@ -35,7 +35,7 @@ def step_flops(counts: Counts, work: Workload, plan: MemoryPlan) -> Step:
     for the queries' and the keys' gradients both compute the scores again, which makes it seven.
     """
     tokens = plan.rows * work.sequence
-    adapters = 0 if work.full_weight else adapter_elements(counts, work)
+    adapters = 0 if work.full_weight else counts.active_adapter_per_rank * padded_rank(work.rank)
     trained = counts.matrices + counts.head if work.full_weight else adapters
     products = 4 * (counts.matrices + counts.head) + 2 * trained + 4 * (0 if work.full_weight else adapters)
     again = {
@@ -65,7 +65,7 @@ def training_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
     flops = step_flops(counts, work, plan).executed
     passes = 3 if plan.remat == "full" else 2
     item, shards = work.itemsize, plan.mesh.tensor
-    read = passes * (counts.matrices + counts.head) * item / shards
+    read = passes * (min(counts.stored, counts.matrices * tokens) + counts.head) * item / shards
     activations = _activation_traffic(counts, plan.remat) * tokens * item / shards
     seconds = max(flops / device.flops, (read + activations) / device.bandwidth)
     if plan.mesh.fsdp > 1:
@@ -91,7 +91,8 @@ def decoding_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
     token reads all weights once for all sequences, and each sequence's keys and values."""
     if plan.slots == 0:
         return 0.0
-    weights = (counts.matrices + counts.head) * work.itemsize / plan.mesh.shards
+    stored = min(counts.stored, counts.matrices * plan.slots)  # experts that no sequence gets are not read
+    weights = (stored + counts.head) * work.itemsize / plan.mesh.shards
     contexts = plan.slots * work.sequence * kv_bytes_per_token(counts, work, plan.mesh)
     flops = 2 * plan.slots * (counts.matrices + counts.head) / plan.mesh.tensor
     return plan.slots / max((weights + contexts) / device.bandwidth, flops / device.flops)

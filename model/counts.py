@@ -16,17 +16,20 @@ from .families import parameter_count
 class Counts:
     """Numbers of elements (not bytes) of a decoder's weights, and of the activations of one token.
 
-    `matrices` are the elements of all layers' matrices, of experts only those that a token gets; each token
-    takes two FLOPs for each of them in a forward pass. `last_matrices` are those of the last matrix of every
-    layer, whose product a recomputation does not need. `adapter_per_rank` are the elements that a LoRA of
-    rank 1 on all matrices and the head has.
+    `stored` are the elements of all layers' matrices, `matrices` those that a token is multiplied with (of
+    experts, those that it gets); each token takes two FLOPs for each of these in a forward pass.
+    `last_matrices` are those of the last matrix of every layer, whose product a recomputation does not need.
+    `adapter_per_rank` are the elements that a LoRA of rank 1 on all matrices and the head has,
+    `active_adapter_per_rank` those that a token is multiplied with.
     """
 
     parameters: int
+    stored: int
     matrices: int
     last_matrices: int
     head: int  # vocabulary x hidden
     adapter_per_rank: int
+    active_adapter_per_rank: int
     num_layers: int
     vocab_size: int
     hidden: int
@@ -43,10 +46,14 @@ def counts(config: ModelConfig) -> Counts:
     mixers, mlps = [layer.mixer for layer in config.layers], [layer.mlp for layer in config.layers]
     return Counts(
         parameters=parameter_count(config),
+        stored=sum(prod(site.shape) for layer in config.layers for site in layer.sites),
         matrices=sum(_active(layer, site) for layer in config.layers for site in layer.sites),
         last_matrices=sum(_active(layer, layer.sites[-1]) for layer in config.layers),
         head=config.vocab_size * config.hidden_size,
         adapter_per_rank=sum(adapter_counts(config, 1).values()),
+        active_adapter_per_rank=config.hidden_size
+        + config.vocab_size
+        + sum(_used(layer, site) * (site.into + site.out) for layer in config.layers for site in layer.sites),
         num_layers=config.num_layers,
         vocab_size=config.vocab_size,
         hidden=config.hidden_size,
@@ -71,5 +78,9 @@ def adapter_counts(config: ModelConfig, rank: int) -> dict[str, int]:
 
 def _active(layer: Layer, site: Site) -> int:
     """Return the elements of a matrix that a token is multiplied with: of experts, those that it gets."""
-    used = layer.mlp.chosen if isinstance(layer.mlp, Experts) and site.experts is not None else 1
-    return used * site.into * site.out
+    return _used(layer, site) * site.into * site.out
+
+
+def _used(layer: Layer, site: Site) -> int:
+    """Return how many matrices of a site a token is multiplied with."""
+    return layer.mlp.chosen if isinstance(layer.mlp, Experts) and site.experts is not None else 1

@@ -299,3 +299,22 @@ def test_positions_that_the_operator_wants_are_planned_for():
 def test_shards_of_a_mesh_make_a_model_fit():
     assert not memory.plan_engine([served(C70)], 80 * GIB).fits
     assert memory.plan_engine([served(C70)], 80 * GIB, Mesh(fsdp=4)).fits
+
+
+def test_a_mixture_of_experts_is_stored_whole_and_computed_in_part():
+    """Qwen3-30B-A3B, by its model card: 30.5 billion parameters, of which 3.3 are active for a token."""
+    of = counts(
+        config(
+            "qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+            num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+            moe_intermediate_size=768, norm_topk_prob=True,
+        )
+    )  # fmt: skip
+    assert of.parameters / 1e9 == pytest.approx(30.5, abs=0.05)
+    assert (of.matrices + 2 * of.head) / 1e9 == pytest.approx(3.35, abs=0.05)
+    h200 = device_catalogue.find("h200")
+    planned = roofline.fastest(of, Workload(8192), h200)
+    assert planned.fits
+    assert planned.kinds["base"] == 2 * of.parameters
+    step = roofline.step_flops(of, Workload(8192), planned)
+    assert step.useful_products == pytest.approx(4 * 8192 * (of.matrices + of.head), rel=0.1)
