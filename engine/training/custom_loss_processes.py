@@ -168,11 +168,15 @@ class CustomLossProcesses:
         return True
 
     def _process_for(self, owner: str) -> CustomLossProcess:
-        """Take an idle process, if possible one that has compiled the owner's losses, or start one."""
-        if not self._idle:
+        """Take the idle process that has compiled the owner's losses, start one if there may be another, or
+        take the one that has been idle for longest."""
+        process = next((each for each in self._idle if each.last_owner == owner), None)
+        serving = sum(each.process is not None for each in self._computations)
+        if process is None and serving + len(self._idle) < self._most:
             process = CustomLossProcess()
-        else:
-            process = next((each for each in self._idle if each.last_owner == owner), self._idle[0])
+        elif process is None:
+            process = self._idle[0]
+        if process in self._idle:
             self._idle.remove(process)
         process.last_owner = owner
         return process

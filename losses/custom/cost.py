@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 # functions that a loss may call, and rounded to a power of two: 2^34 of them take one to ten seconds on one
 # core. Sorts and scans go over the elements once for each doubling of the length.
 _SORTED = 128
-_SCANNED = {"cumsum": 8, "cumprod": 8, "cummax": 8, "cummin": 8, "cumlogsumexp": 32}
+_SCANNED = {"cumsum": 8, "cumprod": 8, "cummax": 8, "cummin": 8, "cumlogsumexp": 64}
 _INDEXED = 16  # memory is read or written out of order
 _TRANSCENDENTAL = 8
 _REDUCED = 4
