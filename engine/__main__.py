@@ -23,6 +23,7 @@ from ..model.load import find_model
 from ..model.sharding import make_mesh
 from . import base_models, compilation, logs, messages, precision
 from .loop import Engine
+from .measurements import Measurements
 from .socket import Socket
 from .training.custom_loss_processes import CustomLossProcesses
 
@@ -68,7 +69,8 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
 
     began = time.perf_counter()
     tell("starting JAX")
-    compilation.log_all_compilations()
+    measurements = Measurements(socket.send)
+    compilation.log_all_compilations(measurements.compiled)
     compilation.watch(compiles)
     cache = compilation.use_cache(Path(config.cache_dir))
     mesh = make_mesh(config.mesh or None)
@@ -86,7 +88,7 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
         same = (base for base in bases.values() if base.folder == find_model(declared.path))
         shared = next(same, None) or base_models.load(declared, config, mesh, room, losses)
         bases[declared.name] = dataclasses.replace(shared, name=declared.name)
-    engine = Engine(config, bases, socket)
+    engine = Engine(config, bases, socket, measurements)
     phase = "ready"
     tell(f"ready after {time.perf_counter() - began:.1f} s with {', '.join(bases)} on {devices}")
     return engine

@@ -61,9 +61,11 @@ def compiling(program: str) -> Iterator[None]:
             each(program, seconds)
 
 
-def log_all_compilations() -> None:
-    """From now on the debug log has every program that JAX compiles or finds in the cache; the ordinary log,
-    those that take seconds. JAX's listeners last as long as the process: call this once."""
+def log_all_compilations(compiled: Callable[[bool, float], None]) -> None:
+    """Call `compiled(from_cache, seconds)` for every program that JAX compiles or finds in the cache, and log
+    it: in the debug log all of them, in the ordinary log those that take seconds.
+
+    JAX's listeners last as long as the process: call this once."""
     current = threading.local()
 
     def on_event(event: str, **_) -> None:
@@ -75,6 +77,7 @@ def log_all_compilations() -> None:
             from_cache, current.from_cache = getattr(current, "from_cache", False), False
             level = logging.INFO if duration_secs >= _WORTH_A_LINE_SECONDS else logging.DEBUG
             how = "read from the cache" if from_cache else "compiled by XLA"
+            compiled(from_cache, duration_secs)
             log.log(level, "%s: %s in %.2f s", details.get("fun_name", "a program"), how, duration_secs)
 
     monitoring.register_event_listener(on_event)

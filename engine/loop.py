@@ -19,6 +19,7 @@ from . import messages
 from .answers import answer_to, forward_backward_output, note
 from .base_models import BaseModel
 from .errors import MissingWeights, UserError
+from .measurements import Measurements
 from .memory_report import MemoryReport
 from .models import Models, Writing
 from .sampling.sampler_cache import SamplerCache
@@ -46,8 +47,15 @@ class Written:
 class Engine:
     """Answers every request exactly once, with Done or Failed."""
 
-    def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel], socket: Socket):
+    def __init__(
+        self,
+        config: messages.EngineConfig,
+        bases: dict[str, BaseModel],
+        socket: Socket,
+        measurements: Measurements | None = None,
+    ):
         self._socket = socket
+        self._measurements = measurements or Measurements(socket.send)
         base = next(iter(bases.values()))
         on_cpu = base.mesh.devices.flat[0].platform == "cpu"
         tenants = Tenants(base.room.budget, lambda model_id: self._scheduler.is_running(model_id), not on_cpu)
@@ -98,12 +106,19 @@ class Engine:
             if may_wait:
                 self._under_way.note(())
             until_idle = [samplers.evict_idle() for samplers in self._samplers]
-            timeout = min((seconds for seconds in until_idle if seconds is not None), default=None)
+            until = [*until_idle, self._measurements.report(self._gauges)]
+            timeout = min((seconds for seconds in until if seconds is not None), default=None)
             try:
                 self._accept(self._socket.inbox.get(block=bool(may_wait), timeout=timeout))
+                self._measurements.touch()
             except queue.Empty:
                 if not may_wait:
                     return
+
+    def _gauges(self) -> dict[str, float]:
+        used = sum(samplers.sampler.used_pages for samplers in self._samplers)
+        free = sum(samplers.sampler.free_pages for samplers in self._samplers)
+        return {"kv_pages/used": float(used), "kv_pages/free": float(free)}
 
     def _accept(self, request: Request | Written) -> None:
         if not isinstance(request, Written) and self._sleep.takes(request):
@@ -227,6 +242,8 @@ class Engine:
         finally:  # also when the operation is cancelled
             run.close()
             unit.seconds += run.seconds_beside
+            self._measurements.add("training_positions/token", run.tokens)
+            self._measurements.add("training_positions/padding", run.positions - run.tokens)
         return run.results
 
     def _failed(self, checked: CheckedOperation, error: Exception) -> Exception:
@@ -307,6 +324,9 @@ class Engine:
                 self._answer(request, error)
             samplers.restart()
             return
+        used, empty = samplers.sampler.take_slot_counts()
+        self._measurements.add("decode_slots/used", used)
+        self._measurements.add("decode_slots/empty", empty)
         for drawn in samplers.sampler.drawn():
             self._socket.send(drawn)
         for answer in answers:

@@ -5,8 +5,8 @@ Arrays travel as raw little-endian bytes beside their dtype and shape. Directori
 data directory (`ckpt.paths`), chosen by the server, never by a client.
 
 The server sends one stream of `ToEngine` messages; the engine answers each request exactly once, with
-`Done` or `Failed`, and may send `Status` and `Beat` at any time. Operations of one model arrive in seq_id
-order and take effect in the order of arrival.
+`Done` or `Failed`, and may send `Status`, `Memory`, `Measured` and `Beat` at any time. Operations of one
+model arrive in seq_id order and take effect in the order of arrival.
 """
 
 from __future__ import annotations
@@ -484,7 +484,14 @@ class Memory(msgspec.Struct, frozen=True, tag=True):
     waiting: int
 
 
-FromEngine = Done | Failed | Drawn | Status | Beat | Memory
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """What the engine has counted since its start, and gauges: `NAME` or `NAME/LABEL`."""
+
+    counters: dict[str, float]
+    gauges: dict[str, float]
+
+
+FromEngine = Done | Failed | Drawn | Status | Beat | Memory | Measured
 
 # --- start ----------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_s
 from .http.browsers import AllowedHosts, BrowserChecks
 from .http.console_pages import ConsolePages
 from .http.json_bodies import JsonBodies
-from .http.metrics import Measured, Metrics
+from .http.metrics import Measured, Metrics, OperationMetrics, ServerMetrics
 from .http.model_creations import ModelCreations
 from .http.operation_answers import OperationAnswers
 from .http.overview import Overview
@@ -160,6 +160,7 @@ def create_app(
         tokens=application.tokens,
         admission=application.admission,
         signer=application.signer,
+        scrape_token=settings.metrics_token,
     )
     app.add_middleware(ConsolePages, keys=application.keys)
     app.add_middleware(BrowserChecks, keys=application.keys, hosts=AllowedHosts(settings.own_hosts))
@@ -269,6 +270,12 @@ class Application:
         # Plugins that watch or train models.
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.finished.subscribe(self.wandb.answered)
+        self.operations.finished.subscribe(OperationMetrics(self.metrics.registry).answered)
+        self.operations.finished.subscribe(self.sweep.written)
+        self.snapshots.written.subscribe(self.sweep.snapshot_written)
+        self.metrics.registry.register(
+            ServerMetrics(self.engine, self.operations, self.runs, recovery, ledger, disk, self.sweep)
+        )
         overview = Overview(self.engine, self.operations, self.runs, disk, self.sweep)
         self.operations.finished.subscribe(overview.activity.answered)
         self.runs.finished.subscribe(self.wandb.finish)

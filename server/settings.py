@@ -108,6 +108,9 @@ class ServingSettings(Section):
     create`, which stores them in the ledger."""
     api_key_file: Path | None = None
     """A file with keys, one per line, as above. `#` begins a comment."""
+    metrics_token: SecretStr | None = None
+    """A token for Prometheus. It opens `/metrics`, as a bearer token, and nothing else does then; it opens
+    nothing else. Without it every key opens `/metrics`."""
     public_url: str | None = None
     """The address with which URLs for downloads begin, if clients reach the server through a proxy."""
     allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)

@@ -28,6 +28,11 @@ class PagePool:
         self._hash_of: dict[int, bytes] = {}
 
     @property
+    def num_pages(self) -> int:
+        """With page 0."""
+        return len(self._owners)
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 

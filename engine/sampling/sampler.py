@@ -229,6 +229,18 @@ class Sampler:
         return True
 
     @property
+    def used_pages(self) -> int:
+        return self._pool.num_pages - 1 - self._pool.num_free  # page 0 is no sequence's
+
+    @property
+    def free_pages(self) -> int:
+        return self._pool.num_free
+
+    def take_slot_counts(self) -> tuple[int, int]:
+        """Return how many slots of decode batches were used and how many were empty since the last call."""
+        return self._programs.take_slot_counts()
+
+    @property
     def has_work(self) -> bool:
         return bool(self._generations)
 

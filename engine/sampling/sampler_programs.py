@@ -161,6 +161,9 @@ class SamplerPrograms:
             finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))
         return finite
 
+    def take_slot_counts(self) -> tuple[int, int]:
+        return self._slots.take_counts()
+
     def decode(self, chosen: list[Sequence], positions: int, soon: int) -> Decoded:
         """A few tokens for each of the sequences (`SamplingQueue.next_batch`), on the host; none of them will
         have more than so many positions. With those that wait there are `soon` so many."""

@@ -15,6 +15,7 @@ class Slots:
         self._compile_seconds: dict[str, dict[int, float]] = defaultdict(dict)
         self._borrowed_seconds: dict[tuple[str, int], float] = defaultdict(float)
         self._most = SLOT_BUCKETS[-1]
+        self._counts = (0, 0)
 
     def fewer(self, needed: int) -> int | None:
         """Choose fewer slots than those for `needed` sequences from now on. Returns how many at most, or None
@@ -26,6 +27,11 @@ class Slots:
             return None
         self._most = smaller[-1]
         return self._most
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return how many slots were used and how many were empty in the batches since the last call."""
+        counts, self._counts = self._counts, (0, 0)
+        return counts
 
     def choose(self, kind: str, needed: int, soon: int) -> int:
         """For `needed` sequences now, and `soon` so many if all that wait run as well."""
@@ -39,6 +45,8 @@ class Slots:
 
     def ran(self, kind: str, needed: int, slots: int, seconds: float) -> None:
         """A chunk took so long; a program's first one with its compilation."""
+        used, empty = self._counts
+        self._counts = used + needed, empty + max(0, slots - needed)
         if slots not in self._compile_seconds[kind]:
             self._compile_seconds[kind][slots] = seconds
         elif (fitting := bucket_of(SLOT_BUCKETS, needed)) < slots:

@@ -106,6 +106,7 @@ class CustomLossRun:
         self._processes = processes
         self.results: list[JobOutput | Exception] = []
         self._accounts: list[Account] = []
+        self.tokens = self.positions = 0  # as those of `Run`
         self._stages = self._run()
 
     @property
@@ -125,6 +126,7 @@ class CustomLossRun:
         forward = self._start_run([dataclasses.replace(job.linear, forward_only=True) for job in self._jobs])
         while not forward.step():
             yield False
+        self._count(forward)
         outcomes: list[list[Differentiated] | Exception] = []
         for job, output in zip(self._jobs, forward.results, strict=True):
             outcome: list[Differentiated] | Exception
@@ -143,12 +145,16 @@ class CustomLossRun:
             run = self._start_run(list(backward.values()))
             while not run.step():
                 yield False
+            self._count(run)
             results |= dict(zip(backward, run.results, strict=True))
         for job, outcome in zip(self._jobs, outcomes, strict=True):
             failed = isinstance(outcome, Exception) and not job.linear.forward_only
             job.state.failed_since_step += failed  # the others' failures the run has counted
         self.results = [_output(results[at], outcome) for at, outcome in enumerate(outcomes)]
         yield True
+
+    def _count(self, run: Run) -> None:
+        self.tokens, self.positions = self.tokens + run.tokens, self.positions + run.positions
 
     def _differentiate(
         self, job: CustomJob, output: JobOutput | Exception

@@ -101,6 +101,8 @@ class Run:
         self._accumulation = accumulation
         self._out_of_memory = False
         self.seconds_beside = 0.0  # all of its work is in its turns
+        self.tokens = self.positions = 0
+        """Tokens that were computed, and positions with the padding, of all attempts."""
         self.results: list[JobOutput | Exception] = []
         self._begin()
 
@@ -180,6 +182,8 @@ class Run:
         return plan
 
     def _dispatch(self, kind: _Kind, members: list[tuple[int, int]], micro_batch: MicroBatch) -> None:
+        self.positions += micro_batch.num_tokens
+        self.tokens += sum(segment.length for row in micro_batch.rows for segment in row.segments)
         jobs = micro_batch.groups
         n = next(size for size in MODELS_PER_BATCH if size >= len(jobs))
         states = [self._jobs[job].state for job in jobs]

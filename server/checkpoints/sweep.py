@@ -25,6 +25,7 @@ from ..errors import ApiError
 from ..ledger import audit, retention, step_metrics, usage
 from ..ledger.ledger import Ledger
 from ..ledger.ownership import sqlite_file
+from ..operations.operation import Operation
 from ..operations.payloads import Payloads
 from ..settings import Settings
 from ..supervision.supervisor import Supervisor
@@ -40,8 +41,9 @@ KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
 class Sweep:
-    """`used_bytes`: by kind, as of the last sweep. `being_written`: directories of snapshots that the ledger
-    does not name yet. `on_removed` is told of checkpoints' directories that are removed."""
+    """`used_bytes`: by kind, measured by each sweep and counted in between. `being_written`: directories of
+    snapshots that the ledger does not name yet. `on_removed` is told of checkpoints' directories that are
+    removed."""
 
     def __init__(
         self,
@@ -60,6 +62,15 @@ class Sweep:
         self._data_dir = settings.data_dir
         self.used_bytes = dict.fromkeys(KINDS, 0)
         self._on_removed = on_removed
+
+    def written(self, operation: Operation) -> None:
+        """Count what an answered operation has saved."""
+        match operation.answer:
+            case messages.Done(output=messages.StateSaved() | messages.SamplerSaved() as output):
+                self.used_bytes["checkpoints"] += output.size_bytes
+
+    def snapshot_written(self, size_bytes: int) -> None:
+        self.used_bytes["snapshots"] += size_bytes
 
     async def sweep(self) -> None:
         """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
@@ -177,15 +188,20 @@ class Sweep:
     async def _remove(self, keys: Iterable[str]) -> None:
         for key in list(keys):
             log.info("removing %s", key)
+            size = await asyncio.to_thread(_bytes_below, self._data_dir / key)
             await asyncio.to_thread(shutil.rmtree, self._data_dir / key, ignore_errors=True)
+            kind = key.split("/")[0]
+            self.used_bytes[kind] = max(0, self.used_bytes[kind] - size)
 
     def _measure(self) -> dict[str, int]:
         used = {kind: _bytes_below(self._data_dir / kind) for kind in KINDS}
+        return used | {"ledger": self.ledger_bytes()}
+
+    def ledger_bytes(self) -> int:
+        """The size of the ledger's files, if it is in files, and of the payloads beside it."""
         ledger = sqlite_file(self._settings.ledger_url)
         files = [] if ledger is None else ledger.parent.glob(f"{ledger.name}*")
-        used["ledger"] = sum(_size(path) for path in files)
-        used["ledger"] += self._payloads.used_bytes()
-        return used
+        return sum(_size(path) for path in files) + self._payloads.used_bytes()
 
 
 def _finished_name(key: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 
+from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,6 +19,7 @@ from ..models.admission import Admission
 from .errors import api_error_response
 
 # Answered without a key: probes of load balancers have none.
+METRICS_PATH = "/metrics"
 OPEN_PATHS = frozenset({"/health", "/api/v1/health", "/api/v1/healthz", "/healthz"})
 
 
@@ -24,12 +27,22 @@ class Authentication:
     """ASGI middleware: puts `caller` and its `owner` into the request's state, or answers 401, or 429 to an
     owner that asks too often, before the body is read."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, tokens: Tokens, admission: Admission, signer: UrlSigner):
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        tokens: Tokens,
+        admission: Admission,
+        signer: UrlSigner,
+        scrape_token: SecretStr | None = None,
+    ):
+        """`scrape_token`: what alone opens `/metrics`; None: every key does."""
         self._app = app
         self._keys = keys
         self._tokens = tokens
         self._admission = admission
         self._signer = signer
+        self._scrape_token = scrape_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,11 +53,19 @@ class Authentication:
                 scope.setdefault("state", {})["owner"] = self._caller(scope).owner
             await self._app(scope, receive, send)
             return
+        if scope["path"] == METRICS_PATH and self._scrape_token is not None:
+            sent = _sent_key(HTTPConnection(scope).headers) or ""
+            if hmac.compare_digest(sent.encode(), self._scrape_token.get_secret_value().encode()):
+                await self._app(scope, receive, send)
+                return
+            error = Unauthorized("/metrics takes the token of --metrics-token alone, as a bearer token")
+            await api_error_response(scope["path"], error)(scope, receive, send)
+            return
         try:
             caller = self._caller(scope)
             self._admission.request(caller.owner)
-        except ApiError as error:
-            await api_error_response(scope["path"], error)(scope, receive, send)
+        except ApiError as refused:
+            await api_error_response(scope["path"], refused)(scope, receive, send)
             return
         scope.setdefault("state", {}).update(caller=caller, owner=caller.owner)
         logs.add_ids(tenant=caller.owner)

@@ -1,20 +1,38 @@
-"""Counts and durations per route, for Prometheus at `/metrics`.
+"""Metrics for operators, at `/metrics` in Prometheus' format: `docs/metrics.md` has the list.
 
-Long polls last as long as the work they wait for, by intention.
+`Measured` counts requests by route; long polls last as long as the work that they wait for, by intention.
+`OperationMetrics` hears of each answered operation. `ServerMetrics` looks at the server's objects when it is
+scraped; the engine reports its own counters about once a second, and they go on over its lives.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
-import prometheus_client
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import Counter as PrometheusCounter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...engine import messages
+from ..checkpoints.sweep import Sweep
+from ..disk import Disk
+from ..ledger.ledger import Ledger
+from ..models.recovery import Recovery
+from ..models.runs import Runs
+from ..operations.operation import Operation
+from ..operations.operations import Operations
+from ..supervision.supervisor import Supervisor
+
+_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 
 
 class Metrics:
     def __init__(self) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
-        self.request_seconds = prometheus_client.Histogram(
+        self.registry = CollectorRegistry()
+        self.request_seconds = Histogram(
             "tinsmith_request_seconds", "Duration of requests", ["route", "status"], registry=self.registry
         )
 
@@ -45,3 +63,169 @@ class Measured:
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.perf_counter() - started_at
             self._metrics.request_seconds.labels(route, str(status)).observe(seconds)
+
+
+class OperationMetrics:
+    """Operations by kind and outcome, what they waited and computed, and the tokens that they used."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self._operations = PrometheusCounter(
+            "tinsmith_operations", "Operations that were answered", ["kind", "state"], registry=registry
+        )
+        self._wait = Histogram(
+            "tinsmith_operation_wait_seconds",
+            "Time from the acceptance of an operation to its answer that it was not on the device",
+            ["kind"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._device = Histogram(
+            "tinsmith_operation_device_seconds",
+            "Time that an operation held the device",
+            ["kind"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._tokens = PrometheusCounter(
+            "tinsmith_tokens", "Tokens that answered operations used", ["kind"], registry=registry
+        )
+
+    def answered(self, operation: Operation) -> None:
+        answer = operation.answer
+        state = "done" if isinstance(answer, messages.Done) else "failed"
+        self._operations.labels(operation.kind, state).inc()
+        if answer is None:
+            return
+        waited = time.monotonic() - operation.accepted_at - answer.device_seconds
+        self._wait.labels(operation.kind).observe(max(0.0, waited))
+        self._device.labels(operation.kind).observe(answer.device_seconds)
+        for kind, count in operation.used.items():
+            self._tokens.labels(kind).inc(count)
+
+
+class ServerMetrics:
+    """A collector: what the server's objects are like when they are asked."""
+
+    def __init__(
+        self,
+        engine: Supervisor,
+        operations: Operations,
+        runs: Runs,
+        recovery: Recovery,
+        ledger: Ledger,
+        disk: Disk,
+        sweep: Sweep,
+    ):
+        self._engine, self._operations, self._runs, self._recovery = engine, operations, runs, recovery
+        self._ledger, self._disk, self._sweep = ledger, disk, sweep
+        self._kinds = {"forward_backward", "optim_step", "sample"}  # that have waited; they go on at 0
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: a registry would otherwise collect when it registers this, before there is a server."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        counted = Counter(operation.kind for operation in self._operations.unanswered())
+        self._kinds |= counted.keys()
+        waiting = {kind: counted[kind] for kind in sorted(self._kinds)}
+        yield _gauge("tinsmith_operations_waiting", "Operations without an answer yet", "kind", waiting)
+        resident = len(self._runs.resident())
+        yield _gauge("tinsmith_models_resident", "Models whose training state the engine has", value=resident)
+        yield from self._of_engine()
+        yield from self._of_ledger()
+        yield from self._of_disk()
+
+    def _of_engine(self) -> Iterator[Metric]:
+        engine = self._engine
+        yield _gauge("tinsmith_engine_ready", "1 if the engine is ready", value=engine.ready.is_set())
+        yield _counter("tinsmith_engine_lives", "Engine processes since the start", value=engine.life)
+        yield _counter(
+            "tinsmith_replayed_operations",
+            "Operations sent to an engine again",
+            value=self._recovery.replayed,
+        )
+        counters, gauges = engine.counters, engine.gauges
+        yield _counter(
+            "tinsmith_compilations",
+            "Programs compiled, or read from the cache",
+            "source",
+            _labelled(counters, "compilations", ("compiled", "cache")),
+        )
+        yield _counter(
+            "tinsmith_compilation_seconds",
+            "Time spent on compiling and reading programs",
+            value=counters.get("compilation_seconds", 0.0),
+        )
+        yield _counter(
+            "tinsmith_training_positions",
+            "Positions of micro-batches that were computed",
+            "kind",
+            _labelled(counters, "training_positions", ("token", "padding")),
+        )
+        yield _counter(
+            "tinsmith_decode_slots",
+            "Slots of the decode batches that were computed",
+            "state",
+            _labelled(counters, "decode_slots", ("used", "empty")),
+        )
+        yield _gauge(
+            "tinsmith_kv_pages",
+            "Pages of keys and values",
+            "state",
+            _labelled(gauges, "kv_pages", ("used", "free")),
+        )
+
+    def _of_ledger(self) -> Iterator[Metric]:
+        ledger = self._ledger
+        yield _gauge(
+            "tinsmith_ledger_lag_seconds",
+            "Time that the oldest change of the newest commit waited",
+            value=ledger.lag_seconds,
+        )
+        yield _counter("tinsmith_ledger_commits", "Commits", value=ledger.commits)
+        yield _counter("tinsmith_ledger_commit_seconds", "Time spent in commits", value=ledger.commit_seconds)
+
+    def _of_disk(self) -> Iterator[Metric]:
+        yield _gauge(
+            "tinsmith_disk_used_bytes",
+            "Bytes in the data directory, by kind",
+            "kind",
+            self._sweep.used_bytes | {"ledger": self._sweep.ledger_bytes()},
+        )
+        try:
+            total, free = self._disk.usage()
+        except OSError:
+            return
+        yield _gauge("tinsmith_disk_free_bytes", "Free bytes on the data directory's disk", value=free)
+        yield _gauge("tinsmith_disk_size_bytes", "Size of the data directory's disk", value=total)
+
+
+def _labelled(values: dict[str, float], family: str, always: Iterable[str]) -> dict[str, float]:
+    """The values named `family/LABEL`, and 0 for those that are always there."""
+    found = {
+        name.removeprefix(f"{family}/"): value
+        for name, value in values.items()
+        if name.startswith(f"{family}/")
+    }
+    return dict.fromkeys(always, 0.0) | found
+
+
+def _gauge(
+    name: str, text: str, label: str = "", values: Mapping[str, float] | None = None, value: float = 0.0
+) -> Metric:
+    return _filled(GaugeMetricFamily(name, text, labels=[label] if label else None), label, values, value)
+
+
+def _counter(
+    name: str, text: str, label: str = "", values: Mapping[str, float] | None = None, value: float = 0.0
+) -> Metric:
+    return _filled(CounterMetricFamily(name, text, labels=[label] if label else None), label, values, value)
+
+
+def _filled(family: Metric, label: str, values: Mapping[str, float] | None, value: float) -> Metric:
+    if label:
+        for of, each in (values or {}).items():
+            family.add_metric([of], each)  # type: ignore[attr-defined]
+    else:
+        family.add_metric([], value)  # type: ignore[attr-defined]
+    return family

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from ... import __version__
+from ...engine import messages
 from ..checkpoints.sweep import Sweep
 from ..disk import Disk
 from ..errors import TooManyRequests
@@ -61,6 +62,7 @@ class Overview:
     def of(self, owner: str) -> dict[str, Any]:
         """Return the engine, the queue of the owner's operations, and the disk, as they are now."""
         engine, unanswered = self._engine, self._operations.unanswered()
+        counters = engine.counters
         waiting = Counter(operation.model_id for operation in unanswered if operation.owner == owner)
         samples = waiting.pop("", 0)
         names = {run.id: run.name for run in self._runs.resident() if run.owner == owner}
@@ -72,6 +74,12 @@ class Overview:
                 "text": engine.text,
                 "ready": engine.ready.is_set(),
                 "lives": engine.life,
+            },
+            "memory": None if engine.memory is None else _memory(engine.memory),
+            "compilations": {
+                "count": int(counters.get("compilations/compiled", 0)),
+                "from_cache": int(counters.get("compilations/cache", 0)),
+                "seconds": round(counters.get("compilation_seconds", 0.0), 1),
             },
             "queue": {
                 "all_tenants": len(unanswered),
@@ -93,3 +101,7 @@ class Overview:
             return None
         told = free >> _DISK_STEP << _DISK_STEP
         return {"total_bytes": total, "free_bytes": told, **self._sweep.used_bytes}
+
+
+def _memory(memory: messages.Memory) -> dict[str, Any]:
+    return {"capacity_bytes": memory.capacity, "held_bytes": memory.held, "free_bytes": memory.free}

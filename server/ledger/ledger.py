@@ -123,6 +123,8 @@ class Ledger:
         self._file = file_of(self._engine)
         self._identity = self._file and _identity(self._file)
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
+        self.commits, self.commit_seconds = 0, 0.0  # since the start
+        self.lag_seconds = 0.0  # that the oldest change of the newest commit waited, with the commit
         self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
         self._closing = threading.Event()
         self._has_written, self._log_is_long = threading.Event(), threading.Event()
@@ -245,7 +247,7 @@ class Ledger:
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
-        self._changes.put((change, done, loop))
+        self._changes.put((change, done, loop, time.monotonic()))
         return done
 
     async def read(self, query: Callable[[Connection], T]) -> T:
@@ -288,7 +290,12 @@ class Ledger:
                     last = True
                     break
                 group.append(change)
+            began = time.monotonic()
             self._commit(group)
+            now = time.monotonic()
+            self.commits += 1
+            self.commit_seconds += now - began
+            self.lag_seconds = now - first[3]
             self._has_written.set()
             if self._log_is_long.is_set():
                 self._log_is_long.clear()
@@ -310,7 +317,7 @@ class Ledger:
         except Exception as error:
             if not isinstance(error, LeaseLost):
                 log.exception("the ledger could not be written")
-            outcomes = [(done, None, _unwritable(error)) for _change, done, _loop in group]
+            outcomes = [(done, None, _unwritable(error)) for _change, done, *_ in group]
         try:
             group[0][2].call_soon_threadsafe(_resolve, outcomes)
         except RuntimeError:  # the event loop is closed: nobody waits any more

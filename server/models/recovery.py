@@ -56,6 +56,7 @@ class Recovery:
         self._quarantine = Quarantine(settings.deaths_per_operation, settings.death_window_seconds)
         self._held: set[str] = set()  # models and samples that wait for their turn in quarantine
         self._trials: asyncio.Task | None = None
+        self.replayed = 0  # operations that were sent to an engine again, since the start
         engine.died.subscribe(self.engine_died)
         engine.started.subscribe(self.take_up)
         engine.lost.subscribe(self.payload_lost)
@@ -106,6 +107,7 @@ class Recovery:
             self.bring_back(run)
         elif not operation.model_id and operation.request_id not in self._held:
             self._operations.send(operation)
+            self.replayed += 1
 
     def _waits_for_its_number(self, operation: Operation) -> bool:
         return operation.sequenced and operation.seq_id >= self._dispatcher.next_seq(operation.model_id)
@@ -182,6 +184,7 @@ class Recovery:
             )
             for row in replay:
                 self._engine.send_stored(Lane(run.id), row.operation_id, row.size)
+                self.replayed += 1
             sent = through
         run.resident, run.used_at = True, time.monotonic()
 

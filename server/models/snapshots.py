@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ...ckpt import paths
 from ...engine import messages
 from ..errors import ApiError, Unavailable
+from ..events import Event
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
@@ -45,6 +46,7 @@ class Snapshots:
         self._dispatcher = dispatcher
         self._payloads = payloads
         self._settings = settings
+        self.written: Event[[int]] = Event()  # with a snapshot's size in bytes
         self.being_written: set[str] = set()  # directories that the ledger does not name yet
 
     def _released(self, run: Run) -> int:
@@ -139,7 +141,10 @@ class Snapshots:
             return False
         if isinstance(answer, messages.Failed):
             log.error("the state of model %s could not be saved: %s", run.id, answer.message)
-        return isinstance(answer, messages.Done)
+            return False
+        if isinstance(answer.output, messages.StateSaved):
+            self.written(answer.output.size_bytes)
+        return True
 
     async def remove(self, run: Run) -> None:
         """Nobody will bring this model back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ class Operation:
     changed: bytes | None = None  # a message that goes to the engine instead of that one
     natural_key: str | None = None
     session_id: str | None = None  # of an uploaded loss or a numbered sample
+    accepted_at: float = field(default_factory=time.monotonic)
+    used: dict[str, int] = field(default_factory=dict)  # tokens by kind, and checkpoints
     dialect: Dialect = "tinker"
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     _listener: Callable[[Operation], None] | None = None

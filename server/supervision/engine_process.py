@@ -101,6 +101,7 @@ class EngineProcess:
         self._tasks: list[asyncio.Task] = []
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
+        self.measured = messages.Measured({}, {})  # the newest
         self.phase = "starting"  # then those of messages.Status, `dead` or `stopped`
         self._news = "starting the engine"
         self._since = time.monotonic()
@@ -266,6 +267,9 @@ class EngineProcess:
             if isinstance(message, messages.Memory):
                 self.memory = message
                 continue
+            if isinstance(message, messages.Measured):
+                self.measured = message
+                continue
             self.has_answered = True
             if isinstance(message, messages.Drawn):
                 self._on_answer(message)
@@ -291,6 +295,11 @@ class EngineProcess:
         """The engine's newest news, for people; of a compilation, also how long it has taken so far."""
         seconds = time.monotonic() - self._since
         return f"{self._news}, for {seconds:.0f} s" if self.phase == "compiling" else self._news
+
+    def take_counters(self) -> dict[str, float]:
+        """Return what the engine has counted, which nobody else counts then."""
+        counters, self.measured = self.measured.counters, messages.Measured({}, {})
+        return counters
 
     async def _listen_for_silence(self) -> None:
         assert self._process is not None

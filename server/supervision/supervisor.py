@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from ...engine import messages
@@ -53,6 +54,7 @@ class Supervisor:
         self._stopping = False
         self._fruitless_lives = 0
         self._failed_starts = 0
+        self._ended: Counter[str] = Counter()  # what engines counted that have ended
         self.life = 0  # how many engines there have been
         self.is_asleep = False  # told to sleep, and nothing since
         self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
@@ -82,6 +84,7 @@ class Supervisor:
             self._failed_starts = 0 if process.was_ready else self._failed_starts + 1
             self._fruitless_lives = 0 if process.has_answered else self._fruitless_lives + 1
             under_way = process.under_way()
+            self._ended.update(process.take_counters())
             await process.close()
             self.died(under_way)
             await self._begin_again()
@@ -118,6 +121,16 @@ class Supervisor:
     def memory(self) -> messages.Memory | None:
         """What is on the devices, as the engine reported it last; None before it has."""
         return self._process.memory
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What all engines have counted since the server's start (`engine/measurements.py`)."""
+        return dict(self._ended + Counter(self._process.measured.counters))
+
+    @property
+    def gauges(self) -> dict[str, float]:
+        """What the engine has measured at last, such as its pages of keys and values."""
+        return self._process.measured.gauges
 
     @property
     def ready(self) -> asyncio.Event:

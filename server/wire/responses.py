@@ -740,6 +740,22 @@ class QueuedModel(TypedDict):
     waiting: int
 
 
+class OverviewMemory(TypedDict):
+    """Memory of each device: what the engine may use, what it holds by kind, and what the device has free."""
+
+    capacity_bytes: int
+    held_bytes: dict[str, int]
+    free_bytes: int | None
+
+
+class Compilations(TypedDict):
+    """Programs that were compiled since the server's start, and those found in the cache of programs."""
+
+    count: int
+    from_cache: int
+    seconds: float
+
+
 class OverviewQueue(TypedDict):
     """Operations that wait: those of all tenants together, and the caller's."""
 
@@ -749,11 +765,14 @@ class OverviewQueue(TypedDict):
 
 
 class Overview(TypedDict):
-    """The server as the caller may see it. `revisions`: by model, a number that changes with each answer."""
+    """The server as the caller may see it. `revisions`: by model, a number that changes with each
+    answer."""
 
     owner: str
     version: str
     engine: OverviewEngine
+    memory: OverviewMemory | None
+    compilations: Compilations
     queue: OverviewQueue
     resident_models: list[str]
     disk: dict[str, int] | None

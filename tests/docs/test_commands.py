@@ -65,6 +65,8 @@ RUN = {
     (RL, SERVE),
     (RL, "curl -s"),
     (RL, '{"enabled": true'),
+    ("console.md", "curl -H"),
+    ("console.md", '{"run_id"'),
     ("serving.md", "import openai"),
     (RL, ".venv/bin/python demo/brevity.py"),
     ("serving.md", "'A tinsmith is"),
@@ -78,6 +80,8 @@ NOT_RUN = {
         ".venv/bin/python -m pip install",
     ): "gigabytes for a GPU; the extra and the file are checked",
     ("architecture.md", "client "): "a picture",
+    ("metrics.md", "scrape_configs:"): "Prometheus is not here; test_metrics.py scrapes as this says",
+    ("metrics.md", "# tokens trained"): "Prometheus is not here; test_metrics.py knows the names",
     ("models.md", "tinsmith: model"): "answers to models and devices that are not here (test_base_models.py)",
     (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "`make cookbook` runs these recipes in an hour",
     (RL, "python -m tinker_cookbook.recipes.rl_loop"): "`make cookbook` runs these recipes in an hour",
@@ -166,6 +170,15 @@ def test_from_the_first_command_to_a_stop_and_on(terminal: Terminal, serve) -> N
     chunks = python.run(block("serving.md", "import openai"))
     assert all(isinstance(ast.literal_eval(line), str) for line in chunks.splitlines())
     with_rlve(terminal)
+    run = saved[0].removeprefix("tinker://").partition("/")[0]
+    assert json.loads(terminal.run(block("console.md", "curl -H"), RUN=run)) == {"status": "accepted"}
+    shown_metrics = json.loads(block("console.md", '{"run_id"'))
+    kept = httpx.get(f"{server.url}/api/v1/training_runs/{run}/metrics", timeout=60).json()
+    assert kept.keys() == shown_metrics.keys()
+    (point,) = shown_metrics["points"]
+    assert kept["points"][0].keys() == point.keys()
+    assert kept["points"][0]["metrics"].keys() >= point["metrics"].keys()
+    assert any("reward" in each["metrics"] for each in kept["points"])
     sleeping, awake = block("serving.md", '{"success":true').splitlines()
     for path, line in (("sleep", sleeping), ("wake_up", awake)):
         answered = httpx.post(f"{server.url}/{path}", timeout=60).json()

@@ -110,7 +110,7 @@ class EngineClient:
         message = messages.decode_from_engine(self._socket.recv())
         if isinstance(message, messages.Beat):
             return
-        if isinstance(message, messages.Memory):
+        if isinstance(message, messages.Memory | messages.Measured):
             self.memory = message
             return
         if isinstance(message, messages.Status):

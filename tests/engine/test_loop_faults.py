@@ -50,7 +50,9 @@ def run(base):
             socket.post(request)
         Engine(config, {"tiny": model}, socket).run()
         answers = [
-            message for message in socket.sent if not isinstance(message, (messages.Status, messages.Memory))
+            message
+            for message in socket.sent
+            if not isinstance(message, messages.Status | messages.Memory | messages.Measured)
         ]
         asked = [*(request.request_id for request in requests), "stop"]
         assert sorted(answer.request_id for answer in answers) == sorted(asked)

@@ -226,10 +226,10 @@ function status(run) {
 }
 
 function memoryCard(news) {
-  const memory = news.memory ?? {};
-  const kinds = Object.entries(memory).filter(([kind]) => !["limit", "used"].includes(kind)).sort((a, b) => b[1] - a[1]);
-  if (!kinds.length) return null;
-  const total = memory.limit ?? memory.used ?? kinds.reduce((sum, [, size]) => sum + size, 0);
+  if (!news.memory) return null;
+  const { capacity_bytes: capacity, held_bytes: held } = news.memory;
+  const kinds = Object.entries(held).sort((a, b) => b[1] - a[1]);
+  const total = capacity || kinds.reduce((sum, [, size]) => sum + size, 0);
   return card("Device memory", table(["Kind", "Bytes#", ""], kinds.map(([kind, size]) =>
     [kind.replaceAll("_", " "), bytes(size), h("meter", { min: 0, max: total || 1, value: size, title: kind })])));
 }

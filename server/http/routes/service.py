@@ -21,6 +21,7 @@ from ...plugins.rlve import environments
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
 from ...wire import responses
+from ..authentication import METRICS_PATH
 from ..dependencies import BaseUrl, Owner, described_as
 from ..metrics import Metrics
 from ..provided import Provided
@@ -185,8 +186,8 @@ async def telemetry(_owner: Owner) -> dict[str, str]:
     return {"status": "accepted"}
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(metrics: Provided[Metrics], _owner: Owner) -> Response:
+@router.get(METRICS_PATH, response_class=PlainTextResponse)
+async def metrics(metrics: Provided[Metrics]) -> Response:
     return Response(
         prometheus_client.generate_latest(metrics.registry),
         media_type=prometheus_client.CONTENT_TYPE_LATEST,
