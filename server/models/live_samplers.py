@@ -42,7 +42,13 @@ class LiveSamplers:
         runs.finished.subscribe(self._forget)
 
     async def of(self, run: Run) -> Sampler:
-        """Wait for the model's operations that are queued. Raises as `save`."""
+        """Wait for the model's operations that are queued. Raises as `save`. A save that has begun ends, and
+        is kept for the next request, also when the one that waits for it is cancelled."""
+        newest = asyncio.ensure_future(self._newest(run))
+        newest.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(newest)
+
+    async def _newest(self, run: Run) -> Sampler:
         async with self._saving[run.id]:
             versions = self._versions[run.id]
             if versions and self._runs.last_seq(run) == versions[-1].seq_id:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conformance import test_hang_ups as hang_ups
 from conformance.server_process import ServerProcess, Wire, datum
 
 
@@ -62,6 +63,14 @@ def test_between_two_engines_submits_are_accepted_and_polls_are_408(make_server)
         time.sleep(0.05)
     server.engine.suspend()  # the second one does not get ready before what follows
 
+    waiting = server.health()["active_requests"]
+    leaving = [hang_ups.connect(wire, *hang_ups.BODIES[route][:2]) for route in hang_ups.BODIES]
+    prompts = sum(count for _, _, count in hang_ups.BODIES.values())
+    hang_ups.wait_until(wire, waiting + prompts, 30)
+    for connection in leaving:
+        connection.close()
+    hang_ups.wait_until(wire, waiting, 30)  # also without an engine, closing a connection cancels
+
     assert server.health()["status"] == "healthy"
     later = wire.optim_step(model, 3)
     assert later.status_code == 200, "accepted without an engine"
@@ -102,7 +111,7 @@ def seconds_to_first_poll(server: ServerProcess, pending: str) -> float:
 def seconds_to_import() -> float:
     """What of a start is Python's: the same machine, at the same time, with nothing done but imports."""
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import tinsmith.server.serve"], check=True)
+    subprocess.run([sys.executable, "-c", "import tinsmith.server.cli.serve"], check=True)
     return time.monotonic() - began
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conformance.server_process import Wire
+from conformance.server_process import ServerProcess, Wire
 
 SAMPLES = 64
 PROMPT = [5, 9, 77, 30, 12, 6]
@@ -83,6 +83,54 @@ def test_hanging_up_cancels_samples_that_are_queued(wire: Wire, whole: float) ->
     for connection in connections:
         connection.close()
     assert wait_until(wire, 0, 30) < max(whole, 0.6)
+
+
+def test_hanging_up_while_a_prompt_is_tokenized_draws_nothing(wire: Wire) -> None:
+    """Prompts of one tenant are tokenized one after the other. A long conversation, which is refused in the
+    end, keeps those behind it waiting, and they are given up."""
+    text = "<|endoftext|>" * 330  # longer than what is tokenized at once
+    chat, completions = "/v1/chat/completions", "/v1/completions"
+    behind = [(completions, OPENAI | {"prompt": text}), (chat, BODIES["chat"][1])]
+    assert wire.http.post(completions, json=OPENAI | {"prompt": text, "n": 1}).status_code == 200
+    wait_until(wire, 0, 60)
+    messages = [{"role": "user", "content": ""}] * 200_000
+    first = connect(wire, chat, OPENAI | {"messages": messages})
+    connections = [connect(wire, path, body) for path, body in behind]
+    for connection in connections:
+        connection.close()
+    began = time.monotonic()
+    first.settimeout(60)
+    assert first.recv(12) == b"HTTP/1.1 400"
+    first.close()
+    while time.monotonic() - began < 2:
+        assert active(wire) == 0
+        time.sleep(0.05)
+
+
+def test_hanging_up_while_weights_are_saved_draws_nothing(server: ServerProcess, wire: Wire) -> None:
+    """The save itself is completed, and the next request samples what it has saved."""
+    model = wire.model()
+    path = f"tinker://{model}/weights/live"
+    body = OPENAI | {"prompt": PROMPT, "model": path}
+    server.engine.suspend()
+    try:
+        connections = [connect(wire, "/v1/completions", body) for _ in range(3)]
+        time.sleep(0.5)
+        assert active(wire) == 1, "the save alone"
+        for connection in connections:
+            connection.close()
+        time.sleep(0.5)
+    finally:
+        server.engine.resume()
+    began = time.monotonic()
+    while time.monotonic() - began < 2:
+        assert active(wire) <= 1
+        time.sleep(0.05)
+    wait_until(wire, 0, 30)
+    answer = wire.http.post("/v1/completions", json=body | {"n": 1, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    model_data = wire.http.get(f"/api/v1/sessions/{model.partition(':')[0]}").json()
+    assert len(model_data["sampler_ids"]) <= 1, "the weights were saved once"
 
 
 def test_a_wrong_prompt_leaves_none_of_the_others(wire: Wire) -> None:
