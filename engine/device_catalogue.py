@@ -34,6 +34,13 @@ class Device:
     count: int = 1
 
     @property
+    def machines(self) -> int:
+        """The number of hosts of the slice: 8 GPUs, 4 chips of a TPU, or a v5e-8 or v6e-8, have one."""
+        if self.platform == "gpu" or (self.kind != "v5p" and self.count <= 8):
+            return -(-self.count // 8)
+        return -(-self.count // 4)
+
+    @property
     def has_compiler(self) -> bool:
         """Whether the compiler for it is installed here. Imports nothing."""
         return importlib.util.find_spec(_COMPILERS[self.platform]) is not None

@@ -88,6 +88,7 @@ class Report:
             "parameters": self.counts.parameters,
             "device": self.device.name,
             "devices": self.device.count,
+            "machines": self.device.machines,
             "fits": plan.fits,
             "hint": self.hint,
             "source": "compiled" if self.compiled else "estimated",
@@ -144,6 +145,11 @@ class Report:
             "",
             f"{_SOURCES[self.compiled]} Speeds are upper bounds from a roofline.",
         ]
+        if self.device.machines > 1:
+            lines.append(
+                f"{self.device.name} is {self.device.machines} machines. So far, one server uses the devices "
+                "of one machine."
+            )
         return "\n".join(lines)
 
 

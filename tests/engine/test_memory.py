@@ -244,6 +244,8 @@ def test_devices_by_their_names():
     assert find("v5p").name == "v5p-8"
     assert find("v5p-8").topology == "v5p:2x2x1"
     assert find("h200x16").topology == "1x2x8"
+    names = ("h200x8", "h200x16", "v5e-8", "v5e-16", "v6e-8", "v5p-8", "v5p-16")
+    assert [find(name).machines for name in names] == [1, 2, 1, 4, 1, 1, 2]
     for device in device_catalogue.DEVICES.values():
         chips = math.prod(int(size) for size in device.topology.rpartition(":")[2].split("x"))
         assert chips == device.count

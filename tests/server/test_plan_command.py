@@ -70,6 +70,8 @@ def test_the_text_says_the_same(folder: Path) -> None:
     assert f"{answer['kv_tokens']:,} tokens" in text
     assert f"upper bound: {answer['training_tokens_per_second_upper_bound']:,.0f} tokens/s" in text
     assert f"remat '{answer['remat']}'" in text
+    assert "machines" not in text
+    assert "v5e-16 is 4 machines." in plan("--model", folder, "--device", "v5e-16")
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would_do(folder: Path) -> None:
