@@ -17,8 +17,7 @@ from fastapi import FastAPI
 from .. import __version__
 from .access.keys import ApiKeys, read_forever
 from .access.quotas import Quotas
-from .access.signed_urls import UrlSigner
-from .access.tokens import Tokens
+from .access.tokens import Tokens, UrlSigner
 from .base_models import BaseModel, BaseModels, plan
 from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.copies import Copies
@@ -27,10 +26,10 @@ from .disk import Disk
 from .http import errors, openapi
 from .http.api_samples import ApiSamples
 from .http.authentication import Authentication
+from .http.bodies import JsonBodies
 from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
 from .http.browsers import AllowedHosts, BrowserChecks
 from .http.console_pages import ConsolePages
-from .http.json_bodies import JsonBodies
 from .http.metrics import Measured, Metrics, OperationMetrics, ServerMetrics
 from .http.model_creations import ModelCreations
 from .http.operation_answers import OperationAnswers
@@ -66,8 +65,7 @@ from .http.routes import (
     training_runs,
     weights,
 )
-from .http.sample_targets import SampleTargets
-from .http.served_models import ServedModels
+from .http.sample_targets import SampleTargets, ServedModels
 from .http.served_samples import ServedSamples
 from .ledger import base_models as base_model_rows
 from .ledger import tenancy
@@ -75,18 +73,15 @@ from .ledger.ledger import Ledger, open_owned
 from .models.adapter_imports import AdapterImports
 from .models.admission import Admission
 from .models.custom_losses import CustomLosses
-from .models.live_samplers import LiveSamplers
-from .models.named_models import NamedModels
 from .models.recovery import Recovery
 from .models.run import KnownRuns
 from .models.runs import Runs
 from .models.sample_submits import SampleSubmits
-from .models.samplers import Samplers
+from .models.samplers import LiveSamplers, Samplers
 from .models.saves import Saves
-from .models.sessions import Sessions
+from .models.sessions import NamedModels, Sessions
 from .models.snapshots import Snapshots
-from .models.submits import Submits
-from .models.unused_numbers import RefusedSaves, UnusedNumbers
+from .models.submits import RefusedSaves, Submits, UnusedNumbers
 from .models.warm_up import WarmUp
 from .offload import Offload
 from .operations.answers import KEPT

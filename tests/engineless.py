@@ -21,8 +21,7 @@ from tinsmith.server.models.samplers import Samplers
 from tinsmith.server.models.sessions import Sessions
 from tinsmith.server.models.snapshots import Snapshots
 from tinsmith.server.operations.dispatcher import Dispatcher
-from tinsmith.server.operations.elsewhere import SampleDrawer
-from tinsmith.server.operations.operation import Operation, Submission
+from tinsmith.server.operations.operation import Operation, SampleDrawer, Submission
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings

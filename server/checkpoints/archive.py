@@ -1,13 +1,26 @@
-"""A directory's files as a tar that is written while it is sent."""
+"""A directory's files as a tar that is written while it is sent.
+
+An adapter that a client sends, as a tar: what is taken out of it, and what its files say they hold.
+
+Nothing in a tar becomes a path: of its members only the two files of a PEFT adapter are written, under names
+of ours. Links, pickles, names that lead elsewhere, sparse files and headers of any length are refused, and
+compressed tars too, so that what is written is never more than what was sent. Whether the adapter fits its
+base model is for the engine to say (`ckpt.peft.load_adapter`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import tarfile
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+
+from ...ckpt import peft_config
+from ...engine import messages
+from .. import safetensors_header
+from ..errors import BadRequest
 
 _CHUNK_BYTES = 1 << 20
 COMPLETE = "checkpoint_complete"
@@ -67,3 +80,127 @@ def _header(name: str, size: int, modified_at: float) -> bytes:
 
 def _padding(size: int) -> int:
     return -size % tarfile.BLOCKSIZE
+
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MAX_MEMBERS = 1000
+_MAX_EXTENSION_BYTES = 64 << 10
+_EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+
+
+def unpack(tar: BinaryIO, directory: Path) -> None:
+    """Writes the adapter's two files into a new directory. Raises BadRequest for what is no plain adapter."""
+    found: dict[str, PurePosixPath] = {}
+    directory.mkdir(parents=True)
+    for member in _members(tar):
+        path = _checked(member)
+        if path.name not in (CONFIG_FILE, TENSORS_FILE) or not member.isreg():
+            continue
+        if path.name in found:
+            raise BadRequest(f"the archive has two adapters, {found[path.name].parent} and {path.parent}")
+        if path.name == CONFIG_FILE and member.size > peft_config.MAX_BYTES:
+            raise BadRequest(f"{CONFIG_FILE} has {member.size} bytes; it may have {peft_config.MAX_BYTES}")
+        found[path.name] = path
+        with (directory / path.name).open("xb") as file:
+            _copy(tar, file, member.size)
+    missing = [name for name in (CONFIG_FILE, TENSORS_FILE) if name not in found]
+    if missing:
+        raise BadRequest(
+            f"the archive has no {' and no '.join(missing)}; send the folder that PEFT's save_pretrained "
+            "writes, as an uncompressed tar"
+        )
+    if found[CONFIG_FILE].parent != found[TENSORS_FILE].parent:
+        raise BadRequest("the adapter's two files are in different folders of the archive")
+
+
+def _members(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Members with `tar` at their content. By their headers alone: `tarfile` would follow whatever an
+    extension says, and read it into memory first."""
+    begin = tar.read(tarfile.BLOCKSIZE)
+    for magic, what in _COMPRESSED.items():
+        if begin.startswith(magic):
+            raise BadRequest(f"the archive is compressed ({what}); send it as a plain tar")
+    at, size = 0, tar.seek(0, 2)
+    for _ in range(_MAX_MEMBERS):
+        tar.seek(at)
+        header = tar.read(tarfile.BLOCKSIZE)
+        if header == bytes(tarfile.BLOCKSIZE) and at:
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            raise BadRequest("the body is not a tar, or was cut off") from None
+        at += tarfile.BLOCKSIZE
+        if member.size < 0 or at + member.size > size:
+            raise BadRequest("the tar was cut off, or a member's size is wrong")
+        if member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
+            _check_extension(tar, member)
+        else:
+            yield member
+        at += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    raise BadRequest(f"the archive has over {_MAX_MEMBERS} members; send the adapter's folder alone")
+
+
+def _check_extension(tar: BinaryIO, member: tarfile.TarInfo) -> None:
+    """A pax header may say when a file was changed and whose it is, but not what its content is."""
+    if member.size > _MAX_EXTENSION_BYTES:
+        raise BadRequest("the archive has an extended header of excessive length")
+    text = tar.read(member.size)
+    if any(b" " + key.encode() in text for key in _EXTENSIONS_OF_CONTENT):
+        raise BadRequest("the archive has names over 100 characters, or sparse files; send the adapter alone")
+
+
+def _checked(member: tarfile.TarInfo) -> PurePosixPath:
+    shown = repr(member.name)[:160]
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise BadRequest(f"the archive's {shown} leads out of it")
+    if not member.isdir() and member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise BadRequest(
+            f"the archive's {shown} is no plain file or folder (links and the like are not read)"
+        )
+    if path.suffix.lower() in _PICKLES:
+        raise BadRequest(
+            f"the archive's {shown} is a pickle, which is code; send safetensors "
+            "(save_pretrained writes them by default), and leave that file out"
+        )
+    return path
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    while size:
+        chunk = source.read(min(size, 1 << 20))
+        if not chunk:
+            raise BadRequest("the tar was cut off")
+        target.write(chunk)
+        size -= len(chunk)
+
+
+def described(directory: Path) -> messages.LoraSpec:
+    """The rank, alpha and kinds of modules that the files say they have. Raises BadRequest for an adapter
+    that is more than a plain LoRA."""
+    try:
+        config = peft_config.read((directory / CONFIG_FILE).read_bytes())
+        entries = safetensors_header.entries(directory / TENSORS_FILE)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    # of experts, files may have one tensor with an axis for them
+    ranks = {name: entry.shape[-2] for name, entry in entries.items() if _is_a(name) and len(entry.shape) > 1}
+    modules = {name.split(".")[-3] for name in ranks}
+    rank, alpha = config.overall(ranks.values())
+    return messages.LoraSpec(
+        rank=rank,
+        alpha=alpha,
+        seed=0,
+        train_attn=bool(modules & _ATTENTION),
+        train_mlp=bool(modules & _MLP),
+        train_unembed="lm_head" in modules,
+    )
+
+
+def _is_a(name: str) -> bool:
+    return name.endswith(".lora_A.weight") and name.count(".") > 2

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from .remote_server import OPTION, RemoteServer
+from .checkpoints_command import OPTION, RemoteServer
 
 Url = Annotated[str | None, OPTION]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]

@@ -10,17 +10,17 @@ from ...engine import messages
 from ..base_models import BaseModels
 from ..dialect import POINTS, Dialect
 from ..errors import BadRequest
-from ..ledger.samples import SampleNumber
+from ..ledger.operations import SampleNumber
 from ..models.sample_submits import SampleSubmits
 from ..operations.completions import Completions
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
 from ..wire import sampling as wire
-from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
-from ..wire.sampled import tokens_of
+from ..wire.results import tokens_of
+from ..wire.sampling import ModelInput, longest_prompt, prompt_tokens
 from .operation_answers import PROMPT_END
-from .request_samples import RequestSamples
 from .sample_targets import SampleTargets, Target
+from .served_samples import RequestSamples
 
 _CONTEXT = 8  # tokens of a prompt that its samples are decoded after
 

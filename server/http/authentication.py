@@ -12,8 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...engine import logs
 from ..access.keys import ApiKeys, Caller
-from ..access.signed_urls import SIGNATURE, UrlSigner
-from ..access.tokens import Tokens
+from ..access.tokens import SIGNATURE, Tokens, UrlSigner
 from ..errors import ApiError, InvalidToken, Unauthorized
 from ..models.admission import Admission
 from .errors import api_error_response

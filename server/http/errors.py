@@ -1,14 +1,21 @@
 """The one place that turns exceptions into HTTP answers.
 
 Every error body has the same keys in all dialects: `detail` and `error` (the message), `category`
-(`user` or `server`), `status_code` and `path`. Under `/v1`, `error` is an object, as OpenAI's clients expect
-(`openai_errors.py`), and a body that cannot be read is 400 rather than 422.
+(`user` or `server`), `status_code` and `path`. Under `/v1`, `error` is an object, as OpenAI's clients expect,
+and a body that cannot be read is 400 rather than 422.
+
+Errors in OpenAI's shape, for the routes under `/v1`.
+
+OpenAI's clients read `error.message`, `error.type`, `error.param` and `error.code`; a plain text in `error`
+leaves their exceptions empty.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -20,8 +27,46 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError, Unavailable, internal_error
-from ..wire.body import describe
-from . import openai_errors
+from ..wire.body import describe, is_union_tag
+
+UNKNOWN_URL = "unknown_url"
+_PREFIX = "/v1"
+_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+# Messages about a field begin with its name: `messages[0].content: ...`.
+_FIELD = re.compile(r"([a-z_]\w*(?:\.\w+|\[\d+\])*): ")
+
+
+def speaks_openai(path: str) -> bool:
+    """Whether the clients of this path are OpenAI's."""
+    return path == _PREFIX or path.startswith(f"{_PREFIX}/")
+
+
+def error_object(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, str | None]:
+    """Return the value of `error`. Without `param`, it is the field that the message begins with."""
+    if code is None:
+        code = _CODES.get(status)
+    if param is None:
+        found = _FIELD.match(message)
+        param = found[1] if found else "model" if code == "model_not_found" else None
+    kind = "requests" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def invalid_field(error: Mapping[str, Any]) -> str | None:
+    """Return the field that one of pydantic's errors is about, such as `messages[0].content`."""
+    path = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "body" and not is_union_tag(part):
+            path += f".{part}" if path else part
+    own = _FIELD.match(str(error["ctx"]["error"])) if error["type"] == "value_error" else None
+    if own:
+        path += f".{own[1]}" if path else own[1]
+    return path if path[:1].isidentifier() else None
+
 
 log = logging.getLogger("tinsmith.server")
 
@@ -47,8 +92,8 @@ def error_response(
         "status_code": status,
         "path": path,
     }
-    if openai_errors.speaks_openai(path):
-        body["error"] = openai_errors.error_object(status, message, param, code)
+    if speaks_openai(path):
+        body["error"] = error_object(status, message, param, code)
     return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
 
 
@@ -122,8 +167,8 @@ def install(app: FastAPI) -> None:
     async def _validation_error(request: Request, error: RequestValidationError) -> Response:
         errors = list(error.errors())
         message = describe(errors)
-        if openai_errors.speaks_openai(request.url.path):
-            param = openai_errors.invalid_field(errors[0]) if errors else None
+        if speaks_openai(request.url.path):
+            param = invalid_field(errors[0]) if errors else None
             return error_response(request.url.path, 400, message, "user", param=param)
         return error_response(request.url.path, 422, message, "user")
 
@@ -135,8 +180,8 @@ def install(app: FastAPI) -> None:
     async def _http_error(request: Request, error: HTTPException) -> Response:
         category = "user" if error.status_code < 500 else "server"
         code, message = None, str(error.detail)
-        if error.status_code == 404 and openai_errors.speaks_openai(request.url.path):
-            code = openai_errors.UNKNOWN_URL
+        if error.status_code == 404 and speaks_openai(request.url.path):
+            code = UNKNOWN_URL
             message = f"there is no route {request.method} {request.url.path}"
         return error_response(
             request.url.path, error.status_code, message, category, dict(error.headers or {}), code=code

@@ -1,13 +1,20 @@
-"""Samples in the shape of SGLang's `/generate`, whole or as a stream of events."""
+"""Samples in the shape of SGLang's `/generate`, whole or as a stream of events.
+
+Log-probs of chosen tokens at every position of a sample, for SGLang's `token_ids_logprob`.
+
+The engine scores chosen tokens at the positions of a prompt. So a sample that has been drawn is sent once
+more, as a prompt with its tokens at the end.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import orjson
 
 from ...engine import messages
@@ -15,11 +22,71 @@ from ..errors import ApiError, BadRequest, internal_error
 from ..text.sampled_text import SampledText
 from ..text.tokenizer import ChatTokenizer
 from ..wire.generate import Generate, OnePrompt
-from ..wire.sampled import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
-from . import token_scores
-from .request_samples import RequestSamples
-from .served_models import ServedModel
-from .served_samples import Asked, Running, ServedSamples, answers
+from ..wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
+from .sample_targets import ServedModel
+from .served_samples import Asked, RequestSamples, Running, ServedSamples, answers
+
+Row = list[tuple[int, float]]
+"""The wanted tokens at one position, and their log-probs."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which tokens to score: at the positions of `asked.prompt` after the `begin`-th, which is one of them,
+    and at those of `drawn`. Of an empty `drawn` it is the position after the prompt."""
+
+    asked: Asked
+    drawn: list[int]
+    tokens: list[int]
+    begin: int
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.asked.prompt + (self.drawn or [0])  # the last token only makes a position
+
+
+async def score(
+    served: ServedSamples, samples: RequestSamples, wanted: Sequence[Wanted]
+) -> list[tuple[list[Row], list[Row]]]:
+    """Return a row for each position of the prompt and of what was drawn. Raises ApiError."""
+    asked = [
+        replace(
+            each.asked,
+            prompt=each.sequence,
+            params=messages.SamplingParams(max_tokens=0, temperature=0.0),
+            num_samples=1,
+            topk=0,
+            prompt_logprobs=False,
+            prompt_topk=0,
+            targets=_targets(each),
+            stream=False,
+        )
+        for each in wanted
+    ]
+    outputs = await answers(await served.submit(samples, asked))
+    return [_rows(each, output) for each, output in zip(wanted, outputs, strict=True)]
+
+
+def _targets(wanted: Wanted) -> messages.PromptCells:
+    """Row i is about position i + 1; those before `begin` are empty."""
+    rows, columns = len(wanted.sequence) - 1, len(wanted.tokens)
+    full = rows - wanted.begin
+    ends = np.concatenate([np.zeros(wanted.begin + 1, "<i8"), columns * np.arange(1, full + 1, dtype="<i8")])
+    return messages.PromptCells(
+        (rows, columns),
+        np.tile(np.asarray(wanted.tokens, "<i4"), full).tobytes(),
+        ends.tobytes(),
+        np.tile(np.arange(columns, dtype="<i8"), full).tobytes(),
+    )
+
+
+def _rows(wanted: Wanted, output: messages.SampleOutput) -> tuple[list[Row], list[Row]]:
+    assert output.prompt_targets is not None
+    values = np.frombuffer(output.prompt_targets.values, "<f4").reshape(-1, len(wanted.tokens))
+    rows = [[*zip(wanted.tokens, row, strict=True)] for row in values.tolist()]
+    of_prompt = len(wanted.asked.prompt) - 1 - wanted.begin
+    return rows[:of_prompt], rows[of_prompt:]
+
 
 _MOST_SCORES = 1 << 20  # of one prompt, for token_ids_logprob
 Entry = list[Any]
@@ -84,8 +151,8 @@ class _Sequence:
     text: SampledText
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    likely: list[token_scores.Row] = field(default_factory=list)
-    scores: tuple[list[token_scores.Row], list[token_scores.Row]] | None = None
+    likely: list[Row] = field(default_factory=list)
+    scores: tuple[list[Row], list[Row]] | None = None
 
     def add(self, part: messages.Drawn | messages.SampledSequence, begin: int = 0) -> bool:
         """Tokens from the `begin`-th on; whether some of them are new."""
@@ -156,10 +223,8 @@ class Answers:
         if prompt.scores_tokens:
             asked, tokens = running.asked, prompt.said.token_ids_logprob
             begin = min(prompt.first_scored(asked.prompt), len(asked.prompt) - 1)
-            wanted = [token_scores.Wanted(asked, each.tokens, tokens, begin) for each in sequences]
-            for each, scores in zip(
-                sequences, await token_scores.score(self._served, samples, wanted), strict=True
-            ):
+            wanted = [Wanted(asked, each.tokens, tokens, begin) for each in sequences]
+            for each, scores in zip(sequences, await score(self._served, samples, wanted), strict=True):
                 each.scores = scores
         return await write(lambda: self._written(place, running, output, sequences, in_stream))
 
@@ -275,7 +340,7 @@ class Answers:
             found["output_token_ids_logprobs"] = [self._row(place, row) for row in of_drawn]
         return found
 
-    def _row(self, place: int, row: token_scores.Row) -> list[Entry]:
+    def _row(self, place: int, row: Row) -> list[Entry]:
         return [self._entry(place, *pair) for pair in row]
 
     def _entry(self, place: int, token: int, logprob: float | None) -> Entry:

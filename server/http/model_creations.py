@@ -1,8 +1,13 @@
-"""Models that clients create: from the body to the operation."""
+"""Models that clients create: from the body to the operation.
+
+What a client asks for when it creates a model, as the engine and the ledger are told; and what of it is
+not as asked, for the answer's `warning_message`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import Any
 
 import msgspec
@@ -10,21 +15,216 @@ import msgspec
 from ...engine import messages
 from ..base_models import BaseModels
 from ..checkpoints.checkpoints import Checkpoints
-from ..dialect import Dialect
+from ..dialect import POINTS, Dialect
 from ..errors import BadRequest, NotFound
 from ..ledger.tenancy import model_id
 from ..models.admission import Admission
-from ..models.named_models import Named, NamedModels, check_name, described, warnings_of
 from ..models.run import RLVE, WANDB, ModelSpec, NewRun
 from ..models.runs import Runs
-from ..models.sessions import Sessions
+from ..models.sessions import Named, NamedModels, Sessions, check_name, described, warnings_of
 from ..operations.operation import Operation
 from ..plugins.rlve.runs import RlveRuns
+from ..plugins.rlve.spec import rlve_of
 from ..plugins.wandb import WandbRuns
 from ..settings import Settings
 from ..wire import models as wire
 from ..wire.body import DEFAULT_MODEL
-from .model_spec import model_spec
+
+TIED = (
+    "train_unembed: this base model's embeddings are tied. The adapter of the unembedding is right beside "
+    "the model, but PEFT's merge_and_unload and the cookbook's build_hf_model cannot merge it. For merged "
+    "weights run `tinsmith checkpoints merge`, or call save_weights_external with merged: true; or create "
+    "the model with train_unembed false"
+)
+OPTIMIZERS = ("adamw", "dimuon", "sgd", "signsgd", "muon")
+_TARGETS = {
+    "train_attn": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "train_mlp": frozenset({"gate_proj", "up_proj", "down_proj"}),
+    "train_unembed": frozenset({"lm_head"}),
+}
+_STEP_DEFAULTS = ("learning_rate", "weight_decay", "eps")
+
+
+def model_spec(
+    body: wire.CreateModel,
+    model_id: str,
+    dialect: Dialect,
+    settings: Settings,
+    max_sequence_length: int | None = None,
+    is_tied: bool = False,
+) -> ModelSpec:
+    """`max_sequence_length` and `is_tied` are the base model's. Raises BadRequest for what cannot be had."""
+    points = POINTS[dialect]
+    warnings: list[str] = []
+    if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
+        raise BadRequest("objective: this server trains language models; it has no classification heads")
+    optimizer = optimizer_of(body.optimizer_config, warnings)
+    rlve = rlve_of(body, optimizer["type"], settings, warnings)
+    lora_config = body.lora_config
+    if dialect == "xorl" and settings.full_weight and _is_xorls_full_weights(lora_config):
+        lora_config = wire.LoraConfig(rank=0)
+        warnings.append(
+            "lora_config: a rank of 32 and nothing else is what xorl-client asks full weights with; for an "
+            "adapter send dropout (0.0) too"
+        )
+    message = messages.CreateModel(
+        request_id="",
+        model_id=model_id,
+        base_model=body.base,
+        lora=lora_of(settings, lora_config, points.default_rank, warnings),
+        optimizer=optimizer["type"],
+        grad_normalization=body.grad_normalization or points.grad_normalization,
+        target_alignment=body.target_alignment or points.target_alignment,
+        optimizer_options=optimizer.get("optimizer_kwargs", {}),
+    )
+    if is_tied and message.lora is not None and message.lora.train_unembed:
+        warnings.append(TIED)
+    if body.parallelism_config is not None:
+        warnings.append("parallelism_config: the server's devices and mesh are chosen at its start")
+    if max_sequence_length is not None and (body.max_seq_len or 0) > max_sequence_length:
+        warnings.append(
+            f"max_seq_len: {body.max_seq_len} is over the base model's limit; datums may have "
+            f"{max_sequence_length} tokens"
+        )
+    if (body.max_batch_size or 0) > settings.max_datums:
+        warnings.append(
+            f"max_batch_size: {body.max_batch_size} is over this server's limit; a request may have "
+            f"{settings.max_datums} datums"
+        )
+    configuration: dict[str, Any] = {
+        "max_batch_size": body.max_batch_size,
+        "max_seq_len": body.max_seq_len,
+        "train_only": body.debug_train_only or None,
+        WANDB: _wandb(body),
+        RLVE: None if rlve is None else {"config": rlve},
+        "steps": step_defaults(body.optimizer_config) or None,
+    }
+    kept = {key: value for key, value in configuration.items() if value is not None}
+    return ModelSpec(message, optimizer, kept, warnings)
+
+
+def _is_xorls_full_weights(config: wire.LoraConfig | None) -> bool:
+    """What `create_training_client` of xorl-client 0.1.0 sends; its `create_lora_training_client` sends a
+    dropout too, always."""
+    return config is not None and config.model_fields_set == {"rank"} and config.rank == 32
+
+
+def _wandb(body: wire.CreateModel) -> dict[str, str] | None:
+    asked = body.wandb_config
+    return asked.configuration if asked is not None and asked.enabled else None
+
+
+def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None = None) -> dict[str, Any]:
+    """Raises BadRequest for a family that this server does not have."""
+    chosen = config or wire.OptimizerConfig()
+    told = [] if warnings is None else warnings
+    fields = chosen.model_extra or {}
+    if chosen.type == "dimuon":
+        if set(fields) - {"version"} or fields.get("version", 1) != 1 or chosen.optimizer_kwargs:
+            raise BadRequest(
+                "optimizer_config: of dimuon this server has version 1, which has no other fields"
+            )
+        return {"type": "dimuon", "version": 1}
+    family = chosen.type
+    if family == "anyprecision_adamw":
+        family = "adamw"
+        told.append("optimizer_config: anyprecision_adamw is adamw here; its moments are float32")
+    if family not in OPTIMIZERS:
+        raise BadRequest(
+            f"optimizer_config: unknown type {family[:64]!r}; this server has {', '.join(OPTIMIZERS)}"
+        )
+    if chosen.optimizer_dtype in ("bf16", "bfloat16"):
+        told.append("optimizer_config.optimizer_dtype: moments are float32 here")
+    if fields:
+        told.append(f"optimizer_config: not known here: {_named(fields)}")
+    described: dict[str, Any] = {"type": family, **step_defaults(chosen)}
+    if chosen.optimizer_kwargs:
+        described["optimizer_kwargs"] = _options(chosen)
+    return described
+
+
+def _options(config: wire.OptimizerConfig) -> dict[str, Any]:
+    """xorl gives Muon a learning rate of its own, which then moves with the steps' one: a factor."""
+    options = dict(config.optimizer_kwargs or {})
+    rate = options.pop("muon_lr", None)
+    if rate is None:
+        return options
+    if isinstance(rate, (str, bool)) or not config.learning_rate:
+        raise BadRequest(
+            "optimizer_config.optimizer_kwargs.muon_lr: a number beside optimizer_config.learning_rate, "
+            "whose ratio is kept; or send muon_lr_factor"
+        )
+    return options | {"muon_lr_factor": rate / config.learning_rate}
+
+
+def step_defaults(config: wire.OptimizerConfig | None) -> dict[str, float]:
+    """What steps take that do not say it, as fields of `messages.AdamParams`."""
+    if config is None:
+        return {}
+    values = {name: getattr(config, name) for name in _STEP_DEFAULTS}
+    if config.betas is not None:
+        values["beta1"], values["beta2"] = config.betas
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def lora_of(
+    settings: Settings,
+    config: wire.LoraConfig | None,
+    default_rank: int = 0,
+    warnings: list[str] | None = None,
+) -> messages.LoraSpec | None:
+    """The adapter asked for; None trains the full weights. Raises BadRequest for what cannot be had."""
+    if config is None and default_rank:
+        config = wire.LoraConfig(rank=min(default_rank, settings.max_rank))
+    if config is None or config.rank == 0:
+        if not settings.full_weight:
+            raise BadRequest(
+                f"lora_config: this server trains adapters only; ask for a rank of 1 to {settings.max_rank} "
+                "(or start it with --full-weight)"
+            )
+        return None
+    if config.rank > settings.max_rank:
+        raise BadRequest(
+            f"lora_config.rank: {config.rank} is over this server's maximum of {settings.max_rank}"
+        )
+    if config.dropout:
+        raise BadRequest(f"lora_config.dropout: {config.dropout}; adapters have no dropout here: send 0")
+    if config.alpha == 0:
+        raise BadRequest("lora_config.alpha: 0 would switch the adapter off; leave it out, or send more")
+    if config.model_extra and warnings is not None:
+        warnings.append(f"lora_config: not known here: {_named(config.model_extra)}")
+    kinds = _kinds(config)
+    if not any(kinds.values()):
+        raise BadRequest("lora_config: nothing to train; set train_attn, train_mlp or train_unembed")
+    return messages.LoraSpec(
+        rank=config.rank,
+        alpha=config.alpha or settings.lora_alpha,
+        seed=secrets.randbelow(1 << 31) if config.seed is None else config.seed % (1 << 31),
+        **kinds,
+    )
+
+
+def _kinds(config: wire.LoraConfig) -> dict[str, bool]:
+    """Which kinds of matrices carry the adapter. Raises BadRequest for half a kind."""
+    kinds = {kind: bool(getattr(config, kind)) for kind in _TARGETS}
+    if config.target_modules is None or config.target_modules in (["all-linear"], ["all"]):
+        return kinds
+    asked = set(config.target_modules)
+    for kind, names in _TARGETS.items():
+        if asked & names and not names <= asked:
+            raise BadRequest(
+                f"lora_config.target_modules: adapters are on all of {', '.join(sorted(names))} or none; "
+                f"{', '.join(sorted(names - asked))} is missing"
+            )
+        kinds[kind] = kinds[kind] and names <= asked
+    unknown = asked - frozenset().union(*_TARGETS.values())
+    if unknown:
+        raise BadRequest(f"lora_config.target_modules: no such matrices: {_named(sorted(unknown))}")
+    return kinds
+
+
+def _named(names: Any) -> str:
+    return ", ".join(repr(str(name)[:64]) for name in list(names)[:8])
 
 
 class ModelCreations:

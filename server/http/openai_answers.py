@@ -15,8 +15,8 @@ from ...engine import messages
 from ..errors import ApiError, internal_error
 from ..text.sampled_text import SampledText
 from ..text.tokenizer import ChatTokenizer
-from ..wire.sampled import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
-from .openai_errors import error_object
+from ..wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
+from .errors import error_object
 from .served_samples import Asked, Running, ServedSamples
 
 Likely = list[tuple[int, float]]

@@ -21,7 +21,7 @@ from ..operations.operations import Operations
 from ..supervision.supervisor import Supervisor
 from ..text.tokenizer import of_folder
 from ..wire import results
-from ..wire.sampled import tokens_of
+from ..wire.results import tokens_of
 
 _INLINE_BYTES = 64 << 10  # of numbers; they are written as JSON in a few milliseconds
 PROMPT_END = "prompt_end"

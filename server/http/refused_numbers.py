@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError
-from ..models.unused_numbers import UnusedNumbers
+from ..models.submits import UnusedNumbers
 from ..wire import peek
 from .provided import Services
 

@@ -1,11 +1,14 @@
-"""Samples that are waited for in the request that asks for them: those of the inference routes."""
+"""Samples that are waited for in the request that asks for them: those of the inference routes.
+
+Samples that live no longer than the HTTP request that waits for them.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,10 +19,45 @@ from ..models.sample_submits import SampleSubmits
 from ..offload import Offload
 from ..operations.operation import Operation
 from ..operations.sample_streams import SampleStream, SampleStreams
-from ..wire.model_input import ModelInput, longest_prompt, prompt_tokens
 from ..wire.results import size
-from .request_samples import RequestSamples
-from .served_models import ServedModel
+from ..wire.sampling import ModelInput, longest_prompt, prompt_tokens
+from .sample_targets import ServedModel
+
+
+class RequestSamples:
+    """The samples of one HTTP request. Leaving the context cancels those that have no answer yet."""
+
+    def __init__(self, submits: SampleSubmits, owner: str):
+        self._submits = submits
+        self.owner = owner
+        self._owned: list[Operation] = []
+
+    async def __aenter__(self) -> RequestSamples:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        for operation in self._owned:
+            self._submits.cancel(operation)
+
+    async def own(self, submitting: Coroutine[Any, Any, Operation]) -> Operation:
+        """Await a submit and own its sample, also when the request ends before the submit does."""
+        submitted = asyncio.ensure_future(submitting)
+        try:
+            operation = await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(self._cancel_late)
+            raise
+        self._owned.append(operation)
+        return operation
+
+    def disown(self) -> None:
+        """Let the samples outlive the request; streams cancel their own (`ServedSamples.drawn`)."""
+        self._owned.clear()
+
+    def _cancel_late(self, submitted: asyncio.Task[Operation]) -> None:
+        if not submitted.cancelled() and submitted.exception() is None:
+            self._submits.cancel(submitted.result())
+
 
 T = TypeVar("T")
 

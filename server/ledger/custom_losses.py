@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, select
 
 from .schema import operations, payloads
-from .session_sizes import ROW_BYTES, charge
+from .session_rows import ROW_BYTES, charge
 
 KIND = "create_custom_loss"
 

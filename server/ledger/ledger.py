@@ -5,7 +5,7 @@ returns a future; whatever is waiting when the thread gets to it is committed to
 own savepoint, and the futures resolve after the commit. Functions run in the order of the `write` calls.
 
 A server owns its ledger: each of its transactions, also one that only reads, begins with a look at the lease
-(lease.py). Commands such as `tinsmith keys` write without owning it.
+(ownership.py). Commands such as `tinsmith keys` write without owning it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 
 from ..errors import StorageFull, Unavailable
 from ..private_files import protect
-from . import lease as leases
+from . import ownership as leases
 from .faults import LedgerUnusable, damaged, file_of, no_driver, why_unusable
 from .migrations import prereleases
 from .ownership import Ownership, claim, require_local, sqlite_file

@@ -1,12 +1,18 @@
-"""Rows of operations: accepted once per natural key, answered once."""
+"""Rows of operations: accepted once per natural key, answered once.
+
+Rows of samples, by the sampling session that they were asked of.
+
+The operations of a session, and when they were what.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_, select, update
 
 from .schema import models, operations, payloads
 
@@ -83,3 +89,67 @@ def early_arrivals(connection: Connection, model_id: str, executed_seq: int) -> 
 def last_seq(connection: Connection, model_id: str) -> int:
     query = select(func.max(operations.c.seq_id)).where(operations.c.model_id == model_id)
     return connection.execute(query).scalar() or 0
+
+
+SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class SampleNumber:
+    """The number that a client gives to a sample of a sampling session; used again, it is the same sample."""
+
+    session_id: str
+    sampler_id: str
+    number: int
+
+    @property
+    def natural_key(self) -> str:
+        return f"sample/{self.sampler_id}/{self.number}"
+
+
+def of_session(session_id: str) -> ColumnElement[bool]:
+    """Numbered samples of all sampling sessions of a session, also of those that are over."""
+    return (operations.c.session_id == session_id) & (operations.c.kind == SAMPLE)
+
+
+def _of_sampler(session_id: str, sampler_id: str) -> ColumnElement[bool]:
+    return of_session(session_id) & (operations.c.sampler_id == sampler_id)
+
+
+def unanswered(connection: Connection, session_id: str, sampler_id: str) -> Sequence[Row]:
+    """The sampling session's numbered samples that have no answer yet."""
+    mine = _of_sampler(session_id, sampler_id)
+    query = select(operations, payloads.c.size).outerjoin(
+        payloads, payloads.c.operation_id == operations.c.id
+    )
+    return connection.execute(query.where(mine, operations.c.state == "accepted")).all()
+
+
+def finished_since(connection: Connection, session_id: str, sampler_id: str, since: float) -> Sequence[Row]:
+    """`id`, `state` and `sample_number` of its samples that have their answers, the oldest first."""
+    query = select(operations.c.id, operations.c.state, operations.c.sample_number)
+    mine = _of_sampler(session_id, sampler_id)
+    return connection.execute(
+        query.where(mine, operations.c.finished_at >= since).order_by(operations.c.finished_at)
+    ).all()
+
+
+def timeline(connection: Connection, session_id: str, limit: int) -> Sequence[Row]:
+    """The newest `limit` operations of the session's models and sampling sessions, oldest first."""
+    mine = operations.c.model_id.in_(select(models.c.id).where(models.c.session_id == session_id))
+    query = select(
+        operations.c.id,
+        operations.c.sampler_id,
+        operations.c.kind,
+        operations.c.model_id,
+        operations.c.seq_id,
+        operations.c.state,
+        operations.c.device_seconds,
+        operations.c.accepted_at,
+        operations.c.finished_at,
+    ).where(or_(mine, of_session(session_id)))
+    return connection.execute(query.order_by(operations.c.accepted_at.desc()).limit(limit)).all()[::-1]
+
+
+def has_operations(connection: Connection, session_id: str) -> bool:
+    return bool(timeline(connection, session_id, 1))

@@ -4,7 +4,19 @@ A server locks a file in its data directory, and another one beside an SQLite le
 Its engine inherits the open files, and the system releases a lock once no process has its file open any more.
 So the directory of a killed server is free as soon as its engine has ended too, and not before.
 
-Where locks do not reach (PostgreSQL, volumes of several machines) the lease in the ledger decides (lease.py).
+Where locks do not reach (PostgreSQL, volumes of several machines) the lease in the ledger decides.
+
+Which file systems other machines may write to as well.
+
+SQLite's write-ahead log is shared memory between the processes of one machine. On a network file system two
+machines see different logs, and the database is damaged (https://www.sqlite.org/wal.html).
+
+The row that says which server owns the ledger.
+
+Every owner has a generation of its own, one more than the last owner's. Each transaction of a server compares
+the row with its generation, so a server that another one has replaced writes nothing and reads nothing. An
+owner renews its lease every few seconds. One that has not for `EXPIRY_SECONDS` can be replaced, and so can
+one whose process is seen to have ended.
 """
 
 from __future__ import annotations
@@ -13,6 +25,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import time
 from dataclasses import asdict, dataclass, fields
@@ -20,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from sqlalchemy import make_url
+from sqlalchemy import Connection, func, make_url, select, update
 from sqlalchemy.exc import ArgumentError
 
 from ..private_files import make_directory
 from .faults import LedgerUnusable
-from .filesystems import network_filesystem
+from .schema import lease
 
 log = logging.getLogger("tinsmith.ledger")
 
@@ -211,3 +224,105 @@ def require_local(ledger: Path) -> None:
             "log is not safe. Put the data directory on a local disk; or leave it there, and set "
             "TINSMITH_DATABASE_URL to sqlite:////local/disk/ledger.db or to a PostgreSQL database"
         )
+
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = frozenset(
+    (
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "9p", "coda"),
+        *("ceph", "lustre", "gpfs", "beegfs", "glusterfs", "pvfs2", "orangefs", "wekafs", "panfs"),
+        *("ocfs2", "gfs2", "vxfs", "acfs", "davfs", "davfs2"),
+    )
+)
+_LOCAL = frozenset(("fuseblk", "fusectl", "fuse-overlayfs", "fuse.fuse-overlayfs"))
+
+
+def network_filesystem(path: Path, mounts: str | None = None) -> str | None:
+    """Return the type of the network file system that `path` is on, or None for a local one.
+
+    `mounts` has the format of /proc/self/mountinfo, which is read by default. Where the system has no such
+    file, every file system counts as local. So does a root of 9p or FUSE: containers and sandboxes have them.
+    """
+    if mounts is None:
+        try:
+            mounts = _MOUNTS.read_text()
+        except OSError:
+            return None
+    resolved = path.resolve()
+    mounted_on, found = Path("/"), ""
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, described = before.split(), after.split()
+        if len(fields) < 5 or not described:
+            continue
+        point = Path(_unescaped(fields[4]))
+        # Of two mounts on one folder, the later one covers the earlier.
+        if resolved.is_relative_to(point) and len(point.parts) >= len(mounted_on.parts):
+            mounted_on, found = point, described[0]
+    is_fuse = found.startswith("fuse") and found not in _LOCAL
+    if mounted_on == Path("/") and (found == "9p" or is_fuse):
+        return None
+    return found if found in _NETWORK or is_fuse else None
+
+
+def _unescaped(text: str) -> str:
+    """Spaces and some other characters are written as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)
+
+
+RENEWAL_SECONDS = EXPIRY_SECONDS / 4
+
+
+@dataclass(frozen=True)
+class Lease:
+    generation: int
+
+
+def _now(connection: Connection) -> float:
+    """By the database's clock, where several machines share it."""
+    if connection.dialect.name == "postgresql":
+        return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
+    return time.time()
+
+
+def acquire(
+    connection: Connection, holder: Holder, unlocked: bool, renewed_at: float | None
+) -> Lease | float:
+    """Own the ledger from now on; or, if its holder may be alive, when that one renewed its lease last.
+
+    `unlocked`: nobody else has the ledger's file. `renewed_at` is what an earlier call returned: raises InUse
+    for a holder that has renewed its lease since then.
+    """
+    row = connection.execute(select(lease).with_for_update()).one()
+    now = _now(connection)
+    known = Holder.of(row.holder)
+    if known is not None and not unlocked and not known.has_ended() and now - row.renewed_at < EXPIRY_SECONDS:
+        if renewed_at is not None and row.renewed_at > renewed_at:
+            raise InUse(in_use("the ledger", known, other="TINSMITH_DATABASE_URL"))
+        return float(row.renewed_at)
+    generation = row.generation + 1
+    connection.execute(update(lease).values(generation=generation, holder=holder.values(), renewed_at=now))
+    return Lease(generation)
+
+
+def is_held(connection: Connection, generation: int) -> bool:
+    """Whether this is still the owner's generation. In a transaction that writes, it stays so to its end."""
+    query = "SELECT generation FROM lease"
+    if connection.dialect.name == "postgresql" and connection.get_execution_options().get("writes", False):
+        query += " FOR SHARE"
+    return connection.exec_driver_sql(query).scalar() == generation
+
+
+def renew(connection: Connection, generation: int) -> bool:
+    """Whether it was still held."""
+    mine = update(lease).where(lease.c.generation == generation)
+    return connection.execute(mine.values(renewed_at=_now(connection))).rowcount == 1
+
+
+def release(connection: Connection, generation: int) -> None:
+    connection.execute(update(lease).where(lease.c.generation == generation).values(holder=None))
+
+
+def ledger_id(connection: Connection) -> str:
+    """What tells this ledger from every other one."""
+    return connection.execute(select(lease.c.ledger)).scalar_one()

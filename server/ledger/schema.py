@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
-# One row: the server that owns the ledger (lease.py).
+# One row: the server that owns the ledger (ownership.py).
 lease = Table(
     "lease",
     metadata,
@@ -81,7 +81,7 @@ sessions = Table(
     Column("finished_at", Float),
     Column("finish_reason", String(32)),
     Column("finish_detail", Text),
-    # What its row and those of its models and samplers take (session_sizes.py).
+    # What its row and those of its models and samplers take (session_rows.py).
     Column("size_bytes", BigInteger, nullable=False, server_default="0"),
     Index("sessions_by_size", "owner", "finished_at", "size_bytes"),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, null, select, update
 
-from . import session_sizes
+from . import session_rows
 from .base_models import digest_of
 from .schema import models, samplers, sessions, tenants
 
@@ -39,7 +39,7 @@ def set_quota(connection: Connection, tenant: str, quota: dict[str, float] | Non
 
 def add_session(connection: Connection, **values: Any) -> None:
     now = time.time()
-    size = session_sizes.size_of(*values.values())
+    size = session_rows.size_of(*values.values())
     connection.execute(
         insert(sessions).values(created_at=now, last_heartbeat_at=now, size_bytes=size, **values)
     )
@@ -82,7 +82,7 @@ def add_model(connection: Connection, **values: Any) -> None:
     made = {"created_at": now, "last_request_at": now, "executed_seq": 0, "snapshot_seq": 0}
     base = {"base_digest": digest_of(values["base_model"])}
     connection.execute(insert(models).values(made | base | values))
-    session_sizes.charge(connection, values["session_id"], session_sizes.size_of_model(values))
+    session_rows.charge(connection, values["session_id"], session_rows.size_of_model(values))
 
 
 def find_model(connection: Connection, model_id: str) -> Row | None:
@@ -150,7 +150,7 @@ def assign_project(connection: Connection, session_id: str, project_id: str) -> 
 def add_sampler(connection: Connection, **values: Any) -> None:
     base = {"base_digest": digest_of(values["base_model"])}
     connection.execute(insert(samplers).values({"created_at": time.time()} | base | values))
-    session_sizes.charge(connection, values["session_id"], session_sizes.ROW_BYTES)
+    session_rows.charge(connection, values["session_id"], session_rows.ROW_BYTES)
 
 
 def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
@@ -194,7 +194,7 @@ def delete_unnamed_samplers(connection: Connection, of: ColumnElement[bool]) -> 
     rows = connection.execute(select(samplers).where(_unnamed() & of)).all()
     connection.execute(delete(samplers).where(_unnamed() & of))
     for session_id, count in Counter(row.session_id for row in rows).items():
-        session_sizes.charge(connection, session_id, -count * session_sizes.ROW_BYTES)
+        session_rows.charge(connection, session_id, -count * session_rows.ROW_BYTES)
     return rows
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from .checkpoints import is_alive
 from .schema import checkpoints, models, sessions, usage
-from .session_search import NO_PROJECT
+from .session_rows import NO_PROJECT
 
 HOUR = 3600
 COUNTERS = ("trained", "prefilled", "prefilled_cached", "sampled", "checkpoints")

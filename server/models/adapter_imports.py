@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from ...ckpt import paths
 from ...engine import messages
 from ..access.quotas import Quotas
-from ..checkpoints.adapter_archive import described, unpack
+from ..checkpoints.archive import described, unpack
 from ..checkpoints.checkpoints import named
 from ..disk import Disk
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable

@@ -12,7 +12,7 @@ from ...engine import messages
 from ..access.quotas import Quotas
 from ..errors import BadRequest, NotFound
 from ..ledger import custom_losses as rows
-from ..ledger import session_sizes
+from ..ledger import session_rows
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
@@ -47,8 +47,8 @@ class CustomLosses:
                     f"create_custom_loss: the session has {count} losses of {size} bytes; "
                     f"it may have {MAX_LOSSES} of {MAX_BYTES} bytes"
                 )
-            session_sizes.require_room(connection, owner, limit)
-            session_sizes.charge(connection, session_id, session_sizes.size_of(loss.graph))
+            session_rows.require_room(connection, owner, limit)
+            session_rows.charge(connection, session_id, session_rows.size_of(loss.graph))
 
         operation = await self._operations.accept(
             Submission(

@@ -24,7 +24,7 @@ from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..events import Event
 from ..ledger import operations as operation_rows
 from ..ledger import rlve as rlve_rows
-from ..ledger import session_sizes, tenancy
+from ..ledger import session_rows, tenancy
 from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission
@@ -155,7 +155,7 @@ class Runs:
 
         def also(connection: Connection, request_id: str) -> None:
             nonlocal run
-            session_sizes.require_room(connection, new.owner, limit)
+            session_rows.require_room(connection, new.owner, limit)
             if tenancy.find_model(connection, message.model_id) is not None:
                 raise BadRequest(
                     "model_seq_id: this session has a copied checkpoint of that number; use the next one"

@@ -9,7 +9,7 @@ import msgspec
 from ...engine import messages
 from ..dialect import Dialect
 from ..errors import ApiError
-from ..ledger.samples import KIND, SampleNumber
+from ..ledger.operations import SAMPLE, SampleNumber
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
 from ..operations.sample_streams import SampleStreams
@@ -62,7 +62,7 @@ class SampleSubmits:
                 operation = await self._operations.accept(
                     Submission(
                         owner,
-                        KIND,
+                        SAMPLE,
                         number.natural_key if number else None,
                         message,
                         reply or {},

@@ -7,10 +7,10 @@ from collections import Counter, OrderedDict
 from sqlalchemy import Connection
 
 from ...engine import messages
-from ..held_bytes import held_bytes
 from ..ledger import audit, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
+from ..recent import held_bytes
 from . import step_metrics, usage
 from .operation import Answer, Operation
 

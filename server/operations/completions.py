@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection, Row
 
 from ...engine import messages
-from ..ledger import samples as rows
+from ..ledger import operations as rows
 from ..ledger.ledger import Ledger
 from .operation import Operation
 from .operations import Operations

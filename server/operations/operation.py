@@ -1,4 +1,7 @@
-"""One accepted request, and what a router says to have one accepted."""
+"""One accepted request, and what a router says to have one accepted.
+
+Who else than the engine can draw samples.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from sqlalchemy import Connection
 
@@ -98,3 +101,38 @@ def stream_of(model_id: str | None, kind: str) -> str:
 
 def natural_key(model_id: str, seq_id: int) -> str:
     return f"model/{model_id}/{seq_id}"
+
+
+class Outcome(Protocol):
+    """Where whoever draws a sample says what came of it."""
+
+    def on_answer(self, answer: Answer) -> None:
+        """The sample has this answer."""
+
+    def fail(
+        self, operations: list[Operation], message: str, category: Literal["user", "server"] = "user"
+    ) -> None:
+        """The samples cannot be drawn."""
+
+    def send_to_engine(self, operation: Operation) -> None:
+        """The engine is to draw the sample after all."""
+
+
+class SampleDrawer(Protocol):
+    """Draws samples in the engine's place."""
+
+    def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
+        """Whether it draws this sample, and tells `outcome` of the answer; it may be asked more than once."""
+
+    def cancel(self, operation: Operation) -> bool:
+        """Whether it was drawing this sample, which it now stops."""
+
+
+class EngineOnly:
+    """No SGLang server: the engine draws every sample."""
+
+    def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
+        return False
+
+    def cancel(self, operation: Operation) -> bool:
+        return False

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ...engine import messages
-from ..held_bytes import held_bytes
+from ..recent import held_bytes
 from .operation import Operation
 
 _STREAM_BYTES, _OWNER_BYTES = 1 << 20, 64 << 20  # that wait for clients, of one stream and of all of an owner

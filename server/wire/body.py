@@ -1,12 +1,33 @@
 """What all JSON bodies are made of. Unknown keys are ignored; where two spellings mean the same, both are
-taken (`AliasChoices`)."""
+taken (`AliasChoices`).
+
+Fields of other servers' requests that this one does not have.
+
+Clients send them with values that ask for nothing: null, an empty list, the default. Those are accepted; any
+other value is refused with an error that names the field.
+
+Long lists of integers in JSON bodies, as arrays: they are checked and handed on as a whole.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import core_schema
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=192)]
 SeqId = Annotated[StrictInt, Field(ge=0, lt=1 << 62)]
@@ -94,3 +115,84 @@ def describe(errors: list[dict[str, Any]]) -> str:
 def is_union_tag(part: str | int) -> bool:
     """Whether a part of a location is not a field, but which of several types was tried."""
     return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier() or part[:1].isupper())
+
+
+AsksForNothing = Callable[[Any], bool]
+Unsupported = dict[str, AsksForNothing]
+
+
+def only(*values: Any) -> AsksForNothing:
+    """Accept these values; True and 1 are different ones."""
+    return lambda value: any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in values
+    )
+
+
+def anything(_value: Any) -> bool:
+    """Accept every value: it changes no answer."""
+    return True
+
+
+def empty(value: Any) -> bool:
+    """Accept an empty text, list or object."""
+    return value in ("", [], {})
+
+
+def one_or_list(value: Any) -> str:
+    """Tell the two types apart, so that errors are about the one that was sent. The names are no fields."""
+    return LIST if isinstance(value, (list, tuple)) else ONE
+
+
+ONE, LIST = "<one>", "<list>"
+
+
+def no_biases(value: Any) -> bool:
+    """Accept an object of numbers that are all zero."""
+    return empty(value) or (isinstance(value, dict) and not any(value.values()))
+
+
+def empty_or(*values: Any) -> AsksForNothing:
+    """Accept what is empty, and these values."""
+    return lambda value: empty(value) or only(*values)(value)
+
+
+class StrictBody(Body):
+    """A body in which null means the same as a field left out, and whose unknown fields are refused.
+
+    `UNSUPPORTED` has the fields that are known and not supported, with the values that ask for nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    UNSUPPORTED: ClassVar[Unsupported] = {}
+    NULLABLE: ClassVar[frozenset[str]] = frozenset()
+    """Fields in which null has a meaning of its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if not cls._asks_for_nothing(name, value)}
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        known = cls.UNSUPPORTED.get(name)
+        if value is None:
+            return name not in cls.NULLABLE
+        return known is not None and known(value)
+
+
+def _packed(values: list[int]) -> np.ndarray:
+    try:
+        return np.asarray(values, np.int64)
+    except OverflowError:
+        at = next(at for at, value in enumerate(values) if not -(1 << 63) <= value < 1 << 63)
+        raise ValueError(f"{str(values[at])[:32]} at position {at} does not fit in 64 bits") from None
+
+
+def _schema(_type: Any, handler: Any) -> core_schema.CoreSchema:
+    return core_schema.no_info_after_validator_function(_packed, handler.generate_schema(list[StrictInt]))
+
+
+Integers = Annotated[np.ndarray, GetPydanticSchema(_schema)]
+"""A list of integers in JSON, an int64 array in Python."""

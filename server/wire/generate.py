@@ -17,13 +17,15 @@ from pydantic import (
 )
 
 from ...engine import messages
-from .body import Finite, Int64, as_json
-from .unsupported import (
+from .body import (
     LIST,
     ONE,
+    Finite,
+    Int64,
     StrictBody,
     Unsupported,
     anything,
+    as_json,
     empty,
     empty_or,
     no_biases,

@@ -1,9 +1,15 @@
-"""JSON bodies of sessions, checkpoints and futures, as the union of what clients send."""
+"""JSON bodies of sessions, checkpoints and futures, as the union of what clients send.
+
+The body of a search for sessions.
+
+`create_custom_loss` bodies. What the graph calls is the engine's to judge.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
+import orjson
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -16,8 +22,9 @@ from pydantic import (
 )
 
 from ...engine import messages
+from ..errors import BadRequest
 from ..ledger.tenancy import SAMPLING_ENGINE
-from .body import Body, Id, Label, Metadata, OfModel, SeqId, Sequenced, Tags, TextMetadata
+from .body import Body, Id, Json, Label, Metadata, OfModel, SeqId, Sequenced, Tags, TextMetadata
 from .models import LoraConfig, OptimizerConfig
 
 
@@ -214,3 +221,71 @@ class StepMetrics(Body):
         ],
         Field(min_length=1, max_length=64),
     ]
+
+
+class SearchOwner(Body):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[str] = Field(default=[], max_length=10)
+
+
+class Status(Body):
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+
+    def states(self) -> list[str]:
+        """`active` and finish reasons. Here nobody cancels or fails a session but its client."""
+        if self.type == "client_finished":
+            return list(self.reasons or ("success", "errored", "interrupted"))
+        return ["active"] if self.type == "active" else []
+
+
+class SearchCursor(Body):
+    last_created_at: str
+    last_session_id: Id
+
+
+class SearchSessions(Body):
+    session_id: Id | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = Field(default={})
+    display_name: Annotated[str, Field(min_length=1)] | None = None
+    owner: SearchOwner = SearchOwner()
+    statuses: list[Status] | None = None
+    limit: Annotated[StrictInt, Field(ge=1, le=200)] = 50
+    cursor: SearchCursor | None = None
+
+
+MAX_GRAPH_BYTES = 128 << 10
+
+
+class CustomLossInput(Body):
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
+    rank: Annotated[StrictInt, Field(ge=0, le=2)]
+
+
+class CreateCustomLoss(Body):
+    session_id: Id
+    custom_loss_seq_id: SeqId
+    name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    inputs: Annotated[list[CustomLossInput], Field(min_length=1, max_length=16)]
+    graph: Json
+    type: Literal["create_custom_loss"] = "create_custom_loss"
+
+    def message(self) -> messages.CustomLoss:
+        """Raises BadRequest."""
+        names = [each.name for each in self.inputs]
+        if names[0] != "logprobs" or self.inputs[0].rank == 0:
+            raise BadRequest("inputs: the first one is logprobs, of rank 1 or 2")
+        if len(set(names)) != len(names):
+            raise BadRequest("inputs: two of them have the same name")
+        graph = _encoded(self.graph)
+        if len(graph) > MAX_GRAPH_BYTES:
+            raise BadRequest(f"graph: {len(graph)} bytes; a custom loss has at most {MAX_GRAPH_BYTES}")
+        return messages.CustomLoss(self.name, [(each.name, each.rank) for each in self.inputs], graph)
+
+
+def _encoded(graph: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(graph)
+    except orjson.JSONEncodeError as error:  # integers beyond 64 bits, or too deep
+        raise BadRequest(f"graph: {error}") from None

@@ -1,9 +1,20 @@
-"""JSON bodies of training operations. Those of forward_backward become the message that SDKs send."""
+"""JSON bodies of training operations. Those of forward_backward become the message that SDKs send.
+
+The losses' names and the keys of their config, for refusing what there is not before it is accepted.
+
+The engine has the losses, and checks what the values are; a test holds this table equal to its own.
+
+Bodies of forward_backward and forward, of any content type and encoding, as a worker reads them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import orjson
 from pydantic import (
@@ -18,13 +29,52 @@ from pydantic import (
 )
 
 from ...engine import messages
-from ..errors import BadRequest, Invalid
+from ..errors import ApiError, BadRequest, Invalid
+from . import forward_backward as protobuf
 from . import long_numbers
 from . import tinsmith_wire_pb2 as pb
 from .body import Body, Finite, Int64, Sequenced, describe, numbered
-from .forward_backward import ForwardBackwardBody, checked
-from .losses import check_loss
-from .model_input import ModelInput
+from .forward_backward import ForwardBackwardBody, checked, decompress
+from .sampling import ModelInput
+
+PER_TOKEN = "return_per_token"
+"""Of any loss: whether the answer has each token's. The server's business, not the engine's."""
+_POLICY = (
+    *("eps_clip", "eps_clip_high", "eps_clip_c", "icepop_beta", "use_tis", "tis_clip_low", "tis_clip_high"),
+    "compute_kl_stats",
+)
+_THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
+CONFIG_KEYS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "importance_sampling": ("compute_kl_stats",),
+    "ppo": _THRESHOLDS,
+    "cispo": (*_THRESHOLDS, "compute_kl_stats"),
+    "dro": ("beta",),
+    "stable_reinforce": (
+        *("mask_low_threshold", "mask_high_threshold", "truncation_threshold"),
+        "kl_coeff",
+    ),
+    "gspo": _THRESHOLDS,
+    "causallm_loss": (PER_TOKEN,),
+    "policy_loss": _POLICY,
+    "ppo_loss": _POLICY,
+    "drgrpo": ("clip_low", "clip_high", "beta", "kl_type", "ratio_type"),
+}
+CUSTOM = "custom"  # a loss that a client has traced
+
+
+def check_loss(name: str, config: Iterable[str]) -> None:
+    """Raises BadRequest naming what there is."""
+    if name == CUSTOM:
+        return
+    if name not in CONFIG_KEYS:
+        raise BadRequest(f"loss_fn: unknown loss {name[:64]!r}; this server has {', '.join(CONFIG_KEYS)}")
+    keys = CONFIG_KEYS[name]
+    for key in config:
+        if key not in (*keys, PER_TOKEN):
+            takes = ", ".join(keys) or "none"
+            raise BadRequest(f"loss_fn_config: unknown key {key[:64]!r} for loss {name!r}; it takes: {takes}")
+
 
 Number = Int64 | float
 _CODES = {
@@ -266,3 +316,50 @@ class OptimStep(Sequenced):
         if self.gradient_clip is not None:
             fields["grad_clip_norm"] = max(0.0, self.gradient_clip)
         return messages.OptimStep("", run_id, messages.AdamParams(**fields))
+
+
+PROTOBUF = "application/x-protobuf"
+_DATUMS_AT_ONCE = 512
+_datums = msgspec.msgpack.Decoder(list[messages.Datum])
+
+
+@dataclass(frozen=True)
+class ReadBody:
+    """`model_id` and `seq_id` are known also of many bodies with an `error`. The datums are encoded, some
+    hundreds a piece, so that whoever decodes them can do something else in between."""
+
+    model_id: Any
+    seq_id: Any
+    error: ApiError | None = None
+    body: ForwardBackwardBody | None = None
+    pieces: tuple[bytes, ...] = ()
+
+
+def read(raw: bytes, content_type: str, encoding: str, max_bytes: int, max_datums: int) -> ReadBody:
+    model_id, seq_id = None, None
+    is_protobuf = content_type.partition(";")[0].strip() == PROTOBUF
+    number_in = protobuf.peek if is_protobuf else peek
+    body_of = protobuf.decode if is_protobuf else decode
+    try:
+        raw = decompress(raw, encoding, max_bytes)
+        model_id, seq_id = number_in(raw)
+        body = body_of(raw, max_datums)
+    except ApiError as error:
+        return ReadBody(model_id, seq_id, error)
+    if is_protobuf:
+        seq_id = body.seq_id
+    pieces = tuple(
+        msgspec.msgpack.encode(body.data[at : at + _DATUMS_AT_ONCE])
+        for at in range(0, len(body.data), _DATUMS_AT_ONCE)
+    )
+    return ReadBody(body.model_id, seq_id, None, replace(body, data=[]), pieces)
+
+
+async def with_datums(read: ReadBody) -> ForwardBackwardBody:
+    """The whole body, unless there is an error; lets others run between the pieces."""
+    assert read.body is not None
+    data: list[messages.Datum] = []
+    for piece in read.pieces:
+        data += _datums.decode(piece)
+        await asyncio.sleep(0)
+    return replace(read.body, data=data)

@@ -18,9 +18,8 @@ pytest.importorskip("reasoning_gym")
 
 from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
 from reasoning_gym.factory import CURRICULA, DATASETS
-from tinsmith.server.plugins.rlve.difficulty import Difficulty
-from tinsmith.server.plugins.rlve.rollouts import draws
-from tinsmith.server.wire.rlve import RlveConfig
+from tinsmith.server.plugins.rlve.rollouts import Difficulty, draws
+from tinsmith.server.wire.models import RlveConfig
 
 HIGHEST = {"spell_backward": 3, "chain_sum": 9}
 ENVIRONMENTS = list(HIGHEST)

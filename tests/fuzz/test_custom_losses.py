@@ -14,7 +14,7 @@ from tinsmith.engine import messages
 from tinsmith.losses.custom.interpreter import MAX_ELEMENTS, CustomLossError, evaluate, load
 from tinsmith.losses.custom.operations import FUNCTIONS, METHODS
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.wire.custom_loss import CreateCustomLoss
+from tinsmith.server.wire.requests import CreateCustomLoss
 
 N, K = 5, 3
 ARGUMENTS: list[Any] = [

@@ -17,11 +17,11 @@ from tinsmith.engine import messages
 from tinsmith.server.checkpoints import checkpoints
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.http import errors
-from tinsmith.server.http.model_spec import model_spec
+from tinsmith.server.http.model_creations import model_spec
 from tinsmith.server.settings import Settings
 from tinsmith.server.wire import models, requests, sampling, training
 from tinsmith.server.wire.body import Body, OfModel, describe
-from tinsmith.server.wire.model_input import prompt_tokens
+from tinsmith.server.wire.sampling import prompt_tokens
 
 VOCAB, LONGEST = 64, 32
 LORA = {"rank": 8, "seed": 1, "train_unembed": True, "train_mlp": True, "train_attn": True}

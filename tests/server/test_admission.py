@@ -9,9 +9,8 @@ import pytest
 from tinsmith.engine import messages
 from tinsmith.server.access.quotas import Quotas
 from tinsmith.server.errors import QuotaExceeded, TooManyRequests
-from tinsmith.server.models.admission import BURST_SECONDS, Admission
+from tinsmith.server.models.admission import BURST_SECONDS, Admission, TokenBucket
 from tinsmith.server.models.run import Run
-from tinsmith.server.models.token_bucket import TokenBucket
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.settings import Settings
 

@@ -22,12 +22,11 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from tinsmith.server import errors as domain_errors
 from tinsmith.server.app import create_app
-from tinsmith.server.cli.connections import Connection
-from tinsmith.server.cli.serve import listen
+from tinsmith.server.cli.serve import Connection, listen
 from tinsmith.server.errors import ApiError
 from tinsmith.server.http import errors
 from tinsmith.server.http.bodies import BodyRoute
-from tinsmith.server.http.hang_ups import while_connected
+from tinsmith.server.http.prompts import while_connected
 from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import operations
 from tinsmith.server.ledger.ledger import Ledger
@@ -138,8 +137,12 @@ def serving(app: FastAPI) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server of these routes."""
-    with serving(Broken(tmp_path_factory.mktemp("data")).app) as port:
+    data = tmp_path_factory.mktemp("data")
+    app, ledger = Broken(data).app, Ledger(f"sqlite:///{data / 'ledger.db'}")
+    app.state.application.build(ledger)  # and not started
+    with serving(app) as port:
         yield port
+    ledger.close()
 
 
 def post(connection: HTTPConnection, path: str, size: int = 1) -> tuple[int, dict]:

@@ -3,7 +3,7 @@
 import pytest
 from tinsmith.losses import REGISTRY
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.wire.losses import CONFIG_KEYS, check_loss
+from tinsmith.server.wire.training import CONFIG_KEYS, check_loss
 
 
 def test_the_table_is_the_registry():

@@ -14,7 +14,7 @@ from tinsmith.server.models import runs as runs_module
 from tinsmith.server.models.run import NewRun
 from tinsmith.server.operations import sample_streams
 from tinsmith.server.operations.operation import Operation, Submission
-from tinsmith.server.operations.pending import PendingOperations
+from tinsmith.server.operations.operations import PendingOperations
 from tinsmith.server.operations.sample_streams import SampleStreams
 from tinsmith.server.recent import Recent
 

@@ -15,7 +15,7 @@ from alembic.migration import MigrationContext
 from engineless import Server
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from tinsmith.engine import messages
-from tinsmith.server.ledger import custom_losses, samples, traces
+from tinsmith.server.ledger import custom_losses, operations
 from tinsmith.server.ledger.ledger import Ledger, check
 from tinsmith.server.ledger.schema import metadata
 from tinsmith.server.operations.answers import KEPT
@@ -136,9 +136,15 @@ async def test_a_server_goes_on_with_a_ledger_from_before_the_first_release(
 
     def of_session(connection: Connection) -> tuple:
         return (
-            [row.id for row in samples.unanswered(connection, SESSION, SAMPLER)],
-            [(row.id, row.sample_number) for row in samples.finished_since(connection, SESSION, SAMPLER, 0)],
-            [(row.id, row.model_id or row.sampler_id) for row in traces.timeline(connection, SESSION, 100)],
+            [row.id for row in operations.unanswered(connection, SESSION, SAMPLER)],
+            [
+                (row.id, row.sample_number)
+                for row in operations.finished_since(connection, SESSION, SAMPLER, 0)
+            ],
+            [
+                (row.id, row.model_id or row.sampler_id)
+                for row in operations.timeline(connection, SESSION, 100)
+            ],
             custom_losses.stored(connection, SESSION)[0],
         )
 

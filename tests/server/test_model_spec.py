@@ -2,7 +2,7 @@
 
 import pytest
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.http.model_spec import model_spec, optimizer_of
+from tinsmith.server.http.model_creations import model_spec, optimizer_of
 from tinsmith.server.settings import Settings
 from tinsmith.server.wire.models import CreateModel, OptimizerConfig
 

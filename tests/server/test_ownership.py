@@ -17,9 +17,8 @@ from tinsmith.server.errors import Unavailable
 from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import ownership, tenancy
 from tinsmith.server.ledger.faults import LedgerUnusable
-from tinsmith.server.ledger.filesystems import network_filesystem
 from tinsmith.server.ledger.ledger import Ledger, check, open_owned
-from tinsmith.server.ledger.ownership import Holder, InUse
+from tinsmith.server.ledger.ownership import Holder, InUse, network_filesystem
 
 OWN = """
 import sys, time

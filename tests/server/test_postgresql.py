@@ -117,7 +117,7 @@ def test_one_of_two_servers_with_directories_of_their_own_owns_the_ledger(tmp_pa
 def test_a_silent_owner_on_another_machine_is_replaced_when_its_lease_expires(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinsmith.server.ledger.lease.EXPIRY_SECONDS", 3.0)
+    monkeypatch.setattr("tinsmith.server.ledger.ownership.EXPIRY_SECONDS", 3.0)
     Ledger(url).close()
     engine = create_engine(url)
     elsewhere = '{"host": "elsewhere", "pid": 7, "since": 1.0, "machine": "another boot", "born": "5"}'

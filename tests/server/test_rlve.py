@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.http.model_spec import model_spec
-from tinsmith.server.plugins.rlve import environments, metrics, prompts, rollouts
-from tinsmith.server.plugins.rlve.difficulty import Difficulty
+from tinsmith.server.http.model_creations import model_spec
+from tinsmith.server.plugins.rlve import environments, problems, rollouts
 from tinsmith.server.plugins.rlve.environments import Environments, Problem
+from tinsmith.server.plugins.rlve.rollouts import Difficulty
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire.models import CreateModel
-from tinsmith.server.wire.rlve import RlveConfig
+from tinsmith.server.wire.models import CreateModel, RlveConfig
 
 
 def test_the_window_moves_up_when_its_top_is_mastered() -> None:
@@ -45,7 +44,7 @@ def test_the_window_moves_up_when_its_top_is_mastered() -> None:
     ],
 )
 def test_the_last_answer_that_is_marked(marker, text: str, found: str | None) -> None:
-    assert prompts.answer(text, marker) == found
+    assert problems.answer(text, marker) == found
 
 
 def test_advantages_are_those_of_grpo_and_the_prompt_has_none() -> None:
@@ -69,11 +68,11 @@ def test_what_is_told_of_a_step() -> None:
         rollouts.Group(first, [4], sampled, [1.0, 0.5]),
         rollouts.Group(second, [4], sampled, [0.0, 0.25]),
     ]
-    told = metrics.of_step(
+    told = rollouts.of_step(
         3, groups, 1, {"a": Difficulty(2, 4), "b": Difficulty(0, 4), "c": Difficulty(1, 4)}
     )
     assert (told["prompts"], told["trained_prompts"], told["response_tokens"]) == (2, 1, 1.5)
-    numbers = metrics.flat(told)
+    numbers = rollouts.flat(told)
     assert numbers["rlve/reward_mean"] == pytest.approx(1.75 / 4)
     assert (numbers["rlve/accuracy"], numbers["rlve/a/accuracy"], numbers["rlve/b/accuracy"]) == (
         0.25,

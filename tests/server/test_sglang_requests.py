@@ -15,9 +15,9 @@ from tinsmith.engine.sampling.stop import StopRule
 from tinsmith.server.addresses import Allowed, host_and_port
 from tinsmith.server.base_models import BaseModel, resolve
 from tinsmith.server.plugins.sglang import requests
-from tinsmith.server.plugins.sglang.drawing import Stops
 from tinsmith.server.plugins.sglang.endpoint import EndpointRefused
 from tinsmith.server.plugins.sglang.limits import Limits, base_model_of, limits_of, mismatch
+from tinsmith.server.plugins.sglang.requests import Stops
 from tinsmith.server.text.tokenizer import of_folder
 from tiny_models import EOS_ID, VOCAB_SIZE, write_model
 from tokenizer_folders import write_tokenizer_folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinsmith.server.supervision.silence import Silence
+from tinsmith.server.supervision.engine_process import Silence
 
 
 class Clock:

@@ -12,7 +12,7 @@ from tinsmith.engine import messages
 from tinsmith.server.base_models import BaseModels
 from tinsmith.server.http.generate_answers import Answers, Prompt
 from tinsmith.server.http.openai_answers import ChatAnswers
-from tinsmith.server.http.served_models import ServedModel
+from tinsmith.server.http.sample_targets import ServedModel
 from tinsmith.server.http.served_samples import Asked, Running, ServedSamples
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.operations.sample_streams import SampleStreams

@@ -16,7 +16,7 @@ from ...errors import BadRequest
 from ...ledger import audit
 from ...ledger import usage as rows
 from ...ledger.ledger import Ledger
-from ...ledger.session_search import NO_PROJECT
+from ...ledger.session_rows import NO_PROJECT
 from ...wire import responses
 from ..dependencies import Owner, described_as
 from ..provided import Provided

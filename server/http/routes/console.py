@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection, Row
 
-from ...access.signed_urls import UrlSigner
+from ...access.tokens import UrlSigner
 from ...checkpoints.checkpoints import Checkpoints, as_strings, iso, parse
 from ...errors import BadRequest, NotFound
 from ...ledger import step_metrics as rows

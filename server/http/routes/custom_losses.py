@@ -8,7 +8,7 @@ from ...models.admission import Admission
 from ...models.custom_losses import CustomLosses
 from ...models.sessions import Sessions
 from ...wire import responses
-from ...wire.custom_loss import CreateCustomLoss
+from ...wire.requests import CreateCustomLoss
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as, future
 from ..provided import Provided

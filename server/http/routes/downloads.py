@@ -16,7 +16,7 @@ from sqlalchemy import Row
 
 from ....ckpt import paths
 from ....engine import messages
-from ...access.signed_urls import UrlSigner
+from ...access.tokens import UrlSigner
 from ...checkpoints.archive import Archive, files
 from ...checkpoints.checkpoints import Checkpoints, iso, named
 from ...disk import Disk

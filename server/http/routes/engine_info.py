@@ -9,15 +9,15 @@ from fastapi import APIRouter
 from .... import __version__
 from ...base_models import BaseModels
 from ...settings import Settings
-from ...wire import inference_responses
+from ...wire import inference
 from ..dependencies import Owner, described_as
 from ..provided import Provided
-from ..served_models import ServedModels
+from ..sample_targets import ServedModels
 
 router = APIRouter(tags=["inference"])
 
 
-@router.get("/v1/models", responses=described_as(inference_responses.ServedModels))
+@router.get("/v1/models", responses=described_as(inference.ServedModels))
 async def models(
     base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
 ) -> dict[str, Any]:
@@ -32,7 +32,7 @@ async def models(
     return {"object": "list", "data": data}
 
 
-@router.get("/v1/models/{name:path}", responses=described_as(inference_responses.ServedModel))
+@router.get("/v1/models/{name:path}", responses=described_as(inference.ServedModel))
 async def model(
     name: str, base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
 ) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def _model(name: str, parent: str | None, max_length: int, created: float) -> di
     }
 
 
-@router.get("/model_info", responses=described_as(inference_responses.ServedModelInfo))
-@router.get("/get_model_info", responses=described_as(inference_responses.ServedModelInfo))
+@router.get("/model_info", responses=described_as(inference.ServedModelInfo))
+@router.get("/get_model_info", responses=described_as(inference.ServedModelInfo))
 async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[str, Any]:
     """Of the first base model. No path of this machine is in it: where there is no hub id, the name."""
     name = _first(base_models)
@@ -68,8 +68,8 @@ async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[s
     }
 
 
-@router.get("/server_info", responses=described_as(inference_responses.ServerInfo))
-@router.get("/get_server_info", responses=described_as(inference_responses.ServerInfo))
+@router.get("/server_info", responses=described_as(inference.ServerInfo))
+@router.get("/get_server_info", responses=described_as(inference.ServerInfo))
 async def server_info(
     settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
 ) -> dict[str, Any]:

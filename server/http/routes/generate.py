@@ -11,15 +11,14 @@ from fastapi.responses import Response, StreamingResponse
 from ...base_models import BaseModels
 from ...offload import Offload
 from ...text import tokenizer
-from ...wire import inference_responses
+from ...wire import inference
 from ...wire.generate import Generate
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..generate_answers import Answers, Prompt
-from ..hang_ups import while_connected
-from ..prompts import Prompts
+from ..prompts import Prompts, while_connected
 from ..provided import Provided
-from ..served_models import ServedModels
+from ..sample_targets import ServedModels
 from ..served_samples import ServedSamples
 
 router = APIRouter(tags=["inference"], route_class=BodyRoute)
@@ -28,7 +27,7 @@ router = APIRouter(tags=["inference"], route_class=BodyRoute)
 @router.post(
     "/generate",
     response_model=None,
-    responses=described_as(inference_responses.Generated, events=inference_responses.Generation),
+    responses=described_as(inference.Generated, events=inference.Generation),
 )
 async def generate(
     body: Generate,

@@ -20,8 +20,8 @@ from ...ledger.ledger import Ledger
 from ...plugins.sglang.endpoints import Endpoints, Registered
 from ...plugins.sglang.registry import Registry
 from ...settings import Settings
+from ...wire import inference
 from ...wire import inference as wire
-from ...wire import inference_responses
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..provided import Provided
@@ -80,7 +80,7 @@ def _state(endpoint: Registered | None) -> dict[str, Any]:
     }
 
 
-@router.post("/add_inference_endpoint", responses=described_as(inference_responses.AddedEndpoint))
+@router.post("/add_inference_endpoint", responses=described_as(inference.AddedEndpoint))
 async def add_inference_endpoint(
     body: wire.AddEndpoint,
     request: Request,
@@ -106,7 +106,7 @@ async def add_inference_endpoint(
     }
 
 
-@router.post("/remove_inference_endpoint", responses=described_as(inference_responses.RemovedEndpoint))
+@router.post("/remove_inference_endpoint", responses=described_as(inference.RemovedEndpoint))
 async def remove_inference_endpoint(
     body: wire.Endpoint, registry: Provided[Registry], owner: Owner
 ) -> dict[str, Any]:
@@ -115,7 +115,7 @@ async def remove_inference_endpoint(
     return {"success": gone, "message": f"{where} is forgotten" if gone else f"{where} is not there"}
 
 
-@router.get("/list_inference_endpoints", responses=described_as(inference_responses.InferenceEndpoints))
+@router.get("/list_inference_endpoints", responses=described_as(inference.InferenceEndpoints))
 async def list_inference_endpoints(
     request: Request,
     settings: Provided[Settings],

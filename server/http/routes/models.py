@@ -14,10 +14,10 @@ from ....engine import messages
 from ...base_models import BaseModels
 from ...checkpoints.checkpoints import iso
 from ...errors import BadRequest, NotFound
-from ...models.named_models import Named, NamedModels, described
 from ...models.run import RLVE, ModelSpec, Run
 from ...models.runs import Runs
 from ...models.saves import Saves
+from ...models.sessions import Named, NamedModels, described
 from ...operations.operation import Operation, Submission
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns

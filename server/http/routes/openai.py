@@ -10,15 +10,14 @@ from fastapi.responses import Response, StreamingResponse
 from ...base_models import BaseModel, BaseModels
 from ...offload import Offload
 from ...text import tokenizer
-from ...wire import inference_responses
+from ...wire import inference
 from ...wire.openai import ChatCompletions, Completions
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
-from ..hang_ups import while_connected
 from ..openai_answers import Answers, ChatAnswers, CompletionAnswers
-from ..prompts import Prompts
+from ..prompts import Prompts, while_connected
 from ..provided import Provided
-from ..served_models import ServedModel, ServedModels
+from ..sample_targets import ServedModel, ServedModels
 from ..served_samples import Asked, ServedSamples
 from ..served_samples import answers as outputs_of
 
@@ -28,9 +27,7 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 @router.post(
     "/completions",
     response_model=None,
-    responses=described_as(
-        inference_responses.TextCompletion, events=inference_responses.TextCompletionChunk
-    ),
+    responses=described_as(inference.TextCompletion, events=inference.TextCompletionChunk),
 )
 async def completions(
     body: Completions,
@@ -91,9 +88,7 @@ async def _completions(
 @router.post(
     "/chat/completions",
     response_model=None,
-    responses=described_as(
-        inference_responses.ChatCompletion, events=inference_responses.ChatCompletionChunk
-    ),
+    responses=described_as(inference.ChatCompletion, events=inference.ChatCompletionChunk),
 )
 async def chat_completions(
     body: ChatCompletions,

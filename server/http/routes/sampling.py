@@ -14,8 +14,8 @@ from ...wire import sampling as wire
 from ..api_samples import ApiSamples
 from ..bodies import BodyRoute
 from ..dependencies import Owner, Said, described_as, future
-from ..hang_ups import while_connected
 from ..operation_answers import OperationAnswers
+from ..prompts import while_connected
 from ..provided import Provided
 from ..served_samples import ServedSamples
 

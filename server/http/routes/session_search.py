@@ -8,11 +8,11 @@ from fastapi import APIRouter
 
 from ...access.tokens import user_urn
 from ...checkpoints.checkpoints import as_strings, iso
-from ...ledger import session_search as rows
+from ...ledger import session_rows as rows
 from ...ledger.ledger import Ledger
 from ...settings import Settings
+from ...wire import requests as wire
 from ...wire import responses
-from ...wire import session_search as wire
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..provided import Provided

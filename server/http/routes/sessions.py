@@ -15,16 +15,15 @@ from ...dialect import Dialect
 from ...errors import NotFound
 from ...ledger import tenancy
 from ...ledger.ledger import Ledger
-from ...models.named_models import Named, NamedModels, check_name, described
 from ...models.run import Run
 from ...models.runs import Runs
-from ...models.sessions import Sessions, shown_id
+from ...models.sessions import Named, NamedModels, Sessions, check_name, described, shown_id
 from ...settings import Settings
 from ...wire import requests, responses
 from ...wire.models import CreateModel
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, Limit, Offset, Owner, Said, described_as
-from ..model_spec import TIED, model_spec
+from ..model_creations import TIED, model_spec
 from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)

@@ -18,8 +18,8 @@ from ...plugins.sglang.distribution import Distribution
 from ...plugins.sglang.endpoint import CannotServe
 from ...plugins.sglang.endpoints import Registered
 from ...plugins.sglang.merged_weights import Synced
+from ...wire import inference
 from ...wire import inference as wire
-from ...wire import inference_responses
 from ...wire.body import DEFAULT_MODEL, describe
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
@@ -30,8 +30,8 @@ from .inference import is_this
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
 
-@router.post("/sync_inference_weights", responses=described_as(inference_responses.SyncedWeights))
-@router.post("/api/v1/sync_inference_weights", responses=described_as(inference_responses.SyncedWeights))
+@router.post("/sync_inference_weights", responses=described_as(inference.SyncedWeights))
+@router.post("/api/v1/sync_inference_weights", responses=described_as(inference.SyncedWeights))
 async def sync_inference_weights(
     body: wire.SyncWeights,
     request: Request,
@@ -79,7 +79,7 @@ async def sync_inference_weights(
     return answer | _measured(synced, saved - began)
 
 
-@router.post("/api/v1/set_sync_quantization", responses=described_as(inference_responses.SyncQuantization))
+@router.post("/api/v1/set_sync_quantization", responses=described_as(inference.SyncQuantization))
 async def set_sync_quantization(
     body: wire.SetQuantization, ledger: Provided[Ledger], owner: Owner
 ) -> dict[str, Any]:

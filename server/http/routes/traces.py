@@ -8,8 +8,8 @@ import orjson
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from ...access.signed_urls import UrlSigner
-from ...ledger import traces as rows
+from ...access.tokens import UrlSigner
+from ...ledger import operations as rows
 from ...ledger.ledger import Ledger
 from ...models.sessions import Sessions
 from ...wire import responses

@@ -21,9 +21,8 @@ from ...wire import forward_backward as wire
 from ...wire import responses
 from ...wire import training as json_wire
 from ...wire.body import Sequenced
-from ...wire.losses import PER_TOKEN
-from ...wire.training_body import ReadBody, with_datums
-from ...wire.training_body import read as read_body
+from ...wire.training import PER_TOKEN, ReadBody, with_datums
+from ...wire.training import read as read_body
 from ..bodies import BodyRoute, body_is_read, received
 from ..dependencies import Owner, described_as, future
 from ..provided import Provided

@@ -24,7 +24,7 @@ from ...models.submits import Submits
 from ...wire import requests, responses
 from ..bodies import BodyRoute
 from ..dependencies import Owner, Said, described_as, future
-from ..model_spec import optimizer_of
+from ..model_creations import optimizer_of
 from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)

@@ -6,44 +6,61 @@ clients' requests: accepted by the ledger, admitted and counted as the owner's. 
 of the model, the step and the attempt, and so one that is asked again, after a kill, is the first one. A step
 that cannot be gone on with begins again under the next attempt's keys, without the gradients of the one
 before.
+
+How the server's own client bears being told to wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
 from ....engine import messages
 from ...base_models import BaseModel
-from ...errors import BadRequest, NotFound
+from ...errors import ApiError, BadRequest, NotFound
 from ...ledger import operations as operation_rows
 from ...ledger import rlve as rows
 from ...ledger import step_metrics as reported
 from ...ledger.ledger import Ledger
-from ...ledger.samples import SampleNumber
-from ...models.live_samplers import LiveSamplers
+from ...ledger.operations import SampleNumber
 from ...models.run import Run
 from ...models.sample_submits import SampleSubmits
-from ...models.samplers import Sampler, Samplers, number_of, sampler_id
+from ...models.samplers import LiveSamplers, Sampler, Samplers, number_of, sampler_id
 from ...models.submits import Submits
 from ...operations.operation import Operation
 from ...operations.operations import Operations
-from ...wire.rlve import RlveConfig
+from ...wire.models import RlveConfig
 from ...wire.training import OptimStep
-from . import metrics as step_metrics
-from .difficulty import Difficulty
+from . import rollouts as step_metrics
 from .environments import Environments
-from .patience import patiently
-from .problems import Problems
-from .prompts import answer
-from .rollouts import Draw, Group, datums, differ
+from .problems import Problems, answer
+from .rollouts import Difficulty, Draw, Group, datums, differ
+
+T = TypeVar("T")
+_UNREADABLE_SECONDS = 5.0
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Again later, as clients do, while the server says so."""
+    while True:
+        try:
+            return await ask()
+        except ApiError as error:
+            if error.final:
+                raise
+            seconds = float(error.headers.get("Retry-After", 1))
+        except OperationalError:  # the ledger cannot be read
+            seconds = _UNREADABLE_SECONDS
+        await asyncio.sleep(seconds)
+
 
 _WAVES = 8  # of prompts, in search of some whose samples differ
 

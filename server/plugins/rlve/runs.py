@@ -16,12 +16,11 @@ from ...ledger import rlve as rows
 from ...models.run import RLVE, Run
 from ...models.runs import Runs
 from ...text.tokenizer import of_folder
-from ...wire.rlve import RlveConfig
-from .difficulty import Difficulty
-from .driver import Driver, Progress, TrainingClient
+from ...wire.models import RlveConfig
+from .driver import Driver, Progress, TrainingClient, patiently
 from .environments import Environments
-from .patience import patiently
-from .prompts import prompt
+from .problems import prompt
+from .rollouts import Difficulty
 
 log = logging.getLogger("tinsmith.rlve")
 

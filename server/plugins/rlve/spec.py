@@ -7,8 +7,8 @@ from typing import Any
 from ...errors import BadRequest
 from ...settings import Settings
 from ...wire import models as wire
-from ...wire.losses import check_loss
-from ...wire.rlve import RlveConfig
+from ...wire.models import RlveConfig
+from ...wire.training import check_loss
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "policy_loss", "ppo_loss", "drgrpo", "stable_reinforce")
 """Those that need no more of a token than its log-prob and its advantage."""

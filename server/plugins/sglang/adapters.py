@@ -3,26 +3,132 @@
 A name says the model and the version, and stands for one folder that never changes: so it is right whenever
 a server knows it, also when the server has evicted it and reads it again from where it was. What is not known
 to be loaded is loaded when it is first sampled; what is saved is loaded ahead of that.
+
+Folders below the data directory as SGLang servers see them, and their names there.
+
+Whether an adapter's folder is what an SGLang server loads and computes as we do.
+
+SGLang reads q, k and v as one matrix, and gate and up; an adapter of some of them is accepted and ends the
+server at its first use. It computes lora_alpha / r whatever else the config says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ....ckpt import paths
 from ....engine import messages
 from ...base_models import BaseModel
+from ...safetensors_header import Entry, entries
 from ...settings import Settings
-from .adapter_folders import is_adapter, problem
 from .endpoint import CannotServe, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
-from .folders import Folders, server_name
+
+WAIT_SECONDS = 60.0
+"""For a folder whose save was answered before it was written. An engine that died with it makes it again when
+its own sampler is asked."""
+_LOOK_SECONDS = 0.01
+EXPORTS = "exports"  # of full weights that are made for servers
+
+
+class Folders:
+    """`seen_as` is where the servers have `data_dir` mounted."""
+
+    def __init__(self, data_dir: Path, seen_as: Path | None):
+        self.data_dir = data_dir.resolve()
+        self._seen_as = seen_as or self.data_dir
+
+    def here(self, key: str) -> Path:
+        return paths.resolve(self.data_dir, key)
+
+    def there(self, key: str) -> str:
+        """The path that a server is told."""
+        return str(self._seen_as / paths.check_key(key))
+
+    def key_of(self, path_there: str) -> str | None:
+        """The key of a path that a server says; None for one that is not below our data directory."""
+        try:
+            return paths.check_key(Path(path_there).relative_to(self._seen_as).as_posix())
+        except ValueError:
+            return None
+
+    async def whole(self, key: str) -> Path:
+        """The folder, once it is there: folders appear whole. Raises CannotServe for one that does not."""
+        folder, deadline = self.here(key), time.monotonic() + WAIT_SECONDS
+        while not await asyncio.to_thread(folder.is_dir):
+            if time.monotonic() > deadline:
+                raise CannotServe("these weights are not on disk")
+            await asyncio.sleep(_LOOK_SECONDS)
+        return folder
+
+
+def server_name(key: str) -> str:
+    """What servers call the weights of a directory key: their model and version, and no others."""
+    return ".".join(part for part in key.split("/") if part not in ("checkpoints", "samplers"))
+
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_CHANGES_THE_FUNCTION = (
+    *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    "trainable_token_indices",
+)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str | None:
+    """Why it cannot be loaded beside the base model with these tensors; None: it can.
+
+    Raises OSError or ValueError for files that are not there, or damaged.
+    """
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    changed = [key for key in _CHANGES_THE_FUNCTION if config.get(key)]
+    if changed:
+        return f"the adapter uses {', '.join(changed)}, which SGLang does not compute"
+    rank = config["r"]
+    if max_rank is not None and rank > max_rank:
+        return f"the adapter's rank is {rank}, the server was started with --max-lora-rank {max_rank}"
+    sides: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, entry in entries(folder / TENSORS_FILE).items():
+        module, _, side = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        sides[module][side] = entry.shape
+    for module, shapes in sides.items():
+        matrix = base.get(f"{module}.weight")
+        if matrix is None and module == "lm_head":
+            matrix = base.get("model.embed_tokens.weight")  # tied
+        if matrix is None:
+            return f"the adapter has {module}, which the base model has not"
+        out, into = matrix.shape
+        if shapes != {"lora_A": (rank, into), "lora_B": (out, rank)}:
+            return f"the adapter's {module} has shapes {shapes}; the base model's matrix is {matrix.shape}"
+    return _torn(set(sides))
+
+
+def _torn(modules: set[str]) -> str | None:
+    layers: defaultdict[str, set[str]] = defaultdict(set)
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        layers[parent].add(name)
+    for parent, names in layers.items():
+        for group in _FUSED:
+            if names & group and not group <= names:
+                return f"the adapter has {sorted(names & group)} of {parent}, but not {sorted(group - names)}"
+    return None
+
 
 log = logging.getLogger("tinsmith.inference")
 

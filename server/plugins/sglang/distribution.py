@@ -14,11 +14,10 @@ from ...errors import ApiError
 from ...operations.operation import Operation
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
-from .adapters import Adapters
+from .adapters import Adapters, Folders
 from .endpoint import EndpointError
 from .endpoints import Endpoints, Registered
 from .exports import Exports
-from .folders import Folders
 from .merged_weights import MergedWeights
 
 log = logging.getLogger("tinsmith.inference")

@@ -21,8 +21,7 @@ from ...disk import Disk
 from ...errors import BadRequest, Unavailable
 from ...safetensors_header import Entry, entries
 from ...supervision.supervisor import Supervisor
-from .adapter_folders import is_adapter
-from .folders import EXPORTS, Folders
+from .adapters import EXPORTS, Folders, is_adapter
 
 _RECORD = ".json"  # beside a folder: what is in it
 

@@ -13,9 +13,9 @@ from ....engine import messages
 from ...base_models import BaseModel
 from ...errors import BadRequest
 from . import requests
-from .drawing import Drawing
 from .endpoint import CannotServe, EndpointBusy, EndpointError, EndpointRefused
 from .endpoints import Registered
+from .requests import Drawing
 
 Answer = dict[str, Any]
 _attempts = itertools.count()  # a server refuses a request id that it has already

@@ -20,8 +20,7 @@ import msgspec
 from ....engine import messages
 from ...base_models import BaseModel
 from ...errors import BadRequest, internal_error
-from ...operations.elsewhere import Outcome
-from ...operations.operation import Operation
+from ...operations.operation import Operation, Outcome
 from .endpoint import CannotServe, EndpointBusy, EndpointDied, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
 from .remote_sample import RemoteSample
