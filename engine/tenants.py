@@ -19,11 +19,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Model:
-    """A model in training on its base. While `parked`, its state has no arrays. `used`: of `Budget.now`."""
+    """A model in training on its base. While `parked`, its state has no arrays, and `needs` are the bytes
+    that it will take on each device. `used`: of `Budget.now`."""
 
     base: BaseModel
     state: TrainingState
     parked: Parked | None = None
+    needs: int = 0
     used: int = 0
     _sizes: tuple[int, int] | None = None  # of the weights, and of the optimizer's state
 
@@ -64,7 +66,7 @@ class Tenants:
         """Return a model whose state is on the device. Raises KeyError."""
         model = self._models[model_id]
         if model.parked is not None:
-            self._budget.make_room(model.parked.bytes)
+            self._budget.make_room(model.needs)
             state = model.state
             state.weights, state.optimizer, state.gradients = model.parked.on_device()
             model.parked = None
@@ -97,7 +99,7 @@ class Tenants:
 
     def drop_oldest(self) -> None:
         model_id, model = min(self._leavers(), key=lambda each: each[1].used)
-        state = model.state
+        state, model.needs = model.state, model.bytes
         model.parked = Parked((state.weights, state.optimizer, state.gradients))
         model.parked.free()
         state.weights = state.optimizer = state.gradients = None
