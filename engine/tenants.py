@@ -65,8 +65,8 @@ class Tenants:
     def use(self, model_id: str) -> Model:
         """Return a model whose state is on the device. Raises KeyError."""
         model = self._models[model_id]
+        self._budget.make_room(model.needs if model.parked else 0)
         if model.parked is not None:
-            self._budget.make_room(model.needs)
             state = model.state
             state.weights, state.optimizer, state.gradients = model.parked.on_device()
             model.parked = None
