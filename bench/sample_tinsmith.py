@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tinsmith.engine import messages
+from tinsmith.engine.base_models import product_form
 from tinsmith.engine.sampling.sampler import Sampler
 from tinsmith.model import decoder, kv_cache, lora
 from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
+from tinsmith.model.sharding import make_mesh
 
 DECODE_STEPS = 16
 
@@ -65,7 +67,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     folder, dtype = Path(settings["model"]), jnp.dtype(settings["dtype"])
     config = read_config(folder)
-    graph, _ = decoder.build(config, dtype)
+    graph, _ = decoder.build(config, dtype, product_form(dtype, make_mesh()))
     base = load_base(folder, config, dtype)
     compiled = []
     sampler = Sampler(

@@ -8,12 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from peak_memory import peak_mb, release, reset_peak
+from tinsmith.engine.base_models import product_form
 from tinsmith.engine.messages import AdamParams, Datum, ForwardBackward, LoraSpec, Tensor
 from tinsmith.engine.training.packing import computed_tokens, pack
 from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder
 from tinsmith.model.folder import read_config
 from tinsmith.model.load import load_base
+from tinsmith.model.sharding import make_mesh
 
 ADAM = AdamParams(learning_rate=1e-4, eps=1e-8)
 
@@ -32,7 +34,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     folder, dtype = Path(settings["model"]), jnp.dtype(settings["dtype"])
     config = read_config(folder)
-    graph, _ = decoder.build(config, dtype)
+    graph, _ = decoder.build(config, dtype, product_form(dtype, make_mesh()))
     compile_seconds: list[float] = []
     trainer = Trainer(
         graph,

@@ -18,9 +18,10 @@ from ..model import decoder
 from ..model.config import ModelConfig
 from ..model.counts import counts
 from ..model.folder import digest, read_config
+from ..model.kernels.product import Form
 from ..model.load import find_model, load_base
 from ..model.weight_files import WeightsError
-from . import messages
+from . import messages, processor
 from .budget import Budget
 from .device_memory import capacity_bytes
 from .memory import EnginePlan, Served, plan_engine
@@ -85,6 +86,12 @@ def _limit(config: ModelConfig, engine: messages.EngineConfig) -> int:
     return min(config.max_sequence_length, engine.max_sequence_length or config.max_sequence_length)
 
 
+def product_form(dtype: Any, mesh: Mesh) -> Form:
+    """Return the form of a decoder's products that suits the devices."""
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Form.WIDE_SUMS if is_cpu and dtype == jnp.bfloat16 and processor.has_amx() else Form.PLAIN
+
+
 def load(
     declared: messages.BaseModel,
     engine: messages.EngineConfig,
@@ -107,7 +114,7 @@ def load(
             "the server again to serve what is there now"
         )
     dtype = compute_dtype(engine.dtype)
-    graph, _ = decoder.build(config, dtype)
+    graph, _ = decoder.build(config, dtype, product_form(dtype, mesh))
     weights = load_base(folder, config, dtype, mesh)
     limit, number = _limit(config, engine), room.folders.index(folder)
     on_cpu = mesh.devices.flat[0].platform == "cpu"

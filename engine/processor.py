@@ -22,6 +22,11 @@ def kind() -> str:
     return f"{platform.machine()}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
 
 
+def has_amx() -> bool:
+    """Whether products in bfloat16 have tiles of their own (AMX)."""
+    return "amx_bf16" in instruction_sets()
+
+
 def memory_bytes() -> int:
     """The machine's main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

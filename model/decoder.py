@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .config import Experts, Layer, ModelConfig, Site, Stack
 from .experts import EXPERT_SITES, Weights, mixture
 from .kernels.attention import SAVED, attention
+from .kernels.product import Form, by_output, product
 from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
 from .sharding import LogicalAxes, constrain
@@ -78,31 +79,27 @@ rounded.defvjp(lambda x, dtype: (rounded(x, dtype), None), lambda dtype, kept, g
 class Linear(nnx.Module):
     """x W + b in x's dtype, with W [in, out].
 
-    With `by_output`, W is stored as [out, in] and sums are float32."""
+    In the form BY_OUTPUT, W is [out, in] and the result float32."""
 
-    by_output = False
-
-    def __init__(self, site: Site, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, site: Site, dtype: Any, rngs: nnx.Rngs, form: Form):
         init = nnx.initializers.lecun_normal(batch_axis=() if site.experts is None else (0,))
         axes = site.axes if site.experts is None else ("experts", *site.axes)
         self.weight = nnx.Param(init(rngs.params(), site.shape, dtype), logical_axes=axes)
         bias = jnp.zeros((site.out,), dtype) if site.bias else None
         self.bias = None if bias is None else nnx.Param(bias, logical_axes=site.axes[1:])
+        self.form = form
+
+    @property
+    def is_by_output(self) -> bool:
+        return self.form is Form.BY_OUTPUT
 
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...]
-        y_BTO = product_by_output(x_BTI, weight) if self.by_output else x_BTI @ weight
+        if self.form is Form.PLAIN:
+            y_BTO = x_BTI @ weight
+        else:
+            y_BTO = by_output(x_BTI, weight) if self.is_by_output else product(x_BTI, weight, self.form)
         return y_BTO if self.bias is None else by_vector(jnp.add, y_BTO, self.bias[...])
-
-
-def product_by_output(x_BTI: Float[Array, "B T I"], w_OI: Float[Array, "O I"]) -> Float[Array, "B T O"]:
-    """Return x W^T for a few rows, computed in W's dtype and summed in float32."""
-    B, T, into = x_BTI.shape
-    rows = x_BTI.reshape(B * T, into).astype(w_OI.dtype)
-    if B * T == 1 and w_OI.dtype != jnp.float32:
-        rows = jnp.repeat(rows, 2, axis=0)  # for a single row, the CPU backend would convert all of W
-    y_RO = jnp.einsum("ri,oi->ro", rows, w_OI, preferred_element_type=jnp.float32)
-    return y_RO[: B * T].reshape(B, T, -1)
 
 
 class Embedding(nnx.Module):
@@ -111,9 +108,8 @@ class Embedding(nnx.Module):
     Two-byte floats may be stored as integers with the same bits; `bits_of` is then their dtype. Otherwise the
     CPU backend would convert the whole table to float32 to read a few bfloat16 rows."""
 
-    bits_of: Any = None
-
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs, bits_of: Any):
+        self.bits_of = bits_of
         init = nnx.initializers.normal(0.02)
         table = init(rngs.params(), (vocab_size, hidden_size), dtype)
         self.weight = nnx.Param(table, logical_axes=("vocab", "embed"))
@@ -154,12 +150,13 @@ class Block(nnx.Module):
 
     It has a `Linear` for each site of its description, and an `RMSNorm` for each norm, under their names."""
 
-    def __init__(self, config: ModelConfig, layer: Layer, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: Layer, dtype: Any, rngs: nnx.Rngs, form: Form):
         for site in layer.sites:
-            setattr(self, site.name, Linear(site, dtype, rngs))
+            setattr(self, site.name, Linear(site, dtype, rngs, form))
         for norm in layer.norms:
             setattr(self, norm.name, RMSNorm(norm.size, norm.axis, config.rms_norm_eps, dtype))
         self.layer = layer
+        self.adapters_form = Form.WIDE_SUMS if form is Form.WIDE_SUMS else Form.PLAIN
         self.rope = config.ropes.index(layer.mixer.rope)
 
     def __call__(
@@ -180,7 +177,7 @@ class Block(nnx.Module):
 
         def linear(name: str, x: Array) -> Array:
             y = getattr(self, name)(x)
-            return (y if lora is None else lora.add(name, x, y)).astype(x.dtype)
+            return (y if lora is None else lora.add(name, x, y, self.adapters_form)).astype(x.dtype)
 
         y = self.input_layernorm(x_BTD)
         q, k, v = (linear(n, y).reshape(B, T, -1, mixer.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
@@ -199,7 +196,7 @@ class Block(nnx.Module):
 
     def _expert_weights(self) -> Weights:
         router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
-        router_DE = router.weight[...].T if router.by_output else router.weight[...]
+        router_DE = router.weight[...].T if router.is_by_output else router.weight[...]
         return Weights(router_DE, *(site.weight[...] for site in experts))
 
 
@@ -214,19 +211,27 @@ class Stacks(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, stacks of blocks, final norm, and a separate head if not tied."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        form: Form = Form.PLAIN,
+        bits_of: Any = None,
+    ):
+        """`form` is that of all products, and `bits_of` is `Embedding`'s."""
         V, D = config.vocab_size, config.hidden_size
         head = Site("lm_head", D, V, None, ("embed", "vocab"))
-        self.embed_tokens = Embedding(V, D, dtype, rngs)
+        self.embed_tokens = Embedding(V, D, dtype, rngs, bits_of)
 
         def blocks(stack: Stack) -> Block:
             keys = rngs.split(len(stack.layers))
-            return nnx.vmap(lambda keys: Block(config, stack.layer, dtype, keys))(keys)
+            return nnx.vmap(lambda keys: Block(config, stack.layer, dtype, keys, form))(keys)
 
         (alone, *more) = config.all_stacks
         self.layers = Stacks({str(s.key): blocks(s) for s in config.all_stacks}) if more else blocks(alone)
         self.norm = RMSNorm(D, "hidden", config.rms_norm_eps, dtype)
-        self.lm_head = None if config.tie_embeddings else Linear(head, dtype, rngs)
+        self.lm_head = None if config.tie_embeddings else Linear(head, dtype, rngs, form)
         self.config = config
 
     def stack(self, stack: Stack) -> Block:
@@ -238,13 +243,18 @@ class Decoder(nnx.Module):
         return tuple(rotation(rope, position_BT) for rope in self.config.ropes)
 
 
-def build(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Base]:
+def build(
+    config: ModelConfig, dtype: Any, form: Form = Form.PLAIN, bits_of: Any = None
+) -> tuple[nnx.GraphDef, Base]:
     """Describe the decoder without making arrays. Returns (graph, abstract base of ShapeDtypeStructs).
+
+    `form` is how it multiplies with its matrices. With `bits_of`, a two-byte float dtype, the embedding is
+    stored as integers with the same bits.
 
     `graph` is hashable and equal for equal configs: pass it as a static argument of jit, and inside it
     `nnx.merge(graph, base)` gives the `Decoder`.
     """
-    graph, state = nnx.split(_abstract(config, dtype))
+    graph, state = nnx.split(_abstract(config, dtype, form, bits_of))
     return graph, nnx.to_pure_dict(state)
 
 
@@ -269,8 +279,8 @@ def random_base(config: ModelConfig, dtype: Any, seed: int = 0) -> Base:
     return jax.jit(make)(jax.random.key(seed))
 
 
-def _abstract(config: ModelConfig, dtype: Any) -> Decoder:
-    return nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0)))
+def _abstract(config: ModelConfig, dtype: Any, form: Form = Form.PLAIN, bits_of: Any = None) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0), form, bits_of))
 
 
 def trunk(
@@ -410,7 +420,7 @@ def logits(
     each_once: bool = False,
 ) -> Float[Array, "B T V"]:
     """Return float32 logits, including the head's adapter if there is one. `each_once` is `lora.delta`'s."""
-    z = product_by_output(hidden_BTD, head_VD)
+    z = by_output(hidden_BTD, head_VD)
     if lora is not None and "unembed" in lora:
         hidden32_BTD = hidden_BTD.astype(jnp.float32)
         z = z + delta(hidden32_BTD, lora["unembed"], lora["scale"], row_adapter_B, each_once)

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int
 from .config import Experts
 from .kernels.backends import Backend, current_backend
 from .kernels.grouped_product import grouped_product
-from .lora import LayerLora, product
+from .kernels.product import product
+from .lora import LayerLora
 from .sharding import partition_spec
 
 EXPERT_SITES = ("expert_gate", "expert_up", "expert_down")

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import ModelConfig, Site, Stack
+from .kernels.product import Form, product
 
 Adapter = dict[str, Any]
 LoraStack = dict[str, Any]
@@ -147,12 +148,12 @@ class LayerLora(NamedTuple):
     dtype: Any = None
     each_once: bool = False
 
-    def add(self, name: str, x_BTI: Array, y_BTO: Array) -> Array:
+    def add(self, name: str, x_BTI: Array, y_BTO: Array, form: Form = Form.PLAIN) -> Array:
         """Return y plus the delta of matrix `name` at x, or y itself if that matrix has no adapter."""
         if name not in self.pairs:
             return y_BTO
         x_BTI = x_BTI.astype(self.dtype or x_BTI.dtype)
-        added = delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B, self.each_once)
+        added = delta(x_BTI, self.pairs[name], self.scale_n, self.row_adapter_B, self.each_once, form)
         return y_BTO + added.astype(y_BTO.dtype)
 
 
@@ -162,6 +163,7 @@ def delta(
     scale_n: Float[Array, " n"],
     row_adapter_B: Int[Array, " B"] | None,
     each_once: bool = False,
+    form: Form = Form.PLAIN,
 ) -> Float[Array, "B T O"]:
     """Return scale x A B, each row with its own adapter; `pair` is {"a": [n, I, R], "b": [n, R, O]}.
 
@@ -175,40 +177,10 @@ def delta(
     a, b = pair["a"], pair["b"]
     if a.shape[0] == 1:
         scale = scale_n[0].astype(x_BTI.dtype)
-        return product(product(x_BTI, a[0]) * scale, b[0])
+        return product(product(x_BTI, a[0], form) * scale, b[0], form)
     scale_B11 = scale_n[row_adapter_B, None, None].astype(x_BTI.dtype)
     if each_once:
         own_B1nR = (jnp.asarray(row_adapter_B)[:, None] == jnp.arange(len(a)))[:, None, :, None]
         x_BTnR = jnp.einsum("bti,nir->btnr", x_BTI, a.astype(x_BTI.dtype)) * scale_B11[..., None]
         return jnp.einsum("btnr,nro->bto", jnp.where(own_B1nR, x_BTnR, 0), b.astype(x_BTI.dtype))
-    return product(product(x_BTI, a[row_adapter_B]) * scale_B11, b[row_adapter_B])
-
-
-@jax.custom_vjp
-def product(x_BTI: Float[Array, "B T I"], w: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
-    """Return x w in x's dtype, where `w` is one float32 matrix or one per row.
-
-    w's gradient is summed in float32."""
-    return x_BTI @ w.astype(x_BTI.dtype)
-
-
-def _product_forward(x_BTI: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(x_BTI, w), (x_BTI, w)
-
-
-def _product_backward(kept: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
-    x_BTI, w = kept
-    dx_BTI = dy_BTO @ w.astype(dy_BTO.dtype).swapaxes(-1, -2)
-    rows = "b" if w.ndim == 3 else ""
-    # The CPU backend transposes the left operand of a sum over tokens in memory, so the narrow one goes left.
-    # Autodiff would transpose the wide one, and recompute its producer in that order.
-    if x_BTI.shape[-1] <= dy_BTO.shape[-1]:
-        dw = jnp.einsum(f"bti,bto->{rows}io", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
-    else:
-        dw = jnp.einsum(f"bto,bti->{rows}oi", dy_BTO, x_BTI, preferred_element_type=jnp.float32)
-        # Kept separate from the product: the CPU has no bfloat16 kernel for the product that includes it.
-        dw = jax.lax.optimization_barrier(dw).swapaxes(-1, -2)
-    return dx_BTI, dw.astype(w.dtype)
-
-
-product.defvjp(_product_forward, _product_backward)
+    return product(product(x_BTI, a[row_adapter_B], form) * scale_B11, b[row_adapter_B], form)

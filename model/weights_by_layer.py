@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .config import ModelConfig
-from .decoder import Base, Block, Decoder, Linear, unembed
+from .decoder import Base, Block, Decoder, build, unembed
+from .kernels.product import Form
 from .lora import LoraStack
 
 PyTree = Any
@@ -31,6 +32,7 @@ class BaseByLayer:
     rest: Base
     tied_VD: Array | None
     layers: tuple[Base, ...]
+    graph: nnx.GraphDef = field(metadata={"static": True})
     config: ModelConfig = field(metadata={"static": True})
     by_output: bool = field(metadata={"static": True})
 
@@ -57,7 +59,10 @@ def base_by_layer(base: Base, config: ModelConfig, by_output: bool = False) -> B
     if by_output and "lm_head" in rest:
         rest["lm_head"] = {"weight": rest["lm_head"]["weight"].T}
     layers = _by_layer(base["layers"], config, by_output)
-    return BaseByLayer(rest, tied_VD, layers, config, by_output)
+    dtype = table_VD.dtype
+    form = Form.BY_OUTPUT if by_output else Form.PLAIN
+    graph, _ = build(config, dtype, form, dtype if dtype.itemsize == 2 else None)
+    return BaseByLayer(rest, tied_VD, layers, graph, config, by_output)
 
 
 def _bits(table_VD: Float[Array, "V D"]) -> Array:
@@ -107,23 +112,18 @@ class OpenLayers(NamedTuple):
 
 
 def open_layers(graph: nnx.GraphDef, base: Base | BaseByLayer) -> OpenLayers:
-    """Open the decoder of `base`, which may come from `base_by_layer`."""
+    """Open the decoder of `base`, which may come from `base_by_layer` and then has a graph of its own."""
     if not isinstance(base, BaseByLayer):
         tied_VD = None if "lm_head" in base else base["embed_tokens"]["weight"]
         config = nnx.merge(graph, base).config
-        base = BaseByLayer(base, tied_VD, open_stack(base["layers"], config), config, by_output=False)
+        layers = open_stack(base["layers"], config)
+        base = BaseByLayer(base, tied_VD, layers, graph, config, by_output=False)
     one_each = {stack.key: base.layers[stack.layers[0]] for stack in base.config.all_stacks}
-    model = nnx.merge(graph, base.rest | {"layers": one_each.get(None, one_each)})
+    model = nnx.merge(base.graph, base.rest | {"layers": one_each.get(None, one_each)})
     graphs = {stack.key: nnx.split(model.stack(stack))[0] for stack in base.config.all_stacks}
     places = zip(base.config.places, base.layers, strict=True)
     blocks = [nnx.merge(graphs[stack.key], layer) for (stack, _), layer in places]
     dtype = model.norm.weight.dtype
-    if model.embed_tokens.weight.dtype != dtype:
-        model.embed_tokens.bits_of = dtype
-    if base.by_output:
-        linears = (part for block in blocks for part in vars(block).values() if isinstance(part, Linear))
-        for linear in linears:
-            linear.by_output = True
     return OpenLayers(model, blocks, base.head, jnp.float32 if base.by_output else dtype)
 
 

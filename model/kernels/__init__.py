@@ -5,4 +5,5 @@ in that backend's file of a kernel. Callers see only the interface, the folder's
 
 `attention/`: causal attention over packed rows, with its gradient.
 `paged_attention/`: attention of new tokens to the paged cache of keys and values.
+`product/`: products with a decoder's matrices and adapters.
 """

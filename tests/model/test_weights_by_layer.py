@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tinsmith.model import decoder, weights_by_layer
-from tinsmith.model.decoder import product_by_output
 from tinsmith.model.folder import read_config
+from tinsmith.model.kernels.product import by_output as product_by_output
 from tiny_models import write_model
 
 

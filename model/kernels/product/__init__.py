@@ -1,0 +1,65 @@
+"""Products of tokens with matrices, in the form that suits the processor."""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .cpu import by_output
+
+__all__ = ["Form", "by_output", "product"]
+
+
+class Form(Enum):
+    """How a decoder multiplies with its matrices (`decoder.build`)."""
+
+    PLAIN = "plain"
+    """x W in x's dtype. XLA chooses how to sum."""
+    WIDE_SUMS = "wide sums"
+    """x W with float32 sums, rounded at the end; so are its gradients. For bfloat16 on CPUs with AMX, where
+    XLA's kernels for such products are several times as fast as those for plain ones."""
+    BY_OUTPUT = "by output"
+    """x W^T with W stored as [out, in] and float32 sums, for a few rows on a CPU (`cpu.by_output`)."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(
+    x_BTI: Float[Array, "B T I"], w: Float[Array, "*B I O"], form: Form = Form.PLAIN
+) -> Float[Array, "B T O"]:
+    """Return x w in x's dtype, where `w` is one matrix or one per row, in any dtype.
+
+    w's gradient is summed in float32."""
+    return _times(x_BTI, w, form)
+
+
+def _times(x_BTI: Array, w: Array, form: Form) -> Array:
+    w = w.astype(x_BTI.dtype)
+    if form is Form.PLAIN:
+        return x_BTI @ w
+    return jnp.matmul(x_BTI, w, preferred_element_type=jnp.float32).astype(x_BTI.dtype)
+
+
+def _forward(x_BTI: Array, w: Array, form: Form) -> tuple[Array, tuple[Array, Array]]:
+    return _times(x_BTI, w, form), (x_BTI, w)
+
+
+def _backward(form: Form, saved: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
+    x_BTI, w = saved
+    dx_BTI = _times(dy_BTO, w.swapaxes(-1, -2), form)
+    rows = "b" if w.ndim == 3 else ""
+    # The CPU backend transposes the left operand of a sum over tokens in memory, so the narrow one goes left.
+    # Autodiff would transpose the wide one, and recompute its producer in that order.
+    if x_BTI.shape[-1] <= dy_BTO.shape[-1]:
+        dw = jnp.einsum(f"bti,bto->{rows}io", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
+    else:
+        dw = jnp.einsum(f"bto,bti->{rows}oi", dy_BTO, x_BTI, preferred_element_type=jnp.float32)
+        # Kept separate from the product: the CPU has no bfloat16 kernel for the product that includes it.
+        dw = jax.lax.optimization_barrier(dw).swapaxes(-1, -2)
+    return dx_BTI, dw.astype(w.dtype)
+
+
+product.defvjp(_forward, _backward)
