@@ -92,7 +92,10 @@ async function api(path, { method = "GET", body, signal } = {}) {
     method, signal, headers: authorised(body === undefined ? {} : { "Content-Type": "application/json" }),
     body: body === undefined ? undefined : JSON.stringify(body),
   });
-  const read = await answer.json().catch(() => ({}));
+  const read = await answer.json().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    return {};
+  });
   if (!answer.ok) throw new ApiError(answer.status, read.detail ?? `${answer.status} ${answer.statusText}`);
   return read;
 }
@@ -613,7 +616,7 @@ async function route() {
   try {
     await (pages[page] ?? overviewPage)(signal);
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (signal.aborted) return;
     if (error.status === 401) { sessionStorage.removeItem(KEY); return locked(error.message); }
     main.replaceChildren(card("This page could not be shown", h("p", { class: "bad" }, error.message)));
   }
