@@ -21,6 +21,7 @@ MOST_ROWS = 2048
 MOST_BYTES = 1 << 20
 _THIN_EVERY = 256  # rows of a kind
 _MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
+_LARGEST_ROW = 16_384  # bytes, at most
 _REPORTED = "reported"
 _BLOCK = 16
 _INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -61,7 +62,9 @@ def report(connection: Connection, model_id: str, step: int, metrics: Mapping[st
     )
     earlier = connection.execute(select(step_metrics.c.metrics).where(of_step)).scalar() or {}
     connection.execute(delete(step_metrics).where(of_step))
-    add(connection, model_id, _REPORTED, step, earlier | dict(metrics), step)
+    kept = {name: value for name, value in earlier.items() if name not in metrics}
+    add(connection, model_id, _REPORTED, step, dict(metrics) | kept, step)
+    thin(connection, model_id)
 
 
 def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -102,14 +105,22 @@ def thin(
     connection: Connection, model_id: str, most_rows: int = MOST_ROWS, most_bytes: int = MOST_BYTES
 ) -> None:
     """Drop rows of the model, the more the older they are, until the rest is within the bounds."""
-    whole = max(1, most_rows // 4)
-    _thin(connection, model_id, whole)
-    while whole > 1:
+
+    def is_within() -> bool:
         count, size = _extent(connection, model_id)
-        if count <= most_rows and size <= most_bytes:
-            return
-        whole //= 2
+        return count <= most_rows and size <= most_bytes
+
+    whole = max(1, most_rows // 4)
+    while whole and not is_within():
         _thin(connection, model_id, whole)
+        whole //= 2
+    if not is_within():  # numbers of a client's own may be such that all are kept: its newest reports stay
+        of_model = step_metrics.c.model_id == model_id
+        newest = select(step_metrics.c.at).where(of_model).order_by(step_metrics.c.at.desc())
+        last_kept = newest.offset(max(0, min(most_rows, most_bytes // _LARGEST_ROW) // 2)).limit(1)
+        connection.execute(
+            delete(step_metrics).where(of_model, step_metrics.c.at <= last_kept.scalar_subquery())
+        )
 
 
 def _thin(connection: Connection, model_id: str, whole: int) -> None:

@@ -112,7 +112,7 @@ def _reduced(found: list[Row]) -> dict[str, float]:
         for name, value in row.metrics.items():
             values[name].append((value, weight))
     reduced = {name: _of_passes(name.rpartition(":")[2], each) for name, each in values.items()}
-    return _derived(reduced)
+    return {name: value for name, value in _derived(reduced).items() if math.isfinite(value)}
 
 
 def _of_passes(reduction: str, values: list[tuple[float, float]]) -> float:

@@ -141,6 +141,27 @@ async def test_an_owner_s_metrics_are_bounded_in_bytes(server: Server) -> None:
     assert 0 < await server.ledger.read(size) <= most
 
 
+async def test_reports_are_bounded_whatever_numbers_a_client_gives_its_steps(server: Server) -> None:
+    def report(connection: Connection) -> None:
+        for number in range(2 * rows.MOST_ROWS):
+            rows.report(connection, MODEL, 1 + number * 16 * (1 << 31), {"reward": float(number)})
+
+    await server.ledger.write(report)
+    assert await count(server) <= rows.MOST_ROWS
+    newest = max(point.time for point in (await read(server)).points)
+    (last,) = (point for point in (await read(server)).points if point.time == newest)
+    assert last.metrics == {"reward": 2.0 * rows.MOST_ROWS - 1}
+
+
+async def test_sums_that_are_not_finite_are_left_out(server: Server) -> None:
+    for number in (1, 2):
+        await answer(server, "forward_backward", number, passed(1.7e308, 2), 0.5)
+    await answer(server, "optim_step", 3, stepped(1), 0.1)
+    (point,) = (await read(server)).points
+    assert "loss:sum" not in point.metrics
+    assert all(math.isfinite(value) for value in point.metrics.values())
+
+
 async def test_runs_that_rest_are_thinned_by_the_sweep(tmp_path: Path) -> None:
     server = Server(tmp_path, step_metrics_seconds=60)
 
