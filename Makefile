@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang rlve methods lint format bench lock clean
+.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang laboratory accelerators rlve methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ demo: $(STAMP) ## train SmolLM2-135M through the Tinker SDK and see it change (u
 	@$(BIN)/python demo/sft.py
 
 test: $(STAMP) ## lint, types, import arrows, and all tests but the slow ones
-	@$(MAKE) --no-print-directory -j 3 lint sglang rlve docs
+	@$(MAKE) --no-print-directory -j 3 lint sglang laboratory rlve docs
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 # What starts no server and compiles little.
@@ -113,6 +113,25 @@ $(SGLANG)/.installed: tests/sglang/requirements.txt
 	@$(SGLANG_PYTHON) -m venv --clear $(SGLANG)
 	@$(SGLANG)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps $(TORCH) -r $<
 	@touch $@
+
+LABORATORY := .cache/accelerators/venv
+LABORATORY_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
+laboratory: ## the compilers of GPUs and TPUs, which need no device, for tests/accelerators (a minute, once; 2 GB)
+	@if ! $(LABORATORY_PYTHON) -c '' 2> /dev/null; then \
+	  echo "==> No python3.12 here: the tests that compile for accelerators will be skipped"; \
+	elif ! $(MAKE) --no-print-directory $(LABORATORY)/.installed; then \
+	  echo "==> The compilers of accelerators cannot be installed here: the tests with them will be skipped"; \
+	fi
+
+$(LABORATORY)/.installed: tests/accelerators/requirements.txt
+	@echo "==> Compilers of accelerators in $(LABORATORY)"
+	@$(LABORATORY_PYTHON) -m venv --clear $(LABORATORY)
+	@$(LABORATORY)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps -r $<
+	@ln -sfn $(CURDIR) $(LABORATORY)/lib/python3.12/site-packages/tinsmith
+	@touch $@
+
+accelerators: laboratory ## compile the real shapes for absent GPUs and TPUs, and write docs/accelerators.md (an hour)
+	$(LABORATORY)/bin/python tests/accelerators/write_page.py
 
 methods: $(STAMP) ## write docs/compatibility.md's table of the SDK's methods from the tests that call them
 	TINSMITH_WRITE_METHODS=1 $(BIN)/python -m pytest -q -m "not slow" tests/conformance/test_sdk_*.py

@@ -16,7 +16,7 @@ from typing import Literal
 
 from ..model.counts import Counts
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
 WIDE = 4  # bytes of the float32 that adapters, gradients and moments are kept in
 MODELS_PER_BATCH = 8
@@ -194,7 +194,7 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
 def _choices(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> Iterator[tuple[int, Remat]]:
     """Rows on each device and remat, the fastest first: recomputing nothing, then more, then fewer rows."""
     rows = max(1, work.micro_batch // work.sequence)
-    for remat in ("none", "dots"):
+    for remat in ("none", "dots", "attention"):
         kept = kept_bytes(counts, rows * work.sequence, remat, work.itemsize, mesh.tensor)
         if kept <= capacity * KEPT_SHARE:
             yield rows, remat
@@ -252,11 +252,18 @@ def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh) -> int:
 def kept_elements(counts: Counts, remat: Remat, tensor: int = 1) -> float:
     """Return what one block keeps of one token for the backward.
 
-    With D hidden, F feed-forward, and Q queries, keys and values together: "full" D (the block's input),
-    "dots" 2 D + Q + 2 F (and the products with weights), "none" 8 D + 2 Q + 5 F.
+    With D hidden, F feed-forward, A all heads, and Q queries, keys and values together: "full" D (the block's
+    input), "attention" D + A (and attention's output), "dots" 2 D + Q + 2 F + A (and the products with
+    weights), "none" 8 D + 2 Q + 5 F.
     """
     D, F, Q = counts.hidden, counts.feed_forward / tensor, counts.qkv / tensor
-    return {"full": D, "dots": 2 * D + Q + 2 * F, "none": 8 * D + 2 * Q + 5 * F}[remat]
+    A = counts.attention_width / tensor
+    return {
+        "full": D,
+        "attention": D + A,
+        "dots": 2 * D + Q + 2 * F + A,
+        "none": 8 * D + 2 * Q + 5 * F,
+    }[remat]
 
 
 def kept_bytes(counts: Counts, tokens: int, remat: Remat, itemsize: int, tensor: int = 1) -> int:
@@ -266,7 +273,7 @@ def kept_bytes(counts: Counts, tokens: int, remat: Remat, itemsize: int, tensor:
 
 def choose_remat(counts: Counts, tokens: int, itemsize: int, limit: int, tensor: int = 1) -> Remat:
     """Return the fastest remat that keeps at most `limit` bytes, or else "full"."""
-    for remat in ("none", "dots"):
+    for remat in ("none", "dots", "attention"):
         if kept_bytes(counts, tokens, remat, itemsize, tensor) <= limit:
             return remat
     return "full"

@@ -30,9 +30,10 @@ def step_flops(counts: Counts, work: Workload, plan: MemoryPlan) -> Step:
     """Count the FLOPs of a training step over the plan's micro-batch.
 
     For each element of a matrix a token takes 2 FLOPs forward, 2 for the gradient by the input, and 2 more
-    for the gradient by the matrix if it is trained. "full" runs all forward products but the last of each
-    block again; "dots" only those of adapters. Attention has two products forward and five backward; kernels
-    for the queries' and the keys' gradients both compute the scores again, which makes it seven.
+    for the gradient by the matrix if it is trained. "attention" and "full" run all forward products but the
+    last of each block again; "dots" only those of adapters. Attention has two products forward and five
+    backward; kernels for the queries' and the keys' gradients both compute the scores again, which makes it
+    seven. "full" runs its forward again too.
     """
     tokens = plan.rows * work.sequence
     adapters = 0 if work.full_weight else counts.active_adapter_per_rank * padded_rank(work.rank)
@@ -41,12 +42,14 @@ def step_flops(counts: Counts, work: Workload, plan: MemoryPlan) -> Step:
     again = {
         "none": 0,
         "dots": 2 * adapters,
+        "attention": 2 * (counts.matrices - counts.last_matrices + adapters),
         "full": 2 * (counts.matrices - counts.last_matrices + adapters),
     }[plan.remat]
     unit = plan.rows * attention_flops(counts, work.sequence)
     tensor = plan.mesh.tensor
     useful, executed = products * tokens / tensor, (products + again) * tokens / tensor
-    return Step(useful + 3.5 * unit / tensor, executed + 4.5 * unit / tensor, useful, executed)
+    attention = 5.5 if plan.remat == "full" else 4.5
+    return Step(useful + 3.5 * unit / tensor, executed + attention * unit / tensor, useful, executed)
 
 
 def attention_flops(counts: Counts, length: int) -> float:
@@ -63,7 +66,7 @@ def training_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
     """Return the most tokens per second, over all devices, of forward and backward."""
     tokens = plan.rows * work.sequence
     flops = step_flops(counts, work, plan).executed
-    passes = 3 if plan.remat == "full" else 2
+    passes = 3 if plan.remat in ("attention", "full") else 2
     item, shards = work.itemsize, plan.mesh.tensor
     read = passes * (min(counts.stored, counts.matrices * tokens) + counts.head) * item / shards
     activations = _activation_traffic(counts, plan.remat) * tokens * item / shards
@@ -81,7 +84,7 @@ def training_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
 def _activation_traffic(counts: Counts, remat: Remat) -> float:
     """Return how many elements of activations one token has written and read at least: inputs and outputs of
     all products, once in each pass."""
-    passes = 3 if remat == "full" else 2
+    passes = 3 if remat in ("attention", "full") else 2
     in_and_out = 3 * counts.hidden + counts.qkv + counts.attention_width + 3 * counts.feed_forward
     return passes * counts.num_layers * in_and_out
 

@@ -46,10 +46,12 @@ REMAT_POLICIES: dict[str, Callable] = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
     ),
-    "full": _SAVE_ATTENTION,
+    "attention": _SAVE_ATTENTION,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is stored of a block for the backward, besides its input: the output of attention, and with "dots" the
-products with weights too. ("none" stores all.)"""
+"""What is stored of a block for the backward, besides its input: the output of attention and the products
+with weights ("dots"), the output of attention, or nothing ("full"). Only "full" runs attention's forward
+again. ("none" stores all.)"""
 
 _RESIDUAL: LogicalAxes = ("rows", "tokens", "hidden")
 
@@ -115,8 +117,10 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(table, logical_axes=("vocab", "embed"))
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # gathered over fsdp first: the batch's rows and the table's columns cannot share that mesh axis
-        rows_BTD = constrain(self.weight[...], ("vocab", "hidden"))[tokens_BT]
+        # Every device looks up its own columns, for all rows of its fsdp group. They are exchanged for whole
+        # vectors of its own rows afterwards (`_RESIDUAL`): the table is not gathered.
+        tokens_BT = constrain(tokens_BT, ("sequences", "tokens"))
+        rows_BTD = constrain(self.weight[...][tokens_BT], ("sequences", "tokens", "embed"))
         return rows_BTD if self.bits_of is None else jax.lax.bitcast_convert_type(rows_BTD, self.bits_of)
 
 
@@ -299,7 +303,7 @@ def trunk(
     linears. `position_BT` counts from the start of each token's own sequence. `start_BT` is the first key in
     the row that token t sees (`attention`); padding may point at itself. The sliding window is applied here.
     `lora` is `lora.stack_adapters`' result and `row_adapter_B` each row's index in it (ignored for one
-    adapter). `remat`: "none", "dots" or "full", see REMAT_POLICIES.
+    adapter). `remat`: "none", "dots", "attention" or "full", see REMAT_POLICIES.
     """
     real_BT = jnp.zeros(tokens_BT.shape, bool)
     return routed_trunk(graph, base, tokens_BT, position_BT, start_BT, real_BT, lora, row_adapter_B, remat)[0]

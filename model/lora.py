@@ -99,6 +99,26 @@ def pair_shapes(stack: Stack, site: Site, rank: int) -> dict[str, tuple[int, ...
     return {side: (len(stack.layers), *shape) for side, shape in site.factors(rank).items()}
 
 
+def logical_axes(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """Return the adapter's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf.
+
+    A pair is cut like its matrix, but over `tensor` alone: each device then adds the part of the delta that
+    belongs to its part of the product, and the gradients are made where they stay. Those of experts are on
+    every device.
+    """
+    axes: Adapter = {"layers": {}}
+    for stack, site, pair in pairs(adapter, config):
+        at = axes["layers"] if stack.key is None else axes["layers"].setdefault(stack.key, {})
+        if site.experts:
+            at[site.name] = {side: ("layers", *("hidden",) * (x.ndim - 1)) for side, x in pair.items()}
+            continue
+        into, out = ("hidden" if name == "embed" else name for name in site.axes)
+        at[site.name] = {"a": ("layers", into, "hidden"), "b": ("layers", "hidden", out)}
+    if "unembed" in adapter:
+        axes["unembed"] = {"a": ("hidden", "hidden"), "b": ("hidden", "vocab")}
+    return axes
+
+
 def stack_adapters(adapters: tuple[Adapter, ...], scale_n: Float[Array, " n"]) -> LoraStack:
     """Stack adapters with equal keys and equal padded rank for one device batch. Differentiable.
 

@@ -37,7 +37,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """From logical axis to mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation.
 
-`sequences` and `cached_heads` are of decoding on accelerators, where weights stay where they are."""
+`sequences` are rows that are cut over `data` alone; `cached_heads` are of decoding on accelerators, where
+weights stay where they are."""
 
 LogicalAxes = tuple[str, ...]
 
@@ -84,8 +85,13 @@ def shardings_for(abstract: Any, logical: Any, mesh: Mesh) -> Any:
     return jax.tree.map(leaf, abstract, logical)
 
 
+def shardings_of(tree: Any) -> Any:
+    """Return the sharding of each array (or ShapeDtypeStruct) of a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of adapters, gradients, optimizer state and scalars: a copy on every device."""
+    """Return the sharding of scalars, outputs, and adapters in the sampler: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...model import sharding
 from ..budget import Budget
 from ..programs import Programs
 from . import train_step
@@ -18,12 +19,9 @@ from .training_structure import describe, structure
 class GradientAccumulation:
     """Adds gradients to those of a model's `TrainingState`, for any number of models over one base."""
 
-    def __init__(
-        self, programs: Programs, base_shardings: Any, replicated: jax.sharding.Sharding, budget: Budget
-    ):
-        """Full weights are sharded like the base, `base_shardings`; adapters are `replicated`."""
+    def __init__(self, programs: Programs, replicated: jax.sharding.Sharding, budget: Budget):
+        """Gradients are sharded like the weights of their model; scalars are `replicated`."""
         self._programs = programs
-        self._base_shardings = base_shardings
         self._replicated = replicated
         self._zeros = RecycledTrees(budget)
 
@@ -45,7 +43,7 @@ class GradientAccumulation:
         """Add a run's gradients (donated) to the state's. Return False, and add nothing, if the sum would not
         be finite. Nothing is added when this raises either: the old sum stays until the new one is there."""
         total = self.zeros(state) if state.gradients is None else state.gradients
-        key, pin = structure(state.lora), self.shardings(state)
+        key, pin = structure(state.lora), sharding.shardings_of(state.weights)
         program = self._programs.get(
             ("accumulate", key),
             f"accumulate {describe(key)}",
@@ -61,10 +59,6 @@ class GradientAccumulation:
         if finite:
             state.gradients = summed
         return finite
-
-    def shardings(self, state: TrainingState) -> Any:
-        """Return the shardings of the state's weights, which its gradients share."""
-        return self._base_shardings if state.lora is None else self._replicated
 
 
 def zeros_like(tree: Any) -> Any:

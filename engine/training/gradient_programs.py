@@ -39,7 +39,6 @@ class GradientPrograms:
         mesh: Mesh,
         config: ModelConfig,
         base: Any,
-        base_shardings: Any,
         static: Static,
         remat: str | None,
         budget: Budget,
@@ -50,7 +49,6 @@ class GradientPrograms:
         self._programs = programs
         self._mesh = mesh
         self.base = base
-        self._base_shardings = base_shardings
         self._replicated = sharding.replicated(mesh)
         self._static = static
         self._remat = remat
@@ -118,12 +116,12 @@ class GradientPrograms:
         if key is None:
             function = train_step.forward_backward_weights
             arguments = (weights[0], gradients[0], batch)
-            donate, pin = (1,), self._base_shardings
+            donate, pin = (1,), sharding.shardings_of(gradients[0])
         else:
             function = train_step.forward_backward_adapters
             scales = jax.ShapeDtypeStruct((len(weights),), jnp.float32, sharding=self._replicated)
             arguments = (self.base, weights, scales, gradients, batch)
-            donate, pin = (3,), self._replicated
+            donate, pin = (3,), sharding.shardings_of(gradients)
         return self._programs.get(
             name,
             name,

@@ -5,14 +5,18 @@ Axis letters: B rows, T tokens in a row, K targets per token, P config values, n
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ...losses import FUNCTIONS, gspo, loss_and_slope
 from ...losses.linear_logprobs import HeadOutput, linear_logprobs, linear_logprobs_and_gradient
-from ...model import decoder
+from ...model import decoder, sharding
 from ...model.lora import stack_adapters
 
 TOKEN_LOSSES = tuple(loss for loss in FUNCTIONS if not loss.sequence_level)
@@ -67,7 +71,7 @@ def forward_backward_adapters(
         return _trunk(static, base, batch, stack)
 
     hidden, pull, tokens = jax.vjp(hidden_of, adapters, has_aux=True)
-    head = _head(static, hidden, decoder.unembed(base), batch, _head_lora(adapters, scale_n))
+    head = _on_own_rows(_head, static, hidden, decoder.unembed(base), batch, _head_lora(adapters, scale_n))
     (new,) = pull(head.d_hidden)
     if head.d_lora is not None:
         new = tuple(
@@ -87,7 +91,7 @@ def forward_backward_weights(
 
     hidden, pull, tokens = jax.vjp(hidden_of, weights, has_aux=True)
     unembed = decoder.unembed(_cast(static, weights))
-    head = _head(static, hidden, unembed, batch, None, train_unembed=True)
+    head = _on_own_rows(partial(_head, train_unembed=True), static, hidden, unembed, batch, None)
     (new,) = pull(head.d_hidden)
     assert head.d_unembed is not None  # train_unembed
     if "lm_head" in new:
@@ -101,13 +105,14 @@ def forward_adapters(static: Static, base: Any, adapters: tuple, scale_n: jax.Ar
     """Log-probs and losses without gradients."""
     hidden, _ = _trunk(static, base, batch, stack_adapters(adapters, scale_n))
     lora = _head_lora(adapters, scale_n)
-    return _evaluate(static, hidden, decoder.unembed(base), batch, lora)
+    return _on_own_rows(_evaluate, static, hidden, decoder.unembed(base), batch, lora)
 
 
 def forward_weights(static: Static, weights: Any, batch: Batch) -> Outputs:
     """`forward_adapters` for full weights."""
     base = _cast(static, weights)
-    return _evaluate(static, _trunk(static, base, batch, None)[0], decoder.unembed(base), batch, None)
+    hidden, _ = _trunk(static, base, batch, None)
+    return _on_own_rows(_evaluate, static, hidden, decoder.unembed(base), batch, None)
 
 
 def accumulate(total: Any, addition: Any) -> tuple[Any, jax.Array]:
@@ -153,6 +158,45 @@ def _head_lora(adapters: tuple, scale_n: jax.Array) -> dict[str, jax.Array] | No
         "b": jnp.stack([adapter["unembed"]["b"] for adapter in adapters]),
         "scale": scale_n,
     }
+
+
+def _on_own_rows(
+    function: Callable[..., Any],
+    static: Static,
+    hidden: jax.Array,
+    unembed: jax.Array,
+    batch: Batch,
+    lora: Any,
+) -> Any:
+    """Return `function(static, hidden, unembed, batch, lora)`, where every device computes its own rows.
+
+    So the unembedding is gathered once, not for every chunk of tokens; chunks are counted on each device; and
+    the gradients of the head are summed over devices once, at the end. The mesh's other axes stay XLA's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in sharding.RULES["rows"] if mesh.shape.get(name, 1) > 1)
+    if not axes or len(hidden) % math.prod(mesh.shape[name] for name in axes):
+        return function(static, hidden, unembed, batch, lora)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+
+    def own(hidden: jax.Array, unembed: jax.Array, batch: Batch, lora: Any) -> Any:
+        found = function(static, hidden, unembed, batch, lora)
+        if isinstance(found, HeadOutput):
+            parts = jax.lax.psum((found.d_unembed, found.d_lora), axes)
+            found = found._replace(d_unembed=parts[0], d_lora=parts[1])
+        return found
+
+    specs: Any = rows
+    if function is not _evaluate:
+        specs = HeadOutput(rows, rows, rows, rows, whole, whole)
+    on_devices = jax.shard_map(
+        own,
+        in_specs=(rows, whole, rows, whole),
+        out_specs=specs,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return on_devices(hidden, sharding.constrain(unembed, ("vocab", "hidden")), batch, lora)
 
 
 def _head(

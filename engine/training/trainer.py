@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from ...model import decoder, sharding
 from ...model.config import ModelConfig
-from ...model.lora import init_lora
+from ...model.lora import init_lora, logical_axes
 from .. import memory
 from ..budget import Budget
 from ..errors import UserError
@@ -59,8 +59,9 @@ class Trainer:
         """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
 
         `micro_batch_tokens` are computed at once (default 1024 on a CPU, 8192 per device elsewhere), and of
-        their logits `chunk_tokens` (256, 1024). `remat`: "none", "dots" or "full", by default the fastest
-        that keeps at most `kept_bytes` of a micro-batch. Recycled arrays are within the `budget`.
+        their logits `chunk_tokens` on each device (256, 1024). `remat`: "none", "dots", "attention" or
+        "full", by default the fastest that keeps at most `kept_bytes` of a micro-batch. Recycled arrays are
+        within the `budget`.
         `on_compile(name, seconds)` hears of every compilation.
         """
         self.config = config
@@ -83,13 +84,11 @@ class Trainer:
         dtype = base["embed_tokens"]["weight"].dtype
         static = Static(graph, dtype, remat or "full", chunk_tokens or (256 if on_cpu else 1024), False)
         self.gradient_programs = GradientPrograms(
-            self.programs, self.mesh, config, base, self._base_shardings, static, remat, budget, kept_bytes
+            self.programs, self.mesh, config, base, static, remat, budget, kept_bytes
         )
         self.custom_losses = CustomLosses()
         self.custom_loss_processes = custom_loss_processes or CustomLossProcesses()
-        self._accumulation = GradientAccumulation(
-            self.programs, self._base_shardings, self._replicated, budget
-        )
+        self._accumulation = GradientAccumulation(self.programs, self._replicated, budget)
 
     @property
     def base(self) -> decoder.Base:
@@ -121,7 +120,8 @@ class Trainer:
                 self._base_shardings,
             )
         else:
-            weights = jax.device_put(self._init(lora), self._replicated)
+            weights = self._init(lora)
+            weights = jax.device_put(weights, self._adapter_shardings(weights))
         state = TrainingState(
             lora,
             weights,
@@ -146,7 +146,7 @@ class Trainer:
             shapes, shardings = self.base, self._base_shardings
         else:
             shapes = jax.eval_shape(lambda: self._init(lora))
-            shardings = jax.tree.map(lambda _: self._replicated, shapes)
+            shardings = self._adapter_shardings(shapes)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
         )
@@ -222,7 +222,7 @@ class Trainer:
         hyper = jax.device_put(scalars, self._replicated)
         arguments = (state.weights, state.optimizer, gradients, hyper)
         key = self.structure(state)
-        weights = self._accumulation.shardings(state)
+        weights = sharding.shardings_of(state.weights)
         moments = jax.tree.map(lambda x: x.sharding, state.optimizer)
         name = "optim_step" if state.family == "adamw" else f"optim_step {state.family}"
         program = self.programs.get(
@@ -271,6 +271,9 @@ class Trainer:
     def forget_zeros(self) -> None:
         """Free the zero trees that are kept for later runs."""
         self._accumulation.forget_zeros()
+
+    def _adapter_shardings(self, adapter: Any) -> Any:
+        return sharding.shardings_for(adapter, logical_axes(adapter, self.config), self.mesh)
 
     def _init(self, lora: LoraSpec) -> Any:
         return init_lora(

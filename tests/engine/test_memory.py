@@ -169,7 +169,7 @@ def test_a_plan_never_gives_away_more_than_there_is(of, tenants, sequence, devic
 def test_what_is_short_of_memory_is_recomputed_first_and_then_computed_in_fewer_rows():
     work, base = Workload(1024), memory.resident(C8, Workload(1024), Mesh())["base"]
     chosen = [memory.plan(C8, work, base + spare * GIB) for spare in (600, 100, 16, 7)]
-    assert [each.remat for each in chosen] == ["none", "dots", "full", "full"]
+    assert [each.remat for each in chosen] == ["none", "dots", "attention", "full"]
     assert [each.rows for each in chosen][:3] == [8, 8, 8]
     assert chosen[3].rows < 8
     assert all(each.fits for each in chosen)
@@ -277,8 +277,9 @@ def test_an_engine_has_room_for_the_micro_batches_that_it_chooses():
     remat = memory.choose_remat(C8, 8192, 2, planned.kept)
     assert remat == "dots"
     assert memory.training_bytes(C8, work, Mesh(), 8192, remat) <= planned.programs
-    assert memory.choose_remat(C8, K32, 2, planned.kept) == "full"
-    assert memory.training_bytes(C8, work, Mesh(), K32, "full") <= planned.programs
+    remat = memory.choose_remat(C8, K32, 2, planned.kept)
+    assert remat == "attention"
+    assert memory.training_bytes(C8, work, Mesh(), K32, remat) <= planned.programs
     small = memory.plan_engine([served()], 32 * GIB)
     assert memory.choose_remat(C8, 8192, 2, small.kept) == "full"
     assert (planned.micro_batches, small.micro_batches) == ((8192,), (8192,))

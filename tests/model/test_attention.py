@@ -1,11 +1,13 @@
 """Attention against a loop over queries in numpy, the mask being `start <= key <= query`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tinsmith.model.decoder import REMAT_POLICIES
-from tinsmith.model.kernels.attention import attention, reference
+from tinsmith.model.kernels.attention import Kernel, attention, reference, tpu
 
 BACKENDS = ["cpu", "reference"]
 
@@ -62,21 +64,6 @@ def test_equals_a_loop_with_segments_and_windows(backend, T, window):
     seen = start if window is None else np.maximum(start, np.arange(T) - window + 1)
     got = jax.jit(lambda *x: attention(*x, 0.3, window=window, backend=backend))(q, k, v, start)
     np.testing.assert_allclose(got, loop_attention(q, k, v, seen, 0.3), atol=2e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_layer_may_be_told_at_run_time_that_it_has_no_window(backend):
-    q, k, v = arrays(1, 70, 2, 1, 8)
-    start = np.zeros((1, 70), int)
-    narrowed = np.maximum(start, np.arange(70) - 8)
-
-    @jax.jit
-    def run(q, k, v, start, windowed):
-        return attention(q, k, v, start, 0.3, window=9, windowed=windowed, backend=backend)
-
-    for windowed, seen in ((False, start), (True, narrowed)):
-        got = run(q, k, v, start, windowed)
-        np.testing.assert_allclose(got, loop_attention(q, k, v, seen, 0.3), atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,6 +134,35 @@ def test_the_backward_of_rematerialised_layers_does_not_repeat_the_forward(backe
 
         return jax.jit(jax.grad(loss)).lower(q, k).compile().as_text().count("exponential(")
 
-    ours = exponentials(REMAT_POLICIES["full"])
+    ours = exponentials(REMAT_POLICIES["attention"])
     assert ours == exponentials(jax.checkpoint_policies.everything_saveable)
     assert ours < exponentials(jax.checkpoint_policies.nothing_saveable)
+
+
+SPLASH = Kernel(
+    partial(tpu.forward, interpret=True), partial(tpu.backward, interpret=True), 128, masks_windows=True
+)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_kernel_of_tpus_equals_a_dense_softmax_when_it_is_interpreted(window):
+    """Also at a length that has to be padded, and with sinks."""
+    q, k, v = map(jnp.asarray, arrays(2, 200, 4, 2, 64))
+    sinks = jnp.asarray([-1.0, 0.0, 2.0, 5.0])
+    start = jnp.asarray(packed(2, 200, 30, 140))
+    first = start if window is None else jnp.maximum(start, jnp.arange(200) - window + 1)
+    cotangent = jax.random.normal(jax.random.key(0), q.shape)
+
+    @jax.jit
+    def both(*inputs):
+        def ours(q, k, v, sinks):
+            return attention(q, k, v, start, 0.125, window=window, sinks_N=sinks, kernel=SPLASH)
+
+        def dense(q, k, v, sinks):
+            return dense_attention(q, k, v, first, 0.125, sinks)
+
+        (out, pull), (expected, expected_pull) = jax.vjp(ours, *inputs), jax.vjp(dense, *inputs)
+        return (out, *pull(cotangent)), (expected, *expected_pull(cotangent))
+
+    for a, b in zip(*both(q, k, v, sinks), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)

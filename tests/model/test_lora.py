@@ -122,6 +122,6 @@ def test_rematerialisation_changes_no_gradient(tiny, packed_rows):
         return jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1)))(adapter, model.base))
 
     plain = grads("none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full"):
         for a, b in zip(plain, grads(remat), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(a).max()))

@@ -21,33 +21,43 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from ...sharding import LogicalAxes, partition_spec
 from ..backends import Backend, current_backend
-from . import cpu, reference
+from . import cpu, gpu, reference, tpu
 
 SAVED = ("attention_output", "attention_log_sum_exp")
 """The names of the arrays that a rematerialisation policy should save."""
 
 
 class Kernel(NamedTuple):
-    """A backend's implementation. Both functions take `start_BT` with the window already applied.
+    """A backend's implementation.
 
     forward(q [B T N H], k [B T K H], v [B T K H], start [B T], scale)
         -> output [B T N H] in q's dtype, log-sum-exp of each query's scores [B N T] float32
     backward(q, k, v, start, scale, output, log-sum-exp, gradient of the output [B T N H])
         -> gradients of q, k and v, in their dtypes
+
+    If `masks_windows`, both also take the `window`, and `start` is then the first token of each query's
+    segment. Otherwise the window is already applied to `start`.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]
+    length_multiple: int = 1
+    """What T has to be a multiple of."""
+    per_device: bool = True
+    """Whether each device runs the kernel on its own rows and heads (`jax.shard_map`), because XLA cannot
+    partition it."""
+    masks_windows: bool = False
 
 
-_KERNELS: dict[Backend, Kernel] = {
+KERNELS: dict[Backend, Kernel] = {
     "reference": Kernel(reference.forward, reference.backward),
-    "cpu": Kernel(cpu.forward, cpu.backward),
-    "gpu": Kernel(reference.forward, reference.backward),
-    "tpu": Kernel(reference.forward, reference.backward),
+    "cpu": Kernel(cpu.forward, cpu.backward, per_device=False),
+    "gpu": Kernel(gpu.forward, gpu.backward, length_multiple=128),
+    "tpu": Kernel(tpu.forward, tpu.backward, length_multiple=128, masks_windows=True),
 }
 
 
@@ -59,19 +69,21 @@ def attention(
     scale: float,
     *,
     window: int | None = None,
-    windowed: Bool[Array, ""] | None = None,
     sinks_N: Float[Array, " N"] | None = None,
     backend: Backend | None = None,
+    kernel: Kernel | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale * q k^T + mask) v, with grouped heads, in q's dtype. The softmax is float32.
 
-    `window` is the most keys that a query sees, its own included. `windowed` says, as a traced value, whether
-    this layer has the window at all (None: it has). `backend` is by default that of the current mesh.
+    `window` is the most keys that a query sees, its own included. `kernel` is by default that of `backend`,
+    which is by default that of the current mesh.
 
-    Differentiable in q, k, v and `sinks_N`. A query that sees no key gives finite values and gradients.
+    Differentiable in q, k, v and `sinks_N`. A query that sees no key gives finite values and gradients on the
+    CPU and with the reference; the flash kernels of accelerators expect every query to see itself.
     """
-    start_BT = _narrowed(start_BT, window, windowed)
-    return _attend(_KERNELS[backend or current_backend()], scale, q_BTNH, k_BTKH, v_BTKH, start_BT, sinks_N)
+    kernel = kernel or KERNELS[backend or current_backend()]
+    call, *arguments = _prepared(kernel, q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
+    return _attend(call, *arguments, sinks_N)[:, : start_BT.shape[1]]
 
 
 def attention_to_merge(
@@ -82,32 +94,94 @@ def attention_to_merge(
     scale: float,
     *,
     window: int | None = None,
-    windowed: Bool[Array, ""] | None = None,
     backend: Backend | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Return `attention` and the log-sum-exp of each query's scores, to merge it with that to other keys.
 
     Not differentiable."""
-    kernel = _KERNELS[backend or current_backend()]
-    out_BTNH, lse_BNT = kernel.forward(q_BTNH, k_BTKH, v_BTKH, _narrowed(start_BT, window, windowed), scale)
-    return out_BTNH, lse_BNT.swapaxes(1, 2)
+    kernel, T = KERNELS[backend or current_backend()], start_BT.shape[1]
+    call, *arguments = _prepared(kernel, q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
+    out_BTNH, lse_BNT = call.forward(*arguments)
+    return out_BTNH[:, :T], lse_BNT[..., :T].swapaxes(1, 2)
 
 
-def _narrowed(start_BT: Array, window: int | None, windowed: Array | None) -> Array:
-    """Apply the sliding window to the first key that each query sees."""
-    if window is None:
-        return start_BT
-    narrowed_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - window + 1)
-    return narrowed_BT if windowed is None else jnp.where(windowed, narrowed_BT, start_BT)
+def _prepared(
+    kernel: Kernel, q: Array, k: Array, v: Array, start_BT: Array, scale: float, window: int | None
+) -> tuple[_Call, Array, Array, Array, Array]:
+    """Return the call, and q, k, v and `start` as the kernel takes them: padded to its multiple, where padded
+    queries see themselves, and with the window in `start` unless the kernel masks it."""
+    T = start_BT.shape[1]
+    if padding := -T % kernel.length_multiple:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        own_BP = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BT.dtype), (len(start_BT), padding))
+        start_BT = jnp.concatenate([start_BT, own_BP], axis=1)
+    if window is not None and not kernel.masks_windows:
+        start_BT = jnp.maximum(start_BT, jnp.arange(start_BT.shape[1]) - window + 1)
+        window = None
+    if kernel.per_device:
+        k, v = _divisible_heads(k, q), _divisible_heads(v, q)
+    return _Call(kernel, scale, window), q, k, v, start_BT
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernel: Kernel, scale: float, q: Array, k: Array, v: Array, start: Array, sinks: Any) -> Array:
-    return _attend_forward(kernel, scale, q, k, v, start, sinks)[0]
+class _Call(NamedTuple):
+    """What is static in one call of `attention`."""
+
+    kernel: Kernel
+    scale: float
+    window: int | None
+
+    def forward(self, q: Array, k: Array, v: Array, start: Array) -> tuple[Array, Array]:
+        return self._run(self.kernel.forward, (_Q, _LSE), q, k, v, start)
+
+    def backward(self, *arguments: Array) -> tuple[Array, Array, Array]:
+        return self._run(self.kernel.backward, (_Q, _K, _K), *arguments)
+
+    def _run(self, function: Callable, out_axes: tuple, *arguments: Array) -> Any:
+        """Call `function(q, k, v, start, scale, *rest)`, on each device for its own rows and heads."""
+        options = {"window": self.window} if self.kernel.masks_windows else {}
+
+        def run(*arguments: Array) -> Any:
+            return function(*arguments[:4], self.scale, *arguments[4:], **options)
+
+        mesh = jax.sharding.get_abstract_mesh()
+        if not self.kernel.per_device or mesh.empty or mesh.size == 1:
+            return run(*arguments)
+        q, k = arguments[0].shape, arguments[1].shape
+        shapes = {_Q: q, _K: k, _START: q[:2], _LSE: (q[0], q[2], q[1])}
+        specs = {axes: partition_spec(shape, axes, mesh) for axes, shape in shapes.items()}
+        in_axes = (_Q, _K, _K, _START, _Q, _LSE, _Q)[: len(arguments)]
+        return jax.shard_map(
+            run,
+            in_specs=tuple(specs[axes] for axes in in_axes),
+            out_specs=tuple(specs[axes] for axes in out_axes),
+            check_vma=False,
+        )(*arguments)
 
 
-def _attend_forward(kernel: Kernel, scale: float, q, k, v, start, sinks) -> tuple[Array, tuple]:
-    out_BTNH, lse_BNT = kernel.forward(q, k, v, start, scale)
+_Q: LogicalAxes = ("rows", "tokens", "heads", "head_dim")
+_K: LogicalAxes = ("rows", "tokens", "kv_heads", "head_dim")
+_START: LogicalAxes = ("rows", "tokens")
+_LSE: LogicalAxes = ("rows", "heads", "tokens")
+
+
+def _divisible_heads(x_BTKH: Array, q_BTNH: Array) -> Array:
+    """Repeat kv heads so that every device has those of its query heads.
+
+    This is needed only if the mesh divides the query heads but not the kv heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    N, K = q_BTNH.shape[2], x_BTKH.shape[2]
+    if mesh.empty or partition_spec((N,), ("heads",), mesh) == partition_spec((K,), ("kv_heads",), mesh):
+        return x_BTKH
+    return jnp.repeat(x_BTKH, N // K, axis=2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, q: Array, k: Array, v: Array, start: Array, sinks: Any) -> Array:
+    return _attend_forward(call, q, k, v, start, sinks)[0]
+
+
+def _attend_forward(call: _Call, q, k, v, start, sinks) -> tuple[Array, tuple]:
+    out_BTNH, lse_BNT = call.forward(q, k, v, start)
     if sinks is not None:
         # The sink adds exp(sink) to the softmax's denominator.
         with_sink_BNT = jnp.logaddexp(lse_BNT, sinks.astype(jnp.float32)[:, None])
@@ -119,11 +193,11 @@ def _attend_forward(kernel: Kernel, scale: float, q, k, v, start, sinks) -> tupl
     return out_BTNH, (q, k, v, start, sinks, out_BTNH, lse_BNT)
 
 
-def _attend_backward(kernel: Kernel, scale: float, saved: tuple, d_out_BTNH: Array) -> tuple:
+def _attend_backward(call: _Call, saved: tuple, d_out_BTNH: Array) -> tuple:
     """With sinks, the kernel's own backward is right as it is, given the output and the log-sum-exp that
     include the sink: the probabilities and the rowwise sums that it derives from them do then include it."""
     q, k, v, start, sinks, out_BTNH, lse_BNT = saved
-    dq, dk, dv = kernel.backward(q, k, v, start, scale, out_BTNH, lse_BNT, d_out_BTNH)
+    dq, dk, dv = call.backward(q, k, v, start, out_BTNH, lse_BNT, d_out_BTNH)
     d_sinks = None
     if sinks is not None:
         pull_BTN = (d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
