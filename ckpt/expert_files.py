@@ -31,7 +31,12 @@ def shared_module(module: str, site: Site) -> str:
     one."""
     if site.experts is None:
         return module
-    return f"{module.partition('.{expert}')[0]}.{_SHARED_NAMES[site.name]}"
+    experts = module.partition(".{expert}")[0] if _is_by_expert(module) else module.rpartition(".")[0]
+    return f"{experts}.{_SHARED_NAMES[site.name]}"
+
+
+def _is_by_expert(module: str) -> bool:
+    return "{expert}" in module
 
 
 def written(
@@ -43,6 +48,8 @@ def written(
     elif form == "shared":
         a, b = (factor if factor.ndim == 3 else factor[None] for factor in (pair["a"], pair["b"]))
         yield shared_module(module, site), a, b
+    elif not _is_by_expert(module):
+        raise ValueError(f"the experts of {module} have no modules of their own: only the shared form exists")
     else:
         for expert in range(site.experts):
             a, b = (factor if factor.ndim == 2 else factor[expert] for factor in (pair["a"], pair["b"]))
@@ -59,7 +66,7 @@ def read(module: str, site: Site, tensors: dict[str, np.ndarray]) -> tuple[str, 
     name = named = shared_module(module, site)
     for side in "ab":
         tensor = tensors.pop(f"{name}.lora_{side.upper()}.weight", None)
-        if tensor is None and site.experts is not None:
+        if tensor is None and site.experts is not None and _is_by_expert(module):
             tensor = _of_experts(module, site, side, tensors)
             named = named if tensor is None else module.format(expert=0)
         elif tensor is not None and side == site.shared and tensor.ndim == 3 and len(tensor) == 1:

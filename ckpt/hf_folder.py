@@ -68,7 +68,7 @@ def write_folder(
         files = _write_shards(writing, tensors, shard_bytes)
         _name_shards(writing, files)
         hf_config = json.loads((base_folder / "config.json").read_text())
-        for key in ("torch_dtype", "transformers_weights"):
+        for key in ("torch_dtype", "transformers_weights", "quantization_config"):
             hf_config.pop(key, None)
         _write_json(writing / "config.json", hf_config | config)
         _copy(COPIED, base_folder, writing)

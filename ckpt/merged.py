@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ class _Delta:
     shared: str | None = None  # the factor that has no axis for experts
 
     def added(self, weight: np.ndarray, index: tuple[int, ...]) -> np.ndarray:
-        """Return the [out, in] weight with the product added."""
-        a_IR, b_RO = (
+        """Return the [..., in, out] weight with the product added."""
+        a, b = (
             _part(self.pair[side], index[:1] if side == self.shared else index).astype(np.float32)
             for side in "ab"
         )
-        return (weight.astype(np.float32) + self.scale * (a_IR @ b_RO).T).astype(weight.dtype)
+        return (weight.astype(np.float32) + self.scale * (a @ b)).astype(weight.dtype)
 
 
 def _tensors(
@@ -102,17 +103,25 @@ def _tensors(
         }
         if "unembed" in adapter:
             deltas[_HEAD] = _Delta(adapter["unembed"], scale)
-    for parameter in parameters(config):
-        value, delta = values(parameter.path), deltas.get(parameter.path)
-        for name, index in parameter.tensors():
-            array = _part(value, index)
-            array = array.T if parameter.transposed else array
-            array = array if delta is None else delta.added(array, index)
-            yield name, np.ascontiguousarray(array)
-        del value
+    for _, together in groupby(parameters(config), lambda each: (each.name, each.layers)):
+        sharing = list(together)  # one parameter, or several in the same tensors
+        held = [values(parameter.path) for parameter in sharing]
+        for name, index in sharing[0].tensors():
+            ours = []
+            for parameter, value in zip(sharing, held, strict=True):
+                array, delta = _part(value, index), deltas.get(parameter.path)
+                ours.append(array if delta is None else delta.added(array, index))
+            whole = ours[0]
+            if len(sharing) > 1:
+                whole = np.empty((*whole.shape[:-1], sharing[0].whole), whole.dtype)
+                for parameter, array in zip(sharing, ours, strict=True):
+                    parameter.place(whole)[...] = array
+            whole = whole.swapaxes(-1, -2) if sharing[0].transposed else whole
+            yield name, np.ascontiguousarray(whole)
+        del held
     if config.tie_embeddings and _HEAD in deltas:
         head = np.asarray(values("embed_tokens.weight"))
-        yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head, ()))
+        yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head.T, ()).T)
 
 
 def _part(value: Any, index: tuple[int, ...]) -> np.ndarray:

@@ -96,7 +96,8 @@ class Attention:
     """Attention with grouped heads. `kv_heads` divides `heads`.
 
     `window` is the most keys that a query sees, including its own. `biased` names the matrices with biases.
-    With `qk_norm`, each head of q and k goes through an RMSNorm before rope.
+    With `qk_norm`, each head of q and k goes through an RMSNorm before rope. With `sinks`, every head has a
+    learned logit that takes part in the softmax and has no value.
     """
 
     hidden: int
@@ -107,6 +108,7 @@ class Attention:
     window: int | None = None
     biased: tuple[str, ...] = ()
     qk_norm: bool = False
+    sinks: bool = False
 
     @property
     def scale(self) -> float:
@@ -158,25 +160,38 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """The activation of gpt-oss (arXiv:2508.10925): (u + 1) g sigmoid(slope g), with g = min(gate, limit) and
+    u the other projection, cut to +-limit."""
+
+    slope: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of `count` gated MLPs, each with `width` hidden units, of which every token gets `chosen`.
 
-    The router's softmax is over all experts. If `normalised`, the weights of those chosen sum to 1."""
+    The router's softmax is over all experts. If `normalised`, the weights of those chosen sum to 1, as if the
+    softmax were over them. The matrices have biases if `biased`. `clamp` is the activation of the gate, if it
+    is not silu."""
 
     hidden: int
     width: int
     count: int
     chosen: int
     normalised: bool
+    biased: bool = False
+    clamp: Clamp | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        D, F, E = self.hidden, self.width, self.count
+        D, F, E, bias = self.hidden, self.width, self.count, self.biased
         return (
-            Site("router", D, E, None, ("embed", "experts")),
-            Site("expert_gate", D, F, "mlp", ("embed", "ff"), experts=E, shared="a"),
-            Site("expert_up", D, F, "mlp", ("embed", "ff"), experts=E, shared="a"),
-            Site("expert_down", F, D, "mlp", ("ff", "embed"), experts=E, shared="b"),
+            Site("router", D, E, None, ("embed", "experts"), bias),
+            Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a"),
+            Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a"),
+            Site("expert_down", F, D, "mlp", ("ff", "embed"), bias, E, "b"),
         )
 
     @property
@@ -200,6 +215,11 @@ class Layer:
     def norms(self) -> tuple[Norm, ...]:
         D = self.mixer.hidden
         return Norm("input_layernorm", D), Norm("post_attention_layernorm", D), *self.mixer.norms
+
+    @property
+    def sinks(self) -> int | None:
+        """How many sinks the mixer has, one per head."""
+        return self.mixer.heads if self.mixer.sinks else None
 
 
 @dataclass(frozen=True)
@@ -245,6 +265,8 @@ class ModelConfig:
     max_sequence_length: int
     tie_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    wide_norms: bool = False
+    """Whether the norms multiply with their weight in float32, before they round to the dtype."""
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

@@ -74,14 +74,16 @@ class Unrolled:
         ):
             mixer = block.layer.mixer
 
-            def attend(q: Array, k: Array, v: Array, mixer=mixer, context=context, recent=recent) -> Array:
+            def attend(
+                q: Array, k: Array, v: Array, *sinks: Array, mixer=mixer, context=context, recent=recent
+            ) -> Array:
                 context_visible, recent_visible = visible[mixer.window]
                 new = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v))
                 put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, step, 0))
                 keys, values = now = tuple(map(put, recent, new))
                 kept.append(now)
                 parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
-                return attend_parts(q, parts, mixer.scale)
+                return attend_parts(q, parts, mixer.scale, *sinks)
 
             x = block(
                 x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None

@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import Experts, Layer, ModelConfig, Site, Stack
-from .experts import EXPERT_SITES, Weights, mixture
+from .experts import EXPERT_SITES, Biases, Weights, mixture
 from .kernels.attention import SAVED, attention
 from .kernels.product import Form, by_output, product
 from .lora import LayerLora, LoraStack, delta
@@ -36,8 +36,9 @@ from .rope import Rotation, rotate, rotation
 from .sharding import LogicalAxes, constrain
 
 Base = dict[str, Any]
-Attend = Callable[[Array, Array, Array], Array]
-"""Maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H]."""
+Attend = Callable[..., Array]
+"""Maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H]. Attention with
+sinks passes them too, [N]."""
 Rotations = tuple[Rotation, ...]
 """The angles of each of `ModelConfig.ropes`."""
 
@@ -87,8 +88,8 @@ class Linear(nnx.Module):
         init = nnx.initializers.lecun_normal(batch_axis=() if site.experts is None else (0,))
         axes = site.axes if site.experts is None else ("experts", *site.axes)
         self.weight = nnx.Param(init(rngs.params(), site.shape, dtype), logical_axes=axes)
-        bias = jnp.zeros((site.out,), dtype) if site.bias else None
-        self.bias = None if bias is None else nnx.Param(bias, logical_axes=site.axes[1:])
+        bias = jnp.zeros((*site.shape[:-2], site.out), dtype) if site.bias else None
+        self.bias = None if bias is None else nnx.Param(bias, logical_axes=(*axes[:-2], axes[-1]))
         self.form = form
 
     @property
@@ -125,17 +126,21 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis (arXiv:1910.07467), with float32 statistics."""
+    """x / rms(x) * weight over the last axis (arXiv:1910.07467), with float32 statistics.
 
-    def __init__(self, size: int, axis: str, eps: float, dtype: Any):
+    With `wide`, the product with the weight is float32 too."""
+
+    def __init__(self, size: int, axis: str, eps: float, dtype: Any, wide: bool = False):
         self.weight = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
-        self.eps = eps
+        self.eps, self.wide = eps, wide
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + self.eps)
         # an einsum, so that the sum over D in its gradient is a dot: several times as fast on the CPU
         scaled = jnp.einsum("...d,...->...d", x32, inverse_rms)
+        if self.wide:
+            return (scaled * rounded(self.weight[...], x.dtype)).astype(x.dtype)
         return by_vector(jnp.multiply, scaled.astype(x.dtype), self.weight[...])
 
 
@@ -149,6 +154,13 @@ def gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Flo
     return (jax.nn.silu(gate32) * up32).astype(gate_BTF.dtype)
 
 
+class Sinks(nnx.Module):
+    """A logit per query head (`Attention.sinks`)."""
+
+    def __init__(self, heads: int, dtype: Any):
+        self.weight = nnx.Param(jnp.zeros((heads,), dtype), logical_axes=("heads",))
+
+
 class Block(nnx.Module):
     """One layer: a mixer and an MLP, each after a norm and added to the residual stream.
 
@@ -158,7 +170,9 @@ class Block(nnx.Module):
         for site in layer.sites:
             setattr(self, site.name, Linear(site, dtype, rngs, form))
         for norm in layer.norms:
-            setattr(self, norm.name, RMSNorm(norm.size, norm.axis, config.rms_norm_eps, dtype))
+            norm_of = RMSNorm(norm.size, norm.axis, config.rms_norm_eps, dtype, config.wide_norms)
+            setattr(self, norm.name, norm_of)
+        self.sinks = None if layer.sinks is None else Sinks(layer.sinks, dtype)
         self.layer = layer
         self.adapters_form = Form.WIDE_SUMS if form is Form.WIDE_SUMS else Form.PLAIN
         self.rope = config.ropes.index(layer.mixer.rope)
@@ -187,7 +201,8 @@ class Block(nnx.Module):
         q, k, v = (linear(n, y).reshape(B, T, -1, mixer.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
         if mixer.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed_BTNH = attend(rotate(q, at), rotate(k, at), v)
+        sinks = () if self.sinks is None else (self.sinks.weight[...],)
+        mixed_BTNH = attend(rotate(q, at), rotate(k, at), v, *sinks)
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), residual)
         y = self.post_attention_layernorm(x_BTD)
         if isinstance(self.layer.mlp, Experts):
@@ -201,7 +216,11 @@ class Block(nnx.Module):
     def _expert_weights(self) -> Weights:
         router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
         router_DE = router.weight[...].T if router.is_by_output else router.weight[...]
-        return Weights(router_DE, *(site.weight[...] for site in experts))
+        biases = None
+        if self.layer.mlp.biased:
+            biases = Biases(*(site.bias[...] for site in (router, *experts)))
+        gate, up, down = (site.weight[...] for site in experts)
+        return Weights(router_DE, gate, up, down, biases)
 
 
 class Stacks(nnx.Module):
@@ -234,7 +253,7 @@ class Decoder(nnx.Module):
 
         (alone, *more) = config.all_stacks
         self.layers = Stacks({str(s.key): blocks(s) for s in config.all_stacks}) if more else blocks(alone)
-        self.norm = RMSNorm(D, "hidden", config.rms_norm_eps, dtype)
+        self.norm = RMSNorm(D, "hidden", config.rms_norm_eps, dtype, config.wide_norms)
         self.lm_head = None if config.tie_embeddings else Linear(head, dtype, rngs, form)
         self.config = config
 
@@ -331,8 +350,8 @@ def routed_trunk(
         mixer, mlp = block.layer.mixer, block.layer.mlp
         routes: list[Array] = []
 
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(q, k, v, start_BT, mixer.scale, window=mixer.window)
+        def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
+            return attention(q, k, v, start_BT, mixer.scale, window=mixer.window, sinks_N=sinks)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
         x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from .config import Experts
+from .config import Clamp, Experts
 from .kernels.backends import Backend, current_backend
 from .kernels.grouped_product import grouped_product
 from .kernels.product import product
@@ -35,13 +35,23 @@ from .sharding import partition_spec
 EXPERT_SITES = ("expert_gate", "expert_up", "expert_down")
 
 
+class Biases(NamedTuple):
+    """The biases of a mixture."""
+
+    router: Float[Array, " E"]
+    gate: Float[Array, "E F"]
+    up: Float[Array, "E F"]
+    down: Float[Array, "E D"]
+
+
 class Weights(NamedTuple):
-    """The matrices of a mixture."""
+    """The matrices of a mixture, and its biases if it has any."""
 
     router: Float[Array, "D E"]
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+    biases: Biases | None = None
 
 
 class Routing(NamedTuple):
@@ -51,9 +61,11 @@ class Routing(NamedTuple):
     weight: Float[Array, "*S k"]
 
 
-def route(experts: Experts, router_DE: Float[Array, "D E"], x: Float[Array, "*S D"]) -> Routing:
+def route(experts: Experts, weights: Weights, x: Float[Array, "*S D"]) -> Routing:
     """Choose each token's experts. The weights are float32."""
-    logits = jnp.matmul(x.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
+    logits = jnp.matmul(x.astype(jnp.float32), weights.router.astype(jnp.float32), precision="highest")
+    if weights.biases is not None:
+        logits = logits + weights.biases.router.astype(jnp.float32)
     weight, expert = jax.lax.top_k(jax.nn.softmax(logits), experts.chosen)
     return Routing(expert, weight / weight.sum(-1, keepdims=True) if experts.normalised else weight)
 
@@ -67,10 +79,13 @@ def mixture(
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T k"]]:
     """Return the experts' weighted sum for every token, in x's dtype, and the experts chosen.
 
-    `activation(gate, up)` gives an expert's hidden units. On a mesh, every device sorts the tokens of its own
-    rows. The experts' width is cut over `tensor`; their other axes are gathered, as for dense layers.
+    `activation(gate, up)` gives an expert's hidden units, unless the experts have a `Clamp`. On a mesh, every
+    device sorts the tokens of its own rows. The experts' width is cut over `tensor`; their other axes are
+    gathered, as for dense layers.
     """
     rows = len(x_BTD)
+    if experts.clamp is not None:
+        activation = partial(clamped, experts.clamp)
     adapters = None
     if lora is not None and any(name in lora.pairs for name in EXPERT_SITES):
         pairs = {name: lora.pairs[name] for name in EXPERT_SITES if name in lora.pairs}
@@ -85,6 +100,8 @@ def mixture(
     by_row = partition_spec(x_BTD.shape, ("rows", "tokens", "hidden"), mesh)
     (width,) = partition_spec((experts.width,), ("ff",), mesh)
     specs = Weights(P(), P(None, None, width), P(None, None, width), P(None, width, None))
+    if weights.biases is not None:
+        specs = specs._replace(biases=Biases(P(), P(None, width), P(None, width), P()))
     adapter_specs = None
     if adapters is not None:
         pair_specs = {name: _cut(name, pair, width) for name, pair in adapters.pairs.items()}
@@ -127,7 +144,7 @@ def _mixture(
     B, T, D = x_BTD.shape
     S, E, k = B * T, experts.count, experts.chosen
     x_SD = x_BTD.reshape(S, D)
-    expert_Sk, weight_Sk = route(experts, weights.router, x_SD)
+    expert_Sk, weight_Sk = route(experts, weights, x_SD)
 
     # Sorted by expert, and among an expert's tokens by adapter.
     n = 1 if adapters is None else next(iter(adapters.pairs.values()))["a"].shape[0]
@@ -158,8 +175,10 @@ def _mixture(
         factor_nIO = adapters.pairs[name][side]
         return product(x_BTI, factor_nIO[0] if n == 1 else factor_nIO[adapters.adapter_B])
 
-    def into(name: str, w_EDF: Array) -> Array:
+    def into(name: str, w_EDF: Array, bias_EF: Array | None) -> Array:
         y_AF = grouped_product(x_AD, w_EDF, sizes_E, backend)
+        if bias_EF is not None:
+            y_AF = y_AF + bias_EF[group_A[order_A] // n]
         if adapters is None or name not in adapters.pairs:
             return y_AF
         narrow_BTR = shared(x_BTD.astype(dtype), name, "a") * scale_B11
@@ -168,7 +187,9 @@ def _mixture(
 
     x_AD = spread(x_SD)
     scale_B11 = None if adapters is None else adapters.scale_B[:, None, None].astype(dtype)
-    gate_AF, up_AF = into("expert_gate", weights.gate), into("expert_up", weights.up)
+    biases = weights.biases
+    gate_AF = into("expert_gate", weights.gate, None if biases is None else biases.gate)
+    up_AF = into("expert_up", weights.up, None if biases is None else biases.up)
     h_AF = activation(gate_AF[None], up_AF[None])[0]
     y_SD = gathered(grouped_product(h_AF, weights.down, sizes_E, backend))
     if adapters is not None and "expert_down" in adapters.pairs:
@@ -177,7 +198,19 @@ def _mixture(
         y_SD = y_SD + shared(narrow_BTR, "expert_down", "b").reshape(S, D).astype(jnp.float32)
     if summed_over is not None:
         y_SD = jax.lax.psum(y_SD, summed_over)
+    if biases is not None:
+        y_SD = y_SD + (weight_Sk[..., None] * biases.down.astype(jnp.float32)[expert_Sk]).sum(1)
     return y_SD.astype(x_BTD.dtype).reshape(B, T, D), expert_Sk.reshape(B, T, k)
+
+
+@partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False, static_argnums=0)
+def clamped(
+    clamp: Clamp, gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]
+) -> Float[Array, "B T F"]:
+    """Return the activation of `config.Clamp`, computed in float32 and rounded once to the inputs' dtype."""
+    gate32 = jnp.minimum(gate_BTF.astype(jnp.float32), clamp.limit)
+    up32 = jnp.clip(up_BTF.astype(jnp.float32), -clamp.limit, clamp.limit)
+    return ((up32 + 1) * gate32 * jax.nn.sigmoid(clamp.slope * gate32)).astype(gate_BTF.dtype)
 
 
 @jax.custom_vjp

@@ -25,6 +25,7 @@ from .weight_files import (
     find,
     has_another_head,
     headers,
+    packed_as,
 )
 
 __all__ = [
@@ -82,7 +83,7 @@ def stated_config(folder: Path) -> ModelConfig:
             f"{folder} has an adapter_config.json beside its config.json: is it a model or an adapter? Serve "
             "the model from a folder without adapter files"
         )
-    _refuse_quantized(folder, hf)
+    _refuse_quantized(folder, hf, getattr(family, "QUANTIZED", ()))
     generation = read_json(folder / "generation_config.json") or {}
     if generation.get("eos_token_id") is not None:
         hf = hf | {"eos_token_id": generation["eos_token_id"]}
@@ -102,7 +103,9 @@ def digest(folder: Path, config: ModelConfig) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     hashed.update(_arithmetic(config).encode())
     stored = headers(folder)
-    tensors = {name: _stored(stored, name) for name in sorted(tensor_shapes(config))}
+    tensors = {}
+    for name in sorted(tensor_shapes(config)):
+        tensors |= {each: stored[each] for each in packed_as(stored, name)} or {name: _stored(stored, name)}
     total = sum(each.end - each.begin for each in tensors.values())
     every = max(1, -(-total // _HASHED_BYTES))
     files = {each.file: each.file.open("rb") for each in tensors.values()}
@@ -170,10 +173,12 @@ def _stated(described: Any) -> Any:
     }
 
 
-def _refuse_quantized(folder: Path, hf: dict[str, Any]) -> None:
+def _refuse_quantized(folder: Path, hf: dict[str, Any], known: tuple[str, ...]) -> None:
     for key in ("quantization_config", "compression_config", "quantization"):
         if stated := hf.get(key):
             method = stated.get("quant_method") if isinstance(stated, dict) else stated
+            if method in known:
+                continue
             raise UnsupportedModelError(
                 f"{folder}: its weights are quantized ({key}: {method or 'of an unnamed method'}), which is "
                 "not supported; give the unquantized model (float32, float16 or bfloat16)"

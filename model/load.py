@@ -58,11 +58,10 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if parameters[ours].layers is None:
                 return np.ascontiguousarray(views[0][index], dtype=leaf.dtype)
-            chosen = views[index[0]]
-            inner = [view[index[1:]] for view in chosen]
-            out = np.empty((len(inner), *inner[0].shape), leaf.dtype)
-            for row, source in zip(out, inner, strict=True):
-                row[...] = source
+            sizes = (len(range(*cut.indices(size))) for cut, size in zip(index, leaf.shape, strict=True))
+            out = np.empty(tuple(sizes), leaf.dtype)
+            for row, view in zip(out, views[index[0]], strict=True):
+                row[...] = view[index[1:]]
             return out
 
         array = jax.make_array_from_callback(leaf.shape, sharding, part)

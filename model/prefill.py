@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import kv_cache, token_sampling
 from .decoder import Base, Block, Decoder, logits, scan_layers, unembed
 from .kernels.attention import attention, attention_to_merge
-from .kernels.paged_attention import context_attention, merge
+from .kernels.paged_attention import context_attention, merge, with_sinks
 from .kernels.paged_attention.cpu import attend_parts, read_layer
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
@@ -71,15 +71,15 @@ def _with_contexts_read(
         mixer = block.layer.mixer
         kept = []
 
-        def attend(q: Array, k: Array, v: Array) -> Array:
+        def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             kept.extend((k, v))
             if not rows.table.shape[1]:
-                return attention(q, k, v, rows.start, mixer.scale, window=mixer.window)
+                return attention(q, k, v, rows.start, mixer.scale, window=mixer.window, sinks_N=sinks)
             context_visible, own_visible = visible(mixer.window)
             context = read_layer(pages, number, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
-            return attend_parts(q, parts, mixer.scale)
+            return attend_parts(q, parts, mixer.scale, sinks)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
         return block(x_BTD, rotations, attend, block_lora), tuple(kept)
@@ -101,13 +101,13 @@ def _in_place(
         x_STD, pages = carried
         mixer = block.layer.mixer
 
-        def attend(q: Array, k: Array, v: Array) -> Array:
+        def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             nonlocal pages
             k_WKH, v_WKH = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
             pages = kv_cache.write_layer(pages, number, k_WKH, v_WKH, page_W, offset_W)
             if not rows.table.shape[1]:
-                return attention(q, k, v, rows.start, mixer.scale, window=mixer.window)
-            own = attention_to_merge(q, k, v, rows.start, mixer.scale, window=mixer.window)
+                return attention(q, k, v, rows.start, mixer.scale, window=mixer.window, sinks_N=sinks)
+            own = with_sinks(attention_to_merge(q, k, v, rows.start, mixer.scale, window=mixer.window), sinks)
             first = jnp.zeros_like(rows.position)
             if mixer.window is not None:
                 first = jnp.maximum(rows.position - mixer.window + 1, 0)

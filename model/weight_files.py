@@ -19,6 +19,7 @@ import numpy as np
 
 from .config import ModelConfig, read_json
 from .families import Parameter, parameters, tensor_shapes
+from .mxfp4 import BLOCKS, SCALES, MxFp4
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -119,6 +120,9 @@ def check(folder: Path, config: ModelConfig) -> None:
         if name == EMBEDDING and config.tie_embeddings and find(stored, name) is None:
             name = HEAD
         found = find(stored, name)
+        if found is None and (packed := packed_as(stored, name)):
+            _check_packed(name, [stored[each] for each in packed], shape)
+            continue
         if found is None:
             raise WeightsError(_missing(name, stored))
         if found.dtype not in DTYPES:
@@ -129,9 +133,28 @@ def check(folder: Path, config: ModelConfig) -> None:
             raise WeightsError(_misshapen(name, found.shape, shape))
 
 
+def packed_as(stored: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return the names of the blocks and scales of a tensor that the files hold in MXFP4, or nothing."""
+    names = name + BLOCKS, name + SCALES
+    return names if all(each in stored for each in names) else ()
+
+
+def _check_packed(name: str, stored: list[Stored], shape: tuple[int, ...]) -> None:
+    blocks, scales = stored
+    dtypes = {blocks.dtype, scales.dtype}
+    if dtypes != {"U8"} or blocks.shape[:-1] != scales.shape or len(blocks.shape) != 4:
+        raise WeightsError(
+            f"{name} is not in MXFP4: its blocks and scales are {blocks.shape}, {scales.shape}"
+        )
+    experts, out, groups, size = blocks.shape
+    if (experts, groups * size * 2, out) != shape:
+        raise WeightsError(_misshapen(name, (experts, groups * size * 2, out), shape))
+
+
 def unread(folder: Path, config: ModelConfig) -> list[str]:
     """Return the tensors that `config` does not use, except tables that every reader computes itself."""
     names = set(tensor_shapes(config))
+    names |= {name + suffix for name in names for suffix in (BLOCKS, SCALES)}
     names |= {name.removeprefix(_BASE_PREFIX) for name in names}
     if config.tie_embeddings:
         names.add(HEAD)
@@ -167,27 +190,33 @@ class MappedTensors:
     def __init__(self, folder: Path):
         self._maps: dict[Path, mmap.mmap] = {}
         self._views: dict[str, np.ndarray] = {}
+        self._packed: dict[str, np.ndarray] = {}
         self._unreadable: dict[str, str] = {}
         for name, stored in headers(folder).items():
             if stored.dtype in DTYPES:
                 self._views[name] = self._view(stored)
             else:
                 self._unreadable[name] = stored.dtype
+            if stored.dtype == "U8" and name.endswith((BLOCKS, SCALES)):
+                self._packed[name] = self._view(stored)
 
     def _view(self, stored: Stored) -> np.ndarray:
         if stored.file not in self._maps:
             with stored.file.open("rb") as opened:
                 self._maps[stored.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         count = prod(stored.shape)
-        view = np.frombuffer(self._maps[stored.file], DTYPES[stored.dtype], count, offset=stored.begin)
+        dtype = np.uint8 if stored.dtype == "U8" else DTYPES[stored.dtype]
+        view = np.frombuffer(self._maps[stored.file], dtype, count, offset=stored.begin)
         return view.reshape(stored.shape)
 
     def find(self, name: str) -> np.ndarray | None:
         return find(self._views, name)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray | MxFp4:
         """Return the view of tensor `name`. Raises WeightsError if it is missing or has another shape."""
-        view = self.find(name)
+        view: np.ndarray | MxFp4 | None = self.find(name)
+        if view is None and (packed := packed_as(self._packed, name)):
+            view = MxFp4(*(self._packed[each] for each in packed))
         if view is None:
             if (dtype := find(self._unreadable, name)) is not None:
                 raise WeightsError(f"{name} has dtype {dtype} in the file; known: {', '.join(DTYPES)}")
@@ -212,11 +241,11 @@ class MappedTensors:
             found["embed_tokens.weight"] = found["embed_tokens.weight"]._replace(name=HEAD)
         return found
 
-    def views(self, parameter: Parameter) -> list[np.ndarray] | list[ExpertViews]:
+    def views(self, parameter: Parameter) -> list[Any]:
         """Return a parameter's tensors, one per layer, in our orientation. Raises as `get`."""
-        views = [self.get(name, parameter.file_shape) for name, _ in parameter.tensors()]
-        views = [view.T for view in views] if parameter.transposed else views
-        if (experts := parameter.experts) is None:
+        tensors = (self.get(name, parameter.file_shape) for name, _ in parameter.tensors())
+        views = [parameter.taken(tensor) for tensor in tensors]
+        if not parameter.is_by_expert or (experts := parameter.experts) is None:
             return views
         return [ExpertViews(views[first : first + experts]) for first in range(0, len(views), experts)]
 

@@ -32,8 +32,8 @@ def by_layer(adapter, config: ModelConfig, form=np.asarray) -> Iterator[tuple[in
 def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
     """Return a transformers model's parameters with an adapter's products added: W + scale x (A B)^T.
 
-    `adapter` holds torch tensors, through which gradients pass, or arrays. Experts' gate and up lie side by
-    side in transformers. A head with an adapter is a parameter of its own, also beside a tied embedding.
+    `adapter` holds torch tensors, through which gradients pass, or arrays. Experts' gate and up are one
+    parameter in transformers. A head with an adapter is a parameter of its own, also beside a tied embedding.
     """
     import torch
 
@@ -41,9 +41,12 @@ def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
         return x if isinstance(x, torch.Tensor) else torch.tensor(np.array(x))
 
     parameters = dict(model.named_parameters())
+    interleaved = config.family == "gpt_oss"  # and [in, out]
     experts: dict[str, dict[str, torch.Tensor]] = {}
     for layer, site, a, b in by_layer(adapter, config, tensor):
-        delta = scale * (a @ b).transpose(-1, -2)
+        delta = scale * (a @ b)
+        if site.experts is None or not interleaved:
+            delta = delta.transpose(-1, -2)
         at = f"model.layers.{layer}."
         if site.experts is None:
             part = "self_attn" if site.part == "attn" else "mlp"
@@ -55,7 +58,8 @@ def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
             experts.setdefault(at, {})[site.name] = delta
     for at, deltas in experts.items():
         name = f"{at}mlp.experts.gate_up_proj"
-        both = torch.cat([deltas["expert_gate"], deltas["expert_up"]], dim=1)
+        pair = [deltas["expert_gate"], deltas["expert_up"]]
+        both = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=1)
         parameters[name] = parameters[name] + both
     if "unembed" in adapter:
         head = parameters.get("lm_head.weight", parameters["model.embed_tokens.weight"])

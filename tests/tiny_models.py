@@ -88,6 +88,24 @@ VARIANTS: dict[str, dict] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.5,  # often reached
+        "sliding_window": 21,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -150,8 +168,13 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         if config["model_type"].startswith("qwen3"):
             weights[f"{at}self_attn.q_norm.weight"] = norm(H)
             weights[f"{at}self_attn.k_norm.weight"] = norm(H)
+        if config["model_type"] == "gpt_oss":
+            weights |= _gpt_oss_layer(rng, at, config)
+            weights[f"{at}input_layernorm.weight"] = norm(D)
+            weights[f"{at}post_attention_layernorm.weight"] = norm(D)
+            continue
         mlps = {f"{at}mlp.": F}
-        if config["model_type"] == "qwen3_moe":
+        if config["model_type"] == "qwen3_moe" and layer not in config.get("mlp_only_layers", []):
             weights[f"{at}mlp.gate.weight"] = linear(config["num_experts"], D)
             width = config["moe_intermediate_size"]
             mlps = {f"{at}mlp.experts.{expert}.": width for expert in range(config["num_experts"])}
@@ -168,6 +191,28 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     else:
         weights["lm_head.weight"] = linear(config["vocab_size"], D)
     return weights
+
+
+def _gpt_oss_layer(rng: np.random.Generator, at: str, config: dict) -> dict[str, np.ndarray]:
+    """What gpt-oss has in a layer beside attention's matrices and norms."""
+    D, F, E = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    N, K, H = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    sizes = {
+        **{f"{at}self_attn.{name}_proj.bias": (n * H,) for name, n in (("q", N), ("k", K), ("v", K))},
+        f"{at}self_attn.o_proj.bias": (D,),
+        f"{at}self_attn.sinks": (N,),
+        f"{at}mlp.router.weight": (E, D),
+        f"{at}mlp.router.bias": (E,),
+        f"{at}mlp.experts.gate_up_proj": (E, D, 2 * F),
+        f"{at}mlp.experts.gate_up_proj_bias": (E, 2 * F),
+        f"{at}mlp.experts.down_proj": (E, F, D),
+        f"{at}mlp.experts.down_proj_bias": (E, D),
+    }
+    scales = {3: D**-0.5, 2: 0.3, 1: 0.3}
+    return {
+        name: (scales[len(size)] * rng.standard_normal(size)).astype(np.float32)
+        for name, size in sizes.items()
+    }
 
 
 def write_tokenizer(folder: Path) -> None:

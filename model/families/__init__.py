@@ -2,7 +2,10 @@
 
 A family module has `read(hf: dict) -> ModelConfig` and `TENSORS: dict[str, str]`, from the name of a
 parameter ("layers.q_proj.weight", in whatever stack) to the Hugging Face tensor name, with `{layer}` where
-there is one per layer. Biases are named after their weights.
+there is one per layer and `{expert}` where there is one per expert. Biases are named after their weights,
+unless they are in the table. Parameters with the same tensor lie in it one after the other, or number by
+number if the tensor is in the family's `INTERLEAVED`. Matrices are [out, in] in the files, unless their
+tensors are in its `UNTRANSPOSED`. `QUANTIZED` lists the quantisation methods whose files are read.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..config import Layer, ModelConfig
-from . import llama, mistral, qwen2, qwen3, qwen3_moe
+from ..config import Layer, ModelConfig, Stack
+from . import gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
 
 FAMILIES: dict[str, ModuleType] = {
+    "gpt_oss": gpt_oss,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
@@ -30,8 +34,10 @@ class Parameter(NamedTuple):
     """One of our arrays, and its tensors in the model's files.
 
     `path` is its dotted path in the base's tree. `name` is the name of its tensors, with `{layer}` if it is
-    stacked over `layers`, and `{expert}` if it is also stacked over `experts`. `shape` is that of one tensor.
-    A `transposed` one is [out, in] in the files and [in, out] here.
+    stacked over `layers`, and `{expert}` if each of the `experts` has a tensor of its own; otherwise a tensor
+    has an axis for the experts. `shape` is what one tensor holds of it, in our orientation. A `transposed`
+    one is [out, in] in the files and [in, out] here. Files may hold several parameters side by side in one
+    tensor: `part` is the place of this one on the tensor's last axis, which has `whole` numbers.
     """
 
     path: str
@@ -40,25 +46,42 @@ class Parameter(NamedTuple):
     transposed: bool = False
     layers: range | None = None
     experts: int | None = None
+    part: tuple[int, int, int] | None = None  # start, stop, step
+    whole: int = 0
+
+    @property
+    def is_by_expert(self) -> bool:
+        return "{expert}" in self.name
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.transposed else self.shape
+        shape = self.shape if self.part is None else (*self.shape[:-1], self.whole)
+        return (*shape[:-2], *shape[-2:][::-1]) if self.transposed else shape
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name of each of its tensors, and the tensor's index on the stacked axes."""
         for at, layer in enumerate(() if self.layers is None else self.layers):
-            for expert in () if self.experts is None else range(self.experts):
-                yield self.name.format(layer=layer, expert=expert), (at, expert)
-            if self.experts is None:
+            if self.is_by_expert:
+                for expert in range(self.experts or 0):
+                    yield self.name.format(layer=layer, expert=expert), (at, expert)
+            else:
                 yield self.name.format(layer=layer), (at,)
         if self.layers is None:
             yield self.name, ()
 
+    def taken(self, tensor: Any) -> Any:
+        """Return a view of this parameter in a tensor of the files, in our orientation."""
+        tensor = tensor.swapaxes(-1, -2) if self.transposed else tensor
+        return self.place(tensor)
+
+    def place(self, whole: Any) -> Any:
+        """Return this parameter's part of a tensor that is in our orientation."""
+        return whole if self.part is None else whole[..., slice(*self.part)]
+
 
 @lru_cache(maxsize=64)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """List the parameters of a model."""
+    """List the parameters of a model. Those that share tensors follow one another."""
     V, D = config.vocab_size, config.hidden_size
     names = FAMILIES[config.family].TENSORS
 
@@ -67,25 +90,57 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 
     found = [outer("embed_tokens.weight", (V, D))]
     for stack in config.all_stacks:
-        for name, shape, transposed, experts in _of_layer(stack.layer):
-            weight = names[f"layers.{name.removesuffix('bias').removesuffix('weight')}weight"]
-            theirs = weight.removesuffix("weight") + "bias" if name.endswith(".bias") else weight
-            found.append(Parameter(stack.path(name), theirs, shape, transposed, stack.layers, experts))
+        found += _of_stack(config, stack)
     found.append(outer("norm.weight", (D,)))
     if not config.tie_embeddings:
         found.append(outer("lm_head.weight", (D, V), transposed=True))
     return tuple(found)
 
 
-def _of_layer(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], bool, int | None]]:
-    """Yield the name of each parameter of a layer, its shape, whether the files have it transposed, and the
-    number of experts that have one."""
+def _of_stack(config: ModelConfig, stack: Stack) -> list[Parameter]:
+    family = FAMILIES[config.family]
+    by_tensor: dict[str, list[Parameter]] = {}
+    for name, shape, experts in _of_layer(stack.layer):
+        theirs = _tensor_name(family.TENSORS, f"layers.{name}")
+        is_matrix = name.endswith(".weight") and len(shape) > 1
+        shape = shape if experts is None or "{expert}" in theirs else (experts, *shape)
+        transposed = is_matrix and theirs not in getattr(family, "UNTRANSPOSED", ())
+        each = Parameter(stack.path(name), theirs, shape, transposed, stack.layers, experts)
+        by_tensor.setdefault(theirs, []).append(each)
+    interleaved = getattr(family, "INTERLEAVED", ())
+    return [
+        each for theirs, listed in by_tensor.items() for each in _side_by_side(listed, theirs in interleaved)
+    ]
+
+
+def _side_by_side(listed: list[Parameter], interleaved: bool) -> Iterator[Parameter]:
+    """Give the parameters of one tensor their places in it: one after the other, or number by number."""
+    if len(listed) == 1:
+        yield listed[0]
+        return
+    whole, first = sum(each.shape[-1] for each in listed), 0
+    for number, each in enumerate(listed):
+        place = (first, first + each.shape[-1], 1)
+        first += each.shape[-1]
+        yield each._replace(part=(number, whole, len(listed)) if interleaved else place, whole=whole)
+
+
+def _tensor_name(names: dict[str, str], ours: str) -> str:
+    if ours in names:
+        return names[ours]
+    return names[ours.removesuffix("bias") + "weight"].removesuffix("weight") + "bias"
+
+
+def _of_layer(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """Yield the name of each parameter of a layer, its shape, and the number of experts that have one."""
     for norm in layer.norms:
-        yield f"{norm.name}.weight", (norm.size,), False, None
+        yield f"{norm.name}.weight", (norm.size,), None
+    if layer.sinks is not None:
+        yield "sinks.weight", (layer.sinks,), None
     for site in layer.sites:
-        yield f"{site.name}.weight", (site.into, site.out), True, site.experts
+        yield f"{site.name}.weight", (site.into, site.out), site.experts
         if site.bias:
-            yield f"{site.name}.bias", (site.out,), False, site.experts
+            yield f"{site.name}.bias", (site.out,), site.experts
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

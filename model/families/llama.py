@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "head_dim": None,
     "max_position_embeddings": 2048,
     "eos_token_id": 2,
+    "rms_norm_eps": 1e-6,
 }
 """transformers' defaults for keys missing from config.json. They differ between families."""
 
@@ -75,6 +76,8 @@ def read_common(
     family: str,
     biased: tuple[str, ...] = (),
     qk_norm: bool = False,
+    sinks: bool = False,
+    wide_norms: bool = False,
     windows: Sequence[int | None] = (),
     experts: Sequence[Experts | None] = (),
 ) -> ModelConfig:
@@ -116,6 +119,7 @@ def read_common(
                 window,
                 tuple(name for name in ATTENTION if name in biased),
                 qk_norm,
+                sinks,
             ),
             mixture or mlp,
         )
@@ -128,10 +132,11 @@ def read_common(
         whole(hf, "vocab_size", defaults["vocab_size"]),
         hidden_size,
         fold(layers),
-        number(hf, "rms_norm_eps", 1e-6),
+        number(hf, "rms_norm_eps", defaults["rms_norm_eps"]),
         max_position,
         flag(hf, "tie_word_embeddings"),
         tokens(hf, "eos_token_id", defaults["eos_token_id"]),
+        wide_norms,
     )
 
 

@@ -47,6 +47,13 @@ def window_of_all_layers(hf: dict[str, Any], if_absent: int) -> tuple[int | None
     return (size,) * whole(hf, "num_hidden_layers", 32)
 
 
+def windows_of_layer_types(stated: Any, num_layers: int, size: Any) -> tuple[int | None, ...]:
+    """Return each layer's window, of `size`, where `layer_types` decides."""
+    windowed = _of_layer_types(stated, num_layers, size)
+    size = whole({"sliding_window": size}, "sliding_window") if any(windowed) else None
+    return tuple(size if each else None for each in windowed)
+
+
 def _of_layer_types(stated: Any, num_layers: int, size: Any) -> tuple[bool, ...]:
     if not isinstance(stated, list) or len(stated) != num_layers:
         count = f"{len(stated)} entries" if isinstance(stated, list) else repr(stated)

@@ -59,6 +59,12 @@ def test_samples_are_those_of_the_cpus_programs(model, expected, backend):
     assert_same(answers(model, make_sampler(model, backend=backend)), expected)
 
 
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_samples_of_mixtures_and_sinks_are_those_of_the_cpus_programs(tmp_path, variant):
+    model = load_tiny(tmp_path, variant)
+    assert_same(answers(model, make_sampler(model, backend="reference")), answers(model, make_sampler(model)))
+
+
 def test_an_adapter_that_is_not_finite_fails_alone(model):
     """Adapters of a batch are multiplied side by side: NaN in one must not reach the rows of another."""
     good, bad = random_adapter(model.config, 1), random_adapter(model.config, 2)

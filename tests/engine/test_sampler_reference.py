@@ -37,6 +37,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 21}
 WINDOWS = [
     ("qwen2", WINDOW | {"max_window_layers": 0}),
     ("qwen3", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    ("qwen3_moe", {"mlp_only_layers": [0]}),
 ]
 
 

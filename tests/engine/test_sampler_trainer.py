@@ -55,9 +55,10 @@ def sample_in_a_crowd(sampler, asked, key):
         pytest.param("qwen2", lora(), marks=pytest.mark.slow),
         ("qwen3", lora()),
         ("qwen3_moe", lora()),
+        ("gpt_oss", lora()),
         ("llama", None),
     ],
-    ids=["llama", "qwen2", "qwen3", "qwen3_moe", "full weights"],
+    ids=["llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "full weights"],
 )
 def test_512_sampled_tokens_after_three_steps(tmp_path, variant, spec):
     model = load_tiny(tmp_path, variant, max_position_embeddings=1024)

@@ -101,11 +101,12 @@ def test_lora_training_equals_peft(tmp_path, variant):
     assert len(trainer.compiled) == 3  # forward_backward of one shape, accumulate, optim_step
 
 
-def test_lora_training_of_experts_equals_torch(tmp_path):
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_lora_training_of_experts_equals_torch(tmp_path, variant):
     """torch's Adam on the same factors, shared and each expert's own: PEFT has no such adapter."""
     from transformers import AutoModelForCausalLM
 
-    trainer = make_trainer(tmp_path / "model", "qwen3_moe")
+    trainer = make_trainer(tmp_path / "model", variant)
     state = with_random_b(trainer.create(lora(5)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     leaves = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf), requires_grad=True), state.weights)

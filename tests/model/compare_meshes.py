@@ -6,6 +6,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from adapters import random_adapter
 from tinsmith.model import decoder, load, lora, sharding
 from tinsmith.model.folder import read_config
 from tiny_models import write_model
@@ -23,10 +24,7 @@ start = np.broadcast_to(np.where(np.arange(T) < 40, 0, 40), (B, T)).astype(np.in
 position = np.arange(T, dtype=np.int32) - start
 cotangent = rng.standard_normal((B, T, config.hidden_size)).astype(np.float32)
 row_adapter = (np.arange(B) % 2).astype(np.int32)
-adapters = tuple(lora.init_lora(config, seed, 8, train_unembed=False) for seed in range(2))
-for adapter in adapters:
-    for pair in adapter["layers"].values():
-        pair["b"][...] = 0.1 * rng.standard_normal(pair["b"].shape)
+adapters = tuple(random_adapter(config, seed, train_unembed=False) for seed in range(2))
 
 
 @jax.jit
@@ -57,7 +55,8 @@ _, (expected, *expected_grads) = run(sharding.make_mesh())
 for text in meshes:
     axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     base, (out, *grads) = run(sharding.make_mesh(axes))
-    up = base["layers"]["expert_up" if variant == "qwen3_moe" else "up_proj"]["weight"]
+    stack = config.all_stacks[0]
+    up = stack.of(base["layers"])[stack.layer.mlp.sites[-2].name]["weight"]
     held, whole = up.addressable_shards[0].data.size, up.size
     assert held == whole // (axes.get("fsdp", 1) * axes.get("tensor", 1)), "the weights are not cut"
     np.testing.assert_allclose(out, expected, atol=1e-5)

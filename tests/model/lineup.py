@@ -77,7 +77,6 @@ NOT_YET = {
     "moonshotai/Kimi-K2.": "kimi_k25",
     "moonshotai/Kimi-K3": "kimi_k3",
     "nvidia/": "nemotron_h",
-    "openai/": "gpt_oss",
     "thinkingmachines/": "inkling",
     "zai-org/GLM-5.3-Flash": "glm5_next",
     "zai-org/": "glm_moe_dsa",
@@ -114,6 +113,10 @@ def _qwen3_moe(layers: int, hidden: int, heads: int, width: int) -> dict[str, An
     }
 
 
+def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
+    return {"model_type": "gpt_oss", "num_hidden_layers": layers, "num_local_experts": experts}
+
+
 _LLAMA_8B, _LLAMA_70B = _llama(32, 4096, 32, 14_336), _llama(80, 8192, 64, 28_672)
 _QWEN3_8B, _QWEN3_30B = _qwen3(36, 4096, 32, 12_288), _qwen3_moe(48, 2048, 32, 768)
 SIZES: dict[str, dict[str, Any]] = {
@@ -130,6 +133,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
     "Qwen/Qwen3-30B-A3B-Base": _QWEN3_30B,
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _QWEN3_30B,
+    "openai/gpt-oss-20b": _gpt_oss(24, 32),
+    "openai/gpt-oss-120b": _gpt_oss(36, 128),
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _qwen3_moe(94, 4096, 64, 1536),
 }
 """What config.json says of the sizes, for the models that run here."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import parameters_with, random_adapter
+from engine_sampling import load_tiny
 from tinsmith.model import decoder, lora
 
 RANK, SCALE = 4, 8.0
@@ -26,13 +27,17 @@ def targets(packed_rows):
     return np.random.default_rng(5).integers(0, 320, packed_rows.tokens.shape)
 
 
+MIXED = {"mlp_only_layers": [1], "norm_topk_prob": False}  # two kinds of layers: dense and with experts
+
+
 @pytest.mark.reference
-def test_log_probs_and_gradients_equal_torch_s(tiny, packed_rows, targets):
+@pytest.mark.parametrize(("variant", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", MIXED), ("gpt_oss", {})])
+def test_log_probs_and_gradients_equal_torch_s(tmp_path, packed_rows, targets, variant, overrides):
     """transformers runs the weights with the adapter's products added; torch differentiates through them."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    model = tiny("qwen3_moe")
+    model = load_tiny(tmp_path, variant, num_hidden_layers=3, **overrides)
     adapter = random_adapter(model.config, 1, RANK)
     weights = np.zeros(targets.shape, np.float32)
     rng = np.random.default_rng(6)
@@ -68,8 +73,9 @@ def test_log_probs_and_gradients_equal_torch_s(tiny, packed_rows, targets):
         assert error < 1e-3, (jax.tree_util.keystr(path), error)
 
 
-def test_rows_of_several_adapters_equal_each_adapter_alone(tiny, packed_rows, targets):
-    model = tiny("qwen3_moe")
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_rows_of_several_adapters_equal_each_adapter_alone(tiny, packed_rows, targets, variant):
+    model = tiny(variant)
     adapters = tuple(random_adapter(model.config, seed, RANK) for seed in range(3))
     scale, rows = jnp.asarray([SCALE, 1.0, 0.5]), packed_rows[:3]
     both = log_probs(model.graph, model.base, adapters, scale, jnp.asarray([2, 0]), rows, targets)

@@ -54,7 +54,9 @@ def peft_model(tiny, adapter):
     return model, {key: module for key, (module, _, _) in parameters.items()}
 
 
-@pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "qwen3_moe"])  # test_experts
+@pytest.mark.parametrize(
+    "variant", [each for each in VARIANTS if each not in ("qwen3_moe", "gpt_oss")]
+)  # test_experts
 def test_log_probs_and_gradients_equal_peft_s(tiny, packed_rows, variant):
     model = tiny(variant)
     adapter = random_adapter(model.config)

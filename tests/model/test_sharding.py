@@ -18,6 +18,7 @@ from tinsmith.model import sharding
         pytest.param("llama3", ["fsdp=8", "tensor=8"], marks=pytest.mark.slow),
         ("qwen3", ["data=2,fsdp=2,tensor=2"]),
         ("qwen3_moe", ["data=2,fsdp=2,tensor=2"]),
+        ("gpt_oss", ["data=2,fsdp=2,tensor=2"]),
     ],
 )
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):

@@ -87,6 +87,17 @@ def merge(
     return out.astype(jnp.float32) * share + other_out.astype(jnp.float32) * (1 - share)
 
 
+def with_sinks(
+    found: tuple[Float[Array, "S T N H"], Float[Array, "S T N"]], sinks_N: Float[Array, " N"] | None
+) -> tuple[Float[Array, "S T N H"], Float[Array, "S T N"]]:
+    """Return attention and its log-sum-exp with a sink per head in the softmax: a key that has no value."""
+    if sinks_N is None:
+        return found
+    out, lse = found
+    sinks = sinks_N.astype(jnp.float32)
+    return out.astype(jnp.float32) * jax.nn.sigmoid(lse - sinks)[..., None], jnp.logaddexp(lse, sinks)
+
+
 def write_layer(
     pages: Pages,
     layer: Int[Array, ""],

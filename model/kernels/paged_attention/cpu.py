@@ -56,8 +56,11 @@ def attend_parts(
     q_STNH: Float[Array, "S T N H"],
     parts: list[tuple[Array, Array, Array]],
     scale: float,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "S T N H"]:
     """Return softmax(scale * q k^T) v over C keys held in several arrays of S rows. The softmax is float32.
+
+    `sinks_N` are logits that take part in the softmax of each head and have no value.
 
     A part is (k [S K H C], v [S K C H], visible [S T C]). Parts may have different dtypes; products with
     two-byte floats are summed in float32.
@@ -74,8 +77,13 @@ def attend_parts(
 
     found = [scores(k, visible) for k, _, visible in parts]
     highest = jnp.stack([z.max(-1) for z in found]).max(0)[..., None]
+    if sinks_N is not None:
+        sinks = sinks_N.astype(jnp.float32).reshape(K, N // K, 1, 1)
+        highest = jnp.maximum(highest, sinks)
     weights = [jnp.exp(z - highest) for z in found]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
+    if sinks_N is not None:
+        total = total + jnp.exp(sinks - highest)
     mixed = sum(
         jnp.einsum(
             "skqc,skch->skqh",
