@@ -42,7 +42,6 @@ from .http.routes import (
     checkpoints,
     console,
     credentials,
-    custom_losses,
     downloads,
     engine_info,
     futures,
@@ -51,12 +50,8 @@ from .http.routes import (
     inference,
     models,
     openai,
-    rlve,
-    sampler_weights,
     sampling,
-    sampling_sessions,
     service,
-    session_search,
     sessions,
     sleep,
     sync,
@@ -131,8 +126,8 @@ def create_app(
     # Routes are looked through in this order: what is asked most often comes first.
     for module in (
         *(futures, service, training, sampling, generate, openai, sessions, models, weights),
-        *(sampler_weights, sampling_sessions, training_runs, checkpoints, downloads, session_search, traces),
-        *(accounts, credentials, imports, custom_losses, inference, sync, engine_info, sleep, rlve, console),
+        *(training_runs, checkpoints, downloads, traces, accounts, credentials, imports, inference, sync),
+        *(engine_info, sleep, console),
     ):
         app.include_router(module.router)
     errors.install(app)

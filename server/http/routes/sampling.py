@@ -7,16 +7,27 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ....engine import messages
 from ...dialect import Dialect
+from ...errors import BadRequest
+from ...ledger import tenancy
+from ...ledger.ledger import Ledger
+from ...models.samplers import Sampler, Samplers, number_of
+from ...models.sessions import Sessions
+from ...operations.operation import Submission
+from ...operations.operations import Operations
 from ...operations.provenance import sequence_id
-from ...wire import responses
+from ...plugins.sglang.divergence import Divergence
+from ...wire import requests, responses
 from ...wire import sampling as wire
+from ...wire.sampling import CreateSamplingClient, CreateSamplingSession
 from ..api_samples import ApiSamples
 from ..bodies import BodyRoute
 from ..dependencies import Owner, Said, described_as, future
 from ..operation_answers import OperationAnswers
 from ..prompts import while_connected
 from ..provided import Provided
+from ..sample_targets import SampleTargets, Weights
 from ..served_samples import ServedSamples
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
@@ -67,3 +78,116 @@ async def _sample_and_wait(
         if body.sampling_session_id is not None and body.seq_id is not None:  # it is numbered
             samples.disown()
         return await answers.when_answered(operation, said or operation.dialect)
+
+
+@router.post("/create_sampling_session", responses=described_as(responses.CreatedSamplingSession))
+async def create_sampling_session(
+    body: CreateSamplingSession,
+    ledger: Provided[Ledger],
+    sessions: Provided[Sessions],
+    samplers: Provided[Samplers],
+    targets: Provided[SampleTargets],
+    owner: Owner,
+    said: Said,
+) -> dict[str, Any]:
+    """Of a session, with its number; or of a sampler checkpoint alone."""
+    sampler = await _create(ledger, sessions, samplers, targets, owner, body, said)
+    return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
+
+
+@router.post("/create_sampling_client", responses=described_as(responses.CreatedSamplingClient))
+async def create_sampling_client(
+    body: CreateSamplingClient,
+    ledger: Provided[Ledger],
+    operations: Provided[Operations],
+    sessions: Provided[Sessions],
+    samplers: Provided[Samplers],
+    targets: Provided[SampleTargets],
+    owner: Owner,
+    said: Said,
+) -> dict[str, Any]:
+    """As create_sampling_session; the request that it answers with is done at once."""
+    sampler = await _create(ledger, sessions, samplers, targets, owner, body, said)
+    reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
+    reply |= _described(sampler, body.model_path)
+    if body.sampling_params is not None:
+        reply["warning_message"] = "sampling_params: send them with each sample; a client keeps none"
+    operation = await operations.accept(
+        Submission(
+            owner,
+            "create_sampling_client",
+            None,
+            None,
+            reply,
+            also=lambda _connection, request_id: messages.Done(request_id, messages.Nothing()),
+            dialect=said or "tinkercloud",
+        )
+    )
+    return reply | future(operation)
+
+
+def _described(sampler: Sampler, model_path: str | None) -> dict[str, Any]:
+    """`lora_name` is what SGLang's `/generate` calls the adapter."""
+    name = (sampler.model_path or "").rpartition("/")[2]
+    return {
+        "sampling_session_id": sampler.id,
+        "model_path": model_path,
+        "base_model": sampler.base_model,
+        "lora_name": name,
+        "message": f"{name or sampler.base_model} can be sampled",
+    }
+
+
+async def _create(
+    ledger: Ledger,
+    sessions: Sessions,
+    samplers: Samplers,
+    targets: SampleTargets,
+    owner: str,
+    body: CreateSamplingSession,
+    said: Dialect | None,
+) -> Sampler:
+    session_id, number = body.session_id, body.sampling_session_seq_id
+    found = await targets.weights(owner, body.base_model, body.model_path, body.model_id)
+    if (session_id is None) != (number is None):
+        raise BadRequest("session_id and sampling_session_seq_id come together")
+    if session_id is not None:
+        session_id = await sessions.of_client(owner, session_id, said)
+    which: int | str = "base" if number is None else number
+    if number is None and found.run_id is not None:
+        which = number_of(found.run_id, (found.path or "").rpartition("/")[2])
+    session_id = session_id or await _session_of(ledger, sessions, owner, found)
+    return await samplers.create(
+        owner, session_id, which, found.base_model, found.path, found.directory, body.sampling_engine
+    )
+
+
+async def _session_of(ledger: Ledger, sessions: Sessions, owner: str, found: Weights) -> str:
+    """That of the model that the weights are of, or a new one."""
+    if found.run_id is not None:
+        run_id = found.run_id
+        row = await ledger.read(lambda connection: tenancy.find_model(connection, run_id))
+        if row is not None and row.owner == owner:
+            return row.session_id
+    return await sessions.create(owner, {"tags": [], "user_metadata": {}})
+
+
+@router.post("/join_sampling_session", responses=described_as(responses.JoinedSamplingSession))
+async def join_sampling_session(
+    body: requests.JoinSamplingSession, ledger: Provided[Ledger], samplers: Provided[Samplers], owner: Owner
+) -> dict[str, Any]:
+    """A copy of the session's client, pickled or made from a handle, asks for numbers of its own."""
+    sampler = await samplers.find(owner, body.sampling_session_id)
+    number = await ledger.write(lambda connection: tenancy.add_copy(connection, sampler.id))
+    return {"type": "join_sampling_session", "client_counter": number}
+
+
+@router.get("/samplers/{sampler_id}", responses=described_as(responses.SamplerInfo))
+async def get_sampler(
+    sampler_id: str, samplers: Provided[Samplers], divergence: Provided[Divergence], owner: Owner
+) -> dict[str, Any]:
+    """`metrics`: how SGLang's log-probs compare to the engine's; null before any were compared."""
+    sampler = await samplers.find(owner, sampler_id)
+    described = {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+    compared = divergence.of(sampler.base_model, sampler.directory)
+    return described | {"sampling_engine": sampler.engine, "metrics": compared}

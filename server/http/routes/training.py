@@ -9,18 +9,22 @@ from fastapi import APIRouter, Request
 from ....engine import messages
 from ...dialect import POINTS
 from ...errors import ApiError, BadRequest
+from ...models.admission import Admission
 from ...models.custom_losses import CustomLosses
 from ...models.run import Run
 from ...models.runs import Runs
+from ...models.sessions import Sessions
 from ...models.submits import Submits
 from ...offload import INLINE_BYTES, Offload
 from ...operations import provenance
 from ...operations.operations import Operations
+from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
 from ...wire import forward_backward as wire
 from ...wire import responses
 from ...wire import training as json_wire
-from ...wire.body import Sequenced
+from ...wire.body import OfModel, Sequenced
+from ...wire.requests import CreateCustomLoss
 from ...wire.training import PER_TOKEN, ReadBody, with_datums
 from ...wire.training import read as read_body
 from ..bodies import BodyRoute, body_is_read, received
@@ -200,3 +204,39 @@ async def abort_gradient_epoch(
         await submits.refuse(owner, body.model_id, body.seq_id, error)
         raise
     return future(operation)
+
+
+@router.post("/create_custom_loss", responses=described_as(responses.Future))
+async def create_custom_loss(
+    body: CreateCustomLoss,
+    admission: Provided[Admission],
+    custom_losses: Provided[CustomLosses],
+    sessions: Provided[Sessions],
+    owner: Owner,
+) -> dict[str, str]:
+    session_id = await sessions.require_active(owner, body.session_id)
+    loss, seq_id = body.message(), body.custom_loss_seq_id
+    with admission.operation(owner, early=False) as accepted:
+        operation = await custom_losses.create(owner, session_id, seq_id, loss)
+        accepted(operation)
+    return future(operation)
+
+
+@router.post("/stop_rlve", responses=described_as(responses.RlveModel))
+async def stop_rlve(
+    body: OfModel, runs: Provided[Runs], rlve: Provided[RlveRuns], owner: Owner
+) -> dict[str, Any]:
+    """A step that has begun to train is ended first; the client then has the model to itself."""
+    run = await runs.find_trainable(owner, body.model_id)
+    await rlve.stop(run)
+    return {"model_id": run.name, "rlve": await rlve.described(run)}
+
+
+@router.post("/resume_rlve", responses=described_as(responses.RlveModel))
+async def resume_rlve(
+    body: OfModel, runs: Provided[Runs], rlve: Provided[RlveRuns], owner: Owner
+) -> dict[str, Any]:
+    """Goes on after the last step that was counted, without gradients that were accumulated since."""
+    run = await runs.find_trainable(owner, body.model_id)
+    await rlve.resume(run)
+    return {"model_id": run.name, "rlve": await rlve.described(run)}
