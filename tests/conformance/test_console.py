@@ -300,7 +300,7 @@ def test_every_page_fits_a_phone_and_is_reached_by_keyboard(console: sync_api.Pa
         console.wait_for_url(f"**{path}")
         console.wait_for_selector("main h1")
     console.keyboard.press("1")
-    console.wait_for_selector("main h1:has-text('Overview')")
+    console.wait_for_selector(f"main section a:has-text('{trained.model}')")
     picture(console, "overview")
     console.keyboard.press("t")
     assert console.evaluate("document.documentElement.dataset.theme") == "dark"
