@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,10 +28,12 @@ os.environ |= compile_only.ENVIRONMENT  # before JAX is imported
 import hlo
 import jax
 import jax.numpy as jnp
+from decoding import decode_case, prefill_case
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tinsmith.engine.messages import LoraSpec
 from tinsmith.engine.training.trainer import Trainer
 from tinsmith.model import decoder, sharding
+from tinsmith.model.config import ModelConfig
 from tinsmith.model.folder import stated_config
 from tinsmith.model.kernels.attention import attention
 
@@ -143,18 +146,32 @@ def step_case(
     return compiled
 
 
-def _trainer(mesh: Mesh, model: str, remat: str, layers: int) -> Trainer:
+def _config(model: str, layers: int = 0) -> ModelConfig:
     stated = MODELS[model] | ({"num_hidden_layers": layers} if layers else {})
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(stated))
-        config = stated_config(Path(folder))
+        return stated_config(Path(folder))
+
+
+def _trainer(mesh: Mesh, model: str, remat: str, layers: int) -> Trainer:
+    config = _config(model, layers)
     graph, base = decoder.build(config, jnp.bfloat16)
     shardings = sharding.shardings_for(base, decoder.logical_axes(config), mesh)
     base = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), base, shardings)
     return Trainer(graph, base, config, mesh, remat=remat)
 
 
-CASES = {"attention": attention_case, "step": step_case}
+def of_model(case: Callable) -> Callable:
+    """A case of `decoding`, with the option `model` instead of a config."""
+    return lambda mesh, model="tiny", **options: case(mesh, _config(model), **options)
+
+
+CASES: dict[str, Callable] = {
+    "attention": attention_case,
+    "step": step_case,
+    "decode": of_model(decode_case),
+    "prefill": of_model(prefill_case),
+}
 
 
 def main(target: str, *cases: str) -> None:

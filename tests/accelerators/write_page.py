@@ -1,4 +1,4 @@
-"""Compile training at real shapes for accelerators that are not here, and write the table of
+"""Compile training and sampling at real shapes for accelerators that are not here, and write the table of
 docs/accelerators.md.
 
     write_page.py [TARGET ...]      by default all of MEASURES
@@ -32,8 +32,14 @@ MEASURES: dict[str, dict[str, float | None]] = {
         "step:model=8b,length=8192,remat=attention": None,
         "step:model=8b,length=8192,remat=dots": None,
         "attention:length=32768": None,
+        "decode:model=8b,context=12288": 126.3,
+        "decode:model=8b,context=2048,slots=256,adapters=4": None,
+        "prefill:model=8b,tokens=4096,context=12288,sequences=16": None,
     },
-    "h200x8": {"step:model=70b,length=8192,fsdp=8,rows=8": 41},
+    "h200x8": {
+        "step:model=70b,length=8192,fsdp=8,rows=8": 41,
+        "decode:model=70b,context=12288,fsdp=8": None,
+    },
     "v5p-8": {"step:model=8b,length=8192,fsdp=4,rows=4": None, "step:model=8b,length=8192,tensor=4": None},
     "v5p-16": {"step:model=70b,length=8192,fsdp=8,rows=8": 37},
     "v6e-8": {"step:model=8b,length=8192,fsdp=8,rows=8": 8},
