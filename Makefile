@@ -81,7 +81,7 @@ fuzz: $(STAMP) ## damaged input for every decoder, a million cases or CASES=...
 
 REST_CASES ?= 20000
 fuzzrest: $(STAMP) ## requests made of the OpenAPI document, 20,000 or REST_CASES=...
-	TINSMITH_REST_CASES=$(REST_CASES) $(BIN)/python -m pytest -x -q tests/rest/test_fuzz.py
+	TINSMITH_REST_CASES=$(REST_CASES) $(BIN)/python -m pytest -x -q tests/rest/test_fuzz.py tests/rest/test_number_edges.py
 
 slow: $(STAMP) ## the tests that are too slow for every time, the older SDKs among them
 	$(BIN)/python -m pytest -v -m slow

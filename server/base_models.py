@@ -228,6 +228,8 @@ def _parse(entry: str) -> _Entry:
     name = name.strip()
     if not name or not name.isprintable():
         raise ValueError(f"--model {entry!r}: the name before the = is {name!r}; write NAME=FOLDER")
+    if not source.strip():
+        raise ValueError(f"--model {entry!r}: there is nothing behind the =; write NAME=FOLDER")
     return _source(source, name)
 
 
@@ -252,7 +254,7 @@ def _source(source: str, name: str | None) -> _Entry:
 
 
 def _is_here(source: str) -> bool:
-    return source == SMOLLM2 or Path(source).expanduser().is_dir()
+    return source == SMOLLM2 or (bool(source) and Path(source).expanduser().is_dir())
 
 
 def _is_path(source: str) -> bool:

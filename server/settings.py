@@ -340,6 +340,20 @@ class Settings(
                 )
         return names
 
+    @field_validator("public_url")
+    @classmethod
+    def _an_address_that_urls_can_begin_with(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_right = False
+        if not is_right or parts.query or parts.fragment:
+            raise ValueError(f"{url!r}: write https://HOST, https://HOST:PORT or https://HOST/PATH")
+        return url
+
     @field_validator("api_key_file")
     @classmethod
     def _a_file_that_can_be_read(cls, file: Path | None) -> Path | None:

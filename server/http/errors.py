@@ -156,6 +156,21 @@ def _unhandled(scope: Scope, error: BaseException) -> Response:
     return error_response(scope["path"], 500, message, "server")
 
 
+_UNDER_V1 = frozenset({"/completions", "/chat/completions", "/models"})
+
+
+def _no_route(method: str, path: str) -> str:
+    """Say so, and what is wrong with the client's base URL if that can be told."""
+    message = f"there is no route {method} {path}"
+    if path in _UNDER_V1:
+        return f"{message}; end the client's base URL with /v1"
+    if "/api/v1/" in path[1:]:
+        return f"{message}; the client adds /api/v1 by itself: leave it out of the base URL"
+    if path.startswith("/v1/v1/"):
+        return f"{message}; end the client's base URL with one /v1"
+    return message
+
+
 def install(app: FastAPI) -> None:
     """Renders the exceptions of `app`'s routes as above."""
 
@@ -180,9 +195,8 @@ def install(app: FastAPI) -> None:
     async def _http_error(request: Request, error: HTTPException) -> Response:
         category = "user" if error.status_code < 500 else "server"
         code, message = None, str(error.detail)
-        if error.status_code == 404 and speaks_openai(request.url.path):
-            code = UNKNOWN_URL
-            message = f"there is no route {request.method} {request.url.path}"
+        if error.status_code == 404:
+            code, message = UNKNOWN_URL, _no_route(request.method, request.url.path)
         return error_response(
             request.url.path, error.status_code, message, category, dict(error.headers or {}), code=code
         )

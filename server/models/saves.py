@@ -131,7 +131,9 @@ class Saves:
                 and rows.find_by_alias(connection, run.owner, run.alias, uri) is not None
             )
             if not overwrite and taken:
-                message = f"checkpoint {spelled(run, uri)!r} exists; choose another name or set overwrite"
+                message = f"checkpoint {spelled(run, uri)!r} exists; choose another name"
+                if uri.segment == "weights":
+                    message += " or set overwrite"
                 return messages.Failed(request_id, message, "user")
             if (used := rows.stored_bytes(connection, run.owner)) >= limit:
                 raise StorageQuotaExceeded(

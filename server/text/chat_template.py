@@ -34,7 +34,7 @@ def rendered(
     if tokenizer.chat_template is None:
         raise BadRequest("this model has no chat template: use /v1/completions")
     if refused := sorted(_OURS & variables.keys()):
-        raise BadRequest(f"{refused[0]}: a chat template has no such variable")
+        raise BadRequest(f"chat_template_kwargs.{refused[0]}: not a variable that a request can set")
     if _takes_parts_only(_template(tokenizer, variables.get("tools"))):
         turns = [_in_parts(turn) for turn in turns]
     options = {"add_generation_prompt": not variables.get("continue_final_message")} | variables

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import orjson
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -36,11 +37,13 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def as_json(value: Any) -> Any:
-    """The value, if answers can show it: JSON in UTF-8, without NaN and lone surrogates."""
+    """The value, if answers can show it: JSON in UTF-8, without NaN, lone surrogates and huge integers."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON in UTF-8: NaN, infinity, half a character, or nested too deeply") from None
+        orjson.dumps(value)
+    except (ValueError, TypeError, RecursionError):
+        what = "NaN, infinity, half a character, an integer beyond 64 bits, or nested too deeply"
+        raise ValueError(f"not JSON in UTF-8: {what}") from None
     return value
 
 
@@ -106,6 +109,11 @@ def describe(errors: list[dict[str, Any]]) -> str:
     """Pydantic's errors in one line: `lora_config.rank: Input should be ...; ...`."""
     parts = []
     for error in errors[:5]:
+        if error["type"] == "json_invalid":
+            at, why = error["loc"][-1], error.get("ctx", {}).get("error", "")
+            return f"the body is not JSON: {why or error['msg']} at character {at}"
+        if error["type"] == "missing" and tuple(error["loc"]) == ("body",):
+            return "the body is missing; send a JSON object"
         where = ".".join(str(part) for part in error["loc"] if part != "body" and not is_union_tag(part))
         message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {message}" if where else message)

@@ -23,7 +23,6 @@ from pydantic import (
     Field,
     PrivateAttr,
     StrictBool,
-    StrictInt,
     ValidationError,
     model_validator,
 )
@@ -281,7 +280,7 @@ class OptimStep(Sequenced):
     optimizer_params: dict[str, Any] | None = None
     learning_rate: Finite | None = Field(None, ge=0, validation_alias=AliasChoices("learning_rate", "lr"))
     gradient_clip: Finite | None = None
-    step_num: StrictInt | None = Field(None, description="the client's own count; given back")
+    step_num: Int64 | None = Field(None, description="the client's own count; given back")
 
     _params: AdamParams | DimuonParams = PrivateAttr(default_factory=AdamParams)
 

@@ -177,7 +177,9 @@ def test_optimizer_params_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["\ud800", float("nan"), [1, {"a": "\udfff"}]], ids=["text", "nan", "nested"]
+    "value",
+    ["\ud800", float("nan"), [1, {"a": "\udfff"}], 1 << 64, [-1 << 64]],
+    ids=["text", "nan", "nested", "huge", "nested huge"],
 )
 def test_what_no_answer_could_show_is_refused(value: Any) -> None:
     with pytest.raises(ValidationError, match="not JSON"):

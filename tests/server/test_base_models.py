@@ -82,6 +82,7 @@ def test_clients_elsewhere_are_told_the_hub_id_of_the_tokenizer(
         (["/no/such/folder"], "model '/no/such/folder': there is no such folder"),
         (["~/no-such-folder"], "there is no such folder"),
         (["lr=0.1/missing"], "model 'lr=0.1/missing': there is no such folder"),
+        (["m="], "--model 'm=': there is nothing behind the =; write NAME=FOLDER"),
         (["m=./lr=0.1/missing"], "model './lr=0.1/missing': there is no such folder"),
         (["missing"], "neither a folder, nor a hub id"),
         (["m=a/b/c"], "neither a folder, nor a hub id"),

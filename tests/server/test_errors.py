@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -205,7 +206,7 @@ def test_openai_s_client_raises_what_belongs_to_the_status(broken: int, name: st
     ("status", "ask", "says"),
     [
         (400, lambda client: client.post("/completions", cast_to=object, content=b"{"), "JSON"),
-        (400, lambda client: client.post("/completions", cast_to=object, body={"prompt": 1}), "prompt"),
+        (400, lambda client: client.post("/raises", cast_to=object, body={"note": 1}), "note"),
         (403, lambda client: client.with_options(default_headers={"Host": "x.org"}).models.list(), "x.org"),
         (403, lambda client: client.models.list(extra_headers={"Origin": "http://x.org"}), "x.org"),
         (404, lambda client: client.post("/embeddings", cast_to=object, body={}), "/v1/embeddings"),
@@ -238,6 +239,36 @@ def test_openai_s_client_understands_answers_that_no_route_gives(
     error = raised_by(broken, ask)
     assert error.status_code == status
     assert says in str(error)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "; end the client's base URL with /v1"),
+        ("/v1/v1/completions", "; end the client's base URL with one /v1"),
+        (
+            "/api/v1/api/v1/create_session",
+            "; the client adds /api/v1 by itself: leave it out of the base URL",
+        ),
+        ("/v1/api/v1/create_session", "; the client adds /api/v1 by itself: leave it out of the base URL"),
+        ("/api/v2/create_session", ""),
+    ],
+)
+def test_a_wrong_base_url_is_told_from_its_paths(broken: int, path: str, hint: str) -> None:
+    connection = HTTPConnection("127.0.0.1", broken, timeout=10)
+    status, body = post(connection, path)
+    assert (status, body["detail"]) == (404, f"there is no route POST {path}{hint}")
+    connection.close()
+
+
+def test_a_body_that_is_missing_or_no_json_is_named(broken: int) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{broken}", timeout=10) as client:
+        assert client.post("/api/v1/raises").json()["detail"] == "the body is missing; send a JSON object"
+        kind = {"Content-Type": "application/json"}
+        cut = client.post("/api/v1/raises", content=b'{"note": ', headers=kind).json()["detail"]
+        assert cut == "the body is not JSON: Expecting value at character 9"
+        long = client.post("/api/v1/raises", content=b'{"note": "' + b"a" * 10, headers=kind).json()["detail"]
+        assert long == "the body is not JSON: Unterminated string starting at at character 9"
 
 
 def test_an_answer_that_fails_behind_its_beginning_is_cut_off(broken: int) -> None:

@@ -162,3 +162,13 @@ def test_looking_up_a_key_takes_the_same_time_however_many_there_are() -> None:
         return min(timeit.repeat(lambda: (keys.find("tml-0"), keys.find("tml-x")), number=100, repeat=5))
 
     assert seconds(many) < 10 * seconds(few)
+
+
+@pytest.mark.parametrize(
+    "url", ["example.org", "//example.org", "ftp://x", "https://", "http://x:y", "http://x?a=b", ""]
+)
+def test_a_public_url_is_one_that_download_urls_can_begin_with(url: str) -> None:
+    with pytest.raises(ValidationError, match="write https://HOST"):
+        Settings(public_url=url)
+    for right in ("https://example.org", "http://10.0.0.1:8000", "https://x.org/tinsmith/"):
+        assert Settings(public_url=right).public_url == right
