@@ -19,10 +19,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from engineless import MODEL, Server, model
 from postgresql import postgresql
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from tinsmith.engine import messages
 from tinsmith.server.ledger import payloads as payload_rows
-from tinsmith.server.ledger import retention, tenancy
+from tinsmith.server.ledger import retention, step_metrics, tenancy
 from tinsmith.server.ledger.ledger import LeaseLost, Ledger, open_owned
 from tinsmith.server.ledger.ownership import InUse
 from tinsmith.server.ledger.schema import metadata
@@ -205,3 +205,27 @@ async def test_operations_and_payloads(tmp_path: Path, url: str) -> None:
     await again.sweep.sweep()
     for each in (server, again):
         each.ledger.close()
+
+
+async def test_step_metrics_are_kept_and_thinned(tmp_path: Path, url: str) -> None:
+    server, last = Server(tmp_path, database_url=url), 3 * step_metrics.MOST_ROWS
+
+    def train(connection: Connection) -> None:
+        model(connection)
+        for number in [*range(1, last + 1), last]:
+            step_metrics.add(connection, MODEL, "optim_step", number, {"grad_norm": 1.0}, number)
+        step_metrics.report(connection, MODEL, 5, {"reward": 0.5})
+        step_metrics.report(connection, MODEL, 5, {"accuracy": 0.25})
+
+    await server.ledger.write(train)
+    rows = await server.ledger.read(lambda connection: step_metrics.since(connection, MODEL, 0, 0.0))
+    assert len(rows) <= step_metrics.MOST_ROWS
+    assert [row.step for row in rows if row.kind == "optim_step"][-100:] == list(range(last - 99, last + 1))
+    assert [row.metrics for row in rows if row.kind == "reported"] == [{"reward": 0.5, "accuracy": 0.25}]
+    newest = await server.ledger.read(lambda connection: step_metrics.newest(connection, [MODEL]))
+    assert {last, 5} <= {row.step for row in newest}
+    while await server.ledger.write(lambda connection: step_metrics.thin_owner(connection, "me", 10_000)):
+        pass
+    rows = await server.ledger.read(lambda connection: step_metrics.since(connection, MODEL, 0, 0.0))
+    assert 0 < sum(row.size for row in rows) <= 10_000
+    server.ledger.close()
