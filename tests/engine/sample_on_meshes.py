@@ -1,4 +1,6 @@
-"""Run by test_sampler_mesh in a process with 8 devices: `sample_on_meshes.py fsdp=8 data=2,fsdp=4 ...`."""
+"""Run by test_sampler_mesh in a process with 8 devices: `sample_on_meshes.py fsdp=8 data=2,fsdp=4 ...`.
+
+On each mesh, with the CPU's programs and with those for accelerators."""
 
 import sys
 import tempfile
@@ -13,10 +15,10 @@ model = load_tiny(folder, "qwen3", num_attention_heads=8, num_key_value_heads=4,
 adapter = random_adapter(model.config, 1)
 
 
-def sampled(axes):
+def sampled(axes, backend=None):
     mesh = sharding.make_mesh(axes)
     base = load.load_base(folder, model.config, jnp.float32, mesh)
-    sampler = make_sampler(model._replace(base=base), mesh=mesh, prefill_tokens=128)
+    sampler = make_sampler(model._replace(base=base), mesh=mesh, prefill_tokens=128, backend=backend)
     sampler.register("a", adapter, scale=2.0)
     for i, key in enumerate([None, "a", "a"]):
         prompt = prompt_of(i)
@@ -45,8 +47,10 @@ def prompt_of(i):
 expected = sampled(None)
 for text in sys.argv[1:]:
     axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    for (ours, prompt_ours), (theirs, prompt_theirs) in zip(sampled(axes), expected, strict=True):
-        assert ours.tokens == theirs.tokens, text
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
-        np.testing.assert_allclose(prompt_ours, prompt_theirs, atol=1e-5)
-    print(text, "equal")
+    for backend in ("cpu", "reference"):
+        found = sampled(axes, backend)
+        for (ours, prompt_ours), (theirs, prompt_theirs) in zip(found, expected, strict=True):
+            assert ours.tokens == theirs.tokens, text
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+            np.testing.assert_allclose(prompt_ours, prompt_theirs, atol=1e-5)
+        print(text, backend, "equal")
