@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,13 +26,14 @@ pytest.importorskip("tinker")
 
 from fake_hub import Hub
 from tinsmith.ckpt import smollm2
+from tinsmith.server.settings import Settings
 from tiny_models import hf_config, write_model
 
 from .pages import ROOT, Block, blocks, inline_commands
 from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
-QUICKSTART, RL = "quickstart.md", "rl.md"
+QUICKSTART, RL, DEPLOY = "quickstart.md", "rl.md", "deploy.md"
 CONTRIBUTING, PLACEMENT = "CONTRIBUTING.md", "placement.md"
 TINSMITH = ".venv/bin/tinsmith"
 SERVE = f"{TINSMITH} serve --model smollm2-135m"
@@ -47,6 +49,9 @@ RUN = {
     (PLACEMENT, "export TINSMITH_DATABASE_URL"),
     (PLACEMENT, "python -m sglang.launch_server --model-path MODEL"),
     (PLACEMENT, "CUDA_VISIBLE_DEVICES=1"),
+    (DEPLOY, "# /etc/tinsmith.toml"),
+    (DEPLOY, "tinsmith keys create alice"),
+    ("migration.md", "export TINKER_BASE_URL"),
     ("plan.md", "tinsmith plan --model"),
     ("plan.md", "Qwen/Qwen3-8B: 8.19 billion"),
     (QUICKSTART, "make install"),
@@ -82,6 +87,8 @@ NOT_RUN = {
     ("architecture.md", "client "): "a picture",
     ("metrics.md", "scrape_configs:"): "Prometheus is not here; test_metrics.py scrapes as this says",
     ("metrics.md", "# tokens trained"): "Prometheus is not here; test_metrics.py knows the names",
+    (DEPLOY, "python3 -m venv"): "a TPU's packages and a large model; options are checked by tests/server",
+    ("plan.md", "tinsmith: too large"): "the answer on a smaller device (test_base_models.py)",
     ("models.md", "tinsmith: model"): "answers to models and devices that are not here (test_base_models.py)",
     (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "`make cookbook` runs these recipes in an hour",
     (RL, "python -m tinker_cookbook.recipes.rl_loop"): "`make cookbook` runs these recipes in an hour",
@@ -116,7 +123,12 @@ def terminal(tmp_path_factory: pytest.TempPathFactory) -> Terminal:
         "/models/qwen3-8b": str(model),
         "http://sampler-1:30000": "http://127.0.0.1:9",
     }
-    own |= {"30000": "9", "/shared": str(home / "shared"), "/local/disk": str(home / "disk")}
+    own |= {
+        "/var/lib/tinsmith": str(home / "lib"),
+        "30000": "9",
+        "/shared": str(home / "shared"),
+        "/local/disk": str(home / "disk"),
+    }
     return Terminal(home, own)
 
 
@@ -257,6 +269,7 @@ def test_keys_and_clients_on_other_machines(terminal: Terminal, serve) -> None:
     (key,) = re.findall(r"tml-[\w-]+", terminal.run(create))
     for command in inline_commands(r"tinsmith keys (?:list|quota)(?:[^`]*)"):
         terminal.run(command, TINSMITH_DATA_DIR="others")
+    assert "tml-" in terminal.run(block(DEPLOY, "tinsmith keys create alice"))
     server = serve(open_to_all.replace("runs", "others")).wait_for_engine()
     folder = terminal.home / ".cache/tinsmith/models/SmolLM2-135M-Instruct"
     hub = Hub({("HuggingFaceTB/SmolLM2-135M-Instruct", "main"): folder})
@@ -369,3 +382,11 @@ def test_the_configuration_of_a_training_run_is_taken(terminal: Terminal) -> Non
     RlveConfig.model_validate_json(block(RL, '{"enabled": true'))
     exported = terminal.run(block(RL, "export TINKER_API_KEY") + "echo $U")
     assert exported.startswith("http://127.0.0.1:")
+    exported = terminal.run(block("migration.md", "export TINKER_BASE_URL") + "env")
+    assert f"TINKER_BASE_URL=http://your-server:{terminal.port}" in exported
+
+
+def test_the_settings_of_a_service_are_taken() -> None:
+    """deploy.md's file; the model that it names is not here."""
+    settings = Settings(**tomllib.loads(block(DEPLOY, "# /etc/tinsmith.toml")))
+    assert settings.model == ["Qwen/Qwen3-8B"]
