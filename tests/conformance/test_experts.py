@@ -24,10 +24,12 @@ from transformers import AutoModelForCausalLM
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module")
-def server(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+def server(
+    request: pytest.FixtureRequest, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("experts")
-    model = write_model(folder / "model", "qwen3_moe")
+    model = write_model(folder / "model", request.param)
     running = ServerProcess(model, folder / "data", cache_dir)
     yield running.start()
     running.kill()
