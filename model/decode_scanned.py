@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 from . import kv_cache
 from .decode_rows import DecodeRows
 from .decoder import Base, Block, scan_layers, unembed
-from .kernels.paged_attention import context_attention, decode_attention, with_sinks
+from .kernels.paged_attention import decode_attention
 from .kv_cache import Pages
 from .lora import LayerLora, LoraStack
 from .sharding import LogicalAxes, constrain
@@ -63,14 +63,8 @@ class Scanned:
                 pages = kv_cache.write_layer(pages, number, k_SKH, v_SKH, page_S, offset_S)
                 first_S = None if mixer.window is None else jnp.maximum(position_S - mixer.window + 1, 0)
                 length_S = position_S + 1
-                if sinks:
-                    first_S1 = jnp.zeros_like(position_S)[:, None] if first_S is None else first_S[:, None]
-                    found = context_attention(
-                        q_S1NH, pages, number, rows.table, first_S1, length_S, mixer.scale
-                    )
-                    return with_sinks(found, *sinks)[0].astype(q_S1NH.dtype)
                 out_SNH = decode_attention(
-                    q_S1NH[:, 0], pages, number, rows.table, first_S, length_S, mixer.scale
+                    q_S1NH[:, 0], pages, number, rows.table, first_S, length_S, mixer.scale, *sinks
                 )
                 return out_SNH[:, None]
 

@@ -25,7 +25,7 @@ def case(dtype, seed=0):
     return q, k, v, jnp.asarray(table)
 
 
-def expected(q, k, v, table, first, length):
+def expected(q, k, v, table, first, length, sinks=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros((S, N, H))
     for s in range(S):
@@ -34,7 +34,8 @@ def expected(q, k, v, table, first, length):
         for n in range(N):
             scores = keys[n * K // N, seen] @ q[s, n] * SCALE
             weights = np.exp(scores - scores.max())
-            out[s, n] = weights / weights.sum() @ values[n * K // N, seen]
+            sink = 0.0 if sinks is None else np.exp(sinks[n] - scores.max())
+            out[s, n] = weights / (weights.sum() + sink) @ values[n * K // N, seen]
     return out
 
 
@@ -61,6 +62,19 @@ def test_decoding_reads_the_pages_of_its_layer(backend, windowed, dtype, bound):
     want = expected(q, k[1], v[1], table, FIRST if windowed else np.zeros_like(FIRST), LENGTH)
     assert out.dtype == dtype
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=bound)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gpu", "tpu"])
+def test_sinks_take_part_in_the_softmax(backend):
+    q, k, v, table = case(jnp.float32)
+    sinks = np.random.default_rng(2).normal(size=N).astype(np.float32)
+    first, length = jnp.asarray(FIRST), jnp.asarray(LENGTH)
+    pages = pages_of(k, v, backend)
+    out = paged_attention.decode_attention(
+        q, pages, jnp.int32(1), table, first, length, SCALE, jnp.asarray(sinks)
+    )
+    want = expected(q, k[1], v[1], table, FIRST, LENGTH, sinks)
+    np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 def test_the_tpu_has_its_kernel_where_it_takes_the_shape(monkeypatch):
@@ -93,7 +107,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     nothing = jnp.zeros(S, jnp.int32)
     for out in (
         reference.attend(q[:, None], k[0], v[0], table, nothing[:, None], nothing, SCALE)[0],
-        gpu.attend(q, k[0], v[0], table, nothing, nothing, SCALE),
+        gpu.attend(q, k[0], v[0], table, nothing, nothing, SCALE)[0],
     ):
         np.testing.assert_array_equal(out, 0)
 

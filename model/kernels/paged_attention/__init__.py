@@ -3,8 +3,8 @@
     cpu        its own layout and its own decode program (`cpu.py`)
     reference  plain XLA, on every device
     gpu        a Triton kernel
-    tpu        the kernel of jax.experimental.pallas; XLA with a sliding window, in float32, and for heads
-               whose size is not a multiple of 128
+    tpu        the kernel of jax.experimental.pallas; XLA with a sliding window or sinks, in float32, and
+               for heads whose size is not a multiple of 128
 
 Letters: S sequences, T new tokens of each, N query heads, K kv heads, H head dim, L layers, P pages of a
 table, Z positions of a page, X = pages of all layers.
@@ -36,17 +36,18 @@ def decode_attention(
     first_S: Int[Array, " S"] | None,
     length_S: Int[Array, " S"],
     scale: float,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "S N H"]:
     """Return softmax(scale * q k^T) v over positions first <= p < length of each sequence, in q's dtype.
 
     No copy of the pages is made. `first_S` is None in layers without a sliding window; `length_S` is at
-    least 1.
+    least 1. `sinks_N` are `with_sinks`'.
     """
     k_pages, v_pages = (_of_all_layers(x, pages.backend) for x in (pages.k, pages.v))
     table_SP = table_SP + layer * pages.num_pages
     # With float32 inputs the TPU's kernel computes in bfloat16.
     has_tpu_kernel = q_SNH.dtype == jnp.bfloat16 and q_SNH.shape[-1] % _TPU_LANES == 0
-    if pages.backend == "tpu" and first_S is None and has_tpu_kernel:
+    if pages.backend == "tpu" and first_S is None and sinks_N is None and has_tpu_kernel:
         from . import tpu
 
         run = partial(tpu.attend, scale=scale)
@@ -56,9 +57,12 @@ def decode_attention(
         from . import gpu
 
         run = partial(gpu.attend, scale=scale)
-        return _by_shard(run, pages, q_SNH, k_pages, v_pages, table_SP, first_S, length_S).astype(q_SNH.dtype)
-    out, _ = _reference(q_SNH[:, None], pages, k_pages, v_pages, table_SP, first_S[:, None], length_S, scale)
-    return out[:, 0].astype(q_SNH.dtype)
+        out, lse = _by_shard(run, pages, q_SNH, k_pages, v_pages, table_SP, first_S, length_S)
+        found = out[:, None], lse[:, None]
+    else:
+        q_S1NH, first_S1 = q_SNH[:, None], first_S[:, None]
+        found = _reference(q_S1NH, pages, k_pages, v_pages, table_SP, first_S1, length_S, scale)
+    return with_sinks(found, sinks_N)[0][:, 0].astype(q_SNH.dtype)
 
 
 def context_attention(
@@ -161,6 +165,6 @@ def _by_shard(run, pages: Pages, q_SNH: Array, k_pages: Array, v_pages: Array, t
     return jax.shard_map(
         run,
         in_specs=(query, of_pages, of_pages, table, *[of_rows] * len(rows_S)),
-        out_specs=query,
+        out_specs=query if pages.backend == "tpu" else (query, PartitionSpec(*query[:2])),
         check_vma=False,
     )(q_SNH, k_pages, v_pages, table_SP, *rows_S)

@@ -33,8 +33,9 @@ def attend(
     scale: float,
     *,
     interpret: bool = False,
-) -> Float[Array, "S N H"]:
-    """Return softmax(scale * q k^T) v in float32 over positions first <= p < length of each sequence."""
+) -> tuple[Float[Array, "S N H"], Float[Array, "S N"]]:
+    """Return softmax(scale * q k^T) v in float32 over positions first <= p < length of each sequence, and the
+    log-sum-exp of each query's scores."""
     S, N, H = q_SNH.shape
     K, P = k_pages.shape[1], table_SP.shape[1]
     G = N // K
@@ -69,10 +70,13 @@ def attend(
             interpret=interpret,
             name="paged_attention",
         )(q_SKGH, k_pages, v_pages, table_SP, first_S, length_S)
-    weight = jnp.exp(highest - highest.max(2, keepdims=True))
+    top = highest.max(2)
+    weight = jnp.exp(highest - top[:, :, None])
     total = (total * weight).sum(2)
-    mixed = (out * weight[..., None]).sum(2) / jnp.where(total > 0, total, 1.0)[..., None]
-    return mixed[:, :, :G].reshape(S, N, H)
+    some = jnp.where(total > 0, total, 1.0)
+    mixed = (out * weight[..., None]).sum(2) / some[..., None]
+    lse = top + jnp.log(some)
+    return mixed[:, :, :G].reshape(S, N, H), lse[:, :, :G].reshape(S, N)
 
 
 def _kernel(
