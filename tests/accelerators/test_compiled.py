@@ -74,10 +74,11 @@ def test_with_tensor_no_weight_of_the_base_is_gathered():
         assert found.gathers(*dims) == 0, dims
 
 
-def test_on_a_tpu_each_weight_is_gathered_at_most_twice_and_the_head_once():
+def test_on_a_tpu_weights_are_gathered_over_fsdp_alone_and_the_head_once():
+    """The counts are upper bounds: an asynchronous gather may be written in several fusions."""
     found = compiled("v5p-8", BOTH)
     for (into, out), number in LAYER_MATRICES.items():
-        assert found.gathers(into, out // 2) <= 2 * number * L, (into, out)
+        assert 0 < found.gathers(into, out // 2) <= 3 * number * L, (into, out)
     assert found.gathers(V // 2, D) <= 1
 
 
