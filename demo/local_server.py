@@ -18,16 +18,18 @@ STOP_SECONDS = 120
 
 
 @contextlib.contextmanager
-def running_server(model: str, progress: Callable[[str], object] = print) -> Iterator[str]:
+def running_server(model: str, progress: Callable[[str], object] = print, *options: str) -> Iterator[str]:
     """Fetch `model` if it is missing, serve it on a free port, and yield the URL once the server is ready.
 
-    Its ledger and checkpoints are in a temporary directory. At the end of the block it gets SIGTERM. Raises
-    RuntimeError, with the end of the server's log, if it dies or does not stop with exit code 0.
+    Its ledger and checkpoints are in a temporary directory, unless `options` (of `tinsmith serve`) name
+    another one. At the end of the block it gets SIGTERM. Raises RuntimeError, with the end of the server's
+    log, if it dies or does not stop with exit code 0.
     """
     subprocess.run([*TINSMITH, "models", "get", model], check=True, stdin=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory(prefix="tinsmith-demo-") as directory:
         log = Path(directory) / "server.log"
         command = [*TINSMITH, "serve", "--model", model, "--port", "0", "--data-dir", f"{directory}/data"]
+        command += options
         progress(f"Starting tinsmith serve --model {model} …")
         with log.open("wb") as output:
             server = subprocess.Popen(
@@ -47,6 +49,19 @@ def running_server(model: str, progress: Callable[[str], object] = print) -> Ite
             raise RuntimeError(f"the server did not stop within {STOP_SECONDS} s of SIGTERM") from None
         if server.returncode != 0:
             raise RuntimeError(f"the server stopped with exit code {server.returncode}:\n{_tail(log)}")
+
+
+def download(path: str, url: str, key: str, folder: Path) -> Path:
+    """Download what `save_weights_external` saved as `path` into a new folder, over signed URLs."""
+    run_id, checkpoint = path.partition("://")[2].split("/", 1)
+    address = f"{url}/api/v1/training_runs/{run_id}/checkpoints/{checkpoint}/external_weights_urls"
+    request = urllib.request.Request(address, headers={"X-API-Key": key} if key else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        urls = json.load(response)["urls"]
+    folder.mkdir(exist_ok=True)
+    for name, signed in urls.items():
+        urllib.request.urlretrieve(signed, folder / name)
+    return folder
 
 
 def _wait_until_ready(server: subprocess.Popen, log: Path, progress: Callable[[str], object]) -> str:
