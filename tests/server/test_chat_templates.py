@@ -98,7 +98,7 @@ def test_variables_reach_the_template(tmp_path, variables):
 
 def test_a_template_cannot_be_brought_along(tmp_path):
     folder = write_tokenizer_folder(tmp_path / "model")
-    with pytest.raises(BadRequest, match=r"^chat_template: "):
+    with pytest.raises(BadRequest, match=r"^chat_template_kwargs\.chat_template: not a variable"):
         of_folder(folder).conversation(TURNS, chat_template="{{ 1 }}")
 
 

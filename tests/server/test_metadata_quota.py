@@ -155,7 +155,9 @@ def test_what_is_kept_of_one_object_is_short(body: type, fields: dict, named: st
 
 
 def test_metadata_of_a_usual_size_is_kept() -> None:
-    usual = {"config": {"a": [1, 2.5, None, 2**70]}, "text": "ü" * 10_000}
+    usual = {"config": {"a": [1, 2.5, None, 2**63 - 1]}, "text": "ü" * 10_000}
     assert TypeAdapter(Metadata).validate_python(usual) == usual
+    with pytest.raises(ValidationError, match="an integer beyond 64 bits"):  # no answer could have it
+        TypeAdapter(Metadata).validate_python({"a": 2**70})
     assert FinishSession(detail="x" * 5000 + "the end").detail.endswith("the end")
     assert len(FinishSession(detail="x" * 5000).detail) == 4096
