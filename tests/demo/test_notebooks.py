@@ -38,7 +38,7 @@ def run(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, st
 
 
 def curve(text: str, name: str) -> list[float]:
-    (values,) = re.findall(re.escape(name) + ": (.+)", text)
+    (values,) = re.findall(rf"{re.escape(name)}: ([-\d.e ]+)$", text, re.MULTILINE)
     return [float(value) for value in values.split()]
 
 
