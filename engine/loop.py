@@ -116,8 +116,9 @@ class Engine:
                     return
 
     def _gauges(self) -> dict[str, float]:
-        used = sum(samplers.sampler.used_pages for samplers in self._samplers)
-        free = sum(samplers.sampler.free_pages for samplers in self._samplers)
+        samplers = [] if self._sleep.asleep else [each.sampler for each in self._samplers]
+        used = sum(sampler.used_pages for sampler in samplers)
+        free = sum(sampler.free_pages for sampler in samplers)
         return {"kv_pages/used": float(used), "kv_pages/free": float(free)}
 
     def _accept(self, request: Request | Written) -> None:

@@ -1,12 +1,14 @@
 """What leaves the device comes back bit for bit, and what is asked meanwhile is done all the same."""
 
 import signal
+import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tinsmith.engine import messages
+from tinsmith.engine.measurements import REPORT_SECONDS
 
 from tests.engine.engine_client import EngineClient, datum, logprobs, lora
 from tests.tiny_models import write_model
@@ -71,6 +73,14 @@ def test_it_sleeps_and_wakes_bit_for_bit(engine):
             np.testing.assert_array_equal(one, other)
     for key, want in sampled.items():
         assert engine.ask(messages.Sample, **sample(engine, key)).sequences == want.sequences
+
+
+def test_it_goes_on_reporting_while_it_sleeps(engine):
+    engine.ask(messages.Sleep)
+    time.sleep(REPORT_SECONDS + 0.2)
+    for _ in range(3):  # the first is news, of which the next look reports
+        assert engine.ask(messages.Sleep).bytes == 0
+    engine.ask(messages.WakeUp)
 
 
 def test_what_is_asked_meanwhile_wakes_it(engine):
