@@ -282,7 +282,14 @@ class Application:
 
         # What routes share.
         targets = SampleTargets(base_models, self.runs, checkpoints_, self.samplers, live_samplers)
-        served = ServedSamples(sample_submits, streams, base_models, self.offload, settings.max_samples)
+        served = ServedSamples(
+            sample_submits,
+            streams,
+            base_models,
+            self.offload,
+            settings.max_samples,
+            settings.stream_keep_alive_seconds,
+        )
         self.services.add((ledger, self.offload, disk, self.engine, streams, self.endpoints, self.registry))
         self.services.add((self.distribution, divergence, self.operations, self.completions, self.runs))
         self.services.add((self.samplers, self.sessions, unused, submits, saves, sample_submits))

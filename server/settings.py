@@ -126,6 +126,9 @@ class ServingSettings(Section):
     """How long a poll waits for an answer before it is told to try again."""
     stop_patience_seconds: float = Field(600.0, gt=0)
     """How long a stop waits for running operations before it ends the engine."""
+    stream_keep_alive_seconds: float = Field(15.0, gt=0)
+    """A stream of samples that has had nothing to say for this long sends a comment, so that no proxy or
+    client takes it for dead."""
 
 
 class ModelSettings(Section):

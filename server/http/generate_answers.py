@@ -9,7 +9,7 @@ more, as a prompt with its tokens at the end.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -181,7 +181,7 @@ class Answers:
             found += await self._answers(samples, place, running[place], output)
         return b"[" + b",".join(found) + b"]" if self._several else found[0]
 
-    async def events(self, owner: str, running: list[Running]) -> AsyncIterator[bytes]:
+    async def events(self, owner: str, running: list[Running]) -> AsyncGenerator[bytes]:
         """Each with all there is so far of one sequence. A sequence whose prompt or other tokens are scored
         comes in one event, because those scores are known last."""
         growing = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ class Answers:
         body = self._body(answered[0][0], self.kind, choices)
         return orjson.dumps(body | {"usage": _usage(answered)})
 
-    async def events(self, served: ServedSamples, running: list[Running]) -> AsyncIterator[bytes]:
+    async def events(self, served: ServedSamples, running: list[Running]) -> AsyncGenerator[bytes]:
         """The choices of the first prompt come first in the numbering, then those of the next."""
         choices = [_Choice(self, each.asked) for each in running for _ in range(self.num_choices)]
         answered: list[tuple[Running, messages.SampleOutput]] = []

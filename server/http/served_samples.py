@@ -6,11 +6,12 @@ Samples that live no longer than the HTTP request that waits for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
+from fastapi.responses import StreamingResponse
 
 from ...engine import messages
 from ..base_models import BaseModels
@@ -115,12 +116,14 @@ class ServedSamples:
         base_models: BaseModels,
         offload: Offload,
         max_samples: int,
+        keep_alive_seconds: float,
     ):
         self._submits = submits
         self._streams = streams
         self._base_models = base_models
         self._offload = offload
         self._max_samples = max_samples
+        self._keep_alive_seconds = keep_alive_seconds
 
     def of_request(self, owner: str) -> RequestSamples:
         """The samples of one HTTP request."""
@@ -171,6 +174,12 @@ class ServedSamples:
             for each in running:
                 self._submits.cancel(each.operation)
 
+    def streamed(self, events: AsyncGenerator[bytes]) -> StreamingResponse:
+        """Return server-sent events as a response that is never silent for long."""
+        return StreamingResponse(
+            _with_keep_alives(events, self._keep_alive_seconds), media_type="text/event-stream"
+        )
+
     async def written(
         self, owner: str, outputs: Sequence[messages.SampleOutput], write: Callable[[], T]
     ) -> T:
@@ -207,6 +216,24 @@ class ServedSamples:
         )
         self._submits.check(owner, sample)
         return sample
+
+
+async def _with_keep_alives(events: AsyncGenerator[bytes], seconds: float) -> AsyncGenerator[bytes]:
+    """Yield the events, and a comment whenever none has come for `seconds`."""
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            if not (await asyncio.wait((coming,), timeout=seconds))[0]:
+                yield b": the samples are under way\n\n"
+                continue
+            if (event := coming.result()) is None:
+                return
+            yield event
+            coming = asyncio.ensure_future(anext(events, None))
+    finally:
+        coming.cancel()
+        await asyncio.wait((coming,))
+        await events.aclose()
 
 
 async def answers(running: Sequence[Running]) -> list[messages.SampleOutput]:

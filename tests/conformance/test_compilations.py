@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
+import openai
+import pytest
 from conformance.server_process import ServerProcess, Wire
 
 ServerMaker = Callable[..., ServerProcess]
@@ -58,6 +61,31 @@ def test_a_compilation_is_told_while_it_lasts(make_server: ServerMaker, tmp_path
     assert health["engine"]["phase"] == "ready"
     assert re.fullmatch(r"compiled .* in \d+\.\d s", health["engine"]["text"])
     assert "compiling forward_backward" in server.log
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"model": "tiny", "prompt": "Once", "max_tokens": 3}),
+        ("/generate", {"text": "Once", "sampling_params": {"max_new_tokens": 3}}),
+    ],
+)
+def test_a_stream_is_not_silent_while_its_samples_wait(
+    make_server: ServerMaker, path: str, asked: dict[str, object], tmp_path: Path
+) -> None:
+    """The first sample waits for its programs."""
+    options = ("--cache-dir", str(tmp_path / "empty"), "--stream-keep-alive-seconds", "0.05")
+    server = make_server(*options).start()
+    lines: list[str] = []
+    with httpx.stream("POST", server.url + path, json=asked | {"stream": True}, timeout=120) as answer:
+        lines.extend(filter(None, answer.iter_lines()))
+    comments = [line for line in lines if line.startswith(":")]
+    assert len(comments) > 3
+    assert all(line.startswith("data: ") for line in lines if line not in comments)
+    assert lines[-1] == "data: [DONE]"
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    chunks = client.completions.create(model="tiny", prompt="Upon", max_tokens=40, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks)
 
 
 def test_after_a_warm_up_nothing_is_compiled_for_ordinary_requests(

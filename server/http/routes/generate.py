@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from ...base_models import BaseModels
 from ...offload import Offload
@@ -71,6 +71,6 @@ async def _generate(
         running = await served.submit(samples, asked)
         if body.stream:
             samples.disown()
-            return StreamingResponse(answers.events(owner, running), media_type="text/event-stream")
+            return served.streamed(answers.events(owner, running))
         whole = await answers.whole(samples, running)
     return Response(whole, media_type="application/json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from ...base_models import BaseModel, BaseModels
 from ...offload import Offload
@@ -151,7 +151,7 @@ async def _answered(served: ServedSamples, owner: str, answers: Answers, asked: 
         running = await served.submit(samples, asked)
         if asked[0].stream:
             samples.disown()
-            return StreamingResponse(answers.events(served, running), media_type="text/event-stream")
+            return served.streamed(answers.events(served, running))
         outputs = await outputs_of(running)
     answered = list(zip(running, outputs, strict=True))
     whole = await served.written(owner, outputs, lambda: answers.whole(answered))
