@@ -30,7 +30,7 @@ from .http.bodies import JsonBodies
 from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
 from .http.browsers import AllowedHosts, BrowserChecks
 from .http.console_pages import ConsolePages
-from .http.metrics import Measured, Metrics, OperationMetrics, ServerMetrics
+from .http.metrics import DeviceMemory, Measured, Metrics, OperationMetrics, ServerMetrics
 from .http.model_creations import ModelCreations
 from .http.operation_answers import OperationAnswers
 from .http.overview import Overview
@@ -67,25 +67,20 @@ from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned
 from .models.adapter_imports import AdapterImports
 from .models.admission import Admission
-from .models.custom_losses import CustomLosses
-from .models.recovery import Recovery
+from .models.losses import CustomLosses
+from .models.recovery import Recovery, Snapshots
 from .models.run import KnownRuns
 from .models.runs import Runs
-from .models.sample_submits import SampleSubmits
 from .models.samplers import LiveSamplers, Samplers
-from .models.saves import Saves
 from .models.sessions import NamedModels, Sessions
-from .models.snapshots import Snapshots
-from .models.submits import RefusedSaves, Submits, UnusedNumbers
-from .models.warm_up import WarmUp
+from .models.submits import RefusedSaves, SampleSubmits, Saves, Submits, UnusedNumbers
 from .offload import Offload
 from .operations.answers import KEPT
-from .operations.completions import Completions
 from .operations.dispatcher import Dispatcher
 from .operations.operation import Operation, stream_of
 from .operations.operations import Operations
 from .operations.payloads import Payloads
-from .operations.sample_streams import SampleStreams
+from .operations.sample_streams import Completions, SampleStreams
 from .plugins.rlve.driver import TrainingClient
 from .plugins.rlve.runs import RlveRuns
 from .plugins.sglang.distribution import Distribution
@@ -95,8 +90,7 @@ from .plugins.sglang.registry import Registry
 from .plugins.sglang.sampling import Sampling
 from .plugins.wandb import WandbRuns
 from .settings import Settings
-from .supervision.device_memory import DeviceMemory
-from .supervision.supervisor import Supervisor
+from .supervision.supervisor import Supervisor, WarmUp
 
 log = logging.getLogger("tinsmith.server")
 

@@ -14,12 +14,11 @@ from tinsmith.server.checkpoints.sweep import Sweep
 from tinsmith.server.disk import Disk
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
-from tinsmith.server.models.recovery import Recovery
+from tinsmith.server.models.recovery import Recovery, Snapshots
 from tinsmith.server.models.run import KnownRuns
 from tinsmith.server.models.runs import Runs
 from tinsmith.server.models.samplers import Samplers
 from tinsmith.server.models.sessions import Sessions
-from tinsmith.server.models.snapshots import Snapshots
 from tinsmith.server.operations.dispatcher import Dispatcher
 from tinsmith.server.operations.operation import Operation, SampleDrawer, Submission
 from tinsmith.server.operations.operations import Operations

@@ -11,10 +11,10 @@ from ..base_models import BaseModels
 from ..dialect import POINTS, Dialect
 from ..errors import BadRequest
 from ..ledger.operations import SampleNumber
-from ..models.sample_submits import SampleSubmits
-from ..operations.completions import Completions
+from ..models.submits import SampleSubmits
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
+from ..operations.sample_streams import Completions
 from ..wire import sampling as wire
 from ..wire.results import tokens_of
 from ..wire.sampling import ModelInput, longest_prompt, prompt_tokens

@@ -200,6 +200,34 @@ class ServerMetrics:
         yield _gauge("tinsmith_disk_size_bytes", "Size of the data directory's disk", value=total)
 
 
+class DeviceMemory:
+    """Collects, for Prometheus, bytes of each device by kind: planned and held."""
+
+    def __init__(self, engine: Supervisor):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield nothing before the engine has reported."""
+        memory = self._engine.memory
+        if memory is None:
+            return
+        for name, text, kinds in (
+            ("planned", "Memory of each device that is planned for a kind", memory.planned),
+            ("held", "Memory of each device that a kind takes", memory.held),
+        ):
+            gauge = GaugeMetricFamily(f"tinsmith_device_memory_{name}_bytes", text, labels=["kind"])
+            for kind, size in kinds.items():
+                gauge.add_metric([kind], size)
+            yield gauge
+        text = "Memory of each device that the engine may use"
+        yield GaugeMetricFamily("tinsmith_device_memory_capacity_bytes", text, memory.capacity)
+        if memory.free is not None:
+            text = "Memory of the first device that is free"
+            yield GaugeMetricFamily("tinsmith_device_memory_free_bytes", text, memory.free)
+        text = "States of models in training that wait in the host's memory"
+        yield GaugeMetricFamily("tinsmith_host_memory_waiting_bytes", text, memory.waiting)
+
+
 def _labelled(values: dict[str, float], family: str, always: Iterable[str]) -> dict[str, float]:
     """The values named `family/LABEL`, and 0 for those that are always there."""
     found = {

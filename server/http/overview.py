@@ -16,8 +16,8 @@ from ..checkpoints.sweep import Sweep
 from ..disk import Disk
 from ..errors import TooManyRequests
 from ..models.runs import Runs
-from ..operations.activity import Activity
 from ..operations.operations import Operations
+from ..operations.step_metrics import Activity
 from ..supervision.supervisor import Supervisor
 
 _LOOK_SECONDS = 1.0

@@ -16,7 +16,7 @@ from fastapi.responses import StreamingResponse
 from ...engine import messages
 from ..base_models import BaseModels
 from ..errors import ApiError, BadRequest, Unavailable
-from ..models.sample_submits import SampleSubmits
+from ..models.submits import SampleSubmits
 from ..offload import Offload
 from ..operations.operation import Operation
 from ..operations.sample_streams import SampleStream, SampleStreams

@@ -1,1 +1,1 @@
-"""What clients create and use: sessions, models and samplers; their state, their numbers, their recovery."""
+"""What clients create and use: sessions, models, samplers and losses; their numbers, quotas and recovery."""

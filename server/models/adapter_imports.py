@@ -27,10 +27,8 @@ from ..settings import Settings
 from .admission import Admission
 from .run import NewRun
 from .runs import Runs
-from .saves import Saves
-from .saves import saved as saved_reply
 from .sessions import Sessions
-from .submits import Submits
+from .submits import Saves, Submits, save_answer
 
 
 class AdapterImports:
@@ -140,7 +138,7 @@ class AdapterImports:
             also = self._saves.checkpoint(run, uri, directory)
             await _done(
                 await self._submits.submit(
-                    run, kind, number, message("", run_id, directory), saved_reply(kind, run, uri), also
+                    run, kind, number, message("", run_id, directory), save_answer(kind, run, uri), also
                 )
             )
             saved[field] = str(uri)

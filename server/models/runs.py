@@ -31,9 +31,8 @@ from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
 from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
-from .recovery import Recovery
+from .recovery import Recovery, Snapshots
 from .run import KnownRuns, NewRun, Run, from_row
-from .snapshots import Snapshots
 
 log = logging.getLogger("tinsmith.runs")
 

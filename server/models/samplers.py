@@ -35,7 +35,7 @@ from ..settings import Settings
 from ..supervision.supervisor import Supervisor
 from .run import Run
 from .runs import Runs
-from .saves import Saves
+from .submits import Saves
 
 log = logging.getLogger("tinsmith.samplers")
 

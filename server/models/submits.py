@@ -1,6 +1,7 @@
-"""Operations of models, from a router to the ledger: numbered, admitted, accepted.
+"""Submits: operations of models, samples and saves, from a router to the ledger.
 
-Numbers of a model's operations that will not be run: used up, so that the operations after them run.
+A submit is checked, finds its place in the tenant's quota, gets its number in the model's sequence, and is
+accepted. When a submit is refused for good, its number is used up, so that the operations after it can run.
 """
 
 from __future__ import annotations
@@ -8,19 +9,26 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from sqlalchemy import Connection
 
+from ...ckpt import paths
 from ...engine import messages
+from ..access.quotas import Quotas
+from ..checkpoints.checkpoints import expiry, named
+from ..dialect import POINTS, Dialect
 from ..errors import ApiError, BadRequest, StorageQuotaExceeded
+from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import operations as rows
 from ..ledger.ledger import Ledger
+from ..ledger.operations import SAMPLE, SampleNumber
 from ..operations.answers import REPLAYED
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission, natural_key
 from ..operations.operations import Operations
+from ..operations.sample_streams import SampleStreams
 from .admission import Admission
 from .run import Run
 from .runs import Runs
@@ -195,3 +203,210 @@ class Submits:
             await self._unused.consume(owner, model, seq_id, error.message)
         elif isinstance(error, StorageQuotaExceeded) and isinstance(seq_id, int):
             self._refused_saves.refused(owner, model, seq_id, error.message)
+
+
+class SampleCheck(Protocol):
+    """Whoever knows which samples can be drawn."""
+
+    def check(self, owner: str, sample: messages.Sample) -> None:
+        """Raise BadRequest, naming the field, for a sample that will never be drawn."""
+
+
+class SampleSubmits:
+    """Submits samples: checked, admitted, accepted."""
+
+    def __init__(
+        self, operations: Operations, admission: Admission, streams: SampleStreams, checks: SampleCheck
+    ):
+        self._operations = operations
+        self._admission = admission
+        self._streams = streams
+        self._checks = checks
+
+    def check(self, owner: str, sample: messages.Sample) -> None:
+        """Raise BadRequest for a sample that `submit` would refuse because of what it asks for."""
+        self._checks.check(owner, sample)
+
+    async def submit(
+        self,
+        owner: str,
+        sample: messages.Sample,
+        number: SampleNumber | None = None,
+        reply: dict[str, Any] | None = None,
+        dialect: Dialect = "tinker",
+    ) -> Operation:
+        """Accept a sample, which has no request id yet. Raises ApiError."""
+        self._checks.check(owner, sample)
+        opened: str | None = None
+
+        def message(request_id: str) -> messages.Sample:
+            nonlocal opened
+            if sample.stream:
+                self._streams.open(request_id, owner)
+                opened = request_id
+            return msgspec.structs.replace(sample, request_id=request_id)
+
+        try:
+            with self._admission.sample(owner) as accepted:
+                operation = await self._operations.accept(
+                    Submission(
+                        owner,
+                        SAMPLE,
+                        number.natural_key if number else None,
+                        message,
+                        reply or {},
+                        dialect=dialect,
+                        session_id=number.session_id if number else None,
+                        sampler_id=number.sampler_id if number else None,
+                        sample_number=number.number if number else None,
+                    )
+                )
+                accepted(operation)
+        except ApiError:
+            if opened is not None:
+                self._streams.close(opened)
+            raise
+        return operation
+
+    def cancel(self, operation: Operation) -> None:
+        """Stop drawing a sample that nobody waits for any more."""
+        self._streams.close(operation.request_id)
+        if operation.answer is None and not self._operations.stopped:
+            self._operations.cancel(operation)
+
+
+def spelled(run: Run, uri: paths.CheckpointUri) -> str:
+    """A checkpoint's path as the model's client spells it."""
+    return f"{POINTS[run.dialect].scheme}{run.name}/{uri.checkpoint_id}"
+
+
+def save_answer(kind: str, run: Run, uri: paths.CheckpointUri) -> dict[str, Any]:
+    """The answer to a save, but for its size."""
+    return {
+        "type": kind,
+        "path": spelled(run, uri),
+        "name": uri.name,
+        "checkpoint_path": spelled(run, uri),
+        "tinker_path": str(uri),
+        "xorl_path": f"{paths.XORL_SCHEME}{run.name}/{uri.checkpoint_id}",
+    }
+
+
+Reservation = Callable[[Connection, str], messages.Failed | None]
+"""What a save does in the transaction that accepts it."""
+
+
+class SavedWeights(Protocol):
+    """Whoever wants the weights that are saved for samplers."""
+
+    def is_awaited(self, base_model: str, owner: str) -> bool:
+        """Whether weights that the owner saves are wanted as soon as they are there."""
+
+    def follow(self, operation: Operation, save: messages.ToEngine | None, base_model: str) -> None:
+        """A save was accepted; `save` is its message, None if it was made before."""
+
+
+class Saves:
+    """Saves the weights of models."""
+
+    def __init__(self, submits: Submits, operations: Operations, quotas: Quotas, saved: SavedWeights):
+        self._submits = submits
+        self._operations = operations
+        self._quotas = quotas
+        self._saved = saved
+
+    async def state(self, run: Run, name: str, seq_id: int | None = None, **fields: Any) -> Operation:
+        """Save the training state under this name; `fields` are those of `checkpoint`. Raises ApiError."""
+        uri = named(run.id, "weights", name)
+        directory = paths.new_directory(uri.run, uri.segment, uri.name)
+        return await self._submits.submit(
+            run,
+            "save_weights",
+            seq_id,
+            messages.SaveState(request_id="", model_id=run.id, directory=directory),
+            save_answer("save_weights", run, uri),
+            self.checkpoint(run, uri, directory, **fields),
+        )
+
+    async def named_sampler(
+        self, run: Run, seq_id: int | None, directory: str, reply: dict[str, Any], reserve: Reservation
+    ) -> Operation:
+        """Save weights to sample from as a checkpoint. Raises ApiError."""
+        message = messages.SaveSampler("", run.id, directory)
+        return await self._sampler(run, "save_weights_for_sampler", seq_id, message, reply, reserve, None)
+
+    async def unnamed_sampler(
+        self,
+        run: Run,
+        seq_id: int | None,
+        directory: str,
+        reply: dict[str, Any],
+        reserve: Reservation,
+        key: str | None = None,
+    ) -> Operation:
+        """Save weights that only a sampling session names. `key` as in `Submits.submit`. Raises ApiError."""
+        urgent = self._saved.is_awaited(run.base_model, run.owner)
+        message = messages.SaveSampler("", run.id, directory, deferred=True, urgent=urgent)
+        return await self._sampler(run, "save_unnamed_sampler", seq_id, message, reply, reserve, key)
+
+    async def _sampler(
+        self,
+        run: Run,
+        kind: str,
+        seq_id: int | None,
+        message: messages.SaveSampler,
+        reply: dict[str, Any],
+        reserve: Reservation,
+        key: str | None,
+    ) -> Operation:
+        operation = await self._submits.submit(run, kind, seq_id, message, reply, reserve, key)
+        self._saved.follow(operation, await self._operations.message(operation), run.base_model)
+        return operation
+
+    def checkpoint(
+        self,
+        run: Run,
+        uri: paths.CheckpointUri,
+        directory: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> Reservation:
+        """Reserve the name in the transaction of the submit; a name that is taken fails the operation.
+
+        Raises StorageQuotaExceeded there, until the tenant deletes checkpoints.
+        """
+        expires_at = expiry(ttl_seconds)
+        limit = self._quotas.of(run.owner).checkpoint_bytes
+
+        def also(connection: Connection, request_id: str) -> messages.Failed | None:
+            # What a name of a model means is one thing, also when the model was unloaded and made again.
+            taken = checkpoint_rows.is_taken(connection, uri) or (
+                run.alias is not None
+                and checkpoint_rows.find_by_alias(connection, run.owner, run.alias, uri) is not None
+            )
+            if not overwrite and taken:
+                message = f"checkpoint {spelled(run, uri)!r} exists; choose another name"
+                if uri.segment == "weights":
+                    message += " or set overwrite"
+                return messages.Failed(request_id, message, "user")
+            if (used := checkpoint_rows.stored_bytes(connection, run.owner)) >= limit:
+                raise StorageQuotaExceeded(
+                    f"the checkpoints of this key's tenant take {used} bytes, its quota is {limit}; "
+                    "delete some, or give them a ttl"
+                )
+            checkpoint_rows.add(
+                connection,
+                uri,
+                owner=run.owner,
+                operation_id=request_id,
+                directory=directory,
+                base_model=run.base_model,
+                lora=run.lora,
+                optimizer=run.optimizer,
+                user_metadata=user_metadata,
+                expires_at=expires_at,
+            )
+            return None
+
+        return also

@@ -1,1 +1,1 @@
-"""What was accepted: its order, its answer, its place in the ledger."""
+"""Accepted operations: their order, their answers, their place in the ledger."""

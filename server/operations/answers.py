@@ -1,4 +1,8 @@
-"""What an answer means: for a replay, for the ledger, and for memory."""
+"""Answers of operations: what each one changes in the ledger, and the newest ones in memory.
+
+An answer decides whether a replay still needs the operation, counts what the operation used, and settles the
+checkpoint, sampler or model that the operation was about.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,16 @@ from ...engine import messages
 from ..ledger import audit, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
+from ..ledger import usage as usage_rows
 from ..recent import held_bytes
-from . import step_metrics, usage
+from . import step_metrics
 from .operation import Answer, Operation
 
 # Operations that change a model: a replay after the newest snapshot needs them again.
 REPLAYED = frozenset(
     {"forward_backward", "optim_step", "drop_gradients", "load_weights", "save_unnamed_sampler"}
 )
-# What an operation brought stays, in the ledger: losses, for later operations (custom_losses.py).
+# What an operation brought stays, in the ledger: losses, for later operations (models/losses.py).
 KEPT = frozenset({"create_custom_loss"})
 _REMEMBERED_BYTES = 16 << 20
 _OPERATION_BYTES = 2048  # its objects, whatever is in them
@@ -88,7 +93,7 @@ def settle(
     """What else an operation's first answer means for the ledger. `sample`: what a sample asked for."""
     output = answer.output if isinstance(answer, messages.Done) else None
     if output is not None:
-        usage.add(connection, operation, output, sample)
+        _add_usage(connection, operation, output, sample)
         step_metrics.add(connection, operation, output, answer.device_seconds)
     if operation.kind == "save_unnamed_sampler":
         if output is not None:
@@ -112,3 +117,45 @@ def _record_model(connection: Connection, operation: Operation) -> None:
     details = {"model_id": model.id, "session_id": model.session_id, "base_model": model.base_model}
     loaded = {"path": operation.reply["path"]} if "path" in operation.reply else {}
     audit.record(connection, model.owner, "model_created", **details, **loaded)
+
+
+def used(
+    operation: Operation, output: messages.Output, sample: messages.Sample | None = None
+) -> dict[str, int]:
+    """Return what the operation used, by the ledger's counters; `sample` is what a sample asked for.
+
+    Trained are the positions of all datums, once per pass, with a loss or without. A prompt is prefilled
+    once for all of its samples.
+    """
+    match output:
+        case messages.ForwardBackwardOutput(logprobs=logprobs):
+            return {"trained": sum(tensor.shape[0] for tensor in logprobs)}
+        case messages.SampleOutput():
+            assert sample is not None
+            prompt = len(sample.prompt) // 4  # int32, as the sampled tokens
+            cached = min(prompt, output.prompt_cache_hit_tokens)
+            return {
+                "prefilled": prompt - cached,
+                "prefilled_cached": cached,
+                "sampled": sum(len(sequence.tokens) // 4 for sequence in output.sequences),
+            }
+        case messages.StateSaved() | messages.SamplerSaved() if operation.kind != "save_unnamed_sampler":
+            return {"checkpoints": 1}
+    return {}
+
+
+def _add_usage(
+    connection: Connection,
+    operation: Operation,
+    output: messages.Output,
+    sample: messages.Sample | None = None,
+) -> None:
+    """Counts the answer of an operation, in the transaction that writes it down: never a second time."""
+    counts = used(operation, output, sample)
+    if counts and sample is None:
+        usage_rows.add_of_model(connection, operation.model_id, counts)
+    elif counts and sample is not None:
+        weights = sample.sampler.weights
+        run_id = "" if weights is None else weights.split("/")[1].replace("@", ":")  # of any directory's key
+        session_id = operation.session_id or ""
+        usage_rows.add(connection, operation.owner, session_id, run_id, sample.sampler.base_model, counts)

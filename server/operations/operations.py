@@ -30,8 +30,7 @@ from ..ledger.payloads import Stored
 from ..ledger.segments import PayloadLost
 from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
-from . import usage
-from .answers import KEPT, RememberedAnswers, note_replay, settle
+from .answers import KEPT, RememberedAnswers, note_replay, settle, used
 from .dispatcher import Dispatcher
 from .operation import Answer, EngineOnly, Operation, SampleDrawer, Submission
 from .payloads import Payloads
@@ -367,7 +366,7 @@ class Operations:
                 await asyncio.sleep(1)
         operation.answer = answer
         if isinstance(answer, messages.Done):
-            operation.used = usage.used(operation, answer.output, sample)
+            operation.used = used(operation, answer.output, sample)
         self._payloads.forget(operation.request_id)
         self._engine.dealt_with(operation.request_id)
         self.finished(operation)

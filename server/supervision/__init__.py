@@ -1,1 +1,1 @@
-"""The engine's process: its start, its death, and how all goes on."""
+"""The engine's process: its start, its death, and what waits to be sent to it."""

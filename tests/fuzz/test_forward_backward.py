@@ -17,7 +17,7 @@ from tinsmith.engine.errors import UserError
 from tinsmith.engine.training import validation
 from tinsmith.losses import REGISTRY
 from tinsmith.server.errors import BadRequest, TooLarge
-from tinsmith.server.operations import provenance
+from tinsmith.server.models.losses import with_sampled_logprobs
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.wire import forward_backward as wire
 from tinsmith.server.wire import tinsmith_wire_pb2 as pb
@@ -169,7 +169,7 @@ def test_forward_backward_bodies(data: bytes) -> None:
             assert len(tensor.data) == math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
             assert tensor.shape[0] == len(datum.tokens) // 4
     try:
-        filled = _at_once(provenance.with_sampled_logprobs(Answers(), "owner", decoded.data, decoded.spans))
+        filled = _at_once(with_sampled_logprobs(Answers(), "owner", decoded.data, decoded.spans))
     except BadRequest:
         filled = decoded.data
     message = messages.ForwardBackward(

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from tinsmith.engine import messages
 from tinsmith.server.errors import NotFound, QuotaExceeded
 from tinsmith.server.ledger import session_rows, tenancy
-from tinsmith.server.models import custom_losses
+from tinsmith.server.models import losses as custom_losses
 from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
 from tinsmith.server.wire.models import CreateModel
 from tinsmith.server.wire.requests import CreateSession, FinishSession, SaveWeights

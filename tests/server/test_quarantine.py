@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tinsmith.server.supervision.quarantine import Quarantine
+from tinsmith.server.models.recovery import Quarantine
 
 DEATHS = 3
 

@@ -11,8 +11,8 @@ from fastapi.responses import Response
 
 from ...errors import Unavailable
 from ...models.samplers import Samplers
-from ...operations.completions import Completions
 from ...operations.operations import Operations
+from ...operations.sample_streams import Completions
 from ...settings import Settings
 from ...wire import requests, responses, results
 from ..bodies import BodyRoute

@@ -16,8 +16,8 @@ from ...checkpoints.checkpoints import iso
 from ...errors import BadRequest, NotFound
 from ...models.run import RLVE, ModelSpec, Run
 from ...models.runs import Runs
-from ...models.saves import Saves
 from ...models.sessions import Named, NamedModels, described
+from ...models.submits import Saves
 from ...operations.operation import Operation, Submission
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns

@@ -12,11 +12,11 @@ from ...dialect import Dialect
 from ...errors import BadRequest
 from ...ledger import tenancy
 from ...ledger.ledger import Ledger
+from ...models.losses import sequence_id
 from ...models.samplers import Sampler, Samplers, number_of
 from ...models.sessions import Sessions
 from ...operations.operation import Submission
 from ...operations.operations import Operations
-from ...operations.provenance import sequence_id
 from ...plugins.sglang.divergence import Divergence
 from ...wire import requests, responses
 from ...wire import sampling as wire

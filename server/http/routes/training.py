@@ -10,13 +10,12 @@ from ....engine import messages
 from ...dialect import POINTS
 from ...errors import ApiError, BadRequest
 from ...models.admission import Admission
-from ...models.custom_losses import CustomLosses
+from ...models.losses import SAMPLED_LOSSES, CustomLosses, with_sampled_logprobs
 from ...models.run import Run
 from ...models.runs import Runs
 from ...models.sessions import Sessions
 from ...models.submits import Submits
 from ...offload import INLINE_BYTES, Offload
-from ...operations import provenance
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
@@ -122,8 +121,8 @@ async def _message(
     custom_losses: CustomLosses,
 ) -> messages.ForwardBackward:
     data = body.data
-    if body.loss_fn in provenance.LOSSES:
-        data = await provenance.with_sampled_logprobs(operations, run.owner, data, body.spans)
+    if body.loss_fn in SAMPLED_LOSSES:
+        data = await with_sampled_logprobs(operations, run.owner, data, body.spans)
     custom_loss = None
     if body.loss_id is not None:
         custom_loss = await custom_losses.find(run.owner, run.session_id, body.loss_id)

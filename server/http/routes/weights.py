@@ -23,9 +23,8 @@ from ...models.run import NewRun, Run
 from ...models.runs import Runs
 from ...models.samplers import add as add_sampler
 from ...models.samplers import new_directory, number_of, sampler_id
-from ...models.saves import Reservation, Saves, saved
 from ...models.sessions import Sessions
-from ...models.submits import Submits
+from ...models.submits import Reservation, Saves, Submits, save_answer
 from ...wire import requests, responses
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, Owner, Said, described_as, future
@@ -223,7 +222,7 @@ def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, quotas: Qu
     directory = paths.new_directory(uri.run, uri.segment, uri.name)
     # What a name sampled once it samples always: there is no overwriting.
     checkpoint = saves.checkpoint(run, uri, directory, **body.kept() | {"overwrite": False})
-    reply = saved("save_weights_for_sampler", run, uri)
+    reply = save_answer("save_weights_for_sampler", run, uri)
     reply["model_path"] = reply["path"]
     if run.dialect == "tinker":  # whose clients make sampling sessions of paths
         return directory, reply, checkpoint
@@ -289,7 +288,7 @@ async def save_weights_external(
             messages.SaveSampler(
                 "", run.id, directory, recipients=recipients or [], merged=body.merged, tokenizer=True
             ),
-            saved("save_weights_external", run, uri),
+            save_answer("save_weights_external", run, uri),
             saves.checkpoint(run, uri, directory, **body.kept()),
         )
     except ApiError as error:

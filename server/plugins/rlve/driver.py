@@ -32,9 +32,8 @@ from ...ledger import step_metrics as reported
 from ...ledger.ledger import Ledger
 from ...ledger.operations import SampleNumber
 from ...models.run import Run
-from ...models.sample_submits import SampleSubmits
 from ...models.samplers import LiveSamplers, Sampler, Samplers, number_of, sampler_id
-from ...models.submits import Submits
+from ...models.submits import SampleSubmits, Submits
 from ...operations.operation import Operation
 from ...operations.operations import Operations
 from ...wire.models import RlveConfig
