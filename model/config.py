@@ -69,9 +69,10 @@ class RopeScaling:
     frequencies that turn fewer than `beta_slow` times in the original context are divided by `factor`, those
     that turn more than `beta_fast` times are unchanged, with a linear blend in between. Cosine and sine are
     multiplied by `attention_factor`. With `truncate`, the blend begins and ends at whole dimensions.
+    `longrope` (arXiv:2402.13753): frequency i is divided by `factors[i]`, with the same `attention_factor`.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -80,6 +81,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Attention:
 
     `window` is the most keys that a query sees, including its own. `biased` names the matrices with biases.
     With `qk_norm`, each head of q and k goes through an RMSNorm before rope. With `sinks`, every head has a
-    learned logit that takes part in the softmax and has no value.
+    learned logit that takes part in the softmax and has no value. With `fused`, q, k and v are one matrix,
+    side by side, and have one adapter together.
     """
 
     hidden: int
@@ -109,6 +112,7 @@ class Attention:
     biased: tuple[str, ...] = ()
     qk_norm: bool = False
     sinks: bool = False
+    fused: bool = False
 
     @property
     def scale(self) -> float:
@@ -123,6 +127,11 @@ class Attention:
     @property
     def sites(self) -> tuple[Site, ...]:
         D, Q, K = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if self.fused:
+            return (
+                Site("qkv_proj", D, Q + 2 * K, "attn", ("embed", "heads")),
+                Site("o_proj", Q, D, "attn", ("heads", "embed")),
+            )
         return (
             Site("q_proj", D, Q, "attn", ("embed", "heads"), "q_proj" in self.biased),
             Site("k_proj", D, K, "attn", ("embed", "kv_heads"), "k_proj" in self.biased),
@@ -139,11 +148,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(silu(gate x) * up x), with `width` hidden units (SwiGLU). `biased` names matrices with biases."""
+    """down(silu(gate x) * up x), with `width` hidden units (SwiGLU). `biased` names matrices with biases.
+
+    With `fused`, gate and up are one matrix, side by side, and have one adapter together."""
 
     hidden: int
     width: int
     biased: tuple[str, ...] = ()
+    fused: bool = False
 
     @property
     def active_width(self) -> int:
@@ -152,6 +164,11 @@ class GatedMlp:
     @property
     def sites(self) -> tuple[Site, ...]:
         D, F = self.hidden, self.width
+        if self.fused:
+            return (
+                Site("gate_up_proj", D, 2 * F, "mlp", ("embed", "ff")),
+                Site("down_proj", F, D, "mlp", ("ff", "embed")),
+            )
         return (
             Site("gate_proj", D, F, "mlp", ("embed", "ff"), "gate_proj" in self.biased),
             Site("up_proj", D, F, "mlp", ("embed", "ff"), "up_proj" in self.biased),

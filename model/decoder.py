@@ -198,7 +198,11 @@ class Block(nnx.Module):
             return (y if lora is None else lora.add(name, x, y, self.adapters_form)).astype(x.dtype)
 
         y = self.input_layernorm(x_BTD)
-        q, k, v = (linear(n, y).reshape(B, T, -1, mixer.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
+        if mixer.fused:
+            heads = linear("qkv_proj", y).reshape(B, T, -1, mixer.head_dim)
+            q, k, v = jnp.split(heads, (mixer.heads, mixer.heads + mixer.kv_heads), axis=2)
+        else:
+            q, k, v = (linear(n, y).reshape(B, T, -1, mixer.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
         if mixer.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         sinks = () if self.sinks is None else (self.sinks.weight[...],)
@@ -210,7 +214,11 @@ class Block(nnx.Module):
             if routes is not None:
                 routes.append(chosen_BTk)
         else:
-            y = linear("down_proj", gated(linear("gate_proj", y), linear("up_proj", y)))
+            if self.layer.mlp.fused:
+                gate, up = jnp.split(linear("gate_up_proj", y), 2, axis=-1)
+            else:
+                gate, up = linear("gate_proj", y), linear("up_proj", y)
+            y = linear("down_proj", gated(gate, up))
         return constrain(x_BTD + y, residual)
 
     def _expert_weights(self) -> Weights:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .config import GatedMlp, ModelConfig, UnsupportedModelError, read_json
 from .counts import Counts, counts
-from .families import FAMILIES, parameter_count, tensor_shapes
+from .families import FAMILIES, adapter_modules, parameter_count, tensor_shapes
 from .weight_files import (
     EMBEDDING,
     HEAD,
@@ -33,6 +33,7 @@ __all__ = [
     "SINGLE",
     "Counts",
     "ModelConfig",
+    "adapter_modules",
     "check",
     "counts",
     "digest",

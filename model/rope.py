@@ -26,7 +26,7 @@ def inverse_frequencies(rope: Rope) -> Float[np.ndarray, " half"]:
     """Return theta^(-2i/H), scaled as `rope.scaling` says.
 
     Sources: transformers' `modeling_rope_utils._compute_llama3_parameters` for llama3, arXiv:2309.00071 for
-    yarn.
+    yarn, arXiv:2402.13753 for longrope.
     """
     half = rope.dims // 2
     frequencies = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -35,6 +35,8 @@ def inverse_frequencies(rope: Rope) -> Float[np.ndarray, " half"]:
         return frequencies.astype(np.float32)
     if scaling.kind == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
+    if scaling.kind == "longrope":
+        return (frequencies / np.array(scaling.factors)).astype(np.float32)
     if scaling.kind == "yarn":
         kept = _yarn_kept(rope, scaling)
         return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)

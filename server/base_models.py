@@ -62,6 +62,14 @@ class BaseModel:
             return False
 
     @cached_property
+    def adapter_modules(self) -> dict[str, frozenset[str]]:
+        """The names of the modules that adapters may have, by part of the model. Read at the first use."""
+        try:
+            return folders.adapter_modules(folders.read_config(self.folder))
+        except (OSError, ValueError):
+            return {}
+
+    @cached_property
     def tensors(self) -> dict[str, Entry]:
         """Read at the first use. Raises OSError, ValueError."""
         stored = folders.headers(self.folder)

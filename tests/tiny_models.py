@@ -78,6 +78,12 @@ VARIANTS: dict[str, dict] = {
         "sliding_window": 21,
         "tie_word_embeddings": False,
     },
+    "phi3": {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "sliding_window": 21,
+        "tie_word_embeddings": False,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -190,7 +196,18 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         weights["model.embed_tokens.weight"] /= np.sqrt(D).astype(np.float32)
     else:
         weights["lm_head.weight"] = linear(config["vocab_size"], D)
-    return weights
+    return _fused(weights) if config["model_type"] == "phi3" else weights
+
+
+def _fused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Join q, k and v, and gate and up, into one matrix each."""
+    joined: dict[str, list[np.ndarray]] = {}
+    names = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+    for name, array in weights.items():
+        *parents, module, kind = name.split(".")
+        joined.setdefault(".".join([*parents, names.get(module, module), kind]), []).append(array)
+    return {name: np.concatenate(arrays) for name, arrays in joined.items()}
 
 
 def _gpt_oss_layer(rng: np.random.Generator, at: str, config: dict) -> dict[str, np.ndarray]:

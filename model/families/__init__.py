@@ -17,12 +17,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..config import Layer, ModelConfig, Stack
-from . import gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
+from . import gpt_oss, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 
 FAMILIES: dict[str, ModuleType] = {
     "gpt_oss": gpt_oss,
     "llama": llama,
     "mistral": mistral,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
@@ -150,6 +151,17 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def parameter_count(config: ModelConfig) -> int:
     return sum(map(prod, tensor_shapes(config).values()))
+
+
+def adapter_modules(config: ModelConfig) -> dict[str, frozenset[str]]:
+    """Return the last parts of the names of the modules that an adapter may have, by part: attn, mlp."""
+    found: dict[str, set[str]] = {}
+    for layer in config.layers:
+        for site in layer.sites:
+            if site.part is not None:
+                module = module_name(config, f"layers.{site.name}.weight", layer=0)
+                found.setdefault(site.part, set()).add(module.rpartition(".")[2])
+    return {part: frozenset(names) for part, names in found.items()}
 
 
 def module_name(config: ModelConfig, parameter: str, layer: int | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import Attention, Experts, GatedMlp, Layer, ModelConfig, Rope, UnsupportedModelError, fold
 from .options import flag, number, tokens, whole
-from .rotary import read_rope
+from .rotary import longest_sequence, read_rope
 
 TENSORS = {
     "embed_tokens.weight": "model.embed_tokens.weight",
@@ -78,6 +78,7 @@ def read_common(
     qk_norm: bool = False,
     sinks: bool = False,
     wide_norms: bool = False,
+    fused: bool = False,
     windows: Sequence[int | None] = (),
     experts: Sequence[Experts | None] = (),
 ) -> ModelConfig:
@@ -102,11 +103,16 @@ def read_common(
         raise UnsupportedModelError(f"head_dim is {head_dim}; rotary embeddings need an even number")
     max_position = whole(hf, "max_position_embeddings", defaults["max_position_embeddings"])
     theta, scaling = read_rope(hf, max_position)
+    if scaling is not None and scaling.kind == "longrope" and len(scaling.factors) != head_dim // 2:
+        raise UnsupportedModelError(
+            f"short_factor has {len(scaling.factors)} numbers; a head has {head_dim // 2} frequencies"
+        )
     num_layers = whole(hf, "num_hidden_layers", defaults["num_hidden_layers"])
     mlp = GatedMlp(
         hidden_size,
         whole(hf, "intermediate_size", defaults["intermediate_size"]),
         tuple(name for name in MLP if name in biased),
+        fused,
     )
     layers = [
         Layer(
@@ -120,6 +126,7 @@ def read_common(
                 tuple(name for name in ATTENTION if name in biased),
                 qk_norm,
                 sinks,
+                fused,
             ),
             mixture or mlp,
         )
@@ -133,7 +140,7 @@ def read_common(
         hidden_size,
         fold(layers),
         number(hf, "rms_norm_eps", defaults["rms_norm_eps"]),
-        max_position,
+        longest_sequence(max_position, scaling),
         flag(hf, "tie_word_embeddings"),
         tokens(hf, "eos_token_id", defaults["eos_token_id"]),
         wide_norms,

@@ -50,6 +50,8 @@ def _scaling(kind: Any, rope: dict[str, Any], hf: dict[str, Any], max_position: 
             high_freq_factor=number(rope, "high_freq_factor"),
             original_max_position=original,
         )
+    if kind == "longrope":
+        return _longrope(rope, original, max_position)
     if kind == "yarn":
         factor = max_position / original if rope.get("factor", 0) is None else number(rope, "factor")
         return RopeScaling(
@@ -62,8 +64,39 @@ def _scaling(kind: Any, rope: dict[str, Any], hf: dict[str, Any], max_position: 
             truncate=flag(rope, "truncate", True),
         )
     raise UnsupportedModelError(
-        f"rope_type {kind!r} is not supported; known: default, linear, dynamic, llama3, yarn"
+        f"rope_type {kind!r} is not supported; known: default, linear, dynamic, llama3, yarn, longrope"
     )
+
+
+def _longrope(rope: dict[str, Any], original: int, max_position: int) -> RopeScaling:
+    """Read the factors of sequences up to the original context.
+
+    Longer sequences have other factors, from their first token on, so none are allowed
+    (`longest_sequence`)."""
+    factors = rope.get("short_factor")
+    if not isinstance(factors, list) or not all(
+        isinstance(each, int | float) and not isinstance(each, bool) and each > 0 for each in factors
+    ):
+        raise UnsupportedModelError(f"short_factor is {factors!r}; it must be a list of numbers above zero")
+    factor = max_position / original if rope.get("factor") is None else number(rope, "factor")
+    if rope.get("attention_factor") is not None:
+        attention_factor = number(rope, "attention_factor")
+    else:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeScaling(
+        "longrope",
+        factor=factor,
+        original_max_position=original,
+        attention_factor=attention_factor,
+        factors=tuple(map(float, factors)),
+    )
+
+
+def longest_sequence(max_position: int, scaling: RopeScaling | None) -> int:
+    """Return the longest sequence whose positions we compute as transformers does."""
+    if scaling is None or scaling.kind != "longrope":
+        return max_position
+    return min(max_position, scaling.original_max_position)
 
 
 def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:

@@ -35,7 +35,7 @@ def read_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
     return tuple(size if each else None for each in windowed)
 
 
-def window_of_all_layers(hf: dict[str, Any], if_absent: int) -> tuple[int | None, ...]:
+def window_of_all_layers(hf: dict[str, Any], if_absent: int | None) -> tuple[int | None, ...]:
     """Return each layer's window for families in which all layers have `sliding_window`, unless it is null.
 
     A window as long as the longest sequence counts as none."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tarfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path, PurePosixPath
@@ -88,8 +89,7 @@ _MAX_EXTENSION_BYTES = 64 << 10
 _EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_PART_OF_A_LAYER = re.compile(r"\.layers\.\d+\.(\w+)\.")
 
 
 def unpack(tar: BinaryIO, directory: Path) -> None:
@@ -190,15 +190,15 @@ def described(directory: Path) -> messages.LoraSpec:
         raise BadRequest(str(error)) from None
     # of experts, files may have one tensor with an axis for them
     ranks = {name: entry.shape[-2] for name, entry in entries.items() if _is_a(name) and len(entry.shape) > 1}
-    modules = {name.split(".")[-3] for name in ranks}
+    parts = {found[1] for found in map(_PART_OF_A_LAYER.search, ranks) if found}
     rank, alpha = config.overall(ranks.values())
     return messages.LoraSpec(
         rank=rank,
         alpha=alpha,
         seed=0,
-        train_attn=bool(modules & _ATTENTION),
-        train_mlp=bool(modules & _MLP),
-        train_unembed="lm_head" in modules,
+        train_attn=any(part.endswith("attn") for part in parts),
+        train_mlp="mlp" in parts,
+        train_unembed=any(name.split(".")[-3] == "lm_head" for name in ranks),
     )
 
 

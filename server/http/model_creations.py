@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -37,7 +38,7 @@ TIED = (
     "the model with train_unembed false"
 )
 OPTIMIZERS = ("adamw", "dimuon", "sgd", "signsgd", "muon")
-_TARGETS = {
+_MODULES = {
     "train_attn": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
     "train_mlp": frozenset({"gate_proj", "up_proj", "down_proj"}),
     "train_unembed": frozenset({"lm_head"}),
@@ -52,8 +53,12 @@ def model_spec(
     settings: Settings,
     max_sequence_length: int | None = None,
     is_tied: bool = False,
+    modules: Mapping[str, frozenset[str]] | None = None,
 ) -> ModelSpec:
-    """`max_sequence_length` and `is_tied` are the base model's. Raises BadRequest for what cannot be had."""
+    """Return the model that a body describes.
+
+    `max_sequence_length`, `is_tied` and `modules` (`BaseModel.adapter_modules`) are the base model's. Raises
+    BadRequest naming a field that cannot be honoured."""
     points = POINTS[dialect]
     warnings: list[str] = []
     if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
@@ -71,7 +76,7 @@ def model_spec(
         request_id="",
         model_id=model_id,
         base_model=body.base,
-        lora=lora_of(settings, lora_config, points.default_rank, warnings),
+        lora=lora_of(settings, lora_config, points.default_rank, warnings, modules),
         optimizer=optimizer["type"],
         grad_normalization=body.grad_normalization or points.grad_normalization,
         target_alignment=body.target_alignment or points.target_alignment,
@@ -172,8 +177,11 @@ def lora_of(
     config: wire.LoraConfig | None,
     default_rank: int = 0,
     warnings: list[str] | None = None,
+    modules: Mapping[str, frozenset[str]] | None = None,
 ) -> messages.LoraSpec | None:
-    """The adapter asked for; None trains the full weights. Raises BadRequest for what cannot be had."""
+    """Return the adapter that a body describes; None trains the full weights.
+
+    `modules` are `BaseModel.adapter_modules`. Raises BadRequest naming a field that cannot be honoured."""
     if config is None and default_rank:
         config = wire.LoraConfig(rank=min(default_rank, settings.max_rank))
     if config is None or config.rank == 0:
@@ -193,7 +201,7 @@ def lora_of(
         raise BadRequest("lora_config.alpha: 0 would switch the adapter off; leave it out, or send more")
     if config.model_extra and warnings is not None:
         warnings.append(f"lora_config: not known here: {_named(config.model_extra)}")
-    kinds = _kinds(config)
+    kinds = _kinds(config, modules or {})
     if not any(kinds.values()):
         raise BadRequest("lora_config: nothing to train; set train_attn, train_mlp or train_unembed")
     return messages.LoraSpec(
@@ -204,20 +212,26 @@ def lora_of(
     )
 
 
-def _kinds(config: wire.LoraConfig) -> dict[str, bool]:
-    """Which kinds of matrices carry the adapter. Raises BadRequest for half a kind."""
-    kinds = {kind: bool(getattr(config, kind)) for kind in _TARGETS}
+def _kinds(config: wire.LoraConfig, modules: Mapping[str, frozenset[str]]) -> dict[str, bool]:
+    """Return which kinds of matrices carry the adapter. Raises BadRequest for a part of a kind.
+
+    `target_modules` may have the model's own names or the usual ones."""
+    kinds = {kind: bool(getattr(config, kind)) for kind in _MODULES}
     if config.target_modules is None or config.target_modules in (["all-linear"], ["all"]):
         return kinds
     asked = set(config.target_modules)
-    for kind, names in _TARGETS.items():
-        if asked & names and not names <= asked:
+    known: frozenset[str] = frozenset()
+    for kind, usual in _MODULES.items():
+        names = modules.get(kind.removeprefix("train_"), usual)
+        all_of_kind = names <= asked or usual <= asked
+        if asked & (names | usual) and not all_of_kind:
             raise BadRequest(
                 f"lora_config.target_modules: adapters are on all of {', '.join(sorted(names))} or none; "
                 f"{', '.join(sorted(names - asked))} is missing"
             )
-        kinds[kind] = kinds[kind] and names <= asked
-    unknown = asked - frozenset().union(*_TARGETS.values())
+        kinds[kind] = kinds[kind] and all_of_kind
+        known |= names | usual
+    unknown = asked - known
     if unknown:
         raise BadRequest(f"lora_config.target_modules: no such matrices: {_named(sorted(unknown))}")
     return kinds
@@ -258,8 +272,8 @@ class ModelCreations:
         """Return the creation, and the warnings for its answer. Raises ApiError."""
         dialect: Dialect = said or ("xorl" if body.model_id is not None else "tinkercloud")
         base_model = self._base_models.named(body.base)
-        is_tied = await asyncio.to_thread(lambda: base_model.is_tied)
-        spec = model_spec(body, "", dialect, self._settings, base_model.max_sequence_length, is_tied)
+        is_tied, modules = await asyncio.to_thread(lambda: (base_model.is_tied, base_model.adapter_modules))
+        spec = model_spec(body, "", dialect, self._settings, base_model.max_sequence_length, is_tied, modules)
         if WANDB in spec.configuration:
             self._wandb.check()
         if body.checkpoint_path is not None:

@@ -10,9 +10,9 @@ from tinsmith.engine.messages import AdamParams
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.reference
 
-LINEARS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+PARTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"), "self_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "down_proj"), "mlp"),
 }
 LENGTHS = [31, 7, 18, 3, 29]
 ADAM = AdamParams(learning_rate=3e-3, beta1=0.9, beta2=0.95, eps=1e-6, weight_decay=0.01, grad_clip_norm=5.0)
@@ -29,7 +29,7 @@ def peft_model(folder, state):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    targets = [*LINEARS, "lm_head"]
+    targets = [*state.weights["layers"], "lm_head"]
     config = LoraConfig(r=state.lora.rank, lora_alpha=state.lora.alpha, target_modules=targets)
     model = get_peft_model(base, config)
     with torch.no_grad():
@@ -48,11 +48,9 @@ def pairs(tree, model, rank):
         yield a.copy(), parameters[f"{at}.lora_A.default.weight"]
         yield b.copy(), parameters[f"{at}.lora_B.default.weight"]
 
-    for name, module in LINEARS.items():
-        for layer in range(tree["layers"][name]["a"].shape[0]):
-            yield from both(
-                f"base_model.model.model.layers.{layer}.{module}.{name}", tree["layers"][name], layer
-            )
+    for name, pair in tree["layers"].items():
+        for layer in range(pair["a"].shape[0]):
+            yield from both(f"base_model.model.model.layers.{layer}.{PARTS[name]}.{name}", pair, layer)
     yield from both("base_model.model.lm_head", tree["unembed"])
 
 
@@ -64,7 +62,7 @@ def torch_backward(model, data):
     return logprobs.detach().numpy()
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "llama3", "mistral", "phi3", "qwen2", "qwen3"])
 def test_lora_training_equals_peft(tmp_path, variant):
     trainer = make_trainer(tmp_path / "model", variant)
     rank = 5  # padded to 8
@@ -157,6 +155,7 @@ def test_full_weight_training_equals_torch(tmp_path):
     theirs = {name: p.detach().numpy() for name, p in model.named_parameters()}
     assert relative(state.weights["embed_tokens"]["weight"], theirs["model.embed_tokens.weight"]) < 1e-3
     assert relative(state.weights["norm"]["weight"], theirs["model.norm.weight"]) < 1e-3
-    for name, module in LINEARS.items():
-        want = np.stack([theirs[f"model.layers.{layer}.{module}.{name}.weight"].T for layer in range(3)])
-        assert relative(state.weights["layers"][name]["weight"], want) < 1e-3
+    for name, module in PARTS.items():
+        if name in state.weights["layers"]:
+            want = np.stack([theirs[f"model.layers.{layer}.{module}.{name}.weight"].T for layer in range(3)])
+            assert relative(state.weights["layers"][name]["weight"], want) < 1e-3

@@ -134,6 +134,19 @@ def test_rotary_embeddings(tmp_path, changes):
     assert_as_transformers(changed(tmp_path, "qwen3", removed=["rope_theta"], **changes))
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [9.0] * 4}
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 0.8}, {"factor": 2.0}])
+def test_longrope_up_to_the_original_context(tmp_path, changes):
+    """Longer sequences have other angles in transformers from their first token on: none are accepted."""
+    folder = changed(
+        tmp_path, "phi3", original_max_position_embeddings=48, rope_scaling=LONGROPE | changes
+    )  # fmt: skip
+    assert read_config(folder).max_sequence_length == 48
+    assert_as_transformers(folder)
+
+
 @pytest.mark.parametrize(
     ("variant", "changes"),
     [
@@ -203,7 +216,11 @@ PARTIAL = {"partial_rotary_factor": 0.5}
         ("llama", PARTIAL, "partial_rotary_factor 0.5"),
         ("qwen2", {"rope_parameters": {"rope_type": "default"} | PARTIAL}, "partial_rotary_factor 0.5"),
         ("qwen3", {"rope_scaling": {"type": "linear", "factor": 2.0} | PARTIAL}, "partial_rotary_factor 0.5"),
-        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type 'longrope'"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "short_factor is None"),
+        ("phi3", {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "short_factor has 1 numbers"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("phi3", PARTIAL, "partial_rotary_factor 0.5"),
         ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope_type 'mrope'"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),

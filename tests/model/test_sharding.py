@@ -17,6 +17,8 @@ from tinsmith.model import sharding
         ("llama3", ["data=2,fsdp=2,tensor=2"]),
         pytest.param("llama3", ["fsdp=8", "tensor=8"], marks=pytest.mark.slow),
         ("qwen3", ["data=2,fsdp=2,tensor=2"]),
+        pytest.param("mistral", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
+        pytest.param("phi3", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         ("qwen3_moe", ["data=2,fsdp=2,tensor=2"]),
         ("gpt_oss", ["data=2,fsdp=2,tensor=2"]),
     ],

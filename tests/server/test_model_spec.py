@@ -1,10 +1,15 @@
 """What a create_model asks for that this server does not do."""
 
 import pytest
+from adapters import random_adapter
+from tinsmith.ckpt.peft import save_adapter
+from tinsmith.model.folder import read_config
+from tinsmith.server.checkpoints.archive import described
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.http.model_creations import model_spec, optimizer_of
 from tinsmith.server.settings import Settings
 from tinsmith.server.wire.models import CreateModel, OptimizerConfig
+from tiny_models import write_model
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,48 @@ def test_muons_own_learning_rate_is_a_factor_of_the_other():
     assert optimizer_of(config)["optimizer_kwargs"] == {"muon_lr_factor": pytest.approx(20)}
     with pytest.raises(BadRequest, match=r"beside optimizer_config\.learning_rate"):
         optimizer_of(OptimizerConfig(type="muon", optimizer_kwargs={"muon_lr": 0.02}))
+
+
+PHI3 = {
+    "attn": frozenset({"qkv_proj", "o_proj"}),
+    "mlp": frozenset({"gate_up_proj", "down_proj"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained"),
+    [
+        (["qkv_proj", "o_proj"], (True, False)),
+        (["gate_up_proj", "down_proj", "qkv_proj", "o_proj"], (True, True)),
+        (["gate_proj", "up_proj", "down_proj"], (False, True)),
+        (["o_proj"], "qkv_proj is missing"),
+        (["c_attn"], "no such matrices: 'c_attn'"),
+    ],
+)
+def test_target_modules_are_the_base_model_s_or_the_usual_ones(tmp_path, asked, trained):
+    body = CreateModel(base_model="tiny", lora_config={"rank": 4, "target_modules": asked})
+
+    def spec():
+        return model_spec(body, "model", "xorl", Settings(data_dir=tmp_path), modules=PHI3).message.lora
+
+    if isinstance(trained, str):
+        with pytest.raises(BadRequest, match=trained):
+            spec()
+    else:
+        assert (spec().train_attn, spec().train_mlp) == trained
+
+
+def test_an_archived_adapter_says_which_parts_it_trains(tmp_path):
+    """By the names of its tensors, whatever the family calls its matrices."""
+    config = read_config(write_model(tmp_path / "phi3", "phi3", tokenizer=False))
+    for part in ("attn", "mlp"):
+        adapter = random_adapter(config, train_attn=part == "attn", train_mlp=part == "mlp", rank=4)
+        names = {"rank": 4, "alpha": 8.0, "base_model": "tiny"}
+        save_adapter(tmp_path / part, adapter, config, **names)
+        found = described(tmp_path / part)
+        assert (found.train_attn, found.train_mlp, found.train_unembed) == (
+            part == "attn",
+            part == "mlp",
+            True,
+        )
+        assert (found.rank, found.alpha) == (4, 8.0)
