@@ -24,19 +24,21 @@ from .checkpoints.copies import Copies
 from .checkpoints.sweep import Sweep
 from .disk import Disk
 from .http import errors, openapi
-from .http.api_samples import ApiSamples
-from .http.authentication import Authentication
-from .http.bodies import JsonBodies
-from .http.body_limits import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
-from .http.browsers import AllowedHosts, BrowserChecks
+from .http.authentication import AllowedHosts, Authentication, BrowserChecks
+from .http.bodies import USUAL_BYTES, BodyLimits, JsonBodies, RefusedNumbers, budget, of_training_and_sampling
 from .http.console_pages import ConsolePages
-from .http.metrics import DeviceMemory, Measured, Metrics, OperationMetrics, ServerMetrics
 from .http.model_creations import ModelCreations
+from .http.monitoring import (
+    DeviceMemory,
+    Measured,
+    Metrics,
+    OperationMetrics,
+    Overview,
+    RequestIds,
+    ServerMetrics,
+)
 from .http.operation_answers import OperationAnswers
-from .http.overview import Overview
 from .http.provided import Services
-from .http.refused_numbers import RefusedNumbers
-from .http.request_ids import RequestIds
 from .http.routes import (
     accounts,
     checkpoints,
@@ -61,7 +63,7 @@ from .http.routes import (
     weights,
 )
 from .http.sample_targets import SampleTargets, ServedModels
-from .http.served_samples import ServedSamples
+from .http.samples import ApiSamples, ServedSamples
 from .ledger import base_models as base_model_rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned

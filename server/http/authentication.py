@@ -1,9 +1,12 @@
-"""Authentication in front of every route: by API key, by token, or by a URL's signature."""
+"""Checks who sent a request, before its body is read: by its key, or by the web page that sends it."""
 
 from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
+from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
@@ -13,9 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...engine import logs
 from ..access.keys import ApiKeys, Caller
 from ..access.tokens import SIGNATURE, Tokens, UrlSigner
-from ..errors import ApiError, InvalidToken, Unauthorized
+from ..addresses import is_loopback, plain_host
+from ..errors import ApiError, Forbidden, InvalidToken, Unauthorized, UnsupportedMediaType
 from ..models.admission import Admission
-from .errors import api_error_response
+from .errors import api_error_response, error_response
 
 # Answered without a key: probes of load balancers have none.
 METRICS_PATH = "/metrics"
@@ -102,3 +106,125 @@ def _sent_key(headers: Headers) -> str | None:
         scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
         key = credentials.strip() if scheme.lower() == "bearer" else ""
     return key or None
+
+
+log = logging.getLogger("tinsmith.auth")
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_FORM = "application/x-www-form-urlencoded"
+_SIMPLE = frozenset({"text/plain", "multipart/form-data", _FORM})
+"""The content types that a page can send to another site without asking it first (Fetch standard)."""
+
+
+class AllowedHosts:
+    """This machine, and names that the operator allows: exact ones, `*.example.org`, or `*` for any."""
+
+    def __init__(self, names: Iterable[str]):
+        lowered = [plain_host(name.strip()) for name in names]
+        self._any = "*" in lowered
+        self._exact = frozenset(lowered)
+        self._below = tuple(name[1:] for name in lowered if name.startswith("*."))
+
+    def listed(self, host: str) -> bool:
+        """Whether the operator has named it."""
+        return self._any or host in self._exact or host.endswith(self._below)
+
+    def __contains__(self, host: str) -> bool:
+        return self.listed(host) or is_loopback(host) or host.endswith(".localhost")
+
+
+class BrowserChecks:
+    """ASGI middleware: on a server without keys, answers requests of other sites' pages with 403 or 415.
+
+    Such a server listens on loopback alone, but a browser on the same machine can reach loopback too, for any
+    page that it shows. A page of another site can post without asking first ("simple" requests of the Fetch
+    standard), and a page whose owner lets its name resolve to 127.0.0.1 (DNS rebinding) can even read the
+    answers. Three checks keep both out; clients that are not browsers pass them:
+
+    - `Host` names this machine, or a host that the operator allows;
+    - `Origin` and `Sec-Fetch-Site`, which browsers send and pages cannot forge, name our own page;
+    - a body has a content type that pages cannot send without asking. Only a client that shows no sign of
+      being a browser may send `application/x-www-form-urlencoded`, as `curl -d` does.
+
+    A server with keys needs no such checks: pages do not know the keys.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: AllowedHosts):
+        self._app = app
+        self._keys = keys
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._keys.required:
+            try:
+                self._check(scope["method"], scope.get("scheme", "http"), Headers(scope=scope))
+            except ApiError as error:
+                log.info("%s %s is refused: %s", scope["method"], scope["path"][:256], error.message)
+                answer = error_response(scope["path"], error.status, error.message, error.category)
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, method: str, scheme: str, headers: Headers) -> None:
+        """Raises Forbidden or UnsupportedMediaType."""
+        places = [_place(f"{scheme}://{host}") for host in headers.getlist("host")]
+        for host, _ in places:
+            if host not in self._hosts:
+                raise Forbidden(
+                    f"Host: {host[:256]!r} is not this machine, and this server has no keys; to allow "
+                    "the name, its operator sets TINSMITH_ALLOWED_HOSTS"
+                )
+        self._check_page(method, places[0] if places else None, headers)
+        _check_body(headers)
+
+    def _check_page(self, method: str, own: tuple[str, int | None] | None, headers: Headers) -> None:
+        """That the page that sent the request, if a page did, is of this server or of an allowed host."""
+        origins = headers.getlist("origin")
+        for origin in origins:
+            host, port = _place(origin)
+            is_own = own is not None and port == own[1] and _alike(host, own[0])
+            if not (is_own or self._hosts.listed(host)):
+                raise Forbidden(
+                    f"Origin: pages of {origin[:256]!r} may not use this server, which has no keys; to allow "
+                    "them, its operator sets TINSMITH_ALLOWED_HOSTS"
+                )
+        site = headers.get("sec-fetch-site", "").strip().lower()
+        is_visit = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+        if site in ("cross-site", "same-site") and not (origins or is_visit):
+            raise Forbidden(f"Sec-Fetch-Site: {site}: pages of other sites may not use this server")
+
+
+def _check_body(headers: Headers) -> None:
+    """That a body has a content type that no page of another site can send without asking first."""
+    if headers.get("content-length", "0").strip() == "0" and "transfer-encoding" not in headers:
+        return
+    kinds = {
+        part.partition(";")[0].strip().lower()
+        for value in headers.getlist("content-type")
+        for part in value.split(",")
+    } or {""}
+    if "" in kinds:
+        raise UnsupportedMediaType("Content-Type: missing; send application/json")
+    simple = kinds & _SIMPLE
+    if simple and (simple != {_FORM} or _is_browser(headers)):
+        raise UnsupportedMediaType(f"Content-Type: {sorted(simple)[0]} is not taken; send application/json")
+
+
+def _is_browser(headers: Headers) -> bool:
+    signs = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
+    return any(name in headers for name in signs) or headers.get("user-agent", "").startswith("Mozilla/")
+
+
+def _place(origin: str) -> tuple[str, int | None]:
+    """The host and port of `SCHEME://HOST:PORT`; empty and None where there is none."""
+    try:
+        parts = urlsplit(origin.strip())
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "", None
+    return plain_host(host), port or _DEFAULT_PORTS.get(parts.scheme)
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether both are the same host, by whatever name of this machine."""
+    return one == other or (is_loopback(one) and is_loopback(other))

@@ -1,26 +1,161 @@
-"""Large JSON bodies are parsed and checked in another process; FastAPI then finds them as they should be.
-
-Bodies of JSON whose content type does not say so, as `curl -d` sends them.
-"""
+"""Request bodies: how many bytes are taken, how JSON is read, and what happens to the number of a refused
+one."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Coroutine
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
+import orjson
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..base_models import BaseModels
-from ..errors import BadRequest, ClientGone, UnsupportedMediaType
+from ..errors import ApiError, ClientGone, UnsupportedMediaType
+from ..models.submits import UnusedNumbers
 from ..offload import INLINE_BYTES, Offload
-from ..wire import long_numbers
-from .provided import provided
+from ..wire import peek
+from ..wire.body import InvalidBody, parse, read_json
+from .errors import error_response
+from .provided import Services, provided
+
+# The bodies of all other routes describe something: names, paths, metadata.
+USUAL_BYTES = 1 << 20
+# Prompts: the longest contexts there are, and the tokens whose log-probs are asked for at each place of one.
+SAMPLING_BYTES = 16 << 20
+SMALL_BYTES = 1 << 20
+_OF_OWNER, _OF_ALL = 2, 8  # times the longest body
+_TRAINING = ("/api/v1/forward_backward", "/api/v1/forward")
+_SAMPLING = (
+    *("/api/v1/asample", "/api/v1/sample"),
+    *("/generate", "/v1/completions", "/v1/chat/completions"),
+)
+
+
+def of_training_and_sampling(max_body_bytes: int) -> dict[str, int]:
+    """Bytes that the bodies of these routes may have, by path; training may take as much as any body."""
+    own = dict.fromkeys(_TRAINING, max_body_bytes)
+    return own | dict.fromkeys(_SAMPLING, min(SAMPLING_BYTES, max_body_bytes))
+
+
+class Budget:
+    """The bytes of large bodies that are in memory at once, of one owner and of all. Others wait, unread."""
+
+    def __init__(self, of_owner: int, of_all: int):
+        self._of_owner = of_owner
+        self._of_all = of_all
+        self._taken: Counter[str] = Counter()
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def take(self, owner: str, size: int) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Wait for so many bytes; they are given back at the end, or when the yielded function is called."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._has_room(owner, size))
+            self._taken[owner] += size
+        held = size
+
+        async def give_back() -> None:
+            nonlocal held
+            async with self._changed:
+                self._taken[owner] -= held
+                held = 0
+                self._taken += Counter()  # forgets owners without any
+                self._changed.notify_all()
+
+        try:
+            yield give_back
+        finally:
+            await asyncio.shield(give_back())
+
+    def _has_room(self, owner: str, size: int) -> bool:
+        alone = not self._taken[owner]
+        fits = self._taken[owner] + size <= self._of_owner
+        return (alone or fits) and (not self._taken or self._taken.total() + size <= self._of_all)
+
+
+def budget(max_body_bytes: int) -> Budget:
+    return Budget(_OF_OWNER * max_body_bytes, _OF_ALL * max_body_bytes)
+
+
+class BodyLimits:
+    """ASGI middleware: answers 413 to bodies over `usual` bytes, or over the limit of their path in `own`.
+
+    Bodies over `SMALL_BYTES` wait for their share of the `budget`, unless they are written to disk as they
+    arrive (`streamed`).
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        usual: int,
+        own: Mapping[str, int],
+        budget: Budget | None = None,
+        streamed: Collection[str] = (),
+    ):
+        self._app = app
+        self._usual = usual
+        self._own = own
+        self._budget = budget
+        self._streamed = streamed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._own.get(scope["path"], self._usual)
+        declared = HTTPConnection(scope).headers.get("content-length", "0")
+        # At most 18 ASCII digits: str.isdigit takes '²' too, and int() no more than 4300 of them.
+        is_number = declared.isascii() and declared.isdigit() and len(declared) <= 18
+        if not is_number or int(declared) > limit:
+            await _refuse(limit, scope, receive, send)
+            return
+        seen = 0
+        over = False
+
+        async def counted() -> Message:
+            nonlocal seen, over
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                over = True
+                return {"type": "http.disconnect"}
+            return message
+
+        async def guarded(message: Message) -> None:
+            if not over:
+                await send(message)
+
+        size = int(declared) if int(declared) or not _is_chunked(scope) else limit
+        try:
+            if self._budget is None or size <= SMALL_BYTES or scope["path"] in self._streamed:
+                await self._app(scope, counted, guarded)
+            else:
+                state = scope.setdefault("state", {})
+                async with self._budget.take(state.get("owner", ""), size) as state["body_is_read"]:
+                    await self._app(scope, counted, guarded)
+        finally:
+            if over:
+                await _refuse(limit, scope, receive, send)
+
+
+def _is_chunked(scope: Scope) -> bool:
+    return "transfer-encoding" in HTTPConnection(scope).headers
+
+
+async def _refuse(limit: int, scope: Scope, receive: Receive, send: Send) -> None:
+    message = f"the body is over the limit of {limit} bytes"
+    await error_response(scope["path"], 413, message, "user")(scope, receive, send)
+
 
 _TAKEN_FOR_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
 """What clients send that were given a body and no content type: no route takes a form or plain text."""
@@ -44,16 +179,9 @@ class JsonBodies:
         await self._app(scope, receive, send)
 
 
-class InvalidBody(Exception):
-    """`errors` are pydantic's."""
-
-    def __init__(self, errors: list[dict[str, Any]]):
-        super().__init__(errors)
-        self.errors = errors
-
-
 class BodyRoute(APIRoute):
-    """Use it as the `route_class` of routers whose routes have bodies."""
+    """Reads the JSON body of a route, a large one in another process. The `route_class` of routers with
+    bodies."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -66,13 +194,22 @@ class BodyRoute(APIRoute):
                 raise UnsupportedMediaType("Content-Encoding: this route takes bodies as they are; send none")
             if _is_json(request):
                 pieces = await received(request)
-                if sum(map(len, pieces)) > INLINE_BYTES:
-                    request._body = b"parsed"
-                    request._json = await _parsed_aside(request, pieces, model)
-                else:
-                    request._body = b"".join(pieces)
-                    if request._body:
-                        request._json = _parsed_here(request._body)
+                try:
+                    if sum(map(len, pieces)) > INLINE_BYTES:
+                        longest = max(
+                            (each.max_sequence_length for each in provided(request, BaseModels).values()),
+                            default=0,
+                        )
+                        request._json = await provided(request, Offload).in_process(
+                            request.state.owner, parse, pieces, model, longest
+                        )
+                        request._body = b"parsed"
+                    else:
+                        request._body = b"".join(pieces)
+                        if request._body:
+                            request._json = read_json(request._body)
+                except InvalidBody as error:
+                    raise RequestValidationError(error.errors) from None
                 pieces.clear()
                 await body_is_read(request)
             return await handle(request)
@@ -94,56 +231,107 @@ async def body_is_read(request: Request) -> None:
         await give_back()
 
 
-async def _parsed_aside(request: Request, pieces: list[bytes], model: type[BaseModel]) -> BaseModel:
-    base_models = provided(request, BaseModels)
-    longest = max((each.max_sequence_length for each in base_models.values()), default=0)
-    try:
-        return await provided(request, Offload).in_process(request.state.owner, parse, pieces, model, longest)
-    except InvalidBody as error:
-        raise RequestValidationError(error.errors) from None
-
-
-def _parsed_here(raw: bytes) -> Any:
-    try:
-        return _content(raw)
-    except InvalidBody as error:
-        raise RequestValidationError(error.errors) from None
-
-
 def _is_json(request: Request) -> bool:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def parse(raw: bytes, model: type[BaseModel], longest: int) -> BaseModel:
-    """The body as FastAPI would read it, if no prompt has more than the `longest` context's tokens. Raises
-    InvalidBody, or BadRequest."""
-    content = _content(raw)
-    try:
-        body = model.model_validate(content)
-    except ValidationError as error:
-        errors = [
-            {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
-            for each in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-        raise InvalidBody(errors[:100]) from None
-
-    for prompt in getattr(body, "prompts", None) or []:
-        if not isinstance(prompt, str) and len(prompt) > longest:
-            raise BadRequest(f"prompt: {len(prompt)} tokens are over the limit of {longest}")
-    return body
+PATHS = frozenset(
+    f"/api/v1/{name}"
+    for name in (
+        *("forward_backward", "forward", "optim_step", "abort_gradient_epoch", "load_weights"),
+        *("save_weights", "save_weights_for_sampler", "save_weights_external"),
+    )
+)
+"""The routes whose bodies are numbered operations of models."""
+_FINAL = frozenset({400, 411, 413, 415, 422})
+_TOO_LARGE = 413
+_READ_BYTES = 1 << 30
+_READ_SECONDS = 1.0
 
 
-def _content(raw: bytes) -> Any:
-    """The JSON. Raises InvalidBody, or BadRequest."""
-    try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        place = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error"}
-        raise InvalidBody([place | {"ctx": {"error": error.msg}}]) from None
-    except (ValueError, RecursionError):
-        long = long_numbers.find(raw, long_numbers.over_python_limit)
-        if long is None:
-            raise BadRequest("There was an error parsing the body") from None
-        place = {"type": "int_parsing_size", "loc": ("body", *long.location), "msg": long.message}
-        raise InvalidBody([place]) from None
+class RefusedNumbers:
+    """ASGI middleware: uses up the number of an operation whose body is refused, so that the operations after
+    it need not wait for it.
+
+    It is inside authentication and outside `BodyLimits`. Routes that have read a body use its number up
+    themselves (`models/submits.py`). This is for bodies that no route has read: those that are too long,
+    compressed or written in a way that the server does not read, cut off, or with a field of the wrong type.
+    The model and the number may be anywhere in the JSON (`wire/peek.py`).
+    """
+
+    def __init__(self, app: ASGIApp, services: Services):
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in PATHS:
+            await self._app(scope, receive, send)
+            return
+        body = _Numbered(receive, Headers(scope=scope).get("content-encoding", "").strip().lower())
+        start: Message | None = None
+
+        async def refused_first(message: Message) -> None:
+            """Sends the answer on, once the number of a refused body is used up."""
+            nonlocal start
+            if message["type"] == "http.response.start" and message["status"] in _FINAL:
+                start = message
+                return
+            if start is not None:
+                await body.read_on()
+                if body.is_complete or start["status"] == _TOO_LARGE:
+                    await self._use_up(scope["state"]["owner"], body, message.get("body", b""))
+                await send(start)
+                start = None
+            await send(message)
+
+        await self._app(scope, body.receive, refused_first)
+
+    async def _use_up(self, owner: str, body: _Numbered, answer: bytes) -> None:
+        model_id, seq_id = body.numbered()
+        message = "the body was refused"
+        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+            message = str(orjson.loads(answer)["detail"])
+        with contextlib.suppress(ApiError):  # the ledger cannot be written: the others wait, as for any gap
+            await self._services[UnusedNumbers].consume(owner, model_id, seq_id, message)
+
+
+class _Numbered:
+    """A body that others receive, as far as it says which operation it is."""
+
+    def __init__(self, receive: Receive, encoding: str):
+        self._receive = receive
+        self._encoding = encoding
+        self._head, self._size = b"", 0
+        self._json: peek.JsonNumber | None = None
+        self.is_complete = False
+        self._is_over = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._note(message.get("body", b""))
+            self.is_complete = not message.get("more_body", False)
+        self._is_over = self.is_complete or message["type"] == "http.disconnect"
+        return message
+
+    def _note(self, piece: bytes) -> None:
+        if not self._size and self._encoding in ("", "identity") and peek.is_json(piece):
+            self._json = peek.JsonNumber()
+        self._size += len(piece)
+        if self._json is not None:
+            self._json.feed(piece)
+        elif len(self._head) < peek.COMPRESSED_HEAD_BYTES:
+            self._head += piece[: peek.COMPRESSED_HEAD_BYTES - len(self._head)]
+
+    async def read_on(self) -> None:
+        """Receive what the client is still sending, which may have the number; give up soon if it waits for
+        our answer instead."""
+        with contextlib.suppress(TimeoutError):
+            while not self._is_over and self._size < _READ_BYTES:
+                await asyncio.wait_for(self.receive(), _READ_SECONDS)
+
+    def numbered(self) -> tuple[object, object]:
+        if self._json is not None:
+            return self._json.found(self.is_complete)
+        return peek.of_head(self._head, self._encoding)

@@ -24,7 +24,7 @@ from ..text.tokenizer import ChatTokenizer
 from ..wire.generate import Generate, OnePrompt
 from ..wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from .sample_targets import ServedModel
-from .served_samples import Asked, RequestSamples, Running, ServedSamples, answers
+from .samples import Asked, RequestSamples, Running, ServedSamples, answers
 
 Row = list[tuple[int, float]]
 """The wanted tokens at one position, and their log-probs."""

@@ -17,7 +17,7 @@ from ..text.sampled_text import SampledText
 from ..text.tokenizer import ChatTokenizer
 from ..wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from .errors import error_object
-from .served_samples import Asked, Running, ServedSamples
+from .samples import Asked, Running, ServedSamples
 
 Likely = list[tuple[int, float]]
 """The most likely tokens at one position, and their log-probs."""

@@ -1,18 +1,15 @@
-"""What all JSON bodies are made of. Unknown keys are ignored; where two spellings mean the same, both are
-taken (`AliasChoices`).
+"""What the models of JSON bodies have in common, and how JSON is read into them.
 
-Fields of other servers' requests that this one does not have.
-
-Clients send them with values that ask for nothing: null, an empty list, the default. Those are accepted; any
-other value is refused with an error that names the field.
-
-Long lists of integers in JSON bodies, as arrays: they are checked and handed on as a whole.
+Unknown keys are ignored. Where two spellings mean the same, both are taken (`AliasChoices`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -26,9 +23,12 @@ from pydantic import (
     GetPydanticSchema,
     StrictInt,
     StringConstraints,
+    ValidationError,
     model_validator,
 )
 from pydantic_core import core_schema
+
+from ..errors import BadRequest
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=192)]
 SeqId = Annotated[StrictInt, Field(ge=0, lt=1 << 62)]
@@ -204,3 +204,107 @@ def _schema(_type: Any, handler: Any) -> core_schema.CoreSchema:
 
 Integers = Annotated[np.ndarray, GetPydanticSchema(_schema)]
 """A list of integers in JSON, an int64 array in Python."""
+
+
+class InvalidBody(Exception):
+    """A body that is not JSON, or not what the route takes. `errors` are pydantic's."""
+
+    def __init__(self, errors: list[dict[str, Any]]):
+        super().__init__(errors)
+        self.errors = errors
+
+
+def parse(raw: bytes, model: type[BaseModel], longest: int) -> BaseModel:
+    """Read a body as FastAPI would. Raises InvalidBody, and BadRequest for a prompt over `longest` tokens."""
+    content = read_json(raw)
+    try:
+        body = model.model_validate(content)
+    except ValidationError as error:
+        errors = [
+            {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
+            for each in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        raise InvalidBody(errors[:100]) from None
+
+    for prompt in getattr(body, "prompts", None) or []:
+        if not isinstance(prompt, str) and len(prompt) > longest:
+            raise BadRequest(f"prompt: {len(prompt)} tokens are over the limit of {longest}")
+    return body
+
+
+def read_json(raw: bytes) -> Any:
+    """Return the value that JSON text stands for. Raises InvalidBody, or BadRequest."""
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        place = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error"}
+        raise InvalidBody([place | {"ctx": {"error": error.msg}}]) from None
+    except (ValueError, RecursionError):
+        long = find_long_number(raw, over_python_limit)
+        if long is None:
+            raise BadRequest("There was an error parsing the body") from None
+        place = {"type": "int_parsing_size", "loc": ("body", *long.location), "msg": long.message}
+        raise InvalidBody([place]) from None
+
+
+Location = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class LongNumber:
+    """`location`: the keys and indices that lead to it, the outermost first. `content`: the whole body, with
+    a text in the number's place."""
+
+    location: Location
+    digits: int
+    content: Any
+
+    @property
+    def message(self) -> str:
+        return f"a number of {self.digits} digits is too long to be read"
+
+
+def over_python_limit(digits: str) -> bool:
+    """Whether `json.loads` raises ValueError for this number: an integer of more than 4300 digits."""
+    digits = digits.lstrip("-")
+    return digits.isdigit() and 0 < sys.get_int_max_str_digits() < len(digits)
+
+
+def over_float64(digits: str) -> bool:
+    """Whether `orjson.loads` takes this number for infinity, which it refuses."""
+    return math.isinf(float(digits))
+
+
+def find_long_number(raw: bytes, is_too_long: Callable[[str], bool]) -> LongNumber | None:
+    """Return the first number of a body for which `is_too_long`; None also for what is no JSON."""
+
+    def number(digits: str) -> Any:
+        if is_too_long(digits):
+            return _TooLong(digits)
+        return int(digits) if digits.lstrip("-").isdigit() else float(digits)
+
+    try:
+        content = json.loads(raw, parse_int=number, parse_float=number)
+    except (ValueError, RecursionError):
+        return None
+    for location, value in _scalars(content):
+        if isinstance(value, _TooLong):
+            return LongNumber(location, sum(map(str.isdigit, value)), content)
+    return None
+
+
+class _TooLong(str):
+    """The digits, in the number's place."""
+
+
+def _scalars(content: Any) -> Iterator[tuple[Location, Any]]:
+    """The values that are neither objects nor lists, in the order in which they stand."""
+    waiting: list[tuple[Location, Any]] = [((), content)]
+    while waiting:
+        location, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [((*location, key), inner) for key, inner in reversed(value.items())]
+        elif isinstance(value, list):
+            waiting += [((*location, index), inner) for index, inner in reversed([*enumerate(value)])]
+        else:
+            yield location, value

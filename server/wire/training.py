@@ -30,9 +30,8 @@ from pydantic import (
 from ...engine import messages
 from ..errors import ApiError, BadRequest, Invalid
 from . import forward_backward as protobuf
-from . import long_numbers
 from . import tinsmith_wire_pb2 as pb
-from .body import Body, Finite, Int64, Sequenced, describe, numbered
+from .body import Body, Finite, Int64, Sequenced, describe, find_long_number, numbered, over_float64
 from .forward_backward import ForwardBackwardBody, checked, decompress
 from .sampling import ModelInput
 
@@ -158,7 +157,7 @@ def peek(raw: bytes) -> tuple[Any, Any]:
     try:
         content = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        if (long := long_numbers.find(raw, long_numbers.over_float64)) is not None:
+        if (long := find_long_number(raw, over_float64)) is not None:
             raise Invalid(describe([{"loc": long.location, "type": "", "msg": long.message}])) from None
         raise BadRequest(f"the body is neither JSON nor a protobuf ForwardBackwardRequest: {error}") from None
     if not isinstance(content, dict):

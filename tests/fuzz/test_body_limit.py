@@ -8,7 +8,7 @@ from typing import Any
 
 from fuzz.campaign import campaign
 from starlette.types import Message
-from tinsmith.server.http.body_limits import BodyLimits
+from tinsmith.server.http.bodies import BodyLimits
 
 MAX_BYTES = 100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
-from tinsmith.server.http.body_limits import Budget
+from tinsmith.server.http.bodies import Budget
 
 
 async def settle() -> None:

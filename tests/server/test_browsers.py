@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
 from tinsmith.server.access.keys import ApiKeys
-from tinsmith.server.http.browsers import AllowedHosts, BrowserChecks
+from tinsmith.server.http.authentication import AllowedHosts, BrowserChecks
 from tinsmith.server.settings import Settings
 
 JSON = ("Content-Type", "application/json")

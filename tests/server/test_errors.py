@@ -27,7 +27,7 @@ from tinsmith.server.cli.serve import Connection, listen
 from tinsmith.server.errors import ApiError
 from tinsmith.server.http import errors
 from tinsmith.server.http.bodies import BodyRoute
-from tinsmith.server.http.prompts import while_connected
+from tinsmith.server.http.samples import while_connected
 from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import operations
 from tinsmith.server.ledger.ledger import Ledger

@@ -13,7 +13,7 @@ from tinsmith.server.base_models import BaseModels
 from tinsmith.server.http.generate_answers import Answers, Prompt
 from tinsmith.server.http.openai_answers import ChatAnswers
 from tinsmith.server.http.sample_targets import ServedModel
-from tinsmith.server.http.served_samples import Asked, Running, ServedSamples
+from tinsmith.server.http.samples import Asked, Running, ServedSamples
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.operations.sample_streams import SampleStreams
 from tinsmith.server.text.tokenizer import ChatTokenizer
@@ -38,7 +38,7 @@ def failed(answer: Any) -> tuple[ServedSamples, list[Running]]:
     running = Running(asked, operation, streams.of("req_1"))
     operation.answered()
     submits = SimpleNamespace(cancel=lambda operation: streams.close(operation.request_id))
-    return ServedSamples(submits, streams, BaseModels(), None, 1), [running]  # type: ignore[arg-type]
+    return ServedSamples(submits, streams, BaseModels(), None, 1, 15.0), [running]  # type: ignore[arg-type]
 
 
 async def events(stream: AsyncIterator[bytes]) -> list[Any]:

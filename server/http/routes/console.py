@@ -22,7 +22,7 @@ from ...operations.step_metrics import curve, parse_cursor
 from ...wire import requests, responses
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, Limit, Offset, Owner, described_as
-from ..overview import Overview
+from ..monitoring import Overview
 from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["console"], route_class=BodyRoute)

@@ -16,10 +16,9 @@ from ...wire.generate import Generate
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..generate_answers import Answers, Prompt
-from ..prompts import Prompts, while_connected
 from ..provided import Provided
 from ..sample_targets import ServedModels
-from ..served_samples import ServedSamples
+from ..samples import Prompts, ServedSamples, while_connected
 
 router = APIRouter(tags=["inference"], route_class=BodyRoute)
 

@@ -15,11 +15,10 @@ from ...wire.openai import ChatCompletions, Completions
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..openai_answers import Answers, ChatAnswers, CompletionAnswers
-from ..prompts import Prompts, while_connected
 from ..provided import Provided
 from ..sample_targets import ServedModel, ServedModels
-from ..served_samples import Asked, ServedSamples
-from ..served_samples import answers as outputs_of
+from ..samples import Asked, Prompts, ServedSamples, while_connected
+from ..samples import answers as outputs_of
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 

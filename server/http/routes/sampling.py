@@ -21,14 +21,12 @@ from ...plugins.sglang.divergence import Divergence
 from ...wire import requests, responses
 from ...wire import sampling as wire
 from ...wire.sampling import CreateSamplingClient, CreateSamplingSession
-from ..api_samples import ApiSamples
 from ..bodies import BodyRoute
 from ..dependencies import Owner, Said, described_as, future
 from ..operation_answers import OperationAnswers
-from ..prompts import while_connected
 from ..provided import Provided
 from ..sample_targets import SampleTargets, Weights
-from ..served_samples import ServedSamples
+from ..samples import ApiSamples, ServedSamples, while_connected
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 

@@ -23,7 +23,7 @@ from ...supervision.supervisor import Supervisor
 from ...wire import responses
 from ..authentication import METRICS_PATH
 from ..dependencies import BaseUrl, Owner, described_as
-from ..metrics import Metrics
+from ..monitoring import Metrics
 from ..provided import Provided
 
 router = APIRouter(tags=["service"])

@@ -1,6 +1,7 @@
-"""Samples that are waited for in the request that asks for them: those of the inference routes.
+"""Samples that requests ask for: prompts as tokens, the submit, and the wait for the answer.
 
-Samples that live no longer than the HTTP request that waits for them.
+`ApiSamples` serves the routes `asample` and `sample`, `ServedSamples` those of OpenAI and SGLang, whose
+samples live no longer than the HTTP request that waits for them.
 """
 
 from __future__ import annotations
@@ -11,18 +12,101 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from ...ckpt.tokenizer_files import end_tokens
 from ...engine import messages
 from ..base_models import BaseModels
-from ..errors import ApiError, BadRequest, Unavailable
+from ..dialect import POINTS, Dialect
+from ..errors import ApiError, BadRequest, ClientGone, ContextTooLong, Unavailable
+from ..ledger.operations import SampleNumber
 from ..models.submits import SampleSubmits
 from ..offload import Offload
-from ..operations.operation import Operation
-from ..operations.sample_streams import SampleStream, SampleStreams
-from ..wire.results import size
+from ..operations.operation import Operation, Submission
+from ..operations.operations import Operations
+from ..operations.sample_streams import Completions, SampleStream, SampleStreams
+from ..text import conversations
+from ..text.tokenizer import ChatTokenizer
+from ..wire import sampling as wire
+from ..wire.results import size, tokens_of
 from ..wire.sampling import ModelInput, longest_prompt, prompt_tokens
-from .sample_targets import ServedModel
+from .operation_answers import PROMPT_END
+from .sample_targets import SampleTargets, ServedModel, Target
+
+T = TypeVar("T")
+
+_INLINE_CHARACTERS = 4096  # tokenized within a millisecond or two
+_CHARACTERS_PER_TOKEN = 8  # more than texts have, on the average; runs of spaces may
+_GROWTH = 4
+
+
+class Prompts:
+    """The prompts of one request as tokens, of a model whose context has `limit` of them."""
+
+    def __init__(self, offload: Offload, owner: str, tokenizer: ChatTokenizer, limit: int):
+        self._offload = offload
+        self._owner = owner
+        self._tokenizer = tokenizer
+        self._limit = limit
+
+    async def of(self, prompt: str | list[int]) -> list[int]:
+        """Tokens stay as they are. Raises ContextTooLong, or BadRequest for a text that cannot be written."""
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) <= _INLINE_CHARACTERS:
+            return self._tokenizer.encode(prompt)
+        return await self._offload.in_thread(
+            self._owner, tokens_within, self._tokenizer.encode, prompt, self._limit
+        )
+
+    async def of_conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
+        """Raises BadRequest for one that is too long, or that the chat template does not take."""
+
+        def tokens() -> list[int]:
+            text = conversations.written(self._tokenizer, turns, **variables)
+            return tokens_within(self._tokenizer.encode_written, text, self._limit, "messages")
+
+        return await self._offload.in_thread(self._owner, tokens)
+
+
+def tokens_within(
+    encode: Callable[[str], list[int]], text: str, limit: int, where: str = "prompt"
+) -> list[int]:
+    """The text's tokens. Raises ContextTooLong where they are more than `limit`, and soon for a very long
+    text: its beginning is tokenized first, and mostly is too long already."""
+    beginning = _CHARACTERS_PER_TOKEN * (limit + 1)
+    while beginning < len(text):
+        # The last token may go on behind the cut, and then be a few that are merged there.
+        if len(encode(text[:beginning])) > limit + _CHARACTERS_PER_TOKEN * _GROWTH:
+            raise ContextTooLong(
+                f"{where}: a text of {len(text)} characters has more tokens than the model's limit of {limit}"
+            )
+        beginning *= _GROWTH
+    return encode(text)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns, or cancel it when the client closes the connection.
+
+    The body has to be read before. Raises ClientGone.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone("the client closed its connection")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class RequestSamples:
@@ -59,8 +143,6 @@ class RequestSamples:
         if not submitted.cancelled() and submitted.exception() is None:
             self._submits.cancel(submitted.result())
 
-
-T = TypeVar("T")
 
 _INLINE_BYTES = 16 << 10  # of tokens and log-probs
 
@@ -265,3 +347,97 @@ def _output(running: Running) -> messages.SampleOutput:
         case messages.Failed(message=message):
             raise SampleFailed(message)
     raise Unavailable("the server stops")
+
+
+_CONTEXT = 8  # tokens of a prompt that its samples are decoded after
+
+
+class ApiSamples:
+    """Submits what the bodies of `asample` and `sample` ask for, at most `max_samples` of a prompt."""
+
+    def __init__(
+        self,
+        base_models: BaseModels,
+        targets: SampleTargets,
+        submits: SampleSubmits,
+        operations: Operations,
+        completions: Completions,
+        max_samples: int,
+    ):
+        self._base_models = base_models
+        self._targets = targets
+        self._submits = submits
+        self._operations = operations
+        self._completions = completions
+        self._max_samples = max_samples
+
+    async def submit(self, owner: str, body: wire.Sample, said: Dialect | None) -> Operation:
+        """Accept the samples of one prompt. Raises ApiError."""
+        found = await self._targets.target(owner, body)
+        return await self._submit(owner, body, body.prompt, found, body.seq_id, said)
+
+    async def submit_all(
+        self, owner: str, body: wire.SampleNow, samples: RequestSamples, said: Dialect | None
+    ) -> Operation:
+        """Accept the samples of all prompts, or none of them. Raises ApiError."""
+        found = await self._targets.target(owner, body)
+        if body.prompt is not None:
+            return await samples.own(self._submit(owner, body, body.prompt, found, body.seq_id, said))
+        inputs = [ModelInput.model_construct(tokens=tokens) for tokens in body.prompts or []]
+        each = [await samples.own(self._submit(owner, body, prompt, found, None, said)) for prompt in inputs]
+        return await self._operations.accept(
+            Submission(
+                owner,
+                "samples",
+                None,
+                None,
+                {"parts": [operation.request_id for operation in each]},
+                also=lambda _connection, request_id: messages.Done(request_id, messages.Nothing()),
+                dialect=said or "tinkercloud",
+            )
+        )
+
+    async def _submit(
+        self,
+        owner: str,
+        body: wire.SampleFields,
+        given: ModelInput,
+        found: Target,
+        seq_id: int | None,
+        said: Dialect | None,
+    ) -> Operation:
+        sampler = found.ref
+        model = self._base_models.named(sampler.base_model)
+        if body.num_samples > self._max_samples:
+            raise BadRequest(f"num_samples: {body.num_samples} is over the limit of {self._max_samples}")
+        longest = longest_prompt(model.max_sequence_length, body.sampling_params.max_tokens)
+        prompt = prompt_tokens(given, model.vocab_size, longest)
+        targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
+        number: SampleNumber | None = None
+        if found.session is not None and seq_id is not None:
+            number = SampleNumber(found.session.session_id, found.session.id, seq_id)
+        dialect = said or "tinkercloud"
+        ends = await asyncio.to_thread(end_tokens, model.folder) if POINTS[dialect].stops_add else ()
+        params = body.sampling_params.message(dialect, ends)
+
+        sample = messages.Sample(
+            request_id="",
+            sampler=sampler,
+            prompt=prompt,
+            num_samples=body.num_samples,
+            params=params,
+            prompt_logprobs=bool(body.prompt_logprobs),
+            topk_prompt_logprobs=body.topk_prompt_logprobs,
+            topk_sample_logprobs=body.topk_sample_logprobs,
+            prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+            prompt_targets=targets,
+            prompt_alternatives=body.prompt_alt_tokens_k or 0,
+        )
+        # The SDK has the tokenizer; others are told what the tokens say.
+        reply: dict[str, Any] = {}
+        if dialect != "tinker":
+            reply = {"base_model": sampler.base_model, PROMPT_END: tokens_of(prompt[-4 * _CONTEXT :])}
+        operation = await self._submits.submit(owner, sample, number, reply, dialect)
+        if number is not None:
+            self._completions.accepted(number.sampler_id, number.number, operation)
+        return operation

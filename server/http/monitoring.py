@@ -1,30 +1,80 @@
-"""Metrics for operators, at `/metrics` in Prometheus' format: `docs/metrics.md` has the list.
+"""What operators and tenants can watch: request ids in the log, metrics for Prometheus, the console's
+overview.
 
-`Measured` counts requests by route; long polls last as long as the work that they wait for, by intention.
-`OperationMetrics` hears of each answered operation. `ServerMetrics` looks at the server's objects when it is
-scraped; the engine reports its own counters about once a second, and they go on over its lives.
+`docs/metrics.md` lists the metrics. The engine reports its own counters about once a second, and they
+continue over its lives.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import logging
+import re
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any
 
+import orjson
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ...engine import messages
+from ... import __version__
+from ...engine import logs, messages
 from ..checkpoints.sweep import Sweep
 from ..disk import Disk
+from ..errors import TooManyRequests
 from ..ledger.ledger import Ledger
 from ..models.recovery import Recovery
 from ..models.runs import Runs
 from ..operations.operation import Operation
 from ..operations.operations import Operations
+from ..operations.step_metrics import Activity
 from ..supervision.supervisor import Supervisor
+
+log = logging.getLogger("tinsmith.requests")
+
+_GIVEN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestIds:
+    """ASGI middleware, outside all others: gives each request an id, for its answer's `X-Request-Id` and for
+    what is logged meanwhile. A proxy or a client may send the id."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex.encode()
+        with logs.ids(request_id=request_id.decode()):
+            await self._pass_on(scope, receive, send, request_id)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, request_id: bytes) -> None:
+        began, status = time.perf_counter(), 0
+
+        async def with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, with_id)
+        finally:
+            level = logging.WARNING if status >= 500 else logging.DEBUG
+            if log.isEnabledFor(level):
+                seconds = time.perf_counter() - began
+                log.log(level, "%s %s: %d in %.3f s", scope["method"], scope["path"], status, seconds)
+
 
 _SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 
@@ -38,7 +88,7 @@ class Metrics:
 
 
 class Measured:
-    """ASGI middleware."""
+    """ASGI middleware: times requests by route. Long polls last as long as the work that they wait for."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app = app
@@ -104,7 +154,7 @@ class OperationMetrics:
 
 
 class ServerMetrics:
-    """A collector: what the server's objects are like when they are asked."""
+    """Collects the state of the server's objects whenever Prometheus asks for the metrics."""
 
     def __init__(
         self,
@@ -257,3 +307,92 @@ def _filled(family: Metric, label: str, values: Mapping[str, float] | None, valu
     else:
         family.add_metric([], value)  # type: ignore[attr-defined]
     return family
+
+
+_LOOK_SECONDS = 1.0
+_QUIET_LOOKS = 15  # after so many without news a comment shows that the connection lives
+_MOST_STREAMS = 16  # of an owner
+_DISK_STEP = 24  # free space is told in steps of 16 MiB, so that an idle server has no news
+
+
+class Overview:
+    """The server as one tenant may see it, now and as it changes."""
+
+    def __init__(
+        self, engine: Supervisor, operations: Operations, runs: Runs, disk: Disk, sweep: Sweep
+    ) -> None:
+        self._engine, self._operations, self._runs = engine, operations, runs
+        self._disk, self._sweep = disk, sweep
+        self._streams: Counter[str] = Counter()  # open ones, by owner
+        self.activity = Activity()
+
+    def require_stream(self, owner: str) -> None:
+        """Raises TooManyRequests."""
+        if self._streams[owner] >= _MOST_STREAMS:
+            raise TooManyRequests(f"{_MOST_STREAMS} consoles of yours are open; close one of them")
+
+    async def events(self, owner: str, looks: int | None = None) -> AsyncIterator[bytes]:
+        """Server-sent events: what `of` returns, at once and when it has changed. They end after `looks`,
+        one a second, or with the server."""
+        self._streams[owner] += 1
+        try:
+            sent, quiet = b"", 0
+            for look in itertools.count(1):
+                event = orjson.dumps(self.of(owner))
+                if event != sent:
+                    yield b"event: overview\ndata: " + event + b"\n\n"
+                    sent, quiet = event, 0
+                elif (quiet := quiet + 1) % _QUIET_LOOKS == 0:
+                    yield b": nothing new\n\n"
+                if look == looks or self._operations.stopped:
+                    return
+                await asyncio.sleep(_LOOK_SECONDS)
+        finally:
+            self._streams[owner] -= 1
+
+    def of(self, owner: str) -> dict[str, Any]:
+        """Return the engine, the queue of the owner's operations, and the disk, as they are now."""
+        engine, unanswered = self._engine, self._operations.unanswered()
+        counters = engine.counters
+        waiting = Counter(operation.model_id for operation in unanswered if operation.owner == owner)
+        samples = waiting.pop("", 0)
+        names = {run.id: run.name for run in self._runs.resident() if run.owner == owner}
+        return {
+            "owner": owner,
+            "version": __version__,
+            "engine": {
+                "phase": "asleep" if engine.is_asleep else engine.phase,
+                "text": engine.text,
+                "ready": engine.ready.is_set(),
+                "lives": engine.life,
+            },
+            "memory": None if engine.memory is None else _memory(engine.memory),
+            "compilations": {
+                "count": int(counters.get("compilations/compiled", 0)),
+                "from_cache": int(counters.get("compilations/cache", 0)),
+                "seconds": round(counters.get("compilation_seconds", 0.0), 1),
+            },
+            "queue": {
+                "all_tenants": len(unanswered),
+                "models": [
+                    {"id": run_id, "name": names.get(run_id, run_id), "waiting": count}
+                    for run_id, count in sorted(waiting.items())
+                ],
+                "samples": samples,
+            },
+            "resident_models": sorted(names),
+            "disk": self._disk_usage(),
+            "revisions": self.activity.of(owner),
+        }
+
+    def _disk_usage(self) -> dict[str, int] | None:
+        try:
+            total, free = self._disk.usage()
+        except OSError:
+            return None
+        told = free >> _DISK_STEP << _DISK_STEP
+        return {"total_bytes": total, "free_bytes": told, **self._sweep.used_bytes}
+
+
+def _memory(memory: messages.Memory) -> dict[str, Any]:
+    return {"capacity_bytes": memory.capacity, "held_bytes": memory.held, "free_bytes": memory.free}
