@@ -64,7 +64,6 @@ from .http.routes import (
 )
 from .http.sample_targets import SampleTargets, ServedModels
 from .http.samples import ApiSamples, ServedSamples
-from .ledger import base_models as base_model_rows
 from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned
 from .models.adapter_imports import AdapterImports
@@ -329,7 +328,7 @@ class Application:
         if moved := await self.payloads.move_old(stream_of, KEPT):
             log.info("%d payloads of an older ledger have their new place", moved)
         digests = {name: model.digest for name, model in self.base_models.items() if model.digest}
-        await self.ledger.write(partial(base_model_rows.record, digests=digests))
+        await self.ledger.write(partial(tenancy.record_digests, digests=digests))
         await self.copies.take_up()
         await self.keys.read(self.ledger)
         await self.quotas.read(self.ledger)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .ledger.keys import digest
+from .ledger.accounts import digest
 
 PREFIX = "tml-"
 """How every key begins: the SDK refuses others before it asks a server."""

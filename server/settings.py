@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from ..engine import messages
 from . import given_keys
 from .addresses import Allowed, address, is_loopback
-from .ledger.keys import any_in
+from .ledger.accounts import has_keys
 from .ledger.ownership import sqlite_file
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -371,7 +371,7 @@ class Settings(
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Settings:
-        if not self.is_loopback and not self.api_keys and not any_in(self.ledger_url):
+        if not self.is_loopback and not self.api_keys and not has_keys(self.ledger_url):
             where = "" if self.database_url else f" --data-dir {shlex.quote(str(self.data_dir))}"
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and no API key is set. Make one "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from sqlalchemy.exc import SQLAlchemyError
 
 from .. import given_keys
-from ..ledger import keys as rows
+from ..ledger import accounts
 from ..ledger.ledger import Ledger
 from .quotas import Quotas
 
@@ -89,14 +89,14 @@ class ApiKeys:
         """Return None for what is no key of this server."""
         if not self._required:
             return NO_KEY
-        return self._by_digest.get(rows.digest(key)) if key else None
+        return self._by_digest.get(accounts.digest(key)) if key else None
 
     def with_id(self, identifier: str) -> ApiKey | None:
         return self._by_id.get(identifier)
 
     async def read(self, ledger: Ledger) -> None:
         """Take up the keys that the ledger has now."""
-        stored = await ledger.read(rows.all_keys)
+        stored = await ledger.read(accounts.all_keys)
         self._required |= bool(stored)
         self._index(
             [

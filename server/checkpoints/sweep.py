@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import messages
 from ..errors import ApiError
-from ..ledger import audit, retention, step_metrics, usage
+from ..ledger import accounts, retention, step_metrics
 from ..ledger.ledger import Ledger
 from ..ledger.ownership import sqlite_file
 from ..operations.operation import Operation
@@ -122,10 +122,10 @@ class Sweep:
 
     async def _drop_accounts(self) -> None:
         now = time.time()
-        await self._repeat(partial(audit.drop, before=now - self._settings.audit_seconds))
-        for owner in await self._ledger.read(partial(audit.crowded, most=_MOST_AUDITED)):
-            await self._repeat(partial(audit.drop_oldest, owner=owner, most=_MOST_AUDITED))
-        await self._ledger.write(partial(usage.drop, before=now - self._settings.usage_seconds))
+        await self._repeat(partial(accounts.drop_audit_entries, before=now - self._settings.audit_seconds))
+        for owner in await self._ledger.read(partial(accounts.owners_of_long_audit_logs, most=_MOST_AUDITED)):
+            await self._repeat(partial(accounts.drop_oldest_audit_entries, owner=owner, most=_MOST_AUDITED))
+        await self._ledger.write(partial(accounts.drop_usage, before=now - self._settings.usage_seconds))
 
     async def _thin_step_metrics(self) -> None:
         most = self._settings.step_metrics_bytes

@@ -92,11 +92,11 @@ def create(
 
     Example: `export TINKER_API_KEY=$(tinsmith keys create alice --note laptop)`
     """
-    from ..ledger import keys as rows
+    from ..ledger import accounts
 
     _check_tenant(tenant)
     key, identifier = _in_ledger(
-        data_dir, lambda connection: rows.create(connection, tenant, note), make=True
+        data_dir, lambda connection: accounts.create_key(connection, tenant, note), make=True
     )
     typer.echo(key)
     typer.echo(f"key {identifier} of {tenant}; it is not shown again", err=True)
@@ -105,12 +105,12 @@ def create(
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
     """Every key by id: its tenant, its note, when it was made and revoked. Not those given to `serve`."""
-    from ..ledger import keys as rows
+    from ..ledger import accounts
 
     def day(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
-    for row in _in_ledger(data_dir, rows.all_keys):
+    for row in _in_ledger(data_dir, accounts.all_keys):
         state = f"made {day(row.created_at)}"
         if row.revoked_at is not None:
             state += f", revoked {day(row.revoked_at)}"
@@ -126,9 +126,9 @@ def revoke(
 
     Example: `tinsmith keys revoke 1f0c9a2b`
     """
-    from ..ledger import keys as rows
+    from ..ledger import accounts
 
-    if not _in_ledger(data_dir, lambda connection: rows.revoke(connection, identifier)):
+    if not _in_ledger(data_dir, lambda connection: accounts.revoke_key(connection, identifier)):
         fail(f"no key has the id {identifier!r}; tinsmith keys list shows them")
     typer.echo(f"key {identifier} is revoked")
 

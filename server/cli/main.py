@@ -70,7 +70,7 @@ the same data directory goes on where it stopped.
 @takes_settings(Settings)
 def serve(config: Path | None = None, **given: Any) -> None:
     from .. import base_models as models_to_serve
-    from ..ledger.keys import any_in
+    from ..ledger.accounts import has_keys
     from ..ledger.ledger import Ledger, check
     from ..ledger.ownership import claim, sqlite_file
     from .serve import listen, run
@@ -105,7 +105,7 @@ def serve(config: Path | None = None, **given: Any) -> None:
         if owner is not None:
             owner.release()
         fail(str(error))
-    needs_keys = bool(settings.api_keys) or any_in(settings.ledger_url)
+    needs_keys = bool(settings.api_keys) or has_keys(settings.ledger_url)
     _introduce(settings, base_models, listener.getsockname()[1], needs_keys)
     if not run(settings, base_models, listener, ledger):
         raise typer.Exit(1)

@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_, select, update
 
 from ...ckpt.paths import CheckpointUri
-from . import audit
-from .base_models import digest_of
-from .schema import checkpoints, models
+from . import accounts
+from .schema import checkpoints, models, sessions
+from .tenancy import NO_PROJECT, digest_of
 
 
 def _named(uri: CheckpointUri) -> ColumnElement[bool]:
@@ -98,7 +98,7 @@ def settle(connection: Connection, operation_id: str, size_bytes: int | None) ->
 def record(connection: Connection, row: Row, action: str, by: str | None = None, **details: Any) -> None:
     """In the audit log: what was done to the checkpoint, `by` whom, if not by its owner."""
     uri = CheckpointUri(row.run_id, row.segment, row.name)
-    audit.record(
+    accounts.audit(
         connection,
         by or row.owner,
         f"checkpoint_{action}",
@@ -146,3 +146,30 @@ def of_owner(connection: Connection, owner: str, limit: int, offset: int) -> tup
 
 def change(connection: Connection, checkpoint: int, **values: Any) -> None:
     connection.execute(update(checkpoints).where(checkpoints.c.id == checkpoint).values(**values))
+
+
+def stored_by_session(connection: Connection, session_ids: list[str]) -> dict[str, tuple[int, int]]:
+    """The number of checkpoints of sessions, and their bytes; sessions without any are left out."""
+    query = (
+        select(models.c.session_id, func.count(), func.sum(checkpoints.c.size_bytes))
+        .join(models, models.c.id == checkpoints.c.run_id)
+        .where(models.c.session_id.in_(session_ids), is_alive())
+        .group_by(models.c.session_id)
+    )
+    return {session: (count, size or 0) for session, count, size in connection.execute(query)}
+
+
+def stored_by_project(connection: Connection, owner: str, project_id: str | None) -> Sequence[Row]:
+    """`project_id`, `number` and `size_bytes` of the owner's checkpoints, by their sessions' projects."""
+    project = func.coalesce(sessions.c.project_id, NO_PROJECT).label("project_id")
+    query = (
+        select(project, func.count().label("number"), func.sum(checkpoints.c.size_bytes).label("size_bytes"))
+        .join(models, models.c.id == checkpoints.c.run_id)
+        .join(sessions, sessions.c.id == models.c.session_id)
+        .where(checkpoints.c.owner == owner, is_alive())
+        .group_by(project)
+        .order_by(project)
+    )
+    if project_id is not None:
+        query = query.where(project == project_id)
+    return connection.execute(query).all()

@@ -31,9 +31,18 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 from ..errors import StorageFull, Unavailable
 from ..private_files import protect
 from . import ownership as leases
-from .faults import LedgerUnusable, damaged, file_of, no_driver, why_unusable
 from .migrations import prereleases
-from .ownership import Ownership, claim, require_local, sqlite_file
+from .ownership import (
+    LedgerUnusable,
+    Ownership,
+    claim,
+    damaged,
+    file_of,
+    no_driver,
+    require_local,
+    sqlite_file,
+    why_unusable,
+)
 
 log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")

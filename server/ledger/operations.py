@@ -1,8 +1,7 @@
 """Rows of operations: accepted once per natural key, answered once.
 
-Rows of samples, by the sampling session that they were asked of.
-
-The operations of a session, and when they were what.
+Samples that clients number are listed by their sampling session. Uploaded losses are the operations that
+created them, whose payloads stay until their session ends.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, or_, select, update
 
 from .schema import models, operations, payloads
+from .tenancy import ROW_BYTES, charge
 
 
 def find_by_natural_key(connection: Connection, natural_key: str) -> Row | None:
@@ -153,3 +153,49 @@ def timeline(connection: Connection, session_id: str, limit: int) -> Sequence[Ro
 
 def has_operations(connection: Connection, session_id: str) -> bool:
     return bool(timeline(connection, session_id, 1))
+
+
+# --- uploaded losses
+
+CUSTOM_LOSS = "create_custom_loss"
+
+
+def custom_loss_key(session_id: str, seq_id: int) -> str:
+    return f"custom_loss/{session_id}/{seq_id}"
+
+
+def _losses_of(session_id: str) -> ColumnElement[bool]:
+    return (operations.c.session_id == session_id) & (operations.c.kind == CUSTOM_LOSS)
+
+
+def find_custom_loss(connection: Connection, natural_key: str) -> Row | None:
+    """The `owner` and the `data` of one that can be used: it was checked, and its session has not ended."""
+    return connection.execute(
+        select(operations.c.owner, payloads.c.data)
+        .join(payloads, payloads.c.operation_id == operations.c.id)
+        .where(
+            operations.c.natural_key == natural_key,
+            operations.c.kind == CUSTOM_LOSS,
+            operations.c.state == "done",
+        )
+    ).first()
+
+
+def stored_custom_losses(connection: Connection, session_id: str) -> tuple[int, int]:
+    """How many losses the session has, and of how many bytes."""
+    query = (
+        select(func.count(), func.coalesce(func.sum(payloads.c.size), 0))
+        .select_from(operations)
+        .join(payloads, payloads.c.operation_id == operations.c.id)
+        .where(_losses_of(session_id))
+    )
+    count, size = connection.execute(query).one()
+    return count, size
+
+
+def forget_custom_losses(connection: Connection, session_id: str) -> None:
+    """They leave with their session, and so does the room that they took up."""
+    count, size = stored_custom_losses(connection, session_id)
+    charge(connection, session_id, -(size + count * ROW_BYTES))
+    finished = select(operations.c.id).where(_losses_of(session_id), operations.c.state != "accepted")
+    connection.execute(delete(payloads).where(payloads.c.operation_id.in_(finished)))

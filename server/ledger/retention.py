@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, select, true, update
 
 from ...engine import messages
-from . import session_rows
+from . import tenancy
 from .schema import (
     checkpoints,
     models,
@@ -147,7 +147,7 @@ def drop_ended_models(connection: Connection, before: float) -> bool:
     connection.execute(delete(rlve_runs).where(rlve_runs.c.model_id.in_(ids)))
     connection.execute(delete(models).where(models.c.id.in_(ids)))
     for row in rows:
-        session_rows.charge(connection, row.session_id, -session_rows.size_of_model(row._asdict()))
+        tenancy.charge(connection, row.session_id, -tenancy.size_of_model(row._asdict()))
     return len(rows) == _AT_A_TIME
 
 

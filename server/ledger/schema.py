@@ -81,7 +81,7 @@ sessions = Table(
     Column("finished_at", Float),
     Column("finish_reason", String(32)),
     Column("finish_detail", Text),
-    # What its row and those of its models and samplers take (session_rows.py).
+    # What its row and those of its models and samplers take (tenancy.py).
     Column("size_bytes", BigInteger, nullable=False, server_default="0"),
     Index("sessions_by_size", "owner", "finished_at", "size_bytes"),
 )
@@ -188,7 +188,7 @@ operations = Table(
 )
 
 # Messages to the engine, kept while a replay may need them. Apart from the operations, whose rows change: a
-# payload is written once. The large ones are in files (segments.py), to which their rows point.
+# payload is written once. The large ones are in files (payloads.py), to which their rows point.
 payloads = Table(
     "payloads",
     metadata,
@@ -197,11 +197,11 @@ payloads = Table(
     Column("seq_id", BigInteger),
     Column("size", BigInteger, nullable=False),
     Column("data", LargeBinary),  # of small ones
-    Column("segment", String(64)),
+    Column("segment", String(64), key="file"),
     Column("position", BigInteger),
     Column("checksum", BigInteger),
     Index("payloads_of_model", "model_id", "seq_id"),
-    Index("payloads_by_segment", "segment"),
+    Index("payloads_by_segment", "file"),
 )
 
 checkpoints = Table(

@@ -1,17 +1,38 @@
-"""Rows of tenants, sessions, models and samplers."""
+"""Rows of tenants and of what is theirs: sessions, models and samplers.
+
+A session has the size of its rows, and of those of its models and samplers, in a column. A tenant's
+sessions may take so many bytes together. Before more is refused, the oldest sessions that have finished,
+or were silent for a week, lose what nothing needs any more.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, null, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    ScalarSelect,
+    Select,
+    case,
+    delete,
+    false,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    update,
+)
 
-from . import session_rows
-from .base_models import digest_of
-from .schema import models, samplers, sessions, tenants
+from ..errors import QuotaExceeded
+from .schema import base_models, checkpoints, models, samplers, sessions, tenants
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
@@ -39,7 +60,7 @@ def set_quota(connection: Connection, tenant: str, quota: dict[str, float] | Non
 
 def add_session(connection: Connection, **values: Any) -> None:
     now = time.time()
-    size = session_rows.size_of(*values.values())
+    size = size_of(*values.values())
     connection.execute(
         insert(sessions).values(created_at=now, last_heartbeat_at=now, size_bytes=size, **values)
     )
@@ -82,7 +103,7 @@ def add_model(connection: Connection, **values: Any) -> None:
     made = {"created_at": now, "last_request_at": now, "executed_seq": 0, "snapshot_seq": 0}
     base = {"base_digest": digest_of(values["base_model"])}
     connection.execute(insert(models).values(made | base | values))
-    session_rows.charge(connection, values["session_id"], session_rows.size_of_model(values))
+    charge(connection, values["session_id"], size_of_model(values))
 
 
 def find_model(connection: Connection, model_id: str) -> Row | None:
@@ -150,7 +171,7 @@ def assign_project(connection: Connection, session_id: str, project_id: str) -> 
 def add_sampler(connection: Connection, **values: Any) -> None:
     base = {"base_digest": digest_of(values["base_model"])}
     connection.execute(insert(samplers).values({"created_at": time.time()} | base | values))
-    session_rows.charge(connection, values["session_id"], session_rows.ROW_BYTES)
+    charge(connection, values["session_id"], ROW_BYTES)
 
 
 def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
@@ -194,7 +215,7 @@ def delete_unnamed_samplers(connection: Connection, of: ColumnElement[bool]) -> 
     rows = connection.execute(select(samplers).where(_unnamed() & of)).all()
     connection.execute(delete(samplers).where(_unnamed() & of))
     for session_id, count in Counter(row.session_id for row in rows).items():
-        session_rows.charge(connection, session_id, -count * session_rows.ROW_BYTES)
+        charge(connection, session_id, -count * ROW_BYTES)
     return rows
 
 
@@ -215,3 +236,171 @@ def of_sessions_silent_since(at: float) -> ColumnElement[bool]:
 def sampler_directories(connection: Connection) -> set[str]:
     query = select(samplers.c.directory).where(samplers.c.directory.is_not(None))
     return set(connection.execute(query).scalars())
+
+
+# --- the digests of base models
+
+
+def record_digests(connection: Connection, digests: Mapping[str, str]) -> None:
+    """These models are served from now on. What a ledger without digests has of them was made on them."""
+    for name, digest in digests.items():
+        connection.execute(delete(base_models).where(base_models.c.name == name))
+        connection.execute(insert(base_models).values(name=name, digest=digest, served_at=time.time()))
+        for table in (models, samplers, checkpoints):
+            unknown = (table.c.base_model == name) & table.c.base_digest.is_(None)
+            connection.execute(update(table).where(unknown).values(base_digest=digest))
+
+
+def digest_of(name: str) -> ScalarSelect:
+    """The digest of the model that is served under this name, as a value to insert."""
+    return select(base_models.c.digest).where(base_models.c.name == name).scalar_subquery()
+
+
+# --- searching for sessions
+
+NO_PROJECT = "default"
+"""What the project of a session that names none is called."""
+
+
+@dataclass(frozen=True)
+class SessionFilter:
+    """`before`: the session that the page before ended with. `states`: `active` and finish reasons; None:
+    every state. With both `session_id` and `display_name` a session matches by either."""
+
+    owner: str
+    session_id: str | None = None
+    display_name: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    states: list[str] | None = None
+    active_since: float = 0.0
+    before: str | None = None
+
+
+def active_since(seconds: float) -> float:
+    return time.time() - seconds
+
+
+def _clauses(connection: Connection, wanted: SessionFilter) -> Iterator[ColumnElement[bool]]:
+    yield sessions.c.owner == wanted.owner
+    if wanted.project_ids is not None:
+        yield func.coalesce(sessions.c.project_id, NO_PROJECT).in_(wanted.project_ids)
+    if wanted.states is not None:
+        lives = sessions.c.finished_at.is_(None) & (sessions.c.last_heartbeat_at >= wanted.active_since)
+        reasons = [state for state in wanted.states if state != "active"]
+        yield or_(lives if "active" in wanted.states else false(), sessions.c.finish_reason.in_(reasons))
+    if wanted.before is not None:
+        query = select(sessions.c.created_at).where(sessions.c.id == wanted.before)
+        at = connection.execute(query.where(sessions.c.owner == wanted.owner)).scalar()
+        younger = (sessions.c.created_at == at) & (sessions.c.id < wanted.before)
+        yield false() if at is None else or_(sessions.c.created_at < at, younger)
+
+
+def _matches(row: Row, wanted: SessionFilter) -> bool:
+    """What databases compare each in their own way: text without regard to case, and values of JSON."""
+    metadata = row.user_metadata or {}
+    if any(key not in metadata or str(metadata[key]) != value for key, value in wanted.user_metadata.items()):
+        return False
+    if wanted.session_id is None and wanted.display_name is None:
+        return True
+    if row.id == wanted.session_id:
+        return True
+    words = None if wanted.display_name is None else wanted.display_name.casefold().split()
+    name = (row.display_name or "").casefold()
+    return words is not None and all(word in name for word in words)
+
+
+def search(connection: Connection, wanted: SessionFilter, limit: int) -> tuple[list[Row], bool]:
+    """A page, and whether there is another one."""
+    query = select(sessions).where(*_clauses(connection, wanted))
+    found: list[Row] = []
+    for row in connection.execute(query.order_by(sessions.c.created_at.desc(), sessions.c.id.desc())):
+        if _matches(row, wanted):
+            if len(found) == limit:
+                return found, True
+            found.append(row)
+    return found, False
+
+
+def state_of(row: Row, active_since: float) -> dict[str, Any] | None:
+    """None: it neither finished nor gave a sign of life since then."""
+    if row.finished_at is not None:
+        reason = {"type": row.finish_reason or "success"}
+        return {"type": "client_finished", "reason": reason, "detail": row.finish_detail}
+    return {"type": "active"} if row.last_heartbeat_at >= active_since else None
+
+
+ROW_BYTES = 512
+"""What a row takes, whatever is in it, with its place in the indexes."""
+SILENT_SECONDS = 7 * 24 * 3600.0
+_AT_A_TIME = 1000  # rows in one change: other writers wait for it
+
+
+def size_of(*values: Any) -> int:
+    """The bytes of a row with these values."""
+    return ROW_BYTES + sum(
+        len(value) if isinstance(value, bytes) else len(json.dumps(value)) for value in values if value
+    )
+
+
+_OF_MODEL = (
+    *("id", "owner", "session_id", "base_model", "alias", "creation"),
+    *("lora", "optimizer", "user_metadata", "configuration"),
+)
+
+
+def size_of_model(values: Mapping[str, Any]) -> int:
+    """The bytes of a model's row with these columns; those that change later do not count."""
+    return size_of(*(values.get(name) for name in _OF_MODEL))
+
+
+def charge(connection: Connection, session_id: str, size: int) -> None:
+    """The session takes so many bytes more."""
+    new = sessions.c.size_bytes + size
+    taken = case((new < ROW_BYTES, ROW_BYTES), else_=new)  # less than was taken may have been counted
+    connection.execute(update(sessions).where(sessions.c.id == session_id).values(size_bytes=taken))
+
+
+def stored_bytes(connection: Connection, owner: str) -> int:
+    query = select(func.sum(sessions.c.size_bytes)).where(sessions.c.owner == owner)
+    return connection.execute(query).scalar() or 0
+
+
+def require_room(connection: Connection, owner: str, limit: int) -> None:
+    """Raises QuotaExceeded if the owner's sessions take as much as they may."""
+    if stored_bytes(connection, owner) < limit:
+        return
+    _remove_empty(connection, owner)
+    if stored_bytes(connection, owner) >= limit:
+        _forget_descriptions(connection, owner)
+    if (used := stored_bytes(connection, owner)) >= limit:
+        raise QuotaExceeded(
+            f"the sessions of this key's tenant, with their tags, metadata, models and samplers, take {used} "
+            f"bytes in the ledger, its quota is {limit}; finish sessions that are over (ServiceClient.close, "
+            "or POST /api/v1/sessions/<session>/finish)"
+        )
+
+
+def _finished(owner: str) -> ColumnElement[bool]:
+    """Sessions that are over, also those whose clients ended without saying so."""
+    silent = sessions.c.last_heartbeat_at < time.time() - SILENT_SECONDS
+    return (sessions.c.owner == owner) & (sessions.c.finished_at.is_not(None) | silent)
+
+
+def _remove_empty(connection: Connection, owner: str) -> None:
+    """The oldest finished sessions that have neither models nor samplers."""
+    has_none = ~sessions.c.id.in_(select(models.c.session_id).where(models.c.owner == owner)) & (
+        ~sessions.c.id.in_(select(samplers.c.session_id).where(samplers.c.owner == owner))
+    )
+    oldest = select(sessions.c.id).where(_finished(owner), has_none).order_by(sessions.c.created_at)
+    connection.execute(delete(sessions).where(sessions.c.id.in_(oldest.limit(_AT_A_TIME))))
+
+
+def _forget_descriptions(connection: Connection, owner: str) -> None:
+    """Tags and metadata of the oldest finished sessions, whose models can still be listed."""
+    described = sessions.c.size_bytes > ROW_BYTES
+    oldest = select(sessions.c.id).where(_finished(owner), described).order_by(sessions.c.created_at)
+    emptied = update(sessions).where(sessions.c.id.in_(oldest.limit(_AT_A_TIME)))
+    connection.execute(
+        emptied.values(tags=[], user_metadata={}, display_name=None, finish_detail=None, size_bytes=ROW_BYTES)
+    )

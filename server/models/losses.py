@@ -17,8 +17,8 @@ from sqlalchemy import Connection
 from ...engine import messages
 from ..access.quotas import Quotas
 from ..errors import BadRequest, NotFound
-from ..ledger import custom_losses as rows
-from ..ledger import session_rows
+from ..ledger import operations as operation_rows
+from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
@@ -48,22 +48,22 @@ class CustomLosses:
         limit = self._quotas.of(owner).metadata_bytes
 
         def within_limits(connection: Connection, _request_id: str) -> None:
-            count, size = rows.stored(connection, session_id)
+            count, size = operation_rows.stored_custom_losses(connection, session_id)
             if count >= MAX_LOSSES or size + len(loss.graph) > MAX_BYTES:
                 raise BadRequest(
                     f"create_custom_loss: the session has {count} losses of {size} bytes; "
                     f"it may have {MAX_LOSSES} of {MAX_BYTES} bytes"
                 )
-            session_rows.require_room(connection, owner, limit)
-            session_rows.charge(connection, session_id, session_rows.size_of(loss.graph))
+            tenancy.require_room(connection, owner, limit)
+            tenancy.charge(connection, session_id, tenancy.size_of(loss.graph))
 
         operation = await self._operations.accept(
             Submission(
                 owner,
-                rows.KIND,
-                rows.natural_key(session_id, seq_id),
+                operation_rows.CUSTOM_LOSS,
+                operation_rows.custom_loss_key(session_id, seq_id),
                 lambda request_id: messages.CheckCustomLoss(request_id, loss),
-                {"type": rows.KIND, "loss_id": f"{session_id}:loss:{seq_id}"},
+                {"type": operation_rows.CUSTOM_LOSS, "loss_id": f"{session_id}:loss:{seq_id}"},
                 also=within_limits,
                 session_id=session_id,
             )
@@ -79,8 +79,8 @@ class CustomLosses:
         self._require_enabled()
         named = _LOSS_ID.fullmatch(loss_id)
         if named is not None and named[1] == session_id:
-            key = rows.natural_key(session_id, int(named[2]))
-            row = await self._ledger.read(lambda connection: rows.find(connection, key))
+            key = operation_rows.custom_loss_key(session_id, int(named[2]))
+            row = await self._ledger.read(lambda connection: operation_rows.find_custom_loss(connection, key))
             if row is not None and row.owner == owner:
                 message = messages.decode_to_engine(row.data)
                 assert isinstance(message, messages.CheckCustomLoss)

@@ -23,8 +23,8 @@ from ..dialect import POINTS
 from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..events import Event
 from ..ledger import operations as operation_rows
-from ..ledger import rlve as rlve_rows
-from ..ledger import session_rows, tenancy
+from ..ledger import plugins as plugin_rows
+from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.dispatcher import Dispatcher
 from ..operations.operation import Operation, Submission
@@ -154,7 +154,7 @@ class Runs:
 
         def also(connection: Connection, request_id: str) -> None:
             nonlocal run
-            session_rows.require_room(connection, new.owner, limit)
+            tenancy.require_room(connection, new.owner, limit)
             if tenancy.find_model(connection, message.model_id) is not None:
                 raise BadRequest(
                     "model_seq_id: this session has a copied checkpoint of that number; use the next one"
@@ -176,7 +176,7 @@ class Runs:
                 configuration=new.configuration,
             )
             if (rlve := new.configuration.get("rlve")) is not None:
-                rlve_rows.add(connection, message.model_id, rlve["difficulties"])
+                plugin_rows.add_run(connection, message.model_id, rlve["difficulties"])
             run = Run(
                 message.model_id,
                 new.owner,

@@ -26,7 +26,7 @@ from ...engine import messages
 from ..access.quotas import Quotas
 from ..base_models import BaseModels
 from ..errors import ApiError, BadRequest, NotFound, Unavailable
-from ..ledger import session_rows, tenancy
+from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation
 from ..operations.operations import Operations
@@ -292,7 +292,7 @@ def add(
 
     Raises QuotaExceeded.
     """
-    session_rows.require_room(connection, owner, metadata_bytes)
+    tenancy.require_room(connection, owner, metadata_bytes)
     tenancy.add_sampler(
         connection,
         id=identifier,

@@ -27,7 +27,8 @@ from ...engine import messages
 from ..access.quotas import Quotas
 from ..dialect import Dialect
 from ..errors import ApiError, BadRequest, Gone, NotFound
-from ..ledger import audit, custom_losses, session_rows, tenancy
+from ..ledger import accounts, tenancy
+from ..ledger import operations as operation_rows
 from ..ledger.ledger import Ledger
 from ..ledger.tenancy import model_id
 from ..operations.operation import Operation
@@ -77,9 +78,9 @@ class Sessions:
         def add(connection: Connection) -> None:
             if session_id is not None and tenancy.find_session(connection, session_id) is not None:
                 return
-            session_rows.require_room(connection, owner, limit)
+            tenancy.require_room(connection, owner, limit)
             tenancy.add_session(connection, id=identifier, owner=owner, **fields)
-            audit.record(connection, owner, "session_created", session_id=identifier)
+            accounts.audit(connection, owner, "session_created", session_id=identifier)
 
         await self._ledger.write(add)
         self._active[identifier] = (owner, time.time())
@@ -167,7 +168,7 @@ class Sessions:
 
         def end(connection: Connection) -> None:
             if tenancy.finish_session(connection, session_id, reason, detail):
-                audit.record(connection, owner, "session_finished", session_id=session_id, reason=reason)
+                accounts.audit(connection, owner, "session_finished", session_id=session_id, reason=reason)
 
         await self._ledger.write(end)
         for row in await self._ledger.read(
@@ -175,14 +176,16 @@ class Sessions:
         ):
             await self._runs.finish(await self._runs.find(owner, row.id))
         await self._samplers.forget_unnamed(session_id)
-        await self._ledger.write(lambda connection: custom_losses.forget(connection, session_id))
+        await self._ledger.write(
+            lambda connection: operation_rows.forget_custom_losses(connection, session_id)
+        )
 
     async def assign_project(self, owner: str, session_id: str, project_id: str) -> None:
         session_id = (await self.find(owner, session_id)).id
 
         def assign(connection: Connection) -> None:
             tenancy.assign_project(connection, session_id, project_id)
-            audit.record(
+            accounts.audit(
                 connection, owner, "project_session_assigned", session_id=session_id, project_id=project_id
             )
 

@@ -11,10 +11,9 @@ from collections import Counter, OrderedDict
 from sqlalchemy import Connection
 
 from ...engine import messages
-from ..ledger import audit, tenancy
+from ..ledger import accounts, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
-from ..ledger import usage as usage_rows
 from ..recent import held_bytes
 from . import step_metrics
 from .operation import Answer, Operation
@@ -116,7 +115,7 @@ def _record_model(connection: Connection, operation: Operation) -> None:
     assert model is not None
     details = {"model_id": model.id, "session_id": model.session_id, "base_model": model.base_model}
     loaded = {"path": operation.reply["path"]} if "path" in operation.reply else {}
-    audit.record(connection, model.owner, "model_created", **details, **loaded)
+    accounts.audit(connection, model.owner, "model_created", **details, **loaded)
 
 
 def used(
@@ -153,9 +152,9 @@ def _add_usage(
     """Counts the answer of an operation, in the transaction that writes it down: never a second time."""
     counts = used(operation, output, sample)
     if counts and sample is None:
-        usage_rows.add_of_model(connection, operation.model_id, counts)
+        accounts.add_model_usage(connection, operation.model_id, counts)
     elif counts and sample is not None:
         weights = sample.sampler.weights
         run_id = "" if weights is None else weights.split("/")[1].replace("@", ":")  # of any directory's key
         session_id = operation.session_id or ""
-        usage_rows.add(connection, operation.owner, session_id, run_id, sample.sampler.base_model, counts)
+        accounts.add_usage(connection, operation.owner, session_id, run_id, sample.sampler.base_model, counts)

@@ -26,8 +26,7 @@ from ..ledger import operations as rows
 from ..ledger import payloads as payload_rows
 from ..ledger import retention
 from ..ledger.ledger import Ledger
-from ..ledger.payloads import Stored
-from ..ledger.segments import PayloadLost
+from ..ledger.payloads import PayloadLost, Stored
 from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
 from .answers import KEPT, RememberedAnswers, note_replay, settle, used

@@ -20,8 +20,7 @@ from sqlalchemy import Connection
 from ..errors import Unavailable
 from ..ledger import payloads as rows
 from ..ledger.ledger import Ledger
-from ..ledger.payloads import Stored
-from ..ledger.segments import Segments
+from ..ledger.payloads import PayloadFiles, Stored
 
 log = logging.getLogger("tinsmith.operations")
 T = TypeVar("T")
@@ -38,7 +37,7 @@ class Payloads:
     ):
         """`folder` has the files of all ledgers that are there, each in a folder of its own."""
         self._ledger = ledger
-        self._segments = Segments(folder / ledger.id, sync)
+        self._files = PayloadFiles(folder / ledger.id, sync)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="payloads")
         self._remembered: OrderedDict[str, bytes] = OrderedDict()
         self._remembered_bytes = 0
@@ -60,7 +59,7 @@ class Payloads:
             return Stored(len(payload), payload)
 
         def append() -> Stored | None:
-            return self._segments.append(stream, payload) if before() else None
+            return self._files.append(stream, payload) if before() else None
 
         try:
             return await self._in_thread(append)
@@ -71,12 +70,12 @@ class Payloads:
             ) from error
 
     def committed(self, stored: Stored) -> None:
-        self._segments.committed(stored)
+        self._files.committed(stored)
 
     async def abandoned(self, stored: Stored) -> None:
         """The operation was not accepted, or had been before."""
-        if stored.segment is not None:
-            await self._in_thread(partial(self._segments.abandoned, stored))
+        if stored.file is not None:
+            await self._in_thread(partial(self._files.abandoned, stored))
 
     # --- reading
 
@@ -92,7 +91,7 @@ class Payloads:
 
         def read() -> bytes | None:
             stored = self._ledger.read_now(partial(rows.find, operation_id=request_id))
-            return None if stored is None else self._segments.read(stored)
+            return None if stored is None else self._files.read(stored)
 
         return await self._in_thread(read)
 
@@ -118,7 +117,7 @@ class Payloads:
 
     def seal(self, stream: str) -> None:
         """What the stream has from now on can be removed apart from what it had before."""
-        self._segments.seal(stream)
+        self._files.seal(stream)
 
     async def forget_through(self, model_id: str, seq_id: int) -> None:
         """No replay needs the model's payloads up to that any more."""
@@ -130,12 +129,12 @@ class Payloads:
 
     async def remove_unused(self) -> int:
         """Remove files that are not needed, also those that a kill has left; return their bytes."""
-        used = partial(self._ledger.read_now, rows.segments)
-        return await self._in_thread(partial(self._segments.remove_unused, used))
+        used = partial(self._ledger.read_now, rows.files)
+        return await self._in_thread(partial(self._files.remove_unused, used))
 
     def used_bytes(self) -> int:
         """On the disk, outside of the ledger's tables."""
-        return self._segments.used_bytes()
+        return self._files.used_bytes()
 
     async def _repeat(self, change: Callable[[Connection], bool]) -> None:
         """Other writers come in between."""
@@ -159,7 +158,7 @@ class Payloads:
                     stored.append(Stored(len(row.payload), row.payload))
                 else:
                     stream = stream_of(row.model_id, row.kind)
-                    stored.append(await self._in_thread(partial(self._segments.append, stream, row.payload)))
+                    stored.append(await self._in_thread(partial(self._files.append, stream, row.payload)))
 
             def change(connection: Connection, old=old, stored=stored) -> None:
                 for row, each in zip(old, stored, strict=True):
@@ -167,7 +166,7 @@ class Payloads:
 
             await self._ledger.write(change)
             for each in stored:
-                self._segments.committed(each)
+                self._files.committed(each)
             moved, last = moved + len(old), old[-1].id
         return moved
 

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ..ledger.segments import PayloadLost
+from ..ledger.payloads import PayloadLost
 
 log = logging.getLogger("tinsmith.outbox")
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from tinsmith.engine import messages
 from tinsmith.server.errors import NotFound, QuotaExceeded
-from tinsmith.server.ledger import session_rows, tenancy
+from tinsmith.server.ledger import tenancy
 from tinsmith.server.models import losses as custom_losses
 from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
 from tinsmith.server.wire.models import CreateModel
@@ -27,7 +27,7 @@ class Server(engineless.Server):
         return await self.sessions.create(owner, {"tags": [], "user_metadata": NOTE} | fields)
 
     async def stored(self, owner: str = "me") -> int:
-        return await self.ledger.read(lambda connection: session_rows.stored_bytes(connection, owner))
+        return await self.ledger.read(lambda connection: tenancy.stored_bytes(connection, owner))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ async def test_a_finished_session_with_a_sampler_keeps_its_row_alone(server: Ser
     await fill(server)
     row = await server.sessions.find("me", first)
     assert row.user_metadata == {}
-    assert row.size_bytes == session_rows.ROW_BYTES
+    assert row.size_bytes == tenancy.ROW_BYTES
     assert (await server.samplers.find("me", sampler.id)).session_id == first
 
 
@@ -86,7 +86,7 @@ async def test_samplers_count_too_and_unnamed_ones_leave(server: Server) -> None
     session_id = await server.create(user_metadata={})
     before = await server.stored()
     await server.samplers.create("me", session_id, 0, "tiny", None, f"samplers/{session_id}/x")
-    assert await server.stored() == before + session_rows.ROW_BYTES
+    assert await server.stored() == before + tenancy.ROW_BYTES
     await server.samplers.forget_unnamed(session_id)
     assert await server.stored() == before
     with pytest.raises(QuotaExceeded):  # noqa: PT012

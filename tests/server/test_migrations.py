@@ -15,7 +15,8 @@ from alembic.migration import MigrationContext
 from engineless import Server
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from tinsmith.engine import messages
-from tinsmith.server.ledger import custom_losses, operations
+from tinsmith.server.ledger import operations
+from tinsmith.server.ledger import operations as operation_rows
 from tinsmith.server.ledger.ledger import Ledger, check
 from tinsmith.server.ledger.schema import metadata
 from tinsmith.server.operations.answers import KEPT
@@ -145,7 +146,7 @@ async def test_a_server_goes_on_with_a_ledger_from_before_the_first_release(
                 (row.id, row.model_id or row.sampler_id)
                 for row in operations.timeline(connection, SESSION, 100)
             ],
-            custom_losses.stored(connection, SESSION)[0],
+            operation_rows.stored_custom_losses(connection, SESSION)[0],
         )
 
     unanswered, finished, timeline, losses = await server.ledger.read(of_session)

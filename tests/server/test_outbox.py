@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from tinsmith.server.errors import Unavailable
-from tinsmith.server.ledger.segments import PayloadLost
+from tinsmith.server.ledger.payloads import PayloadLost
 from tinsmith.server.supervision import outbox as outbox_module
 from tinsmith.server.supervision.outbox import Lane, Outbox
 

@@ -16,9 +16,8 @@ import pytest
 from tinsmith.server.errors import Unavailable
 from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import ownership, tenancy
-from tinsmith.server.ledger.faults import LedgerUnusable
 from tinsmith.server.ledger.ledger import Ledger, check, open_owned
-from tinsmith.server.ledger.ownership import Holder, InUse, network_filesystem
+from tinsmith.server.ledger.ownership import Holder, InUse, LedgerUnusable, network_filesystem
 
 OWN = """
 import sys, time

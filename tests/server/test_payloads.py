@@ -17,7 +17,7 @@ from small_disk import fill, small_disk
 from tinsmith.engine import messages
 from tinsmith.server.errors import StorageFull
 from tinsmith.server.ledger import payloads as rows
-from tinsmith.server.ledger.segments import SEGMENT_BYTES, PayloadLost, Segments
+from tinsmith.server.ledger.payloads import FILE_BYTES, PayloadFiles, PayloadLost
 from tinsmith.server.operations.answers import KEPT
 from tinsmith.server.operations.operation import Submission, natural_key, stream_of
 
@@ -106,7 +106,7 @@ async def test_what_a_snapshot_covers_leaves_the_disk(server: Server) -> None:
 async def test_a_kill_between_a_payload_and_its_row_leaves_nothing(server: Server) -> None:
     """Bytes that no row points to go with the next start, and what rows point to stays."""
     kept = await server.operations.accept(step(1, 100_000))
-    orphan = Segments(server.settings.payload_dir / server.ledger.id)
+    orphan = PayloadFiles(server.settings.payload_dir / server.ledger.id)
     orphan.append("another stream", bytes(100_000))
     assert len(files(server)) == 2
     again = Server(server.settings.data_dir)
@@ -156,36 +156,36 @@ async def test_a_failed_operation_keeps_what_a_replay_needs_and_no_more(server: 
 
 
 def test_streams_have_files_of_their_own_which_are_bounded(tmp_path: Path) -> None:
-    segments = Segments(tmp_path)
-    large = bytes(SEGMENT_BYTES // 2)
-    stored = [segments.append("a", large) for _ in range(3)] + [segments.append("b", b"x")]
-    assert len({each.segment for each in stored}) == 3
+    files = PayloadFiles(tmp_path)
+    large = bytes(FILE_BYTES // 2)
+    stored = [files.append("a", large) for _ in range(3)] + [files.append("b", b"x")]
+    assert len({each.file for each in stored}) == 3
     for each in stored:
-        segments.committed(each)
-    used = {stored[2].segment, stored[3].segment}
-    assert segments.remove_unused(lambda: used) == SEGMENT_BYTES  # type: ignore[arg-type, return-value]
-    assert segments.read(stored[2]) == large
+        files.committed(each)
+    used = {stored[2].file, stored[3].file}
+    assert files.remove_unused(lambda: used) == FILE_BYTES  # type: ignore[arg-type, return-value]
+    assert files.read(stored[2]) == large
 
 
 def test_appends_of_many_threads_do_not_mix(tmp_path: Path) -> None:
-    segments = Segments(tmp_path)
+    files = PayloadFiles(tmp_path)
     stored = {}
 
     def write(number: int) -> None:
         for turn in range(20):
             payload = bytes([number]) * (1000 + turn)
-            stored[number, turn] = segments.append("one", payload), payload
+            stored[number, turn] = files.append("one", payload), payload
             if turn % 5 == number:
-                segments.seal("one")
+                files.seal("one")
             if turn % 7 == 3:
-                segments.abandoned(stored.pop((number, turn))[0])
+                files.abandoned(stored.pop((number, turn))[0])
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(segments.read(where) == payload for where, payload in stored.values())
+    assert all(files.read(where) == payload for where, payload in stored.values())
 
 
 async def test_without_room_nothing_is_accepted_and_nothing_is_left(tmp_path: Path) -> None:

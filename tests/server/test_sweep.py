@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from tinsmith.ckpt.paths import CheckpointUri
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.ledger import audit, retention, tenancy
+from tinsmith.server.ledger import accounts, retention, tenancy
 from tinsmith.server.ledger import checkpoints as checkpoint_rows
 from tinsmith.server.operations.operation import Submission, natural_key
 
@@ -292,14 +292,14 @@ async def test_the_audit_log_of_one_tenant_is_bounded(
     def fill(connection: Connection) -> None:
         tenancy.ensure_tenant(connection, "busy")
         for number in range(1, 2500):
-            audit.record(connection, "busy", "session_created", number=number)
-        audit.record(connection, "me", "session_created", number=0)
+            accounts.audit(connection, "busy", "session_created", number=number)
+        accounts.audit(connection, "me", "session_created", number=0)
 
     await server.ledger.write(fill)
     await server.sweep.sweep()
 
     def numbers(connection: Connection, owner: str) -> list[int]:
-        found = audit.between(connection, owner, 0, time.time() + 1, None, 10_000)
+        found = accounts.audit_entries(connection, owner, 0, time.time() + 1, None, 10_000)
         return [row.details["number"] for row in found]
 
     kept = await server.ledger.read(lambda connection: numbers(connection, "busy"))

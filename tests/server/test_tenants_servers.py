@@ -20,7 +20,7 @@ from sqlalchemy import text
 from tinsmith.server import addresses
 from tinsmith.server.addresses import Allowed, NotAllowed
 from tinsmith.server.base_models import BaseModel, resolve
-from tinsmith.server.ledger import inference as rows
+from tinsmith.server.ledger import plugins as plugin_rows
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.plugins.sglang.endpoint import (
@@ -296,7 +296,7 @@ async def test_keys_are_encrypted_at_rest(tmp_path: Path, model: BaseModel) -> N
         async with Start(tmp_path, model, "127.0.0.1") as first:
             assert await first.add(there.port, api_key="sk-very-secret", pool="mine") is None
             assert "Bearer sk-very-secret" in there.heads[-1]
-            (row,) = await first.ledger.read(rows.all_endpoints)
+            (row,) = await first.ledger.read(plugin_rows.all_endpoints)
             assert "sk-very-secret" not in str(row.fields)
             assert row.fields["pool"] == "mine"
         assert not ledger_has(tmp_path, "sk-very-secret")
@@ -320,7 +320,9 @@ async def test_keys_of_an_older_ledger_are_encrypted_at_the_start(tmp_path: Path
         async with Start(tmp_path, model) as before:
             fields = {"is_this": False, "api_key": "sk-very-secret", "pool": "default"}
             await before.ledger.write(
-                lambda connection: rows.add(connection, "alice", "127.0.0.1", there.port, fields, 9)
+                lambda connection: plugin_rows.add_endpoint(
+                    connection, "alice", "127.0.0.1", there.port, fields, 9
+                )
             )
         assert ledger_has(tmp_path, "sk-very-secret")
         async with Start(tmp_path, model, "127.0.0.1") as after:

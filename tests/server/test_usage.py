@@ -12,7 +12,7 @@ from engineless import DAY, MODEL, Server, model
 from sqlalchemy import text
 from sqlalchemy.dialects import postgresql
 from tinsmith.engine import messages
-from tinsmith.server.ledger import audit, operations, usage
+from tinsmith.server.ledger import accounts, operations
 from tinsmith.server.operations.operation import Operation, Submission, natural_key
 
 SAMPLER = "s:sample:3"
@@ -66,8 +66,10 @@ async def finish(server: Server, operation: Operation, answer: Any) -> None:
 async def counted(server: Server) -> list[tuple]:
     """Session, run, base model and the counters; all of it in this hour or the one before."""
     hour = int(time.time()) // 3600
-    rows = await server.ledger.read(lambda connection: usage.between(connection, "me", hour - 1, hour + 1))
-    counters = [tuple(getattr(row, name) for name in usage.COUNTERS) for row in rows]
+    rows = await server.ledger.read(
+        lambda connection: accounts.usage_between(connection, "me", hour - 1, hour + 1)
+    )
+    counters = [tuple(getattr(row, name) for name in accounts.COUNTERS) for row in rows]
     return sorted(
         (row.session_id, row.run_id, row.base_model, *counts)
         for row, counts in zip(rows, counters, strict=True)
@@ -110,16 +112,16 @@ async def test_an_answer_that_comes_twice_counts_once(server: Server) -> None:
 async def test_old_hours_and_entries_go(server: Server) -> None:
     operation = await server.operations.accept(sample(1))
     await finish(server, operation, sampled(operation))
-    await server.ledger.write(lambda connection: audit.record(connection, "me", "session_created"))
+    await server.ledger.write(lambda connection: accounts.audit(connection, "me", "session_created"))
 
     async def left() -> tuple[int, int]:
         await server.sweep.sweep()
         day = time.time() - 10 * DAY, time.time() + DAY
         entries = await server.ledger.read(
-            lambda connection: audit.between(connection, "me", *day, None, 100)
+            lambda connection: accounts.audit_entries(connection, "me", *day, None, 100)
         )
-        hours = [int(each) // usage.HOUR for each in day]
-        used = await server.ledger.read(lambda connection: usage.between(connection, "me", *hours))
+        hours = [int(each) // accounts.HOUR for each in day]
+        used = await server.ledger.read(lambda connection: accounts.usage_between(connection, "me", *hours))
         return len(entries), len(used)
 
     async def age(days: int) -> None:
@@ -138,6 +140,6 @@ async def test_old_hours_and_entries_go(server: Server) -> None:
 
 
 def test_postgresql_adds_up_too() -> None:
-    for statement in (usage._ADD["postgresql"], usage._ADD_OF_MODEL["postgresql"]):
+    for statement in (accounts._ADD["postgresql"], accounts._ADD_OF_MODEL["postgresql"]):
         compiled = str(statement.compile(dialect=postgresql.dialect()))
         assert "ON CONFLICT (owner, hour, session_id, run_id, base_model) DO UPDATE SET trained =" in compiled

@@ -13,10 +13,10 @@ from sqlalchemy import Row
 from ...access.tokens import user_urn
 from ...checkpoints.checkpoints import as_strings, iso
 from ...errors import BadRequest
-from ...ledger import audit
-from ...ledger import usage as rows
+from ...ledger import accounts
+from ...ledger import checkpoints as checkpoint_rows
 from ...ledger.ledger import Ledger
-from ...ledger.session_rows import NO_PROJECT
+from ...ledger.tenancy import NO_PROJECT
 from ...wire import responses
 from ..dependencies import Owner, described_as
 from ..provided import Provided
@@ -46,7 +46,7 @@ async def audit_log(
     """The tenant's own entries of a day of UTC, today by default, oldest first; of very many the newest."""
     midnight = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC).timestamp()
     found = await ledger.read(
-        lambda connection: audit.between(
+        lambda connection: accounts.audit_entries(
             connection, owner, midnight, midnight + 86400, _RESOURCES[event_type], _MOST_ENTRIES
         )
     )
@@ -73,9 +73,9 @@ async def usage_events(
     first, end = _hour("starting_on", starting_on), _hour("ending_before", ending_before)
     if not first < end <= first + _MOST_DAYS * 24:
         raise BadRequest(f"ending_before: choose one to {_MOST_DAYS * 24} hours after starting_on")
-    if first * rows.HOUR > time.time():
+    if first * accounts.HOUR > time.time():
         raise BadRequest("starting_on: it is in the future")
-    used = await ledger.read(lambda connection: rows.between(connection, owner, first, end))
+    used = await ledger.read(lambda connection: accounts.usage_between(connection, owner, first, end))
     events = [event for row in used for event in _events(row)]
     events.sort(key=lambda event: (event["bucket_start"], -event["event_info"].get("token_count", 0)))
     sessions = {row.session_id: {"user_metadata": as_strings(row.user_metadata)} for row in used}
@@ -94,8 +94,8 @@ def _hour(name: str, at: datetime) -> int:
 
 def _events(row: Row) -> Iterator[dict[str, Any]]:
     shared = {
-        "bucket_start": iso(row.hour * rows.HOUR),
-        "bucket_end": iso((row.hour + 1) * rows.HOUR),
+        "bucket_start": iso(row.hour * accounts.HOUR),
+        "bucket_end": iso((row.hour + 1) * accounts.HOUR),
         "base_model": row.base_model,
         "user_id": user_urn(row.owner),
         "user_name": row.owner,
@@ -120,7 +120,9 @@ async def checkpoint_storage(
     ledger: Provided[Ledger], owner: Owner, project_id: str | None = None
 ) -> dict[str, Any]:
     """Of the tenant's checkpoints as they are now, by the projects of their sessions."""
-    stored = await ledger.read(lambda connection: rows.stored(connection, owner, project_id))
+    stored = await ledger.read(
+        lambda connection: checkpoint_rows.stored_by_project(connection, owner, project_id)
+    )
     return {
         "data": [
             {

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from ...access.keys import ApiKeys
 from ...access.tokens import Claims, Tokens
 from ...errors import Forbidden
-from ...ledger import keys as rows
+from ...ledger import accounts
 from ...ledger.ledger import Ledger
 from ...wire import responses
 from ..dependencies import CallerOf, described_as
@@ -51,6 +51,6 @@ async def revoke_api_key(
         raise Forbidden("a token cannot revoke its key; send the key itself")
     if key is None or not key.in_ledger:
         raise Forbidden("this key was given to the server at its start, and is taken away there")
-    await ledger.write(lambda connection: rows.revoke(connection, key.id))
+    await ledger.write(lambda connection: accounts.revoke_key(connection, key.id))
     await keys.read(ledger)
     return {"status": "revoked"}

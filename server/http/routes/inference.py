@@ -15,7 +15,7 @@ from .... import __version__
 from ...addresses import is_loopback
 from ...base_models import BaseModels
 from ...errors import Gone
-from ...ledger import inference as rows
+from ...ledger import plugins as plugin_rows
 from ...ledger.ledger import Ledger
 from ...plugins.sglang.endpoints import Endpoints, Registered
 from ...plugins.sglang.registry import Registry
@@ -126,7 +126,7 @@ async def list_inference_endpoints(
     owner: Owner,
 ) -> dict[str, Any]:
     """The caller's own; and how many of the operator's there are for everybody, and are healthy."""
-    known = await ledger.read(lambda connection: rows.endpoints(connection, owner))
+    known = await ledger.read(lambda connection: plugin_rows.endpoints(connection, owner))
     shown = [_shown(request, settings, base_models, endpoints, registry, owner, row) for row in known]
     shared = [each for each in endpoints.all(None, owner) if each.owner is None]
     return {

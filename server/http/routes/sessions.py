@@ -14,7 +14,7 @@ from ...base_models import BaseModels
 from ...checkpoints.checkpoints import as_strings, iso
 from ...dialect import Dialect
 from ...errors import NotFound
-from ...ledger import session_rows as rows
+from ...ledger import checkpoints as checkpoint_rows
 from ...ledger import tenancy
 from ...ledger.ledger import Ledger
 from ...models.run import Run
@@ -208,10 +208,10 @@ async def search_sessions(
     body: wire.SearchSessions, settings: Provided[Settings], ledger: Provided[Ledger], owner: Owner
 ) -> dict[str, Any]:
     """Only one's own sessions, whoever's are asked for: nobody shares one."""
-    since = rows.active_since(max(settings.session_idle_seconds, _LEAST_ACTIVE_SECONDS))
+    since = tenancy.active_since(max(settings.session_idle_seconds, _LEAST_ACTIVE_SECONDS))
     if body.owner.type == "user" and not {owner, user_urn(owner)} & set(body.owner.owner_urns):
         return {"sessions": [], "next_cursor": None}
-    wanted = rows.SessionFilter(
+    wanted = tenancy.SessionFilter(
         owner,
         body.session_id,
         body.display_name,
@@ -221,8 +221,10 @@ async def search_sessions(
         since,
         None if body.cursor is None else body.cursor.last_session_id,
     )
-    page, more = await ledger.read(lambda connection: rows.search(connection, wanted, body.limit))
-    stored = await ledger.read(lambda connection: rows.stored(connection, [row.id for row in page]))
+    page, more = await ledger.read(lambda connection: tenancy.search(connection, wanted, body.limit))
+    stored = await ledger.read(
+        lambda connection: checkpoint_rows.stored_by_session(connection, [row.id for row in page])
+    )
     found = []
     for row in page:
         count, size = stored.get(row.id, (0, 0))
@@ -231,8 +233,8 @@ async def search_sessions(
                 "session_id": row.id,
                 "created_at": iso(row.created_at),
                 "owner": user_urn(row.owner),
-                "project_id": row.project_id or rows.NO_PROJECT,
-                "status": rows.state_of(row, since),
+                "project_id": row.project_id or tenancy.NO_PROJECT,
+                "status": tenancy.state_of(row, since),
                 "checkpoints_count": count,
                 "checkpoint_storage_bytes": size,
                 "display_name": row.display_name,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ....engine import messages
 from ...base_models import BaseModels
 from ...errors import BadRequest, Unavailable
-from ...ledger import inference as rows
+from ...ledger import plugins as plugin_rows
 from ...ledger.ledger import Ledger
 from ...models.runs import Runs
 from ...plugins.sglang.distribution import Distribution
@@ -51,7 +51,7 @@ async def sync_inference_weights(
     began = time.perf_counter()
     if body.model_id is not None:
         await runs.find(owner, body.model_id)
-    known = await ledger.read(lambda connection: rows.endpoints(connection, owner))
+    known = await ledger.read(lambda connection: plugin_rows.endpoints(connection, owner))
     asked = [row for row in known if body.pools is None or row.fields.get("pool") in body.pools]
     own = [_said(row.host, row.port, None, _HERE) for row in asked if is_this(request, row.host, row.port)]
     servers = distribution.own(owner, body.pools)
@@ -62,7 +62,7 @@ async def sync_inference_weights(
     sampler = await _sampler(body, base_models, targets, owner)
     fp8 = quantization(body.quantization) if body.quantization is not None else None
     if body.quantization is None:
-        fp8 = quantization(await ledger.read(lambda connection: rows.quantization(connection, owner)))
+        fp8 = quantization(await ledger.read(lambda connection: plugin_rows.quantization(connection, owner)))
     of_model = [each for each in servers if each.base_model == sampler.base_model]
     saved = time.perf_counter()
     try:
@@ -85,7 +85,7 @@ async def set_sync_quantization(
 ) -> dict[str, Any]:
     """Kept: for every sync that does not say its own."""
     chosen = _normalised(body.quantization) if body.quantization else None
-    await ledger.write(lambda connection: rows.set_quantization(connection, owner, chosen))
+    await ledger.write(lambda connection: plugin_rows.set_quantization(connection, owner, chosen))
     message = "weights go out as they are" if chosen is None else f"weights go out as {chosen['fmt']}"
     return {"quantization": chosen, "message": message}
 

@@ -27,7 +27,7 @@ from ....engine import messages
 from ...base_models import BaseModel
 from ...errors import ApiError, BadRequest, NotFound
 from ...ledger import operations as operation_rows
-from ...ledger import rlve as rows
+from ...ledger import plugins as plugin_rows
 from ...ledger import step_metrics as reported
 from ...ledger.ledger import Ledger
 from ...ledger.operations import SampleNumber
@@ -124,7 +124,9 @@ class Driver:
                 stopped = not await self._step(self.progress.step + 1)
             except _BeginAgainError:
                 self.progress.attempt += 1
-                await self._write(lambda db: rows.change(db, self.run.id, attempt=self.progress.attempt))
+                await self._write(
+                    lambda db: plugin_rows.change_run(db, self.run.id, attempt=self.progress.attempt)
+                )
             except BadRequest:
                 await self._forget_sampler()
                 raise
@@ -148,13 +150,13 @@ class Driver:
 
         def count(connection: Connection) -> None:
             stored = {name: each.as_json() for name, each in after.items()}
-            rows.add_step(connection, self.run.id, step, stored, metrics)
+            plugin_rows.add_step(connection, self.run.id, step, stored, metrics)
 
         if kept:
             metrics |= await self._train(kept, metrics, count)
 
             def write(db: Connection) -> None:
-                rows.set_metrics(db, self.run.id, step, metrics)
+                plugin_rows.set_step_metrics(db, self.run.id, step, metrics)
                 reported.report(db, self.run.id, step, step_metrics.flat(metrics))
 
             await self._write(write)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from ...base_models import BaseModels
 from ...errors import ApiError, BadRequest, internal_error
-from ...ledger import rlve as rows
+from ...ledger import plugins as plugin_rows
 from ...models.run import RLVE, Run
 from ...models.runs import Runs
 from ...text.tokenizer import of_folder
@@ -67,9 +67,9 @@ class RlveRuns:
 
     async def take_up(self) -> None:
         """At the server's start: those that were being trained."""
-        for active in await self._ledger.read(rows.active):
+        for active in await self._ledger.read(plugin_rows.active_runs):
             run = await self._runs.find(active.owner, active.id)
-            row = await self._ledger.read(partial(rows.find, model_id=run.id))
+            row = await self._ledger.read(partial(plugin_rows.find_run, model_id=run.id))
             assert row is not None
             stale = time.time() - row.updated_at > _STALE_SECONDS
             progress = Progress(row.step, row.attempt + stale, _difficulties(row.difficulties))
@@ -97,7 +97,7 @@ class RlveRuns:
     async def resume(self, run: Run) -> None:
         """From the last step that was counted. Raises BadRequest."""
         asked = RlveConfig.model_validate(self._asked(run)["config"])
-        row = await self._ledger.read(partial(rows.find, model_id=run.id))
+        row = await self._ledger.read(partial(plugin_rows.find_run, model_id=run.id))
         assert row is not None
         if run.id in self._drivers:
             if row.state == "stopping":
@@ -119,7 +119,9 @@ class RlveRuns:
         config = RlveConfig.model_validate(self._asked(run)["config"])
 
         def read(connection: Connection) -> tuple[Any, list[dict[str, Any]]]:
-            return rows.find(connection, run.id), rows.newest_steps(connection, run.id, _TOLD_STEPS)
+            return plugin_rows.find_run(connection, run.id), plugin_rows.newest_steps(
+                connection, run.id, _TOLD_STEPS
+            )
 
         row, steps = await self._ledger.read(read)
         last = steps[-1] if steps else {}
@@ -128,7 +130,9 @@ class RlveRuns:
             window = difficulty.window(config.difficulty_sliding_window_size)
             environments[name] = difficulty.as_json() | {"window": [window[0], window[-1]]}
         return {
-            "state": "stopped" if run.state == "finished" and row.state in rows.ACTIVE else row.state,
+            "state": "stopped"
+            if run.state == "finished" and row.state in plugin_rows.ACTIVE_STATES
+            else row.state,
             "message": row.message,
             "step": row.step,
             "num_rollout": config.num_rollout,
@@ -181,7 +185,7 @@ class RlveRuns:
         await self._change(run, state=state, message=message)
 
     async def _change(self, run: Run, **values: Any) -> None:
-        change = partial(rows.change, model_id=run.id, **values)
+        change = partial(plugin_rows.change_run, model_id=run.id, **values)
         await patiently(lambda: self._ledger.write(change))
 
 

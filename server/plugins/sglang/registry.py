@@ -21,7 +21,7 @@ import pyrage
 from sqlalchemy import Row
 
 from ...addresses import Allowed, url_of
-from ...ledger import inference as rows
+from ...ledger import plugins as plugin_rows
 from ...ledger.ledger import Ledger
 from ...private_files import read_or_create
 from ...settings import Settings
@@ -85,7 +85,7 @@ class Registry:
         for url, base_model in self._settings.sglang_urls.items():
             self._endpoints.add(Registered(Endpoint(url, key), None, base_model))
         await self._seal_keys()
-        for row in await self._ledger.read(rows.all_endpoints):
+        for row in await self._ledger.read(plugin_rows.all_endpoints):
             if not row.fields.get("is_this"):
                 self._take_up(row)
 
@@ -103,11 +103,17 @@ class Registry:
 
     async def _seal_keys(self) -> None:
         """Encrypts keys that an earlier version has left in the ledger as they are."""
-        for row in await self._ledger.read(rows.all_endpoints):
+        for row in await self._ledger.read(plugin_rows.all_endpoints):
             if _PLAIN in row.fields:
                 fields = self._sealed(row.fields)
                 await self._ledger.write(
-                    partial(rows.replace_secret, owner=row.owner, host=row.host, port=row.port, fields=fields)
+                    partial(
+                        plugin_rows.replace_endpoint_secret,
+                        owner=row.owner,
+                        host=row.host,
+                        port=row.port,
+                        fields=fields,
+                    )
                 )
 
     def _sealed(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +137,7 @@ class Registry:
                 return problem
         kept = self._sealed(fields)
         added = await self._ledger.write(
-            lambda connection: rows.add(connection, owner, host, port, kept, MAX_ENDPOINTS)
+            lambda connection: plugin_rows.add_endpoint(connection, owner, host, port, kept, MAX_ENDPOINTS)
         )
         if added:
             return None
@@ -162,7 +168,9 @@ class Registry:
 
     async def remove(self, owner: str, host: str, port: int) -> bool:
         """Whether it was there. What it samples goes elsewhere."""
-        gone = await self._ledger.write(lambda connection: rows.remove(connection, owner, host, port))
+        gone = await self._ledger.write(
+            lambda connection: plugin_rows.remove_endpoint(connection, owner, host, port)
+        )
         self.problems.pop((owner, host, port), None)
         endpoint = self._endpoints.find(owner, host, port)
         if endpoint is not None:

@@ -1,0 +1,200 @@
+"""Rows of tenants' API keys, of what their operations used by the hour, and of the audit log.
+
+Of a key the ledger has the SHA-256 alone. Entries of the audit log are written in the transaction of the
+change that they describe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Row,
+    bindparam,
+    create_engine,
+    delete,
+    func,
+    insert,
+    inspect,
+    literal,
+    make_url,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from .ownership import LedgerUnusable, no_driver, why_unusable
+from .schema import api_keys, models, sessions, usage
+from .schema import audit as audit_log
+from .tenancy import ensure_tenant
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def create_key(connection: Connection, tenant: str, note: str | None) -> tuple[str, str]:
+    """A new key of the tenant, and the id by which it is listed and revoked. The key is nowhere else."""
+    ensure_tenant(connection, tenant)
+    key, identifier = f"tml-{secrets.token_urlsafe(32)}", secrets.token_hex(4)
+    connection.execute(
+        insert(api_keys).values(
+            id=identifier, tenant=tenant, digest=digest(key), note=note, created_at=time.time()
+        )
+    )
+    audit(connection, tenant, "api_key_created", key_id=identifier, note=note)
+    return key, identifier
+
+
+def all_keys(connection: Connection) -> Sequence[Row]:
+    """Revoked ones too, oldest first."""
+    return connection.execute(select(api_keys).order_by(api_keys.c.created_at)).all()
+
+
+def revoke_key(connection: Connection, identifier: str) -> bool:
+    """Whether there is such a key. One that was revoked before stays so."""
+    row = connection.execute(select(api_keys).where(api_keys.c.id == identifier)).first()
+    if row is None:
+        return False
+    if row.revoked_at is None:
+        of_id = api_keys.c.id == identifier
+        connection.execute(update(api_keys).where(of_id).values(revoked_at=time.time()))
+        audit(connection, row.tenant, "api_key_revoked", key_id=identifier, note=row.note)
+    return True
+
+
+def has_keys(url: str) -> bool:
+    """Whether the database at `url` has keys. It is not made or migrated for that."""
+    location = make_url(url)
+    if location.get_backend_name() == "sqlite" and not Path(location.database or "").is_file():
+        return False
+    try:
+        engine = create_engine(location)
+    except ImportError as error:
+        raise LedgerUnusable(no_driver(error)) from error
+    try:
+        with engine.connect() as connection:
+            if not inspect(connection).has_table(api_keys.name):
+                return False
+            return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
+    except SQLAlchemyError as error:
+        raise LedgerUnusable(why_unusable(engine, error)) from error
+    finally:
+        engine.dispose()
+
+
+# --- usage
+
+HOUR = 3600
+COUNTERS = ("trained", "prefilled", "prefilled_cached", "sampled", "checkpoints")
+_KEY = ("owner", "hour", "session_id", "run_id", "base_model")
+
+
+def _upsert(dialect: Any, source: Any) -> Any:
+    """`source` yields one row: the key, then the counters, which are added to those there are."""
+    statement = dialect.insert(usage).from_select([*_KEY, *COUNTERS], source)
+    added = {name: usage.c[name] + statement.excluded[name] for name in COUNTERS}
+    return statement.on_conflict_do_update(index_elements=_KEY, set_=added)
+
+
+def _parameter(name: str) -> Any:
+    return bindparam(name, type_=usage.c[name].type).label(name)
+
+
+_counted = [_parameter(name) for name in COUNTERS]
+# `WHERE true`: SQLite takes the conflict clause after a bare SELECT for a part of a join.
+_of_ids = select(*(_parameter(name) for name in _KEY), *_counted).where(literal(1) == 1)
+_of_model = select(
+    models.c.owner, _parameter("hour"), models.c.session_id, models.c.id, models.c.base_model, *_counted
+).where(models.c.id == bindparam("model_id"))
+_DIALECTS = {"sqlite": sqlite, "postgresql": postgresql}
+_ADD = {name: _upsert(dialect, _of_ids) for name, dialect in _DIALECTS.items()}
+_ADD_OF_MODEL = {name: _upsert(dialect, _of_model) for name, dialect in _DIALECTS.items()}
+
+
+def _usage_row(counts: dict[str, int]) -> dict[str, Any]:
+    return {"hour": int(time.time()) // HOUR} | dict.fromkeys(COUNTERS, 0) | counts
+
+
+def add_model_usage(connection: Connection, model_id: str, counts: dict[str, int]) -> None:
+    """Used by an operation of the model, in this hour."""
+    connection.execute(_ADD_OF_MODEL[connection.dialect.name], _usage_row(counts) | {"model_id": model_id})
+
+
+def add_usage(
+    connection: Connection,
+    owner: str,
+    session_id: str,
+    run_id: str,
+    base_model: str,
+    counts: dict[str, int],
+) -> None:
+    """Used in this hour by what is not an operation of a model."""
+    key = {"owner": owner, "session_id": session_id, "run_id": run_id, "base_model": base_model}
+    connection.execute(_ADD[connection.dialect.name], _usage_row(counts) | key)
+
+
+def usage_between(connection: Connection, owner: str, first: int, end: int) -> Sequence[Row]:
+    """The owner's rows of the hours from `first` to before `end`, with what is known of their sessions."""
+    query = (
+        select(usage, sessions.c.project_id, sessions.c.user_metadata)
+        .outerjoin(sessions, sessions.c.id == usage.c.session_id)
+        .where(usage.c.owner == owner, usage.c.hour >= first, usage.c.hour < end)
+    )
+    return connection.execute(query.order_by(usage.c.hour)).all()
+
+
+def drop_usage(connection: Connection, before: float) -> None:
+    """Hours that ended before then."""
+    connection.execute(delete(usage).where(usage.c.hour < int(before) // HOUR))
+
+
+# --- the audit log
+
+_AT_A_TIME = 1000  # rows in one change: other writers wait for it
+
+
+def audit(connection: Connection, owner: str, event: str, **details: Any) -> None:
+    """`event`: the resource, an underscore, and what was done to it, in the past tense."""
+    connection.execute(insert(audit_log).values(owner=owner, at=time.time(), event=event, details=details))
+
+
+def audit_entries(
+    connection: Connection, owner: str, start: float, end: float, resource: str | None, limit: int
+) -> Sequence[Row]:
+    """The newest `limit` of the owner's entries in [start, end), oldest first; of one resource or of all."""
+    query = select(audit_log).where(audit_log.c.owner == owner, audit_log.c.at >= start, audit_log.c.at < end)
+    if resource is not None:
+        query = query.where(audit_log.c.event.startswith(f"{resource}_", autoescape=True))
+    newest = query.order_by(audit_log.c.at.desc(), audit_log.c.id.desc()).limit(limit)
+    return connection.execute(newest).all()[::-1]
+
+
+def drop_audit_entries(connection: Connection, before: float) -> bool:
+    """Entries older than that, some of them; whether there may be more."""
+    old = select(audit_log.c.id).where(audit_log.c.at < before).limit(_AT_A_TIME)
+    return connection.execute(delete(audit_log).where(audit_log.c.id.in_(old))).rowcount == _AT_A_TIME
+
+
+def owners_of_long_audit_logs(connection: Connection, most: int) -> Sequence[str]:
+    """The owners of more than that many entries."""
+    query = select(audit_log.c.owner).group_by(audit_log.c.owner).having(func.count() > most)
+    return connection.execute(query).scalars().all()
+
+
+def drop_oldest_audit_entries(connection: Connection, owner: str, most: int) -> bool:
+    """The owner's entries beyond the newest so many, some of them; whether there may be more."""
+    mine = audit_log.c.owner == owner
+    newest = select(audit_log.c.at).where(mine).order_by(audit_log.c.at.desc()).offset(most).limit(1)
+    last = connection.execute(newest).scalar()
+    if last is None:
+        return False
+    old = select(audit_log.c.id).where(mine, audit_log.c.at <= last).limit(_AT_A_TIME)
+    return connection.execute(delete(audit_log).where(audit_log.c.id.in_(old))).rowcount == _AT_A_TIME
