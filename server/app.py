@@ -22,7 +22,7 @@ from .base_models import BaseModel, BaseModels, plan
 from .checkpoints.checkpoints import Checkpoints
 from .checkpoints.copies import Copies
 from .checkpoints.sweep import Sweep
-from .disk import Disk
+from .files import Disk
 from .http import errors, openapi
 from .http.authentication import AllowedHosts, Authentication, BrowserChecks
 from .http.bodies import USUAL_BYTES, BodyLimits, JsonBodies, RefusedNumbers, budget, of_training_and_sampling

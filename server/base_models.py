@@ -7,23 +7,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from ..ckpt import smollm2
-from ..engine import messages
+from ..engine import host_memory, memory, messages
+from ..engine.device_catalogue import GPU_SHARE
+from ..engine.messages import Devices
 from ..model import folder as folders
-from ..model.folder import ModelConfig
-from . import machine
+from ..model.folder import ModelConfig, counts
 from .errors import BadRequest
-from .memory_check import require_memory
-from .safetensors_header import Entry
+from .files import Entry
 
 T = TypeVar("T")
 SMOLLM2 = "smollm2-135m"
@@ -173,7 +177,7 @@ def plan(
         if names.count(name) > 1:
             raise ValueError(f"two models are called {name!r}; give them names of their own, NAME=...")
     needed = prod((mesh or {}).values())
-    devices = machine.devices(needed)
+    devices = find_devices(needed)
     if mesh and needed != devices.count:
         stated = ",".join(f"{axis}={size}" for axis, size in mesh.items())
         raise ValueError(
@@ -375,3 +379,90 @@ def _described(
         digest=_of_model(name, folders.digest, folder, config),
         tokenizer_id=tokenizer_id,
     )
+
+
+# --- the devices of this machine
+
+_ACCELERATORS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0", "/dev/vfio/vfio")
+_PROBE_SECONDS = 300.0
+
+
+def find_devices(needed: int) -> Devices:
+    """The devices that the engine will have.
+
+    They are looked for in a short-lived process, for this one has no JAX; on a machine without accelerators
+    only if more than one device is `needed`. Raises ValueError saying in one line why JAX finds none.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    surely_cpu = platforms == "cpu" or (not platforms and not any(map(os.path.exists, _ACCELERATORS)))
+    if surely_cpu and needed <= 1:
+        return Devices("cpu", 1)
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)}  # as the engine has (`engine_process`)
+    quiet = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = share | os.environ | quiet
+    command = [sys.executable, "-m", "tinsmith.engine.devices"]
+    try:
+        probe = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"JAX did not find its devices within {_PROBE_SECONDS:.0f} s") from None
+    if probe.returncode != 0:
+        lines = probe.stderr.decode(errors="replace").strip().splitlines() or ["no reason was given"]
+        raise ValueError(f"JAX finds no device: {lines[-1][:300]}")
+    return msgspec.json.decode(probe.stdout.splitlines()[-1], type=Devices)
+
+
+# --- whether the models fit into memory
+
+
+def require_memory(
+    models: Mapping[str, ModelConfig],
+    devices: Devices,
+    dtype: str = "auto",
+    mesh: Mapping[str, int] | None = None,
+    max_sequence_length: int | None = None,
+    kv_cache_tokens: int | None = None,
+) -> None:
+    """Compare the least that an engine with these models needs with what is free.
+
+    That is their weights, the smallest programs, one adapter in training and one sequence in the KV cache.
+    Raises ValueError saying how much is needed, for what, how much there is, and what would do.
+    """
+    on_cpu = devices.platform == "cpu"
+    sizes = memory.Mesh.of(mesh or {})
+    free = host_memory.free_bytes() if on_cpu else devices.bytes_each
+    if free is None or not models:
+        return
+    available = free // sizes.devices if on_cpu else free  # a CPU's devices share its memory
+    kind = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+
+    def plan(mesh: memory.Mesh, itemsize: int) -> memory.EnginePlan:
+        longest = (min(max_sequence_length or 1 << 62, each.max_sequence_length) for each in models.values())
+        served = [
+            memory.Served(counts(config), length, itemsize)
+            for config, length in zip(models.values(), longest, strict=True)
+        ]
+        return memory.plan_engine(served, available, mesh, on_cpu=on_cpu, kv_cache_tokens=kv_cache_tokens)
+
+    here = plan(sizes, _ITEMSIZE[kind])
+    if here.fits:
+        return
+    billions = sum(counts(config).parameters for config in models.values()) / 1e9
+    of_each = "" if sizes.devices == 1 else " on each device"
+    text = (
+        f"too large: {', '.join(models)} needs {memory.in_gb(here.needed)}{of_each} "
+        f"({memory.in_gb(here.base)} for {billions:.2f} billion parameters as {kind}, the rest for the "
+        f"smallest programs, an adapter and a KV cache), and {memory.in_gb(available)} are free"
+    )
+    if not on_cpu:
+        larger = (memory.Mesh(fsdp=2**power) for power in range(1, 10))
+        for each in larger:
+            if each.shards > sizes.shards and plan(each, _ITEMSIZE[kind]).fits:
+                raise ValueError(f"{text}; {memory.number(each.devices)} of them with --mesh {each} would do")
+    if kind == "float32":
+        text += "; --dtype bfloat16 halves the weights"
+    raise ValueError(text)
+
+
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}

@@ -9,9 +9,14 @@ either kind, so that a crowd of one owner's work does not keep out the others'.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import os
 import pickle
+import platform
+import resource
+import signal
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
 
 from .errors import TooLarge, Unavailable
 
@@ -120,7 +125,7 @@ class Offload:
 
 
 class _Worker:
-    """One process of `offload_worker.py`. It ends when its standard input does: at the latest with us."""
+    """One process that runs `main`. It ends when its standard input does: at the latest with us."""
 
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
@@ -129,7 +134,7 @@ class _Worker:
     async def start(memory_bytes: int) -> _Worker:
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tinsmith.server.offload_worker", str(memory_bytes)),
+                *(sys.executable, "-m", "tinsmith.server.offload", str(memory_bytes)),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=_PIECE_BYTES,
@@ -154,3 +159,61 @@ class _Worker:
     def kill(self) -> None:
         if self._process.returncode is None:
             self._process.kill()
+
+
+# --- in the worker process: read a job and a body, answer with what the job makes of the body
+
+_NICENESS = 5  # answering comes before parsing
+_LARGE_BYTES = 4 << 20  # after a body of so much, what it took goes back to the system
+
+
+def main() -> None:
+    memory_bytes = int(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # service managers send it to all; the server may need us
+    os.nice(_NICENESS)
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what prints must not come between the answers
+    while (job := _read(jobs)) is not None and (body := _read(jobs)) is not None:
+        answer = _answer(job, body)
+        answers.write(SIZE.pack(len(answer)))
+        answers.write(answer)
+        answers.flush()
+        if len(body) > _LARGE_BYTES:
+            del job, body, answer
+            _give_memory_back()
+
+
+def _read(file: BinaryIO) -> bytes | None:
+    """The next piece; None at the end of the server."""
+    head = file.read(SIZE.size)
+    if len(head) < SIZE.size:
+        return None
+    (size,) = SIZE.unpack(head)
+    piece = file.read(size)
+    return piece if len(piece) == size else None
+
+
+def _answer(job: bytes, body: bytes) -> bytes:
+    call: Callable
+    try:
+        call, args, kwargs = pickle.loads(job)
+        return pickle.dumps((True, call(body, *args, **kwargs)), pickle.HIGHEST_PROTOCOL)
+    except MemoryError:
+        error: Exception = TooLarge(
+            f"the body of {len(body)} bytes takes more memory to read than it may; send less at once"
+        )
+    except Exception as raised:
+        error = raised
+    return pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
+
+
+def _give_memory_back() -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()

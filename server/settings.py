@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -21,9 +23,8 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from ..engine import messages
-from . import given_keys
 from .addresses import Allowed, address, is_loopback
-from .ledger.accounts import has_keys
+from .ledger.accounts import digest, has_keys
 from .ledger.ownership import sqlite_file
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -366,7 +367,7 @@ class Settings(
 
     @model_validator(mode="after")
     def _keys_that_clients_can_send(self) -> Settings:
-        given_keys.parse(self.api_keys)
+        parse_keys(self.api_keys)
         return self
 
     @model_validator(mode="after")
@@ -447,3 +448,65 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file in UTF-8") from None
+
+
+# --- API keys that are given at the start, as `KEY` or `OWNER=KEY`
+
+PREFIX = "tml-"
+"""How every key begins: the SDK refuses others before it asks a server."""
+_MAX_CHARACTERS = 512
+_OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_KEY = re.compile(rf"{PREFIX}[!-~]+")  # what a header can carry, without spaces
+
+
+@dataclass(frozen=True)
+class GivenKey:
+    """One key and its owner. `identifier` is part of the key's digest."""
+
+    owner: str
+    digest: bytes
+
+    @property
+    def identifier(self) -> str:
+        return self.digest.hex()[:12]
+
+
+def is_owner(name: str) -> bool:
+    """Whether a tenant can have this name."""
+    return _OWNER.fullmatch(name) is not None
+
+
+def parse_keys(entries: Iterable[str]) -> list[GivenKey]:
+    """Raises ValueError for a key that no client could send, without repeating the key itself.
+
+    Several keys may share an owner, but no two owners may share a key. A key without an owner belongs to a
+    tenant of its own.
+    """
+    found: dict[bytes, GivenKey] = {}
+    for number, entry in enumerate(entries, 1):
+        key = _parse_entry(entry, number)
+        known = found.setdefault(key.digest, key)
+        if known.owner != key.owner:
+            raise ValueError(f"API key {number}: {known.owner} and {key.owner} have the same key")
+    return list(found.values())
+
+
+def _parse_entry(entry: str, number: int) -> GivenKey:
+    entry = entry.strip()
+    owner, separator, key = entry.partition("=")
+    has_owner = bool(separator) and not owner.startswith(PREFIX)  # a key may contain '='
+    if not has_owner:
+        owner, key = "", entry
+    if has_owner and not is_owner(owner):
+        raise ValueError(f"API key {number}: its owner's name must be 1 to 64 letters, digits and . _ - @")
+    where = f"API key {number} (of {owner})" if owner else f"API key {number}"
+    if not key or key == PREFIX:
+        raise ValueError(f"{where} is empty; write {PREFIX}..., or OWNER={PREFIX}...")
+    if not key.startswith(PREFIX):
+        raise ValueError(f"{where} does not begin with {PREFIX}; clients refuse to send such a key")
+    if not _KEY.fullmatch(key) or len(key) > _MAX_CHARACTERS:
+        raise ValueError(
+            f"{where}: a key has up to {_MAX_CHARACTERS} printable ASCII characters and no spaces"
+        )
+    of_key = digest(key)
+    return GivenKey(owner or f"key-{of_key.hex()[:12]}", of_key)

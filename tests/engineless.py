@@ -11,7 +11,7 @@ from tinsmith.server.access.quotas import Quotas
 from tinsmith.server.base_models import BaseModels
 from tinsmith.server.checkpoints.checkpoints import Checkpoints
 from tinsmith.server.checkpoints.sweep import Sweep
-from tinsmith.server.disk import Disk
+from tinsmith.server.files import Disk
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.models.recovery import Recovery, Snapshots

@@ -1,7 +1,7 @@
 """Who is asking: one mechanism in front of every route.
 
 A key belongs to an owner; everything is created with an owner and is invisible to all others. Keys are given
-at the start (given_keys.py), or are in the ledger, where `tinsmith keys` puts them. Without any (possible on
+at the start (settings.py), or are in the ledger, where `tinsmith keys` puts them. Without any (possible on
 loopback only) every caller is the one owner `local`. Keys are kept and looked up as SHA-256 digests, so the
 time that a look-up takes tells nothing about the keys. A token (tokens.py) stands for the key that it was
 exchanged for.
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from .. import given_keys
 from ..ledger import accounts
 from ..ledger.ledger import Ledger
+from ..settings import parse_keys
 from .quotas import Quotas
 
 log = logging.getLogger("tinsmith.auth")
@@ -60,7 +60,7 @@ class ApiKeys:
         """`entries`: each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client could send."""
         note = "given to the server at its start"
         self._given = [
-            ApiKey(key.identifier, key.owner, key.digest, note, False) for key in given_keys.parse(entries)
+            ApiKey(key.identifier, key.owner, key.digest, note, False) for key in parse_keys(entries)
         ]
         self._required = bool(entries)
         self._index([])

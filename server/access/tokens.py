@@ -24,7 +24,7 @@ import jwt
 import orjson
 
 from ..errors import Forbidden
-from ..private_files import read_or_create
+from ..files import read_or_create
 
 SIGNATURE = "signature"
 _SECRET_BYTES = 32

@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 from ...ckpt import peft_config
 from ...engine import messages
-from .. import safetensors_header
 from ..errors import BadRequest
+from ..files import tensor_entries
 
 _CHUNK_BYTES = 1 << 20
 COMPLETE = "checkpoint_complete"
@@ -185,7 +185,7 @@ def described(directory: Path) -> messages.LoraSpec:
     that is more than a plain LoRA."""
     try:
         config = peft_config.read((directory / CONFIG_FILE).read_bytes())
-        entries = safetensors_header.entries(directory / TENSORS_FILE)
+        entries = tensor_entries(directory / TENSORS_FILE)
     except ValueError as error:
         raise BadRequest(str(error)) from None
     # of experts, files may have one tensor with an axis for them

@@ -20,8 +20,8 @@ from sqlalchemy import Connection, Row
 from ...ckpt import paths
 from ...engine import messages
 from ..access.quotas import Quotas
-from ..disk import Disk
 from ..errors import BadRequest, NotFound, StorageQuotaExceeded
+from ..files import Disk
 from ..ledger import checkpoints as rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger

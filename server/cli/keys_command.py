@@ -43,9 +43,9 @@ DataDir = Annotated[Path | None, typer.Option(help="The server's data directory 
 
 def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T], make: bool = False) -> T:
     """`make`: the ledger, where there is none yet."""
+    from ..files import make_directory
     from ..ledger.ledger import Ledger, check
     from ..ledger.ownership import sqlite_file
-    from ..private_files import make_directory
     from ..settings import LedgerSettings
 
     settings = read_settings(LedgerSettings, {} if data_dir is None else {"data_dir": data_dir})
@@ -76,7 +76,7 @@ def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T], make: b
 
 
 def _check_tenant(tenant: str) -> None:
-    from ..given_keys import is_owner
+    from ..settings import is_owner
 
     if not is_owner(tenant):
         fail(f"tenant {tenant!r}: use up to 64 letters, digits and . _ - @")

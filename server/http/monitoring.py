@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ... import __version__
 from ...engine import logs, messages
 from ..checkpoints.sweep import Sweep
-from ..disk import Disk
 from ..errors import TooManyRequests
+from ..files import Disk
 from ..ledger.ledger import Ledger
 from ..models.recovery import Recovery
 from ..models.runs import Runs

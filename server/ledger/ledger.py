@@ -29,7 +29,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from ..errors import StorageFull, Unavailable
-from ..private_files import protect
+from ..files import protect
 from . import ownership as leases
 from .migrations import prereleases
 from .ownership import (

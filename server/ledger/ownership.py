@@ -37,7 +37,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, func, make_url, select, update
 from sqlalchemy.exc import ArgumentError
 
-from ..private_files import make_directory
+from ..files import make_directory
 from .schema import lease
 
 

@@ -17,8 +17,8 @@ from ...engine import messages
 from ..access.quotas import Quotas
 from ..checkpoints.archive import described, unpack
 from ..checkpoints.checkpoints import named
-from ..disk import Disk
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable
+from ..files import Disk
 from ..ledger import checkpoints as rows
 from ..ledger.ledger import Ledger
 from ..ledger.tenancy import model_id

@@ -13,10 +13,11 @@ import logging
 import shutil
 import time
 import uuid
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,7 +31,6 @@ from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation
 from ..operations.operations import Operations
-from ..recent import Recent
 from ..settings import Settings
 from ..supervision.supervisor import Supervisor
 from .run import Run
@@ -45,6 +45,37 @@ _SWEEP_EVERY = 600.0
 _REMEMBERED = 65_536  # of others the ledger is asked
 # Directories that no sampler names may be of a save under way, or of samples that wait for their turn.
 _SPARED_SECONDS = 3600.0
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+D = TypeVar("D")
+
+
+class Recent(Generic[K, V]):
+    """At most `limit` entries."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._entries: OrderedDict[K, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: K, default: D) -> V | D:
+        if key not in self._entries:
+            return default
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self._entries[key] = value
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._limit:
+            self._entries.popitem(last=False)
+
+    def discard(self, key: K) -> None:
+        self._entries.pop(key, None)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,10 @@ from ..ledger.ledger import Ledger
 from ..ledger.tenancy import model_id
 from ..operations.operation import Operation
 from ..operations.operations import Operations
-from ..recent import Recent
 from .admission import Admission
 from .run import RLVE, ModelSpec, NewRun, Run
 from .runs import Runs
-from .samplers import Samplers
+from .samplers import Recent, Samplers
 
 log = logging.getLogger("tinsmith.sessions")
 

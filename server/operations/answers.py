@@ -14,9 +14,8 @@ from ...engine import messages
 from ..ledger import accounts, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
-from ..recent import held_bytes
 from . import step_metrics
-from .operation import Answer, Operation
+from .operation import Answer, Operation, held_bytes
 
 # Operations that change a model: a replay after the newest snapshot needs them again.
 REPLAYED = frozenset(

@@ -19,9 +19,9 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import logs, messages
-from ..disk import Disk
 from ..errors import ApiError, BadRequest
 from ..events import Event
+from ..files import Disk
 from ..ledger import operations as rows
 from ..ledger import payloads as payload_rows
 from ..ledger import retention

@@ -23,8 +23,7 @@ from sqlalchemy import Connection, Row
 from ...engine import messages
 from ..ledger import operations as rows
 from ..ledger.ledger import Ledger
-from ..recent import held_bytes
-from .operation import Operation
+from .operation import Operation, held_bytes
 from .operations import Operations
 
 _STREAM_BYTES, _OWNER_BYTES = 1 << 20, 64 << 20  # that wait for clients, of one stream and of all of an owner

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_disk import fill, small_disk
 from sqlalchemy import Connection
-from tinsmith.server.disk import Disk
 from tinsmith.server.errors import StorageFull
+from tinsmith.server.files import Disk
 from tinsmith.server.ledger import operations, payloads, tenancy
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.ledger.payloads import Stored
@@ -52,7 +52,7 @@ async def test_a_ledger_without_room_says_so_and_goes_on_with_room(tmp_path: Pat
 
 
 def test_the_reserve_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinsmith.server.disk._FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("tinsmith.server.files._FRESH_SECONDS", 0.0)
     with small_disk(tmp_path / "disk", "4m") as folder:
         disk = Disk(folder, reserve_bytes=1 << 20)
         disk.require_room()

@@ -12,11 +12,11 @@ from msgspec import structs
 from tinsmith.engine import messages
 from tinsmith.server.models import runs as runs_module
 from tinsmith.server.models.run import NewRun
+from tinsmith.server.models.samplers import Recent
 from tinsmith.server.operations import sample_streams
 from tinsmith.server.operations.operation import Operation, Submission
 from tinsmith.server.operations.operations import PendingOperations
 from tinsmith.server.operations.sample_streams import SampleStreams
-from tinsmith.server.recent import Recent
 
 
 def drawn(request_id: str, begin: int, tokens: int = 1000, k: int = 0) -> messages.Drawn:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tinsmith.engine.messages import Devices
 from tinsmith.model.folder import ModelConfig, stated_config
-from tinsmith.server.memory_check import require_memory
+from tinsmith.server.base_models import require_memory
 from tiny_models import hf_config
 
 GB = 10**9

@@ -387,7 +387,7 @@ async def test_only_the_server_s_user_reads_the_ledger_and_secrets(tmp_path: Pat
     before = os.umask(0)
     try:
         data_dir = tmp_path / "a" / "data"
-        from tinsmith.server.private_files import make_directory
+        from tinsmith.server.files import make_directory
 
         make_directory(data_dir)
         assert mode(data_dir) == 0o700

@@ -13,7 +13,7 @@ from engineless import Server
 from tinsmith.engine import messages
 from tinsmith.server.access.keys import ApiKeys
 from tinsmith.server.base_models import BaseModel, BaseModels
-from tinsmith.server.disk import Disk
+from tinsmith.server.files import Disk
 from tinsmith.server.operations.operation import Operation, Submission
 from tinsmith.server.plugins.sglang.distribution import Distribution
 from tinsmith.server.plugins.sglang.endpoint import Endpoint

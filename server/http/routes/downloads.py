@@ -19,8 +19,8 @@ from ....engine import messages
 from ...access.tokens import UrlSigner
 from ...checkpoints.archive import Archive, files
 from ...checkpoints.checkpoints import Checkpoints, iso, named
-from ...disk import Disk
 from ...errors import BadRequest, NotFound, Unavailable
+from ...files import Disk
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
 from ...wire import responses

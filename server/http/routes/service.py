@@ -14,7 +14,7 @@ from .... import __version__
 from ....engine import messages
 from ...base_models import BaseModels
 from ...checkpoints.sweep import Sweep
-from ...disk import Disk
+from ...files import Disk
 from ...models.runs import Runs
 from ...operations.operations import Operations
 from ...plugins.rlve import environments

@@ -29,7 +29,7 @@ from typing import Any
 from ....ckpt import paths
 from ....engine import messages
 from ...base_models import BaseModel
-from ...safetensors_header import Entry, entries
+from ...files import Entry, tensor_entries
 from ...settings import Settings
 from .endpoint import CannotServe, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
@@ -103,7 +103,7 @@ def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str |
     if max_rank is not None and rank > max_rank:
         return f"the adapter's rank is {rank}, the server was started with --max-lora-rank {max_rank}"
     sides: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, entry in entries(folder / TENSORS_FILE).items():
+    for name, entry in tensor_entries(folder / TENSORS_FILE).items():
         module, _, side = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         sides[module][side] = entry.shape
     for module, shapes in sides.items():

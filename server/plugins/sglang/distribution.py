@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from ....engine import messages
 from ...access.keys import ApiKeys
 from ...base_models import BaseModel
-from ...disk import Disk
 from ...errors import ApiError
+from ...files import Disk
 from ...operations.operation import Operation
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor

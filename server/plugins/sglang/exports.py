@@ -17,9 +17,8 @@ import msgspec
 from ....ckpt import paths
 from ....engine import messages
 from ...base_models import BaseModel
-from ...disk import Disk
 from ...errors import BadRequest, Unavailable
-from ...safetensors_header import Entry, entries
+from ...files import Disk, Entry, tensor_entries
 from ...supervision.supervisor import Supervisor
 from .adapters import EXPORTS, Folders, is_adapter
 
@@ -106,7 +105,7 @@ class Exports:
 
     async def _read(self, key: str, base_model: str, weights: str | None) -> Export:
         folder = self._folders.here(key)
-        tensors = await asyncio.to_thread(entries, folder)
+        tensors = await asyncio.to_thread(tensor_entries, folder)
         sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
         return Export(key, base_model, weights, tensors, sum(sizes), len(sizes))
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from ....engine import messages
 from ...base_models import BaseModel
-from ...safetensors_header import Entry, entries
+from ...files import Entry, tensor_entries
 from .adapters import Folders, server_name
 from .endpoint import EndpointError, EndpointUnflushed
 from .endpoints import DEFAULT_VERSION, Endpoints, Registered
@@ -54,7 +54,7 @@ def misfit(export: Export, endpoint: Registered, base: dict[str, Entry], folders
             "which of its matrices are in fp8, and in which blocks, cannot be seen from here: its model's "
             "folder has to be on a volume that both have, and the server be one of --sglang"
         )
-    return _differ(export.tensors, entries(theirs))
+    return _differ(export.tensors, tensor_entries(theirs))
 
 
 def _differ(ours: dict[str, Entry], theirs: dict[str, Entry]) -> str | None:

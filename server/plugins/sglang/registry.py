@@ -21,9 +21,9 @@ import pyrage
 from sqlalchemy import Row
 
 from ...addresses import Allowed, url_of
+from ...files import read_or_create
 from ...ledger import plugins as plugin_rows
 from ...ledger.ledger import Ledger
-from ...private_files import read_or_create
 from ...settings import Settings
 from .endpoint import Endpoint, Room
 from .endpoints import Endpoints, Registered
