@@ -8,6 +8,7 @@ adapters, the names in files, merging, sharding and parameter counts all follow 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,20 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class KeysValues:
+    """What the sampler caches of every token for a layer: a key and a value of each of `heads` heads."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def per_token(self) -> int:
+        """The numbers cached of one token."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Attention with grouped heads. `kv_heads` divides `heads`.
 
@@ -118,6 +133,10 @@ class Attention:
     def scale(self) -> float:
         """What scores are multiplied with."""
         return self.head_dim**-0.5
+
+    @property
+    def cached(self) -> KeysValues:
+        return KeysValues(self.kv_heads, self.head_dim, self.head_dim)
 
     @property
     def qkv(self) -> int:
@@ -319,6 +338,21 @@ class ModelConfig:
             layer: (stack, index) for stack in self.all_stacks for index, layer in enumerate(stack.layers)
         }
         return tuple(places[layer] for layer in range(self.num_layers))
+
+    @cached_property
+    def cache_kinds(self) -> tuple[KeysValues, ...]:
+        """The different things that the sampler caches for layers."""
+        return tuple(dict.fromkeys(layer.mixer.cached for layer in self.layers))
+
+    @cached_property
+    def cache_numbers(self) -> tuple[int, ...]:
+        """Each layer's number among those for which the same is cached."""
+        seen: Counter[KeysValues] = Counter()
+        numbers = []
+        for layer in self.layers:
+            numbers.append(seen[layer.mixer.cached])
+            seen[layer.mixer.cached] += 1
+        return tuple(numbers)
 
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:

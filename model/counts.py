@@ -60,7 +60,7 @@ def counts(config: ModelConfig) -> Counts:
         feed_forward=max(mlp.active_width for mlp in mlps),
         qkv=max(mixer.qkv for mixer in mixers),
         attention_width=max(mixer.heads * mixer.head_dim for mixer in mixers),
-        kv_per_position=sum(2 * mixer.kv_heads * mixer.head_dim for mixer in mixers),
+        kv_per_position=sum(mixer.cached.per_token for mixer in mixers),
         kv_heads=max(mixer.kv_heads for mixer in mixers),
         windows=tuple(mixer.window for mixer in mixers),
     )

@@ -3,7 +3,7 @@
 It runs the same blocks as the trainer (`decoder.Block`), with an `attend` that reads pages of keys and
 values, so that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of sequences
 and context pages; everything else is traced. How the layers are run for one token depends on the backend of
-the pages: `decode_unrolled` is for CPUs, `decode_scanned` for accelerators.
+the cache: `decode_unrolled` is for CPUs, `decode_scanned` for accelerators.
 
 Axis letters: S sequences, D hidden, V vocabulary, M tokens decoded by one call.
 """
@@ -23,7 +23,7 @@ from .decode_rows import DecodeRows
 from .decode_scanned import Scanned
 from .decode_unrolled import Unrolled
 from .decoder import Base, Decoder, logits
-from .kv_cache import Pages
+from .kv_cache import Cache
 from .lora import LoraStack
 from .token_sampling import Drawing
 from .weights_by_layer import BaseByLayer
@@ -61,31 +61,31 @@ class Steps(Protocol):
     ) -> tuple[Float[Array, "S 1 D"], Any]:
         """Return the hidden states of the rows' tokens, at position + step, after the final norm."""
 
-    def pages(self, state: Any) -> Pages:
-        """Return the pages, with the keys and values of this call's tokens."""
+    def cache(self, state: Any) -> Cache:
+        """Return the cache, with what is kept of this call's tokens."""
 
 
-@partial(jax.jit, static_argnames=("graph", "drawing"), donate_argnames="pages")
+@partial(jax.jit, static_argnames=("graph", "drawing"), donate_argnames="cache")
 def decode(
     graph: nnx.GraphDef,
     base: Base | BaseByLayer,
-    pages: Pages,
+    cache: Cache,
     lora: LoraStack | None,
     rows: DecodeRows,
     want_top: Bool[Array, ""],
     drawing: Drawing = Drawing.AT_RUN_TIME,
-) -> tuple[Pages, Decoded]:
+) -> tuple[Cache, Decoded]:
     """Draw up to M tokens for every row, or fewer if all rows end earlier.
 
     A row ends when its budget is spent or one of its `stop_tokens` is drawn (-1 is no token). The backend is
-    that of `pages`. `base` and `lora` may come from `weights_by_layer`. `drawing` is what is known of all
+    that of `cache`. `base` and `lora` may come from `weights_by_layer`. `drawing` is what is known of all
     rows when the program is compiled.
     """
     steps: Steps
-    if isinstance(base, BaseByLayer) or pages.backend == "cpu":
-        steps = Unrolled(graph, base, pages, lora, rows)
+    if isinstance(base, BaseByLayer) or cache.backend == "cpu":
+        steps = Unrolled(graph, base, cache, lora, rows)
     else:
-        steps = Scanned(graph, base, pages, lora, rows)
+        steps = Scanned(graph, base, cache, lora, rows)
     S, V = rows.last_token.shape[0], steps.model.config.vocab_size
     M, top = rows.u.shape[0], min(token_sampling.TOP_K, V)
     sample = partial(token_sampling.sample_tokens, rows=rows.sampling, want_top=want_top, drawing=drawing)
@@ -120,4 +120,4 @@ def decode(
     else:
         state = jax.lax.while_loop(going, one_token, state)
     done, _, _, carried, _, out = state
-    return steps.pages(carried), Decoded(done, *out)
+    return steps.cache(carried), Decoded(done, *out)

@@ -23,7 +23,7 @@ from . import kv_cache
 from .decode_rows import DecodeRows
 from .decoder import Base, Block, scan_layers, unembed
 from .kernels.paged_attention import decode_attention
-from .kv_cache import Pages
+from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
 from .sharding import LogicalAxes, constrain
 
@@ -32,30 +32,31 @@ _HEADS: LogicalAxes = ("sequences", "cached_heads", "head_dim")
 
 
 class Scanned:
-    """See `decode.Steps`. The state is the pages."""
+    """See `decode.Steps`. The state is the cache."""
 
     fixed = each_once = True
 
     def __init__(
-        self, graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, rows: DecodeRows
+        self, graph: nnx.GraphDef, base: Base, cache: Cache, lora: LoraStack | None, rows: DecodeRows
     ):
         self.model = nnx.merge(graph, base)
         self.head_VD = unembed(base)
         self._table_VD = base["embed_tokens"]["weight"]
-        self._pages, self._lora, self._rows = pages, lora, rows
+        self._cache, self._lora, self._rows = cache, lora, rows
 
-    def first_state(self) -> Pages:
-        return self._pages
+    def first_state(self) -> Cache:
+        return self._cache
 
-    def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Pages) -> tuple[Array, Pages]:
+    def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Cache) -> tuple[Array, Cache]:
         rows, lora = self._rows, self._lora
         position_S = rows.position + step
         page_S, offset_S = self._places(position_S)
         rotations = self.model.rotations(position_S[:, None])
 
-        def layer(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Pages], None]:
-            x_S1D, pages = carried
+        def layer(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Cache], dict]:
+            x_S1D, cache = carried
             mixer = block.layer.mixer
+            pages = cache.of(mixer.cached)
 
             def attend(q_S1NH: Array, k_S1KH: Array, v_S1KH: Array, *sinks: Array) -> Array:
                 nonlocal pages
@@ -72,18 +73,18 @@ class Scanned:
             if lora is not None:
                 block_lora = LayerLora(pairs, lora["scale"], rows.adapter, each_once=True)
             x_S1D = block(x_S1D, rotations, attend, block_lora, residual=_RESIDUAL)
-            return (x_S1D, pages), None
+            return (x_S1D, cache.updated(mixer.cached, pages)), {}
 
         x_S1D = constrain(constrain(self._table_VD, ("vocab", "embed"))[token_S[:, None]], _RESIDUAL)
-        (x_S1D, pages), _ = scan_layers(self.model, lora, (x_S1D, state), layer, numbered=True)
-        return self.model.norm(x_S1D), pages
+        (x_S1D, cache), _ = scan_layers(self.model, lora, (x_S1D, state), layer, numbered=True)
+        return self.model.norm(x_S1D), cache
 
-    def pages(self, state: Pages) -> Pages:
+    def cache(self, state: Cache) -> Cache:
         return state
 
     def _places(self, position_S: Int[Array, " S"]) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
         """Return the page and offset of each row's token; page 0 for positions beyond its table."""
-        table_SP, Z = self._rows.table, self._pages.page_size
+        table_SP, Z = self._rows.table, self._cache.page_size
         column_S = position_S // Z
         page_S = jnp.take_along_axis(table_SP, jnp.minimum(column_S, table_SP.shape[1] - 1)[:, None], axis=1)[
             :, 0

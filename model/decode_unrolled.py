@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache
 from .decode_rows import DecodeRows
 from .decoder import Base
 from .kernels.paged_attention.cpu import attend_parts, read_layer
-from .kv_cache import Pages
+from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
 from .weights_by_layer import BaseByLayer, open_layers, open_stack
 
@@ -34,18 +34,21 @@ class Unrolled:
         self,
         graph: nnx.GraphDef,
         base: Base | BaseByLayer,
-        pages: Pages,
+        cache: Cache,
         lora: LoraStack | None,
         rows: DecodeRows,
     ):
         # Cut into layers outside the loop over tokens; inside, XLA would repeat it for every token.
         self.model, self._blocks, self.head_VD, self._wide = open_layers(graph, base)
-        self._pages, self._lora, self._rows = pages, lora, rows
+        self._cache, self._lora, self._rows = cache, lora, rows
         config = self.model.config
         dtype = self._dtype = self.model.norm.weight.dtype
-        L = config.num_layers
-        self._contexts = [read_layer(pages, layer, rows.table, dtype) for layer in range(L)]
-        self._pairs = open_stack(lora["layers"], config) if lora and lora["layers"] else ({},) * L
+        self._contexts = [
+            read_layer(cache.of(layer.mixer.cached), number, rows.table, dtype)
+            for layer, number in zip(config.layers, config.cache_numbers, strict=True)
+        ]
+        no_pairs: tuple = ({},) * config.num_layers
+        self._pairs = open_stack(lora["layers"], config) if lora and lora["layers"] else no_pairs
         # Computed for all tokens before the loop; inside, XLA would recompute the cosines in every block.
         self._rotations = self.model.rotations(rows.position[:, None] + jnp.arange(self._tokens))
 
@@ -54,11 +57,14 @@ class Unrolled:
         return self._rows.u.shape[0]
 
     def first_state(self) -> Any:
-        config, S = self.model.config, self._rows.last_token.shape[0]
-        K, H = kv_cache.kv_shape(config)
         # In float32: to write one bfloat16 into an array, the CPU backend converts the whole array to float32
         # and back.
-        return ((jnp.zeros((S, K, self._tokens, H)),) * 2,) * config.num_layers
+        S, M = self._rows.last_token.shape[0], self._tokens
+        kinds = (layer.mixer.cached for layer in self.model.config.layers)
+        return tuple(
+            tuple(jnp.zeros((S, kind.heads, M, dim)) for dim in (kind.key_dim, kind.value_dim))
+            for kind in kinds
+        )
 
     def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Any) -> tuple[Array, Any]:
         rows, lora = self._rows, self._lora
@@ -66,7 +72,7 @@ class Unrolled:
         x = self.model.embed_tokens(token_S[:, None])
         windows = {layer.mixer.window for layer in self.model.config.layers}
         visible = {
-            window: _visible(rows, step, self._tokens, self._pages.page_size, window) for window in windows
+            window: _visible(rows, step, self._tokens, self._cache.page_size, window) for window in windows
         }
         kept = []
         for block, context, recent, pair in zip(
@@ -90,8 +96,17 @@ class Unrolled:
             )
         return self.model.norm(x), tuple(kept)
 
-    def pages(self, state: Any) -> Pages:
-        return _append(self._pages, self._rows, state, self._dtype)
+    def cache(self, state: Any) -> Cache:
+        cache, page, offset = self._cache, *_places(self._rows, self._cache.page_size)
+        for kind in cache.kinds:
+            of_kind = [
+                each
+                for layer, each in zip(self.model.config.layers, state, strict=True)
+                if layer.mixer.cached == kind
+            ]
+            keys, values = (_by_token(x, self._dtype) for x in zip(*of_kind, strict=True))
+            cache = cache.updated(kind, kv_cache.write(cache.of(kind), keys, values, page, offset))
+        return cache
 
 
 def _visible(
@@ -112,16 +127,17 @@ def _visible(
     return context_visible, recent_visible
 
 
-def _append(pages: Pages, rows: DecodeRows, recent: Any, dtype: Any) -> Pages:
-    """Write this call's keys and values to the pages. Those without a page in the table go to page 0."""
-    S, P = rows.table.shape
-    M = rows.u.shape[0]
-    position = rows.position[:, None] + jnp.arange(M)
-    column = position // pages.page_size
+def _places(rows: DecodeRows, page_size: int) -> tuple[Int[Array, " SM"], Int[Array, " SM"]]:
+    """Return the page and offset of this call's tokens. Those without a page in the table go to page 0."""
+    P = rows.table.shape[1]
+    position = rows.position[:, None] + jnp.arange(rows.u.shape[0])
+    column = position // page_size
     page = jnp.take_along_axis(rows.table, jnp.minimum(column, P - 1), axis=1)
-    page = jnp.where(column < P, page, 0).reshape(-1)
+    return jnp.where(column < P, page, 0).reshape(-1), (position % page_size).reshape(-1)
 
-    k_LSKMH, v_LSKMH = (jnp.stack(of).astype(dtype) for of in zip(*recent, strict=True))
-    L, _, K, _, H = v_LSKMH.shape
-    k_WLKH, v_WLKH = (x.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H) for x in (k_LSKMH, v_LSKMH))
-    return kv_cache.write(pages, k_WLKH, v_WLKH, page, (position % pages.page_size).reshape(-1))
+
+def _by_token(of_layers: tuple[Array, ...], dtype: Any) -> Float[Array, "SM L K H"]:
+    """Lay out the keys or the values [S K M H] of several layers as `kv_cache.write` takes them."""
+    x_LSKMH = jnp.stack(of_layers).astype(dtype)
+    L, S, K, M, H = x_LSKMH.shape
+    return x_LSKMH.transpose(1, 3, 0, 2, 4).reshape(S * M, L, K, H)

@@ -354,7 +354,7 @@ def routed_trunk(
     config = model.config
     rotations = model.rotations(position_BT)
 
-    def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, Array | None]:
+    def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, dict[str, Array]]:
         mixer, mlp = block.layer.mixer, block.layer.mlp
         routes: list[Array] = []
 
@@ -364,14 +364,14 @@ def routed_trunk(
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
         x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes)
         if not isinstance(mlp, Experts):
-            return x_BTD, None
-        return x_BTD, _tokens_by_expert(mlp.count, routes[0], real_BT)
+            return x_BTD, {}
+        return x_BTD, {"tokens_by_expert": _tokens_by_expert(mlp.count, routes[0], real_BT)}
 
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
-    x_BTD, tokens_MBE = scan_layers(model, lora, x_BTD, run, remat=remat)
-    return model.norm(x_BTD), tokens_MBE
+    x_BTD, kept = scan_layers(model, lora, x_BTD, run, remat=remat)
+    return model.norm(x_BTD), kept.get("tokens_by_expert")
 
 
 def _tokens_by_expert(
@@ -386,18 +386,18 @@ def scan_layers(
     model: Decoder,
     lora: LoraStack | None,
     x_BTD: Any,
-    run: Callable[[Block, Any, dict, Any], tuple[Any, Any]],
+    run: Callable[[Block, Any, dict, Any], tuple[Any, dict[Any, Any]]],
     *,
     numbered: bool = False,
     remat: str = "none",
-) -> tuple[Any, Any]:
+) -> tuple[Any, dict[Any, Any]]:
     """Pass the residual stream [B T D] through all layers, in one scan per group.
 
     `run(block, x, pairs, number)` applies a layer with its adapter pairs, and returns the stream and what to
-    keep, or None; `number` is the layer's if `numbered`, else None. Returns the stream, and what was kept,
-    with a leading axis of the layers that kept something. `remat` is what the backward stores of each layer
-    (REMAT_POLICIES). The stream may be a tree that holds more than the hidden states, such as the pages of
-    keys and values.
+    keep, by key; `number` is the layer's of `ModelConfig.cache_numbers` if `numbered`, else None. Returns the
+    stream, and what was kept by key, with a leading axis of the layers that kept something under it. `remat`
+    is what the backward stores of each layer (REMAT_POLICIES). The stream may be a tree that holds more than
+    the hidden states, such as the pages of keys and values.
     """
 
     def apply(graph: nnx.GraphDef, x_BTD: Any, weights: Any, pairs: dict, number: Any) -> tuple[Any, Any]:
@@ -405,11 +405,11 @@ def scan_layers(
 
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=0)
-    kept = []
+    kept: dict[Any, list[Any]] = {}
     for stacks in model.config.stacks:
         graphs, weights = zip(*(nnx.split(model.stack(stack)) for stack in stacks), strict=True)
         pairs = [{} if lora is None else stack.of(lora["layers"]) for stack in stacks]
-        numbers = [_numbers(stack.layers) if numbered else None for stack in stacks]
+        numbers = [_numbers(model.config, stack) if numbered else None for stack in stacks]
 
         def step(x_BTD: Any, layers: list, graphs: tuple = graphs) -> tuple[Any, list]:
             kept = []
@@ -418,22 +418,24 @@ def scan_layers(
                 kept.append(of_layer)
             return x_BTD, kept
 
-        x_BTD, of_group = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, numbers, strict=True)))
-        kept.append(_in_order(of_group))
-    kept = [of_group for of_group in kept if of_group is not None]
-    return x_BTD, kept[0] if len(kept) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *kept or [None])
+        x_BTD, of_pattern = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, numbers, strict=True)))
+        for key in dict.fromkeys(key for of_stack in of_pattern for key in of_stack):
+            kept.setdefault(key, []).append(_in_order([each[key] for each in of_pattern if key in each]))
+    return x_BTD, {
+        key: groups[0] if len(groups) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *groups)
+        for key, groups in kept.items()
+    }
 
 
-def _numbers(layers: range) -> Int[Array, " L"]:
-    return jnp.arange(layers.start, layers.stop, layers.step)
+def _numbers(config: ModelConfig, stack: Stack) -> Int[Array, " L"]:
+    return jnp.asarray([config.cache_numbers[layer] for layer in stack.layers])
 
 
-def _in_order(of_pattern: list[Any]) -> Any:
+def _in_order(of_stacks: list[Any]) -> Any:
     """Interleave what the stacks of a group kept, [repeats, ...] each, to [layers, ...]."""
-    kept = [of_stack for of_stack in of_pattern if of_stack is not None] or [None]
-    if len(kept) == 1:
-        return kept[0]
-    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *kept)
+    if len(of_stacks) == 1:
+        return of_stacks[0]
+    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *of_stacks)
 
 
 def unembed(base: Base) -> Float[Array, "V D"]:

@@ -1,15 +1,17 @@
-"""The paged cache of keys and values.
+"""The sampler's cache: what its programs keep of sequences, for each kind of layer.
 
-One pair of arrays holds the keys and values of all sequences, in pages of a fixed number of positions. A
-table per sequence lists its pages in order. Sequences with a common prefix share pages, and memory is bounded
-whatever the lengths are. Page 0 belongs to no sequence: padding writes there. The layout of the arrays
-depends on the backend whose kernel reads them (`kernels.paged_attention.pages`).
+Layers with attention have keys and values in pages of a fixed number of positions. A table per sequence lists
+its pages in order, for all layers alike. Sequences with a common prefix share pages, and memory is bounded
+whatever the lengths are. Page 0 belongs to no sequence: padding writes there. One pair of arrays (`Pages`)
+holds the pages of all layers whose heads have the same shape; its layout depends on the backend whose kernel
+reads them (`kernels.paged_attention.pages`).
 
-Axis letters: L layers, K kv heads, H head dim, W tokens written at once.
+Axis letters: L layers of a kind, K kv heads, H head dim, V head dim of values, W tokens written at once.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from .config import ModelConfig
+from .config import KeysValues, ModelConfig
 from .kernels import paged_attention
 from .kernels.backends import Backend
 from .kernels.paged_attention import cpu
@@ -26,55 +28,80 @@ from .kernels.paged_attention.pages import LAYOUTS, Pages
 from .sharding import LogicalAxes, constrain, partition_spec
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """What is kept of all sequences, for each kind of layer (`ModelConfig.cache_kinds`)."""
+
+    parts: tuple[Pages, ...]
+    kinds: tuple[KeysValues, ...] = field(metadata={"static": True})
+    backend: Backend = field(metadata={"static": True})
+    page_size: int = field(metadata={"static": True})
+
+    def of(self, kind: KeysValues) -> Pages:
+        """Return what is kept for the layers of a kind."""
+        return self.parts[self.kinds.index(kind)]
+
+    def updated(self, kind: KeysValues, part: Pages) -> Cache:
+        """Return the cache with a new part for the layers of a kind."""
+        at = self.kinds.index(kind)
+        return replace(self, parts=(*self.parts[:at], part, *self.parts[at + 1 :]))
+
+
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
     """Return the memory for the keys and values of one position in all layers."""
-    elements = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in config.layers)
-    return elements * jnp.dtype(dtype).itemsize
+    return sum(layer.mixer.cached.per_token for layer in config.layers) * jnp.dtype(dtype).itemsize
 
 
-def kv_shape(config: ModelConfig) -> tuple[int, int]:
-    """Return the number of key heads and their size, which are the same in all layers."""
-    (shape,) = {(layer.mixer.kv_heads, layer.mixer.head_dim) for layer in config.layers}
-    return shape
-
-
-def make_pages(
+def make_cache(
     config: ModelConfig,
     num_pages: int,
     page_size: int,
     dtype: Any,
     mesh: Mesh | None = None,
     backend: Backend = "cpu",
-) -> Pages:
-    """Make empty pages. `num_pages` includes page 0, which belongs to no sequence."""
-    K, H = kv_shape(config)
-    sizes = {
-        "layers": config.num_layers,
-        "pages": num_pages,
-        "kv_heads": K,
-        "cached_heads": K,
-        "positions": page_size,
-        "head_dim": H,
-    }
+) -> Cache:
+    """Make an empty cache. `num_pages` includes page 0, which belongs to no sequence."""
 
-    def empty(axes: LogicalAxes) -> Array:
-        shape = tuple(sizes[axis] for axis in axes)
+    def empty(shape: tuple[int, ...], axes: LogicalAxes) -> Array:
         sharding = None if mesh is None else NamedSharding(mesh, partition_spec(shape, axes, mesh))
         return jnp.zeros(shape, cpu.stored_dtype(dtype) if backend == "cpu" else dtype, device=sharding)
 
-    keys, values = LAYOUTS[backend]
-    return Pages(empty(keys), empty(values), backend)
+    def pages(kind: KeysValues) -> Pages:
+        shapes = page_shapes(config, kind, num_pages, page_size, backend)
+        keys, values = map(empty, shapes, LAYOUTS[backend])
+        return Pages(keys, values, backend)
+
+    return Cache(tuple(map(pages, config.cache_kinds)), config.cache_kinds, backend, page_size)
+
+
+def page_shapes(
+    config: ModelConfig, kind: KeysValues, num_pages: int, page_size: int, backend: Backend
+) -> list[tuple[int, ...]]:
+    """Return the shapes of the keys and the values of all layers of a kind."""
+    sizes = {
+        "layers": sum(layer.mixer.cached == kind for layer in config.layers),
+        "pages": num_pages,
+        "kv_heads": kind.heads,
+        "cached_heads": kind.heads,
+        "positions": page_size,
+    }
+    dims = kind.key_dim, kind.value_dim
+    return [
+        tuple((sizes | {"head_dim": dim})[axis] for axis in axes)
+        for dim, axes in zip(dims, LAYOUTS[backend], strict=True)
+    ]
 
 
 def write(
     pages: Pages,
     k_WLKH: Float[Array, "W L K H"],
-    v_WLKH: Float[Array, "W L K H"],
+    v_WLKV: Float[Array, "W L K V"],
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
 ) -> Pages:
-    """Write the keys and values of W tokens, in all layers, at (page, offset). On a CPU only."""
-    return _pinned(pages, *cpu.write(pages, _finite(k_WLKH), _finite(v_WLKH), page_W, offset_W))
+    """Write the keys and values of W tokens, in all layers of a kind, at (page, offset). On a CPU only."""
+    return _pinned(pages, *cpu.write(pages, _finite(k_WLKH), _finite(v_WLKV), page_W, offset_W))
 
 
 def write_layer(
@@ -90,13 +117,16 @@ def write_layer(
     return _pinned(pages, *paged_attention.write_layer(pages, layer, *new, page_W, offset_W))
 
 
-@partial(jax.jit, donate_argnames="pages")
-def copy_pages(pages: Pages, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Pages:
+@partial(jax.jit, donate_argnames="cache")
+def copy_pages(cache: Cache, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Cache:
     """Copy whole pages. Each sample of a prompt gets a copy of the prompt's last, partly filled page."""
-    before = (slice(None),) * LAYOUTS[pages.backend][0].index("pages")
-    return _pinned(
-        pages, *(x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in (pages.k, pages.v))
-    )
+    before = (slice(None),) * LAYOUTS[cache.backend][0].index("pages")
+
+    def copied(pages: Pages) -> Pages:
+        new = (x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in (pages.k, pages.v))
+        return _pinned(pages, *new)
+
+    return replace(cache, parts=tuple(map(copied, cache.parts)))
 
 
 def _finite(x: Array) -> Array:

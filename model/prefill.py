@@ -24,7 +24,7 @@ from .decoder import Base, Block, Decoder, logits, scan_layers, unembed
 from .kernels.attention import attention, attention_to_merge
 from .kernels.paged_attention import context_attention, merge, with_sinks
 from .kernels.paged_attention.cpu import attend_parts, read_layer
-from .kv_cache import Pages
+from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
 
 
@@ -46,60 +46,65 @@ class PrefillRows(NamedTuple):
     context: Int[Array, " S"]
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="pages")
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def prefill(
-    graph: nnx.GraphDef, base: Base, pages: Pages, lora: LoraStack | None, rows: PrefillRows
-) -> tuple[Pages, Float[Array, "ST D"]]:
-    """Run prompt tokens through the trunk and store their keys and values in the pages.
+    graph: nnx.GraphDef, base: Base, cache: Cache, lora: LoraStack | None, rows: PrefillRows
+) -> tuple[Cache, Float[Array, "ST D"]]:
+    """Run prompt tokens through the trunk and store their keys and values in the cache.
 
     Returns the final hidden states, row after row. `lora` holds one adapter."""
     model = nnx.merge(graph, base)
-    run = _with_contexts_read if pages.backend == "cpu" else _in_place
-    pages, x_STD = run(model, pages, lora, rows)
-    return pages, model.norm(x_STD).reshape(-1, model.config.hidden_size)
+    run = _with_contexts_read if cache.backend == "cpu" else _in_place
+    cache, x_STD = run(model, cache, lora, rows)
+    return cache, model.norm(x_STD).reshape(-1, model.config.hidden_size)
 
 
 def _with_contexts_read(
-    model: Decoder, pages: Pages, lora: LoraStack | None, rows: PrefillRows
-) -> tuple[Pages, Float[Array, "S T D"]]:
+    model: Decoder, cache: Cache, lora: LoraStack | None, rows: PrefillRows
+) -> tuple[Cache, Float[Array, "S T D"]]:
     """Run the layers on a CPU: each reads its context from the pages, and all keys and values are written
     together at the end."""
-    visible = _visible_in_prompt(rows, pages.page_size)
+    visible = _visible_in_prompt(rows, cache.page_size)
     rotations = model.rotations(rows.position)
 
-    def run(block: Block, x_BTD: Array, pairs: dict, number: Array) -> tuple[Array, tuple]:
+    def run(block: Block, x_BTD: Array, pairs: dict, number: Array) -> tuple[Array, dict[int, tuple]]:
         mixer = block.layer.mixer
-        kept = []
+        kept: list[Array] = []
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             kept.extend((k, v))
             if not rows.table.shape[1]:
                 return attention(q, k, v, rows.start, mixer.scale, window=mixer.window, sinks_N=sinks)
             context_visible, own_visible = visible(mixer.window)
-            context = read_layer(pages, number, rows.table, q.dtype)
+            context = read_layer(cache.of(mixer.cached), number, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
             return attend_parts(q, parts, mixer.scale, sinks)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        return block(x_BTD, rotations, attend, block_lora), tuple(kept)
+        x_BTD = block(x_BTD, rotations, attend, block_lora)
+        return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)}
 
     x_STD, kept = scan_layers(model, lora, model.embed_tokens(rows.tokens), run, numbered=True)
-    k_WLKH, v_WLKH = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept)
-    return kv_cache.write(pages, k_WLKH, v_WLKH, rows.page.reshape(-1), rows.offset.reshape(-1)), x_STD
+    page, offset = rows.page.reshape(-1), rows.offset.reshape(-1)
+    for at, kind in enumerate(cache.kinds):
+        keys, values = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at])
+        cache = cache.updated(kind, kv_cache.write(cache.of(kind), keys, values, page, offset))
+    return cache, x_STD
 
 
 def _in_place(
-    model: Decoder, pages: Pages, lora: LoraStack | None, rows: PrefillRows
-) -> tuple[Pages, Float[Array, "S T D"]]:
+    model: Decoder, cache: Cache, lora: LoraStack | None, rows: PrefillRows
+) -> tuple[Cache, Float[Array, "S T D"]]:
     """Run the layers on an accelerator: each writes its keys and values to the pages, and reads its context
     there in place."""
     rotations = model.rotations(rows.position)
     page_W, offset_W = rows.page.reshape(-1), rows.offset.reshape(-1)
 
-    def run(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Pages], None]:
-        x_STD, pages = carried
+    def run(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Cache], dict]:
+        x_STD, cache = carried
         mixer = block.layer.mixer
+        pages = cache.of(mixer.cached)
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             nonlocal pages
@@ -115,11 +120,12 @@ def _in_place(
             return merge(own, context).astype(q.dtype)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        return (block(x_STD, rotations, attend, block_lora), pages), None
+        x_STD = block(x_STD, rotations, attend, block_lora)
+        return (x_STD, cache.updated(mixer.cached, pages)), {}
 
     x_STD = model.embed_tokens(rows.tokens)
-    (x_STD, pages), _ = scan_layers(model, lora, (x_STD, pages), run, numbered=True)
-    return pages, x_STD
+    (x_STD, cache), _ = scan_layers(model, lora, (x_STD, cache), run, numbered=True)
+    return cache, x_STD
 
 
 def _visible_in_prompt(

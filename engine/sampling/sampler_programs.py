@@ -69,7 +69,7 @@ class SamplerPrograms:
         self._on_compile = on_compile or (lambda name, seconds: None)
         self._compiled: set[str] = set()
         self._slots = Slots()
-        self._pages: kv_cache.Pages | None = None  # made when first needed
+        self._cache: kv_cache.Cache | None = None  # made when first needed
         self._prefilled: jax.Array | None = None  # of the last prompts, on an accelerator
         decoded_as = None if backend == "cpu" else dtype
         self.stacks = AdapterStacks(config, budget, None if mesh is None else replicated(mesh), decoded_as)
@@ -78,8 +78,8 @@ class SamplerPrograms:
     def ready(self) -> Any:
         """Under the mesh, with pages."""
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            if self._pages is None:
-                self._pages = kv_cache.make_pages(
+            if self._cache is None:
+                self._cache = kv_cache.make_cache(
                     self._config, self._num_pages, self._page_size, self._dtype, self._mesh, self._backend
                 )
             yield
@@ -98,7 +98,7 @@ class SamplerPrograms:
 
     def drop_pages(self) -> None:
         """Free the pages; `ready` makes new ones, which are empty."""
-        self._pages = self._prefilled = None
+        self._cache = self._prefilled = None
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
         """Copy pages to pages."""
@@ -106,7 +106,7 @@ class SamplerPrograms:
             piece = copies[begin : begin + _COPIED_AT_ONCE]
             piece += [(0, 0)] * (_COPIED_AT_ONCE - len(piece))
             source, target = (np.array(pages, np.int32) for pages in zip(*piece, strict=True))
-            self._pages = kv_cache.copy_pages(self._pages, source, target)
+            self._cache = kv_cache.copy_pages(self._cache, source, target)
 
     def prefill(self, pieces: list[tuple[Prompt, int]]) -> list[bool]:
         """Run the next tokens of each prompt (`SamplingQueue.next_pieces`), and answer what is asked about
@@ -118,7 +118,7 @@ class SamplerPrograms:
         S, T = rows.tokens.shape
         name = f"prefill {S} x {T} tokens after {context * self._page_size}{_kind(stack)}"
         with self._timed(name):
-            self._pages, hidden = prefill.prefill(self._graph, weights.base, self._pages, stack, rows)
+            self._cache, hidden = prefill.prefill(self._graph, weights.base, self._cache, stack, rows)
             self._wait_for(hidden)
         return self._score(pieces, places, weights.base, stack, hidden)
 
@@ -179,8 +179,8 @@ class SamplerPrograms:
         base = chosen[0].generation.weights.base_by_layer
         began = time.monotonic()
         with self._timed(f"decode {slots} slots {kind}"):
-            self._pages, decoded = decode.decode(
-                self._graph, base, self._pages, stack.by_layer, rows, want_top, drawing
+            self._cache, decoded = decode.decode(
+                self._graph, base, self._cache, stack.by_layer, rows, want_top, drawing
             )
             decoded = jax.device_get(decoded)
         self._slots.ran(kind, len(chosen), slots, time.monotonic() - began)

@@ -13,7 +13,7 @@ from tinsmith.model.config import ModelConfig
 from tinsmith.model.decode import decode
 from tinsmith.model.decode_rows import DecodeRows
 from tinsmith.model.kernels.backends import current_backend
-from tinsmith.model.kernels.paged_attention.pages import LAYOUTS
+from tinsmith.model.kernels.paged_attention.pages import LAYOUTS, Pages
 from tinsmith.model.prefill import PrefillRows, prefill
 from tinsmith.model.token_sampling import Drawing, SamplingRows
 
@@ -32,25 +32,28 @@ class Shapes:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), base, shardings
         )
         self.columns = context // PAGE
-        self.pages = self._pages(config, 1 + sequences * self.columns)
+        self.cache = self._cache(config, 1 + sequences * self.columns)
         self.lora = self._lora(config, adapters) if adapters else None
 
     def array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
-    def _pages(self, config: ModelConfig, number: int) -> kv_cache.Pages:
-        K, H = kv_cache.kv_shape(config)
-        sizes = {"layers": config.num_layers, "pages": number, "cached_heads": K}
-        sizes |= {"positions": PAGE, "head_dim": H}
+    def _cache(self, config: ModelConfig, number: int) -> kv_cache.Cache:
         with jax.set_mesh(self.mesh):
             backend = current_backend()
 
-        def empty(axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-            shape = tuple(sizes[axis] for axis in axes)
+        def empty(shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
             spec = sharding.partition_spec(shape, axes, self.mesh)
             return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(self.mesh, spec))
 
-        return kv_cache.Pages(*map(empty, LAYOUTS[backend]), backend)
+        parts = tuple(
+            Pages(
+                *map(empty, kv_cache.page_shapes(config, kind, number, PAGE, backend), LAYOUTS[backend]),
+                backend,
+            )
+            for kind in config.cache_kinds
+        )
+        return kv_cache.Cache(parts, config.cache_kinds, backend, PAGE)
 
     def _lora(self, config: ModelConfig, adapters: int) -> lora.LoraStack:
         """Adapters of rank 32 on all matrices and the head."""
@@ -113,4 +116,4 @@ def prefill_case(
 
 def _compile(shapes: Shapes, program: Callable, rows: Any, *more: Any) -> Any:
     with jax.set_mesh(shapes.mesh):
-        return program.lower(shapes.graph, shapes.base, shapes.pages, shapes.lora, rows, *more).compile()
+        return program.lower(shapes.graph, shapes.base, shapes.cache, shapes.lora, rows, *more).compile()

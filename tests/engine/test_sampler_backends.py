@@ -91,7 +91,7 @@ def no_memory_for(monkeypatch):
         def limited(self, *arguments):
             sizes.append(size(*arguments))
             if sizes[-1] > most:
-                self._pages.k.delete()  # a program that fails may have taken the pages with it
+                self._cache.parts[0].k.delete()  # a program that fails may have taken the pages with it
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
             return run(self, *arguments)
 

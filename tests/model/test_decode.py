@@ -27,8 +27,8 @@ def some_rows():
 
 def test_rotations_are_computed_once(tiny):
     model = tiny("llama")
-    pages = kv_cache.make_pages(model.config, 1 + S * P, 16, jnp.float32)
-    program = decode.lower(model.graph, model.base, pages, None, some_rows(), np.bool_(False))
+    cache = kv_cache.make_cache(model.config, 1 + S * P, 16, jnp.float32)
+    program = decode.lower(model.graph, model.base, cache, None, some_rows(), np.bool_(False))
     text = program.compile().as_text()
     assert model.config.num_layers > 1
     assert (text.count(" cosine("), text.count(" sine(")) == (1, 1)
@@ -38,9 +38,9 @@ def test_rotations_are_computed_once(tiny):
 def test_nothing_waits_for_the_host_between_tokens(tiny, drawing):
     """A GPU waits at each branch, and at each turn of a loop whose end is computed."""
     model = tiny("llama")
-    pages = kv_cache.make_pages(model.config, 1 + S * P, 16, jnp.float32, backend="gpu")
+    cache = kv_cache.make_cache(model.config, 1 + S * P, 16, jnp.float32, backend="gpu")
     program = jax.make_jaxpr(decode, static_argnums=(0, 6))(
-        model.graph, model.base, pages, None, some_rows(), np.bool_(True), drawing
+        model.graph, model.base, cache, None, some_rows(), np.bool_(True), drawing
     )
     operations = set(_operations(program.jaxpr))
     assert {"scan", "pallas_call", "dot_general"} <= operations

@@ -1,7 +1,7 @@
 """Paged attention on CPUs: a sequence's pages are laid end to end once per call, then read by plain products.
 
-Letters: S rows, T tokens, N query heads, K kv heads, H head dim, L layers, P pages of a table, Z positions of
-a page, C keys of one array, W tokens written at once.
+Letters: S rows, T tokens, N query heads, K kv heads, H head dim, V head dim of values, L layers, P pages of a
+table, Z positions of a page, C keys of one array, W tokens written at once.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ def stored_dtype(dtype: Any) -> Any:
 
 def read_layer(
     pages: Pages, layer: int | Int[Array, ""], table_SP: Int[Array, "S P"], dtype: Any
-) -> tuple[Float[Array, "S K H C"], Float[Array, "S K C H"]]:
+) -> tuple[Float[Array, "S K H C"], Float[Array, "S K C V"]]:
     """Read one layer's keys and values from the pages in each row of `table_SP`, end to end.
 
     They have the dtype in which they were written."""
     S, P = table_SP.shape
-    K, Z, H = pages.v.shape[2:]
+    K, Z, V = pages.v.shape[2:]
+    H = pages.k.shape[3]
     k_SPKHZ, v_SPKZH = pages.k[layer, table_SP], pages.v[layer, table_SP]
     if k_SPKHZ.dtype != dtype:
         k_SPKHZ, v_SPKZH = (jax.lax.bitcast_convert_type(x, dtype) for x in (k_SPKHZ, v_SPKZH))
     return (
         k_SPKHZ.transpose(0, 2, 3, 1, 4).reshape(S, K, H, P * Z),
-        v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, H),
+        v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, V),
     )
 
 
 def write(
     pages: Pages,
     k_WLKH: Float[Array, "W L K H"],
-    v_WLKH: Float[Array, "W L K H"],
+    v_WLKV: Float[Array, "W L K V"],
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
 ) -> tuple[Array, Array]:
     """Return the arrays of `pages` with the keys and values of W tokens, in all layers, at (page, offset)."""
     k, v = (
-        jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x for x in (k_WLKH, v_WLKH)
+        jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x for x in (k_WLKH, v_WLKV)
     )
     return pages.k.at[:, page_W, :, :, offset_W].set(k), pages.v.at[:, page_W, :, offset_W].set(v)
 
