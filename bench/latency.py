@@ -5,7 +5,10 @@
 
 Starts a server, then drives one model as the SDK does: POST forward_backward and optim_step, then long-poll
 both. The time on the device is read from the ledger. `health` is the same client's round trip for a request
-that does nothing, which is the lower bound on this machine at this load.
+that does nothing, which is the lower bound on this machine at this load. Then the same client trains and
+samples as the SDK does, with answers in protobuf, and the server's own processor time is measured: from the
+submit to the answered poll, without the engine and the client. `--python` starts the server of another
+environment, such as one with an older version, to be compared in turns.
 """
 
 from __future__ import annotations
@@ -22,14 +25,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).parents[1]
 
 
-SERVE = (sys.executable, "-m", "tinsmith.server.cli", "serve")
+_COMMAND = ("-m", "tinsmith.server.cli", "serve")
+SERVE = (sys.executable, *_COMMAND)
 
 
 def start(
@@ -69,6 +75,46 @@ def forward_backward_body(model_id: str, seq_id: int) -> bytes:
         tensor = datum.loss_fn_inputs[name]
         tensor.dense, tensor.dtype = np.ones(32, dtype).tobytes(), code
     return request.SerializeToString()
+
+
+def server_cpu(url: str, server: psutil.Process, count: int) -> dict[str, float]:
+    """Return the server's milliseconds of processor time per operation, from submit to answer, by kind."""
+    accepted = {"Accept": "application/x-protobuf, application/json"}
+    client = httpx.Client(base_url=url, headers={"X-API-Key": "tml-bench"} | accepted, timeout=120)
+
+    def post(path: str, **request: Any) -> httpx.Response:
+        return client.post(f"/api/v1/{path}", **request).raise_for_status()
+
+    def wait(submitted: httpx.Response) -> httpx.Response:
+        body = {"request_id": submitted.json()["request_id"], "allow_metadata_only": True}
+        while (answer := client.post("/api/v1/retrieve_future", json=body)).status_code == 408:
+            pass
+        return answer.raise_for_status()
+
+    session = post("create_session", json={}).json()["session_id"]
+    model = {"session_id": session, "model_seq_id": 0, "base_model": "base", "lora_config": {"rank": 8}}
+    model_id = wait(post("create_model", json=model)).json()["model_id"]
+    opened = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "base"}
+    sampler = post("create_sampling_session", json=opened).json()["sampling_session_id"]
+
+    def train(number: int) -> None:
+        body = forward_backward_body(model_id, number)
+        wait(post("forward_backward", content=body, headers={"Content-Type": "application/x-protobuf"}))
+
+    def sample(number: int) -> None:
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 13))}]}
+        body = {"sampling_session_id": sampler, "seq_id": number, "prompt": prompt, "num_samples": 1}
+        wait(post("asample", json=body | {"sampling_params": {"max_tokens": 1, "seed": 1}}))
+
+    used = {}
+    for kind, call in (("forward_backward", train), ("sample", sample)):
+        for number in range(1, 11):  # the first ones compile
+            call(number)
+        began = sum(server.cpu_times()[:2])
+        for number in range(11, 11 + count):
+            call(number)
+        used[kind] = 1000 * (sum(server.cpu_times()[:2]) - began) / count
+    return used
 
 
 def measure(url: str, steps: int) -> dict[str, list[tuple[str, float]]]:
@@ -116,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="a folder, a hub id or smollm2-135m (default: a tiny random model)")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that runs the server")
     parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -127,9 +174,10 @@ def main() -> None:
             model = str(Path(directory) / "tiny")
             write_model(Path(model), "llama")
         data_dir = Path(directory) / "data"
-        server, url = start(model, data_dir)
+        server, url = start(model, data_dir, serve=(arguments.python, *_COMMAND))
         try:
             took = measure(url, arguments.steps)
+            used = server_cpu(url, psutil.Process(server.pid), 2 * arguments.steps)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(120)
@@ -144,6 +192,9 @@ def main() -> None:
         p50, p90, p99 = (overhead[int(len(overhead) * part)] for part in (0.5, 0.9, 0.99))
         report[kind] = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "device_p50_ms": on_device}
         print(f"{kind:18} {p50:8.2f} {p90:8.2f} {p99:8.2f}   {on_device:8.2f}")
+    report["server_cpu_ms"] = used
+    for kind, milliseconds in used.items():
+        print(f"server's CPU per {kind}, submit and poll: {milliseconds:.2f} ms")
     print(f"load average {report['load']:.1f} on {report['cpus']} processors")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2))
