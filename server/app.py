@@ -43,23 +43,14 @@ from .http.routes import (
     accounts,
     checkpoints,
     console,
-    credentials,
-    downloads,
-    engine_info,
     futures,
     generate,
-    imports,
     inference,
-    models,
     openai,
     sampling,
     service,
     sessions,
-    sleep,
-    sync,
-    traces,
     training,
-    training_runs,
     weights,
 )
 from .http.sample_targets import SampleTargets, ServedModels
@@ -119,24 +110,25 @@ def create_app(
     app.state.application = application
     app.state.services = application.services
     # Routes are looked through in this order: what is asked most often comes first.
-    for module in (
-        *(futures, service, training, sampling, generate, openai, sessions, models, weights),
-        *(training_runs, checkpoints, downloads, traces, accounts, credentials, imports, inference, sync),
-        *(engine_info, sleep, console),
+    for router in (
+        *(futures.router, service.router, training.router, sampling.router, generate.router, openai.router),
+        *(sessions.router, sessions.model_router, weights.router, checkpoints.run_router, checkpoints.router),
+        *(checkpoints.download_router, console.trace_router, accounts.router, accounts.key_router),
+        *(inference.router, service.served_router, service.engine_router, console.router),
     ):
-        app.include_router(module.router)
+        app.include_router(router)
     errors.install(app)
     openapi.install(app)
     app.add_middleware(JsonBodies)
     app.add_middleware(Measured, metrics=application.metrics)
     # The last one added is the first to see a request.
-    own = of_training_and_sampling(settings.max_body_bytes) | {imports.PATH: settings.max_import_bytes}
+    own = of_training_and_sampling(settings.max_body_bytes) | {weights.IMPORT_PATH: settings.max_import_bytes}
     app.add_middleware(
         BodyLimits,
         usual=min(USUAL_BYTES, settings.max_body_bytes),
         own=own,
         budget=budget(settings.max_body_bytes),
-        streamed=[imports.PATH],
+        streamed=[weights.IMPORT_PATH],
     )
     app.add_middleware(RefusedNumbers, services=application.services)
     app.add_middleware(

@@ -224,7 +224,8 @@ class ServedSamples:
         self, running: Sequence[Running]
     ) -> AsyncIterator[tuple[int, messages.Drawn | messages.SampleOutput]]:
         """Yield what is drawn for each, by its place in `running`, and at last its answer. Raises as
-        `answers` does; then, or when the caller stops listening, all that are not answered are cancelled."""
+        `outputs_of` does; then, or when the caller stops listening, all that are not answered are cancelled.
+        """
         # Of one part: what nobody has read yet waits in the streams, which are bounded in bytes.
         parts: asyncio.Queue[tuple[int, messages.Drawn | Exception | None]] = asyncio.Queue(1)
 
@@ -318,7 +319,7 @@ async def _with_keep_alives(events: AsyncGenerator[bytes], seconds: float) -> As
         await events.aclose()
 
 
-async def answers(running: Sequence[Running]) -> list[messages.SampleOutput]:
+async def outputs_of(running: Sequence[Running]) -> list[messages.SampleOutput]:
     """Wait for all, or until one fails. Raises BadRequest or SampleFailed for a sample that failed,
     Unavailable at a stop."""
     waiting = [asyncio.ensure_future(_answer(each)) for each in running]

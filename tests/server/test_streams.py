@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tinsmith.engine import messages
 from tinsmith.server.base_models import BaseModels
-from tinsmith.server.http.generate_answers import Answers, Prompt
-from tinsmith.server.http.openai_answers import ChatAnswers
+from tinsmith.server.http.routes.generate import Answers, Prompt
+from tinsmith.server.http.routes.openai import ChatAnswers
 from tinsmith.server.http.sample_targets import ServedModel
 from tinsmith.server.http.samples import Asked, Running, ServedSamples
 from tinsmith.server.operations.operation import Operation

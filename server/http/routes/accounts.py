@@ -1,4 +1,7 @@
-"""What a tenant did and used: the audit log, usage by the hour, checkpoints' storage. Nothing has a price."""
+"""What a tenant did and used (the audit log, usage by the hour, storage of checkpoints), and its API keys.
+
+Nothing has a price.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from sqlalchemy import Row
 
-from ...access.tokens import user_urn
+from ...access.keys import ApiKeys
+from ...access.tokens import Claims, Tokens, user_urn
 from ...checkpoints.checkpoints import as_strings, iso
-from ...errors import BadRequest
+from ...errors import BadRequest, Forbidden
 from ...ledger import accounts
 from ...ledger import checkpoints as checkpoint_rows
 from ...ledger.ledger import Ledger
 from ...ledger.tenancy import NO_PROJECT
 from ...wire import responses
-from ..dependencies import Owner, described_as
+from ..dependencies import CallerOf, Owner, described_as
 from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["accounts"])
@@ -136,3 +140,44 @@ async def checkpoint_storage(
             for row in stored
         ]
     }
+
+
+key_router = APIRouter(prefix="/api/v1/auth", tags=["credentials"])
+
+
+@key_router.post("/token", responses=described_as(responses.Token))
+async def exchange(tokens: Provided[Tokens], caller: CallerOf) -> dict[str, str]:
+    """A token for the caller's key. One for a token is that token: nobody who found one can renew it."""
+    if caller.token is not None:
+        return {"jwt": caller.token}
+    assert caller.key is not None  # no URL of this route is signed
+    return {"jwt": tokens.issue(Claims(caller.owner, caller.key.id))}
+
+
+@key_router.get("/apikey/me", responses=described_as(responses.KeyInfo))
+async def api_key(caller: CallerOf) -> dict[str, Any]:
+    """What the SDK's `auth login` keeps beside the key. Its `name` is what `tinsmith keys revoke` takes; this
+    server knows no e-mail addresses, and gives the tenant's name instead."""
+    key = caller.key
+    assert key is not None
+    return {
+        "key_id": int(key.id or "0", 16),
+        "name": key.id or "none",
+        "note": key.note,
+        "details": {"org_details": {"name": caller.owner}, "user_details": {"email": caller.owner}},
+    }
+
+
+@key_router.delete("/apikey/me", responses=described_as(responses.Acknowledged))
+async def revoke_api_key(
+    keys: Provided[ApiKeys], ledger: Provided[Ledger], caller: CallerOf
+) -> dict[str, str]:
+    """The key that the request was sent with, and no other."""
+    key = caller.key
+    if caller.token is not None:
+        raise Forbidden("a token cannot revoke its key; send the key itself")
+    if key is None or not key.in_ledger:
+        raise Forbidden("this key was given to the server at its start, and is taken away there")
+    await ledger.write(lambda connection: accounts.revoke_key(connection, key.id))
+    await keys.read(ledger)
+    return {"status": "revoked"}

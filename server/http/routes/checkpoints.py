@@ -1,25 +1,126 @@
-"""Checkpoints: listed, described, shared, deleted."""
+"""Training runs, and their checkpoints: listed, described, shared, deleted, downloaded."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+import shutil
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import Row
 
 from ....ckpt import paths
-from ...checkpoints.checkpoints import Checkpoints, iso, named, parse, parse_short, shown
+from ....engine import messages
+from ...access.tokens import UrlSigner
+from ...checkpoints.archive import Archive, files
+from ...checkpoints.checkpoints import Checkpoints, as_strings, iso, named, parse, parse_short, shown
 from ...checkpoints.copies import Copies, session_of
-from ...errors import BadRequest, NotFound
+from ...dialect import Dialect
+from ...errors import BadRequest, NotFound, Unavailable
+from ...files import Disk
 from ...ledger import checkpoints as rows
 from ...ledger import tenancy
 from ...ledger.ledger import Ledger
 from ...models.sessions import Sessions
+from ...settings import Settings
+from ...supervision.supervisor import Supervisor
 from ...wire import requests, responses
 from ...wire.body import OfModel
 from ..bodies import BodyRoute
-from ..dependencies import Limit, Offset, Owner, Said, described_as, xorl_name
+from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, Said, described_as, xorl_name
+from ..openapi import BINARY
 from ..provided import Provided
+
+run_router = APIRouter(prefix="/api/v1", tags=["training runs"])
+
+
+AccessScope = Literal["owned", "accessible"]
+"""`accessible`: also others' runs of which a checkpoint is published, and of these no more than that."""
+
+
+async def _training_run(ledger: Ledger, owner: str, row: Row, said: Dialect | None) -> dict[str, Any]:
+    saved = await _checkpoints_of(ledger, owner, row)
+    name = xorl_name(row, said)
+    last = {
+        kind: next((shown(each, name) for each in saved if each.segment == kind), None)
+        for kind in paths.SEGMENTS
+    }
+    return {
+        "training_run_id": name or row.id,
+        "model_id": row.alias or row.id,
+        "base_model": row.base_model,
+        "model_owner": row.owner,
+        "is_lora": row.lora is not None,
+        "lora_rank": None if row.lora is None else row.lora["rank"],
+        "corrupted": row.state == "failed",
+        "last_request_time": iso(row.last_request_at),
+        "last_checkpoint": last["weights"],
+        "last_sampler_checkpoint": last["sampler_weights"],
+        "user_metadata": as_strings(row.user_metadata) if row.owner == owner else None,
+    }
+
+
+async def _checkpoints_of(ledger: Ledger, owner: str, run: Row) -> Sequence[Row]:
+    others = run.owner != owner
+    return await ledger.read(lambda connection: rows.of_run(connection, run.id, published_only=others))
+
+
+@run_router.get("/training_runs", responses=described_as(responses.TrainingRuns))
+async def training_runs(
+    ledger: Provided[Ledger],
+    owner: Owner,
+    said: Said,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: AccessScope = "owned",
+    project_id: str | None = None,
+) -> dict[str, Any]:
+    of = tenancy.models_of(owner)
+    if access_scope == "accessible":
+        of |= tenancy.models_among(rows.published_runs())
+    if project_id is not None:
+        # The names of projects are each tenant's own.
+        of &= tenancy.models_of_project(project_id) & tenancy.models_of(owner)
+    page, total = await ledger.read(lambda connection: tenancy.list_models(connection, of, limit, offset))
+    return {
+        "training_runs": [await _training_run(ledger, owner, row, said) for row in page],
+        "cursor": {"offset": offset, "limit": limit, "total_count": total},
+    }
+
+
+async def _find_run(ledger: Ledger, owner: str, run_id: str, access_scope: AccessScope) -> Row:
+    """Raises NotFound."""
+    row = await ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+    if row is not None:
+        return row
+    row = await ledger.read(lambda connection: tenancy.find_model(connection, run_id))
+    if row is not None and access_scope == "accessible" and await _checkpoints_of(ledger, owner, row):
+        return row
+    raise NotFound(f"unknown training run {run_id!r}")
+
+
+@run_router.get("/training_runs/{run_id}", responses=described_as(responses.TrainingRun))
+async def training_run(
+    run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said, access_scope: AccessScope = "owned"
+) -> dict[str, Any]:
+    return await _training_run(ledger, owner, await _find_run(ledger, owner, run_id, access_scope), said)
+
+
+@run_router.get("/training_runs/{run_id}/checkpoints", responses=described_as(responses.Checkpoints))
+async def checkpoints_of_run(
+    run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said
+) -> dict[str, Any]:
+    """All of one's own; of another's run the published ones."""
+    run = await _find_run(ledger, owner, run_id, "accessible")
+    name = xorl_name(run, said)
+    return {"checkpoints": [shown(row, name) for row in await _checkpoints_of(ledger, owner, run)]}
+
 
 router = APIRouter(prefix="/api/v1", tags=["checkpoints"], route_class=BodyRoute)
 
@@ -150,3 +251,165 @@ async def set_ttl(
 ) -> dict[str, str]:
     await checkpoints.set_ttl(owner, named(run_id, segment, name), body.ttl_seconds)
     return {"status": "changed"}
+
+
+download_router = APIRouter(prefix="/api/v1", tags=["downloads"])
+
+
+def _file_of(media_type: str) -> dict[int | str, Any]:
+    return {200: {"content": {media_type: {"schema": BINARY}}}}
+
+
+async def _find_any(
+    checkpoints: Checkpoints, owner: str, run_id: str, segment: str, name: str, save: str | None = None
+) -> Row:
+    """A checkpoint of any kind; with `save` that one of the name and no other."""
+    uri = named(run_id, segment, name)
+    row = await checkpoints.find(owner, uri)
+    if save is not None and save != _save(row):
+        raise NotFound(f"the checkpoint {str(uri)!r} that this URL was made for was deleted")
+    return row
+
+
+async def _find_files(
+    settings: Settings,
+    checkpoints: Checkpoints,
+    owner: str,
+    run_id: str,
+    segment: str,
+    name: str,
+    save: str | None = None,
+) -> tuple[Row, Path]:
+    """A checkpoint of safetensors and its directory. Raises BadRequest for a training state."""
+    row = await _find_any(checkpoints, owner, run_id, segment, name, save)
+    if row.segment == "weights":
+        raise BadRequest(
+            f"{str(named(run_id, segment, name))!r} is a training state, of no use elsewhere; "
+            "save_weights_for_sampler or save_weights_external write files that PEFT reads (tinker "
+            "checkpoint download does it for you)"
+        )
+    return row, paths.resolve(settings.data_dir, row.directory)
+
+
+def _save(row: Row) -> str:
+    """What no other checkpoint has, also none that has the same name later."""
+    return row.directory.rpartition("-")[2]
+
+
+@download_router.get(_ONE + "/archive", status_code=302, response_class=Response)
+async def archive_url(
+    run_id: str,
+    segment: str,
+    name: str,
+    base: BaseUrl,
+    signer: Provided[UrlSigner],
+    checkpoints: Provided[Checkpoints],
+    owner: Owner,
+) -> Response:
+    """To a signed URL of the archive."""
+    row = await _find_any(checkpoints, owner, run_id, segment, name)
+    await checkpoints.record_read(owner, row)
+    expires = signer.expiry()
+    path = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/archive.tar"
+    location = base + signer.sign(path, owner, _save(row), expires)
+    date = format_datetime(datetime.fromtimestamp(expires, UTC), usegmt=True)
+    return Response(status_code=302, headers={"Location": location, "Expires": date})
+
+
+@download_router.get(_ONE + "/archive.tar", response_class=Response, responses=_file_of("application/x-tar"))
+async def archive(
+    run_id: str,
+    segment: str,
+    name: str,
+    settings: Provided[Settings],
+    disk: Provided[Disk],
+    engine: Provided[Supervisor],
+    checkpoints: Provided[Checkpoints],
+    caller: CallerOf,
+    save: str | None = None,
+) -> Response:
+    """The files that PEFT reads, or transformers those of full weights. A training state is exported for it:
+    the SDK up to 0.33 asks so for `weights/...` in `tinker checkpoint download`."""
+    row = await _find_any(checkpoints, caller.owner, run_id, segment, name, save)
+    if caller.key is not None:
+        await checkpoints.record_read(caller.owner, row)
+    try:
+        if row.segment == "weights":
+            tar = await _archive_of_state(settings, disk, engine, row)
+        else:
+            tar = await asyncio.to_thread(Archive, paths.resolve(settings.data_dir, row.directory))
+    except FileNotFoundError:
+        raise NotFound(f"the files of {name!r} were deleted") from None
+    headers = {
+        "Content-Length": str(tar.length),
+        "Content-Disposition": f'attachment; filename="{row.name}.tar"',
+    }
+    return StreamingResponse(tar.chunks(), media_type="application/x-tar", headers=headers)
+
+
+async def _archive_of_state(settings: Settings, disk: Disk, engine: Supervisor, row: Row) -> Archive:
+    """The weights of a training state. Its folder goes at once: the archive has the files open.
+
+    Raises BadRequest, or Unavailable.
+    """
+    disk.require_room()
+    identifier = uuid.uuid4().hex
+    # Below the checkpoints, where the sweep finds what a crash leaves.
+    key = f"checkpoints/{row.run_id.replace(':', '@')}/archived/{identifier}"
+    directory = paths.resolve(settings.data_dir, key)
+    request = messages.ExportWeights(
+        f"archive-{identifier}", row.base_model, row.directory, key, merged=False
+    )
+    try:
+        answer = await engine.request(request)
+        if isinstance(answer, messages.Failed):
+            kind = BadRequest if answer.category == "user" else Unavailable
+            raise kind(f"the checkpoint cannot be exported: {answer.message}")
+        return await asyncio.to_thread(Archive, directory)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+@download_router.get(_ONE + "/external_weights_urls", responses=described_as(responses.FileUrls))
+async def external_weights_urls(
+    run_id: str,
+    segment: str,
+    name: str,
+    base: BaseUrl,
+    settings: Provided[Settings],
+    signer: Provided[UrlSigner],
+    checkpoints: Provided[Checkpoints],
+    owner: Owner,
+) -> dict[str, Any]:
+    """A signed URL of each file."""
+    row, directory = await _find_files(settings, checkpoints, owner, run_id, segment, name)
+    await checkpoints.record_read(owner, row)
+    expires = signer.expiry()
+    below = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/files"
+    names = await asyncio.to_thread(files, directory)
+    urls = {file: base + signer.sign(f"{below}/{file}", owner, _save(row), expires) for file in names}
+    return {"urls": urls, "expires": iso(expires)}
+
+
+@download_router.get(
+    _ONE + "/files/{file:path}",
+    response_class=Response,
+    responses=_file_of("application/octet-stream"),
+)
+async def file(
+    run_id: str,
+    segment: str,
+    name: str,
+    file: str,
+    settings: Provided[Settings],
+    checkpoints: Provided[Checkpoints],
+    caller: CallerOf,
+    save: str | None = None,
+) -> Response:
+    row, directory = await _find_files(settings, checkpoints, caller.owner, run_id, segment, name, save)
+    if caller.key is not None:
+        await checkpoints.record_read(caller.owner, row)
+    found = (await asyncio.to_thread(files, directory)).get(file)
+    if found is None:
+        raise NotFound(f"the checkpoint {name!r} has no file {file[:200]!r}")
+    return FileResponse(found, media_type="application/octet-stream", filename=found.name)

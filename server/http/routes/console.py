@@ -1,23 +1,24 @@
-"""What the console shows beside what the API has anyway: an overview, live, and the metrics of runs."""
+"""What the console shows beside the rest of the API: overview, metrics, lists; and traces of sessions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 from urllib.parse import quote
 
+import orjson
 from fastapi import APIRouter, Query
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Connection, Row
 
 from ...access.tokens import UrlSigner
 from ...checkpoints.checkpoints import Checkpoints, as_strings, iso, parse
 from ...errors import BadRequest, NotFound
-from ...ledger import step_metrics as rows
-from ...ledger import tenancy
+from ...ledger import operations, step_metrics, tenancy
 from ...ledger.ledger import Ledger
-from ...models.sessions import shown_id
+from ...models.sessions import Sessions, shown_id
 from ...operations.step_metrics import curve, parse_cursor
 from ...wire import requests, responses
 from ..bodies import BodyRoute
@@ -45,7 +46,7 @@ async def run_metrics(
         raise BadRequest(f"cursor: {cursor[:64]!r} is none of this route's; leave it out to begin") from None
     run = await _run(ledger, owner, run_id)
     found = await ledger.read(
-        lambda connection: rows.since(connection, run.id, number=since[0], reported_at=since[1])
+        lambda connection: step_metrics.since(connection, run.id, number=since[0], reported_at=since[1])
     )
     read = curve(found, since)
     return {"run_id": run.id, "points": [asdict(point) for point in read.points], "cursor": read.cursor}
@@ -61,7 +62,7 @@ async def report_metrics(
 ) -> dict[str, str]:
     """Add a client's own metrics, such as rewards, to a step of its run. The newest value of each counts."""
     run = await _run(ledger, owner, run_id)
-    await ledger.write(lambda connection: rows.report(connection, run.id, body.step, body.metrics))
+    await ledger.write(lambda connection: step_metrics.report(connection, run.id, body.step, body.metrics))
     overview.activity.reported(owner, run.id)
     return {"status": "accepted"}
 
@@ -105,7 +106,7 @@ async def runs(
 
     def read(connection: Connection) -> tuple[Sequence[Row], int, Sequence[Row]]:
         page, total = tenancy.list_models(connection, tenancy.models_of(owner), limit, offset)
-        return page, total, rows.newest(connection, [row.id for row in page])
+        return page, total, step_metrics.newest(connection, [row.id for row in page])
 
     page, total, found = await ledger.read(read)
     newest: dict[str, list[Row]] = {}
@@ -192,3 +193,75 @@ async def download(
         "url": base + signer.sign(archive, owner, save, expires),
         "expires": iso(expires),
     }
+
+
+def chrome_trace(session_id: str, timeline: Sequence[Row]) -> dict[str, Any]:
+    """Times are microseconds since 1970. Operations without an answer end now."""
+    now = time.time()
+    processes: dict[str, int] = {}
+    events: list[dict[str, Any]] = []
+    for row in timeline:
+        name = row.model_id or row.sampler_id
+        process = processes.setdefault(name, len(processes) + 1)
+        if process == len(processes):
+            events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
+        events += _slices(row, process, now)
+    return {
+        "displayTimeUnit": "ms",
+        "otherData": {"session_id": session_id},
+        "traceEvents": events,
+    }
+
+
+def _slices(row: Row, process: int, now: float) -> Iterator[dict[str, Any]]:
+    def event(phase: str, name: str, at: float, **more: Any) -> dict[str, Any]:
+        shared = {"cat": "operation", "id": row.id, "pid": process, "tid": process}
+        return shared | {"ph": phase, "name": name, "ts": round(at * 1e6)} | more
+
+    submitted, finished = row.accepted_at, row.finished_at or now
+    seen = {"request_id": row.id, "seq_id": row.seq_id, "state": row.state}
+    yield event("b", row.kind, submitted, args=seen)
+    if row.finished_at is not None and row.device_seconds:
+        started = max(submitted, finished - row.device_seconds)
+        yield event("b", "on the device", started)
+        yield event("e", "on the device", finished)
+    yield event("e", row.kind, finished)
+
+
+trace_router = APIRouter(prefix="/api/v1/sessions/{session_id}", tags=["traces"])
+
+_MOST_OPERATIONS = 50_000
+
+
+@trace_router.get("/trace_export", responses=described_as(responses.TraceReady | responses.TraceFailed))
+async def trace_export(
+    session_id: str,
+    base: BaseUrl,
+    signer: Provided[UrlSigner],
+    ledger: Provided[Ledger],
+    sessions: Provided[Sessions],
+    owner: Owner,
+) -> dict[str, Any]:
+    """Clients ask until it is `ready` or `failed`; it is at once."""
+    session_id = (await sessions.find(owner, session_id)).id
+    if not await ledger.read(lambda connection: operations.has_operations(connection, session_id)):
+        return {"status": "failed", "error": "the ledger has no operations of this session, or no more"}
+    path = f"/api/v1/sessions/{session_id}/trace"
+    signed = signer.sign(path, owner, "", signer.expiry())
+    return {"status": "ready", "url": base + signed}
+
+
+@trace_router.get("/trace", responses=described_as(responses.Trace))
+async def trace(
+    session_id: str, ledger: Provided[Ledger], sessions: Provided[Sessions], owner: Owner
+) -> Response:
+    """Of the newest operations that the ledger has."""
+    session_id = (await sessions.find(owner, session_id)).id
+
+    body = await ledger.read(
+        lambda connection: orjson.dumps(
+            chrome_trace(session_id, operations.timeline(connection, session_id, _MOST_OPERATIONS))
+        )
+    )
+    headers = {"Content-Disposition": f'attachment; filename="{session_id}.json"'}
+    return Response(body, media_type="application/json", headers=headers)

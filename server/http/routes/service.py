@@ -1,7 +1,8 @@
-"""What clients ask of the server itself."""
+"""The server itself: its configuration and health, the base models that it serves, and the engine's sleep."""
 
 from __future__ import annotations
 
+import uuid
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,17 +15,19 @@ from .... import __version__
 from ....engine import messages
 from ...base_models import BaseModels
 from ...checkpoints.sweep import Sweep
+from ...errors import Forbidden, Unavailable
 from ...files import Disk
 from ...models.runs import Runs
 from ...operations.operations import Operations
 from ...plugins.rlve import environments
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
-from ...wire import responses
+from ...wire import inference, responses
 from ..authentication import METRICS_PATH
 from ..dependencies import BaseUrl, Owner, described_as
 from ..monitoring import Metrics
 from ..provided import Provided
+from ..sample_targets import ServedModels
 
 router = APIRouter(tags=["service"])
 
@@ -192,3 +195,123 @@ async def metrics(metrics: Provided[Metrics]) -> Response:
         prometheus_client.generate_latest(metrics.registry),
         media_type=prometheus_client.CONTENT_TYPE_LATEST,
     )
+
+
+engine_router = APIRouter(tags=["engine"])
+
+
+@engine_router.post("/sleep", responses=described_as(responses.SleepAnswer))
+async def sleep(
+    engine: Provided[Supervisor], operations: Provided[Operations], runs: Provided[Runs], owner: Owner
+) -> dict[str, Any]:
+    """After what was asked before. What is asked while it sleeps wakes it, and is done. Refused while the
+    engine has models of another tenant."""
+    others = {run.owner for run in runs.resident()} - {owner}
+    if others or any(operation.owner != owner for operation in operations.unanswered()):
+        raise Forbidden("the engine works for other tenants too; it sleeps for one that has it alone")
+    slept = await _ask(engine, messages.Sleep(f"sleep-{uuid.uuid4().hex}"))
+    return _result("sleeping", "offload_time", slept)
+
+
+@engine_router.post("/wake_up", responses=described_as(responses.SleepAnswer))
+async def wake_up(engine: Provided[Supervisor], _owner: Owner) -> dict[str, Any]:
+    """At once, rather than with the next operation."""
+    return _result("awake", "load_time", await _ask(engine, messages.WakeUp(f"wake-{uuid.uuid4().hex}")))
+
+
+async def _ask(engine: Supervisor, message: messages.Sleep | messages.WakeUp) -> messages.Slept:
+    engine.require_submits()
+    answer = await engine.request(message)
+    if isinstance(answer, messages.Done) and isinstance(answer.output, messages.Slept):
+        return answer.output
+    assert isinstance(answer, messages.Failed)
+    raise Unavailable(f"the engine could not: {answer.message}")
+
+
+def _result(status: str, time_key: str, slept: messages.Slept) -> dict[str, Any]:
+    result = {
+        "status": status,
+        time_key: slept.seconds,
+        "execution_time": slept.seconds,
+        "bytes": slept.bytes,
+        "bytes_on_device": slept.bytes_on_device,
+    }
+    return {"success": True, "result": result}
+
+
+served_router = APIRouter(tags=["inference"])
+
+
+@served_router.get("/v1/models", responses=described_as(inference.ServedModels))
+async def models(
+    base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
+) -> dict[str, Any]:
+    """The base models, and the caller's samplers of named weights: by path, each an adapter of its base."""
+    data = [_model(base.name, None, base.max_sequence_length, 0.0) for base in base_models.values()]
+    paths = set()
+    for row in await served_models.listed(owner):
+        base = base_models.get(row.base_model)
+        if base is not None and row.model_path not in paths:
+            paths.add(row.model_path)
+            data.append(_model(row.model_path, base.name, base.max_sequence_length, row.created_at))
+    return {"object": "list", "data": data}
+
+
+@served_router.get("/v1/models/{name:path}", responses=described_as(inference.ServedModel))
+async def model(
+    name: str, base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
+) -> dict[str, Any]:
+    """Any model that completions take, by whatever name they take it."""
+    found = await served_models.describe(owner, name)
+    base = base_models.named(found.parent or found.name)
+    return _model(found.name, found.parent, base.max_sequence_length, found.created)
+
+
+def _model(name: str, parent: str | None, max_length: int, created: float) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created),
+        "owned_by": "tinsmith",
+        "root": parent or name,
+        "parent": parent,
+        "max_model_len": max_length,
+    }
+
+
+@served_router.get("/model_info", responses=described_as(inference.ServedModelInfo))
+@served_router.get("/get_model_info", responses=described_as(inference.ServedModelInfo))
+async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[str, Any]:
+    """Of the first base model. No path of this machine is in it: where there is no hub id, the name."""
+    name = _first(base_models)
+    return {
+        "model_path": name,
+        "tokenizer_path": name,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": "default",
+    }
+
+
+@served_router.get("/server_info", responses=described_as(inference.ServerInfo))
+@served_router.get("/get_server_info", responses=described_as(inference.ServerInfo))
+async def server_info(
+    settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
+) -> dict[str, Any]:
+    name = _first(base_models)
+    return {
+        "model_path": name,
+        "served_model_name": next(iter(base_models)),
+        "tp_size": settings.mesh.get("tensor", 1) if settings.mesh else 1,
+        "dtype": settings.dtype,
+        "quantization": None,
+        "kv_cache_dtype": "auto",
+        "enable_lora": True,
+        "max_lora_rank": settings.max_rank,
+        "version": __version__,
+    }
+
+
+def _first(base_models: BaseModels) -> str:
+    base = next(iter(base_models.values()))
+    return base.hub_id or base.name

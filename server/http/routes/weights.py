@@ -1,13 +1,13 @@
-"""A model's training state: saved and loaded."""
+"""A model's weights: saved, loaded, and imported from PEFT."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection, Row
 
 from ....ckpt import age, paths
@@ -18,6 +18,7 @@ from ...checkpoints.checkpoints import Checkpoints, named
 from ...errors import ApiError, BadRequest
 from ...ledger import tenancy
 from ...ledger.tenancy import model_id
+from ...models.adapter_imports import AdapterImports
 from ...models.admission import Admission
 from ...models.run import NewRun, Run
 from ...models.runs import Runs
@@ -295,3 +296,26 @@ async def save_weights_external(
         await submits.refuse(owner, body.model_id, body.seq_id, error)
         raise
     return future(operation)
+
+
+IMPORT_PATH = "/api/v1/import_weights"
+
+
+@router.post("/import_weights", responses=described_as(responses.ImportedWeights))
+async def import_weights(
+    request: Request,
+    base_models: Provided[BaseModels],
+    adapter_imports: Provided[AdapterImports],
+    owner: Owner,
+    base_model: str,
+    name: str = "imported",
+    project_id: Annotated[str | None, Query(min_length=1, max_length=256)] = None,
+) -> dict[str, Any]:
+    """A folder that PEFT's `save_pretrained` wrote, as an uncompressed tar of up to `max_import_bytes`.
+
+    Makes a training run of a session of its own, with a checkpoint to train on (`weights/<name>`) and one to
+    sample from (`sampler_weights/<name>`), and answers when both are complete. 400 says why an adapter does
+    not fit.
+    """
+    base_models.named(base_model)
+    return await adapter_imports.make(owner, base_model, name, project_id, request.stream())
