@@ -34,6 +34,7 @@ from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
 QUICKSTART, RL, DEPLOY = "quickstart.md", "rl.md", "deploy.md"
+EXPORT = "export.md"
 CONTRIBUTING, PLACEMENT = "CONTRIBUTING.md", "placement.md"
 TINSMITH = ".venv/bin/tinsmith"
 SERVE = f"{TINSMITH} serve --model smollm2-135m"
@@ -70,6 +71,12 @@ RUN = {
     (RL, SERVE),
     (RL, "curl -s"),
     (RL, '{"enabled": true'),
+    (EXPORT, "path = client.save_state"),
+    (EXPORT, "tinker://"),
+    (EXPORT, "export TINKER_BASE_URL"),
+    (EXPORT, "from pathlib"),
+    (EXPORT, f"{TINSMITH} checkpoints merge"),
+    (EXPORT, "from transformers"),
     ("console.md", "curl -H"),
     ("console.md", '{"run_id"'),
     ("serving.md", "import openai"),
@@ -208,6 +215,7 @@ def test_from_the_first_command_to_a_stop_and_on(terminal: Terminal, serve) -> N
         )
         assert python.run(f"print(tokenizer.decode({asked}))") == answer
     imported(terminal)
+    exported(terminal, python, answer)
     assert server.interrupt() == 0
 
 
@@ -256,6 +264,20 @@ def imported(terminal: Terminal) -> None:
     peft.get_peft_model(base, config).save_pretrained(terminal.home / "my-adapter")
     printed = terminal.run(block(QUICKSTART, f"{TINSMITH} checkpoints import"))
     assert [path.rpartition("/")[2] for path in printed.split()] == ["from-peft"] * 2
+
+
+def exported(terminal: Terminal, python: Python, answer: str) -> None:
+    """The adapter in PEFT and the merged model in transformers give the answer of the server's sampler."""
+    for package in ("torch", "peft"):
+        pytest.importorskip(package)
+    path = python.run(block(EXPORT, "path = client.save_state"))
+    shown = block(EXPORT, "tinker://")
+    assert re.sub("[0-9a-f]{32}", "", path) == re.sub("[0-9a-f]{32}", "", shown)
+    for command in ("export TINKER_BASE_URL", f"{TINSMITH} checkpoints merge"):
+        terminal.run(block(EXPORT, command).replace(shown.strip(), path.strip()))
+    with contextlib.chdir(terminal.home):
+        for code in ("from pathlib", "from transformers"):
+            assert python.run(block(EXPORT, code)).strip() == answer.strip()
 
 
 def test_keys_and_clients_on_other_machines(terminal: Terminal, serve) -> None:
