@@ -23,8 +23,8 @@ from ..base_models import BaseModels
 from ..errors import ApiError, ClientGone, UnsupportedMediaType
 from ..models.submits import UnusedNumbers
 from ..offload import INLINE_BYTES, Offload
-from ..wire import peek
 from ..wire.body import InvalidBody, parse, read_json
+from ..wire.training import COMPRESSED_HEAD_BYTES, JsonNumber, is_json, peek_head
 from .errors import error_response
 from .provided import Services, provided
 
@@ -257,7 +257,7 @@ class RefusedNumbers:
     It is inside authentication and outside `BodyLimits`. Routes that have read a body use its number up
     themselves (`models/submits.py`). This is for bodies that no route has read: those that are too long,
     compressed or written in a way that the server does not read, cut off, or with a field of the wrong type.
-    The model and the number may be anywhere in the JSON (`wire/peek.py`).
+    The model and the number may be anywhere in the JSON (`wire/training.py`).
     """
 
     def __init__(self, app: ASGIApp, services: Services):
@@ -303,7 +303,7 @@ class _Numbered:
         self._receive = receive
         self._encoding = encoding
         self._head, self._size = b"", 0
-        self._json: peek.JsonNumber | None = None
+        self._json: JsonNumber | None = None
         self.is_complete = False
         self._is_over = False
 
@@ -316,13 +316,13 @@ class _Numbered:
         return message
 
     def _note(self, piece: bytes) -> None:
-        if not self._size and self._encoding in ("", "identity") and peek.is_json(piece):
-            self._json = peek.JsonNumber()
+        if not self._size and self._encoding in ("", "identity") and is_json(piece):
+            self._json = JsonNumber()
         self._size += len(piece)
         if self._json is not None:
             self._json.feed(piece)
-        elif len(self._head) < peek.COMPRESSED_HEAD_BYTES:
-            self._head += piece[: peek.COMPRESSED_HEAD_BYTES - len(self._head)]
+        elif len(self._head) < COMPRESSED_HEAD_BYTES:
+            self._head += piece[: COMPRESSED_HEAD_BYTES - len(self._head)]
 
     async def read_on(self) -> None:
         """Receive what the client is still sending, which may have the number; give up soon if it waits for
@@ -334,4 +334,4 @@ class _Numbered:
     def numbered(self) -> tuple[object, object]:
         if self._json is not None:
             return self._json.found(self.is_complete)
-        return peek.of_head(self._head, self._encoding)
+        return peek_head(self._head, self._encoding)

@@ -28,7 +28,7 @@ from ..plugins.rlve.runs import RlveRuns
 from ..plugins.rlve.spec import rlve_of
 from ..plugins.wandb import WandbRuns
 from ..settings import Settings
-from ..wire import models as wire
+from ..wire import requests as wire
 from ..wire.body import DEFAULT_MODEL
 
 TIED = (

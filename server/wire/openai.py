@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's `/v1/completions` and `/v1/chat/completions`.
+"""The bodies and answers of OpenAI's `/v1/completions` and `/v1/chat/completions`.
 
 Every field is honoured, or refused with an error that names it. Fields that only label a request (`user`,
 `metadata`, ...) are accepted and not used.
@@ -7,7 +7,7 @@ Every field is honoured, or refused with an error that names it. Fields that onl
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from typing_extensions import TypedDict
 
 from ...engine.messages import TOPK_LIMIT, SamplingParams
 from .body import (
@@ -36,6 +37,7 @@ from .body import (
     one_or_list,
     only,
 )
+from .responses import Numbers
 
 _Strings = Annotated[str | list[str] | None, AfterValidator(as_json)]
 _Text = Annotated[str, AfterValidator(as_json)]
@@ -361,3 +363,147 @@ class ChatCompletions(_Completions):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
         return self
+
+
+# OpenAI's completions. The log-prob of a token that nothing predicts is null.
+
+
+class CachedTokens(TypedDict):
+    """Tokens of the prompts whose prefill was found in the cache."""
+
+    cached_tokens: int
+
+
+class TokenUsage(TypedDict):
+    """Tokens read and drawn, over all prompts and samples."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class WeightVersion(TypedDict):
+    """Which weights were sampled."""
+
+    weight_version: str
+
+
+class CompletionLogprobs(TypedDict):
+    """Log-probs, token by token. `text_offset`: where each token begins, in characters."""
+
+    tokens: list[str]
+    token_logprobs: Numbers
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """One sample. `finish_reason` is null in a stream's chunks before the last."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: CompletionLogprobs | None
+
+
+class TextCompletion(TypedDict):
+    """Samples of one prompt or several, those of the first prompt first."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    metadata: WeightVersion
+    usage: TokenUsage
+
+
+class TextCompletionChunk(TypedDict):
+    """One event of a stream. The last has no choices, and `usage`, if `include_usage` asks for it."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    metadata: WeightVersion
+    usage: NotRequired[TokenUsage | None]
+
+
+class ChatToken(TypedDict):
+    """A token and its log-prob. `bytes`: the token in UTF-8."""
+
+    token: str
+    logprob: float | None
+    bytes: list[int]
+
+
+class ChatTokenLogprobs(ChatToken):
+    """A sampled token, and the most likely ones in its place."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(TypedDict):
+    """Log-probs, token by token."""
+
+    content: list[ChatTokenLogprobs]
+    refusal: None
+
+
+class AssistantMessage(TypedDict):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One sample."""
+
+    index: int
+    message: AssistantMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(TypedDict):
+    """Samples of the next turn of a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    metadata: WeightVersion
+    usage: TokenUsage
+
+
+class ChatDelta(TypedDict):
+    """New text; `role` comes with a choice's first."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """One sample's new text. `finish_reason` is null before the last."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a stream. The last has no choices, and `usage`, if `include_usage` asks for it."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    metadata: WeightVersion
+    usage: NotRequired[TokenUsage | None]

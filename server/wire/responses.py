@@ -1,4 +1,4 @@
-"""The answers of the Tinker, tinkercloud and xorl routes, as the OpenAPI document describes them.
+"""The answers of all routes but OpenAI's and `/generate`, as the OpenAPI document describes them.
 
 These types describe; they do not run. A handler's answer is sent as the handler made it, because validating
 and writing it a second time would cost more than the handler itself. The tests in `tests/rest` compare every
@@ -1088,3 +1088,148 @@ class KeyInfo(TypedDict):
     name: str
     note: str | None
     details: KeyDetails
+
+
+# What clients of inference servers ask first.
+
+
+class ServedModel(TypedDict):
+    """A model that can be sampled by its `id`. `parent`: of an adapter, its base model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ServedModels(TypedDict):
+    """The base models, and the caller's named weights."""
+
+    object: Literal["list"]
+    data: list[ServedModel]
+
+
+class ServedModelInfo(TypedDict):
+    """The first base model, as SGLang describes its own."""
+
+    model_path: str
+    tokenizer_path: str
+    is_generation: Literal[True]
+    preferred_sampling_params: None
+    weight_version: str
+
+
+class ServerInfo(TypedDict):
+    """The server, as SGLang describes itself."""
+
+    model_path: str
+    served_model_name: str
+    tp_size: int
+    dtype: str
+    quantization: None
+    kv_cache_dtype: str
+    enable_lora: bool
+    max_lora_rank: int
+    version: str
+
+
+# Inference servers that a tenant names.
+
+
+class RemoteServerInfo(TypedDict):
+    """What an inference server says of itself."""
+
+    model_path: str | None
+    served_model_name: str | None
+    tp_size: int
+    version: str
+    enable_lora: bool
+    max_lora_rank: int | None
+    quantization: str | None
+    dtype: NotRequired[str]
+    context_length: NotRequired[int | None]
+
+
+class InferenceEndpoint(TypedDict):
+    """An inference server. `problem`: why it is not used, or null. `running`: requests that it works on."""
+
+    host: str
+    port: int
+    worker_port: int | None
+    world_size: int
+    pool: str
+    healthy: bool
+    server_info: RemoteServerInfo | None
+    problem: str | None
+    base_model: NotRequired[str | None]
+    weight_version: NotRequired[str | None]
+    running: NotRequired[int]
+
+
+class AddedEndpoint(TypedDict):
+    """Whether the server was registered; if not, `message` says why."""
+
+    success: bool
+    message: str
+    endpoint: InferenceEndpoint
+    weights_synced: bool
+    sync_message: str | None
+
+
+class RemovedEndpoint(TypedDict):
+    """Whether the server was registered before."""
+
+    success: bool
+    message: str
+
+
+class OperatorEndpoints(TypedDict):
+    """How many inference servers the operator has named for every tenant."""
+
+    count: int
+    healthy: int
+
+
+class InferenceEndpoints(TypedDict):
+    """The caller's inference servers, and how many there are for every tenant."""
+
+    endpoints: list[InferenceEndpoint]
+    count: int
+    of_operator: OperatorEndpoints
+
+
+class SyncedEndpoint(TypedDict):
+    """One server's part of a sync."""
+
+    host: str
+    port: int
+    success: bool
+    message: str
+    seconds: dict[str, float]
+
+
+class SyncedWeights(TypedDict):
+    """Whether every server has the weights. Times are in seconds."""
+
+    success: bool
+    message: str
+    transfer_time: float
+    total_bytes: int
+    num_parameters: int
+    num_buckets: int
+    timing_breakdown: dict[str, float]
+    endpoints_synced: list[SyncedEndpoint]
+    cache_invalidation_mode: Literal["flush"]
+    flush_cache: Literal[True]
+    pause_mode: Literal["abort", "wait"]
+    weight_version: NotRequired[str]
+
+
+class SyncQuantization(TypedDict):
+    """The format in which syncs send weights; null: as they are."""
+
+    quantization: dict[str, Any] | None
+    message: str

@@ -19,7 +19,7 @@ pytest.importorskip("reasoning_gym")
 from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
 from reasoning_gym.factory import CURRICULA, DATASETS
 from tinsmith.server.plugins.rlve.rollouts import Difficulty, draws
-from tinsmith.server.wire.models import RlveConfig
+from tinsmith.server.wire.requests import RlveConfig
 
 HIGHEST = {"spell_backward": 3, "chain_sum": 9}
 ENVIRONMENTS = list(HIGHEST)

@@ -399,7 +399,7 @@ def test_targets_of_make_and_files_of_tests(terminal: Terminal) -> None:
 
 def test_the_configuration_of_a_training_run_is_taken(terminal: Terminal) -> None:
     """rl.md's `rlve_config`, and its environment for the cookbook's programs."""
-    from tinsmith.server.wire.models import RlveConfig
+    from tinsmith.server.wire.requests import RlveConfig
 
     RlveConfig.model_validate_json(block(RL, '{"enabled": true'))
     exported = terminal.run(block(RL, "export TINKER_API_KEY") + "echo $U")

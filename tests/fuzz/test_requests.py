@@ -19,7 +19,7 @@ from tinsmith.server.errors import BadRequest
 from tinsmith.server.http import errors
 from tinsmith.server.http.model_creations import model_spec
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire import models, requests, sampling, training
+from tinsmith.server.wire import requests, sampling, training
 from tinsmith.server.wire.body import Body, OfModel, describe
 from tinsmith.server.wire.sampling import prompt_tokens
 
@@ -36,7 +36,7 @@ VALID: list[tuple[type[Body], dict[str, Any]]] = [
     (requests.SessionHeartbeat, {"session_id": "s"}),
     (requests.FinishSession, {"reason": {"type": "success"}, "detail": "done"}),
     (
-        models.CreateModel,
+        requests.CreateModel,
         {"session_id": "s", "model_seq_id": 0, "base_model": "tiny", "lora_config": LORA}
         | {"optimizer_config": {"type": "adamw"}, "user_metadata": {"a": [1]}},
     ),
@@ -90,7 +90,7 @@ def test_json_requests(case: tuple[type[Body], bytes], backend: SimpleNamespace)
         answer = errors.error_response("/", error.status, error.message, error.category)
         json.loads(answer.body)
         return
-    if isinstance(body, requests.CreateSession | models.CreateModel):
+    if isinstance(body, requests.CreateSession | requests.CreateModel):
         json.dumps(body.user_metadata, ensure_ascii=False, allow_nan=False).encode()
     if message is not None:
         assert messages.decode_to_engine(messages.encode(message)) == message
@@ -106,7 +106,7 @@ def backend() -> SimpleNamespace:
 def _message(body: Body, backend: SimpleNamespace) -> messages.ToEngine | None:
     """What the routers make of it for the engine, if anything. Raises BadRequest."""
     match body:
-        case models.CreateModel():
+        case requests.CreateModel():
             spec = model_spec(body, "m", "tinker", backend.settings)
             json.dumps([spec.optimizer, spec.configuration, spec.warnings], allow_nan=False).encode()
             return spec.message
@@ -188,7 +188,7 @@ def test_what_no_answer_could_show_is_refused(value: Any) -> None:
 
 def test_half_a_character_is_no_name() -> None:
     with pytest.raises(ValidationError, match="base_model"):
-        models.CreateModel.model_validate({"session_id": "s", "model_seq_id": 0, "base_model": "\ud800"})
+        requests.CreateModel.model_validate({"session_id": "s", "model_seq_id": 0, "base_model": "\ud800"})
 
 
 def test_half_a_character_is_no_stop_string() -> None:

@@ -14,8 +14,7 @@ from tinsmith.server.errors import NotFound, QuotaExceeded
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.models import losses as custom_losses
 from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
-from tinsmith.server.wire.models import CreateModel
-from tinsmith.server.wire.requests import CreateSession, FinishSession, SaveWeights
+from tinsmith.server.wire.requests import CreateModel, CreateSession, FinishSession, SaveWeights
 
 NOTE = {"note": "x" * 10_000}
 

@@ -8,7 +8,7 @@ from tinsmith.server.checkpoints.archive import described
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.http.model_creations import model_spec, optimizer_of
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire.models import CreateModel, OptimizerConfig
+from tinsmith.server.wire.requests import CreateModel, OptimizerConfig
 from tiny_models import write_model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinsmith.server.wire import peek
+from tinsmith.server.wire import training
 
 NAMES = ["model_id", "session_id", "seq_id"]
 texts = st.text(st.sampled_from('a{}[]",:\\é\n'), max_size=8) | st.sampled_from(NAMES)
@@ -20,7 +20,7 @@ bodies = st.dictionaries(texts, values, max_size=5)
 
 
 def found(raw: bytes, sizes: list[int], is_complete: bool = True) -> tuple[Any, Any]:
-    number = peek.JsonNumber()
+    number = training.JsonNumber()
     for size in sizes:
         number.feed(raw[:size])
         raw = raw[size:]

@@ -15,7 +15,7 @@ from tinsmith.server.plugins.rlve import environments, problems, rollouts
 from tinsmith.server.plugins.rlve.environments import Environments, Problem
 from tinsmith.server.plugins.rlve.rollouts import Difficulty
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire.models import CreateModel, RlveConfig
+from tinsmith.server.wire.requests import CreateModel, RlveConfig
 
 
 def test_the_window_moves_up_when_its_top_is_mastered() -> None:

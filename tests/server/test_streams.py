@@ -17,7 +17,7 @@ from tinsmith.server.http.samples import Asked, Running, ServedSamples
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.operations.sample_streams import SampleStreams
 from tinsmith.server.text.tokenizer import ChatTokenizer
-from tinsmith.server.wire.generate import Generate
+from tinsmith.server.wire.sampling import Generate
 from tiny_models import write_model
 
 MODEL = ServedModel("tiny", messages.SamplerRef("tiny"))

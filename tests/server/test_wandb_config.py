@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.plugins.wandb import WandbRuns
-from tinsmith.server.wire.models import CreateModel
+from tinsmith.server.wire.requests import CreateModel
 
 
 def test_the_key_is_not_in_what_is_kept_or_shown():

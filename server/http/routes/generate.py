@@ -26,9 +26,9 @@ from ...offload import Offload
 from ...text import tokenizer
 from ...text.sampled_text import SampledText
 from ...text.tokenizer import ChatTokenizer
-from ...wire import inference
-from ...wire.generate import Generate, OnePrompt
+from ...wire import sampling as wire
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
+from ...wire.sampling import Generate, OnePrompt
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..provided import Provided
@@ -377,7 +377,7 @@ router = APIRouter(tags=["inference"], route_class=BodyRoute)
 @router.post(
     "/generate",
     response_model=None,
-    responses=described_as(inference.Generated, events=inference.Generation),
+    responses=described_as(wire.Generated, events=wire.Generation),
 )
 async def generate(
     body: Generate,

@@ -27,8 +27,7 @@ from ...plugins.sglang.endpoints import Endpoints, Registered
 from ...plugins.sglang.merged_weights import Synced
 from ...plugins.sglang.registry import Registry
 from ...settings import Settings
-from ...wire import inference
-from ...wire import inference as wire
+from ...wire import requests, responses
 from ...wire.body import DEFAULT_MODEL, describe
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
@@ -51,10 +50,10 @@ def _shown(
     endpoints: Endpoints,
     registry: Registry,
     owner: str,
-    row: Row | wire.AddEndpoint,
+    row: Row | requests.AddEndpoint,
 ) -> dict[str, Any]:
     """One that the caller has named, or wants to; never its key."""
-    fields = row.model_dump() if isinstance(row, wire.AddEndpoint) else row.fields
+    fields = row.model_dump() if isinstance(row, requests.AddEndpoint) else row.fields
     shown = {"host": row.host, "port": row.port, "worker_port": None, "world_size": 1, "pool": "default"}
     shown |= {key: value for key, value in fields.items() if key in shown}
     if is_this(request, row.host, row.port):
@@ -89,9 +88,9 @@ def _state(endpoint: Registered | None) -> dict[str, Any]:
     }
 
 
-@router.post("/add_inference_endpoint", responses=described_as(inference.AddedEndpoint))
+@router.post("/add_inference_endpoint", responses=described_as(responses.AddedEndpoint))
 async def add_inference_endpoint(
-    body: wire.AddEndpoint,
+    body: requests.AddEndpoint,
     request: Request,
     settings: Provided[Settings],
     base_models: Provided[BaseModels],
@@ -115,16 +114,16 @@ async def add_inference_endpoint(
     }
 
 
-@router.post("/remove_inference_endpoint", responses=described_as(inference.RemovedEndpoint))
+@router.post("/remove_inference_endpoint", responses=described_as(responses.RemovedEndpoint))
 async def remove_inference_endpoint(
-    body: wire.Endpoint, registry: Provided[Registry], owner: Owner
+    body: requests.Endpoint, registry: Provided[Registry], owner: Owner
 ) -> dict[str, Any]:
     gone = await registry.remove(owner, body.host, body.port)
     where = f"{body.host}:{body.port}"
     return {"success": gone, "message": f"{where} is forgotten" if gone else f"{where} is not there"}
 
 
-@router.get("/list_inference_endpoints", responses=described_as(inference.InferenceEndpoints))
+@router.get("/list_inference_endpoints", responses=described_as(responses.InferenceEndpoints))
 async def list_inference_endpoints(
     request: Request,
     settings: Provided[Settings],
@@ -164,10 +163,10 @@ async def gone(request: Request, _owner: Owner) -> dict[str, Any]:
     raise Gone(f"{request.url.path} is no more: {_INSTEAD[request.url.path]}")
 
 
-@router.post("/sync_inference_weights", responses=described_as(inference.SyncedWeights))
-@router.post("/api/v1/sync_inference_weights", responses=described_as(inference.SyncedWeights))
+@router.post("/sync_inference_weights", responses=described_as(responses.SyncedWeights))
+@router.post("/api/v1/sync_inference_weights", responses=described_as(responses.SyncedWeights))
 async def sync_inference_weights(
-    body: wire.SyncWeights,
+    body: requests.SyncWeights,
     request: Request,
     base_models: Provided[BaseModels],
     ledger: Provided[Ledger],
@@ -213,9 +212,9 @@ async def sync_inference_weights(
     return answer | _measured(synced, saved - began)
 
 
-@router.post("/api/v1/set_sync_quantization", responses=described_as(inference.SyncQuantization))
+@router.post("/api/v1/set_sync_quantization", responses=described_as(responses.SyncQuantization))
 async def set_sync_quantization(
-    body: wire.SetQuantization, ledger: Provided[Ledger], owner: Owner
+    body: requests.SetQuantization, ledger: Provided[Ledger], owner: Owner
 ) -> dict[str, Any]:
     """Kept: for every sync that does not say its own."""
     chosen = _normalised(body.quantization) if body.quantization else None
@@ -228,7 +227,7 @@ _HERE = "it samples what is trained here"
 
 
 async def _sampler(
-    body: wire.SyncWeights, base_models: BaseModels, targets: SampleTargets, owner: str
+    body: requests.SyncWeights, base_models: BaseModels, targets: SampleTargets, owner: str
 ) -> messages.SamplerRef:
     if body.model_path is not None:
         found = await targets.weights(owner, body.base_model, body.model_path, body.model_id)
@@ -250,7 +249,7 @@ def _said(host: str, port: int, problem: str | None, message: str = "", **second
     return shown | {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
 
 
-def _answer(body: wire.SyncWeights, said: list[dict[str, Any]], message: str | None) -> dict[str, Any]:
+def _answer(body: requests.SyncWeights, said: list[dict[str, Any]], message: str | None) -> dict[str, Any]:
     success = bool(said) and all(each["success"] for each in said)
     problems = [each["message"] for each in said if not each["success"]]
     return {
@@ -291,7 +290,7 @@ def quantization(chosen: dict[str, Any] | None) -> messages.Fp8 | None:
 def _normalised(given: dict[str, Any]) -> dict[str, Any] | None:
     """Raises BadRequest."""
     try:
-        chosen = wire.Quantization.model_validate(given)
+        chosen = requests.Quantization.model_validate(given)
     except ValidationError as error:
         raise BadRequest(f"quantization: {describe([*map(dict, error.errors())])}") from None
     if chosen.quant_method == "none":

@@ -21,7 +21,7 @@ from ...offload import Offload
 from ...text import tokenizer
 from ...text.sampled_text import SampledText
 from ...text.tokenizer import ChatTokenizer
-from ...wire import inference
+from ...wire import openai as wire
 from ...wire.openai import ChatCompletions, Completions
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from ..bodies import BodyRoute
@@ -329,7 +329,7 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 @router.post(
     "/completions",
     response_model=None,
-    responses=described_as(inference.TextCompletion, events=inference.TextCompletionChunk),
+    responses=described_as(wire.TextCompletion, events=wire.TextCompletionChunk),
 )
 async def completions(
     body: Completions,
@@ -390,7 +390,7 @@ async def _completions(
 @router.post(
     "/chat/completions",
     response_model=None,
-    responses=described_as(inference.ChatCompletion, events=inference.ChatCompletionChunk),
+    responses=described_as(wire.ChatCompletion, events=wire.ChatCompletionChunk),
 )
 async def chat_completions(
     body: ChatCompletions,

@@ -22,7 +22,7 @@ from ...operations.operations import Operations
 from ...plugins.rlve import environments
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
-from ...wire import inference, responses
+from ...wire import responses
 from ..authentication import METRICS_PATH
 from ..dependencies import BaseUrl, Owner, described_as
 from ..monitoring import Metrics
@@ -242,7 +242,7 @@ def _result(status: str, time_key: str, slept: messages.Slept) -> dict[str, Any]
 served_router = APIRouter(tags=["inference"])
 
 
-@served_router.get("/v1/models", responses=described_as(inference.ServedModels))
+@served_router.get("/v1/models", responses=described_as(responses.ServedModels))
 async def models(
     base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
 ) -> dict[str, Any]:
@@ -257,7 +257,7 @@ async def models(
     return {"object": "list", "data": data}
 
 
-@served_router.get("/v1/models/{name:path}", responses=described_as(inference.ServedModel))
+@served_router.get("/v1/models/{name:path}", responses=described_as(responses.ServedModel))
 async def model(
     name: str, base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
 ) -> dict[str, Any]:
@@ -279,8 +279,8 @@ def _model(name: str, parent: str | None, max_length: int, created: float) -> di
     }
 
 
-@served_router.get("/model_info", responses=described_as(inference.ServedModelInfo))
-@served_router.get("/get_model_info", responses=described_as(inference.ServedModelInfo))
+@served_router.get("/model_info", responses=described_as(responses.ServedModelInfo))
+@served_router.get("/get_model_info", responses=described_as(responses.ServedModelInfo))
 async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[str, Any]:
     """Of the first base model. No path of this machine is in it: where there is no hub id, the name."""
     name = _first(base_models)
@@ -293,8 +293,8 @@ async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[s
     }
 
 
-@served_router.get("/server_info", responses=described_as(inference.ServerInfo))
-@served_router.get("/get_server_info", responses=described_as(inference.ServerInfo))
+@served_router.get("/server_info", responses=described_as(responses.ServerInfo))
+@served_router.get("/get_server_info", responses=described_as(responses.ServerInfo))
 async def server_info(
     settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
 ) -> dict[str, Any]:

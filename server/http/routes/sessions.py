@@ -30,7 +30,7 @@ from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
 from ...text.tokenizer import of_folder
-from ...wire import models, requests, responses
+from ...wire import requests, responses
 from ...wire.body import OfModel
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, Limit, Offset, Owner, Said, described_as, future
@@ -100,7 +100,7 @@ async def _with_model(
     """The name that session and model have. Raises BadRequest."""
     base_model = body.base_model or next(iter(base_models), "")
     base_models.named(base_model)
-    asked = models.CreateModel(base_model=base_model, lora_config=body.lora_config)
+    asked = requests.CreateModel(base_model=base_model, lora_config=body.lora_config)
     spec = model_spec(asked, "", dialect, settings)
     name = body.session_id or uuid.uuid4().hex
     if body.session_id is not None:
@@ -258,7 +258,7 @@ model_router = APIRouter(prefix="/api/v1", tags=["models"], route_class=BodyRout
 
 @model_router.post("/create_model", responses=described_as(responses.CreateModelFuture))
 async def create_model(
-    body: models.CreateModel, base: BaseUrl, creations: Provided[ModelCreations], owner: Owner, said: Said
+    body: requests.CreateModel, base: BaseUrl, creations: Provided[ModelCreations], owner: Owner, said: Said
 ) -> dict[str, Any]:
     """The model is ready when a poll of the request says so."""
     operation, warnings = await creations.create(owner, body, base, said)
@@ -301,7 +301,7 @@ async def unload_model(
 
 @model_router.post("/kill_session", responses=described_as(responses.KilledSession))
 async def kill_session(
-    body: models.KillSession,
+    body: requests.KillSession,
     runs: Provided[Runs],
     named_models: Provided[NamedModels],
     saves: Provided[Saves],

@@ -36,7 +36,7 @@ from ...models.samplers import LiveSamplers, Sampler, Samplers, number_of, sampl
 from ...models.submits import SampleSubmits, Submits
 from ...operations.operation import Operation
 from ...operations.operations import Operations
-from ...wire.models import RlveConfig
+from ...wire.requests import RlveConfig
 from ...wire.training import OptimStep
 from . import rollouts as step_metrics
 from .environments import Environments

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import BadRequest
 from ...text.tokenizer import ChatTokenizer, of_folder
-from ...wire.models import AnswerMarker, PromptPreprocessor, RlveConfig
+from ...wire.requests import AnswerMarker, PromptPreprocessor, RlveConfig
 from .environments import Environments, NotMadeError
 from .rollouts import Difficulty, Draw, draws
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ....engine import messages
-from ...wire.models import RlveConfig
+from ...wire.requests import RlveConfig
 from .environments import Problem
 
 

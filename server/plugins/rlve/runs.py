@@ -16,7 +16,7 @@ from ...ledger import plugins as plugin_rows
 from ...models.run import RLVE, Run
 from ...models.runs import Runs
 from ...text.tokenizer import of_folder
-from ...wire.models import RlveConfig
+from ...wire.requests import RlveConfig
 from .driver import Driver, Progress, TrainingClient, patiently
 from .environments import Environments
 from .problems import prompt

@@ -6,8 +6,8 @@ from typing import Any
 
 from ...errors import BadRequest
 from ...settings import Settings
-from ...wire import models as wire
-from ...wire.models import RlveConfig
+from ...wire import requests as wire
+from ...wire.requests import RlveConfig
 from ...wire.training import check_loss
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "policy_loss", "ppo_loss", "drgrpo", "stable_reinforce")
