@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +32,8 @@ Examples, in the folder where the server was started (or with the same `--data-d
 - `tinsmith keys list` shows all keys by id, never the keys themselves
 
 - `tinsmith keys revoke 1f0c9a2b` shuts one out
+
+- `tinsmith keys usage --days 7` shows what each tenant has used
 
 - `tinsmith keys quota alice --models 4` bounds what a tenant may have
 
@@ -115,6 +119,35 @@ def list_keys(data_dir: DataDir = None) -> None:
         if row.revoked_at is not None:
             state += f", revoked {day(row.revoked_at)}"
         typer.echo("  ".join(filter(None, (row.id, row.tenant, state, row.note))))
+
+
+@keys.command("usage")
+def show_usage(
+    days: Annotated[int, typer.Option(min=1, help="How far back.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, by tenant.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """What each tenant has used: tokens trained, prefilled and sampled, and checkpoints saved.
+
+    "cached" counts the tokens of prompts whose keys and values were still in the cache. Hours older than
+    TINSMITH_USAGE_SECONDS are forgotten.
+
+    Example: `tinsmith keys usage --days 7`
+    """
+    from ..ledger import accounts
+
+    since = time.time() - days * 86400
+    rows = _in_ledger(data_dir, lambda connection: accounts.tenants_usage(connection, since))
+    if as_json:
+        used = {row.owner: {name: int(getattr(row, name)) for name in accounts.COUNTERS} for row in rows}
+        typer.echo(json.dumps(used, indent=2))
+        return
+    titles = ("tenant", "trained", "prefilled", "cached", "sampled", "checkpoints")
+    cells = [[row.owner, *(f"{getattr(row, name):,}" for name in accounts.COUNTERS)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    for tenant, *counts in (titles, *cells):
+        numbers = (count.rjust(width) for count, width in zip(counts, widths[1:], strict=True))
+        typer.echo("  ".join((tenant.ljust(widths[0]), *numbers)))
 
 
 @keys.command()

@@ -32,12 +32,6 @@ models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(checkpoints, name="checkpoints")
-app.command("plan", help=PLAN_HELP)(plan)
-app.command("logs", help=LOGS_HELP)(logs_command)
-app.command("status", help=STATUS_HELP)(status)
-app.command("top", help=TOP_HELP)(top)
-app.command("runs", help=RUNS_HELP)(runs)
-app.command("doctor", help=DOCTOR_HELP)(doctor)
 
 _SERVE_HELP = """Serve base models for training and sampling.
 

@@ -151,6 +151,13 @@ def usage_between(connection: Connection, owner: str, first: int, end: int) -> S
     return connection.execute(query.order_by(usage.c.hour)).all()
 
 
+def tenants_usage(connection: Connection, since: float) -> Sequence[Row]:
+    """Return what each tenant has used from the hour of `since` on: `owner`, and the sum of each counter."""
+    sums = [func.sum(usage.c[name]).label(name) for name in COUNTERS]
+    query = select(usage.c.owner, *sums).where(usage.c.hour >= int(since) // HOUR)
+    return connection.execute(query.group_by(usage.c.owner).order_by(usage.c.owner)).all()
+
+
 def drop_usage(connection: Connection, before: float) -> None:
     """Hours that ended before then."""
     connection.execute(delete(usage).where(usage.c.hour < int(before) // HOUR))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 
 import pytest
 from engineless import DAY, MODEL, Server, model
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.dialects import postgresql
 from tinsmith.engine import messages
-from tinsmith.server.ledger import accounts, operations
+from tinsmith.server.cli.main import app
+from tinsmith.server.ledger import accounts, operations, tenancy
 from tinsmith.server.operations.operation import Operation, Submission, natural_key
+from typer.testing import CliRunner
 
 SAMPLER = "s:sample:3"
 
@@ -83,6 +87,28 @@ async def test_tokens_of_each_kind_are_added_up(server: Server) -> None:
         operation = await server.operations.accept(sample(number))
         await finish(server, operation, sampled(operation))
     assert await counted(server) == [("s", MODEL, "tiny", 16, 6, 8, 10, 0)]
+
+
+async def test_the_operator_sees_what_each_tenant_has_used(server: Server) -> None:
+    operation = await server.operations.accept(gradients(1))
+    await finish(server, operation, passed(operation, (3,), (5, 2)))
+
+    def samples_of_another(connection: Connection) -> None:
+        tenancy.ensure_tenant(connection, "bob")
+        for base_model in ("tiny", "large"):
+            counts = {"sampled": 1200, "checkpoints": 1}
+            accounts.add_usage(connection, "bob", "", "", base_model, counts)
+
+    await server.ledger.write(samples_of_another)
+    command = ["keys", "usage", "--data-dir", str(server.settings.data_dir)]
+    table = (await asyncio.to_thread(CliRunner().invoke, app, command)).stdout.splitlines()
+    assert [line.split() for line in table[1:]] == [
+        ["bob", "0", "0", "0", "2,400", "2"],
+        ["me", "8", "0", "0", "0", "0"],
+    ]
+    used = json.loads((await asyncio.to_thread(CliRunner().invoke, app, [*command, "--json"])).stdout)
+    assert used["bob"] == dict.fromkeys(accounts.COUNTERS, 0) | {"sampled": 2400, "checkpoints": 2}
+    assert used["me"]["trained"] == 8
 
 
 async def test_failures_and_refusals_count_nothing(server: Server) -> None:
