@@ -1,9 +1,7 @@
-"""Whether a request of a tenant is taken now, so that a crowd of one does not keep out the others.
+"""Admission: whether a request of a tenant is taken now, so that one tenant's crowd does not keep out others.
 
-What passes by waiting is refused with 429, which clients send again; while it does, the tenant's polls say
-why (`paused`). What does not pass by waiting is refused for good.
-
-A rate limit that allows bursts (Turner's token bucket).
+What is refused for the moment gets 429, which clients send again; meanwhile the tenant's polls say why
+(`paused`). What waiting does not change is refused for good.
 """
 
 from __future__ import annotations
@@ -13,25 +11,36 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 from ..access.quotas import Quotas
 from ..errors import QuotaExceeded, TooManyRequests
 from ..operations.operation import Operation
 from .run import Run
 
+log = logging.getLogger("tinsmith.admission")
+
+BURST_SECONDS = 10.0
+"""A tenant that was quiet for so long may send that much of its rate at once."""
+_PAUSED_SECONDS = 30.0  # how long polls tell of a 429: a poll waits nearly as long
+_MODELS_NAMED = 5
+
+Arriving = AbstractContextManager[Callable[[Operation], None]]
+"""Keeps a place until the operation is known: `with ... as accepted: accepted(operation)`."""
+
 
 class TokenBucket:
-    """Full at first. A request takes a token; tokens come back at the rate."""
+    """A rate limit that allows bursts (Turner's token bucket). It is full at first."""
 
     def __init__(self) -> None:
         self._used = 0.0
         self._at = 0.0
 
     def take(self, rate: float, burst_seconds: float, now: float) -> float:
-        """Takes a token and returns 0; or takes none and returns the seconds until there is one.
+        """Take a token and return 0; or take none and return the seconds until there is one.
 
-        Holds `rate * burst_seconds` tokens, but at least one. `now` in seconds, of any clock that only goes
-        forward.
+        The bucket holds `rate * burst_seconds` tokens, but at least one, and tokens come back at `rate`.
+        `now` is in seconds, of any clock that only goes forward.
         """
         self._used = max(0.0, self._used - rate * (now - self._at))
         self._at = now
@@ -42,88 +51,49 @@ class TokenBucket:
         return (self._used + 1 - room) / rate
 
 
-log = logging.getLogger("tinsmith.admission")
+@dataclass
+class _Queue:
+    """What one tenant has waiting: accepted and not answered, or about to be accepted."""
 
-BURST_SECONDS = 10.0
-"""A tenant that was quiet for so long may send that much of its rate at once."""
-_PAUSED_SECONDS = 30.0  # for so long after a 429 polls tell of it: a poll waits nearly as long
-_MODELS_NAMED = 5
-
-
-Arriving = AbstractContextManager[Callable[[Operation], None]]
+    accepted: set[Operation] = field(default_factory=set)
+    arriving: int = 0
+    bytes: int = 0  # of the payloads of `accepted`
 
 
-class Waiting:
-    """The operations of each tenant that are accepted, or about to be, and not answered."""
-
-    def __init__(self) -> None:
-        self._accepted: dict[str, set[Operation]] = {}
-        self._bytes: Counter[str] = Counter()  # of their payloads, by tenant
-        self._arriving: Counter[str] = Counter()
-
-    def reaches(self, limit: int, tenant: str) -> bool:
-        return len(self._accepted.get(tenant, ())) + self._arriving[tenant] >= limit
-
-    def bytes_of(self, tenant: str) -> int:
-        return self._bytes[tenant]
-
-    @contextmanager
-    def arriving(self, tenant: str) -> Iterator[Callable[[Operation], None]]:
-        """Keeps a place until the operation is known: `with ... as accepted: accepted(operation)`."""
-        self._arriving[tenant] += 1
-        try:
-            yield self.add
-        finally:
-            self._arriving[tenant] -= 1
-            if not self._arriving[tenant]:
-                del self._arriving[tenant]
-
-    def add(self, operation: Operation) -> None:
-        """It was accepted, now or before."""
-        waiting = self._accepted.setdefault(operation.owner, set())
-        if not operation.settled and operation not in waiting:
-            waiting.add(operation)
-            self._bytes[operation.owner] += operation.payload_bytes
-        self._drop_empty(operation.owner)
-
-    def discard(self, operation: Operation) -> None:
-        """It was answered. Does nothing if it did not wait here."""
-        waiting = self._accepted.get(operation.owner)
-        if waiting is not None and operation in waiting:
-            waiting.discard(operation)
-            self._bytes[operation.owner] -= operation.payload_bytes
-            self._drop_empty(operation.owner)
-
-    def _drop_empty(self, tenant: str) -> None:
-        if not self._accepted[tenant]:
-            del self._accepted[tenant]
-            del self._bytes[tenant]
+_Queues = defaultdict[str, _Queue]  # by tenant
 
 
 class Admission:
+    """Lets in requests, operations, samples and models, up to the quotas of their tenants."""
+
     def __init__(self, quotas: Quotas, clock: Callable[[], float] = time.monotonic):
         self._quotas = quotas
         self._clock = clock
-        self._samples = Waiting()
-        self._operations = Waiting()
+        self._samples: _Queues = defaultdict(_Queue)
+        self._operations: _Queues = defaultdict(_Queue)
         # Operations that come before their turn do not take the places of those that they wait for.
-        self._early = Waiting()
+        self._early: _Queues = defaultdict(_Queue)
         self._creating: Counter[str] = Counter()
         self._buckets: defaultdict[str, TokenBucket] = defaultdict(TokenBucket)
-        self._refused: dict[str, tuple[float, str]] = {}  # when a tenant was last told to wait, and why
+        self._refused: dict[str, tuple[float, str]] = {}  # by tenant: when it was last told to wait, and why
 
     def take_up(self, unanswered: Iterable[Operation]) -> None:
-        """Those of before the start."""
+        """Count the operations from before the start."""
         for operation in unanswered:
-            (self._samples if operation.kind == "sample" else self._operations).add(operation)
+            _add(self._samples if operation.kind == "sample" else self._operations, operation)
 
     def answered(self, operation: Operation) -> None:
-        """The operation leaves its place to another one."""
-        for waiting in (self._samples, self._operations, self._early):
-            waiting.discard(operation)
+        """Give the operation's place to another one."""
+        tenant = operation.owner
+        for queues in (self._samples, self._operations, self._early):
+            if tenant in queues and operation in (queue := queues[tenant]).accepted:
+                queue.accepted.discard(operation)
+                queue.bytes -= operation.payload_bytes
+                if not (queue.accepted or queue.arriving):
+                    del queues[tenant]
 
     def paused(self, tenant: str) -> str | None:
-        """Why the tenant was told to wait, if it was just now."""
+        """Return why the tenant was told to wait, if that was just now."""
         at, reason = self._refused.get(tenant, (0.0, ""))
         return reason if reason and self._clock() - at < _PAUSED_SECONDS else None
 
@@ -134,7 +104,7 @@ class Admission:
         return TooManyRequests(reason, seconds)
 
     def request(self, tenant: str) -> None:
-        """Any request. Raises TooManyRequests over the tenant's rate."""
+        """Let in a request of any kind. Raises TooManyRequests over the tenant's rate."""
         rate = self._quotas.of(tenant).requests_per_second
         wait = self._buckets[tenant].take(rate, BURST_SECONDS, self._clock())
         if wait:
@@ -143,44 +113,43 @@ class Admission:
             )
 
     def sample(self, tenant: str) -> Arriving:
-        """As `Waiting.arriving`. Raises TooManyRequests."""
+        """Let in a sample. Raises TooManyRequests."""
         limit = self._quotas.of(tenant).waiting_samples
-        self._require_bytes(self._samples, tenant)
-        if self._samples.reaches(limit, tenant):
-            raise self._wait(
-                tenant,
-                f"{limit} samples of this key's tenant are waiting for their answers, which is its quota; "
-                "send more when some have come back",
-            )
-        return self._samples.arriving(tenant)
+        return self._place(
+            self._samples,
+            tenant,
+            limit,
+            f"{limit} samples of this key's tenant are waiting for their answers, which is its quota; "
+            "send more when some have come back",
+        )
 
     def operation(self, tenant: str, early: bool) -> Arriving:
-        """A training operation, `early` if others come before it. As `Waiting.arriving`. Raises
-        TooManyRequests."""
-        waiting = self._early if early else self._operations
+        """Let in a training operation, `early` if others come before it. Raises TooManyRequests."""
         limit = self._quotas.of(tenant).queued_operations
-        self._require_bytes(waiting, tenant)
-        if waiting.reaches(limit, tenant):
-            raise self._wait(
-                tenant,
-                f"{limit} operations of this key's tenant are queued, which is its quota; "
-                "send more when some are done",
-            )
-        return waiting.arriving(tenant)
+        return self._place(
+            self._early if early else self._operations,
+            tenant,
+            limit,
+            f"{limit} operations of this key's tenant are queued, which is its quota; "
+            "send more when some are done",
+        )
 
-    def _require_bytes(self, waiting: Waiting, tenant: str) -> None:
-        """Raises TooManyRequests."""
-        limit, held = self._quotas.of(tenant).queued_bytes, waiting.bytes_of(tenant)
-        if held >= limit:
+    def _place(self, queues: _Queues, tenant: str, limit: int, reason: str) -> Arriving:
+        most = self._quotas.of(tenant).queued_bytes
+        queue = queues[tenant] if tenant in queues else _Queue()
+        if queue.bytes >= most:
             raise self._wait(
                 tenant,
-                f"the requests of this key's tenant that wait for their answers have {held} bytes, its quota "
-                f"is {limit}; send more when some have come back",
+                f"the requests of this key's tenant that wait for their answers have {queue.bytes} bytes, "
+                f"its quota is {most}; send more when some have come back",
             )
+        if len(queue.accepted) + queue.arriving >= limit:
+            raise self._wait(tenant, reason)
+        return _arriving(queues, tenant)
 
     @contextmanager
     def model(self, tenant: str, model_id: str, alive: list[Run]) -> Iterator[None]:
-        """A new model; one that is among those alive is an old one. Raises QuotaExceeded."""
+        """Let in a new model, or one that is among those alive. Raises QuotaExceeded."""
         limit = self._quotas.of(tenant).models
         known = any(run.id == model_id for run in alive)
         if not known and len(alive) + self._creating[tenant] >= limit:
@@ -198,7 +167,7 @@ class Admission:
                 del self._creating[tenant]
 
     def come_back(self, tenant: str, alive: list[Run]) -> None:
-        """A model that left the engine is needed again. Raises TooManyRequests."""
+        """Let in a model that left the engine and is needed again. Raises TooManyRequests."""
         limit = self._quotas.of(tenant).models
         if len(alive) >= limit:
             raise self._wait(
@@ -209,8 +178,28 @@ class Admission:
             )
 
 
+@contextmanager
+def _arriving(queues: _Queues, tenant: str) -> Iterator[Callable[[Operation], None]]:
+    queues[tenant].arriving += 1
+    try:
+        yield lambda operation: _add(queues, operation)
+    finally:
+        queue = queues[tenant]
+        queue.arriving -= 1
+        if not (queue.accepted or queue.arriving):
+            del queues[tenant]
+
+
+def _add(queues: _Queues, operation: Operation) -> None:
+    """Count an operation that was accepted, now or before."""
+    queue = queues[operation.owner]
+    if operation.answer is None and not operation.expired and operation not in queue.accepted:
+        queue.accepted.add(operation)
+        queue.bytes += operation.payload_bytes
+
+
 def _named(runs: list[Run]) -> str:
-    """By id, which begins with the session's; those that were used last come last."""
+    """Name the runs that were used longest ago, by id, which begins with the session's."""
     now = time.monotonic()
     oldest = sorted(runs, key=lambda run: run.used_at)[:_MODELS_NAMED]
     shown = ", ".join(f"{run.id} (used {now - run.used_at:.0f} s ago)" for run in oldest)

@@ -70,7 +70,7 @@ class Recovery:
 
     def engine_died(self, under_way: list[Suspect]) -> None:
         """The states that it held are gone; what it died of more than a few times is given up."""
-        for run in self._runs.all():
+        for run in list(self._runs.values()):
             run.resident = False
             if run.restoring is not None:
                 run.restoring.cancel()
@@ -267,14 +267,14 @@ class Snapshots:
         self.being_written: set[str] = set()  # directories that the ledger does not name yet
 
     def _released(self, run: Run) -> int:
-        """The number of the last operation that the engine was sent."""
+        """Return the number of the last operation that the engine was sent."""
         return self._dispatcher.next_seq(run.id) - 1
 
-    def take_if_due(self, run: Run) -> None:
-        """After some operations, or some bytes of them, since the last one; nobody waits for it."""
+    def take_if_due(self, run: Run, released: int) -> None:
+        """Begin a snapshot if enough operations, or bytes of them, up to `released` came after the last."""
         settings = self._settings
         due = (
-            self._released(run) - run.snapshot_seq >= settings.snapshot_operations
+            released - run.snapshot_seq >= settings.snapshot_operations
             or run.bytes_since_snapshot >= settings.snapshot_bytes
         )
         if due and run.may_be_saved and (run.saving is None or run.saving.done()):
@@ -283,7 +283,7 @@ class Snapshots:
     async def _take_until_not_due(self, run: Run) -> None:
         """Operations go on while a snapshot is written; the last of them may have made the next one due."""
         if await self._take(run):
-            asyncio.get_running_loop().call_soon(self.take_if_due, run)
+            asyncio.get_running_loop().call_soon(lambda: self.take_if_due(run, self._released(run)))
 
     async def take_all(self, runs: Iterable[Run]) -> None:
         await asyncio.gather(*(self.take_if_changed(run) for run in runs))

@@ -1,4 +1,7 @@
-"""One training run, as the server holds it in memory."""
+"""Training runs, as the server holds them in memory.
+
+`KnownRuns` has them by id, by owner, and by what their clients call them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import Row
@@ -14,12 +18,15 @@ from ...engine import messages
 from ..dialect import Dialect
 
 RLVE, WANDB = "rlve", "wandb"
-"""The keys in a run's configuration of what its client asked of these two (of W&B, without the API key)."""
+"""Keys in a run's configuration: what its client asked of RLVE, and of W&B (without the API key)."""
 
 
 @dataclass(frozen=True)
 class NewRun:
-    """What a model is created with. `message` has no request id yet; `natural_key` makes two of these one."""
+    """What a model is created with.
+
+    `message` has no request id yet. Two creations with the same `natural_key` are one.
+    """
 
     owner: str
     session_id: str
@@ -35,7 +42,7 @@ class NewRun:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """`optimizer` as `weights_info` shows it; `configuration` is `Run.configuration`."""
+    """What a client asked for: `optimizer` as `weights_info` shows it, and the run's `configuration`."""
 
     message: messages.CreateModel
     optimizer: dict[str, Any]
@@ -45,13 +52,7 @@ class ModelSpec:
 
 @dataclass(eq=False)
 class Run:
-    """One model.
-
-    `alias` is what its client calls it, where clients choose; clients' seq_ids begin after `seq_base`.
-    `configuration` is what of its creation the engine does not know. `resident`: the engine has its state, up
-    to the last operation released. `broken` says why it cannot be brought back, until the server's next
-    start.
-    """
+    """One model: what the ledger has of it, and how it stands with the engine."""
 
     id: str
     owner: str
@@ -65,74 +66,69 @@ class Run:
     snapshot: str | None
     snapshot_seq: int
     older_snapshot: str | None = None
-    older_snapshot_seq: int | None = None  # None: there is nothing older that the ledger can go on from
+    older_snapshot_seq: int | None = None  # None: a replay cannot begin before the newest snapshot
     dialect: Dialect = "tinker"
-    alias: str | None = None
-    seq_base: int = 0
-    configuration: dict[str, Any] = field(default_factory=dict)
+    alias: str | None = None  # the client's name for it, where clients choose one
+    seq_base: int = 0  # the client's numbers begin after this one
+    configuration: dict[str, Any] = field(default_factory=dict)  # what the engine does not need to know
     created_at: float = field(default_factory=time.time)
     base_digest: str | None = None  # None: not known
-    resident: bool = False
-    broken: str | None = None
+    resident: bool = False  # the engine has its state, up to the last operation released
+    broken: str | None = None  # why it cannot be brought back until the server's next start
+    unusable: str | None = None  # why it cannot be trained: its base model has other weights now
     restoring: asyncio.Task | None = None
     saving: asyncio.Task | None = None
     leaving: asyncio.Task | None = None
     bytes_since_snapshot: int = 0
-    used_at: float = field(default_factory=time.monotonic)  # for an operation
-    found_at: float = field(default_factory=time.monotonic)  # by a request of its client
-    may_be_saved: bool = True  # no engine died of it
+    used_at: float = field(default_factory=time.monotonic)  # the last release of an operation
+    found_at: float = field(default_factory=time.monotonic)  # the last request that named it
+    may_be_saved: bool = True  # no engine died of saving it
     driven: bool = False  # the server trains it
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What its client calls it."""
         return self.alias or self.id
 
-    @property
+    @cached_property
     def create_message(self) -> messages.CreateModel:
         message = messages.decode_to_engine(self.creation)
         assert isinstance(message, messages.CreateModel)
         return message
 
 
-class KnownRuns:
-    """The models that the server has in memory: by id, by owner, and by what their clients call them."""
+class KnownRuns(dict[str, Run]):
+    """The models in memory, by id."""
 
     def __init__(self) -> None:
-        self._by_id: dict[str, Run] = {}
-        self._newest: dict[tuple[str, str], str] = {}  # owner and name: the id of its newest model
+        super().__init__()
+        self._newest: dict[tuple[str, str], str] = {}  # by owner and name: the id of the newest model
         self._of_owner: defaultdict[str, dict[str, Run]] = defaultdict(dict)
 
-    def get(self, run_id: str) -> Run | None:
-        return self._by_id.get(run_id)
-
     def named(self, owner: str, name: str) -> Run | None:
-        """The newest model that its client calls so."""
-        return self._by_id.get(self._newest.get((owner, name), ""))
-
-    def all(self) -> list[Run]:
-        return list(self._by_id.values())
+        """The owner's newest model of that name."""
+        return self.get(self._newest.get((owner, name), ""))
 
     def of_owner(self, owner: str) -> list[Run]:
         return list(self._of_owner.get(owner, {}).values())
 
     def add(self, run: Run) -> Run:
         """Return the one object of this model: `run`, unless there is one."""
-        run = self._by_id.setdefault(run.id, run)
+        run = self.setdefault(run.id, run)
         self._of_owner[run.owner][run.id] = run
         return run
 
-    def call(self, run: Run) -> None:
-        """The model is the newest of its name."""
+    def note_name(self, run: Run) -> None:
+        """From now on, its name means this model."""
         if run.alias is not None:
             self._newest[run.owner, run.alias] = run.id
 
     def discard(self, run: Run) -> bool:
         """Forget the model; return whether it was known."""
-        if self._by_id.get(run.id) is not run:
+        if self.get(run.id) is not run:
             return False
-        del self._by_id[run.id], self._of_owner[run.owner][run.id]
+        del self[run.id], self._of_owner[run.owner][run.id]
         if not self._of_owner[run.owner]:
             del self._of_owner[run.owner]
         if self._newest.get((run.owner, run.name)) == run.id:
@@ -141,24 +137,12 @@ class KnownRuns:
 
 
 def from_row(row: Row) -> Run:
-    return Run(
-        row.id,
-        row.owner,
-        row.session_id,
-        row.base_model,
-        row.lora,
-        row.optimizer,
-        row.user_metadata,
-        row.state,
-        row.creation,
-        row.snapshot,
-        row.snapshot_seq,
-        row.older_snapshot,
-        row.older_snapshot_seq,
-        row.dialect,
-        row.alias,
-        row.seq_base,
-        row.configuration,
-        row.created_at,
-        row.base_digest,
-    )
+    """Make a run of its row in the ledger, whose columns have the names of the fields."""
+    return Run(**{name: getattr(row, name) for name in _COLUMNS})
+
+
+_COLUMNS = (
+    *("id", "owner", "session_id", "base_model", "lora", "optimizer", "user_metadata", "state", "creation"),
+    *("snapshot", "snapshot_seq", "older_snapshot", "older_snapshot_seq", "dialect", "alias", "seq_base"),
+    *("configuration", "created_at", "base_digest"),
+)

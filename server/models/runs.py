@@ -20,7 +20,7 @@ from ...engine import messages
 from ..access.quotas import Quotas
 from ..base_models import BaseModels
 from ..dialect import POINTS
-from ..errors import BadRequest, Gone, NotFound, Unavailable
+from ..errors import ApiError, BadRequest, Gone, NotFound, Unavailable
 from ..events import Event
 from ..ledger import operations as operation_rows
 from ..ledger import plugins as plugin_rows
@@ -87,7 +87,7 @@ class Runs:
                 raise NotFound(f"unknown model {run_id!r}: create it with create_model first")
             run = await self._open(row)
             if run.alias == run_id:
-                self._known.call(run)
+                self._known.note_name(run)
         run.found_at = time.monotonic()
         return run
 
@@ -119,20 +119,19 @@ class Runs:
         dialect answers what is gone: Gone or NotFound."""
         run = await self.find(owner, run_id)
         if run.state == "finished":
-            is_gone = POINTS[run.dialect].unknown_status == Gone.status
-            raise (Gone if is_gone else NotFound)(
-                f"model {run_id!r} was deleted, or its session has finished; create another with create_model"
-            )
+            raise _gone(run, run_id)
         return run
 
     async def find_trainable(self, owner: str, run_id: str) -> Run:
         """As `find_live`; raises BadRequest for a model whose creation failed, or whose base model has other
         weights now."""
-        run = await self.find_live(owner, run_id)
+        run = await self.find(owner, run_id)
+        if run.state == "finished":
+            raise _gone(run, run_id)
         if run.state == "failed":
             raise BadRequest(f"model {run_id!r} could not be created; its create_model request says why")
-        if (why := self._base_models.changed(run)) is not None:
-            raise BadRequest(f"model {run_id!r}: {why}, or create another model")
+        if run.unusable is not None:
+            raise BadRequest(f"model {run_id!r}: {run.unusable}, or create another model")
         return run
 
     def is_early(self, run: Run, seq_id: int) -> bool:
@@ -208,7 +207,7 @@ class Runs:
         )
         if run is not None:
             run = self._known.add(run)
-            self._known.call(run)
+            self._known.note_name(run)
             self._dispatcher.open(run.id, 1)
             run.resident = operation.sent_in == self._engine.life
             if operation.answer is not None:
@@ -233,7 +232,7 @@ class Runs:
         if (known := self._known.get(row.id)) is not None:
             return known
         run = from_row(row)
-        run.broken = self._base_models.changed(run)
+        run.broken = run.unusable = self._base_models.changed(run)
         self._known.add(run)
         self._dispatcher.open(row.id, row.executed_seq + 1)
         for arrival in early:
@@ -256,15 +255,14 @@ class Runs:
     # --- releasing
 
     def _release(self, operation: Operation) -> None:
-        run = self._known.get(operation.model_id)
-        assert run is not None
+        run = self._known[operation.model_id]
         run.used_at = time.monotonic()
         if not run.resident or not operation.payload_bytes:
             self._recovery.bring_back(run)
             return
         self._engine.send_stored(Lane(run.id), operation.request_id, operation.payload_bytes)
         run.bytes_since_snapshot += operation.payload_bytes
-        self._snapshots.take_if_due(run)
+        self._snapshots.take_if_due(run, operation.seq_id)
 
     async def bring_back(self, owner: str, run_id: str) -> bool:
         """As `Recovery.bring_back_now`, of the owner's model. Raises NotFound."""
@@ -274,11 +272,11 @@ class Runs:
 
     async def save_all(self) -> None:
         """Before a stop: the state of every model that changed since its last snapshot."""
-        await self._snapshots.take_all(self._known.all())
+        await self._snapshots.take_all(list(self._known.values()))
 
     def resident(self) -> list[Run]:
         """Those that the engine has."""
-        return [run for run in self._known.all() if run.resident]
+        return [run for run in self._known.values() if run.resident]
 
     def is_alive(self, run: Run) -> bool:
         """Whether the engine has it, or will have it without another operation."""
@@ -299,7 +297,7 @@ class Runs:
         """Forget the models that the engine does not have and that nobody has asked for in an hour. `find`
         reads them from the ledger again."""
         since = time.monotonic() - _REMEMBERED_SECONDS
-        unused = [run for run in self._known.all() if max(run.found_at, run.used_at) < since]
+        unused = [run for run in self._known.values() if max(run.found_at, run.used_at) < since]
         for run in unused:
             under_way = [
                 task for task in (run.restoring, run.saving, run.leaving) if task and not task.done()
@@ -345,3 +343,11 @@ class Runs:
         run.resident = False
         with contextlib.suppress(Unavailable):  # the engine is gone, and the model with it
             await self._engine.request(messages.DeleteModel(f"delete-{run.id}", run.id))
+
+
+def _gone(run: Run, run_id: str) -> ApiError:
+    """Make the error with which the model's dialect answers what is over."""
+    kind = Gone if POINTS[run.dialect].unknown_status == Gone.status else NotFound
+    return kind(
+        f"model {run_id!r} was deleted, or its session has finished; create another with create_model"
+    )
