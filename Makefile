@@ -165,7 +165,7 @@ $(RLVE): requirements-rlve.lock $(STAMP)
 	@touch $@
 
 # Not the accelerators' extras, which are installed beside the locked packages, nor wandb; rlve has a file of its own.
-LOCKED := demo notebooks reference postgresql dev
+LOCKED := demo notebooks reference postgresql otel dev
 lock: ## pin the newest packages that fit pyproject.toml (needs uv)
 	echo "torch ; sys_platform == 'never'" | uv pip compile pyproject.toml --universal $(addprefix --extra ,$(LOCKED)) --upgrade \
 	  --python-version 3.11 --override /dev/stdin --no-header --no-annotate --no-emit-index-url --quiet \

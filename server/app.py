@@ -247,6 +247,12 @@ class Application:
         # Plugins that watch or train models.
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
         self.operations.finished.subscribe(self.wandb.answered)
+        self.spans: OperationSpans | None = None
+        if settings.otlp_endpoint is not None:
+            from .plugins.tracing import OperationSpans
+
+            self.spans = OperationSpans(settings.otlp_endpoint)
+            self.operations.finished.subscribe(self.spans.answered)
         self.operations.finished.subscribe(OperationMetrics(self.metrics.registry).answered)
         self.operations.finished.subscribe(self.sweep.written)
         self.snapshots.written.subscribe(self.sweep.snapshot_written)
@@ -355,6 +361,8 @@ class Application:
         await self.engine.stop(self.settings.stop_patience_seconds)
         await self.operations.settle()
         await self.wandb.close()
+        if self.spans is not None:
+            await self.spans.close()
         self.operations.wake_all()
         self.completions.wake_all()
 

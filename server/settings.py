@@ -6,6 +6,7 @@ the file. `docs/settings.md` is made of the fields' docstrings; each class is a 
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import json
 import os
@@ -112,6 +113,9 @@ class ServingSettings(Section):
     metrics_token: SecretStr | None = None
     """A token for Prometheus. It opens `/metrics`, as a bearer token, and nothing else does then; it opens
     nothing else. Without it every key opens `/metrics`."""
+    otlp_endpoint: str | None = None
+    """An OpenTelemetry collector, such as `http://collector:4318`, that gets a trace of every operation (OTLP
+    over HTTP). Needs the extra `otel`."""
     public_url: str | None = None
     """The address with which URLs for downloads begin, if clients reach the server through a proxy."""
     allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
@@ -130,6 +134,15 @@ class ServingSettings(Section):
     stream_keep_alive_seconds: float = Field(15.0, gt=0)
     """A stream of samples that has had nothing to say for this long sends a comment, so that no proxy or
     client takes it for dead."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _a_collector_that_can_be_sent_to(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+            raise ValueError("write the collector's address, such as http://collector:4318")
+        if url is not None and importlib.util.find_spec("opentelemetry.exporter") is None:
+            raise ValueError("the exporter is missing: pip install 'tinsmith[otel]'")
+        return url
 
 
 class ModelSettings(Section):

@@ -31,7 +31,7 @@ from ..files import Disk
 from ..ledger.ledger import Ledger
 from ..models.recovery import Recovery
 from ..models.runs import Runs
-from ..operations.operation import Operation
+from ..operations.operation import TRACE_PARENT, Operation
 from ..operations.operations import Operations
 from ..operations.step_metrics import Activity
 from ..supervision.supervisor import Supervisor
@@ -52,7 +52,10 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        if parent := headers.get(b"traceparent"):
+            TRACE_PARENT.set(parent.decode("latin-1"))
         request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex.encode()
         with logs.ids(request_id=request_id.decode()):
             await self._pass_on(scope, receive, send, request_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,10 @@ from ...engine import messages
 from ..dialect import Dialect
 
 Answer = messages.Done | messages.Failed
+
+
+TRACE_PARENT: ContextVar[str] = ContextVar("trace_parent", default="")
+"""The `traceparent` header of the request that is being answered, for an operation that it submits."""
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +50,7 @@ class Operation:
     accepted_at: float = field(default_factory=time.monotonic)
     used: dict[str, int] = field(default_factory=dict)  # tokens by kind, and checkpoints
     dialect: Dialect = "tinker"
+    trace_parent: str = field(default_factory=TRACE_PARENT.get)
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     _listener: Callable[[Operation], None] | None = None
 
