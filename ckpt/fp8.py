@@ -9,13 +9,13 @@ format. The scales of a matrix are a tensor beside it: `weight_scale_inv` [ceil(
 columns)] for blocks, or `weight_scale`, one number, for a whole matrix. DeepSeek-V3 (arXiv:2412.19437,
 section 3.3) uses blocks of 128 x 128, which are the servers' default.
 
-Only the matrices of the layers are quantized, as servers expect. Embeddings, the unembedding, norms and
-biases are not.
+The layers' matrices that an adapter may have are quantized, if each is a tensor of its own in the files.
+Embeddings, the unembedding, routers, norms and biases are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from .hf_folder import READ_AS_ONE, Tensors
+from ..model.config import ModelConfig, Site
+from ..model.families import module_name
+from .hf_folder import Tensors
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = float(ml_dtypes.finfo(E4M3).max)
-_MATRIX = "_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,17 @@ class Fp8:
     block: tuple[int, int] | None = (128, 128)
     kept: tuple[str, ...] = ()
 
-    def config(self, names: Iterable[str]) -> dict[str, Any]:
-        """Return the `quantization_config` for the config.json of a model with these tensors."""
-        matrices = [name for name in names if name.endswith(_MATRIX)]
-        kept = [name.removesuffix(".weight") for name in matrices if not self.quantizes(name)]
+    def config(self, config: ModelConfig) -> dict[str, Any]:
+        """Return the `quantization_config` for the config.json of a model."""
+        quantized = self.quantized_modules(config)
+        kept = [
+            module
+            for layer in range(config.num_layers)
+            for site in config.layers[layer].sites
+            if not _is_router(site)
+            for module in _modules(config, site, layer)
+            if module not in quantized
+        ]
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -50,20 +58,42 @@ class Fp8:
             "modules_to_not_convert": ["lm_head", *kept],
         }
 
-    def quantizes(self, name: str) -> bool:
-        """Return whether the tensor with this Hugging Face name is a matrix that is not in `kept`."""
-        parents, _, module = name.removesuffix(".weight").rpartition(".")
-        fused = next((group for group in READ_AS_ONE if module in group), (module,))
-        modules = [f"{parents}.{each}" for each in fused]
-        kept = any(each == kept or each.endswith(f".{kept}") for each in modules for kept in self.kept)
-        return name.endswith(_MATRIX) and not kept
+    def quantized_modules(self, config: ModelConfig) -> frozenset[str]:
+        """Return the Hugging Face names of the modules whose weights are quantized."""
+        found: set[str] = set()
+        for layer, description in enumerate(config.layers):
+            for site in filter(lambda site: site.part, description.sites):
+                merged = [each for each in description.sites if each.merged and each.merged == site.merged]
+                together = zip(*(_modules(config, each, layer) for each in merged or [site]), strict=True)
+                for module, fused in zip(_modules(config, site, layer), together, strict=True):
+                    if not any(map(self._is_kept, fused)):
+                        found.add(module)
+        return frozenset(found)
+
+    def _is_kept(self, module: str) -> bool:
+        return any(module == kept or module.endswith(f".{kept}") for kept in self.kept)
 
 
-def quantized(tensors: Tensors, spec: Fp8) -> Iterator[tuple[str, np.ndarray]]:
+def _modules(config: ModelConfig, site: Site, layer: int) -> list[str]:
+    """List the modules with the matrices of a site in one layer. Matrices of experts that share a tensor have
+    none."""
+    module = module_name(config, f"layers.{site.name}.weight", layer)
+    if site.experts is None:
+        return [module]
+    return [module.format(expert=expert) for expert in range(site.experts)] if "{expert}" in module else []
+
+
+def _is_router(site: Site) -> bool:
+    """Servers never quantize routers; SGLang would take the name of one for the beginning of others."""
+    return site.axes[1] == "experts"
+
+
+def quantized(tensors: Tensors, spec: Fp8, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Quantize the matrices of the layers, each followed by its scales; other tensors pass unchanged."""
     scale_name = "weight_scale" if spec.block is None else "weight_scale_inv"
+    modules = spec.quantized_modules(config)
     for name, array in tensors:
-        if not spec.quantizes(name):
+        if not name.endswith(".weight") or name.removesuffix(".weight") not in modules:
             yield name, array
             continue
         weight, scale = quantize(array, spec.block)

@@ -21,9 +21,6 @@ from .atomic import atomic_directory, size_bytes
 Tensors = Iterable[tuple[str, np.ndarray]]
 """Hugging Face names and contiguous arrays."""
 
-READ_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Matrices that SGLang and vLLM merge into one, so they have to be treated alike."""
-
 SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
     "tokenizer.json",

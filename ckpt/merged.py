@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..model.config import ModelConfig
-from ..model.families import module_name, parameters, tensor_shapes
+from ..model.families import module_name, parameters
 from ..model.lora import Adapter, pairs
 from .fp8 import Fp8, quantized
 from .hf_folder import SHARD_BYTES, Tensors, write_folder
@@ -67,8 +67,8 @@ def save_merged(
         hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says
     tensors: Tensors = _tensors(values, config, adapter, scale)
     if fp8 is not None:
-        tensors = quantized(tensors, fp8)
-        hf_config["quantization_config"] = fp8.config(tensor_shapes(config))
+        tensors = quantized(tensors, fp8, config)
+        hf_config["quantization_config"] = fp8.config(config)
     return write_folder(
         directory, tensors, base_folder=base_folder, config=hf_config, shard_bytes=shard_bytes
     )

@@ -29,7 +29,7 @@ from ..model.lora import RANK_BUCKETS, Adapter, pad_rank, pair_shapes, pairs, tr
 from . import digests, expert_files, peft_config
 from .atomic import atomic_directory, size_bytes
 from .expert_files import ExpertForm
-from .hf_folder import READ_AS_ONE, copy_tokenizer
+from .hf_folder import copy_tokenizer
 from .peft_config import AdapterConfig, AdapterError
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -71,25 +71,38 @@ def save_adapter(
 
     Serving engines need adapters for q, k and v together, and for gate and up together. If only some of them
     have one, the others get one of zeros. The scale is lora_alpha / r, and nothing else in the config changes
-    it. `experts` is the form of the adapters of experts (`expert_files`).
+    it. `experts` is the form of the adapters of experts (`expert_files`). Raises ValueError if the model has
+    no such form.
 
     `base_model` is where PEFT's readers load the base model from: a folder, or a hub id that may end with
     `@revision`. The tokenizer files of the folder `tokenizer_of` are copied, because
     `AutoPeftModelForCausalLM` looks for them here. Returns the size in bytes.
     """
+    expert_files.require_form(config, experts)
     adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
-    targets = set()
+    targets, wrapped = set(), {}
+
+    def add(module: str, a: np.ndarray, b: np.ndarray) -> None:
+        tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b)
+
     for place in _places(config):
-        pair = place.pair(adapter)
-        if pair is None:
+        if (pair := place.factors(adapter, rank)) is None:
             continue
-        own = {side: np.asarray(pair[side] if place.at is None else pair[side][place.at]) for side in "ab"}
-        own = {"a": own["a"][..., :rank], "b": own["b"][..., :rank, :]}
-        for module, a, b in expert_files.written(place.module, place.site, own, experts):
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.swapaxes(-1, -2))
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.swapaxes(-1, -2))
+        if place.site.experts is not None and experts == "target_parameters":
+            wrapped[place.layer, place.site.name] = pair
+            continue
+        for module, a, b in expert_files.written(place.module, place.site, pair, experts):
+            add(module, a.swapaxes(-1, -2), b.swapaxes(-1, -2))
             targets.add(module.rsplit(".", 1)[-1])
+    parameters: dict[str, int] = {}
+    for layer in sorted({layer for layer, _ in wrapped}):
+        for wrapper in expert_files.wrappers(config, _PREFIX, layer):
+            sites = [site.name for site in wrapper.sites]
+            if (layer, sites[0]) in wrapped:
+                add(wrapper.module, *wrapper.written([wrapped[layer, site] for site in sites]))
+                parameters[wrapper.name] = len(sites)
     # A folder may have an @ in its name; a hub id has none.
     is_folder = Path(base_model).is_absolute()
     name, _, revision = (base_model, "", "") if is_folder else base_model.partition("@")
@@ -109,6 +122,13 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if parameters:
+        fused = {name: sites for name, sites in parameters.items() if sites > 1}
+        adapter_config |= {
+            "target_parameters": sorted(parameters),
+            "rank_pattern": {name: sites * rank for name, sites in fused.items()},
+            "alpha_pattern": {name: sites * alpha for name, sites in fused.items()},
+        }
     with atomic_directory(directory) as writing:
         save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
         (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
@@ -127,8 +147,8 @@ def _whole(adapter: Adapter, config: ModelConfig) -> Adapter:
         ranks = {name: pair["a"].shape[-1] for name, pair in given.items()}
         added = {}
         for site in stack.layer.sites:
-            fused = next((group for group in READ_AS_ONE if site.name in group), ())
-            rank = next((ranks[name] for name in fused if name in ranks), None)
+            merged = {each.name for each in stack.layer.sites if each.merged and each.merged == site.merged}
+            rank = next((ranks[name] for name in ranks if name in merged), None)
             if rank is not None and site.name not in given:
                 shapes = pair_shapes(stack, site, rank)
                 added[site.name] = {side: np.zeros(shape, np.float32) for side, shape in shapes.items()}
@@ -157,6 +177,12 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
     where = f"PEFT adapter {directory.name}"
     adapter_config = _read_config(directory)
     tensors = _read_tensors(directory)
+    wrapped: dict[str, expert_files.Wrapper] = {}
+    try:
+        for layer in range(config.num_layers):
+            wrapped |= expert_files.unwrapped(tensors, config, _PREFIX, layer)
+    except ValueError as error:
+        raise AdapterError(f"{where}: {error}") from None
     a_shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
     rank, alpha = adapter_config.overall(shape[-2] for shape in a_shapes if len(shape) > 1)
     if not 1 <= rank <= RANK_BUCKETS[-1]:
@@ -169,14 +195,15 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
             module, found = expert_files.read(place.module, place.site, tensors)
         except ValueError as error:
             raise AdapterError(f"{where}: {error}") from None
-        of_base = module.removeprefix(_PREFIX)
-        true_rank = adapter_config.rank_of(of_base)
+        wrapper = wrapped.get(module)
+        of_base = (module if wrapper is None else wrapper.parameter).removeprefix(_PREFIX)
+        true_rank = adapter_config.rank_of(of_base) // (1 if wrapper is None else len(wrapper.sites))
         factor = np.float32(adapter_config.scale_of(of_base) / (alpha / rank))
         for side, shape in place.site.factors(true_rank).items():
             tensor = found.get(side)
             if tensor is None:
                 continue
-            if (field := adapter_config.leaves_out(of_base)) is not None:
+            if (field := adapter_config.leaves_out(of_base, is_parameter=wrapper is not None)) is not None:
                 raise AdapterError(
                     f"{where}: {field} leaves out {of_base}, for which there are tensors; PEFT would not "
                     "load them"
@@ -275,6 +302,18 @@ class _Place(NamedTuple):
         """Return the two factors, or None if the adapter has none here."""
         tree = adapter if self.stack is None else self.stack.of(adapter["layers"])
         return tree.get(self.site.name)
+
+    def factors(self, adapter: Adapter, rank: int) -> dict[str, np.ndarray] | None:
+        """Return the two factors in host memory without the padding of their rank, or None."""
+        if (pair := self.pair(adapter)) is None:
+            return None
+        own = {side: np.asarray(pair[side] if self.at is None else pair[side][self.at]) for side in "ab"}
+        return {"a": own["a"][..., :rank], "b": own["b"][..., :rank, :]}
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer in the decoder."""
+        return None if self.stack is None or self.at is None else self.stack.layers[self.at]
 
     def new_pair(self, adapter: Adapter) -> dict[str, Any]:
         """Return the two factors, as far as they have been read."""

@@ -38,7 +38,6 @@ _CHANGES_THE_MODEL = {
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "an activated LoRA applies only after its invocation tokens",
     "lora_bias": "the adapter has biases of its own",
-    "target_parameters": "parameters other than the matrices of linear layers are adapted",
     "megatron_config": "the layers are Megatron's",
     "use_qalora": "QA-LoRA pools the inputs in groups",
     "use_bdlora": "A or B are block-diagonal",
@@ -62,6 +61,7 @@ _READ = frozenset(
     {
         *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        "target_parameters",
     }
 )
 
@@ -80,6 +80,7 @@ class AdapterConfig:
     excluded: frozenset[str] | str | None = None
     layers: frozenset[int] | None = None
     layers_pattern: tuple[str, ...] = ()
+    parameters: frozenset[str] = frozenset()
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module, named as in the base model: `model.layers.0.mlp.up_proj`."""
@@ -100,12 +101,16 @@ class AdapterConfig:
             return rank, self.alpha * (math.sqrt(rank) if self.rslora else 1.0)
         return rank, self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank) * rank
 
-    def leaves_out(self, module: str) -> str | None:
+    def leaves_out(self, module: str, *, is_parameter: bool = False) -> str | None:
         """Return the name of the field that keeps PEFT from giving the module an adapter, or None.
+
+        A stacked parameter of experts is named like a module, with `is_parameter`.
 
         Follows `peft.tuners.tuners_utils.check_target_module_exists`. A regular expression is not evaluated,
         because a client could write one that takes for ever; the tensors in the file then decide.
         """
+        if is_parameter:
+            return None if _is_named(module, self.parameters) else "target_parameters"
         if isinstance(self.excluded, frozenset) and _is_named(module, self.excluded):
             return "exclude_modules"
         if self.targets == "all-linear":
@@ -165,6 +170,7 @@ def _checked(config: dict[str, Any]) -> AdapterConfig:
         _names(config, "exclude_modules"),
         None if layers is None or layers == [] else _layers(layers),
         _layers_pattern(config.get("layers_pattern")),
+        _parameters(config.get("target_parameters")),
     )
 
 
@@ -227,6 +233,19 @@ def _names(config: dict[str, Any], name: str) -> frozenset[str] | str | None:
     return frozenset(value)
 
 
+def _parameters(value: Any) -> frozenset[str]:
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterError("target_parameters is not a list of strings")
+    for name in names:
+        if name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+            raise AdapterError(
+                f"target_parameters is not supported for {_shown(name)}; only the experts' gate_up_proj and "
+                "down_proj are read"
+            )
+    return frozenset(names)
+
+
 def _layers(value: Any) -> frozenset[int]:
     layers = value if isinstance(value, list) else [value]
     if not all(type(layer) is int for layer in layers):
@@ -265,7 +284,8 @@ def _tail(pattern: str) -> tuple[list[str | None], bool] | None:
 
     None among the characters stands for any character. Returns None for any other kind of expression."""
     whole = pattern.startswith("^")
-    text = pattern.removeprefix("^").removesuffix("$").replace("\\.", "\0")
+    # PEFT puts "(.*\\.)?" before a pattern itself, and writes this prefix for the experts' parameters.
+    text = pattern.removeprefix("^").removeprefix(".*\\.").removesuffix("$").replace("\\.", "\0")
     if not text or not all(each.isalnum() or each in "_.-\0" for each in text):
         return None
     return [None if each == "." else "." if each == "\0" else each for each in text], whole

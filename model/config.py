@@ -26,7 +26,8 @@ class Site(NamedTuple):
     `part` is the switch of a client that trains it with LoRA (`train_attn`, `train_mlp`); None is never
     trained. `axes` are the logical axes of its sides (`sharding.RULES`). If there are `experts`, each of them
     has such a matrix. Their adapter has one factor that is `shared` by all experts, the one at the hidden
-    axis, and one of its own for each.
+    axis, and one of its own for each. SGLang and vLLM merge the matrices of a layer that have the same
+    `merged` into one, so these have to be treated alike.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Site(NamedTuple):
     bias: bool = False
     experts: int | None = None
     shared: Literal["a", "b"] | None = None
+    merged: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,9 +154,9 @@ class Attention:
                 Site("o_proj", Q, D, "attn", ("heads", "embed")),
             )
         return (
-            Site("q_proj", D, Q, "attn", ("embed", "heads"), "q_proj" in self.biased),
-            Site("k_proj", D, K, "attn", ("embed", "kv_heads"), "k_proj" in self.biased),
-            Site("v_proj", D, K, "attn", ("embed", "kv_heads"), "v_proj" in self.biased),
+            Site("q_proj", D, Q, "attn", ("embed", "heads"), "q_proj" in self.biased, merged="qkv"),
+            Site("k_proj", D, K, "attn", ("embed", "kv_heads"), "k_proj" in self.biased, merged="qkv"),
+            Site("v_proj", D, K, "attn", ("embed", "kv_heads"), "v_proj" in self.biased, merged="qkv"),
             Site("o_proj", Q, D, "attn", ("heads", "embed"), "o_proj" in self.biased),
         )
 
@@ -189,8 +191,8 @@ class GatedMlp:
                 Site("down_proj", F, D, "mlp", ("ff", "embed")),
             )
         return (
-            Site("gate_proj", D, F, "mlp", ("embed", "ff"), "gate_proj" in self.biased),
-            Site("up_proj", D, F, "mlp", ("embed", "ff"), "up_proj" in self.biased),
+            Site("gate_proj", D, F, "mlp", ("embed", "ff"), "gate_proj" in self.biased, merged="gate_up"),
+            Site("up_proj", D, F, "mlp", ("embed", "ff"), "up_proj" in self.biased, merged="gate_up"),
             Site("down_proj", F, D, "mlp", ("ff", "embed"), "down_proj" in self.biased),
         )
 
@@ -225,8 +227,8 @@ class Experts:
         D, F, E, bias = self.hidden, self.width, self.count, self.biased
         return (
             Site("router", D, E, None, ("embed", "experts"), bias),
-            Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a"),
-            Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a"),
+            Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
+            Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
             Site("expert_down", F, D, "mlp", ("ff", "embed"), bias, E, "b"),
         )
 

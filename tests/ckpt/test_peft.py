@@ -102,10 +102,18 @@ def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path):
     assert peft.load_adapter(tmp_path / "a", config).alpha / RANK == pytest.approx(ALPHA / np.sqrt(RANK))
 
 
+def forms_of(variant):
+    """The forms in which PEFT reads adapters of experts."""
+    mixture = VARIANTS[variant].keys() & {"num_experts", "num_local_experts", "n_routed_experts"}
+    if not mixture:
+        return ["shared"]
+    return ["target_parameters"] if variant == "gpt_oss" else ["per_expert", "target_parameters"]
+
+
 @pytest.mark.reference
-@pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "gpt_oss"])  # PEFT has no such form
+@pytest.mark.parametrize(("variant", "form"), [(each, form) for each in VARIANTS for form in forms_of(each)])
 @pytest.mark.parametrize("train_unembed", [True, False])
-def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, train_unembed):
+def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, form, train_unembed):
     torch = pytest.importorskip("torch")
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -113,7 +121,7 @@ def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, trai
     folder = write_model(tmp_path / "base", variant)
     config = read_config(folder)
     adapter = random_adapter(config, train_unembed=train_unembed)
-    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": "per_expert"}
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
     peft.save_adapter(tmp_path / "a", adapter, config, **names)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
 
@@ -123,25 +131,31 @@ def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, trai
     with torch.no_grad():
         loaded = PeftModel.from_pretrained(base(), tmp_path / "a")
         found = torch.log_softmax(loaded(tokens).logits, -1)
-
-        # The formula: W + (alpha / r) A B in every matrix; logits get (alpha / r) h A B on top.
-        model, scale = base(), ALPHA / RANK
-        changed = parameters_with(model, {"layers": adapter["layers"]}, config, scale)
-        hidden = torch.func.functional_call(
-            model.model,
-            {
-                name.removeprefix("model."): value
-                for name, value in changed.items()
-                if name != "lm_head.weight"
-            },
-            (tokens,),
-        ).last_hidden_state
-        logits = model.lm_head(hidden)
-        if train_unembed:
-            logits += scale * hidden @ torch.tensor(adapter["unembed"]["a"] @ adapter["unembed"]["b"])
-        expected = torch.log_softmax(logits, -1)
+        expected = log_probs_of_the_formula(base(), adapter, config, tokens)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
     assert (expected - torch.log_softmax(base()(tokens).logits, -1)).abs().max() > 0.1
+    if form != "shared":
+        # Saved again by PEFT, which stacks the experts' factors, it is still the same adapter.
+        loaded.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+        again = leaves(peft.load_adapter(tmp_path / "again", config).adapter)
+        for path, array in leaves(adapter).items():
+            np.testing.assert_allclose(array, again[path], atol=1e-6)
+
+
+def log_probs_of_the_formula(model, adapter, config, tokens):
+    """W + (alpha / r) A B in every matrix; logits get (alpha / r) h A B on top."""
+    import torch
+
+    scale = ALPHA / RANK
+    changed = parameters_with(model, {"layers": adapter["layers"]}, config, scale)
+    weights = {
+        name.removeprefix("model."): value for name, value in changed.items() if name != "lm_head.weight"
+    }
+    hidden = torch.func.functional_call(model.model, weights, (tokens,)).last_hidden_state
+    logits = model.lm_head(hidden)
+    if "unembed" in adapter:
+        logits += scale * hidden @ torch.tensor(adapter["unembed"]["a"] @ adapter["unembed"]["b"])
+    return torch.log_softmax(logits, -1)
 
 
 def test_experts_in_the_form_of_the_hosted_service(tmp_path):
@@ -171,10 +185,12 @@ def test_experts_in_the_form_of_the_hosted_service(tmp_path):
         ("qwen3_moe", "shared", {}),
         ("qwen3_moe", "per_expert", {"mlp_only_layers": [1]}),
         ("qwen3_moe", "shared", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", "target_parameters", {}),
         ("gpt_oss", "shared", {}),
+        ("gpt_oss", "target_parameters", {}),
     ],
 )
-def test_adapters_of_experts_survive_both_forms(tmp_path, variant, form, overrides):
+def test_adapters_of_experts_survive_every_form(tmp_path, variant, form, overrides):
     config = read_config(write_model(tmp_path / "base", variant, tokenizer=False, **overrides))
     adapter = random_adapter(config)
     names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
@@ -185,17 +201,39 @@ def test_adapters_of_experts_survive_both_forms(tmp_path, variant, form, overrid
         np.testing.assert_array_equal(array, after[path])
 
 
-def test_experts_that_share_nothing_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "module", "side", "reason"),
+    [
+        ("per_expert", "3.up_proj", "A", "3.up_proj.lora_A.weight differs from those of the other experts"),
+        ("target_parameters", "base_layer", "A", "base_layer.lora_A differs from those of the other experts"),
+        ("target_parameters", "base_layer", "B", "base_layer.lora_B is not block-diagonal"),
+    ],
+)
+def test_experts_that_share_nothing_are_refused(tmp_path, form, module, side, reason):
     config = read_config(write_model(tmp_path / "base", "qwen3_moe", tokenizer=False))
-    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": "per_expert"}
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
     peft.save_adapter(tmp_path / "a", random_adapter(config), config, **names)
     file = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(file)
-    name = "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight"
-    tensors[name] = tensors[name] + 1
+    tensor = tensors[f"base_model.model.model.layers.0.mlp.experts.{module}.lora_{side}.weight"]
+    tensor[0, :] += 1
     save_file(tensors, file)
-    with pytest.raises(peft.AdapterError, match=rf"{name} differs from those of the other experts"):
+    with pytest.raises(peft.AdapterError, match=reason):
         peft.load_adapter(tmp_path / "a", config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "form", "overrides", "reason"),
+    [
+        ("gpt_oss", "per_expert", {}, "gpt_oss have no modules of their own"),
+        ("qwen3_moe", "target_parameters", {"mlp_only_layers": [1]}, "choose 'shared', or 'per_expert'"),
+    ],
+)
+def test_a_form_that_no_reader_has_for_the_model_is_refused(tmp_path, variant, form, overrides, reason):
+    config = read_config(write_model(tmp_path / "base", variant, tokenizer=False, **overrides))
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
+    with pytest.raises(ValueError, match=reason):
+        peft.save_adapter(tmp_path / "a", random_adapter(config), config, **names)
 
 
 @pytest.mark.reference
