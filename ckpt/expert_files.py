@@ -37,8 +37,8 @@ _PARAMETERS = (("gate_up_proj", ("expert_gate", "expert_up")), ("down_proj", ("e
 
 
 _RENAMED_BY_PEFT = frozenset({"qwen3_moe", "deepseek_v3", "kimi_k2"})
-"""Families for which PEFT takes `gate_proj`, `up_proj` and `down_proj` among the targets for the experts' names
-of earlier transformers (`transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING`)."""
+"""Families for which PEFT takes `gate_proj`, `up_proj` and `down_proj` among the targets for the names that
+experts have in earlier transformers (`transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING`)."""
 
 
 def shared_module(module: str, site: Site) -> str:
@@ -66,7 +66,10 @@ def require_form(config: ModelConfig, form: ExpertForm) -> None:
             "'target_parameters'"
         )
     others = {
-        site.name for layer in config.layers for site in layer.sites if site.part == "mlp" and not site.experts
+        site.name
+        for layer in config.layers
+        for site in layer.sites
+        if site.part == "mlp" and not site.experts
     }
     if form == "target_parameters" and experts and others and config.family in _RENAMED_BY_PEFT:
         raise ValueError(
@@ -108,7 +111,9 @@ class Wrapper(NamedTuple):
         """Return A [E q, in] and B [out, q E] of its sites' factors, each [in, r] or [E, in, r] and so on."""
         E, n, r = self.sites[0].experts, len(self.sites), pairs[0]["a"].shape[-1]
         assert E is not None
-        a = np.concatenate([np.broadcast_to(_by_expert(p["a"]), (E, s.into, r)) for p, s in self._of(pairs)], -1)
+        a = np.concatenate(
+            [np.broadcast_to(_by_expert(p["a"]), (E, s.into, r)) for p, s in self._of(pairs)], -1
+        )
         b = np.zeros((E, n * r, sum(site.out for site in self.sites)), np.float32)
         for number, (pair, _) in enumerate(self._of(pairs)):
             b[:, number * r : (number + 1) * r, self.parts[number]] = pair["b"]
@@ -148,8 +153,8 @@ class Wrapper(NamedTuple):
 
 
 _DIFFER = (
-    "differs from those of the other experts: only adapters whose experts share the factor at the hidden size "
-    "can be read"
+    "differs from those of the other experts: only adapters whose experts share the factor at the hidden "
+    "size can be read"
 )
 
 
@@ -180,7 +185,8 @@ def unwrapped(
 ) -> Mapping[str, Wrapper]:
     """Replace a layer's tensors in the form `target_parameters` by those of the shared form.
 
-    Returns the wrapper from which each module comes. Raises ValueError if an adapter has no place for them."""
+    Returns the wrapper from which each module comes. Raises ValueError if an adapter has no place for them.
+    """
     found: dict[str, Wrapper] = {}
     for wrapper in wrappers(config, prefix, layer):
         names = [f"{wrapper.module}.lora_{side}.weight" for side in "AB"]

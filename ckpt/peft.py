@@ -81,7 +81,8 @@ def save_adapter(
     expert_files.require_form(config, experts)
     adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
-    targets, wrapped = set(), {}
+    targets: set[str] = set()
+    stacked: dict[int, dict[str, dict[str, np.ndarray]]] = {}  # by layer and site
 
     def add(module: str, a: np.ndarray, b: np.ndarray) -> None:
         tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a)
@@ -90,23 +91,23 @@ def save_adapter(
     for place in _places(config):
         if (pair := place.factors(adapter, rank)) is None:
             continue
-        if place.site.experts is not None and experts == "target_parameters":
-            wrapped[place.layer, place.site.name] = pair
+        if place.layer is not None and place.site.experts and experts == "target_parameters":
+            stacked.setdefault(place.layer, {})[place.site.name] = pair
             continue
         for module, a, b in expert_files.written(place.module, place.site, pair, experts):
             add(module, a.swapaxes(-1, -2), b.swapaxes(-1, -2))
             targets.add(module.rsplit(".", 1)[-1])
     parameters: dict[str, int] = {}
-    for layer in sorted({layer for layer, _ in wrapped}):
+    for layer, pairs_of in sorted(stacked.items()):
         for wrapper in expert_files.wrappers(config, _PREFIX, layer):
-            sites = [site.name for site in wrapper.sites]
-            if (layer, sites[0]) in wrapped:
-                add(wrapper.module, *wrapper.written([wrapped[layer, site] for site in sites]))
-                parameters[wrapper.name] = len(sites)
+            names = [site.name for site in wrapper.sites]
+            if names[0] in pairs_of:
+                add(wrapper.module, *wrapper.written([pairs_of[name] for name in names]))
+                parameters[wrapper.name] = len(names)
     # A folder may have an @ in its name; a hub id has none.
     is_folder = Path(base_model).is_absolute()
     name, _, revision = (base_model, "", "") if is_folder else base_model.partition("@")
-    adapter_config = {
+    adapter_config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,

@@ -91,6 +91,17 @@ class AdapterConfig:
         rank = self.rank_of(module)
         return _first_match(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
+    def rank_in_file(self, module: str, shape: tuple[int, ...]) -> int:
+        """Return the rank of the matrices whose lora_A has this module and shape.
+
+        Stacked experts' lora_A has a row for every expert and rank, so the config tells the rank. Gate and up
+        are one parameter, with the ranks of both."""
+        if len(shape) == 2 and module.endswith(".experts"):
+            return self.rank_of(f"{module}.down_proj")
+        if len(shape) == 2 and module.endswith(".experts.base_layer"):
+            return self.rank_of(module.removesuffix("base_layer") + "gate_up_proj") // 2
+        return shape[-2]
+
     def overall(self, ranks: Iterable[int]) -> tuple[int, float]:
         """Return one rank and alpha for a whole adapter whose A matrices have these ranks.
 

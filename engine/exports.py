@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..ckpt import age, digests, merged, peft, stored_parameters, training_state
+from ..ckpt import age, digests, expert_files, merged, peft, stored_parameters, training_state
 from ..ckpt.atomic import atomic_directory, size_bytes
 from ..ckpt.fp8 import Fp8
 from ..model.weight_files import WeightsError
@@ -19,10 +19,15 @@ from .errors import UserError
 
 
 def save_weights(
-    base: BaseModel, lora: messages.LoraSpec | None, weights: Any, directory: Path, tokenizer: bool = False
+    base: BaseModel,
+    lora: messages.LoraSpec | None,
+    weights: Any,
+    directory: Path,
+    tokenizer: bool = False,
+    experts: messages.ExpertForm = "shared",
 ) -> int:
-    """Write an adapter, with its base model's tokenizer if asked, or full weights; return the size in bytes,
-    as all of these do."""
+    """Write an adapter, with its base model's tokenizer if `tokenizer`, or full weights. Return the size in
+    bytes, as all of these do."""
     if lora is None:
         return merged.save_merged(directory, merged.in_memory(weights), base.config, base_folder=base.folder)
     return peft.save_adapter(
@@ -33,7 +38,16 @@ def save_weights(
         alpha=lora.alpha,
         base_model=base.reference,
         tokenizer_of=base.folder if tokenizer else None,
+        experts=experts,
     )
+
+
+def require_form(base: BaseModel, experts: messages.ExpertForm) -> None:
+    """Raise UserError if the model's adapters cannot be written in this form."""
+    try:
+        expert_files.require_form(base.config, experts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def save_merged(base: BaseModel, lora: messages.LoraSpec, adapter: Any, directory: Path) -> int:

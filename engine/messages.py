@@ -205,6 +205,10 @@ class LoadState(_Request, frozen=True):
     optimizer_state: bool
 
 
+ExpertForm = Literal["shared", "per_expert", "target_parameters"]
+"""How files hold the adapters of experts, see `ckpt.expert_files`."""
+
+
 class SaveSampler(_Request, frozen=True):
     """Freeze the current weights for sampling, into `directory` as PEFT (or merged, for full-weight models)
     safetensors.
@@ -216,7 +220,8 @@ class SaveSampler(_Request, frozen=True):
     `urgent`: a deferred save is written at once, for somebody else to sample it.
     `merged` (not deferred): an adapter is written as full weights too, its base model's with it inside.
     With `recipients` (not deferred) the files are encrypted to them. With `tokenizer` (not deferred) an
-    adapter has its base model's tokenizer beside it. None of these three is sampled here.
+    adapter has its base model's tokenizer beside it. `experts` (not deferred) is the form in which the
+    adapters of experts are written. What has one of these four is not sampled here.
     """
 
     model_id: str
@@ -226,6 +231,7 @@ class SaveSampler(_Request, frozen=True):
     recipients: list[str] = []  # `ckpt.age`
     merged: bool = False
     tokenizer: bool = False
+    experts: ExpertForm = "shared"
 
 
 class Fp8(msgspec.Struct, frozen=True):

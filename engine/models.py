@@ -242,7 +242,15 @@ class Models:
             if lora is not None:
                 # A copy, not a view: the next step writes into the arrays' memory meanwhile.
                 weights = jax.tree.map(lambda leaf: np.array(leaf, copy=True), weights)
-            write = partial(exports.save_weights, model.base, lora, weights, tokenizer=operation.tokenizer)
+            exports.require_form(model.base, operation.experts)
+            write = partial(
+                exports.save_weights,
+                model.base,
+                lora,
+                weights,
+                tokenizer=operation.tokenizer,
+                experts=operation.experts,
+            )
             if operation.merged and lora is not None:
                 write = partial(exports.save_merged, model.base, lora, weights)
             if operation.recipients:

@@ -89,6 +89,7 @@ _MAX_EXTENSION_BYTES = 64 << 10
 _EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+_A = ".lora_A.weight"
 _PART_OF_A_LAYER = re.compile(r"\.layers\.\d+\.(\w+)\.")
 
 
@@ -189,7 +190,11 @@ def described(directory: Path) -> messages.LoraSpec:
     except ValueError as error:
         raise BadRequest(str(error)) from None
     # of experts, files may have one tensor with an axis for them
-    ranks = {name: entry.shape[-2] for name, entry in entries.items() if _is_a(name) and len(entry.shape) > 1}
+    ranks = {
+        name: config.rank_in_file(name.removeprefix("base_model.model.").removesuffix(_A), entry.shape)
+        for name, entry in entries.items()
+        if _is_a(name) and len(entry.shape) > 1
+    }
     parts = {found[1] for found in map(_PART_OF_A_LAYER.search, ranks) if found}
     rank, alpha = config.overall(ranks.values())
     return messages.LoraSpec(
@@ -203,4 +208,4 @@ def described(directory: Path) -> messages.LoraSpec:
 
 
 def _is_a(name: str) -> bool:
-    return name.endswith(".lora_A.weight") and name.count(".") > 2
+    return name.endswith(_A) and name.count(".") > 2

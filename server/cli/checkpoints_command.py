@@ -5,6 +5,7 @@ A running server, as the commands that are its clients see it.
 
 from __future__ import annotations
 
+import enum
 import os
 import tarfile
 import tempfile
@@ -127,20 +128,59 @@ def merge(
     folder: Annotated[Path, typer.Argument(help="Where the files go; new, or empty.")],
     url: Annotated[str | None, OPTION] = None,
 ) -> None:
+    _download(path, folder, url, "merged", merged=True)
+
+
+class Experts(enum.StrEnum):
+    """The values of `--experts`."""
+
+    SHARED = "shared"
+    PER_EXPERT = "per-expert"
+    TARGET_PARAMETERS = "target-parameters"
+
+
+_EXPORT_HELP = """Download a training state's adapter, in PEFT's format.
+
+Readers differ in how they want the adapters of a mixture's experts; `--experts` chooses the form. Adapters of
+other models are the same in all three.
+
+| form | read by |
+|---|---|
+| `shared` | tinker-cookbook, SGLang: one 3-D tensor for each factor, as in the hosted service's files |
+| `per-expert` | vLLM, and PEFT for Qwen3-MoE: tensors for every expert |
+| `target-parameters` | PEFT, for all mixtures: stacked parameters (`target_parameters` in its config) |
+
+Example:
+
+- `tinsmith checkpoints export tinker://RUN/weights/final ./adapter --experts target-parameters`
+"""
+
+
+@checkpoints.command("export", help=_EXPORT_HELP)
+def export(
+    path: Annotated[str, typer.Argument(help="A training state, tinker://RUN/weights/NAME.")],
+    folder: Annotated[Path, typer.Argument(help="Where the files go; new, or empty.")],
+    experts: Annotated[
+        Experts, typer.Option(help="The form of the adapters of experts: see above.")
+    ] = Experts.SHARED,
+    url: Annotated[str | None, OPTION] = None,
+) -> None:
+    _download(path, folder, url, "exported", experts=experts.replace("-", "_"))
+
+
+def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) -> None:
+    """Write the files that `save_weights_external` makes of a training state. `form` are its fields."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise fail(f"{folder} is not empty")
-    server, failed = RemoteServer(url), f"{path} was not merged"
-    session = server.ask("POST", "create_session", failed, json={"tags": ["merge"]})["session_id"]
+    server, failed = RemoteServer(url), f"{path} was not {done}"
+    session = server.ask("POST", "create_session", failed, json={"tags": [done]})["session_id"]
     try:
         model = server.run(
             "load_weights", failed, session_id=session, model_seq_id=0, path=path, optimizer=False
         )["model_id"]
-        server.run(
-            "save_weights_external",
-            failed,
-            **{"model_id": model, "seq_id": 1, "path": "merged", "merged": True, "ttl_seconds": 24 * 3600},
-        )
-        checkpoint = f"training_runs/{model}/checkpoints/external_weights/merged"
+        fields = {"model_id": model, "seq_id": 1, "path": done, "ttl_seconds": 24 * 3600}
+        server.run("save_weights_external", failed, **fields | form)
+        checkpoint = f"training_runs/{model}/checkpoints/external_weights/{done}"
         urls = server.ask("GET", f"{checkpoint}/external_weights_urls", failed)["urls"]
         folder.mkdir(parents=True, exist_ok=True)
         for name in sorted(urls):

@@ -346,11 +346,15 @@ class SaveWeightsForSampler(SaveWeights):
 
 
 class SaveWeightsExternal(SaveWeights):
-    """`merged`, which no SDK has: an adapter's weights inside its base model's, not beside them."""
+    """Two fields are no SDK's. `merged`: the files hold full weights, the base model's with the adapter in
+    them. `experts`: the form of the adapters of a mixture's experts. `shared` is the hosted service's, which
+    the cookbook and SGLang read; `per_expert` has tensors for every expert, and `target_parameters` is PEFT's
+    form for stacked experts."""
 
     path: str = Field(validation_alias=AliasChoices("path", "name"))
     age_encryption_recipients: list[str] | None = None
     merged: StrictBool = False
+    experts: Literal["shared", "per_expert", "target_parameters"] = "shared"
 
 
 class LoadWeights(Body):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import pytest
 import tinker
 from conformance.batches import batch
 from conformance.server_process import ServerProcess
-from conformance.test_downloads import by_torch
+from conformance.test_downloads import by_peft, by_torch
 from conformance.test_sdk_checkpoints import PROMPT, forward
 from conformance.test_sdk_training import step
 from safetensors.numpy import load_file
@@ -79,13 +79,20 @@ def test_a_mixture_of_experts_from_the_first_step_to_its_merged_weights(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     np.testing.assert_allclose(by_torch(merged, data), expected, atol=1e-4)
 
-    # The adapter's files have the hosted form, and can be imported.
-    (folder,) = (file.parent for file in server.data_dir.glob("samplers/**/adapter_model.safetensors"))
-    shutil.copytree(folder, tmp_path / "adapter")
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert tensors["base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight"].shape == (1, 4, 32)
-    printed = checkpoints(server, "import", tmp_path / "adapter", "--model", "tiny", "--name", "again")
-    (imported,) = (word for word in printed.split() if "/weights/" in word)
-    again = service.create_training_client_from_state(imported).result()
-    np.testing.assert_allclose(forward(again, data), expected, atol=1e-5)
+    # The adapter can be exported in every form that its readers have, and imported again.
+    model = server.data_dir.parent / "model"
+    stacked = json.loads((model / "config.json").read_text())["model_type"] == "gpt_oss"
+    for form in ("shared", "target-parameters") if stacked else ("shared", "per-expert", "target-parameters"):
+        adapter = tmp_path / form
+        checkpoints(server, "export", path, adapter, "--experts", form)
+        if form == "shared":
+            tensors = load_file(adapter / "adapter_model.safetensors")
+            assert tensors["base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight"].shape == (1, 4, 32)
+        else:
+            np.testing.assert_allclose(by_peft(model, adapter, data), expected, atol=1e-4)
+        printed = checkpoints(server, "import", adapter, "--model", "tiny", "--name", form)
+        (imported,) = (word for word in printed.split() if "/weights/" in word)
+        again = service.create_training_client_from_state(imported).result()
+        assert again.get_info().lora_rank == 4
+        np.testing.assert_allclose(forward(again, data), expected, atol=1e-5)
     service.close("success").result()

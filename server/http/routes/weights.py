@@ -287,7 +287,13 @@ async def save_weights_external(
             "save_weights_external",
             body.seq_id,
             messages.SaveSampler(
-                "", run.id, directory, recipients=recipients or [], merged=body.merged, tokenizer=True
+                "",
+                run.id,
+                directory,
+                recipients=recipients or [],
+                merged=body.merged,
+                tokenizer=True,
+                experts=body.experts,
             ),
             save_answer("save_weights_external", run, uri),
             saves.checkpoint(run, uri, directory, **body.kept()),
