@@ -15,12 +15,10 @@ from functools import partial
 from fastapi import FastAPI
 
 from .. import __version__
-from .access.keys import ApiKeys, read_forever
-from .access.quotas import Quotas
+from .access.keys import ApiKeys, Quotas, read_forever
 from .access.tokens import Tokens, UrlSigner
 from .base_models import BaseModel, BaseModels, plan
-from .checkpoints.checkpoints import Checkpoints
-from .checkpoints.copies import Copies
+from .checkpoints.checkpoints import Checkpoints, Copies
 from .checkpoints.sweep import Sweep
 from .files import Disk
 from .http import errors, openapi
@@ -75,11 +73,9 @@ from .operations.payloads import Payloads
 from .operations.sample_streams import Completions, SampleStreams
 from .plugins.rlve.driver import TrainingClient
 from .plugins.rlve.runs import RlveRuns
-from .plugins.sglang.distribution import Distribution
-from .plugins.sglang.divergence import Divergence
-from .plugins.sglang.endpoints import Endpoints
-from .plugins.sglang.registry import Registry
-from .plugins.sglang.sampling import Sampling
+from .plugins.sglang.endpoints import Endpoints, Registry
+from .plugins.sglang.merged_weights import Distribution
+from .plugins.sglang.sampling import Divergence, Sampling
 from .plugins.wandb import WandbRuns
 from .settings import Settings
 from .supervision.supervisor import Supervisor, WarmUp

@@ -1,9 +1,9 @@
-"""Who is asking: one mechanism in front of every route.
+"""Callers of the server: their API keys, and the quotas of their tenants.
 
-A key belongs to an owner; everything is created with an owner and is invisible to all others. Keys are given
-at the start (settings.py), or are in the ledger, where `tinsmith keys` puts them. Without any (possible on
-loopback only) every caller is the one owner `local`. Keys are kept and looked up as SHA-256 digests, so the
-time that a look-up takes tells nothing about the keys. A token (tokens.py) stands for the key that it was
+A key belongs to an owner. Everything is created with an owner and is invisible to all others. Keys are
+given at the start (settings.py), or put into the ledger by `tinsmith keys`. Without any key (possible on
+loopback only) every caller is the one owner `local`. Keys are kept and looked up as SHA-256 digests, so
+the time of a look-up tells nothing about the keys. A token (tokens.py) stands for the key that it was
 exchanged for.
 """
 
@@ -11,14 +11,57 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..ledger import accounts
+from ..ledger import accounts, tenancy
 from ..ledger.ledger import Ledger
-from ..settings import parse_keys
-from .quotas import Quotas
+from ..settings import Settings, parse_keys
+
+
+@dataclass(frozen=True)
+class Quota:
+    """`models`: alive, which is in the engine or on the way into it. `checkpoint_bytes`: of complete ones.
+    `queued_operations`: of training, accepted and not answered; `waiting_samples`: the same of samples.
+    `queued_bytes`: of the bodies of either. `metadata_bytes`: of what sessions, models and samplers are
+    called and described with."""
+
+    models: int
+    checkpoint_bytes: int
+    queued_operations: int
+    waiting_samples: int
+    requests_per_second: float
+    metadata_bytes: int
+    queued_bytes: int
+
+
+class Quotas:
+    def __init__(self, settings: Settings):
+        self._usual = Quota(
+            settings.max_models,
+            settings.max_checkpoint_bytes,
+            settings.max_queued_operations,
+            settings.max_waiting_samples,
+            settings.max_requests_per_second,
+            settings.max_metadata_bytes,
+            settings.max_queued_bytes,
+        )
+        self._own: dict[str, Quota] = {}
+
+    def of(self, tenant: str) -> Quota:
+        return self._own.get(tenant, self._usual)
+
+    def set_own(self, own: Mapping[str, Mapping[str, Any]]) -> None:
+        """What differs from the usual, by tenant."""
+        self._own = {tenant: replace(self._usual, **fields) for tenant, fields in own.items()}
+
+    async def read(self, ledger: Ledger) -> None:
+        """Takes up what the ledger says now."""
+        self.set_own(await ledger.read(tenancy.quotas))
+
 
 log = logging.getLogger("tinsmith.auth")
 

@@ -24,8 +24,7 @@ from ..models.run import RLVE, WANDB, ModelSpec, NewRun
 from ..models.runs import Runs
 from ..models.sessions import Named, NamedModels, Sessions, check_name, described, warnings_of
 from ..operations.operation import Operation
-from ..plugins.rlve.runs import RlveRuns
-from ..plugins.rlve.spec import rlve_of
+from ..plugins.rlve.runs import RlveRuns, rlve_of
 from ..plugins.wandb import WandbRuns
 from ..settings import Settings
 from ..wire import requests as wire

@@ -26,7 +26,7 @@ from ..offload import Offload
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
 from ..operations.sample_streams import Completions, SampleStream, SampleStreams
-from ..text import conversations
+from ..text.sampled_text import written_conversation
 from ..text.tokenizer import ChatTokenizer
 from ..wire import sampling as wire
 from ..wire.results import size, tokens_of
@@ -64,7 +64,7 @@ class Prompts:
         """Raises BadRequest for one that is too long, or that the chat template does not take."""
 
         def tokens() -> list[int]:
-            text = conversations.written(self._tokenizer, turns, **variables)
+            text = written_conversation(self._tokenizer, turns, **variables)
             return tokens_within(self._tokenizer.encode_written, text, self._limit, "messages")
 
         return await self._offload.in_thread(self._owner, tokens)

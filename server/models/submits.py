@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from ...ckpt import paths
 from ...engine import messages
-from ..access.quotas import Quotas
+from ..access.keys import Quotas
 from ..checkpoints.checkpoints import expiry, named
 from ..dialect import POINTS, Dialect
 from ..errors import ApiError, BadRequest, StorageQuotaExceeded

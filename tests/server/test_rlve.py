@@ -11,7 +11,7 @@ import pytest
 from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.http.model_creations import model_spec
-from tinsmith.server.plugins.rlve import environments, problems, rollouts
+from tinsmith.server.plugins.rlve import environments, rollouts
 from tinsmith.server.plugins.rlve.environments import Environments, Problem
 from tinsmith.server.plugins.rlve.rollouts import Difficulty
 from tinsmith.server.settings import Settings
@@ -44,7 +44,7 @@ def test_the_window_moves_up_when_its_top_is_mastered() -> None:
     ],
 )
 def test_the_last_answer_that_is_marked(marker, text: str, found: str | None) -> None:
-    assert problems.answer(text, marker) == found
+    assert rollouts.answer(text, marker) == found
 
 
 def test_advantages_are_those_of_grpo_and_the_prompt_has_none() -> None:

@@ -15,8 +15,13 @@ from tinsmith.engine.sampling.stop import StopRule
 from tinsmith.server.addresses import Allowed, host_and_port
 from tinsmith.server.base_models import BaseModel, resolve
 from tinsmith.server.plugins.sglang import requests
-from tinsmith.server.plugins.sglang.endpoint import EndpointRefused
-from tinsmith.server.plugins.sglang.limits import Limits, base_model_of, limits_of, mismatch
+from tinsmith.server.plugins.sglang.endpoint import (
+    EndpointRefused,
+    Limits,
+    base_model_of,
+    limits_of,
+    mismatch,
+)
 from tinsmith.server.plugins.sglang.requests import Stops
 from tinsmith.server.text.tokenizer import of_folder
 from tiny_models import EOS_ID, VOCAB_SIZE, write_model
@@ -103,7 +108,7 @@ def test_what_depends_on_how_it_was_started(model: BaseModel) -> None:
 
 
 def test_a_sequence_may_go_on_to_the_end_of_the_context(model: BaseModel) -> None:
-    (drawing,) = requests.drawings(sample(), model, limits())
+    (drawing,) = requests.new_drawings(sample(), model, limits())
     assert 509 - 3 <= drawing.remaining <= 509
     assert requests.why_not(sample(prompt=[5] * 511), model, limits(), seeds=False) is not None
     assert (
@@ -123,7 +128,7 @@ def test_a_sequence_may_go_on_to_the_end_of_the_context(model: BaseModel) -> Non
 )
 def test_stops(model: BaseModel, stop: dict, tokens: list[int], ignore_eos: bool) -> None:
     asked = sample(**stop)
-    (drawing,) = requests.drawings(asked, model, limits())
+    (drawing,) = requests.new_drawings(asked, model, limits())
     params = requests.body(asked, drawing, "rid", None, None)["sampling_params"]
     assert params["stop_token_ids"] == tokens
     assert params["ignore_eos"] is ignore_eos
@@ -170,7 +175,7 @@ def answer(tokens: list[int], reason: dict, **meta) -> dict:
 
 def test_a_sequence_that_ended_by_another_s_rule_goes_on(model: BaseModel) -> None:
     asked = sample(stop_tokens=[7], max_tokens=5)
-    (drawing,) = requests.drawings(asked, model, limits())
+    (drawing,) = requests.new_drawings(asked, model, limits())
     drawing.take(answer([11, EOS_ID], {"type": "stop", "matched": EOS_ID}), VOCAB_SIZE)
     assert drawing.reason is None
     body = requests.body(asked, drawing, "rid", None, None)
@@ -192,7 +197,7 @@ def test_a_sequence_that_ended_by_another_s_rule_goes_on(model: BaseModel) -> No
     ],
 )
 def test_what_is_no_sample_is_not_taken(model: BaseModel, wrong: dict) -> None:
-    (drawing,) = requests.drawings(sample(), model, limits())
+    (drawing,) = requests.new_drawings(sample(), model, limits())
     with pytest.raises(EndpointRefused):
         drawing.take(wrong, VOCAB_SIZE)
 

@@ -31,8 +31,7 @@ from tinsmith.server.plugins.sglang.endpoint import (
     EndpointRefused,
     Room,
 )
-from tinsmith.server.plugins.sglang.endpoints import Endpoints
-from tinsmith.server.plugins.sglang.registry import MAX_ENDPOINTS, Registry
+from tinsmith.server.plugins.sglang.endpoints import MAX_ENDPOINTS, Endpoints, Registry
 from tinsmith.server.settings import Settings
 from tiny_models import write_model
 

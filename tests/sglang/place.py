@@ -15,9 +15,9 @@ from tinsmith.server.access.keys import ApiKeys
 from tinsmith.server.base_models import BaseModel, BaseModels
 from tinsmith.server.files import Disk
 from tinsmith.server.operations.operation import Operation, Submission
-from tinsmith.server.plugins.sglang.distribution import Distribution
 from tinsmith.server.plugins.sglang.endpoint import Endpoint
 from tinsmith.server.plugins.sglang.endpoints import Endpoints, Registered
+from tinsmith.server.plugins.sglang.merged_weights import Distribution
 from tinsmith.server.plugins.sglang.sampling import Sampling
 from tinsmith.server.settings import Settings
 from tinsmith.server.supervision.supervisor import Supervisor

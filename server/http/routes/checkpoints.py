@@ -19,8 +19,17 @@ from ....ckpt import paths
 from ....engine import messages
 from ...access.tokens import UrlSigner
 from ...checkpoints.archive import Archive, files
-from ...checkpoints.checkpoints import Checkpoints, as_strings, iso, named, parse, parse_short, shown
-from ...checkpoints.copies import Copies, session_of
+from ...checkpoints.checkpoints import (
+    Checkpoints,
+    Copies,
+    as_strings,
+    iso,
+    named,
+    parse,
+    parse_short,
+    session_of,
+    shown,
+)
 from ...dialect import Dialect
 from ...errors import BadRequest, NotFound, Unavailable
 from ...files import Disk

@@ -21,11 +21,9 @@ from ...errors import BadRequest, Gone, Unavailable
 from ...ledger import plugins as plugin_rows
 from ...ledger.ledger import Ledger
 from ...models.runs import Runs
-from ...plugins.sglang.distribution import Distribution
 from ...plugins.sglang.endpoint import CannotServe
-from ...plugins.sglang.endpoints import Endpoints, Registered
-from ...plugins.sglang.merged_weights import Synced
-from ...plugins.sglang.registry import Registry
+from ...plugins.sglang.endpoints import Endpoints, Registered, Registry
+from ...plugins.sglang.merged_weights import Distribution, Synced
 from ...settings import Settings
 from ...wire import requests, responses
 from ...wire.body import DEFAULT_MODEL, describe

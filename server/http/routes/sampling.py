@@ -17,7 +17,7 @@ from ...models.samplers import Sampler, Samplers, number_of
 from ...models.sessions import Sessions
 from ...operations.operation import Submission
 from ...operations.operations import Operations
-from ...plugins.sglang.divergence import Divergence
+from ...plugins.sglang.sampling import Divergence
 from ...wire import requests, responses
 from ...wire import sampling as wire
 from ...wire.sampling import CreateSamplingClient, CreateSamplingSession

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from ....engine import messages
-from ...access.quotas import Quotas
+from ...access.keys import Quotas
 from ...access.tokens import user_urn
 from ...base_models import BaseModels
 from ...checkpoints.checkpoints import as_strings, iso

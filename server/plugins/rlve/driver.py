@@ -40,8 +40,7 @@ from ...wire.requests import RlveConfig
 from ...wire.training import OptimStep
 from . import rollouts as step_metrics
 from .environments import Environments
-from .problems import Problems, answer
-from .rollouts import Difficulty, Draw, Group, datums, differ
+from .rollouts import Difficulty, Draw, Group, Problems, answer, datums, differ
 
 T = TypeVar("T")
 _UNREADABLE_SECONDS = 5.0

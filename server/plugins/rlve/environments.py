@@ -1,8 +1,8 @@
-"""reasoning-gym's environments, as the server asks for them.
+"""Environments of reasoning-gym: they make problems and score answers, in a process of their own.
 
-The library is optional (`make rlve`). It runs in a process of its own (gym.py): it takes
-seconds to import, what it does with an answer may take long, and a process can be ended. It has none of the
-server's environment variables. What it has made is made again by the next process, from the same numbers.
+The library is optional (`make rlve`). It takes seconds to import, what it does with an answer may take
+long, and a process can be stopped. The process has none of the server's environment variables. A problem
+is a function of an environment, a level and a seed, so the next process makes the same ones again.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Environments:
         kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tinsmith.server.plugins.rlve.gym"),
+                *(sys.executable, "-m", "tinsmith.server.plugins.rlve.environments"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
@@ -145,3 +145,68 @@ class Environments:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             self._process = None
+
+
+# --- in the process: it reads lines of JSON, and answers each with `{"value": ...}` or `{"error": ...}`
+#
+#     {"levels": name}                                    the highest level of difficulty
+#     {"problem": [name, level, seed]}                    the question
+#     {"problem": [name, level, seed], "answers": [...]}  the score of each answer, within 0 and 1
+
+
+def highest_level(name: str) -> int:
+    """0 for an environment without a curriculum."""
+    from reasoning_gym.factory import CURRICULA
+
+    if name not in CURRICULA:
+        return 0
+    return max(len(each.levels) for each in CURRICULA[name]().attributes.values()) - 1
+
+
+def dataset(name: str, level: int, seed: int) -> Any:
+    """Of one problem, that of this level alone."""
+    from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
+    from reasoning_gym.factory import CURRICULA, DATASETS, create_dataset
+
+    if name not in CURRICULA:
+        return create_dataset(name, seed=seed, size=1)
+    curriculum = CURRICULA[name]()
+    curriculum.set_global_level(level)
+    context = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
+    config = curriculum.generate_configuration({"seed": seed, "size": 1}, context=context)
+    return DATASETS[name][0](config)
+
+
+def answered(request: dict[str, Any]) -> Any:
+    """Raises whatever the library does."""
+    if "levels" in request:
+        return highest_level(request["levels"])
+    problems = dataset(*request["problem"])
+    entry = problems[0]
+    if "answers" not in request:
+        return str(entry["question"])
+    return [_score(problems, entry, answer) for answer in request["answers"]]
+
+
+def _score(problems: Any, entry: dict[str, Any], answer: str | None) -> float:
+    """An answer that the library cannot read is a wrong one."""
+    try:
+        return min(1.0, max(0.0, float(problems.score_answer(answer, entry))))
+    except Exception:  # whatever a text may do to a parser
+        return 0.0
+
+
+def main() -> None:
+    # What the library prints must not get among the answers.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            body = {"value": answered(json.loads(line))}
+        except Exception as error:
+            body = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(body), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

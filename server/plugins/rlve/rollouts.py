@@ -1,30 +1,35 @@
-"""The problems of a step, and what its samples become: advantages, and datums to train on. All of it is a
-function of the run's seed and what was sampled.
+"""Problems of a training step: their prompts and difficulty, and what the samples become (advantages,
+datums, metrics).
 
-How hard an environment's problems are: a window of levels that moves up when its top is mastered.
+Everything here is a function of the run's seed and of what was sampled.
+
+The difficulty of an environment is a window of levels that ends at `top`. Problems are drawn from its
+levels. Samples at the top are counted; when there are enough of them and the share of right answers
+reaches a threshold, the top moves up by one. The count begins anew either way. reasoning-gym's curricula
+have a highest level, at which the top stays.
 
 Source: Zeng et al. 2025, "RLVE: Scaling Up Reinforcement Learning for Language Models with Adaptive
-Verifiable Environments" (arXiv:2511.07317), section 2. Problems are drawn from the levels of a window that
-ends at `top`. Samples at the top are counted; when there are enough of them, and so many are right, the top
-is one higher. The count begins anew either way. What is special here: reasoning-gym's curricula have a
-highest level, at which the top stays.
-
-What is told of a step.
+Verifiable Environments" (arXiv:2511.07317), section 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ....engine import messages
-from ...wire.requests import RlveConfig
-from .environments import Problem
+from ...errors import BadRequest
+from ...text.tokenizer import ChatTokenizer, of_folder
+from ...wire.requests import AnswerMarker, PromptPreprocessor, RlveConfig
+from .environments import Environments, NotMadeError, Problem
 
 
 @dataclass(frozen=True)
@@ -164,3 +169,95 @@ def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
     for environment, own in metrics["environments"].items():
         numbers |= {f"rlve/{environment}/{name}": value for name, value in own.items()}
     return numbers
+
+
+# --- prompts, and the answers in sampled text
+
+_ASKED_AS = {
+    "<answer></answer>": "in <answer> </answer> tags",
+    "\\boxed{}": "in \\boxed{}",
+    "none": "alone, without anything else",
+}
+# As base models are asked since DeepSeek-R1-Zero (arXiv:2501.12948, table 1), in the form of TinyZero.
+_CONVERSATION = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
+    "Assistant first thinks about it in <think> </think> tags, and then gives the final answer {where}.\n"
+    "User: {question}\nAssistant: Let me solve this step by step.\n<think>"
+)
+_TURN = "{question}\n\nGive the final answer {where}."
+
+
+def prompt(
+    question: str, preprocessor: PromptPreprocessor, marker: AnswerMarker, tokenizer: ChatTokenizer
+) -> list[int]:
+    """Tokens. Raises BadRequest for a model without the chat template that is asked for."""
+    where = _ASKED_AS[marker]
+    if preprocessor == "TinyZero":
+        return tokenizer.encode(_CONVERSATION.format(question=question, where=where))
+    content = question if marker == "none" else _TURN.format(question=question, where=where)
+    return tokenizer.conversation([{"role": "user", "content": content}])
+
+
+def answer(text: str, marker: AnswerMarker) -> str | None:
+    """The last one that is marked; None: there is none."""
+    if marker == "none":
+        return text.strip()
+    if marker == "\\boxed{}":
+        return _boxed(text)
+    marked = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return marked[-1].strip() if marked else None
+
+
+def _boxed(text: str) -> str | None:
+    """What is in the last box, which may have braces in it."""
+    begin = text.rfind("\\boxed{")
+    if begin < 0:
+        return None
+    depth = 0
+    for at in range(begin + len("\\boxed"), len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if depth == 0:
+            return text[begin + len("\\boxed{") : at].strip()
+    return None
+
+
+_DRAWS_PER_PROMPT = 10  # some problems cannot be made, or are too long
+
+
+class Problems:
+    """`max_tokens`: of a prompt and its answer together."""
+
+    def __init__(self, config: RlveConfig, environments: Environments, folder: Path, max_tokens: int):
+        self.tokenizer = of_folder(folder)
+        self._config = config
+        self._environments = environments
+        self._max_tokens = max_tokens
+
+    def room(self, tokens: list[int]) -> int:
+        """For an answer to the prompt; 0 or less: none."""
+        return min(self._config.rollout_max_response_len, self._max_tokens - len(tokens))
+
+    async def wave(
+        self, difficulties: Mapping[str, Difficulty], step: int, wave: int
+    ) -> list[tuple[Draw, list[int]]]:
+        """Those of a step's wave that can be made and leave room for an answer, and their prompts. Raises
+        BadRequest if there are not enough of them."""
+        found: list[tuple[Draw, list[int]]] = []
+        drawn = itertools.islice(
+            draws(self._config, difficulties, step, wave), _DRAWS_PER_PROMPT * self._config.wave
+        )
+        for draw in drawn:
+            try:
+                question = await self._environments.question(draw.problem)
+            except NotMadeError:
+                continue
+            how, marker = self._config.custom_prompt_preprocessor, self._config.answer_marker_type
+            tokens = prompt(question, how, marker, self.tokenizer)
+            if self.room(tokens) > 0:
+                found.append((draw, tokens))
+            if len(found) == self._config.wave:
+                return found
+        raise BadRequest(
+            f"rlve: of {_DRAWS_PER_PROMPT * self._config.wave} problems only {len(found)} could be made and "
+            f"fit the model's {self._max_tokens} tokens"
+        )

@@ -1,34 +1,149 @@
-"""Whole models on SGLang servers: exported, checked, loaded in place of what they had.
+"""Whole models on SGLang servers: exported by the engine, checked, and loaded in place of what the servers
+had.
 
-A sequence has the weights of one version: samples there end first, or are aborted and drawn anew, new ones
-wait, and the server's cache of prefixes is flushed. A server whose load fails is out of use until it has what
-it is to have; or, if no server of a sync has taken the new weights, goes on with those that it had.
+A sequence is drawn with the weights of one version: samples on a server end first, or are aborted and
+drawn again, new ones wait, and the server's cache of prefixes is flushed. A server whose load fails is
+out of use until it has the wanted weights. If no server of a sync has taken the new weights, all go on
+with those that they had.
 
-Whether full weights are what an SGLang server was started with: a tensor of another shape ends it, one in
-another format is read as what it is not.
+Weights are checked against the model that a server was started with: a tensor of another shape ends the
+server, and one in another format is misread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
+import json
 import logging
+import shutil
 import time
+import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
+import msgspec
+
+from ....ckpt import paths
 from ....engine import messages
+from ...access.keys import ApiKeys
 from ...base_models import BaseModel
-from ...files import Entry, tensor_entries
-from .adapters import Folders, server_name
+from ...errors import ApiError, BadRequest, Unavailable
+from ...files import Disk, Entry, tensor_entries
+from ...operations.operation import Operation
+from ...settings import Settings
+from ...supervision.supervisor import Supervisor
+from .adapters import EXPORTS, Adapters, Folders, is_adapter, server_name
 from .endpoint import EndpointError, EndpointUnflushed
 from .endpoints import DEFAULT_VERSION, Endpoints, Registered
-from .exports import Export, Exports
+
+_RECORD = ".json"  # beside a folder: what is in it
+
+
+@dataclass(frozen=True)
+class Export:
+    """`key` of the folder; `weights` is the key of what it was made of, None: the base model itself."""
+
+    key: str
+    base_model: str
+    weights: str | None
+    tensors: dict[str, Entry]
+    bytes: int
+    files: int
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(entry.dtype.startswith("F8") for entry in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Without the scales of quantized ones."""
+        return sum(prod(entry.shape) for name, entry in self.tensors.items() if "_scale" not in name)
+
+
+class Exports:
+    def __init__(self, folders: Folders, engine: Supervisor, disk: Disk, base_models: dict[str, BaseModel]):
+        self._base_models = base_models
+        self._folders = folders
+        self._engine = engine
+        self._disk = disk
+        self._making: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while one is held
+
+    async def make(self, sampler: messages.SamplerRef, fp8: messages.Fp8 | None) -> Export:
+        """Full weights as they are saved are such a folder already. Raises CannotServe for weights that are
+        not there, BadRequest for some that cannot be written so, Unavailable, StorageFull."""
+        key, base_model = sampler.weights, sampler.base_model
+        if key is not None:
+            folder = await self._folders.whole(key)
+            is_full = not is_adapter(folder) and (folder / "config.json").is_file()
+            if is_full and fp8 is None:
+                return await self._read(key, base_model, key)
+        target = _export_key(sampler, self._base_models[base_model].digest, fp8)
+        async with self._making.setdefault(target, asyncio.Lock()):
+            folder = self._folders.here(target)
+            if not folder.is_dir():
+                self._disk.require_room()
+                request_id = f"export-{uuid.uuid4().hex}"
+                message = messages.ExportWeights(request_id, base_model, key, target, fp8)
+                answer = await self._engine.request(message)
+                if isinstance(answer, messages.Failed):
+                    kind = BadRequest if answer.category == "user" else Unavailable
+                    raise kind(f"the weights cannot be exported: {answer.message}")
+            record = json.dumps({"base_model": base_model, "weights": key})
+            folder.with_name(folder.name + _RECORD).write_text(record)
+            return await self._read(target, base_model, key)
+
+    async def find(self, key: str, base_model: str) -> Export | None:
+        """A folder that a server says it has; None if it is not here, or not of that base model."""
+        folder, weights = self._folders.here(key), key
+        try:
+            if key.startswith(f"{EXPORTS}/"):
+                record = json.loads(folder.with_name(folder.name + _RECORD).read_text())
+                if record["base_model"] != base_model:
+                    return None
+                weights = record["weights"]
+            return await self._read(key, base_model, weights) if folder.is_dir() else None
+        except (OSError, ValueError):
+            return None
+
+    async def remove_all_but(self, needed: Collection[str]) -> None:
+        """Of those that are made here."""
+        making = {key for key, lock in self._making.items() if lock.locked()}
+        await asyncio.to_thread(self._remove, {*needed, *making})
+
+    def _remove(self, needed: set[str]) -> None:
+        for record in (self._folders.data_dir / EXPORTS).glob(f"*/*{_RECORD}"):
+            folder = record.with_name(record.name.removesuffix(_RECORD))
+            if folder.relative_to(self._folders.data_dir).as_posix() not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+                record.unlink(missing_ok=True)
+
+    async def _read(self, key: str, base_model: str, weights: str | None) -> Export:
+        folder = self._folders.here(key)
+        tensors = await asyncio.to_thread(tensor_entries, folder)
+        sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+        return Export(key, base_model, weights, tensors, sum(sizes), len(sizes))
+
+
+def _export_key(sampler: messages.SamplerRef, base_digest: str | None, fp8: messages.Fp8 | None) -> str:
+    """The same for the same weights in the same format."""
+    if sampler.weights is None:
+        named = f"{sampler.base_model}\0{base_digest}"
+        of, version = "base", hashlib.sha256(named.encode()).hexdigest()[:16]
+    else:
+        _, of, *_, version = sampler.weights.split("/")
+    if fp8 is not None:
+        version += "@fp8-" + hashlib.sha256(msgspec.json.encode(fp8)).hexdigest()[:8]
+    return paths.check_key(f"{EXPORTS}/{of}/{version}")
+
 
 _HEAD = "lm_head.weight"
 
@@ -289,3 +404,73 @@ async def _alone(endpoint: Registered, abort: bool) -> AsyncIterator[None]:
         if ending is not None:
             await ending
         yield
+
+
+# --- weights that are saved for sampling
+
+
+class Distribution:
+    """`settings.sglang_merge`: every sampler's weights that are saved replace those that the servers have."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: ApiKeys,
+        engine: Supervisor,
+        disk: Disk,
+        endpoints: Endpoints,
+        base_models: dict[str, BaseModel],
+    ):
+        folders = Folders(settings.data_dir, settings.sglang_data_dir)
+        self.adapters = Adapters(settings, folders, endpoints, base_models)
+        self.merged = MergedWeights(
+            folders, Exports(folders, engine, disk, base_models), endpoints, base_models
+        )
+        self._keys = keys
+        self._endpoints = endpoints
+        self._merges = settings.sglang_merge
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def is_awaited(self, base_model: str, owner: str) -> bool:
+        """Whether weights that the owner saves will be sampled elsewhere."""
+        return bool(self._endpoints.of(base_model, owner))
+
+    def own(self, owner: str, pools: Iterable[str] | None = None) -> list[Registered]:
+        """Servers that may have the owner's full weights: its own, and the operator's where it is the only
+        tenant, for the others' samples would have to go elsewhere."""
+        alone = self._keys.tenants <= {owner}
+        return [each for each in self._endpoints.all(None, owner, pools) if alone or each.owner == owner]
+
+    def follow(self, operation: Operation, save: messages.ToEngine | None, base_model: str) -> None:
+        """A save that was accepted: its weights go out as soon as they are there. None: they have."""
+        if save is None or not self.is_awaited(base_model, operation.owner):
+            return
+        assert isinstance(save, messages.SaveSampler)
+        sampler = messages.SamplerRef(base_model, save.directory)
+        task = asyncio.ensure_future(self._send(operation, sampler))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.adapters.close()
+        await self.merged.close()
+
+    async def _send(self, operation: Operation, sampler: messages.SamplerRef) -> None:
+        await operation.finished.wait()
+        if not isinstance(operation.answer, messages.Done):
+            return
+        if not self._merges:
+            self.adapters.saved(operation.owner, sampler)
+            return
+        servers = [each for each in self.own(operation.owner) if each.base_model == sampler.base_model]
+        try:
+            synced = await self.merged.sync(sampler, servers)
+        except (ApiError, EndpointError) as error:
+            log.warning("%s is not on any server: %s", sampler.weights, error.message)
+            return
+        for each in synced.pushed:
+            if each.problem is not None:
+                log.warning("%s has not got %s: %s", each.endpoint.client.url, synced.version, each.problem)

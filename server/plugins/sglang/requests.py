@@ -1,20 +1,24 @@
-"""A sample as SGLang's `/generate` takes it, and why some are none that it serves as we do.
+"""A sample as requests to SGLang's `/generate`, and its sequences from the first request until all have
+ended.
 
-Its log-probs are of the tempered distribution before all filters, as ours; those of a prompt are asked for
-greedily, which leaves them untempered.
+`why_not` names the field of a sample that SGLang would not serve exactly as asked. SGLang's log-probs are
+of the tempered distribution before all filters, as ours; those of a prompt are requested greedily, which
+leaves them untempered.
 
-One sequence that an SGLang server draws, until our own rule says that it has ended.
-
-SGLang ends sequences by rules of its own: at the model's end-of-sequence token also where it is no stop, not
-at a stop string that was drawn in other tokens than it is written in, and by length rather than by a stop
-that comes with the last token. So it is asked to stop where it can, and what counts is the rule that the
-embedded sampler has too: a sequence that ended too early goes on from its tokens, with the same weights, and
-one that went too far is cut. Either leaves the distribution of its tokens as it is.
+SGLang ends sequences by rules of its own: at the model's end-of-sequence token even where that is no
+stop, not at a stop string whose tokens differ from those of its spelling, and by length rather than by a
+stop that comes with the last token. It is told to stop where it can, and the embedded sampler's rule
+decides: a sequence that ended too early goes on from its tokens with the same weights, and one that went
+too far is cut. Neither changes the distribution of its tokens.
 """
 
 from __future__ import annotations
 
+import asyncio
 import bisect
+import contextlib
+import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +29,11 @@ import numpy as np
 from ....ckpt.tokenizer_files import end_tokens, has_tokenizer
 from ....engine import messages
 from ...base_models import BaseModel
+from ...errors import BadRequest
 from ...text.tokenizer import of_folder
 from ...wire.results import tokens_of
-from .endpoint import EndpointBusy, EndpointRefused
-from .limits import CUT_TOKENS, Limits
+from .endpoint import CUT_TOKENS, CannotServe, EndpointBusy, EndpointError, EndpointRefused, Limits
+from .endpoints import Registered
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ def _longest(sample: messages.Sample, model: BaseModel) -> int:
     return room if sample.params.max_tokens is None else min(sample.params.max_tokens, room)
 
 
-def drawings(sample: messages.Sample, model: BaseModel, limits: Limits) -> list[Drawing]:
+def new_drawings(sample: messages.Sample, model: BaseModel, limits: Limits) -> list[Drawing]:
     """One for each of its sequences."""
     params, prompt = sample.params, tokens_of(sample.prompt)
     longest = _longest(sample, model)
@@ -313,3 +318,142 @@ def output(
     return messages.SampleOutput(
         [drawing.sequence() for drawing in drawings], prompt_cache_hit_tokens=max(cached, default=0), **scores
     )
+
+
+# --- one sample on one server
+
+Answer = dict[str, Any]
+_attempts = itertools.count()  # a server refuses a request id that it has already
+_aborting: set[asyncio.Task[None]] = set()
+
+
+class RemoteSample:
+    """`told`: whether anybody was told of its tokens, which then have to stay."""
+
+    def __init__(
+        self,
+        request_id: str,
+        sample: messages.Sample,
+        model: BaseModel,
+        on_drawn: Callable[[messages.Drawn], None],
+    ):
+        self.request_id = request_id
+        self.sample = sample
+        self.told = False
+        self._model = model
+        self._on_drawn = on_drawn
+
+    async def draw(
+        self, endpoint: Registered, lora: str | None, weight_version: str
+    ) -> messages.SampleOutput:
+        """All of it there, with the adapter upon the weights that it calls so. What the server is to have may
+        change meanwhile. Raises EndpointError."""
+        rid = f"{self.request_id}.{next(_attempts)}"
+        under_way: set[str] = set()
+        try:
+            return await self._draw(endpoint, lora, weight_version, rid, under_way)
+        except asyncio.CancelledError:
+            if under_way:
+                task = asyncio.ensure_future(_abort(endpoint, sorted(under_way)))
+                _aborting.add(task)
+                task.add_done_callback(_aborting.discard)
+            raise
+
+    async def _draw(
+        self, endpoint: Registered, lora: str | None, weight_version: str, rid: str, under_way: set[str]
+    ) -> messages.SampleOutput:
+        assert endpoint.limits is not None
+        sample, scores = self.sample, {}
+        try:  # in a thread, for where there are stop strings this may read the tokenizer
+            drawings = await asyncio.to_thread(new_drawings, sample, self._model, endpoint.limits)
+        except BadRequest as error:
+            raise CannotServe(f"stop: {error.message}") from None
+        bodies: dict[Any, dict[str, Any]] = {}
+        if scores_prompt(sample):
+            bodies[None] = prompt_body(sample, f"{rid}.prompt", lora)
+        first: list[Answer] = []
+        while unfinished := {i: each for i, each in enumerate(drawings) if each.reason is None}:
+            for index, drawing in unfinished.items():
+                seed = None if sample.params.seed is None else _seed(sample.params.seed, index)
+                name = f"{rid}.{index}.{len(drawing.tokens)}"
+                bodies[index] = body(sample, drawing, name, lora, seed)
+            under_way.update(body["rid"] for body in bodies.values())
+            answers = await self._answers(endpoint, weight_version, bodies, drawings)
+            under_way.clear()
+            for answer in answers.values():
+                _require_weights(answer, weight_version)
+            if None in answers:
+                scores = prompt_scores(sample, answers.pop(None))
+            first = first or list(answers.values())
+            for index, answer in answers.items():
+                drawings[index].take(answer, self._model.vocab_size)
+            bodies = {}
+        return output(drawings, first, scores)
+
+    async def _answers(
+        self,
+        endpoint: Registered,
+        weight_version: str,
+        bodies: dict[Any, dict[str, Any]],
+        drawings: list[Drawing],
+    ) -> dict[Any, Answer]:
+        """By the keys of the bodies."""
+        if self.sample.stream:
+            asked = (
+                self._streamed(
+                    endpoint, weight_version, body, index, None if index is None else drawings[index]
+                )
+                for index, body in bodies.items()
+            )
+            return dict(zip(bodies, await asyncio.gather(*asked), strict=True))
+        answers = await endpoint.client.generate(together(list(bodies.values())))
+        if len(answers) != len(bodies):
+            raise EndpointRefused(f"{len(bodies)} requests have {len(answers)} answers")
+        return dict(zip(bodies, answers, strict=True))
+
+    async def _streamed(
+        self,
+        endpoint: Registered,
+        weight_version: str,
+        body: dict[str, Any],
+        index: Any,
+        drawing: Drawing | None,
+    ) -> Answer:
+        """The last part, which has all; of those before it is told."""
+        last: Answer | None = None
+        async for part in endpoint.client.stream(body):
+            _require_weights(part, weight_version)
+            last = part
+            if drawing is None:
+                continue
+            meanwhile = Drawing(drawing.stops, [], drawing.topk)
+            meanwhile.add(part, self._model.vocab_size)
+            drawn = drawing.drawn(self.request_id, index, meanwhile)
+            if drawn is not None:
+                self.told = True
+                self._on_drawn(drawn)
+        if last is None:
+            raise EndpointRefused("a stream has no parts")
+        return last
+
+
+def _seed(seed: int, index: int) -> int:
+    """Of one of the sequences, which are to differ; SGLang's have 31 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}.{index}".encode()).digest()[:4]) >> 1
+
+
+def _require_weights(answer: Answer, weight_version: str) -> None:
+    """Raises EndpointBusy where any of it is of other weights."""
+    meta = answer.get("meta_info") or {}
+    versions = {each.get("version") for each in meta.get("weight_versions") or []}
+    versions.add(meta.get("weight_version", weight_version))
+    if versions != {weight_version}:
+        drawn = str(sorted(map(str, versions)))[:256]
+        raise EndpointBusy(f"it drew with weights {drawn}, not {weight_version!r}")
+
+
+async def _abort(endpoint: Registered, rids: list[str]) -> None:
+    """Who asked is gone."""
+    for rid in rids:
+        with contextlib.suppress(EndpointError):
+            await endpoint.client.abort_request(rid)
