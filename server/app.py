@@ -51,7 +51,7 @@ from .http.routes import (
     training,
     weights,
 )
-from .http.sample_targets import SampleTargets, ServedModels
+from .http.sample_targets import SampleTargets
 from .http.samples import ApiSamples, ServedSamples
 from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned
@@ -270,11 +270,11 @@ class Application:
         self.rlve = RlveRuns(client, self.runs, base_models, settings.long_poll_seconds)
 
         # What routes share.
-        targets = SampleTargets(base_models, self.runs, checkpoints_, self.samplers, live_samplers)
+        targets = SampleTargets(base_models, ledger, self.runs, checkpoints_, self.samplers, live_samplers)
         served = ServedSamples(
             sample_submits,
             streams,
-            base_models,
+            targets,
             self.offload,
             settings.max_samples,
             settings.stream_keep_alive_seconds,
@@ -301,14 +301,12 @@ class Application:
                     self.rlve,
                 ),
                 ApiSamples(
-                    base_models,
                     targets,
                     sample_submits,
                     self.operations,
                     self.completions,
                     settings.max_samples,
                 ),
-                ServedModels(base_models, targets, self.samplers, self.runs, ledger),
                 OperationAnswers(self.operations, self.engine, admission, self.offload, base_models),
             )
         )

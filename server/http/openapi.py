@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 from typing_extensions import is_typeddict
 
-from ..wire import openai, responses, sampling
+from ..wire import openai, responses, sample_requests
 from ..wire.training import ForwardBackward
 from .authentication import OPEN_PATHS
 
@@ -91,7 +91,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas.pop(unused, None)
     _, own = models_json_schema([(ForwardBackward, "validation")], ref_template=_REF)
     schemas |= own["$defs"] | {"Error": _ERROR}
-    answers = _answers(responses, openai, sampling)
+    answers = _answers(responses, openai, sample_requests)
     if twice := schemas.keys() & answers.keys():
         raise ValueError(f"a body and an answer have the same name: {', '.join(twice)}")
     schemas |= answers

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
+import orjson
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from ...ckpt.tokenizer_files import end_tokens
 from ...engine import messages
-from ..base_models import BaseModels
+from ..base_models import BaseModel
 from ..dialect import POINTS, Dialect
 from ..errors import ApiError, BadRequest, ClientGone, ContextTooLong, Unavailable
 from ..ledger.operations import SampleNumber
@@ -26,58 +27,66 @@ from ..offload import Offload
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
 from ..operations.sample_streams import Completions, SampleStream, SampleStreams
-from ..text.sampled_text import written_conversation
+from ..text import tokenizer
+from ..text.sampled_text import SampledText, written_conversation
 from ..text.tokenizer import ChatTokenizer
-from ..wire import sampling as wire
+from ..wire import sample_requests as wire
 from ..wire.results import size, tokens_of
-from ..wire.sampling import ModelInput, longest_prompt, prompt_tokens
+from ..wire.sample_requests import ModelInput, longest_prompt, prompt_tokens
 from .operation_answers import PROMPT_END
 from .sample_targets import SampleTargets, ServedModel, Target
 
 T = TypeVar("T")
 
 _INLINE_CHARACTERS = 4096  # tokenized within a millisecond or two
-_CHARACTERS_PER_TOKEN = 8  # more than texts have, on the average; runs of spaces may
+_CHARACTERS_PER_TOKEN = 8  # more than texts have on average; runs of spaces may have more
 _GROWTH = 4
+_INLINE_BYTES = 16 << 10  # of tokens and log-probs
+_CONTEXT = 8  # tokens of a prompt that its samples are decoded after
 
 
-class Prompts:
-    """The prompts of one request as tokens, of a model whose context has `limit` of them."""
+@dataclass(frozen=True)
+class NamedModel:
+    """The model that a request names, with what turns prompts into its tokens, away from the event loop."""
 
-    def __init__(self, offload: Offload, owner: str, tokenizer: ChatTokenizer, limit: int):
-        self._offload = offload
-        self._owner = owner
-        self._tokenizer = tokenizer
-        self._limit = limit
+    served: ServedModel
+    base: BaseModel
+    tokenizer: ChatTokenizer
+    offload: Offload
+    owner: str
 
-    async def of(self, prompt: str | list[int]) -> list[int]:
-        """Tokens stay as they are. Raises ContextTooLong, or BadRequest for a text that cannot be written."""
+    async def tokens(self, prompt: str | list[int]) -> list[int]:
+        """Return the tokens of a text; tokens stay as they are. Raises ContextTooLong, or BadRequest."""
         if not isinstance(prompt, str):
             return prompt
         if len(prompt) <= _INLINE_CHARACTERS:
-            return self._tokenizer.encode(prompt)
-        return await self._offload.in_thread(
-            self._owner, tokens_within, self._tokenizer.encode, prompt, self._limit
-        )
+            return self.tokenizer.encode(prompt)
+        limit = self.base.max_sequence_length
+        return await self.offload.in_thread(self.owner, tokens_within, self.tokenizer.encode, prompt, limit)
 
-    async def of_conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
-        """Raises BadRequest for one that is too long, or that the chat template does not take."""
+    async def conversation_tokens(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
+        """Return the tokens of a conversation. Raises BadRequest if it is too long, or if the chat template
+        does not take it."""
 
         def tokens() -> list[int]:
-            text = written_conversation(self._tokenizer, turns, **variables)
-            return tokens_within(self._tokenizer.encode_written, text, self._limit, "messages")
+            text = written_conversation(self.tokenizer, turns, **variables)
+            return tokens_within(
+                self.tokenizer.encode_written, text, self.base.max_sequence_length, "messages"
+            )
 
-        return await self._offload.in_thread(self._owner, tokens)
+        return await self.offload.in_thread(self.owner, tokens)
 
 
 def tokens_within(
     encode: Callable[[str], list[int]], text: str, limit: int, where: str = "prompt"
 ) -> list[int]:
-    """The text's tokens. Raises ContextTooLong where they are more than `limit`, and soon for a very long
-    text: its beginning is tokenized first, and mostly is too long already."""
+    """Return the tokens of a text. Raises ContextTooLong if there are more than `limit` of them.
+
+    Of a very long text the beginning is tokenized first, which mostly is too long already.
+    """
     beginning = _CHARACTERS_PER_TOKEN * (limit + 1)
     while beginning < len(text):
-        # The last token may go on behind the cut, and then be a few that are merged there.
+        # Without the cut, the last few tokens might be merged into one.
         if len(encode(text[:beginning])) > limit + _CHARACTERS_PER_TOKEN * _GROWTH:
             raise ContextTooLong(
                 f"{where}: a text of {len(text)} characters has more tokens than the model's limit of {limit}"
@@ -89,7 +98,7 @@ def tokens_within(
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Return what `work` returns, or cancel it when the client closes the connection.
 
-    The body has to be read before. Raises ClientGone.
+    The body must have been read before. Raises ClientGone.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -110,7 +119,7 @@ async def _disconnected(request: Request) -> None:
 
 
 class RequestSamples:
-    """The samples of one HTTP request. Leaving the context cancels those that have no answer yet."""
+    """Owns the samples of one HTTP request. Leaving the context cancels those that have no answer yet."""
 
     def __init__(self, submits: SampleSubmits, owner: str):
         self._submits = submits
@@ -144,22 +153,23 @@ class RequestSamples:
             self._submits.cancel(submitted.result())
 
 
-_INLINE_BYTES = 16 << 10  # of tokens and log-probs
-
-
 class SampleFailed(ApiError):
-    """The engine's fault, not the request's."""
+    """The engine failed, not the request."""
 
     status = 500
     category = "server"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """`topk`, `prompt_topk`: how many of the most likely tokens are wanted at each token drawn, and of the
-    prompt. `targets`: tokens to score in the prompt. `params.max_tokens` may be 0. `echo`: whether the answer
-    begins with the prompt, which is `prompt_text` if it was not sent as tokens. `prompt_field`,
-    `count_field`: where the request has the prompt and the number of samples, for its errors."""
+class SampleRequest:
+    """The samples of one prompt that a request asks for.
+
+    `topk`, `prompt_topk`: how many of the most likely tokens to return at each token drawn, and at each of
+    the prompt. `targets`: tokens to score in the prompt. `params.max_tokens` may be 0. `echo`: begin the
+    answer with the prompt, which is `prompt_text` if it was not sent as tokens. `keep_stop`,
+    `skip_special_tokens`: how to write the text. `prompt_field`, `count_field`: which fields of the request
+    errors name.
+    """
 
     model: ServedModel
     prompt: list[int]
@@ -172,6 +182,8 @@ class Asked:
     stream: bool = False
     echo: bool = False
     prompt_text: str | None = None
+    keep_stop: bool = False
+    skip_special_tokens: bool = True
     prompt_field: str = "prompt"
     count_field: str = "n"
 
@@ -179,54 +191,69 @@ class Asked:
     def draws_nothing(self) -> bool:
         return self.params.max_tokens == 0
 
+    def text(self, tokenizer: ChatTokenizer) -> SampledText:
+        """Return the empty text of one sample."""
+        return SampledText(
+            tokenizer,
+            self.params.stop_strings,
+            self.params.stop_tokens or [],
+            self.keep_stop,
+            self.skip_special_tokens,
+            self.prompt,
+        )
+
 
 @dataclass(frozen=True)
 class Running:
-    asked: Asked
+    """A submitted request for samples. `stream` has the tokens before the answer, if they were asked for."""
+
+    request: SampleRequest
     operation: Operation
     stream: SampleStream | None
 
 
+@dataclass(frozen=True)
 class ServedSamples:
-    """Submits the samples of the inference routes. A request may ask for at most `max_samples` of a
-    prompt."""
+    """Submits the samples of OpenAI's routes and of `/generate`, at most `max_samples` of a prompt.
 
-    def __init__(
-        self,
-        submits: SampleSubmits,
-        streams: SampleStreams,
-        base_models: BaseModels,
-        offload: Offload,
-        max_samples: int,
-        keep_alive_seconds: float,
-    ):
-        self._submits = submits
-        self._streams = streams
-        self._base_models = base_models
-        self._offload = offload
-        self._max_samples = max_samples
-        self._keep_alive_seconds = keep_alive_seconds
+    A stream that has nothing to send says so every `keep_alive_seconds`.
+    """
+
+    submits: SampleSubmits
+    streams: SampleStreams
+    targets: SampleTargets
+    offload: Offload
+    max_samples: int
+    keep_alive_seconds: float
+
+    async def named(self, owner: str, name: str | None) -> NamedModel:
+        """Find a model by any name that `SampleTargets.named` knows. Raises NotFound."""
+        served = await self.targets.named(owner, name)
+        base = self.targets.base_models.named(served.sampler.base_model)
+        text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
+        return NamedModel(served, base, text, self.offload, owner)
 
     def of_request(self, owner: str) -> RequestSamples:
-        """The samples of one HTTP request."""
-        return RequestSamples(self._submits, owner)
+        """Return the owner of one HTTP request's samples, which has none yet."""
+        return RequestSamples(self.submits, owner)
 
-    async def submit(self, samples: RequestSamples, asked: Sequence[Asked]) -> list[Running]:
-        """Accept all of these samples or none: a wrong one is refused before any is accepted. Raises
-        ApiError."""
+    async def submit(self, samples: RequestSamples, requests: Sequence[SampleRequest]) -> list[Running]:
+        """Accept all of these, or none: a wrong one is refused before any is accepted. Raises ApiError."""
         running: list[Running] = []
-        for each, sample in [(each, self._sample(samples.owner, each)) for each in asked]:
-            operation = await samples.own(self._submits.submit(samples.owner, sample))
-            running.append(Running(each, operation, self._streams.of(operation.request_id)))
+        for each, sample in [(each, self._sample(samples.owner, each)) for each in requests]:
+            operation = await samples.own(self.submits.submit(samples.owner, sample))
+            running.append(Running(each, operation, self.streams.of(operation.request_id)))
         return running
 
     async def drawn(
         self, running: Sequence[Running]
     ) -> AsyncIterator[tuple[int, messages.Drawn | messages.SampleOutput]]:
-        """Yield what is drawn for each, by its place in `running`, and at last its answer. Raises as
-        `outputs_of` does; then, or when the caller stops listening, all that are not answered are cancelled.
+        """Yield the tokens that are drawn for each, by its place in `running`, and at last its answer.
+
+        Raises as `outputs_of` does. Then, or when the caller stops listening, samples without an answer are
+        cancelled.
         """
-        # Of one part: what nobody has read yet waits in the streams, which are bounded in bytes.
+        # One part long: tokens that nobody has read yet wait in the streams, which are bounded in bytes.
         parts: asyncio.Queue[tuple[int, messages.Drawn | Exception | None]] = asyncio.Queue(1)
 
         async def follow(place: int, each: Running) -> None:
@@ -249,55 +276,50 @@ class ServedSamples:
                 if part is None:
                     unanswered -= 1
                     yield place, _output(running[place])
-                elif not running[place].asked.draws_nothing:
+                elif not running[place].request.draws_nothing:
                     yield place, part
         finally:
             for task in following:
                 task.cancel()
             for each in running:
-                self._submits.cancel(each.operation)
+                self.submits.cancel(each.operation)
 
     def streamed(self, events: AsyncGenerator[bytes]) -> StreamingResponse:
         """Return server-sent events as a response that is never silent for long."""
         return StreamingResponse(
-            _with_keep_alives(events, self._keep_alive_seconds), media_type="text/event-stream"
+            _with_keep_alives(events, self.keep_alive_seconds), media_type="text/event-stream"
         )
 
     async def written(
         self, owner: str, outputs: Sequence[messages.SampleOutput], write: Callable[[], T]
     ) -> T:
-        """Return what `write` makes of the answers; in a thread where that takes long."""
+        """Return what `write` returns. It runs in a thread if writing these outputs takes long."""
         if size(outputs) <= _INLINE_BYTES:
             return write()
-        return await self._offload.in_thread(owner, write)
+        return await self.offload.in_thread(owner, write)
 
-    def _sample(self, owner: str, asked: Asked) -> messages.Sample:
-        """Raises ApiError for one that cannot be served."""
-        if asked.num_samples > self._max_samples:
-            raise BadRequest(
-                f"{asked.count_field}: {asked.num_samples} is over the limit of {self._max_samples}"
-            )
-        model = self._base_models.named(asked.model.sampler.base_model)
-        tokens = ModelInput(tokens=asked.prompt)
-        max_tokens = 1 if asked.draws_nothing else asked.params.max_tokens
-        longest = longest_prompt(model.max_sequence_length, max_tokens)
-        prompt = prompt_tokens(tokens, model.vocab_size, longest, asked.prompt_field)
+    def _sample(self, owner: str, request: SampleRequest) -> messages.Sample:
+        """Return the engine's message. Raises ApiError for a request that cannot be served."""
+        params, count = request.params, request.num_samples
+        if request.draws_nothing:  # the engine draws at least one token
+            params = msgspec.structs.replace(params, max_tokens=1)
+        _check_count(count, self.max_samples, request.count_field)
+        model = self.targets.base_models.named(request.model.sampler.base_model)
+        longest = longest_prompt(model.max_sequence_length, params.max_tokens)
+        given = ModelInput(tokens=request.prompt)
         sample = messages.Sample(
             request_id="",
-            sampler=asked.model.sampler,
-            prompt=prompt,
-            # The engine draws at least one token.
-            num_samples=1 if asked.draws_nothing else asked.num_samples,
-            params=msgspec.structs.replace(asked.params, max_tokens=1)
-            if asked.draws_nothing
-            else asked.params,
-            prompt_logprobs=asked.prompt_logprobs,
-            topk_prompt_logprobs=asked.prompt_topk,
-            topk_sample_logprobs=asked.topk,
-            prompt_targets=asked.targets,
-            stream=asked.stream,
+            sampler=request.model.sampler,
+            prompt=prompt_tokens(given, model.vocab_size, longest, request.prompt_field),
+            num_samples=1 if request.draws_nothing else count,
+            params=params,
+            prompt_logprobs=request.prompt_logprobs,
+            topk_prompt_logprobs=request.prompt_topk,
+            topk_sample_logprobs=request.topk,
+            prompt_targets=request.targets,
+            stream=request.stream,
         )
-        self._submits.check(owner, sample)
+        self.submits.check(owner, sample)
         return sample
 
 
@@ -320,9 +342,16 @@ async def _with_keep_alives(events: AsyncGenerator[bytes], seconds: float) -> As
 
 
 async def outputs_of(running: Sequence[Running]) -> list[messages.SampleOutput]:
-    """Wait for all, or until one fails. Raises BadRequest or SampleFailed for a sample that failed,
-    Unavailable at a stop."""
-    waiting = [asyncio.ensure_future(_answer(each)) for each in running]
+    """Wait for all answers, or until one fails.
+
+    Raises BadRequest or SampleFailed for a sample that failed, Unavailable when the server stops.
+    """
+
+    async def answer(each: Running) -> messages.SampleOutput:
+        await each.operation.finished.wait()
+        return _output(each)
+
+    waiting = [asyncio.ensure_future(answer(each)) for each in running]
     try:
         return await asyncio.gather(*waiting)
     finally:
@@ -330,18 +359,13 @@ async def outputs_of(running: Sequence[Running]) -> list[messages.SampleOutput]:
             each.cancel()
 
 
-async def _answer(running: Running) -> messages.SampleOutput:
-    await running.operation.finished.wait()
-    return _output(running)
-
-
 def _output(running: Running) -> messages.SampleOutput:
     match running.operation.answer:
         case messages.Done(output=messages.SampleOutput() as output):
-            if running.asked.draws_nothing:
-                # The likely ones are those of the token that would have come next.
+            if running.request.draws_nothing:
+                # The likely tokens are those that would have come next.
                 nothing = messages.SampledSequence(b"", b"", "length", output.sequences[0].topk)
-                return msgspec.structs.replace(output, sequences=[nothing] * running.asked.num_samples)
+                return msgspec.structs.replace(output, sequences=[nothing] * running.request.num_samples)
             return output
         case messages.Failed(message=message, category="user"):
             raise BadRequest(message)
@@ -350,95 +374,80 @@ def _output(running: Running) -> messages.SampleOutput:
     raise Unavailable("the server stops")
 
 
-_CONTEXT = 8  # tokens of a prompt that its samples are decoded after
+def event(body: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + orjson.dumps(body) + b"\n\n"
 
 
+def _check_count(count: int, limit: int, field: str) -> None:
+    if count > limit:
+        raise BadRequest(f"{field}: {count} is over the limit of {limit}")
+
+
+@dataclass(frozen=True)
 class ApiSamples:
-    """Submits what the bodies of `asample` and `sample` ask for, at most `max_samples` of a prompt."""
+    """Submits the samples of `asample` and `sample`, at most `max_samples` of a prompt."""
 
-    def __init__(
-        self,
-        base_models: BaseModels,
-        targets: SampleTargets,
-        submits: SampleSubmits,
-        operations: Operations,
-        completions: Completions,
-        max_samples: int,
-    ):
-        self._base_models = base_models
-        self._targets = targets
-        self._submits = submits
-        self._operations = operations
-        self._completions = completions
-        self._max_samples = max_samples
+    targets: SampleTargets
+    submits: SampleSubmits
+    operations: Operations
+    completions: Completions
+    max_samples: int
 
-    async def submit(self, owner: str, body: wire.Sample, said: Dialect | None) -> Operation:
+    async def submit(self, owner: str, body: wire.Sample, dialect: Dialect) -> Operation:
         """Accept the samples of one prompt. Raises ApiError."""
-        found = await self._targets.target(owner, body)
-        return await self._submit(owner, body, body.prompt, found, body.seq_id, said)
+        target = await self.targets.target(owner, body)
+        return await self._submit(owner, body, body.prompt, target, body.seq_id, dialect)
 
     async def submit_all(
-        self, owner: str, body: wire.SampleNow, samples: RequestSamples, said: Dialect | None
+        self, owner: str, body: wire.SampleNow, samples: RequestSamples, dialect: Dialect
     ) -> Operation:
         """Accept the samples of all prompts, or none of them. Raises ApiError."""
-        found = await self._targets.target(owner, body)
+        target = await self.targets.target(owner, body)
         if body.prompt is not None:
-            return await samples.own(self._submit(owner, body, body.prompt, found, body.seq_id, said))
-        inputs = [ModelInput.model_construct(tokens=tokens) for tokens in body.prompts or []]
-        each = [await samples.own(self._submit(owner, body, prompt, found, None, said)) for prompt in inputs]
-        return await self._operations.accept(
-            Submission(
-                owner,
-                "samples",
-                None,
-                None,
-                {"parts": [operation.request_id for operation in each]},
-                also=lambda _connection, request_id: messages.Done(request_id, messages.Nothing()),
-                dialect=said or "tinkercloud",
-            )
-        )
+            return await samples.own(self._submit(owner, body, body.prompt, target, body.seq_id, dialect))
+        prompts = [ModelInput.model_construct(tokens=tokens) for tokens in body.prompts or []]
+        parts = [
+            await samples.own(self._submit(owner, body, each, target, None, dialect)) for each in prompts
+        ]
+        reply = {"parts": [operation.request_id for operation in parts]}
+        return await self.operations.accept(Submission.done_at_once(owner, "samples", reply, dialect))
 
     async def _submit(
         self,
         owner: str,
         body: wire.SampleFields,
         given: ModelInput,
-        found: Target,
+        target: Target,
         seq_id: int | None,
-        said: Dialect | None,
+        dialect: Dialect,
     ) -> Operation:
-        sampler = found.ref
-        model = self._base_models.named(sampler.base_model)
-        if body.num_samples > self._max_samples:
-            raise BadRequest(f"num_samples: {body.num_samples} is over the limit of {self._max_samples}")
+        model = self.targets.base_models.named(target.ref.base_model)
+        _check_count(body.num_samples, self.max_samples, "num_samples")
         longest = longest_prompt(model.max_sequence_length, body.sampling_params.max_tokens)
         prompt = prompt_tokens(given, model.vocab_size, longest)
-        targets = None if body.target_prompt_logprobs is None else body.target_prompt_logprobs.message()
-        number: SampleNumber | None = None
-        if found.session is not None and seq_id is not None:
-            number = SampleNumber(found.session.session_id, found.session.id, seq_id)
-        dialect = said or "tinkercloud"
         ends = await asyncio.to_thread(end_tokens, model.folder) if POINTS[dialect].stops_add else ()
-        params = body.sampling_params.message(dialect, ends)
-
+        cells = body.target_prompt_logprobs
         sample = messages.Sample(
             request_id="",
-            sampler=sampler,
+            sampler=target.ref,
             prompt=prompt,
             num_samples=body.num_samples,
-            params=params,
+            params=body.sampling_params.message(dialect, ends),
             prompt_logprobs=bool(body.prompt_logprobs),
             topk_prompt_logprobs=body.topk_prompt_logprobs,
             topk_sample_logprobs=body.topk_sample_logprobs,
             prompt_logprobs_last_n=body.prompt_logprobs_last_n,
-            prompt_targets=targets,
+            prompt_targets=None if cells is None else cells.message(),
             prompt_alternatives=body.prompt_alt_tokens_k or 0,
         )
-        # The SDK has the tokenizer; others are told what the tokens say.
+        number: SampleNumber | None = None
+        if target.session is not None and seq_id is not None:
+            number = SampleNumber(target.session.session_id, target.session.id, seq_id)
         reply: dict[str, Any] = {}
-        if dialect != "tinker":
-            reply = {"base_model": sampler.base_model, PROMPT_END: tokens_of(prompt[-4 * _CONTEXT :])}
-        operation = await self._submits.submit(owner, sample, number, reply, dialect)
+        if dialect != "tinker":  # the SDK has a tokenizer; others get the text of the samples
+            reply = {"base_model": model.name, PROMPT_END: tokens_of(prompt[-4 * _CONTEXT :])}
+        operation = await self.submits.submit(owner, sample, number, reply, dialect)
         if number is not None:
-            self._completions.accepted(number.sampler_id, number.number, operation)
+            self.completions.accepted(number.sampler_id, number.number, operation)
         return operation

@@ -101,6 +101,16 @@ class Submission:
     sampler_id: str | None = None
     sample_number: int | None = None
 
+    @classmethod
+    def done_at_once(cls, owner: str, kind: str, reply: dict[str, Any], dialect: Dialect) -> Submission:
+        """Return an operation without work for the engine: its answer is `reply`, as soon as it is
+        accepted."""
+
+        def done(_connection: Connection, request_id: str) -> Answer:
+            return messages.Done(request_id, messages.Nothing())
+
+        return cls(owner, kind, None, None, reply, also=done, dialect=dialect)
+
 
 def stream_of(model_id: str | None, kind: str) -> str:
     return model_id or kind

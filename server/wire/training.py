@@ -36,7 +36,7 @@ from . import forward_backward as protobuf
 from . import tinsmith_wire_pb2 as pb
 from .body import Body, Finite, Int64, Sequenced, describe, find_long_number, numbered, over_float64
 from .forward_backward import ForwardBackwardBody, checked, decompress
-from .sampling import ModelInput
+from .sample_requests import ModelInput
 
 PER_TOKEN = "return_per_token"
 """Of any loss: whether the answer has each token's. The server's business, not the engine's."""

@@ -19,9 +19,9 @@ from tinsmith.server.errors import BadRequest
 from tinsmith.server.http import errors
 from tinsmith.server.http.model_creations import model_spec
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire import requests, sampling, training
+from tinsmith.server.wire import requests, sample_requests, training
 from tinsmith.server.wire.body import Body, OfModel, describe
-from tinsmith.server.wire.sampling import prompt_tokens
+from tinsmith.server.wire.sample_requests import prompt_tokens
 
 VOCAB, LONGEST = 64, 32
 LORA = {"rank": 8, "seed": 1, "train_unembed": True, "train_mlp": True, "train_attn": True}
@@ -50,9 +50,12 @@ VALID: list[tuple[type[Body], dict[str, Any]]] = [
     (requests.SaveWeights, SAVE),
     (requests.SaveWeightsForSampler, SAVE | {"kind": "inflight", "sampling_session_seq_id": 0}),
     (requests.LoadWeights, {"path": "tinker://s:train:0/weights/a", "model_id": "s:train:1", "seq_id": 1}),
-    (sampling.CreateSamplingSession, {"session_id": "s", "sampling_session_seq_id": 0, "base_model": "m"}),
+    (
+        sample_requests.CreateSamplingSession,
+        {"session_id": "s", "sampling_session_seq_id": 0, "base_model": "m"},
+    ),
     *[
-        (sampling.Sample, {"prompt": prompt, "num_samples": 2, "sampling_params": PARAMS} | more)
+        (sample_requests.Sample, {"prompt": prompt, "num_samples": 2, "sampling_params": PARAMS} | more)
         for prompt in (PROMPT, {"tokens": [1, 2, 3, 4]})
         for more in (
             {"prompt_logprobs": True, "topk_prompt_logprobs": 3, "prompt_logprobs_last_n": 2},
@@ -121,7 +124,7 @@ def _message(body: Body, backend: SimpleNamespace) -> messages.ToEngine | None:
             checkpoints.expiry(body.ttl_seconds)
         case requests.WeightsInfo():
             checkpoints.parse(body.path or body.tinker_path or "")
-        case sampling.Sample():
+        case sample_requests.Sample():
             targets = body.target_prompt_logprobs
             return messages.Sample(
                 "r",
@@ -168,7 +171,7 @@ def _check_sample(message: messages.Sample) -> None:
 )
 def test_numbers_that_no_message_can_hold_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        sampling.Sample.model_validate({"prompt": PROMPT} | change)
+        sample_requests.Sample.model_validate({"prompt": PROMPT} | change)
 
 
 def test_optimizer_params_out_of_range_are_refused() -> None:
@@ -193,7 +196,7 @@ def test_half_a_character_is_no_name() -> None:
 
 def test_half_a_character_is_no_stop_string() -> None:
     with pytest.raises(ValidationError, match="stop"):
-        sampling.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
+        sample_requests.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
 
 
 def test_an_answer_may_quote_halves_of_surrogate_pairs() -> None:

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 from tinsmith.engine import messages
-from tinsmith.server.base_models import BaseModels
 from tinsmith.server.http.routes.generate import Answers, Prompt
 from tinsmith.server.http.routes.openai import ChatAnswers
 from tinsmith.server.http.sample_targets import ServedModel
-from tinsmith.server.http.samples import Asked, Running, ServedSamples
+from tinsmith.server.http.samples import Running, SampleRequest, ServedSamples
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.operations.sample_streams import SampleStreams
 from tinsmith.server.text.tokenizer import ChatTokenizer
-from tinsmith.server.wire.sampling import Generate
+from tinsmith.server.wire.sample_requests import Generate
 from tiny_models import write_model
 
 MODEL = ServedModel("tiny", messages.SamplerRef("tiny"))
@@ -34,11 +33,11 @@ def failed(answer: Any) -> tuple[ServedSamples, list[Running]]:
     streams.open("req_1", "me")
     streams.add(messages.Drawn("req_1", 0, 0, b"\x05\0\0\0", b"\0\0\0\0", None))
     operation = Operation("req_1", "me", "sample", "", 0, {}, None, answer=answer)
-    asked = Asked(MODEL, [5], messages.SamplingParams(max_tokens=4), stream=True)
+    asked = SampleRequest(MODEL, [5], messages.SamplingParams(max_tokens=4), stream=True)
     running = Running(asked, operation, streams.of("req_1"))
     operation.answered()
     submits = SimpleNamespace(cancel=lambda operation: streams.close(operation.request_id))
-    return ServedSamples(submits, streams, BaseModels(), None, 1, 15.0), [running]  # type: ignore[arg-type]
+    return ServedSamples(submits, streams, None, None, 1, 15.0), [running]  # type: ignore[arg-type]
 
 
 async def events(stream: AsyncIterator[bytes]) -> list[Any]:
@@ -69,7 +68,7 @@ async def test_a_stream_of_generate_ends_with_an_error_of_sglangs(text: ChatToke
     answer, message = FAILURES[how]
     served, running = failed(answer)
     body = Generate.model_validate({"input_ids": [5], "stream": True})
-    answers = Answers(served, body, [Prompt(body.each[0], MODEL, 320, text)], 0.0)
-    error = (await events(answers.events("me", running)))[-1]["error"]
+    answers = Answers(served, body, [Prompt(body.each[0], MODEL, 320, text)], running, 0.0)
+    error = (await events(answers.events("me")))[-1]["error"]
     assert message in error["message"]
     assert error["code"] == (400 if how == "user" else 500)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinsmith.engine import messages
 from tinsmith.server.errors import ApiError, BadRequest
-from tinsmith.server.wire import forward_backward, results, sampling
+from tinsmith.server.wire import forward_backward, results, sample_requests
 from tinsmith.server.wire import tinsmith_wire_pb2 as pb
 
 
@@ -230,9 +230,9 @@ def test_sparse_target_log_probs_keep_their_layout_in_protobuf_and_json() -> Non
 def test_extensions_of_the_sampling_parameters(name: str, wrong: list, right: float) -> None:
     for value in wrong:
         with pytest.raises(ValueError, match=name):
-            sampling.SamplingParams(**{name: value})
-    assert getattr(sampling.SamplingParams(**{name: right}).message(), name) == right
-    assert sampling.SamplingParams().message() == messages.SamplingParams(), "off by default"
+            sample_requests.SamplingParams(**{name: value})
+    assert getattr(sample_requests.SamplingParams(**{name: right}).message(), name) == right
+    assert sample_requests.SamplingParams().message() == messages.SamplingParams(), "off by default"
 
 
 def test_seeds_have_64_bits() -> None:
@@ -240,7 +240,7 @@ def test_seeds_have_64_bits() -> None:
     sent = [0, 5, 5 + (1 << 63) - 1, (1 << 64) - 1, -2, (1 << 64) + 7]
     seeds = []
     for seed in sent:
-        params = sampling.SamplingParams(seed=seed).message()
+        params = sample_requests.SamplingParams(seed=seed).message()
         sample = messages.Sample("r", messages.SamplerRef("tiny"), b"", 1, params)
         seeds.append(messages.decode_to_engine(messages.encode(sample)).params.seed)
     assert seeds == [0, 5, 5 + (1 << 63) - 1, (1 << 64) - 1, (1 << 64) - 2, 7]

@@ -1,13 +1,11 @@
 """SGLang's `/generate`: the route, and its answers, whole or as a stream of events.
 
-Log-probs of chosen tokens (`token_ids_logprob`) are computed after a sample has been drawn: the engine scores
-chosen tokens at the positions of a prompt, so the sample is sent once more, as a prompt with its tokens at
-the end.
+Log-probs of chosen tokens (`token_ids_logprob`) need a second request to the engine, because it scores chosen
+tokens at the positions of a prompt: the sample that was drawn is sent again as the end of its prompt.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,142 +18,119 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ....engine import messages
-from ...base_models import BaseModels
 from ...errors import ApiError, BadRequest, internal_error
-from ...offload import Offload
-from ...text import tokenizer
 from ...text.sampled_text import SampledText
 from ...text.tokenizer import ChatTokenizer
-from ...wire import sampling as wire
+from ...wire import sample_requests as wire
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
-from ...wire.sampling import Generate, OnePrompt
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..provided import Provided
-from ..sample_targets import ServedModel, ServedModels
-from ..samples import Asked, Prompts, RequestSamples, Running, ServedSamples, outputs_of, while_connected
+from ..sample_targets import ServedModel
+from ..samples import (
+    NamedModel,
+    RequestSamples,
+    Running,
+    SampleRequest,
+    ServedSamples,
+    event,
+    outputs_of,
+    while_connected,
+)
 
-Row = list[tuple[int, float]]
-"""The wanted tokens at one position, and their log-probs."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which tokens to score: at the positions of `asked.prompt` after the `begin`-th, which is one of them,
-    and at those of `drawn`. Of an empty `drawn` it is the position after the prompt."""
-
-    asked: Asked
-    drawn: list[int]
-    tokens: list[int]
-    begin: int
-
-    @property
-    def sequence(self) -> list[int]:
-        return self.asked.prompt + (self.drawn or [0])  # the last token only makes a position
-
-
-async def score(
-    served: ServedSamples, samples: RequestSamples, wanted: Sequence[Wanted]
-) -> list[tuple[list[Row], list[Row]]]:
-    """Return a row for each position of the prompt and of what was drawn. Raises ApiError."""
-    asked = [
-        replace(
-            each.asked,
-            prompt=each.sequence,
-            params=messages.SamplingParams(max_tokens=0, temperature=0.0),
-            num_samples=1,
-            topk=0,
-            prompt_logprobs=False,
-            prompt_topk=0,
-            targets=_targets(each),
-            stream=False,
-        )
-        for each in wanted
-    ]
-    outputs = await outputs_of(await served.submit(samples, asked))
-    return [_rows(each, output) for each, output in zip(wanted, outputs, strict=True)]
-
-
-def _targets(wanted: Wanted) -> messages.PromptCells:
-    """Row i is about position i + 1; those before `begin` are empty."""
-    rows, columns = len(wanted.sequence) - 1, len(wanted.tokens)
-    full = rows - wanted.begin
-    ends = np.concatenate([np.zeros(wanted.begin + 1, "<i8"), columns * np.arange(1, full + 1, dtype="<i8")])
-    return messages.PromptCells(
-        (rows, columns),
-        np.tile(np.asarray(wanted.tokens, "<i4"), full).tobytes(),
-        ends.tobytes(),
-        np.tile(np.arange(columns, dtype="<i8"), full).tobytes(),
-    )
-
-
-def _rows(wanted: Wanted, output: messages.SampleOutput) -> tuple[list[Row], list[Row]]:
-    assert output.prompt_targets is not None
-    values = np.frombuffer(output.prompt_targets.values, "<f4").reshape(-1, len(wanted.tokens))
-    rows = [[*zip(wanted.tokens, row, strict=True)] for row in values.tolist()]
-    of_prompt = len(wanted.asked.prompt) - 1 - wanted.begin
-    return rows[:of_prompt], rows[of_prompt:]
-
+router = APIRouter(tags=["inference"], route_class=BodyRoute)
 
 _MOST_SCORES = 1 << 20  # of one prompt, for token_ids_logprob
+Row = list[tuple[int, float]]
+"""Tokens at one position, and their log-probs."""
 Entry = list[Any]
 """[log-prob, token, its text or null]"""
+
+
+@router.post("/generate", response_model=None, responses=described_as(wire.Generated, events=wire.Generation))
+async def generate(
+    body: wire.Generate, request: Request, served: Provided[ServedSamples], owner: Owner
+) -> Response:
+    """One object; a list of several prompts, or of several samples. With `stream` server-sent events, each
+    with all there is so far. Closing the connection cancels the samples."""
+    return await while_connected(request, _generate(body, served, owner))
+
+
+async def _generate(body: wire.Generate, served: ServedSamples, owner: str) -> Response:
+    began = time.monotonic()
+    models: dict[str | None, NamedModel] = {}
+    prompts, requests = [], []
+    for fields in body.each:
+        if fields.model not in models:
+            models[fields.model] = await served.named(owner, fields.model)
+        model = models[fields.model]
+        prompts.append(Prompt(fields, model.served, model.base.vocab_size, model.tokenizer))
+        requests.append(prompts[-1].request(await model.tokens(fields.prompt), body.stream))
+    async with served.of_request(owner) as samples:
+        answers = Answers(served, body, prompts, await served.submit(samples, requests), began)
+        if body.stream:
+            samples.disown()
+            return served.streamed(answers.events(owner))
+        return Response(await answers.whole(samples), media_type="application/json")
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt of a body, with the model and the tokenizer that it names."""
 
-    said: OnePrompt
+    fields: wire.OnePrompt
     model: ServedModel
     vocab_size: int
     text: ChatTokenizer
 
     @property
     def scores_prompt(self) -> bool:
-        return self.said.return_logprob and self.said.logprob_start_len >= 0
+        return self.fields.return_logprob and self.fields.logprob_start_len >= 0
 
     @property
     def scores_tokens(self) -> bool:
-        return self.said.return_logprob and bool(self.said.token_ids_logprob)
+        return self.fields.return_logprob and bool(self.fields.token_ids_logprob)
 
     def first_scored(self, prompt: list[int]) -> int:
-        """The position of the prompt from which on its tokens are scored; its end if they are not."""
-        return self.said.logprob_start_len if self.scores_prompt else len(prompt)
+        """Return the position from which on the prompt's tokens are scored; its end if they are not."""
+        return self.fields.logprob_start_len if self.scores_prompt else len(prompt)
 
-    def asked(self, prompt: list[int], stream: bool) -> Asked:
-        """`prompt`: its tokens. Raises BadRequest."""
-        said = self.said
-        if said.return_logprob and said.logprob_start_len > len(prompt):
+    def request(self, prompt: list[int], stream: bool) -> SampleRequest:
+        """Return the request for this prompt, whose tokens are `prompt`. Raises BadRequest."""
+        fields, params = self.fields, self.fields.params
+        if fields.return_logprob and fields.logprob_start_len > len(prompt):
             raise BadRequest(
-                f"logprob_start_len: {said.logprob_start_len} is over the prompt's {len(prompt)} tokens"
+                f"logprob_start_len: {fields.logprob_start_len} is over the prompt's {len(prompt)} tokens"
             )
-        unknown = next((token for token in said.token_ids_logprob if token >= self.vocab_size), None)
+        scored = fields.token_ids_logprob
+        unknown = next((token for token in scored if token >= self.vocab_size), None)
         if unknown is not None:
             raise BadRequest(f"token_ids_logprob: {unknown} is outside the vocabulary [0, {self.vocab_size})")
-        positions = len(prompt) - self.first_scored(prompt) + (said.params.max_new_tokens or 1)
-        if self.scores_tokens and positions * len(said.token_ids_logprob) * said.params.n > _MOST_SCORES:
+        positions = len(prompt) - self.first_scored(prompt) + (params.max_new_tokens or 1)
+        if self.scores_tokens and positions * len(scored) * params.n > _MOST_SCORES:
             raise BadRequest(
-                f"token_ids_logprob: {len(said.token_ids_logprob)} tokens at up to {positions} positions of "
-                f"{said.params.n} samples are over the limit of {_MOST_SCORES} log-probs"
+                f"token_ids_logprob: {len(scored)} tokens at up to {positions} positions of {params.n} "
+                f"samples are over the limit of {_MOST_SCORES} log-probs"
             )
-        topk = said.top_logprobs_num if said.return_logprob else 0
-        return Asked(
+        topk = fields.top_logprobs_num if fields.return_logprob else 0
+        return SampleRequest(
             self.model,
             prompt,
-            said.params.message(self.text.end_tokens),
-            num_samples=said.params.n,
+            params.message(self.text.end_tokens),
+            num_samples=params.n,
             topk=topk,
             prompt_logprobs=self.scores_prompt,
             prompt_topk=topk if self.scores_prompt else 0,
             stream=stream,
-            prompt_field="text" if isinstance(said.prompt, str) else "input_ids",
+            keep_stop=params.no_stop_trim,
+            skip_special_tokens=params.skip_special_tokens,
+            prompt_field="text" if isinstance(fields.prompt, str) else "input_ids",
         )
 
 
 @dataclass
 class _Sequence:
-    """What there is of one sequence, in the course of a stream or at its end."""
+    """The tokens of one sample, in the course of a stream or at its end, and what was scored for them."""
 
     text: SampledText
     tokens: list[int] = field(default_factory=list)
@@ -164,7 +139,7 @@ class _Sequence:
     scores: tuple[list[Row], list[Row]] | None = None
 
     def add(self, part: messages.Drawn | messages.SampledSequence, begin: int = 0) -> bool:
-        """Tokens from the `begin`-th on; whether some of them are new."""
+        """Take in tokens from the `begin`-th on, and return whether some of them are new."""
         tokens = tokens_of(part.tokens)
         if begin + len(tokens) <= len(self.tokens):  # of an engine that began it again
             return False
@@ -173,44 +148,54 @@ class _Sequence:
         return True
 
 
+@dataclass(frozen=True)
 class Answers:
-    """`began`: when the request did, by the monotonic clock."""
+    """Writes the answers of one request. `prompts` and `running` belong together; `began`: the time of the
+    request by the monotonic clock."""
 
-    def __init__(self, served: ServedSamples, body: Generate, prompts: Sequence[Prompt], began: float):
-        self._served = served
-        self._body, self._prompts, self._began = body, prompts, began
-        self._n = prompts[0].said.params.n
-        self._several = body.is_batch or self._n > 1
+    served: ServedSamples
+    body: wire.Generate
+    prompts: Sequence[Prompt]
+    running: Sequence[Running]
+    began: float
 
-    async def whole(self, samples: RequestSamples, running: list[Running]) -> bytes:
-        """In JSON. Raises ApiError."""
-        outputs = await outputs_of(running)
+    @property
+    def _num_samples(self) -> int:
+        return self.prompts[0].fields.params.n
+
+    @property
+    def _several(self) -> bool:
+        return self.body.is_batch or self._num_samples > 1
+
+    async def whole(self, samples: RequestSamples) -> bytes:
+        """Return all answers as JSON. Raises ApiError."""
         found = []
-        for place, output in enumerate(outputs):
-            found += await self._answers(samples, place, running[place], output)
+        for place, output in enumerate(await outputs_of(self.running)):
+            found += await self._answers(samples, place, output)
         return b"[" + b",".join(found) + b"]" if self._several else found[0]
 
-    async def events(self, owner: str, running: list[Running]) -> AsyncGenerator[bytes]:
-        """Each with all there is so far of one sequence. A sequence whose prompt or other tokens are scored
-        comes in one event, because those scores are known last."""
+    async def events(self, owner: str) -> AsyncGenerator[bytes]:
+        """Yield events, each with all there is so far of one sample.
+
+        A sample whose prompt or chosen tokens are scored comes in one event, because those scores come last.
+        """
         growing = [
-            self._sequence(place, running[place]) for place in range(len(running)) for _ in range(self._n)
+            self._sequence(place) for place in range(len(self.running)) for _ in range(self._num_samples)
         ]
         try:
-            async with self._served.of_request(owner) as samples:
-                async for place, part in self._served.drawn(running):
+            async with self.served.of_request(owner) as samples:
+                async for place, part in self.served.drawn(self.running):
                     if isinstance(part, messages.SampleOutput):
-                        for answer in await self._answers(samples, place, running[place], part, True):
+                        for answer in await self._answers(samples, place, part, in_stream=True):
                             yield b"data: " + answer + b"\n\n"
                         continue
-                    prompt, index = self._prompts[place], place * self._n + part.index
+                    prompt, index = self.prompts[place], place * self._num_samples + part.index
                     sequence = growing[index]
                     if prompt.scores_prompt or prompt.scores_tokens or not sequence.add(part, part.begin):
                         continue
                     sequence.text.add(part.begin, tokens_of(part.tokens))
-                    meta = self._meta(place, part.index, running[place], sequence, None)
-                    growing_answer = self._answer(place, running[place], sequence, sequence.text.told, meta)
-                    yield _data(self._numbered(growing_answer, index))
+                    text, meta = sequence.text.told, self._meta(place, part.index, sequence, None)
+                    yield event(self._answer(place, index, sequence, text, meta, in_stream=True))
         except ApiError as error:
             yield _error_event(error.status, error.message)
         except Exception as error:
@@ -218,102 +203,80 @@ class Answers:
         yield b"data: [DONE]\n\n"
 
     async def _answers(
-        self,
-        samples: RequestSamples,
-        place: int,
-        running: Running,
-        output: messages.SampleOutput,
-        in_stream: bool = False,
+        self, samples: RequestSamples, place: int, output: messages.SampleOutput, in_stream: bool = False
     ) -> list[bytes]:
-        """The JSON of one for each sequence of a prompt."""
-        write = partial(self._served.written, samples.owner, [output])
-        prompt = self._prompts[place]
-        sequences: list[_Sequence] = await write(lambda: self._sequences(place, running, output))
+        """Return the JSON of each sample of a prompt."""
+        write = partial(self.served.written, samples.owner, [output])
+        prompt, request = self.prompts[place], self.running[place].request
+        sequences: list[_Sequence] = await write(lambda: self._sequences(place, output))
         if prompt.scores_tokens:
-            asked, tokens = running.asked, prompt.said.token_ids_logprob
-            begin = min(prompt.first_scored(asked.prompt), len(asked.prompt) - 1)
-            wanted = [Wanted(asked, each.tokens, tokens, begin) for each in sequences]
-            for each, scores in zip(sequences, await score(self._served, samples, wanted), strict=True):
+            begin = min(prompt.first_scored(request.prompt), len(request.prompt) - 1)
+            tokens = prompt.fields.token_ids_logprob
+            scored = [ChosenTokens(request, each.tokens, tokens, begin) for each in sequences]
+            for each, scores in zip(sequences, await score(self.served, samples, scored), strict=True):
                 each.scores = scores
-        return await write(lambda: self._written(place, running, output, sequences, in_stream))
+        return await write(lambda: self._written(place, output, sequences, in_stream))
 
-    def _sequences(self, place: int, running: Running, output: messages.SampleOutput) -> list[_Sequence]:
+    def _sequences(self, place: int, output: messages.SampleOutput) -> list[_Sequence]:
         sequences = []
         for drawn in output.sequences:
-            sequence = self._sequence(place, running)
+            sequence = self._sequence(place)
             sequence.add(drawn)
-            if running.asked.draws_nothing:  # what would have come next
+            if self.running[place].request.draws_nothing:  # what would have come next
                 sequence.likely = likely_of(drawn.topk)
             sequences.append(sequence)
         return sequences
 
+    def _sequence(self, place: int) -> _Sequence:
+        return _Sequence(self.running[place].request.text(self.prompts[place].text))
+
     def _written(
-        self,
-        place: int,
-        running: Running,
-        output: messages.SampleOutput,
-        sequences: list[_Sequence],
-        in_stream: bool,
+        self, place: int, output: messages.SampleOutput, sequences: list[_Sequence], in_stream: bool
     ) -> list[bytes]:
         found = []
         for number, (sequence, drawn) in enumerate(zip(sequences, output.sequences, strict=True)):
-            reason = self._finish_reason(sequence, drawn.stop_reason)
-            meta = self._meta(place, number, running, sequence, reason) | {
+            if drawn.stop_reason == "length":
+                reason: dict[str, Any] = {"type": "length", "length": len(sequence.tokens)}
+            else:
+                matched = sequence.text.matched(sequence.tokens, drawn.stop_reason)
+                reason = {"type": "stop", "matched": matched}
+            meta = self._meta(place, number, sequence, reason) | {
                 "cached_tokens": output.prompt_cache_hit_tokens,
-                "e2e_latency": time.monotonic() - self._began,
+                "e2e_latency": time.monotonic() - self.began,
             }
-            if self._prompts[place].said.return_logprob:
-                meta |= self._prompt_scores(place, running.asked, output, sequence)
+            if self.prompts[place].fields.return_logprob:
+                meta |= self._prompt_scores(place, output, sequence)
             text = sequence.text.whole(sequence.tokens, drawn.stop_reason)
-            answer = self._answer(place, running, sequence, text, meta)
-            if in_stream:
-                answer = self._numbered(answer, place * self._n + number)
-            found.append(orjson.dumps(answer))
+            index = place * self._num_samples + number
+            found.append(orjson.dumps(self._answer(place, index, sequence, text, meta, in_stream)))
         return found
 
-    def _sequence(self, place: int, running: Running) -> _Sequence:
-        prompt, asked = self._prompts[place], running.asked
-        params = prompt.said.params
-        return _Sequence(
-            SampledText(
-                prompt.text,
-                asked.params.stop_strings,
-                asked.params.stop_tokens or [],
-                keep_stop=params.no_stop_trim,
-                skip_special_tokens=params.skip_special_tokens,
-                prompt=asked.prompt,
-            )
-        )
-
-    def _finish_reason(self, sequence: _Sequence, reason: str) -> dict[str, Any]:
-        if reason == "length":
-            return {"type": "length", "length": len(sequence.tokens)}
-        return {"type": "stop", "matched": sequence.text.matched(sequence.tokens, reason)}
-
     def _answer(
-        self, place: int, running: Running, sequence: _Sequence, text: str, meta: dict[str, Any]
+        self, place: int, index: int, sequence: _Sequence, text: str, meta: dict[str, Any], in_stream: bool
     ) -> dict[str, Any]:
-        answer = {"text": text, "output_ids": sequence.tokens, "meta_info": meta}
-        if self._body.return_prompt_token_ids:
-            answer["prompt_token_ids"] = running.asked.prompt
+        answer: dict[str, Any] = {"text": text, "output_ids": sequence.tokens, "meta_info": meta}
+        if self.body.return_prompt_token_ids:
+            answer["prompt_token_ids"] = self.running[place].request.prompt
+        if in_stream and self._several:
+            answer["index"] = index
         return answer
 
     def _meta(
-        self, place: int, number: int, running: Running, sequence: _Sequence, reason: dict[str, Any] | None
+        self, place: int, number: int, sequence: _Sequence, reason: dict[str, Any] | None
     ) -> dict[str, Any]:
-        asked, count = running.asked, len(sequence.tokens)
-        identifier = self._prompts[place].said.rid or running.operation.request_id
+        request, count = self.running[place].request, len(sequence.tokens)
+        identifier = self.prompts[place].fields.rid or self.running[place].operation.request_id
         meta: dict[str, Any] = {
-            "id": f"{identifier}_{number}" if self._n > 1 else identifier,
+            "id": f"{identifier}_{number}" if self._num_samples > 1 else identifier,
             "finish_reason": reason,
-            "prompt_tokens": len(asked.prompt),
+            "prompt_tokens": len(request.prompt),
             "completion_tokens": count,
             "reasoning_tokens": 0,
             "num_retractions": 0,
-            "weight_version": asked.model.version,
-            "weight_versions": [{"version": asked.model.version, "start": 0, "end": count}],
+            "weight_version": request.model.version,
+            "weight_versions": [{"version": request.model.version, "start": 0, "end": count}],
         }
-        if not self._prompts[place].said.return_logprob:
+        if not self.prompts[place].fields.return_logprob:
             return meta
         entries = [self._entry(place, *each) for each in zip(sequence.tokens, sequence.logprobs, strict=True)]
         meta |= {
@@ -321,25 +284,24 @@ class Answers:
             "output_token_logprobs": entries,
             "output_token_logprobs_length": count,
         }
-        if asked.topk:
+        if request.topk:
             rows = [self._row(place, row) for row in sequence.likely]
             meta |= {"input_top_logprobs": [], "output_top_logprobs": rows}
         return meta
 
     def _prompt_scores(
-        self, place: int, asked: Asked, output: messages.SampleOutput, sequence: _Sequence
+        self, place: int, output: messages.SampleOutput, sequence: _Sequence
     ) -> dict[str, Any]:
-        """From `logprob_start_len` on. As in SGLang the first of them has none."""
-        prompt = self._prompts[place]
+        """Return the log-probs of the prompt from `logprob_start_len` on. As in SGLang the first has none."""
+        prompt, request = self.prompts[place], self.running[place].request
         found: dict[str, Any] = {}
-        begin = prompt.first_scored(asked.prompt)
-        tokens = asked.prompt[begin:]
+        begin = prompt.first_scored(request.prompt)
+        tokens = request.prompt[begin:]
         if prompt.scores_prompt:
             values = [None, *prompt_logprobs_of(output)[begin + 1 :]][: len(tokens)]
-            found["input_token_logprobs"] = [
-                self._entry(place, *each) for each in zip(tokens, values, strict=True)
-            ]
-            if asked.prompt_topk:
+            entries = [self._entry(place, *each) for each in zip(tokens, values, strict=True)]
+            found["input_token_logprobs"] = entries
+            if request.prompt_topk:
                 rows = likely_of(output.topk_prompt_logprobs)[begin + 1 :]
                 found["input_top_logprobs"] = [None, *(self._row(place, row) for row in rows)][: len(tokens)]
         if sequence.scores is not None:
@@ -353,74 +315,72 @@ class Answers:
         return [self._entry(place, *pair) for pair in row]
 
     def _entry(self, place: int, token: int, logprob: float | None) -> Entry:
-        text = (
-            self._prompts[place].text.decode([token], False) if self._body.return_text_in_logprobs else None
-        )
-        return [logprob, token, text]
-
-    def _numbered(self, answer: dict[str, Any], index: int) -> dict[str, Any]:
-        return answer | ({"index": index} if self._several else {})
+        with_text = self.body.return_text_in_logprobs
+        return [logprob, token, self.prompts[place].text.decode([token], False) if with_text else None]
 
 
 def _error_event(status: int, message: str) -> bytes:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return _data({"error": {"message": message, "type": kind, "code": status}})
+    return event({"error": {"message": message, "type": kind, "code": status}})
 
 
-def _data(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+@dataclass(frozen=True)
+class ChosenTokens:
+    """Tokens to score at the positions of `request.prompt` after the `begin`-th, and at those of `drawn`.
+
+    If nothing was drawn, they are scored at the position after the prompt. `begin` is a position of the
+    prompt.
+    """
+
+    request: SampleRequest
+    drawn: list[int]
+    tokens: list[int]
+    begin: int
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.request.prompt + (self.drawn or [0])  # the last token only makes a position
+
+    def cells(self) -> messages.PromptCells:
+        """Return the tokens to score by position: row i is about position i + 1; rows before `begin` are
+        empty."""
+        rows, columns = len(self.sequence) - 1, len(self.tokens)
+        full = rows - self.begin
+        ends = [np.zeros(self.begin + 1, "<i8"), columns * np.arange(1, full + 1, dtype="<i8")]
+        return messages.PromptCells(
+            (rows, columns),
+            np.tile(np.asarray(self.tokens, "<i4"), full).tobytes(),
+            np.concatenate(ends).tobytes(),
+            np.tile(np.arange(columns, dtype="<i8"), full).tobytes(),
+        )
+
+    def rows(self, output: messages.SampleOutput) -> tuple[list[Row], list[Row]]:
+        """Return the scores in an answer: a row for each position of the prompt, and of what was drawn."""
+        assert output.prompt_targets is not None
+        values = np.frombuffer(output.prompt_targets.values, "<f4").reshape(-1, len(self.tokens))
+        rows = [[*zip(self.tokens, row, strict=True)] for row in values.tolist()]
+        of_prompt = len(self.request.prompt) - 1 - self.begin
+        return rows[:of_prompt], rows[of_prompt:]
 
 
-router = APIRouter(tags=["inference"], route_class=BodyRoute)
-
-
-@router.post(
-    "/generate",
-    response_model=None,
-    responses=described_as(wire.Generated, events=wire.Generation),
-)
-async def generate(
-    body: Generate,
-    request: Request,
-    base_models: Provided[BaseModels],
-    offload: Provided[Offload],
-    served_models: Provided[ServedModels],
-    served: Provided[ServedSamples],
-    owner: Owner,
-) -> Response:
-    """One object; a list of several prompts, or of several samples. With `stream` server-sent events, each
-    with all there is so far. Closing the connection cancels the samples."""
-    return await while_connected(request, _generate(body, base_models, offload, served_models, served, owner))
-
-
-async def _generate(
-    body: Generate,
-    base_models: BaseModels,
-    offload: Offload,
-    served_models: ServedModels,
-    served: ServedSamples,
-    owner: str,
-) -> Response:
-    began = time.monotonic()
-    named = {}
-    prompts, asked = [], []
-    for said in body.each:
-        if said.model not in named:
-            model = await served_models.find(owner, said.model)
-            base = base_models.named(model.sampler.base_model)
-            text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
-            named[said.model] = (
-                Prompts(offload, owner, text, base.max_sequence_length),
-                (model, base.vocab_size, text),
-            )
-        of_model, known = named[said.model]
-        prompts.append(Prompt(said, *known))
-        asked.append(prompts[-1].asked(await of_model.of(said.prompt), body.stream))
-    answers = Answers(served, body, prompts, began)
-    async with served.of_request(owner) as samples:
-        running = await served.submit(samples, asked)
-        if body.stream:
-            samples.disown()
-            return served.streamed(answers.events(owner, running))
-        whole = await answers.whole(samples, running)
-    return Response(whole, media_type="application/json")
+async def score(
+    served: ServedSamples, samples: RequestSamples, chosen: Sequence[ChosenTokens]
+) -> list[tuple[list[Row], list[Row]]]:
+    """Score chosen tokens: return rows for the positions of the prompt and of what was drawn. Raises
+    ApiError."""
+    requests = [
+        replace(
+            each.request,
+            prompt=each.sequence,
+            params=messages.SamplingParams(max_tokens=0, temperature=0.0),
+            num_samples=1,
+            topk=0,
+            prompt_logprobs=False,
+            prompt_topk=0,
+            targets=each.cells(),
+            stream=False,
+        )
+        for each in chosen
+    ]
+    outputs = await outputs_of(await served.submit(samples, requests))
+    return [each.rows(output) for each, output in zip(chosen, outputs, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -15,21 +14,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ....engine import messages
-from ...base_models import BaseModel, BaseModels
 from ...errors import ApiError, internal_error
-from ...offload import Offload
-from ...text import tokenizer
-from ...text.sampled_text import SampledText
 from ...text.tokenizer import ChatTokenizer
 from ...wire import openai as wire
-from ...wire.openai import ChatCompletions, Completions
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
 from ..errors import error_object
 from ..provided import Provided
-from ..sample_targets import ServedModel, ServedModels
-from ..samples import Asked, Prompts, Running, ServedSamples, outputs_of, while_connected
+from ..samples import Running, SampleRequest, ServedSamples, event, outputs_of, while_connected
 
 Likely = list[tuple[int, float]]
 """The most likely tokens at one position, and their log-probs."""
@@ -55,8 +48,6 @@ class Answers:
     with_logprobs: bool
     with_usage: bool  # at the end of a stream
     num_choices: int
-    keep_stop: bool = False
-    skip_special_tokens: bool = True
     prefix: str = ""
     kind: str = ""
     chunk_kind: str = ""
@@ -83,7 +74,7 @@ class Answers:
         choices: list[orjson.Fragment] = []
         for running, output in answered:
             for sequence in _likeliest(output.sequences, self.num_choices):
-                choice = _Choice(self, running.asked)
+                choice = _Choice(self, running.request)
                 text, logprobs = choice.end(output, sequence)
                 made = self.choice(len(choices), text, sequence.stop_reason, logprobs)
                 choices.append(orjson.Fragment(orjson.dumps(made)))
@@ -92,7 +83,7 @@ class Answers:
 
     async def events(self, served: ServedSamples, running: list[Running]) -> AsyncGenerator[bytes]:
         """The choices of the first prompt come first in the numbering, then those of the next."""
-        choices = [_Choice(self, each.asked) for each in running for _ in range(self.num_choices)]
+        choices = [_Choice(self, each.request) for each in running for _ in range(self.num_choices)]
         answered: list[tuple[Running, messages.SampleOutput]] = []
         try:
             async for place, part in served.drawn(running):
@@ -133,14 +124,14 @@ class Answers:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "metadata": {"weight_version": running.asked.model.version},
+            "metadata": {"weight_version": running.request.model.version},
         }
 
     def _event(
         self, running: Running, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None
     ) -> bytes:
         body = self._body(running, self.chunk_kind, choices)
-        return _data(body | ({"usage": usage} if self.with_usage else {}))
+        return event(body | ({"usage": usage} if self.with_usage else {}))
 
 
 @dataclass
@@ -209,24 +200,17 @@ class ChatAnswers(Answers):
 class _Choice:
     """What has been told of one choice."""
 
-    def __init__(self, answers: Answers, asked: Asked):
+    def __init__(self, answers: Answers, request: SampleRequest):
         self._answers = answers
-        self._asked = asked
-        self._text = SampledText(
-            answers.text,
-            asked.params.stop_strings,
-            asked.params.stop_tokens or [],
-            keep_stop=answers.keep_stop,
-            skip_special_tokens=answers.skip_special_tokens,
-            prompt=asked.prompt,
-        )
+        self._request = request
+        self._text = request.text(answers.text)
         self._tokens = 0
         self._characters = 0
         self.is_new = True
 
     def add(self, part: messages.Drawn) -> tuple[str, dict[str, Any] | None] | None:
         """The text and the log-probs that are new, or None for nothing new."""
-        if self._asked.prompt_logprobs:  # which are there only at the end, and come first
+        if self._request.prompt_logprobs:  # which are there only at the end, and come first
             return None
         if part.begin + len(part.tokens) // 4 <= self._tokens:  # an engine began it again
             return None
@@ -239,18 +223,18 @@ class _Choice:
         """All that is left to tell."""
         text = self._text.end(tokens_of(sequence.tokens), sequence.stop_reason)
         prompt: list[Scored] = []
-        if self._asked.prompt_logprobs:
+        if self._request.prompt_logprobs:
             values, likely = prompt_logprobs_of(output), likely_of(output.topk_prompt_logprobs)
-            prompt = _scored(self._asked.prompt, values, likely)
+            prompt = _scored(self._request.prompt, values, likely)
         return self._echo() + text, self._logprobs(sequence, 0, prompt)
 
     def _echo(self) -> str:
         """The prompt, before the first part."""
         is_first, self.is_new = self.is_new, False
-        if not is_first or not self._asked.echo:
+        if not is_first or not self._request.echo:
             return ""
-        given = self._asked.prompt_text
-        echo = self._answers.text.decode(self._asked.prompt) if given is None else given
+        given = self._request.prompt_text
+        echo = self._answers.text.decode(self._request.prompt) if given is None else given
         self._characters += len(echo)
         return echo
 
@@ -304,7 +288,7 @@ def _likeliest(sequences: list[messages.SampledSequence], count: int) -> list[me
 
 
 def _usage(answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, Any]:
-    prompt = sum(len(running.asked.prompt) for running, _ in answered)
+    prompt = sum(len(running.request.prompt) for running, _ in answered)
     drawn = sum(len(sequence.tokens) // 4 for _, output in answered for sequence in output.sequences)
     cached = sum(output.prompt_cache_hit_tokens for _, output in answered)
     return {
@@ -316,11 +300,7 @@ def _usage(answered: list[tuple[Running, messages.SampleOutput]]) -> dict[str, A
 
 
 def _error_event(status: int, message: str, code: str | None = None) -> bytes:
-    return _data({"error": error_object(status, message, code=code)})
-
-
-def _data(body: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return event({"error": error_object(status, message, code=code)})
 
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
@@ -332,59 +312,38 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
     responses=described_as(wire.TextCompletion, events=wire.TextCompletionChunk),
 )
 async def completions(
-    body: Completions,
-    request: Request,
-    base_models: Provided[BaseModels],
-    offload: Provided[Offload],
-    served_models: Provided[ServedModels],
-    served: Provided[ServedSamples],
-    owner: Owner,
+    body: wire.Completions, request: Request, served: Provided[ServedSamples], owner: Owner
 ) -> Response:
     """Of one prompt or several, `n` each. With `stream` server-sent events. Closing the connection cancels
     the samples."""
-    return await while_connected(
-        request, _completions(body, base_models, offload, served_models, served, owner)
-    )
+    return await while_connected(request, _completions(body, served, owner))
 
 
-async def _completions(
-    body: Completions,
-    base_models: BaseModels,
-    offload: Offload,
-    served_models: ServedModels,
-    served: ServedSamples,
-    owner: str,
-) -> Response:
-    model, base, text = await _named(base_models, served_models, owner, body.model)
-    prompts = Prompts(offload, owner, text, base.max_sequence_length)
+async def _completions(body: wire.Completions, served: ServedSamples, owner: str) -> Response:
+    model = await served.named(owner, body.model)
     scores_prompt = body.echo and body.logprobs is not None
-    asked = [
-        Asked(
-            model,
-            await prompts.of(given),
-            body.params(text.end_tokens),
+    requests = [
+        SampleRequest(
+            model.served,
+            await model.tokens(given),
+            body.params(model.tokenizer.end_tokens),
             num_samples=body.num_samples,
             topk=body.logprobs or 0,
             prompt_logprobs=scores_prompt,
             prompt_topk=(body.logprobs or 0) if scores_prompt else 0,
             stream=body.stream,
-            prompt_field="prompt" if len(body.prompts) == 1 else f"prompt[{place}]",
-            count_field="n" if body.best_of is None else "best_of",
             echo=body.echo,
             prompt_text=given if isinstance(given, str) else None,
+            keep_stop=body.no_stop_trim,
+            skip_special_tokens=body.skip_special_tokens,
+            prompt_field="prompt" if len(body.prompts) == 1 else f"prompt[{place}]",
+            count_field="n" if body.best_of is None else "best_of",
         )
         for place, given in enumerate(body.prompts)
     ]
-    answers = CompletionAnswers(
-        body.model,
-        text,
-        body.logprobs is not None,
-        body.with_usage,
-        body.n,
-        body.no_stop_trim,
-        body.skip_special_tokens,
-    )
-    return await _answered(served, owner, answers, asked)
+    with_logprobs = body.logprobs is not None
+    answers = CompletionAnswers(body.model, model.tokenizer, with_logprobs, body.with_usage, body.n)
+    return await _answered(served, owner, answers, requests)
 
 
 @router.post(
@@ -393,65 +352,37 @@ async def _completions(
     responses=described_as(wire.ChatCompletion, events=wire.ChatCompletionChunk),
 )
 async def chat_completions(
-    body: ChatCompletions,
-    request: Request,
-    base_models: Provided[BaseModels],
-    offload: Provided[Offload],
-    served_models: Provided[ServedModels],
-    served: Provided[ServedSamples],
-    owner: Owner,
+    body: wire.ChatCompletions, request: Request, served: Provided[ServedSamples], owner: Owner
 ) -> Response:
     """The conversation as the model's chat template writes it, gone on with. With `stream` server-sent
     events. Closing the connection cancels the samples."""
-    return await while_connected(
-        request, _chat_completions(body, base_models, offload, served_models, served, owner)
-    )
+    return await while_connected(request, _chat_completions(body, served, owner))
 
 
-async def _chat_completions(
-    body: ChatCompletions,
-    base_models: BaseModels,
-    offload: Offload,
-    served_models: ServedModels,
-    served: ServedSamples,
-    owner: str,
-) -> Response:
-    model, base, text = await _named(base_models, served_models, owner, body.model)
-    prompts = Prompts(offload, owner, text, base.max_sequence_length)
+async def _chat_completions(body: wire.ChatCompletions, served: ServedSamples, owner: str) -> Response:
+    model = await served.named(owner, body.model)
     turns = [message.turn() for message in body.messages]
-    asked = Asked(
-        model,
-        await prompts.of_conversation(turns, **body.template_variables),
-        body.params(text.end_tokens),
+    request = SampleRequest(
+        model.served,
+        await model.conversation_tokens(turns, **body.template_variables),
+        body.params(model.tokenizer.end_tokens),
         num_samples=body.n,
         topk=body.top_logprobs,
         stream=body.stream,
+        keep_stop=body.no_stop_trim,
+        skip_special_tokens=body.skip_special_tokens,
         prompt_field="messages",
     )
-    answers = ChatAnswers(
-        body.model,
-        text,
-        body.logprobs,
-        body.with_usage,
-        body.n,
-        body.no_stop_trim,
-        body.skip_special_tokens,
-    )
-    return await _answered(served, owner, answers, [asked])
+    answers = ChatAnswers(body.model, model.tokenizer, body.logprobs, body.with_usage, body.n)
+    return await _answered(served, owner, answers, [request])
 
 
-async def _named(
-    base_models: BaseModels, served_models: ServedModels, owner: str, name: str
-) -> tuple[ServedModel, BaseModel, tokenizer.ChatTokenizer]:
-    model = await served_models.find(owner, name)
-    base = base_models.named(model.sampler.base_model)
-    return model, base, await asyncio.to_thread(tokenizer.of_folder, base.folder)
-
-
-async def _answered(served: ServedSamples, owner: str, answers: Answers, asked: list[Asked]) -> Response:
+async def _answered(
+    served: ServedSamples, owner: str, answers: Answers, requests: list[SampleRequest]
+) -> Response:
     async with served.of_request(owner) as samples:
-        running = await served.submit(samples, asked)
-        if asked[0].stream:
+        running = await served.submit(samples, requests)
+        if requests[0].stream:
             samples.disown()
             return served.streamed(answers.events(served, running))
         outputs = await outputs_of(running)

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ....engine import messages
 from ...dialect import Dialect
 from ...errors import BadRequest
 from ...ledger import tenancy
@@ -19,8 +18,7 @@ from ...operations.operation import Submission
 from ...operations.operations import Operations
 from ...plugins.sglang.sampling import Divergence
 from ...wire import requests, responses
-from ...wire import sampling as wire
-from ...wire.sampling import CreateSamplingClient, CreateSamplingSession
+from ...wire import sample_requests as wire
 from ..bodies import BodyRoute
 from ..dependencies import Owner, Said, described_as, future
 from ..operation_answers import OperationAnswers
@@ -35,7 +33,7 @@ router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 async def asample(
     body: wire.Sample, api_samples: Provided[ApiSamples], owner: Owner, said: Said
 ) -> dict[str, Any]:
-    operation = await api_samples.submit(owner, body, said)
+    operation = await api_samples.submit(owner, body, said or "tinkercloud")
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 
@@ -54,78 +52,56 @@ async def sample(
     """Of one `prompt`: the samples, when they are there. Of `prompts`: a request to poll. `wait` chooses.
     Closing the connection cancels samples that the request waits for, unless they are numbered: sending
     those again finds them."""
-    if body.prompts is None if wait is None else wait:
-        waiting = _sample_and_wait(body, api_samples, served, answers, owner, said)
-        return await while_connected(request, waiting)
-    async with served.of_request(owner) as samples:
-        operation = await api_samples.submit_all(owner, body, samples, said)
-        samples.disown()
-    return future(operation)
+    dialect = said or "tinkercloud"
+    waits = body.prompts is None if wait is None else wait
+    is_numbered = body.sampling_session_id is not None and body.seq_id is not None
 
+    async def answer() -> Response | dict[str, Any]:
+        async with served.of_request(owner) as samples:
+            operation = await api_samples.submit_all(owner, body, samples, dialect)
+            if is_numbered or not waits:
+                samples.disown()
+            return await answers.when_answered(operation, dialect) if waits else future(operation)
 
-async def _sample_and_wait(
-    body: wire.SampleNow,
-    api_samples: ApiSamples,
-    served: ServedSamples,
-    answers: OperationAnswers,
-    owner: str,
-    said: Dialect | None,
-) -> Response:
-    async with served.of_request(owner) as samples:
-        operation = await api_samples.submit_all(owner, body, samples, said)
-        if body.sampling_session_id is not None and body.seq_id is not None:  # it is numbered
-            samples.disown()
-        return await answers.when_answered(operation, said or operation.dialect)
+    return await (while_connected(request, answer()) if waits else answer())
 
 
 @router.post("/create_sampling_session", responses=described_as(responses.CreatedSamplingSession))
 async def create_sampling_session(
-    body: CreateSamplingSession,
+    body: wire.CreateSamplingSession,
     ledger: Provided[Ledger],
     sessions: Provided[Sessions],
-    samplers: Provided[Samplers],
     targets: Provided[SampleTargets],
     owner: Owner,
     said: Said,
 ) -> dict[str, Any]:
     """Of a session, with its number; or of a sampler checkpoint alone."""
-    sampler = await _create(ledger, sessions, samplers, targets, owner, body, said)
+    sampler = await _create(ledger, sessions, targets, owner, body, said)
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
 
 @router.post("/create_sampling_client", responses=described_as(responses.CreatedSamplingClient))
 async def create_sampling_client(
-    body: CreateSamplingClient,
+    body: wire.CreateSamplingClient,
     ledger: Provided[Ledger],
     operations: Provided[Operations],
     sessions: Provided[Sessions],
-    samplers: Provided[Samplers],
     targets: Provided[SampleTargets],
     owner: Owner,
     said: Said,
 ) -> dict[str, Any]:
     """As create_sampling_session; the request that it answers with is done at once."""
-    sampler = await _create(ledger, sessions, samplers, targets, owner, body, said)
+    sampler = await _create(ledger, sessions, targets, owner, body, said)
     reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
     reply |= _described(sampler, body.model_path)
     if body.sampling_params is not None:
         reply["warning_message"] = "sampling_params: send them with each sample; a client keeps none"
-    operation = await operations.accept(
-        Submission(
-            owner,
-            "create_sampling_client",
-            None,
-            None,
-            reply,
-            also=lambda _connection, request_id: messages.Done(request_id, messages.Nothing()),
-            dialect=said or "tinkercloud",
-        )
-    )
-    return reply | future(operation)
+    submission = Submission.done_at_once(owner, "create_sampling_client", reply, said or "tinkercloud")
+    return reply | future(await operations.accept(submission))
 
 
 def _described(sampler: Sampler, model_path: str | None) -> dict[str, Any]:
-    """`lora_name` is what SGLang's `/generate` calls the adapter."""
+    """Describe a sampler for its client. `lora_name` is what SGLang's `/generate` calls the adapter."""
     name = (sampler.model_path or "").rpartition("/")[2]
     return {
         "sampling_session_id": sampler.id,
@@ -139,10 +115,9 @@ def _described(sampler: Sampler, model_path: str | None) -> dict[str, Any]:
 async def _create(
     ledger: Ledger,
     sessions: Sessions,
-    samplers: Samplers,
     targets: SampleTargets,
     owner: str,
-    body: CreateSamplingSession,
+    body: wire.CreateSamplingSession,
     said: Dialect | None,
 ) -> Sampler:
     session_id, number = body.session_id, body.sampling_session_seq_id
@@ -155,13 +130,13 @@ async def _create(
     if number is None and found.run_id is not None:
         which = number_of(found.run_id, (found.path or "").rpartition("/")[2])
     session_id = session_id or await _session_of(ledger, sessions, owner, found)
-    return await samplers.create(
+    return await targets.samplers.create(
         owner, session_id, which, found.base_model, found.path, found.directory, body.sampling_engine
     )
 
 
 async def _session_of(ledger: Ledger, sessions: Sessions, owner: str, found: Weights) -> str:
-    """That of the model that the weights are of, or a new one."""
+    """Return the session of the caller's model that the weights belong to, or a new one."""
     if found.run_id is not None:
         run_id = found.run_id
         row = await ledger.read(lambda connection: tenancy.find_model(connection, run_id))

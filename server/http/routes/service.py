@@ -27,7 +27,7 @@ from ..authentication import METRICS_PATH
 from ..dependencies import BaseUrl, Owner, described_as
 from ..monitoring import Metrics
 from ..provided import Provided
-from ..sample_targets import ServedModels
+from ..sample_targets import SampleTargets
 
 router = APIRouter(tags=["service"])
 
@@ -244,12 +244,12 @@ served_router = APIRouter(tags=["inference"])
 
 @served_router.get("/v1/models", responses=described_as(responses.ServedModels))
 async def models(
-    base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
+    base_models: Provided[BaseModels], targets: Provided[SampleTargets], owner: Owner
 ) -> dict[str, Any]:
     """The base models, and the caller's samplers of named weights: by path, each an adapter of its base."""
     data = [_model(base.name, None, base.max_sequence_length, 0.0) for base in base_models.values()]
     paths = set()
-    for row in await served_models.listed(owner):
+    for row in await targets.listed(owner):
         base = base_models.get(row.base_model)
         if base is not None and row.model_path not in paths:
             paths.add(row.model_path)
@@ -259,10 +259,10 @@ async def models(
 
 @served_router.get("/v1/models/{name:path}", responses=described_as(responses.ServedModel))
 async def model(
-    name: str, base_models: Provided[BaseModels], served_models: Provided[ServedModels], owner: Owner
+    name: str, base_models: Provided[BaseModels], targets: Provided[SampleTargets], owner: Owner
 ) -> dict[str, Any]:
     """Any model that completions take, by whatever name they take it."""
-    found = await served_models.describe(owner, name)
+    found = await targets.describe(owner, name)
     base = base_models.named(found.parent or found.name)
     return _model(found.name, found.parent, base.max_sequence_length, found.created)
 

@@ -285,18 +285,9 @@ async def unload_model(
     """As delete_model, answered by a poll."""
     run = await runs.find_live(owner, body.model_id)
     await runs.finish(run)
-    operation = await operations.accept(
-        Submission(
-            owner,
-            "unload_model",
-            None,
-            None,
-            {"type": "unload_model", "model_id": run.name},
-            also=lambda _connection, request_id: messages.Done(request_id, messages.Nothing()),
-            dialect=said or run.dialect,
-        )
-    )
-    return future(operation)
+    reply = {"type": "unload_model", "model_id": run.name}
+    submission = Submission.done_at_once(owner, "unload_model", reply, said or run.dialect)
+    return future(await operations.accept(submission))
 
 
 @model_router.post("/kill_session", responses=described_as(responses.KilledSession))
