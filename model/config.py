@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 
 class UnsupportedModelError(ValueError):
@@ -27,7 +27,7 @@ class Site(NamedTuple):
     trained. `axes` are the logical axes of its sides (`sharding.RULES`). If there are `experts`, each of them
     has such a matrix. Their adapter has one factor that is `shared` by all experts, the one at the hidden
     axis, and one of its own for each. SGLang and vLLM merge the matrices of a layer that have the same
-    `merged` into one, so these have to be treated alike.
+    `merged` into one, so these have to be treated alike. `bias_dtype` is the bias's if it is not the model's.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Site(NamedTuple):
     experts: int | None = None
     shared: Literal["a", "b"] | None = None
     merged: str | None = None
+    bias_dtype: Literal["float32"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,11 +57,14 @@ class Site(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """An RMSNorm over vectors of `size` numbers, with the logical axis of its weight."""
+    """An RMSNorm over vectors of `size` numbers, with the logical axis of its weight.
+
+    `eps` is the model's if it is None."""
 
     name: str
     size: int
     axis: str = "hidden"
+    eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,14 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary embedding of `dims` dimensions of a head, with frequencies theta^(-2i/dims)."""
+    """The rotary embedding of `dims` dimensions of a head, with frequencies theta^(-2i/dims).
+
+    The pairs that turn together are the numbers i and i + dims/2, or 2i and 2i + 1 if `interleaved`."""
 
     theta: float
     dims: int
     scaling: RopeScaling | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,11 @@ class Attention:
         return KeysValues(self.kv_heads, self.head_dim, self.head_dim)
 
     @property
+    def width(self) -> int:
+        """The numbers in the outputs of all heads of a token."""
+        return self.heads * self.head_dim
+
+    @property
     def qkv(self) -> int:
         """The numbers in the queries, keys and values of a token."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -165,6 +177,87 @@ class Attention:
         if not self.qk_norm:
             return ()
         return Norm("q_norm", self.head_dim, "head_dim"), Norm("k_norm", self.head_dim, "head_dim")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Keys and values of all heads are made of `kv_rank` numbers per token, and of `rope_dim` numbers that are
+    rotated and belong to the keys of all heads. Queries pass through `query_rank` numbers, unless it is None.
+    Of each head's key, `plain_dim` numbers are not rotated; its value has `value_dim`. `score_factor` is
+    multiplied into the scores (YaRN's `mscale_all_dim`, squared).
+
+    In training, keys and values are expanded for every head. The sampler stores the latents, and multiplies
+    the queries and the outputs with the matrix that would expand them: one key for all heads.
+    """
+
+    hidden: int
+    heads: int
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: Rope
+    score_factor: float = 1.0
+    biased: tuple[str, ...] = ()
+
+    window: ClassVar[int | None] = None
+    sinks: ClassVar[bool] = False
+    kv_heads: ClassVar[int] = 1
+
+    @property
+    def key_dim(self) -> int:
+        return self.plain_dim + self.rope_dim
+
+    @property
+    def cached(self) -> KeysValues:
+        return KeysValues(1, self.head_dim, self.head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        """The size of the key that the sampler stores for all heads."""
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return self.key_dim**-0.5 * self.score_factor
+
+    @property
+    def width(self) -> int:
+        """The numbers in the outputs of all heads of a token."""
+        return self.heads * max(self.key_dim, self.value_dim)
+
+    @property
+    def qkv(self) -> int:
+        """The numbers in the queries, keys and values of a token, and in what they are made of."""
+        return 3 * self.width + (self.query_rank or 0) + self.head_dim
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        D, Q, C, biased = self.hidden, self.heads * self.key_dim, self.kv_rank, self.biased
+        expanded = self.heads * (self.plain_dim + self.value_dim)
+        if self.query_rank is None:
+            queries: tuple[Site, ...] = (Site("q_proj", D, Q, "attn", ("embed", "heads")),)
+        else:
+            queries = (
+                Site("q_a_proj", D, self.query_rank, "attn", ("embed", "hidden"), "q_a_proj" in biased),
+                Site("q_b_proj", self.query_rank, Q, None, ("embed", "heads")),
+            )
+        latent = "kv_a_proj_with_mqa"
+        return (
+            *queries,
+            Site(latent, D, self.head_dim, "attn", ("embed", "hidden"), latent in biased),
+            Site("kv_b_proj", C, expanded, None, ("embed", "heads")),
+            Site("o_proj", self.heads * self.value_dim, D, "attn", ("heads", "embed"), "o_proj" in biased),
+        )
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        of_queries = () if self.query_rank is None else (Norm("q_a_layernorm", self.query_rank, eps=1e-6),)
+        return *of_queries, Norm("kv_a_layernorm", self.kv_rank, eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -207,12 +300,27 @@ class Clamp:
 
 
 @dataclass(frozen=True)
+class SigmoidRouter:
+    """DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2): an expert's probability is the sigmoid of its
+    logit.
+
+    Experts are chosen by probability plus a correction that is learned beside the gradient and never trained
+    here: first the best `groups_chosen` of `groups` equal groups, by the sum of their two highest, then the
+    best experts of these. The weights of the chosen ones are their probabilities times `scaling`."""
+
+    groups: int
+    groups_chosen: int
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of `count` gated MLPs, each with `width` hidden units, of which every token gets `chosen`.
 
-    The router's softmax is over all experts. If `normalised`, the weights of those chosen sum to 1, as if the
-    softmax were over them. The matrices have biases if `biased`. `clamp` is the activation of the gate, if it
-    is not silu."""
+    The router is a softmax over all experts, or `sigmoid`. If `normalised`, the weights of those chosen sum
+    to 1, as if the softmax were over them. The matrices have biases if `biased`. `clamp` is the activation of
+    the gate, if it is not silu. Every token also passes a gated MLP of `shared` hidden units, if there are
+    any."""
 
     hidden: int
     width: int
@@ -221,12 +329,23 @@ class Experts:
     normalised: bool
     biased: bool = False
     clamp: Clamp | None = None
+    sigmoid: SigmoidRouter | None = None
+    shared: int = 0
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        D, F, E, bias = self.hidden, self.width, self.count, self.biased
+        D, F, E, S, bias = self.hidden, self.width, self.count, self.shared, self.biased
+        of_all = (
+            Site("shared_gate", D, S, "mlp", ("embed", "ff"), merged="shared_gate_up"),
+            Site("shared_up", D, S, "mlp", ("embed", "ff"), merged="shared_gate_up"),
+            Site("shared_down", S, D, "mlp", ("ff", "embed")),
+        )
+        router = Site("router", D, E, None, ("embed", "experts"), bias)
+        if self.sigmoid is not None:
+            router = router._replace(bias=True, bias_dtype="float32")  # the correction
         return (
-            Site("router", D, E, None, ("embed", "experts"), bias),
+            router,
+            *(of_all if S else ()),
             Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
             Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
             Site("expert_down", F, D, "mlp", ("ff", "embed"), bias, E, "b"),
@@ -235,14 +354,14 @@ class Experts:
     @property
     def active_width(self) -> int:
         """The hidden units that a token passes."""
-        return self.chosen * self.width
+        return self.chosen * self.width + self.shared
 
 
 @dataclass(frozen=True)
 class Layer:
     """A mixer and an MLP, each after an RMSNorm and added to the residual stream."""
 
-    mixer: Attention
+    mixer: Attention | Latent
     mlp: GatedMlp | Experts
 
     @property

@@ -59,7 +59,7 @@ def counts(config: ModelConfig) -> Counts:
         hidden=config.hidden_size,
         feed_forward=max(mlp.active_width for mlp in mlps),
         qkv=max(mixer.qkv for mixer in mixers),
-        attention_width=max(mixer.heads * mixer.head_dim for mixer in mixers),
+        attention_width=max(mixer.width for mixer in mixers),
         kv_per_position=sum(mixer.cached.per_token for mixer in mixers),
         kv_heads=max(mixer.kv_heads for mixer in mixers),
         windows=tuple(mixer.window for mixer in mixers),

@@ -72,7 +72,7 @@ class Scanned:
             block_lora = None
             if lora is not None:
                 block_lora = LayerLora(pairs, lora["scale"], rows.adapter, each_once=True)
-            x_S1D = block(x_S1D, rotations, attend, block_lora, residual=_RESIDUAL)
+            x_S1D = block(x_S1D, rotations, attend, block_lora, residual=_RESIDUAL, cached=True)
             return (x_S1D, cache.updated(mixer.cached, pages)), {}
 
         x_S1D = constrain(constrain(self._table_VD, ("vocab", "embed"))[token_S[:, None]], _RESIDUAL)

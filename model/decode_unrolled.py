@@ -91,9 +91,8 @@ class Unrolled:
                 parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
                 return attend_parts(q, parts, mixer.scale, *sinks)
 
-            x = block(
-                x, at, attend, LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
-            )
+            block_lora = LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
+            x = block(x, at, attend, block_lora, cached=True)
         return self.model.norm(x), tuple(kept)
 
     def cache(self, state: Any) -> Cache:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .config import Experts, Layer, ModelConfig, Site, Stack
+from .config import Attention, Experts, Latent, Layer, ModelConfig, Site, Stack
 from .experts import EXPERT_SITES, Biases, Weights, mixture
 from .kernels.attention import SAVED, attention
 from .kernels.product import Form, by_output, product
@@ -88,7 +88,7 @@ class Linear(nnx.Module):
         init = nnx.initializers.lecun_normal(batch_axis=() if site.experts is None else (0,))
         axes = site.axes if site.experts is None else ("experts", *site.axes)
         self.weight = nnx.Param(init(rngs.params(), site.shape, dtype), logical_axes=axes)
-        bias = jnp.zeros((*site.shape[:-2], site.out), dtype) if site.bias else None
+        bias = jnp.zeros((*site.shape[:-2], site.out), site.bias_dtype or dtype) if site.bias else None
         self.bias = None if bias is None else nnx.Param(bias, logical_axes=(*axes[:-2], axes[-1]))
         self.form = form
 
@@ -170,8 +170,8 @@ class Block(nnx.Module):
         for site in layer.sites:
             setattr(self, site.name, Linear(site, dtype, rngs, form))
         for norm in layer.norms:
-            norm_of = RMSNorm(norm.size, norm.axis, config.rms_norm_eps, dtype, config.wide_norms)
-            setattr(self, norm.name, norm_of)
+            eps = config.rms_norm_eps if norm.eps is None else norm.eps
+            setattr(self, norm.name, RMSNorm(norm.size, norm.axis, eps, dtype, config.wide_norms))
         self.sinks = None if layer.sinks is None else Sinks(layer.sinks, dtype)
         self.layer = layer
         self.adapters_form = Form.WIDE_SUMS if form is Form.WIDE_SUMS else Form.PLAIN
@@ -185,50 +185,105 @@ class Block(nnx.Module):
         lora: LayerLora | None = None,
         residual: LogicalAxes = _RESIDUAL,
         routes: list[Array] | None = None,
+        cached: bool = False,
     ) -> Float[Array, "B T D"]:
         """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v.
 
         `residual` are the axes by which the stream is sharded. A mixture appends the experts that it has
-        chosen, [B T k], to `routes`."""
+        chosen, [B T k], to `routes`. With `cached`, k and v are what the sampler stores of the tokens
+        (`config.Latent`)."""
         B, T, _ = x_BTD.shape
-        mixer, at = self.layer.mixer, rotations[self.rope]
+        mixer, mlp, at = self.layer.mixer, self.layer.mlp, rotations[self.rope]
 
         def linear(name: str, x: Array) -> Array:
             y = getattr(self, name)(x)
             return (y if lora is None else lora.add(name, x, y, self.adapters_form)).astype(x.dtype)
 
         y = self.input_layernorm(x_BTD)
-        if mixer.fused:
-            heads = linear("qkv_proj", y).reshape(B, T, -1, mixer.head_dim)
-            q, k, v = jnp.split(heads, (mixer.heads, mixer.heads + mixer.kv_heads), axis=2)
+        if isinstance(mixer, Latent):
+            mixed_BTNH = self._latent(mixer, y, at, attend, linear, cached)
         else:
-            q, k, v = (linear(n, y).reshape(B, T, -1, mixer.head_dim) for n in ("q_proj", "k_proj", "v_proj"))
-        if mixer.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        sinks = () if self.sinks is None else (self.sinks.weight[...],)
-        mixed_BTNH = attend(rotate(q, at), rotate(k, at), v, *sinks)
+            mixed_BTNH = self._attention(mixer, y, at, attend, linear)
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), residual)
         y = self.post_attention_layernorm(x_BTD)
-        if isinstance(self.layer.mlp, Experts):
-            y, chosen_BTk = mixture(self.layer.mlp, self._expert_weights(), y, lora, gated)
+        if isinstance(mlp, Experts):
+            mixed, chosen_BTk = mixture(mlp, self._expert_weights(), y, lora, gated)
+            if mlp.shared:
+                mixed += linear("shared_down", gated(linear("shared_gate", y), linear("shared_up", y)))
+            y = mixed
             if routes is not None:
                 routes.append(chosen_BTk)
         else:
-            if self.layer.mlp.fused:
+            if mlp.fused:
                 gate, up = jnp.split(linear("gate_up_proj", y), 2, axis=-1)
             else:
                 gate, up = linear("gate_proj", y), linear("up_proj", y)
             y = linear("down_proj", gated(gate, up))
         return constrain(x_BTD + y, residual)
 
+    def _attention(
+        self, mixer: Attention, y_BTD: Array, at: Rotation, attend: Attend, linear: Callable
+    ) -> Float[Array, "B T N H"]:
+        B, T, _ = y_BTD.shape
+        if mixer.fused:
+            heads = linear("qkv_proj", y_BTD).reshape(B, T, -1, mixer.head_dim)
+            q, k, v = jnp.split(heads, (mixer.heads, mixer.heads + mixer.kv_heads), axis=2)
+        else:
+            names = ("q_proj", "k_proj", "v_proj")
+            q, k, v = (linear(name, y_BTD).reshape(B, T, -1, mixer.head_dim) for name in names)
+        if mixer.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        sinks = () if self.sinks is None else (self.sinks.weight[...],)
+        return attend(rotate(q, at), rotate(k, at), v, *sinks)
+
+    def _latent(
+        self,
+        mixer: Latent,
+        y_BTD: Array,
+        at: Rotation,
+        attend: Attend,
+        linear: Callable,
+        cached: bool,
+    ) -> Float[Array, "B T N V"]:
+        """Return the heads' outputs of latent attention, from expanded or from `cached` keys and values.
+
+        With c the latent of a token, and Wk and Wv a head's parts of the matrix that expands it, the plain
+        part of a score is q (c Wk) = (q Wk^T) c, and a head's output is sum p (c Wv) = (sum p c) Wv."""
+        (B, T, _), N, R = y_BTD.shape, mixer.heads, mixer.kv_rank
+        if mixer.query_rank is None:
+            q_BTNH = linear("q_proj", y_BTD)
+        else:
+            q_BTNH = linear("q_b_proj", self.q_a_layernorm(linear("q_a_proj", y_BTD)))
+        q_BTNH = q_BTNH.reshape(B, T, N, mixer.key_dim)
+        q_plain, q_rope = jnp.split(q_BTNH, (mixer.plain_dim,), axis=-1)
+        c_BTR, k_rope = jnp.split(linear("kv_a_proj_with_mqa", y_BTD), (R,), axis=-1)
+        c_BTR = self.kv_a_layernorm(c_BTR)
+        interleaved = mixer.rope.interleaved
+        q_rope, k_rope = (rotate(x, at, interleaved) for x in (q_rope, k_rope[:, :, None]))
+
+        if not cached:
+            kv_BTNH = linear("kv_b_proj", c_BTR).reshape(B, T, N, -1)
+            k_plain, v = jnp.split(kv_BTNH, (mixer.plain_dim,), axis=-1)
+            k_rope = jnp.broadcast_to(k_rope, (B, T, N, mixer.rope_dim))
+            q, k = (jnp.concatenate(x, axis=-1) for x in ((q_plain, q_rope), (k_plain, k_rope)))
+            # The kernels take heads of one size.
+            H = max(mixer.key_dim, mixer.value_dim)
+            q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, H - x.shape[-1]),)) for x in (q, k, v))
+            return attend(q, k, v)[..., : mixer.value_dim]
+        expand = self.kv_b_proj.weight[...]
+        expand_RNH = (expand.T if self.kv_b_proj.is_by_output else expand).reshape(R, N, -1)
+        Wk, Wv = jnp.split(expand_RNH.astype(y_BTD.dtype), (mixer.plain_dim,), axis=-1)
+        q = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", q_plain, Wk), q_rope], axis=-1)
+        k = jnp.concatenate([c_BTR[:, :, None], k_rope], axis=-1)
+        mixed_BTNR = attend(q, k, k)[..., :R].astype(y_BTD.dtype)
+        return jnp.einsum("btnr,rnv->btnv", mixed_BTNR, Wv)
+
     def _expert_weights(self) -> Weights:
         router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
         router_DE = router.weight[...].T if router.is_by_output else router.weight[...]
-        biases = None
-        if self.layer.mlp.biased:
-            biases = Biases(*(site.bias[...] for site in (router, *experts)))
         gate, up, down = (site.weight[...] for site in experts)
-        return Weights(router_DE, gate, up, down, biases)
+        biases = Biases(*(site.bias[...] for site in experts)) if self.layer.mlp.biased else None
+        return Weights(router_DE, gate, up, down, None if router.bias is None else router.bias[...], biases)
 
 
 class Stacks(nnx.Module):

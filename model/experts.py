@@ -2,6 +2,8 @@
 
     p = softmax(x Wr);  y = sum over the k largest p_e (divided by their sum if `normalised`) of p_e MLP_e(x)
 
+or, with `config.SigmoidRouter`, the sigmoids of its groups.
+
 Tokens are sorted by expert, and each expert's matrices are multiplied with its tokens alone
 (`kernels/grouped_product`), so the cost follows the active parameters. The router works in float32 whatever
 the dtype, so that sampler and trainer choose the same experts. A token's k outputs are summed in the order of
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from .config import Clamp, Experts
+from .config import Clamp, Experts, SigmoidRouter
 from .kernels.backends import Backend, current_backend
 from .kernels.grouped_product import grouped_product
 from .kernels.product import product
@@ -36,21 +38,21 @@ EXPERT_SITES = ("expert_gate", "expert_up", "expert_down")
 
 
 class Biases(NamedTuple):
-    """The biases of a mixture."""
+    """The biases of experts."""
 
-    router: Float[Array, " E"]
     gate: Float[Array, "E F"]
     up: Float[Array, "E F"]
     down: Float[Array, "E D"]
 
 
 class Weights(NamedTuple):
-    """The matrices of a mixture, and its biases if it has any."""
+    """The matrices of a mixture, and its biases if it has any. A `SigmoidRouter`'s is the correction."""
 
     router: Float[Array, "D E"]
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+    router_bias: Float[Array, " E"] | None = None
     biases: Biases | None = None
 
 
@@ -64,10 +66,33 @@ class Routing(NamedTuple):
 def route(experts: Experts, weights: Weights, x: Float[Array, "*S D"]) -> Routing:
     """Choose each token's experts. The weights are float32."""
     logits = jnp.matmul(x.astype(jnp.float32), weights.router.astype(jnp.float32), precision="highest")
-    if weights.biases is not None:
-        logits = logits + weights.biases.router.astype(jnp.float32)
+    bias = None if weights.router_bias is None else weights.router_bias.astype(jnp.float32)
+    if experts.sigmoid is not None:
+        return _route_by_sigmoid(experts, experts.sigmoid, logits, bias)
+    if bias is not None:
+        logits = logits + bias
     weight, expert = jax.lax.top_k(jax.nn.softmax(logits), experts.chosen)
     return Routing(expert, weight / weight.sum(-1, keepdims=True) if experts.normalised else weight)
+
+
+def _route_by_sigmoid(
+    experts: Experts, router: SigmoidRouter, logits: Float[Array, "*S E"], correction: Array | None
+) -> Routing:
+    probability = jax.nn.sigmoid(logits)
+    rank = jax.lax.stop_gradient(probability)
+    if correction is not None:
+        rank = rank + jax.lax.stop_gradient(correction)
+    if router.groups > 1:
+        by_group = rank.reshape(*rank.shape[:-1], router.groups, -1)
+        best_two = jax.lax.top_k(by_group, 2)[0].sum(-1)
+        _, chosen = jax.lax.top_k(best_two, router.groups_chosen)
+        is_chosen = jax.nn.one_hot(chosen, router.groups, dtype=bool).any(-2)
+        rank = jnp.where(is_chosen[..., None], by_group, -jnp.inf).reshape(rank.shape)
+    _, expert = jax.lax.top_k(rank, experts.chosen)
+    weight = jnp.take_along_axis(probability, expert, axis=-1)
+    if experts.normalised:
+        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+    return Routing(expert, weight * router.scaling)
 
 
 def mixture(
@@ -100,8 +125,10 @@ def mixture(
     by_row = partition_spec(x_BTD.shape, ("rows", "tokens", "hidden"), mesh)
     (width,) = partition_spec((experts.width,), ("ff",), mesh)
     specs = Weights(P(), P(None, None, width), P(None, None, width), P(None, width, None))
+    if weights.router_bias is not None:
+        specs = specs._replace(router_bias=P())
     if weights.biases is not None:
-        specs = specs._replace(biases=Biases(P(), P(None, width), P(None, width), P()))
+        specs = specs._replace(biases=Biases(P(None, width), P(None, width), P()))
     adapter_specs = None
     if adapters is not None:
         pair_specs = {name: _cut(name, pair, width) for name, pair in adapters.pairs.items()}

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .config import GatedMlp, ModelConfig, UnsupportedModelError, read_json
+from .config import Attention, GatedMlp, ModelConfig, UnsupportedModelError, read_json
 from .counts import Counts, counts
 from .families import FAMILIES, adapter_modules, parameter_count, tensor_shapes
 from .weight_files import (
@@ -141,6 +141,7 @@ def _arithmetic(config: ModelConfig) -> str:
         return repr(_stated(config))
     layers = config.layers
     mixer, mlp = layers[0].mixer, layers[0].mlp
+    assert isinstance(mixer, Attention)
     assert isinstance(mlp, GatedMlp)
     windows = [layer.mixer.window for layer in layers]
     fields = _stated(config) | {

@@ -82,7 +82,7 @@ def _with_contexts_read(
             return attend_parts(q, parts, mixer.scale, sinks)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        x_BTD = block(x_BTD, rotations, attend, block_lora)
+        x_BTD = block(x_BTD, rotations, attend, block_lora, cached=True)
         return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)}
 
     x_STD, kept = scan_layers(model, lora, model.embed_tokens(rows.tokens), run, numbered=True)
@@ -120,7 +120,7 @@ def _in_place(
             return merge(own, context).astype(q.dtype)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        x_STD = block(x_STD, rotations, attend, block_lora)
+        x_STD = block(x_STD, rotations, attend, block_lora, cached=True)
         return (x_STD, cache.updated(mixer.cached, pages)), {}
 
     x_STD = model.embed_tokens(rows.tokens)

@@ -75,8 +75,15 @@ def rotation(rope: Rope, position_BT: Int[Array, "B T"]) -> Rotation:
     return Rotation(cos, sin)
 
 
-def rotate(x_BTNH: Float[Array, "B T N H"], at: Rotation) -> Float[Array, "B T N H"]:
-    """Turn each pair (x[i], x[i + H/2]) by its angle, computed in float32 and returned in the dtype of x."""
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], at: Rotation, interleaved: bool = False
+) -> Float[Array, "B T N H"]:
+    """Turn each pair (x[i], x[i + H/2]) by its angle, computed in float32 and returned in the dtype of x.
+
+    If `interleaved`, the pairs are (x[2i], x[2i + 1]), and come out as (y[i], y[i + H/2]): queries and keys
+    in one order have the same products in another."""
+    if interleaved:
+        x_BTNH = jnp.concatenate([x_BTNH[..., 0::2], x_BTNH[..., 1::2]], axis=-1)
     x32 = x_BTNH.astype(jnp.float32)
     if x_BTNH.shape[1] > 1:
         a, b = jnp.split(x32, 2, axis=-1)

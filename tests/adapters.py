@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from tinsmith.model import lora
 from tinsmith.model.config import ModelConfig, Site
+from tinsmith.model.families import module_name
 
 
 def random_adapter(config: ModelConfig, seed: int = 0, rank: int = 8, size: float = 0.1, **which):
@@ -49,8 +50,7 @@ def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
             delta = delta.transpose(-1, -2)
         at = f"model.layers.{layer}."
         if site.experts is None:
-            part = "self_attn" if site.part == "attn" else "mlp"
-            name = f"{at}{part}.{site.name}.weight"
+            name = f"{module_name(config, f'layers.{site.name}.weight', layer)}.weight"
             parameters[name] = parameters[name] + delta
         elif site.name == "expert_down":
             parameters[f"{at}mlp.experts.down_proj"] = parameters[f"{at}mlp.experts.down_proj"] + delta

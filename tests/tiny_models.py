@@ -94,6 +94,34 @@ VARIANTS: dict[str, dict] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": 4,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 28,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "tie_word_embeddings": False,
+    },
     "gpt_oss": {
         "model_type": "gpt_oss",
         "architectures": ["GptOssForCausalLM"],
@@ -165,6 +193,9 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     weights = {"model.embed_tokens.weight": rng.standard_normal((config["vocab_size"], D)).astype(np.float32)}
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
+        if config["model_type"] == "deepseek_v3":
+            weights |= _deepseek_layer(rng, at, config, layer)
+            continue
         for name, heads in (("q_proj", N), ("k_proj", K), ("v_proj", K)):
             weights[f"{at}self_attn.{name}.weight"] = linear(heads * H, D)
             if config["model_type"] == "qwen2":
@@ -208,6 +239,45 @@ def _fused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         *parents, module, kind = name.split(".")
         joined.setdefault(".".join([*parents, names.get(module, module), kind]), []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in joined.items()}
+
+
+def _deepseek_layer(rng: np.random.Generator, at: str, config: dict, layer: int) -> dict[str, np.ndarray]:
+    """A layer of DeepSeek-V3; it replaces what other families have."""
+    D, N, E = config["hidden_size"], config["num_attention_heads"], config["n_routed_experts"]
+    Q, C = config["q_lora_rank"], config["kv_lora_rank"]
+    plain, turned, value = (config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+    sizes: dict[str, tuple[int, ...]] = {
+        "self_attn.kv_a_proj_with_mqa.weight": (C + turned, D),
+        "self_attn.kv_a_layernorm.weight": (C,),
+        "self_attn.kv_b_proj.weight": (N * (plain + value), C),
+        "self_attn.o_proj.weight": (D, N * value),
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+    }
+    if Q is None:
+        sizes["self_attn.q_proj.weight"] = (N * (plain + turned), D)
+    else:
+        sizes["self_attn.q_a_proj.weight"] = (Q, D)
+        sizes["self_attn.q_a_layernorm.weight"] = (Q,)
+        sizes["self_attn.q_b_proj.weight"] = (N * (plain + turned), Q)
+    F = config["moe_intermediate_size"]
+    mlps = {f"mlp.experts.{expert}.": F for expert in range(E)}
+    mlps["mlp.shared_experts."] = F * config["n_shared_experts"]
+    if layer < config["first_k_dense_replace"]:
+        mlps = {"mlp.": config["intermediate_size"]}
+    else:
+        sizes |= {"mlp.gate.weight": (E, D), "mlp.gate.e_score_correction_bias": (E,)}
+    for mlp, width in mlps.items():
+        sizes |= {f"{mlp}{name}_proj.weight": (width, D) for name in ("gate", "up")}
+        sizes[f"{mlp}down_proj.weight"] = (D, width)
+
+    def made(name: str, size: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(size)
+        if len(size) == 2:
+            return x / np.sqrt(size[1])
+        return 1 + 0.2 * x if "norm" in name else 0.3 * x
+
+    return {at + name: made(name, size).astype(np.float32) for name, size in sizes.items()}
 
 
 def _gpt_oss_layer(rng: np.random.Generator, at: str, config: dict) -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ def read_common(
     None for a dense MLP. Raises UnsupportedModelError for invalid values, and for options that would change
     the arithmetic and are not supported.
     """
-    _reject_unknown_arithmetic(hf)
+    refuse_unknown_arithmetic(hf)
     heads = whole(hf, "num_attention_heads", defaults["num_attention_heads"])
     stated_kv_heads = hf.get("num_key_value_heads", defaults["num_key_value_heads"])
     kv_heads = heads if stated_kv_heads is None else whole(hf, "num_key_value_heads", stated_kv_heads)
@@ -147,7 +147,8 @@ def read_common(
     )
 
 
-def _reject_unknown_arithmetic(hf: dict[str, Any]) -> None:
+def refuse_unknown_arithmetic(hf: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for an activation or an option that is not computed, naming it."""
     act = hf.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise UnsupportedModelError(f"hidden_act {act!r} is not supported; known: silu")

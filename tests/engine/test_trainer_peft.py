@@ -99,7 +99,7 @@ def test_lora_training_equals_peft(tmp_path, variant):
     assert len(trainer.compiled) == 3  # forward_backward of one shape, accumulate, optim_step
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_lora_training_of_experts_equals_torch(tmp_path, variant):
     """torch's Adam on the same factors, shared and each expert's own: PEFT has no such adapter."""
     from transformers import AutoModelForCausalLM

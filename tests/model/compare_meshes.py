@@ -12,9 +12,10 @@ from tinsmith.model.folder import read_config
 from tiny_models import write_model
 
 variant, *meshes = sys.argv[1:]
-folder = write_model(
-    tempfile.mkdtemp(), variant, num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64
-)
+heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+if variant == "deepseek_v3":
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+folder = write_model(tempfile.mkdtemp(), variant, hidden_size=64, **heads)
 config = read_config(folder)
 graph, _ = decoder.build(config, jnp.float32)
 rng = np.random.default_rng(0)

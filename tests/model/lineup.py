@@ -71,9 +71,7 @@ NOT_YET = {
     "Qwen/Qwen3.5-35B": "qwen3_5_moe",
     "Qwen/Qwen3.6-35B": "qwen3_5_moe",
     "Qwen/Qwen3.": "qwen3_5",
-    "deepseek-ai/DeepSeek-V3": "deepseek_v3",
     "deepseek-ai/DeepSeek-V4": "deepseek_v4",
-    "moonshotai/Kimi-K2-": "kimi_k2",
     "moonshotai/Kimi-K2.": "kimi_k25",
     "moonshotai/Kimi-K3": "kimi_k3",
     "nvidia/": "nemotron_h",
@@ -117,6 +115,17 @@ def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     return {"model_type": "gpt_oss", "num_hidden_layers": layers, "num_local_experts": experts}
 
 
+_KIMI_K2 = {
+    "model_type": "kimi_k2",
+    "vocab_size": 163_840,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+}
 _LLAMA_8B, _LLAMA_70B = _llama(32, 4096, 32, 14_336), _llama(80, 8192, 64, 28_672)
 _QWEN3_8B, _QWEN3_30B = _qwen3(36, 4096, 32, 12_288), _qwen3_moe(48, 2048, 32, 768)
 SIZES: dict[str, dict[str, Any]] = {
@@ -133,6 +142,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
     "Qwen/Qwen3-30B-A3B-Base": _QWEN3_30B,
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _QWEN3_30B,
+    "deepseek-ai/DeepSeek-V3.1": {"model_type": "deepseek_v3"},
+    "deepseek-ai/DeepSeek-V3.1-Base": {"model_type": "deepseek_v3"},
+    "moonshotai/Kimi-K2-Thinking": _KIMI_K2,
     "openai/gpt-oss-20b": _gpt_oss(24, 32),
     "openai/gpt-oss-120b": _gpt_oss(36, 128),
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _qwen3_moe(94, 4096, 64, 1536),

@@ -31,7 +31,9 @@ MIXED = {"mlp_only_layers": [1], "norm_topk_prob": False}  # two kinds of layers
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize(("variant", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", MIXED), ("gpt_oss", {})])
+@pytest.mark.parametrize(
+    ("variant", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", MIXED), ("gpt_oss", {}), ("deepseek_v3", {})]
+)
 def test_log_probs_and_gradients_equal_torch_s(tmp_path, packed_rows, targets, variant, overrides):
     """transformers runs the weights with the adapter's products added; torch differentiates through them."""
     torch = pytest.importorskip("torch")

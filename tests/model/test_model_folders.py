@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tinsmith.model import decoder, load, weight_files
-from tinsmith.model.config import UnsupportedModelError
+from tinsmith.model.config import GatedMlp, UnsupportedModelError
 from tinsmith.model.families import FAMILIES, tensor_shapes
 from tinsmith.model.folder import read_config, stated_config
 from tiny_models import hf_config, write_model
@@ -134,6 +134,8 @@ def test_rotary_embeddings(tmp_path, changes):
     assert_as_transformers(changed(tmp_path, "qwen3", removed=["rope_theta"], **changes))
 
 
+KIMI_YARN = {"type": "yarn", "factor": 8.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0}
+KIMI_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [9.0] * 4}
 
 
@@ -160,15 +162,36 @@ def test_longrope_up_to_the_original_context(tmp_path, changes):
 )
 def test_biases_and_values_that_change_nothing(tmp_path, variant, changes):
     folder = changed(tmp_path, variant, **changes)
+    add_random_biases(folder)
+    assert_as_transformers(folder)
+
+
+def add_random_biases(folder):
+    """Fill in tensors that the model has and `write_model` has not written, or not in this shape."""
     tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(1)
     for name, shape in tensor_shapes(stated_config(folder)).items():
         if name not in tensors or tensors[name].shape != shape:
             tensors[name] = rng.standard_normal(shape).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": None, "attention_bias": True, "norm_topk_prob": False, "routed_scaling_factor": 2.5},
+        {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rope_interleave": False, "v_head_dim": 20},
+        {"rope_scaling": None, "first_k_dense_replace": 0, "num_experts_per_tok": 4},
+        # Kimi-K2's, where the ramp between fast and slow frequencies is a step
+        {"rope_scaling": KIMI_YARN, "rope_theta": 50_000.0, "rms_norm_eps": 1e-5},
+    ],
+)
+def test_latent_attention_and_sigmoid_routers(tmp_path, changes):
+    folder = write_model(tmp_path, "deepseek_v3", tokenizer=False, num_hidden_layers=2, **changes)
+    add_random_biases(folder)
     assert_as_transformers(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each != "kimi_k2"])
 def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family):
     from transformers import AutoConfig
 
@@ -186,6 +209,14 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
         name: getattr(theirs, their) for name, their in same.items()
     }
     mixer = config.layers[0].mixer
+    assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert (mixer.heads, mixer.rope.theta) == (
+        theirs.num_attention_heads,
+        theirs.rope_parameters["rope_theta"],
+    )
+    if family == "deepseek_v3":
+        assert_as_deepseek_s_defaults(config, theirs)
+        return
     width = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert config.layers[0].mlp.width == width
     if family == "qwen3_moe":
@@ -196,11 +227,39 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
         assert (mlp.count, mlp.chosen, mlp.normalised) == expected
     window = getattr(theirs, "sliding_window", None)
     assert mixer.window == (window if window != theirs.max_position_embeddings else None)
-    assert (mixer.heads, mixer.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert mixer.kv_heads == theirs.num_key_value_heads
     their_size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert mixer.head_dim == their_size
-    assert mixer.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+
+
+def assert_as_deepseek_s_defaults(config, theirs):
+    mixer, router = config.layers[0].mixer, config.layers[-1].mlp.sigmoid
+    same = {
+        "query_rank": "q_lora_rank",
+        "kv_rank": "kv_lora_rank",
+        "plain_dim": "qk_nope_head_dim",
+        "rope_dim": "qk_rope_head_dim",
+        "value_dim": "v_head_dim",
+    }
+    for ours, their in same.items():
+        assert getattr(mixer, ours) == getattr(theirs, their), ours
+    assert [isinstance(layer.mlp, GatedMlp) for layer in config.layers] == [
+        layer < theirs.first_k_dense_replace for layer in range(theirs.num_hidden_layers)
+    ]
+    assert config.layers[0].mlp.width == theirs.intermediate_size
+    mlp = config.layers[-1].mlp
+    assert (mlp.count, mlp.chosen, mlp.width) == (
+        theirs.n_routed_experts,
+        theirs.num_experts_per_tok,
+        theirs.moe_intermediate_size,
+    )
+    assert (router.groups, router.groups_chosen, router.scaling) == (
+        theirs.n_group,
+        theirs.topk_group,
+        theirs.routed_scaling_factor,
+    )
+    assert (mlp.shared, mlp.normalised) == (mlp.width * theirs.n_shared_experts, theirs.norm_topk_prob)
+    assert mixer.rope.interleaved == theirs.rope_interleave
 
 
 PARTIAL = {"partial_rotary_factor": 0.5}
@@ -220,6 +279,16 @@ PARTIAL = {"partial_rotary_factor": 0.5}
         ("phi3", {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "short_factor has 1 numbers"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
         ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads is 2; with latent attention"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy'"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq 2"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3, of 8 experts"),
+        ("deepseek_v3", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
+        ("deepseek_v3", {"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None"),
+        ("kimi_k2", {"n_shared_experts": 0}, "n_shared_experts is 0"),
         ("phi3", PARTIAL, "partial_rotary_factor 0.5"),
         ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope_type 'mrope'"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
@@ -244,6 +313,8 @@ PARTIAL = {"partial_rotary_factor": 0.5}
     ],
 )  # fmt: skip
 def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, variant, change, message):
+    if variant == "kimi_k2":
+        variant, change = "deepseek_v3", change | {"model_type": "kimi_k2"}
     (tmp_path / "config.json").write_text(json.dumps(hf_config(variant, num_hidden_layers=2) | change))
     with pytest.raises(UnsupportedModelError, match=message):
         read_config(tmp_path)

@@ -21,6 +21,7 @@ from tinsmith.model import sharding
         pytest.param("phi3", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         ("qwen3_moe", ["data=2,fsdp=2,tensor=2"]),
         ("gpt_oss", ["data=2,fsdp=2,tensor=2"]),
+        ("deepseek_v3", ["data=2,fsdp=2,tensor=2"]),
     ],
 )
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):

@@ -51,14 +51,24 @@ class Kernel(NamedTuple):
     """Whether each device runs the kernel on its own rows and heads (`jax.shard_map`), because XLA cannot
     partition it."""
     masks_windows: bool = False
+    head_dims: tuple[int, ...] | None = None
+    """The head sizes for which it is used; None: all. Others run the reference."""
 
 
 KERNELS: dict[Backend, Kernel] = {
     "reference": Kernel(reference.forward, reference.backward),
     "cpu": Kernel(cpu.forward, cpu.backward, per_device=False),
-    "gpu": Kernel(gpu.forward, gpu.backward, length_multiple=128),
-    "tpu": Kernel(tpu.forward, tpu.backward, length_multiple=128, masks_windows=True),
+    "gpu": Kernel(gpu.forward, gpu.backward, length_multiple=128, head_dims=(64, 128, 256)),
+    "tpu": Kernel(
+        tpu.forward, tpu.backward, length_multiple=128, masks_windows=True, head_dims=(64, 128, 256)
+    ),
 }
+
+
+def _kernel(backend: Backend | None, head_dim: int) -> Kernel:
+    kernel = KERNELS[backend or current_backend()]
+    is_for_it = kernel.head_dims is None or head_dim in kernel.head_dims
+    return kernel if is_for_it else KERNELS["reference"]
 
 
 def attention(
@@ -81,7 +91,7 @@ def attention(
     Differentiable in q, k, v and `sinks_N`. A query that sees no key gives finite values and gradients on the
     CPU and with the reference; the flash kernels of accelerators expect every query to see itself.
     """
-    kernel = kernel or KERNELS[backend or current_backend()]
+    kernel = kernel or _kernel(backend, q_BTNH.shape[-1])
     call, *arguments = _prepared(kernel, q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
     return _attend(call, *arguments, sinks_N)[:, : start_BT.shape[1]]
 
@@ -99,7 +109,7 @@ def attention_to_merge(
     """Return `attention` and the log-sum-exp of each query's scores, to merge it with that to other keys.
 
     Not differentiable."""
-    kernel, T = KERNELS[backend or current_backend()], start_BT.shape[1]
+    kernel, T = _kernel(backend, q_BTNH.shape[-1]), start_BT.shape[1]
     call, *arguments = _prepared(kernel, q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
     out_BTNH, lse_BNT = call.forward(*arguments)
     return out_BTNH[:, :T], lse_BNT[..., :T].swapaxes(1, 2)

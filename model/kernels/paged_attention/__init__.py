@@ -2,7 +2,7 @@
 
     cpu        its own layout and its own decode program (`cpu.py`)
     reference  plain XLA, on every device
-    gpu        a Triton kernel
+    gpu        a Triton kernel; XLA for heads whose size is not a power of two
     tpu        the kernel of jax.experimental.pallas; XLA with a sliding window or sinks, in float32, and
                for heads whose size is not a multiple of 128
 
@@ -53,7 +53,7 @@ def decode_attention(
         run = partial(tpu.attend, scale=scale)
         return _by_shard(run, pages, q_SNH, k_pages, v_pages, table_SP, length_S)
     first_S = jnp.zeros_like(length_S) if first_S is None else first_S
-    if pages.backend == "gpu":
+    if pages.backend == "gpu" and q_SNH.shape[-1].bit_count() == 1:
         from . import gpu
 
         run = partial(gpu.attend, scale=scale)
