@@ -146,7 +146,7 @@ def serve() -> None:
     from functools import partial
 
     from tinsmith.server import app as application
-    from tinsmith.server.cli.main import app
+    from tinsmith.server.cli import app
 
     application.Supervisor = partial(application.Supervisor, module="fixed_rate_engine")  # type: ignore
     app(["serve", *sys.argv[2:]])

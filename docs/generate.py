@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
+from tinsmith.server.cli import app
 from tinsmith.server.cli.command_line import default_of
-from tinsmith.server.cli.main import app
 from tinsmith.server.settings import Settings
 
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tinsmith.server.cli.main import app
+from tinsmith.server.cli import app
 from tinsmith.server.settings import Settings
 from typer.main import get_command
 

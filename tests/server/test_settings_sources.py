@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tinsmith
 import typer
+from tinsmith.server.cli import app
 from tinsmith.server.cli.command_line import read_settings
-from tinsmith.server.cli.main import app
 from tinsmith.server.settings import LedgerSettings, Settings
 
 ROOT = Path(tinsmith.__file__).resolve().parent

@@ -14,7 +14,7 @@ from engineless import DAY, MODEL, Server, model
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects import postgresql
 from tinsmith.engine import messages
-from tinsmith.server.cli.main import app
+from tinsmith.server.cli import app
 from tinsmith.server.ledger import accounts, operations, tenancy
 from tinsmith.server.operations.operation import Operation, Submission, natural_key
 from typer.testing import CliRunner
