@@ -85,8 +85,13 @@ class Body(BaseModel):
     )
 
 
+def example(**fields: Any) -> dict[str, Any]:
+    """Return the `json_schema_extra` of a body that shows an example of it in the OpenAPI document."""
+    return {"examples": [fields]}
+
+
 class OfModel(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model_id": "model-abc-123"}]})
+    model_config = ConfigDict(json_schema_extra=example(model_id="model-abc-123"))
     model_id: ModelId = DEFAULT_MODEL
 
 
@@ -162,6 +167,19 @@ def no_biases(value: Any) -> bool:
 def empty_or(*values: Any) -> AsksForNothing:
     """Accept what is empty, and these values."""
     return lambda value: empty(value) or only(*values)(value)
+
+
+class Penalties(Body):
+    """Extensions that SGLang and vLLM have too: they change a distribution before a token is drawn."""
+
+    min_p: Finite = Field(0.0, ge=0, le=1)
+    repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
+    presence_penalty: Finite = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
+
+    def penalties(self) -> dict[str, float]:
+        """Return these fields as the engine's `SamplingParams` has them."""
+        return {name: getattr(self, name) for name in Penalties.model_fields}
 
 
 class StrictBody(Body):

@@ -27,12 +27,14 @@ from .body import (
     ONE,
     Finite,
     Int64,
+    Penalties,
     StrictBody,
     Unsupported,
     anything,
     as_json,
     empty,
     empty_or,
+    example,
     no_biases,
     one_or_list,
     only,
@@ -74,7 +76,7 @@ class ResponseFormat(StrictBody):
     type: Literal["text"]
 
 
-class _Completions(StrictBody):
+class _Completions(Penalties, StrictBody):
     """`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `skip_special_tokens` and
     `no_stop_trim` are extensions, as SGLang has them."""
 
@@ -118,8 +120,6 @@ class _Completions(StrictBody):
     n: StrictInt = Field(1, ge=1)
     stop: _Strings = None
     seed: StrictInt | None = None
-    presence_penalty: Finite = Field(0.0, ge=-2, le=2)
-    frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
     stream: StrictBool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
@@ -127,8 +127,6 @@ class _Completions(StrictBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     top_k: Int64 = Field(-1, ge=-1, le=1 << 31)
-    min_p: Finite = Field(0.0, ge=0, le=1)
-    repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
     stop_token_ids: list[Int64] | None = None
     ignore_eos: StrictBool = False
     skip_special_tokens: StrictBool = True
@@ -156,10 +154,7 @@ class _Completions(StrictBody):
             temperature=self.temperature,
             top_k=1 if greedy else -1 if self.top_k == 0 else self.top_k,
             top_p=1.0 if greedy else self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
+            **self.penalties(),
         )
 
 
@@ -168,9 +163,7 @@ class Completions(_Completions):
     `max_tokens` may then be 0, which only scores it. Of `best_of` samples the `n` are returned whose tokens
     are the most likely on average."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "tiny", "prompt": "Once upon", "max_tokens": 16}]},
-    )
+    model_config = ConfigDict(json_schema_extra=example(model="tiny", prompt="Once upon", max_tokens=16))
     UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
         "suffix": empty,
         "logprobs": only(False),
@@ -298,11 +291,9 @@ class ChatCompletions(_Completions):
     and vLLM have them: variables of the model's chat template."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
-            ]
-        },
+        json_schema_extra=example(
+            model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=16
+        )
     )
     UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
         "tools": empty,

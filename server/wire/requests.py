@@ -34,6 +34,7 @@ from .body import (
     Tags,
     TextMetadata,
     as_json,
+    example,
 )
 
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
@@ -50,23 +51,19 @@ class RlveConfig(Body):
 
     model_config = ConfigDict(
         extra="allow",
-        json_schema_extra={
-            "examples": [
-                {
-                    "enabled": True,
-                    "environment_list": ["chain_sum", "spell_backward"],
-                    "initial_difficulty": 0,
-                    "difficulty_sliding_window_size": 4,
-                    "min_metric_to_increase_difficulty": 0.9,
-                    "min_prompts_before_difficulty_check": 8,
-                    "rollout_batch_size": 32,
-                    "n_samples_per_prompt": 8,
-                    "rollout_max_response_len": 512,
-                    "rollout_temperature": 1.0,
-                    "num_rollout": 500,
-                }
-            ]
-        },
+        json_schema_extra=example(
+            enabled=True,
+            environment_list=["chain_sum", "spell_backward"],
+            initial_difficulty=0,
+            difficulty_sliding_window_size=4,
+            min_metric_to_increase_difficulty=0.9,
+            min_prompts_before_difficulty_check=8,
+            rollout_batch_size=32,
+            n_samples_per_prompt=8,
+            rollout_max_response_len=512,
+            rollout_temperature=1.0,
+            num_rollout=500,
+        ),
     )
     enabled: StrictBool = False
     environment_list: list[EnvironmentName] = Field(
@@ -193,27 +190,18 @@ class CreateModel(Body):
     is opened again if it is there; or, with neither, one in a session of its own."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "session_id": "abc-123",
-                    "model_seq_id": 0,
-                    "model_name": "Qwen/Qwen2.5-7B-Instruct",
-                    "lora_config": {
-                        "rank": 32,
-                        "train_mlp": True,
-                        "train_attn": True,
-                        "train_unembed": True,
-                    },
-                    "max_batch_size": 256,
-                    "max_seq_len": 4096,
-                    "debug_train_only": False,
-                    "checkpoint_path": None,
-                    "rlve_config": None,
-                    "wandb_config": None,
-                }
-            ]
-        }
+        json_schema_extra=example(
+            session_id="abc-123",
+            model_seq_id=0,
+            model_name="Qwen/Qwen2.5-7B-Instruct",
+            lora_config={"rank": 32, "train_mlp": True, "train_attn": True, "train_unembed": True},
+            max_batch_size=256,
+            max_seq_len=4096,
+            debug_train_only=False,
+            checkpoint_path=None,
+            rlve_config=None,
+            wandb_config=None,
+        )
     )
     session_id: Id | None = None
     model_seq_id: SeqId | None = None
@@ -270,15 +258,9 @@ class CreateSession(Body):
     """With `session_id`, `base_model` or `lora_config` also a model of the session's id."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "tags": ["rlve", "qwen"],
-                    "user_metadata": {"experiment": "run_001"},
-                    "sdk_version": "1.0.0",
-                }
-            ]
-        }
+        json_schema_extra=example(
+            tags=["rlve", "qwen"], user_metadata={"experiment": "run_001"}, sdk_version="1.0.0"
+        )
     )
     tags: Tags = Field(default_factory=list)
     user_metadata: Metadata | None = None
@@ -299,7 +281,7 @@ class CreateSession(Body):
 
 
 class SessionHeartbeat(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"session_id": "session-abc-123"}]})
+    model_config = ConfigDict(json_schema_extra=example(session_id="session-abc-123"))
     session_id: Id = Field(validation_alias=AliasChoices("session_id", "model_id"))
 
 
@@ -319,9 +301,7 @@ class FinishSession(Body):
 class SaveWeights(Sequenced):
     """`checkpoint_path`: a path on the client's side, of which the last part is the name."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model_id": "model-abc-123", "name": "checkpoint-step-100"}]}
-    )
+    model_config = ConfigDict(json_schema_extra=example(model_id="model-abc-123", name="checkpoint-step-100"))
     path: str | None = Field(None, validation_alias=AliasChoices("path", "name"))
     checkpoint_path: str | None = None
     ttl_seconds: StrictInt | None = None
@@ -376,7 +356,7 @@ class JoinSamplingSession(Body):
 
 
 class RetrieveFuture(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"request_id": "req-xyz-789"}]})
+    model_config = ConfigDict(json_schema_extra=example(request_id="req-xyz-789"))
     request_id: str = Field(max_length=192)
     allow_metadata_only: bool = False
 
@@ -400,7 +380,7 @@ class CancelFuture(Body):
 
 
 class CleanupFutures(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"max_age_hours": 24}]})
+    model_config = ConfigDict(json_schema_extra=example(max_age_hours=24))
     max_age_hours: Annotated[StrictInt, Field(ge=0, le=1 << 20)] = 24
 
 
@@ -408,7 +388,7 @@ class WeightsInfo(Body):
     """A checkpoint that is not there is a 404; asked for by `path`, `exists` is false."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"path": "tinker://model-abc-123/weights/checkpoint-step-100"}]}
+        json_schema_extra=example(path="tinker://model-abc-123/weights/checkpoint-step-100")
     )
     tinker_path: str | None = Field(
         None, validation_alias=AliasChoices("tinker_path", "xorl_path", "model_path")
@@ -425,9 +405,7 @@ class WeightsInfo(Body):
 class DeleteCheckpoint(OfModel):
     """`weights/<name>`, `weights/<model>/<name>` or a whole path; of `model_id` where it says no model."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model_id": "default", "checkpoint_id": "weights/step-100"}]}
-    )
+    model_config = ConfigDict(json_schema_extra=example(model_id="default", checkpoint_id="weights/step-100"))
 
     checkpoint_id: str
 
@@ -453,7 +431,7 @@ class Ttl(Body):
 class StepMetrics(Body):
     """A client's metrics of one step: at most 64 finite numbers, with names of at most 128 characters."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"step": 12, "metrics": {"reward": 0.75}}]})
+    model_config = ConfigDict(json_schema_extra=example(step=12, metrics={"reward": 0.75}))
 
     step: Annotated[StrictInt, Field(ge=0, lt=1 << 53)]
     metrics: Annotated[
@@ -543,7 +521,7 @@ Word = Annotated[str, StringConstraints(max_length=128)]
 
 
 class Endpoint(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"host": "10.0.0.2", "port": 30000}]})
+    model_config = ConfigDict(json_schema_extra=example(host="10.0.0.2", port=30000))
     host: Host
     port: Port
 
@@ -564,7 +542,7 @@ class AddEndpoint(Endpoint):
 
 
 class SyncWeights(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model_id": "default"}]})
+    model_config = ConfigDict(json_schema_extra=example(model_id="default"))
     model_id: Id | None = None
     master_address: Word = ""
     master_port: Annotated[StrictInt, Field(ge=0, le=65535)] = 0
@@ -597,8 +575,6 @@ class SetQuantization(Body):
     """null, {} or the method `none`: the weights go out as they are."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"quantization": {"quant_method": "fp8", "weight_block_size": [128, 128]}}]
-        }
+        json_schema_extra=example(quantization={"quant_method": "fp8", "weight_block_size": [128, 128]})
     )
     quantization: Annotated[dict[str, Any], Field(max_length=16)] | None = None

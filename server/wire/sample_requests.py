@@ -34,6 +34,7 @@ from .body import (
     Id,
     Int64,
     Integers,
+    Penalties,
     SeqId,
     StrictBody,
     Unsupported,
@@ -41,6 +42,7 @@ from .body import (
     as_json,
     empty,
     empty_or,
+    example,
     no_biases,
     one_or_list,
     only,
@@ -101,13 +103,11 @@ def prompt_tokens(prompt: ModelInput, vocab_size: int, max_length: int, where: s
     return tokens.astype("<i4").tobytes()
 
 
-class SamplingParams(Body):
+class SamplingParams(Penalties):
     """What is left out has the default of the request's dialect."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"max_tokens": 100, "temperature": 0.7, "top_p": 0.9, "stop": ["<|endoftext|>"]}]
-        }
+        json_schema_extra=example(max_tokens=100, temperature=0.7, top_p=0.9, stop=["<|endoftext|>"])
     )
     max_tokens: Annotated[Int64, Field(ge=1)] | None = None
     seed: StrictInt | None = None
@@ -116,11 +116,6 @@ class SamplingParams(Body):
     temperature: Finite | None = Field(default=None, ge=0)
     top_k: Int64 | None = Field(default=None, ge=-1)
     top_p: Finite | None = Field(default=None, gt=0, le=1)
-    # What follows no SDK has: extensions for plain HTTP.
-    min_p: Finite = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: Finite = Field(default=1.0, ge=0.01, le=100)
-    presence_penalty: Finite = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: Finite = Field(default=0.0, ge=-2, le=2)
 
     def message(self, dialect: Dialect = "tinker", end_tokens: Sequence[int] = ()) -> messages.SamplingParams:
         """As the engine takes them. `end_tokens` are the model's own; some dialects' stops add to them."""
@@ -142,10 +137,7 @@ class SamplingParams(Body):
             temperature=points.temperature if self.temperature is None else self.temperature,
             top_k=-1 if top_k == 0 else top_k,
             top_p=points.top_p if self.top_p is None else self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
+            **self.penalties(),
         )
 
 
@@ -200,22 +192,13 @@ class SampleFields(Body):
 
 class Sample(SampleFields):
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model_id": "model-abc-123",
-                    "prompt": {"chunks": [{"tokens": [1, 2, 3]}]},
-                    "num_samples": 1,
-                    "sampling_params": {
-                        "max_tokens": 100,
-                        "temperature": 0.7,
-                        "top_p": 0.9,
-                        "stop": ["<|endoftext|>"],
-                    },
-                    "include_prompt_logprobs": False,
-                }
-            ]
-        }
+        json_schema_extra=example(
+            model_id="model-abc-123",
+            prompt={"chunks": [{"tokens": [1, 2, 3]}]},
+            num_samples=1,
+            sampling_params={"max_tokens": 100, "temperature": 0.7, "top_p": 0.9, "stop": ["<|endoftext|>"]},
+            include_prompt_logprobs=False,
+        )
     )
     prompt: ModelInput
 
@@ -241,16 +224,12 @@ class CreateSamplingSession(Body):
     """Of a session; or of a sampler checkpoint alone, whose name engines then know (`lora_name`)."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "session_id": "session-abc-123",
-                    "sampling_session_seq_id": 0,
-                    "base_model": "Qwen/Qwen2.5-7B-Instruct",
-                    "model_path": None,
-                }
-            ]
-        }
+        json_schema_extra=example(
+            session_id="session-abc-123",
+            sampling_session_seq_id=0,
+            base_model="Qwen/Qwen2.5-7B-Instruct",
+            model_path=None,
+        )
     )
     session_id: Id | None = None
     sampling_session_seq_id: SeqId | None = None
@@ -274,7 +253,7 @@ _Token = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 _Tokens = Annotated[list[_Token], Field(max_length=messages.TARGETS_LIMIT)]
 
 
-class GenerateParams(StrictBody):
+class GenerateParams(Penalties, StrictBody):
     """SGLang's `sampling_params`, and its defaults. `max_new_tokens` null is up to the model's context."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
@@ -296,15 +275,11 @@ class GenerateParams(StrictBody):
     temperature: Finite = Field(1.0, ge=0)
     top_p: Finite = Field(1.0, gt=0, le=1)
     top_k: Int64 = Field(-1, ge=-1, le=1 << 31)
-    min_p: Finite = Field(0.0, ge=0, le=1)
     stop: _Strings = None
     stop_token_ids: list[Int64 | None] | None = None
     n: StrictInt = Field(1, ge=1)
     sampling_seed: StrictInt | None = None
     seed: StrictInt | None = None
-    repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
-    presence_penalty: Finite = Field(0.0, ge=-2, le=2)
-    frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
     ignore_eos: StrictBool = False
     skip_special_tokens: StrictBool = True
     no_stop_trim: StrictBool = False
@@ -325,10 +300,7 @@ class GenerateParams(StrictBody):
             temperature=self.temperature,
             top_k=-1 if self.top_k == 0 else self.top_k,
             top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
+            **self.penalties(),
         )
 
     @property
@@ -363,15 +335,11 @@ class Generate(StrictBody):
     prompts most fields may be lists, with an entry for each."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "input_ids": [1, 2, 3],
-                    "sampling_params": {"max_new_tokens": 16, "temperature": 0.7},
-                    "return_logprob": True,
-                }
-            ]
-        },
+        json_schema_extra=example(
+            input_ids=[1, 2, 3],
+            sampling_params={"max_new_tokens": 16, "temperature": 0.7},
+            return_logprob=True,
+        )
     )
     UNSUPPORTED: ClassVar[Unsupported] = {
         # Labels and hints, which change no answer.

@@ -34,7 +34,7 @@ from ...engine import messages
 from ..errors import ApiError, BadRequest, Invalid
 from . import forward_backward as protobuf
 from . import tinsmith_wire_pb2 as pb
-from .body import Body, Finite, Int64, Sequenced, describe, find_long_number, numbered, over_float64
+from .body import Body, Finite, Int64, Sequenced, describe, example, find_long_number, numbered, over_float64
 from .forward_backward import ForwardBackwardBody, checked, decompress
 from .sample_requests import ModelInput
 
@@ -117,24 +117,20 @@ class ForwardBackward(Sequenced):
     """The batch in `forward_backward_input` or `forward_input`, or here."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
+        json_schema_extra=example(
+            model_id="model-abc-123",
+            data=[
                 {
-                    "model_id": "model-abc-123",
-                    "data": [
-                        {
-                            "model_input": {"chunks": [{"tokens": [1, 2, 3, 4, 5, 6, 7, 8]}]},
-                            "loss_fn_inputs": {
-                                "target_tokens": {"data": [5, 6, 7, 8], "dtype": "int64"},
-                                "logprobs": {"data": [-2.1, -1.8, -3.2, -2.5], "dtype": "float32"},
-                                "advantages": {"data": [0.5, -0.3, 0.8, 0.2], "dtype": "float32"},
-                            },
-                        }
-                    ],
-                    "loss_fn": "importance_sampling",
+                    "model_input": {"chunks": [{"tokens": [1, 2, 3, 4, 5, 6, 7, 8]}]},
+                    "loss_fn_inputs": {
+                        "target_tokens": {"data": [5, 6, 7, 8], "dtype": "int64"},
+                        "logprobs": {"data": [-2.1, -1.8, -3.2, -2.5], "dtype": "float32"},
+                        "advantages": {"data": [0.5, -0.3, 0.8, 0.2], "dtype": "float32"},
+                    },
                 }
-            ]
-        }
+            ],
+            loss_fn="importance_sampling",
+        )
     )
     forward_backward_input: Batch | None = Field(
         None, validation_alias=AliasChoices("forward_backward_input", "forward_input")
@@ -263,20 +259,16 @@ class OptimStep(Sequenced):
     """`learning_rate` and `gradient_clip` (0 or less: off) go before those of `adam_params`."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model_id": "model-abc-123",
-                    "adam_params": {
-                        "learning_rate": 1e-6,
-                        "beta1": 0.9,
-                        "beta2": 0.95,
-                        "eps": 1e-8,
-                        "weight_decay": 0.01,
-                    },
-                }
-            ]
-        }
+        json_schema_extra=example(
+            model_id="model-abc-123",
+            adam_params={
+                "learning_rate": 1e-06,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "eps": 1e-08,
+                "weight_decay": 0.01,
+            },
+        )
     )
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
