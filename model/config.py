@@ -453,6 +453,21 @@ class ModelConfig:
         return tuple(stack for group in self.stacks for stack in group)
 
     @cached_property
+    def mixtures(self) -> dict[int, Experts]:
+        """The mixtures of experts, by the numbers of their layers, in order."""
+        return {
+            number: layer.mlp for number, layer in enumerate(self.layers) if isinstance(layer.mlp, Experts)
+        }
+
+    @property
+    def routing(self) -> tuple[int, int, int] | None:
+        """How many layers have experts, how many of them every token gets there, and how many there are.
+
+        None if no layer has any."""
+        first = next(iter(self.mixtures.values()), None)
+        return None if first is None else (len(self.mixtures), first.chosen, first.count)
+
+    @cached_property
     def places(self) -> tuple[tuple[Stack, int], ...]:
         """Each layer's stack, and its index there."""
         places = {

@@ -186,12 +186,13 @@ class Block(nnx.Module):
         residual: LogicalAxes = _RESIDUAL,
         routes: list[Array] | None = None,
         cached: bool = False,
+        replayed: Int[Array, "B T k"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v.
 
         `residual` are the axes by which the stream is sharded. A mixture appends the experts that it has
-        chosen, [B T k], to `routes`. With `cached`, k and v are what the sampler stores of the tokens
-        (`config.Latent`)."""
+        chosen, [B T k], to `routes`; `replayed` are the experts to use instead (`experts.route`). With
+        `cached`, k and v are what the sampler stores of the tokens (`config.Latent`)."""
         B, T, _ = x_BTD.shape
         mixer, mlp, at = self.layer.mixer, self.layer.mlp, rotations[self.rope]
 
@@ -207,7 +208,7 @@ class Block(nnx.Module):
         x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), residual)
         y = self.post_attention_layernorm(x_BTD)
         if isinstance(mlp, Experts):
-            mixed, chosen_BTk = mixture(mlp, self._expert_weights(), y, lora, gated)
+            mixed, chosen_BTk = mixture(mlp, self._expert_weights(), y, lora, gated, replayed)
             if mlp.shared:
                 mixed += linear("shared_down", gated(linear("shared_gate", y), linear("shared_up", y)))
             y = mixed
@@ -401,23 +402,30 @@ def routed_trunk(
     lora: LoraStack | None = None,
     row_adapter_B: Int[Array, " B"] | None = None,
     remat: str = "none",
+    replayed_BTMk: Int[Array, "B T M k"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "M B E"] | None]:
     """Return `trunk`'s hidden states, and how many of each row's `real` tokens each expert got.
 
-    The counts have an axis of the layers with experts; they are None if there are no such layers."""
+    The counts have an axis of the layers with experts; they are None if there are no such layers. `replayed`
+    are the experts to use in these layers (`experts.route`)."""
     model = nnx.merge(graph, base)
     config = model.config
     rotations = model.rotations(position_BT)
 
-    def run(block: Block, x_BTD: Array, pairs: dict, number: None) -> tuple[Array, dict[str, Array]]:
+    among_mixtures = jnp.cumsum(jnp.array([n in config.mixtures for n in range(config.num_layers)])) - 1
+
+    def run(block: Block, x_BTD: Array, pairs: dict, number: Array | None) -> tuple[Array, dict[str, Array]]:
         mixer, mlp = block.layer.mixer, block.layer.mlp
         routes: list[Array] = []
+        replayed_BTk = None
+        if replayed_BTMk is not None and isinstance(mlp, Experts):
+            replayed_BTk = replayed_BTMk[:, :, among_mixtures[number]]
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             return attention(q, k, v, start_BT, mixer.scale, window=mixer.window, sinks_N=sinks)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
-        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes)
+        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, replayed=replayed_BTk)
         if not isinstance(mlp, Experts):
             return x_BTD, {}
         return x_BTD, {"tokens_by_expert": _tokens_by_expert(mlp.count, routes[0], real_BT)}
@@ -425,7 +433,7 @@ def routed_trunk(
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
-    x_BTD, kept = scan_layers(model, lora, x_BTD, run, remat=remat)
+    x_BTD, kept = scan_layers(model, lora, x_BTD, run, remat=remat, numbered=replayed_BTMk is not None)
     return model.norm(x_BTD), kept.get("tokens_by_expert")
 
 

@@ -63,20 +63,45 @@ class Routing(NamedTuple):
     weight: Float[Array, "*S k"]
 
 
-def route(experts: Experts, weights: Weights, x: Float[Array, "*S D"]) -> Routing:
-    """Choose each token's experts. The weights are float32."""
+def route(
+    experts: Experts,
+    weights: Weights,
+    x: Float[Array, "*S D"],
+    replayed: Int[Array, "*S k"] | None = None,
+) -> Routing:
+    """Choose each token's experts. The weights are float32.
+
+    Tokens get the experts in `replayed` instead, in that order, with the probabilities that this router gives
+    them; those with -1 there get the most probable ones as usual."""
     logits = jnp.matmul(x.astype(jnp.float32), weights.router.astype(jnp.float32), precision="highest")
     bias = None if weights.router_bias is None else weights.router_bias.astype(jnp.float32)
     if experts.sigmoid is not None:
-        return _route_by_sigmoid(experts, experts.sigmoid, logits, bias)
+        return _route_by_sigmoid(experts, experts.sigmoid, logits, bias, replayed)
     if bias is not None:
         logits = logits + bias
-    weight, expert = jax.lax.top_k(jax.nn.softmax(logits), experts.chosen)
-    return Routing(expert, weight / weight.sum(-1, keepdims=True) if experts.normalised else weight)
+    probability = jax.nn.softmax(logits)
+    weight, expert = jax.lax.top_k(probability, experts.chosen)
+    if replayed is not None:
+        expert = _given(replayed, expert)
+        weight = jnp.take_along_axis(probability, expert, axis=-1)
+    if not experts.normalised:
+        return Routing(expert, weight)
+    total = weight.sum(-1, keepdims=True)
+    if replayed is not None:  # which this router may hold to be impossible
+        total = jnp.maximum(total, 1e-30)
+    return Routing(expert, weight / total)
+
+
+def _given(replayed: Int[Array, "*S k"] | None, chosen: Int[Array, "*S k"]) -> Int[Array, "*S k"]:
+    return chosen if replayed is None else jnp.where(replayed < 0, chosen, replayed.astype(chosen.dtype))
 
 
 def _route_by_sigmoid(
-    experts: Experts, router: SigmoidRouter, logits: Float[Array, "*S E"], correction: Array | None
+    experts: Experts,
+    router: SigmoidRouter,
+    logits: Float[Array, "*S E"],
+    correction: Array | None,
+    replayed: Int[Array, "*S k"] | None,
 ) -> Routing:
     probability = jax.nn.sigmoid(logits)
     rank = jax.lax.stop_gradient(probability)
@@ -88,7 +113,7 @@ def _route_by_sigmoid(
         _, chosen = jax.lax.top_k(best_two, router.groups_chosen)
         is_chosen = jax.nn.one_hot(chosen, router.groups, dtype=bool).any(-2)
         rank = jnp.where(is_chosen[..., None], by_group, -jnp.inf).reshape(rank.shape)
-    _, expert = jax.lax.top_k(rank, experts.chosen)
+    expert = _given(replayed, jax.lax.top_k(rank, experts.chosen)[1])
     weight = jnp.take_along_axis(probability, expert, axis=-1)
     if experts.normalised:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
@@ -101,8 +126,11 @@ def mixture(
     x_BTD: Float[Array, "B T D"],
     lora: LayerLora | None,
     activation: Callable[[Array, Array], Array],
+    replayed_BTk: Int[Array, "B T k"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T k"]]:
     """Return the experts' weighted sum for every token, in x's dtype, and the experts chosen.
+
+    `replayed_BTk` are the experts to use instead of the router's choice (`route`).
 
     `activation(gate, up)` gives an expert's hidden units, unless the experts have a `Clamp`. On a mesh, every
     device sorts the tokens of its own rows. The experts' width is cut over `tensor`; their other axes are
@@ -121,7 +149,7 @@ def mixture(
     mesh = jax.sharding.get_abstract_mesh()
     run = partial(_mixture, experts, activation, current_backend(), dtype)
     if mesh.empty or mesh.size == 1:
-        return run(None, weights, x_BTD, adapters)
+        return run(None, weights, x_BTD, adapters, replayed_BTk)
     by_row = partition_spec(x_BTD.shape, ("rows", "tokens", "hidden"), mesh)
     (width,) = partition_spec((experts.width,), ("ff",), mesh)
     specs = Weights(P(), P(None, None, width), P(None, None, width), P(None, width, None))
@@ -135,10 +163,10 @@ def mixture(
         adapter_specs = _Adapters(pair_specs, P(by_row[0]), P(by_row[0]))
     return jax.shard_map(
         partial(run, width),
-        in_specs=(specs, by_row, adapter_specs),
+        in_specs=(specs, by_row, adapter_specs, None if replayed_BTk is None else by_row),
         out_specs=(by_row, by_row),
         check_vma=False,
-    )(weights, x_BTD, adapters)
+    )(weights, x_BTD, adapters, replayed_BTk)
 
 
 class _Adapters(NamedTuple):
@@ -165,13 +193,15 @@ def _mixture(
     weights: Weights,
     x_BTD: Array,
     adapters: _Adapters | None,
+    replayed_BTk: Array | None,
 ) -> tuple[Array, Array]:
     """Compute `mixture` on one device. `dtype` is that of adapters. `summed_over` names the mesh axes over
     which the experts' width is cut."""
     B, T, D = x_BTD.shape
     S, E, k = B * T, experts.count, experts.chosen
     x_SD = x_BTD.reshape(S, D)
-    expert_Sk, weight_Sk = route(experts, weights, x_SD)
+    replayed_Sk = None if replayed_BTk is None else replayed_BTk.reshape(S, k)
+    expert_Sk, weight_Sk = route(experts, weights, x_SD, replayed_Sk)
 
     # Sorted by expert, and among an expert's tokens by adapter.
     n = 1 if adapters is None else next(iter(adapters.pairs.values()))["a"].shape[0]

@@ -20,7 +20,7 @@ import numpy as np
 from ...losses import Loss
 from ..errors import UserError
 from ..messages import Datum, Tensor
-from .validation import decode
+from .validation import EXPERTS, decode
 
 IGNORED = -100
 _NAMES = {"old_logprobs": "logprobs", "target": "target_tokens", "weight": "weights"}
@@ -44,7 +44,8 @@ class Aligned:
 
 def align(index: int, datum: Datum, loss: Loss) -> Aligned:
     """Raises UserError for inputs of no layout, or of two. What each input holds is checked after it."""
-    inputs = _renamed(index, datum.inputs)
+    about_tokens = {name: tensor for name, tensor in datum.inputs.items() if name == EXPERTS}
+    inputs = _renamed(index, {n: tensor for n, tensor in datum.inputs.items() if n not in about_tokens})
     length = len(datum.tokens) // 4
     rows = slice(0, length)
     if "labels" in inputs:
@@ -61,7 +62,7 @@ def align(index: int, datum: Datum, loss: Loss) -> Aligned:
             rows = slice(length - targets.shape[0] - 1, length - 1)
             inputs = _spread(index, datum.tokens, inputs, length, rows)
     inputs, ignored = _without_ignored(index, _masked(index, inputs, loss), loss)
-    return Aligned(Datum(datum.tokens, inputs), rows, ignored)
+    return Aligned(Datum(datum.tokens, inputs | about_tokens), rows, ignored)
 
 
 def _renamed(index: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ def custom_job(
     losses: CustomLosses,
     vocab_size: int,
     max_length: int,
+    routing: tuple[int, int, int] | None,
 ) -> CustomJob:
     """Raises UserError naming the datum and the field."""
     loss = operation.custom_loss
@@ -55,7 +56,7 @@ def custom_job(
     losses.graph(loss)
     surrogate = validation.check_loss("cross_entropy", {})
     data = [_linear(datum) for datum in operation.data]
-    checked = validation.check_data(data, surrogate, vocab_size, max_length)
+    checked = validation.check_data(data, surrogate, vocab_size, max_length, routing)
     rank = loss.inputs[0][1]
     inputs = []
     for index, (datum, linear) in enumerate(zip(operation.data, checked, strict=True)):
@@ -74,7 +75,8 @@ def _linear(datum: messages.Datum) -> messages.Datum:
         return messages.Datum(datum.tokens, {})  # which the check names
     count = min(math.prod(targets.shape), len(targets.data))  # not more than there is: the check comes later
     zeros = messages.Tensor("float32", targets.shape, bytes(4 * count))
-    return messages.Datum(datum.tokens, {"target_tokens": targets, "weights": zeros})
+    experts = {name: each for name, each in datum.inputs.items() if name == validation.EXPERTS}
+    return messages.Datum(datum.tokens, {"target_tokens": targets, "weights": zeros} | experts)
 
 
 def _input(index: int, datum: messages.Datum, name: str, rank: int) -> np.ndarray:

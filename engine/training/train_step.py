@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     adapter: jax.Array  # [B] int32, which of the n adapters
     loss: jax.Array  # [B] int32, LOSS_INDEX
     config: jax.Array  # [B, P] float32
+    experts: jax.Array | None = None  # [B, T, M, k] int16, the experts to use in layers with experts; -1: any
 
 
 class Outputs(NamedTuple):
@@ -132,6 +133,7 @@ def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> tuple[jax.Arr
         stack,
         batch.adapter,
         remat=static.remat,
+        replayed_BTMk=batch.experts,
     )
 
 

@@ -166,14 +166,16 @@ class Trainer:
     def job(self, state: TrainingState, operation: ForwardBackward) -> Job | CustomJob:
         """The operation, checked against the model. Raises UserError."""
         if operation.loss_fn == "custom":
-            limits = self.config.vocab_size, self.max_sequence_length
+            limits = self.config.vocab_size, self.max_sequence_length, self.config.routing
             return custom_job(state, operation, self.custom_losses, *limits)
         chosen = validation.check_loss(operation.loss_fn, operation.loss_config)
         data, aligned = operation.data, None
         if state.target_alignment == "by_shape":
             aligned = [align(index, datum, chosen.loss) for index, datum in enumerate(data)]
             data = [each.datum for each in aligned]
-        checked = validation.check_data(data, chosen, self.config.vocab_size, self.max_sequence_length)
+        checked = validation.check_data(
+            data, chosen, self.config.vocab_size, self.max_sequence_length, self.config.routing
+        )
         return Job(
             state, checked, chosen, operation.forward_only, aligned, elementwise=operation.elementwise_loss
         )

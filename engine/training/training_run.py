@@ -76,6 +76,7 @@ class _Kind:
     forward_only: bool
     sequence_level: bool
     targets: int  # per token, bucketed
+    experts: tuple[int, ...] | None  # layers with experts and experts per token, of datums that name them
 
 
 _Planned = tuple[_Kind, list[tuple[int, int]], MicroBatch]
@@ -172,7 +173,8 @@ class Run:
             shared = ("full", job_index) if full_weights else structure(job.state.lora)
             for index, datum in enumerate(job.data):
                 targets = _bucket_targets(datum.targets.shape[1])
-                kind = _Kind(shared, job.forward_only, job.loss.sequence_level, targets)
+                experts = None if datum.experts is None else datum.experts.shape[1:]
+                kind = _Kind(shared, job.forward_only, job.loss.sequence_level, targets, experts)
                 kinds.setdefault(kind, []).append((job_index, index))
         plan = []
         for kind, members in kinds.items():
@@ -234,7 +236,15 @@ class Run:
             adapter=adapter,
             loss=loss,
             config=config,
+            experts=None if kind.experts is None else self._experts(data, kind.experts, micro_batch),
         )
+
+    def _experts(
+        self, data: list[TrainingDatum], shape: tuple[int, ...], micro_batch: MicroBatch
+    ) -> np.ndarray:
+        """Lay out the experts that the datums name, and -1 on padding."""
+        above = [np.zeros((0, 0, 0), np.int16) if each.experts is None else each.experts + 1 for each in data]
+        return micro_batch.lay(above, shape, np.int16) - np.int16(1)
 
     def _read_back(self, members: list[tuple[int, int]], micro_batch: MicroBatch, outputs: Outputs) -> None:
         loss = np.asarray(outputs.loss)

@@ -33,6 +33,7 @@ def describe(key: tuple | None, batch: Batch | None = None, n: int = 1, sequence
     if batch is not None:
         rows, length, targets = batch.targets.shape
         text += f" {rows}x{length}" + (f" {targets} targets" if targets > 1 else "")
+        text += "" if batch.experts is None else " given experts"
     return text + (f" {n} models" if n > 1 else "") + (" sequence-level" if sequence_level else "")
 
 

@@ -16,6 +16,9 @@ from ..errors import UserError
 from ..messages import AdamParams, Datum, DimuonParams, LossValue, Tensor
 
 CONFIG_INPUTS = frozenset(key for loss in REGISTRY.values() for key in loss.config)
+EXPERTS = "routed_experts"
+"""The input that names the experts of each token: integers [N, M k] with the k experts of the first of M
+layers with experts, then those of the next. All -1 in a layer leaves the choice to its router."""
 MAX_TARGETS = 1024  # per position
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -31,6 +34,7 @@ class TrainingDatum:
     targets: np.ndarray
     inputs: dict[str, np.ndarray]
     shape: tuple[int, ...]
+    experts: np.ndarray | None = None  # int16[N, M, k], see `EXPERTS`; -1 leaves the choice to the router
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,19 @@ def _number(key: str, value: LossValue, loss: Loss) -> float:
 
 
 def check_data(
-    data: Sequence[Datum], chosen: ChosenLoss, vocab_size: int, max_length: int
+    data: Sequence[Datum],
+    chosen: ChosenLoss,
+    vocab_size: int,
+    max_length: int,
+    routing: tuple[int, int, int] | None = None,
 ) -> list[TrainingDatum]:
-    """Decode and check every datum of one operation."""
+    """Decode and check every datum of one operation. `routing` is `ModelConfig.routing`."""
     if not data:
         raise UserError("data is empty; give at least one datum")
-    return [_check_datum(index, datum, chosen, vocab_size, max_length) for index, datum in enumerate(data)]
+    return [
+        _check_datum(index, datum, chosen, vocab_size, max_length, routing)
+        for index, datum in enumerate(data)
+    ]
 
 
 def check_optimizer(params: AdamParams | DimuonParams) -> None:
@@ -117,7 +128,12 @@ def check_optimizer(params: AdamParams | DimuonParams) -> None:
 
 
 def _check_datum(
-    index: int, datum: Datum, chosen: ChosenLoss, vocab_size: int, max_length: int
+    index: int,
+    datum: Datum,
+    chosen: ChosenLoss,
+    vocab_size: int,
+    max_length: int,
+    routing: tuple[int, int, int] | None,
 ) -> TrainingDatum:
     loss = chosen.loss
     if len(datum.tokens) % 4:
@@ -166,7 +182,38 @@ def _check_datum(
             )
         values = _check_input(index, name, datum.inputs[name], shape, masked)
         inputs["reference_logprobs"] = values.reshape(targets.shape)
-    return TrainingDatum(tokens, targets, inputs, shape)
+    experts = None
+    if EXPERTS in datum.inputs:
+        experts = _check_experts(index, datum.inputs[EXPERTS], length, routing)
+    return TrainingDatum(tokens, targets, inputs, shape, experts)
+
+
+def _check_experts(
+    index: int, tensor: Tensor, length: int, routing: tuple[int, int, int] | None
+) -> np.ndarray:
+    where = f"datum {index}: loss_fn_inputs[{EXPERTS!r}]"
+    if routing is None:
+        raise UserError(f"{where}: this model has no experts; leave it out")
+    layers, chosen, count = routing
+    if tensor.dtype not in ("int64", "int32"):
+        raise UserError(f"{where} has dtype {tensor.dtype}; it must be int64")
+    if tuple(tensor.shape) != (length, layers * chosen):
+        raise UserError(
+            f"{where} has shape {list(tensor.shape)}; it must be [{length}, {layers * chosen}]: for each "
+            f"token {chosen} experts in each of {layers} layers"
+        )
+    experts = decode(where, tensor).reshape(length, layers, chosen)
+    wrong = (experts < -1) | (experts >= count) | ((experts < 0) != (experts[..., :1] < 0))
+    ordered = np.sort(experts, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    wrong |= twice.any(-1, keepdims=True)
+    if wrong.any():
+        token, layer, _ = np.argwhere(wrong)[0].tolist()
+        raise UserError(
+            f"{where} has {experts[token, layer].tolist()} for token {token} in layer {layer} of those "
+            f"with experts; it must be {chosen} different experts from 0 to {count - 1}, or all -1"
+        )
+    return experts.astype(np.int16)
 
 
 def _check_targets(

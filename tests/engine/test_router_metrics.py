@@ -46,12 +46,28 @@ def test_an_operation_s_metrics_are_those_of_transformers_choices(tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     counts = np.zeros((3, 8), int)
+    choices = []  # [T, layers x chosen] of each sequence
     for tokens in data:
         with torch.no_grad():
             found = model(torch.tensor(tokens[None, :-1]), output_router_logits=True)
-        for layer, logits in enumerate(found.router_logits):
-            chosen = torch.topk(logits, 3, dim=-1).indices.flatten()
-            counts[layer] += np.bincount(chosen.numpy(), minlength=8)
+        chosen = [torch.topk(logits, 3, dim=-1).indices.numpy() for logits in found.router_logits]
+        choices.append(np.concatenate(chosen, -1))
+        for layer, of_layer in enumerate(chosen):
+            counts[layer] += np.bincount(of_layer.ravel(), minlength=8)
     assert counts.sum() == 3 * 3 * sum(LENGTHS)
     expected = router_metrics(counts)
     assert {name: output.metrics[name] for name in expected} == pytest.approx(expected)
+
+    # Given as inputs, the same choices change nothing, also beside a datum without them.
+    inputs = [{"routed_experts": each} for each in choices[:-1]] + [{}]
+    replayed = run(
+        trainer,
+        trainer.create(lora(4)),
+        [
+            datum(x[:-1], target_tokens=x[1:], weights=np.ones(len(x) - 1, np.float32), **more)
+            for x, more in zip(data, inputs, strict=True)
+        ],
+    )
+    for found, free in zip(replayed.logprobs, output.logprobs, strict=True):
+        np.testing.assert_allclose(found, free, atol=1e-5)
+    assert {name: replayed.metrics[name] for name in expected} == pytest.approx(expected)

@@ -139,3 +139,30 @@ def test_config_fills_in_the_defaults():
 def test_wrong_adam(params, field):
     with pytest.raises(UserError, match=f"adam_params.{field}"):
         check_optimizer(AdamParams(**params))
+
+
+EXPERTS = np.arange(8 * 6).reshape(8, 6) % 5  # 3 of 5 experts in each of 2 layers
+
+
+@pytest.mark.parametrize(
+    ("given", "routing", "reason"),
+    [
+        (EXPERTS, None, "this model has no experts; leave it out"),
+        (EXPERTS.astype(np.float32), (2, 3, 5), "has dtype float32; it must be int64"),
+        (EXPERTS[:, :5], (2, 3, 5), r"has shape \[8, 5\]; it must be \[8, 6\]: for each token 3 experts"),
+        (np.full((8, 6), 5), (2, 3, 5), r"has \[5, 5, 5\] for token 0 in layer 0 .* from 0 to 4, or all -1"),
+        (np.full((8, 6), 4), (2, 3, 5), r"has \[4, 4, 4\] for token 0"),
+        (np.where(EXPERTS == 4, -1, EXPERTS), (2, 3, 5), r"for token 0 in layer 1 "),
+    ],
+)
+def test_given_experts_that_the_model_cannot_use_are_refused(given, routing, reason):
+    data = with_input("routed_experts", given)
+    with pytest.raises(UserError, match=rf"datum 1: loss_fn_inputs\['routed_experts'\].*{reason}"):
+        check_data(data, check_loss("cross_entropy", {}), VOCAB, LONGEST, routing)
+
+
+def test_given_experts_are_laid_out_by_token_layer_and_choice():
+    given = np.where(np.arange(6) < 3, EXPERTS, -1)
+    data = with_input("routed_experts", given)
+    _, found = check_data(data, check_loss("cross_entropy", {}), VOCAB, LONGEST, (2, 3, 5))
+    np.testing.assert_array_equal(found.experts, given.reshape(8, 2, 3))

@@ -97,3 +97,99 @@ def test_an_adapter_shares_the_factor_at_the_hidden_size_and_leaves_the_router_a
         "expert_up": {"a": (L, D, R), "b": (L, E, R, F)},
         "expert_down": {"a": (L, E, F, R), "b": (L, R, D)},
     }
+
+
+def force_experts(reference, experts_TMk):
+    """Make the routers of a transformers model choose these experts, with their own probabilities."""
+    import torch
+
+    routers = [
+        module for module in reference.modules() if type(module).__name__.endswith(("TopKRouter", "Router"))
+    ]
+    assert len(routers) == experts_TMk.shape[1]
+    for router, of_layer in zip(routers, torch.tensor(np.moveaxis(experts_TMk, 1, 0)).long(), strict=True):
+
+        def forward(x, router=router, chosen=of_layer):
+            x = x.reshape(-1, router.hidden_dim)
+            logits = torch.nn.functional.linear(x, router.weight, getattr(router, "bias", None))
+            weight = torch.softmax(logits.float(), -1).gather(-1, chosen)
+            if getattr(router, "norm_topk_prob", True):
+                weight = weight / weight.sum(-1, keepdim=True)
+            return logits, weight, chosen
+
+        router.forward = forward
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("variant", "overrides"), [("qwen3_moe", MIXED), ("gpt_oss", {})])
+def test_given_experts_are_used_with_the_router_s_own_weights(tmp_path, variant, overrides):
+    """Log-probs, and gradients by the router and the embedding, equal torch's with forced routers."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = load_tiny(tmp_path, variant, num_hidden_layers=3, **overrides)
+    layers, k, E = model.config.routing
+    rng = np.random.default_rng(2)
+    T = 20
+    tokens, targets = rng.integers(0, 320, (2, 1, T))
+    given = np.stack([rng.permutation(E)[:k] for _ in range(T * layers)]).reshape(1, T, layers, k)
+    rows = jnp.asarray(tokens), jnp.arange(T)[None], jnp.zeros((1, T), int), jnp.ones((1, T), bool)
+
+    @jax.jit
+    def found(base, experts):
+        hidden, counts = decoder.routed_trunk(model.graph, base, *rows, replayed_BTMk=experts)
+        z = decoder.logits(decoder.unembed(base), None, hidden, None)
+        return jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], -1)[0, :, 0], counts
+
+    def loss(base):
+        logprobs, counts = found(base, given.astype(np.int16))
+        return logprobs.sum(), (logprobs, counts)
+
+    gradients, (ours, counts) = jax.grad(loss, has_aux=True)(model.base)
+    expected_counts = [np.bincount(given[0, :, layer].ravel(), minlength=E) for layer in range(layers)]
+    np.testing.assert_array_equal(counts[:, 0], expected_counts)
+
+    reference = AutoModelForCausalLM.from_pretrained(
+        model.folder, dtype=torch.float32, experts_implementation="eager"
+    )
+    force_experts(reference, given[0])
+    z = reference(torch.tensor(tokens)).logits[0]
+    theirs = torch.log_softmax(z, -1).gather(-1, torch.tensor(targets[0])[:, None])[:, 0]
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-4)
+    theirs.sum().backward()
+    parameters = dict(reference.named_parameters())
+    name = "gate" if variant == "qwen3_moe" else "router"
+    layer = next(iter(model.config.mixtures))
+    stack, number = model.config.places[layer]
+    router = stack.of(gradients["layers"])["router"]["weight"][number].T
+    for got, leaf in (
+        (router, parameters[f"model.layers.{layer}.mlp.{name}.weight"]),
+        (gradients["embed_tokens"]["weight"], parameters["model.embed_tokens.weight"]),
+    ):
+        expected = leaf.grad.numpy()
+        assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_router_s_own_choices_given_to_it_change_nothing(tiny, variant):
+    """Its own choices are found by leaving all others out: the tokens that each expert gets stay the same."""
+    model = tiny(variant)
+    layers, k, _ = model.config.routing
+    T = 12
+    tokens = np.random.default_rng(4).integers(0, 320, (1, T))
+    rows = jnp.asarray(tokens), jnp.arange(T)[None], jnp.zeros((1, T), int)
+
+    @jax.jit
+    def run(experts, real):
+        return decoder.routed_trunk(model.graph, model.base, *rows, real, replayed_BTMk=experts)
+
+    free = np.full((1, T, layers, k), -1, np.int16)
+    expected, _ = run(free, np.ones((1, T), bool))
+    own = np.zeros((1, T, layers, k), np.int16)
+    for token in range(T):  # the counts of one token name its experts
+        _, counts = run(free, np.arange(T)[None] == token)
+        own[0, token] = [np.flatnonzero(of_layer) for of_layer in np.asarray(counts[:, 0])]
+    replayed, _ = run(own, np.ones((1, T), bool))
+    np.testing.assert_allclose(replayed, expected, rtol=0, atol=1e-5)
+    without, _ = decoder.routed_trunk(model.graph, model.base, *rows, jnp.ones((1, T), bool))
+    np.testing.assert_allclose(without, expected, rtol=0, atol=1e-5)
