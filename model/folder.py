@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import packed
 from .config import Attention, GatedMlp, ModelConfig, UnsupportedModelError, read_json
 from .counts import Counts, counts
 from .families import FAMILIES, adapter_modules, parameter_count, tensor_shapes
@@ -179,7 +180,11 @@ def _refuse_quantized(folder: Path, hf: dict[str, Any], known: tuple[str, ...]) 
     for key in ("quantization_config", "compression_config", "quantization"):
         if stated := hf.get(key):
             method = stated.get("quant_method") if isinstance(stated, dict) else stated
-            if method in known:
+            if method in known and isinstance(stated, dict):
+                try:
+                    packed.refuse_unread(stated)
+                except UnsupportedModelError as error:
+                    raise UnsupportedModelError(f"{folder}/config.json: {error}") from None
                 continue
             raise UnsupportedModelError(
                 f"{folder}: its weights are quantized ({key}: {method or 'of an unnamed method'}), which is "

@@ -26,6 +26,8 @@ class MxFp4:
     """
 
     def __init__(self, blocks: UInt8[np.ndarray, "E O G 16"], scales: UInt8[np.ndarray, "E O G"]):
+        if blocks.ndim != 4 or blocks.shape[:-1] != scales.shape:
+            raise ValueError(f"blocks of {blocks.shape} are not MXFP4 with scales of {scales.shape}")
         self._blocks, self._scales = blocks, scales
 
     @property

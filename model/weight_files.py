@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 import ml_dtypes
 import numpy as np
 
+from . import packed
 from .config import ModelConfig, read_json
 from .families import Parameter, parameters, tensor_shapes
-from .mxfp4 import BLOCKS, SCALES, MxFp4
+from .mxfp4 import MxFp4
+from .packed import Packed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -96,8 +98,8 @@ def header(file: Path) -> dict[str, Stored]:
     for name, stored in found.items():
         if stored.end > size:
             raise WeightsError(f"{file.name} is cut short: {name} lies beyond its end")
-        if stored.dtype in DTYPES:
-            expected = prod(stored.shape) * np.dtype(DTYPES[stored.dtype]).itemsize
+        if (dtype := (DTYPES | packed.DTYPES).get(stored.dtype)) is not None:
+            expected = prod(stored.shape) * np.dtype(dtype).itemsize
             if stored.begin < 8 + length or stored.end - stored.begin != expected:
                 raise WeightsError(f"the header of {file.name} is damaged: {name} has not its shape's size")
     return found
@@ -119,10 +121,10 @@ def check(folder: Path, config: ModelConfig) -> None:
     for name, shape in tensor_shapes(config).items():
         if name == EMBEDDING and config.tie_embeddings and find(stored, name) is None:
             name = HEAD
-        found = find(stored, name)
-        if found is None and (packed := packed_as(stored, name)):
-            _check_packed(name, [stored[each] for each in packed], shape)
+        if parts := packed_as(stored, name):
+            _check_packed(name, stored, parts, shape)
             continue
+        found = find(stored, name)
         if found is None:
             raise WeightsError(_missing(name, stored))
         if found.dtype not in DTYPES:
@@ -133,28 +135,35 @@ def check(folder: Path, config: ModelConfig) -> None:
             raise WeightsError(_misshapen(name, found.shape, shape))
 
 
-def packed_as(stored: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Return the names of the blocks and scales of a tensor that the files hold in MXFP4, or nothing."""
-    names = name + BLOCKS, name + SCALES
-    return names if all(each in stored for each in names) else ()
+def packed_as(stored: Mapping[str, Stored], name: str) -> tuple[str, ...]:
+    """Return the names of the tensors that hold a packed one (`packed`), or nothing."""
+    return packed.packed_as(
+        {each: stored[each].dtype for each in packed.companions(name) & stored.keys()}, name
+    )
 
 
-def _check_packed(name: str, stored: list[Stored], shape: tuple[int, ...]) -> None:
-    blocks, scales = stored
-    dtypes = {blocks.dtype, scales.dtype}
-    if dtypes != {"U8"} or blocks.shape[:-1] != scales.shape or len(blocks.shape) != 4:
-        raise WeightsError(
-            f"{name} is not in MXFP4: its blocks and scales are {blocks.shape}, {scales.shape}"
-        )
-    experts, out, groups, size = blocks.shape
-    if (experts, groups * size * 2, out) != shape:
-        raise WeightsError(_misshapen(name, (experts, groups * size * 2, out), shape))
+def _check_packed(
+    name: str, stored: Mapping[str, Stored], parts: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
+    """Check a packed tensor by the shapes of its parts."""
+    dtypes = {each: stored[each].dtype for each in parts}
+
+    def empty(part: str) -> np.ndarray:
+        zero = np.zeros((), (DTYPES | packed.DTYPES)[stored[part].dtype])
+        return np.broadcast_to(zero, stored[part].shape)
+
+    try:
+        there = packed.unpacked(dtypes, name, empty).shape
+    except ValueError as error:
+        raise WeightsError(f"{name}: {error}") from None
+    if there != shape:
+        raise WeightsError(_misshapen(name, there, shape))
 
 
 def unread(folder: Path, config: ModelConfig) -> list[str]:
     """Return the tensors that `config` does not use, except tables that every reader computes itself."""
     names = set(tensor_shapes(config))
-    names |= {name + suffix for name in names for suffix in (BLOCKS, SCALES)}
+    names |= {each for name in names for each in packed.companions(name)}
     names |= {name.removeprefix(_BASE_PREFIX) for name in names}
     if config.tie_embeddings:
         names.add(HEAD)
@@ -175,10 +184,10 @@ def has_another_head(folder: Path) -> bool:
 class ExpertViews:
     """The matrices of a layer's experts, which lie apart, as one [experts, in, out] array."""
 
-    def __init__(self, views: list[np.ndarray]):
+    def __init__(self, views: list[Any]):
         self._views = views
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, tuple):
             return self._views[index]
         return np.stack([view[index[1:]] for view in self._views[index[0]]])
@@ -190,36 +199,35 @@ class MappedTensors:
     def __init__(self, folder: Path):
         self._maps: dict[Path, mmap.mmap] = {}
         self._views: dict[str, np.ndarray] = {}
-        self._packed: dict[str, np.ndarray] = {}
-        self._unreadable: dict[str, str] = {}
-        for name, stored in headers(folder).items():
+        self._stored = headers(folder)
+        for name, stored in self._stored.items():
             if stored.dtype in DTYPES:
                 self._views[name] = self._view(stored)
-            else:
-                self._unreadable[name] = stored.dtype
-            if stored.dtype == "U8" and name.endswith((BLOCKS, SCALES)):
-                self._packed[name] = self._view(stored)
 
     def _view(self, stored: Stored) -> np.ndarray:
         if stored.file not in self._maps:
             with stored.file.open("rb") as opened:
                 self._maps[stored.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         count = prod(stored.shape)
-        dtype = np.uint8 if stored.dtype == "U8" else DTYPES[stored.dtype]
+        dtype = (DTYPES | packed.DTYPES)[stored.dtype]
         view = np.frombuffer(self._maps[stored.file], dtype, count, offset=stored.begin)
         return view.reshape(stored.shape)
 
     def find(self, name: str) -> np.ndarray | None:
         return find(self._views, name)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray | MxFp4:
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray | MxFp4 | Packed:
         """Return the view of tensor `name`. Raises WeightsError if it is missing or has another shape."""
-        view: np.ndarray | MxFp4 | None = self.find(name)
-        if view is None and (packed := packed_as(self._packed, name)):
-            view = MxFp4(*(self._packed[each] for each in packed))
+        view: np.ndarray | MxFp4 | Packed | None = self.find(name)
+        if parts := packed_as(self._stored, name):
+            dtypes = {each: self._stored[each].dtype for each in parts}
+            try:
+                view = packed.unpacked(dtypes, name, lambda each: self._view(self._stored[each]))
+            except ValueError as error:
+                raise WeightsError(f"{name}: {error}") from None
         if view is None:
-            if (dtype := find(self._unreadable, name)) is not None:
-                raise WeightsError(f"{name} has dtype {dtype} in the file; known: {', '.join(DTYPES)}")
+            if (stored := find(self._stored, name)) is not None:
+                raise WeightsError(f"{name} has dtype {stored.dtype} in the file; known: {', '.join(DTYPES)}")
             raise WeightsError(_missing(name, self._views))
         if view.shape != shape:
             raise WeightsError(_misshapen(name, view.shape, shape))

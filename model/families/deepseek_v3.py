@@ -41,6 +41,8 @@ TENSORS = (
     }
 )
 
+QUANTIZED = ("fp8", "compressed-tensors")
+
 DEFAULTS = {
     "vocab_size": 129_280,
     "hidden_size": 7168,
