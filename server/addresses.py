@@ -1,8 +1,8 @@
-"""Which machines this server may ask anything: what a client names could be anybody's.
+"""Addresses that this server may connect to: a client could name anybody's machine.
 
-Nothing is allowed but what the operator names. Loopback, link-local (where clouds keep their metadata and
-credentials), multicast and unspecified addresses are never meant by a wider network: `0.0.0.0/0` allows the
-public and private ones only.
+Only what the operator names is allowed. Loopback, link-local (where clouds keep metadata and credentials),
+multicast and unspecified addresses are never part of a wider network: `0.0.0.0/0` allows the public and
+private ones only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RESOLVING_SECONDS = 5.0
 
 
 def host_and_port(url: str) -> tuple[str, int]:
-    """Raises ValueError for what is no http(s) URL of a server."""
+    """Split a server's URL. Raises ValueError if it is not http(s)://HOST:PORT."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
         raise ValueError(f"{url!r} is no URL of a server: write http://HOST:PORT")
@@ -31,7 +31,7 @@ def host_and_port(url: str) -> tuple[str, int]:
 
 
 def address(host: str) -> Address | None:
-    """The IP address that `host` is; IPv4 written as IPv6 is IPv4. None for a name."""
+    """Return the IP address that `host` is, with IPv4 written as IPv6 as IPv4; None for a name."""
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     try:
@@ -42,7 +42,8 @@ def address(host: str) -> Address | None:
 
 
 def _plain(found: Address) -> Address:
-    """IPv4 that is written as IPv6 (`::ffff:a.b.c.d`, 6to4, Teredo, NAT64) is where it leads."""
+    """Return the IPv4 address that an IPv6 one stands for (`::ffff:a.b.c.d`, 6to4, Teredo, NAT64), or
+    `found`."""
     if isinstance(found, ipaddress.IPv4Address):
         return found
     if found.ipv4_mapped is not None:
@@ -70,18 +71,21 @@ def url_of(host: str, port: int) -> str:
 
 
 def _is_special(found: Address | Network) -> bool:
-    """Whether only an entry for just such addresses allows it."""
+    """Return whether only an entry for exactly such addresses allows it."""
     return found.is_loopback or found.is_link_local or found.is_multicast or found.is_unspecified
 
 
 class NotAllowed(Exception):
-    """The host leads to no address that the operator allows. The message does not say where it leads."""
+    """The host has no allowed address. The message does not say which addresses it has."""
 
 
 class Allowed:
-    """What the operator serves with, and what else the operator allows: `HOST`, `HOST:PORT` or a network like
-    `10.0.0.0/8`. Names are allowed as they are written, and may lead to any address but a link-local,
-    multicast or unspecified one. Nobody resolves a name that is not allowed."""
+    """The allowed addresses: the SGLang servers of the settings, and `HOST`, `HOST:PORT` or networks such as
+    `10.0.0.0/8`.
+
+    A name is allowed as it is written, and may lead to any address but a link-local, multicast or unspecified
+    one. A name that is not allowed is never resolved.
+    """
 
     def __init__(self, served: Iterable[str], allowed: Iterable[str]):
         """Raises ValueError."""
@@ -97,14 +101,14 @@ class Allowed:
                 self._allow_place(*host_and_port(f"http://{entry}"))
             else:
                 self._hosts.update(_names(entry))
-        # Apart from all other threads: looking up a name may take long.
+        # Separate threads, because looking up a name may take long.
         self._resolvers = ThreadPoolExecutor(4, "resolver")
 
     def _allow_place(self, host: str, port: int) -> None:
         self._places.update((name, port) for name in _names(host))
 
     def __contains__(self, place: tuple[str, int]) -> bool:
-        """Whether the host is named, or is an address in an allowed network."""
+        """Return whether the host is named, or is an address in an allowed network."""
         host, port = plain_host(place[0]), place[1]
         if host in self._hosts or (host, port) in self._places:
             return True
@@ -114,10 +118,10 @@ class Allowed:
         return any(_covers(network, found) for network in self._networks)
 
     async def resolve(self, host: str, port: int) -> list[str]:
-        """The addresses to connect to, the best first. Raises NotAllowed, and OSError for a name that leads
-        nowhere.
+        """Return the addresses to connect to, the best first. Raises NotAllowed, and OSError for an unknown
+        name.
 
-        Whoever connects has to use one of these, not the name: the name may lead elsewhere a moment later.
+        Connect to one of these, not to the name, which may lead elsewhere a moment later.
         """
         if (host, port) not in self:
             raise NotAllowed(f"{host}:{port} is not allowed")
@@ -151,13 +155,15 @@ _LOOPBACK = ("127.0.0.1", "::1")
 
 
 def _names(host: str) -> tuple[str, ...]:
-    """The host as places are compared; `localhost` is the loopback addresses too."""
+    """Return the host in the form in which places are compared; `localhost` includes the loopback
+    addresses."""
     plain = plain_host(host)
     return (plain, *_LOOPBACK) if plain == _LOCALHOST else (plain,)
 
 
 def plain_host(host: str) -> str:
-    """The host as hosts are compared: an address in its usual form, a name in lower case."""
+    """Return the host in the form in which hosts are compared: an address in its usual form, a name in lower
+    case."""
     found = address(host)
     return host.lower().rstrip(".") if found is None else str(found)
 

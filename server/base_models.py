@@ -1,7 +1,8 @@
-"""The base models of a server: their names, folders, and what their config.json says to clients.
+"""Base models of a server: their names and folders, what their config.json tells clients, and whether they
+fit.
 
-`plan` finds out, before a weight is downloaded or anything is written, whether all models can be served;
-`Plan.obtain` then downloads what is not here.
+`plan` finds out, before any weights are downloaded or anything is written, whether all models can be served;
+`Plan.obtain` then downloads what is missing.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ _WEIGHTS_THAT_ARE_NOT_READ = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5",
 
 @dataclass(frozen=True)
 class BaseModel:
-    name: str  # what clients call it
+    name: str  # the clients' name for it
     folder: Path
     hub_id: str | None  # if it came from the Hugging Face hub
     max_sequence_length: int
     vocab_size: int
-    digest: str | None = None  # of its weights and arithmetic: what is trained on it fits no other
-    tokenizer_id: str | None = None  # where clients on other machines find its tokenizer, as far as is known
+    digest: str | None = None  # of its weights and arithmetic: what was trained on it fits no other
+    tokenizer_id: str | None = None  # where clients on other machines find its tokenizer, if known
 
     def message(self, on_this_machine: bool) -> messages.BaseModel:
-        """What the engine is told. Clients on this machine can load the base model from its folder; others
-        are told no path of ours."""
+        """Return the message for the engine.
+
+        Clients on this machine can load the base model from its folder; others are not told a path of ours.
+        """
         reference = str(self.folder) if on_this_machine else self.name
         if self.hub_id is not None:
             # The hub's cache keeps each commit in a folder of its name.
@@ -59,7 +62,7 @@ class BaseModel:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the embedding is the unembedding too: the files have no head of their own."""
+        """Whether the embedding is the unembedding too: the files have no `lm_head`."""
         try:
             return bool(self.tensors) and "lm_head.weight" not in self.tensors
         except (OSError, ValueError):
@@ -75,13 +78,13 @@ class BaseModel:
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:
-        """Read at the first use. Raises OSError, ValueError."""
+        """The tensors of the weight files. Read at the first use. Raises OSError and ValueError."""
         stored = folders.headers(self.folder)
         return {name: Entry(each.dtype, each.shape) for name, each in stored.items()}
 
 
 class MadeOn(Protocol):
-    """A model, a sampler or a checkpoint: made on what `base_model` was the name of."""
+    """A model, sampler or checkpoint, and the base model it was made on."""
 
     @property
     def base_model(self) -> str: ...
@@ -91,7 +94,7 @@ class MadeOn(Protocol):
 
 
 class BaseModels(dict[str, BaseModel]):
-    """Those that are served, by name."""
+    """The base models that are served, by name."""
 
     def named(self, name: str) -> BaseModel:
         """Return the base model of this name. Raises BadRequest naming those that are served."""
@@ -120,7 +123,7 @@ class BaseModels(dict[str, BaseModel]):
 
 
 def smollm2_folder(cache_dir: Path) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder; converted from its GGUF file the first time."""
+    """Return SmolLM2-135M-Instruct as a Hugging Face folder, converted from its GGUF file the first time."""
     from ..ckpt.smollm2 import obtain
 
     return obtain(cache_dir, lambda text: print(text, file=sys.stderr))
@@ -128,8 +131,8 @@ def smollm2_folder(cache_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model to serve. It has a `folder`, or a `hub_id` with its `commit` and the names of its weight
-    files, or neither: then it is the one that `ckpt.smollm2` makes."""
+    """One model to serve. It has a `folder`, or a `hub_id` with its `commit` and weight files, or neither:
+    then `ckpt.smollm2` makes it."""
 
     name: str
     folder: Path | None = None
@@ -140,11 +143,11 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """The number of its parameters; 0 where no config has been read."""
+        """The number of parameters; 0 if no config was read."""
         return 0 if self.config is None else folders.parameter_count(self.config)
 
     def obtain(self, cache_dir: Path, limit: int | None) -> BaseModel:
-        """Download what is not here, and look at the weights. `limit` caps the sequence length.
+        """Download what is missing, and check the weights. `limit` caps the sequence length.
 
         Raises ValueError, OSError and RuntimeError saying what is wrong.
         """
@@ -167,9 +170,9 @@ def plan(
 ) -> list[Plan]:
     """Read the operator's `--model` options, and check all that can be known before weights are downloaded.
 
-    An entry is `PATH`, `HUB_ID`, `HUB_ID@REVISION`, `smollm2-135m`, or `NAME=` and one of them. Of models on
+    An entry is `PATH`, `HUB_ID`, `HUB_ID@REVISION`, `smollm2-135m`, or `NAME=` and one of them. For models on
     the hub, config.json is downloaded. The other arguments are the settings of these names. Raises ValueError
-    saying what would be right, OSError.
+    saying what would be right, and OSError.
     """
     named = [_parse(entry) for entry in entries]
     names = [each.name for each in named]
@@ -191,9 +194,9 @@ def plan(
 
 
 def config_alone(entry: str, cache_dir: Path) -> tuple[str, Path, ModelConfig]:
-    """Return the name, the folder and the config of a `--model` option, without its weights.
+    """Return name, folder and config of a `--model` option, without its weights.
 
-    Of a model on the hub, config.json alone is downloaded. Raises ValueError saying what would be right.
+    For a model on the hub, only config.json is downloaded. Raises ValueError saying what would be right.
     """
     named = _parse(entry)
     if named.plan.hub_id is not None:
@@ -208,7 +211,7 @@ def config_alone(entry: str, cache_dir: Path) -> tuple[str, Path, ModelConfig]:
 
 
 def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:
-    """One entry, planned and obtained."""
+    """Plan and obtain one entry."""
     (planned,) = plan([entry])
     return planned.obtain(cache_dir, limit)
 
@@ -226,12 +229,12 @@ class _Entry:
 
 
 def _parse(entry: str) -> _Entry:
-    """A folder that exists is meant as it stands, whatever is in its name."""
+    """Parse an entry. A folder that exists is taken as it is, whatever its name contains."""
     if not entry.strip():
         raise ValueError("--model is empty; give a folder, a hub id (owner/name) or NAME=one of these")
     if Path(entry).expanduser().is_dir() or "=" not in entry:
         return _source(entry, None)
-    # Both the name and the folder may have a = of their own: what is behind the right one exists.
+    # The name and the folder may contain `=` too: split where the right side exists.
     splits = [(entry[: at.start()], entry[at.end() :]) for at in re.finditer("=", entry)]
     of_folders = [split for split in splits if split[0] and _is_here(split[1])]
     if not of_folders and _is_path(entry):
@@ -270,12 +273,12 @@ def _is_here(source: str) -> bool:
 
 
 def _is_path(source: str) -> bool:
-    """Whether it cannot be a name or a hub id: it says so, or lies in a folder that exists."""
+    """Return whether the text must be a path: it looks like one, or its folder exists."""
     return source.startswith((".", "/", "~")) or ("/" in source and Path(source).parent.is_dir())
 
 
 def _checked(planned: Plan, revision: str | None) -> Plan:
-    """With its config. Raises ValueError for a model that cannot be served."""
+    """Return the plan with its config. Raises ValueError for a model that cannot be served."""
     if planned.folder is not None:
         config = _of_model(planned.name, folders.stated_config, planned.folder)
         _of_model(planned.name, folders.check, planned.folder, config)
@@ -294,7 +297,7 @@ def _checked(planned: Plan, revision: str | None) -> Plan:
 
 
 def _of_model(name: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function whose errors shall begin with the model's name."""
+    """Call a function, putting the model's name in front of its errors."""
     try:
         return function(*arguments)
     except (ValueError, OSError) as error:
@@ -302,7 +305,7 @@ def _of_model(name: str, function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _from_hub(hub_id: str, revision: str | None, file: str) -> str:
-    """Download one file, or find it in the cache; where it is."""
+    """Download one file, or find it in the cache; return its path."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -312,14 +315,14 @@ def _from_hub(hub_id: str, revision: str | None, file: str) -> str:
 
 
 def _weight_files(hub_id: str, commit: str) -> tuple[str, ...]:
-    """Those that count (`model.weight_files`). Raises ValueError for a model that has none of them."""
+    """Return the weight files that count (`model.weight_files`). Raises ValueError if there are none."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         there = HfApi().list_repo_files(hub_id, revision=commit)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return ()  # the cache may have them
+        return ()  # offline, the cache may have them
     if folders.SINGLE in there:
         return (folders.SINGLE,)
     if folders.INDEX in there:
@@ -350,8 +353,11 @@ def _not_on_hub(hub_id: str, revision: str | None, error: Exception) -> ValueErr
 
 
 def _tokenizer_id(planned: Plan, folder: Path) -> str | None:
-    """Return the hub id from which clients can load the tokenizer: the model's own, the one whose folder in
-    the hub's cache this is, or the one that config.json names. None if the model's name is all there is."""
+    """Return the hub id from which clients can load the tokenizer.
+
+    That is the model's own id, the one whose folder in the hub's cache this is, or the one that config.json
+    names; None if nothing else is known.
+    """
     if planned.hub_id is not None or _HUB_ID.fullmatch(planned.name):
         return planned.hub_id
     kind, *cached = folder.parent.parent.name.split("--", 2)
@@ -388,16 +394,16 @@ _PROBE_SECONDS = 300.0
 
 
 def find_devices(needed: int) -> Devices:
-    """The devices that the engine will have.
+    """Find the devices that the engine will have.
 
-    They are looked for in a short-lived process, for this one has no JAX; on a machine without accelerators
-    only if more than one device is `needed`. Raises ValueError saying in one line why JAX finds none.
+    A short-lived process looks for them, because this one has no JAX; on a machine without accelerators only
+    if more than one device is `needed`. Raises ValueError saying in one line why JAX finds none.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     surely_cpu = platforms == "cpu" or (not platforms and not any(map(os.path.exists, _ACCELERATORS)))
     if surely_cpu and needed <= 1:
         return Devices("cpu", 1)
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)}  # as the engine has (`engine_process`)
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)}  # as for the engine (`engine_process`)
     quiet = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment = share | os.environ | quiet
     command = [sys.executable, "-m", "tinsmith.engine.devices"]
@@ -424,10 +430,10 @@ def require_memory(
     max_sequence_length: int | None = None,
     kv_cache_tokens: int | None = None,
 ) -> None:
-    """Compare the least that an engine with these models needs with what is free.
+    """Require that the least an engine with these models needs is free.
 
     That is their weights, the smallest programs, one adapter in training and one sequence in the KV cache.
-    Raises ValueError saying how much is needed, for what, how much there is, and what would do.
+    Raises ValueError saying how much is needed, for what, how much is free, and what would do.
     """
     on_cpu = devices.platform == "cpu"
     sizes = memory.Mesh.of(mesh or {})

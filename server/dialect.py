@@ -1,7 +1,7 @@
-"""Three APIs on the same routes, and the few points in which they differ.
+"""Dialects: three APIs on the same routes, and where they differ.
 
-Requests may have the shape of any of them, and answers have the fields of all; what is here is the rest.
-`tinker` is what the SDK speaks, `tinkercloud` and `xorl` are the REST APIs of the servers of these names.
+Requests may have the shape of any of them, and answers have the fields of all. `tinker` is what the SDK
+speaks; `tinkercloud` and `xorl` are the REST APIs of the servers of these names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _SDK_AGENTS = ("AsyncTinker/", "Tinker/")
 
 
 @dataclass(frozen=True)
-class Points:
-    """What a dialect has of its own. The statuses are those of polls."""
+class DialectRules:
+    """Defaults and statuses of one dialect. The statuses are those of polls."""
 
     scheme: str
     pending_status: int
@@ -29,34 +29,39 @@ class Points:
     unknown_status: int
     grad_normalization: messages.GradNormalization
     target_alignment: messages.TargetAlignment
-    default_rank: int  # of a model that says nothing of adapters; 0: its full weights are trained
+    default_rank: int  # of a model created without a LoRA config; 0: full weights
     temperature: float
     top_p: float
     top_k: int
     max_tokens: int | None
-    stops_add: bool  # whether stops are beside the model's own end tokens, as in SGLang, or instead of them
-    elementwise_loss: bool  # whether answers have each token's loss, where the request does not say
+    stops_add: bool  # whether stops add to the model's own end tokens, as in SGLang, or replace them
+    elementwise_loss: bool  # whether answers have each token's loss by default
 
 
-# On 410 the SDK samples again under a new number; 404 would be its end.
-POINTS: dict[Dialect, Points] = {
-    "tinker": Points(paths.SCHEME, 408, 200, 410, "sum", "shifted", 0, 1.0, 1.0, -1, None, False, False),
-    "tinkercloud": Points(paths.SCHEME, 408, 400, 404, "sum", "by_shape", 0, 0.7, 0.9, 50, 256, True, True),
-    "xorl": Points(
+# On 410 the SDK samples again under a new number; on 404 it would give up.
+DIALECT_RULES: dict[Dialect, DialectRules] = {
+    "tinker": DialectRules(
+        paths.SCHEME, 408, 200, 410, "sum", "shifted", 0, 1.0, 1.0, -1, None, False, False
+    ),
+    "tinkercloud": DialectRules(
+        paths.SCHEME, 408, 400, 404, "sum", "by_shape", 0, 0.7, 0.9, 50, 256, True, True
+    ),
+    "xorl": DialectRules(
         paths.XORL_SCHEME, 200, 200, 404, "token_mean", "by_shape", 32, 1.0, 1.0, -1, None, True, True
     ),
 }
 
 
-def said(headers: Mapping[str, str], path: str) -> Dialect | None:
-    """Whose request this is: by `X-API-Dialect`, or by what only clients of one dialect send.
+def requested_dialect(headers: Mapping[str, str], path: str) -> Dialect | None:
+    """Return a request's dialect: by `X-API-Dialect`, or by what only clients of one dialect send.
 
-    None: nothing tells, and what the request is about decides. Raises BadRequest for a dialect there is not.
+    None: the request does not tell, so the dialect of its model or session applies. Raises BadRequest for an
+    unknown dialect.
     """
     named = headers.get(HEADER)
     if named is not None:
-        if named not in POINTS:
-            raise BadRequest(f"{HEADER}: {named[:32]!r} is not one of {', '.join(POINTS)}")
+        if named not in DIALECT_RULES:
+            raise BadRequest(f"{HEADER}: {named[:32]!r} is not one of {', '.join(DIALECT_RULES)}")
         return named
     if (
         headers.get("user-agent", "").startswith(_SDK_AGENTS)

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions. `http/errors.py` turns them into answers."""
+"""Errors that clients are told about, as exceptions. `http/errors.py` turns them into answers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ log = logging.getLogger("tinsmith.server")
 
 
 class ApiError(Exception):
-    """An error that the client is told about, with the status it is told with."""
+    """An error for the client, with the HTTP status of its answer."""
 
     status = 500
     category = "server"
     headers: dict[str, str] = {}  # noqa: RUF012
     code: str | None = None
-    """OpenAI's word for it, where there is one."""
+    """OpenAI's code for this error, if it has one."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -24,19 +24,19 @@ class ApiError(Exception):
 
     @property
     def final(self) -> bool:
-        """Whether the same request sent again would be refused again."""
+        """Whether the same request would be refused again."""
         return self.status < 500 and self.status != 429
 
 
 class BadRequest(ApiError):
-    """The request is wrong and would be wrong every time; the message says what would be right."""
+    """The request is wrong and always would be; the message says what would be right."""
 
     status = 400
     category = "user"
 
 
 class Invalid(ApiError):
-    """The body is not what the route takes."""
+    """The body does not fit the route."""
 
     status = 422
     category = "user"
@@ -48,13 +48,13 @@ class Unauthorized(ApiError):
 
 
 class InvalidToken(Unauthorized):
-    """The SDK exchanges its key for another token and sends the request once more (RFC 6750)."""
+    """The token is invalid. The SDK exchanges its key for another one and repeats the request (RFC 6750)."""
 
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
 class Forbidden(ApiError):
-    """What it is asked with does not open it."""
+    """The credentials do not allow this."""
 
     status = 403
     category = "user"
@@ -68,7 +68,7 @@ class QuotaExceeded(ApiError):
 
 
 class NotFound(ApiError):
-    """No such thing, or none of the caller's own: the two look alike on purpose."""
+    """The thing does not exist, or belongs to somebody else: the answer is the same on purpose."""
 
     status = 404
     category = "user"
@@ -83,14 +83,15 @@ class ContextTooLong(BadRequest):
 
 
 class Gone(ApiError):
-    """It was there once, or never; it will not come back."""
+    """It no longer exists, and will not come back."""
 
     status = 410
     category = "user"
 
 
 class ClientGone(ApiError):
-    """The client closed its connection; nobody reads this answer. The status is the one that nginx logs."""
+    """The client closed its connection, so nobody reads this answer. The status is the one that nginx
+    logs."""
 
     status = 499
     category = "user"
@@ -102,15 +103,18 @@ class TooLarge(ApiError):
 
 
 class UnsupportedMediaType(ApiError):
-    """The body's content type is missing, or is not taken here."""
+    """The body's content type is missing or unsupported."""
 
     status = 415
     category = "user"
 
 
 class TooManyRequests(ApiError):
-    """Sent again later, the request is welcome. The SDK waits, samples for a second and all else for
-    `seconds`, and sends fewer samples at once."""
+    """The request will be accepted later.
+
+    The SDK waits a second before it repeats a sample, and `seconds` before anything else, and sends fewer
+    samples at once.
+    """
 
     status = 429
     category = "user"
@@ -121,28 +125,28 @@ class TooManyRequests(ApiError):
 
 
 class Unavailable(ApiError):
-    """The request was right and can be sent again after `Retry-After`."""
+    """The request was right and can be repeated after `Retry-After`."""
 
     status = 503
     headers = {"Retry-After": "5"}  # noqa: RUF012
 
 
 class StorageFull(ApiError):
-    """There is no room; there may be when something is deleted."""
+    """There is no room until something is deleted."""
 
     status = 507
     headers = {"Retry-After": "10"}  # noqa: RUF012
 
 
 class StorageQuotaExceeded(StorageFull):
-    """The tenant's own doing, and its own to end."""
+    """The tenant's own quota is used up; it can delete something."""
 
     category = "user"
     headers = {"Retry-After": "5"}  # noqa: RUF012
 
 
 def internal_error(what: str, error: BaseException) -> str:
-    """Logs an error of our own; returns the message for the client, with the id that finds it in the log."""
+    """Log an internal error. Return a message for the client, with the id that finds it in the log."""
     error_id = uuid.uuid4().hex[:12]
     log.error("%s failed, error id %s", what, error_id, exc_info=error)
     return f"internal error {error_id}: the server's log has the cause under this id"

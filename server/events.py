@@ -1,4 +1,5 @@
-"""Events: one object says that something has happened, and others act on it, without knowing each other."""
+"""Events: an object announces that something has happened, and others react without either knowing the
+other."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ P = ParamSpec("P")
 
 
 class Event(Generic[P]):
-    """Something that happens again and again. Calling it calls its listeners, in the order in which they
-    subscribed; the one that it belongs to calls it, and listeners subscribe when they are constructed."""
+    """Something that happens repeatedly. Its owner calls it, and the call reaches all listeners in the order
+    in which they subscribed, usually at construction."""
 
     def __init__(self) -> None:
         self._listeners: list[Callable[P, None]] = []
 
     def subscribe(self, listener: Callable[P, None]) -> None:
-        """Have `listener` called from now on."""
+        """Call `listener` from now on."""
         self._listeners.append(listener)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:

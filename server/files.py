@@ -1,4 +1,4 @@
-"""Files of the server: the room that the disk has for them, private ones, and the headers of safetensors.
+"""Files of the server: free room on the disk, private files, and headers of safetensors.
 
 Some of the disk is kept in reserve, so that the answers of accepted operations can still be written. Submits
 that need room are refused with 507 before the disk is full, and accepted again when something was deleted.
@@ -17,21 +17,21 @@ from typing import Any, NamedTuple
 
 from .errors import StorageFull
 
-_FRESH_SECONDS = 0.25  # a crowd of submits asks the file system once
+_FRESH_SECONDS = 0.25  # many submits at once ask the file system once
 
 
 class Disk:
-    """Safe to use from any thread."""
+    """The free room on the data directory's disk. Safe to use from any thread."""
 
     def __init__(self, data_dir: Path, reserve_bytes: int, ledger_dir: Path | None = None):
-        """`ledger_dir`: where the ledger is, if that is elsewhere."""
+        """`ledger_dir`: where the ledger is, if it is on another disk."""
         self._folders = [data_dir] if ledger_dir is None else [data_dir, ledger_dir]
         self.reserve_bytes = reserve_bytes
         self._asked_at = float("-inf")
         self._usage = (0, 0)
 
     def usage(self) -> tuple[int, int]:
-        """Total and free bytes, of the fuller disk if there are two. Raises OSError."""
+        """Return the total and free bytes, of the fuller disk if there are two. Raises OSError."""
         now = time.monotonic()
         if now - self._asked_at > _FRESH_SECONDS:
             usages = [shutil.disk_usage(folder) for folder in self._folders]
@@ -40,7 +40,7 @@ class Disk:
         return self._usage
 
     def require_room(self) -> None:
-        """Raises StorageFull."""
+        """Raise StorageFull if only the reserve is left."""
         _total, free = self.usage()
         if free < self.reserve_bytes:
             raise StorageFull(
@@ -55,7 +55,7 @@ _FILE, _DIRECTORY = 0o600, 0o700
 
 
 def read_or_create(file: Path, make: Callable[[], bytes]) -> bytes:
-    """The file's content, which is made first if there is no file."""
+    """Return the file's content, creating the file with `make()` if it is missing."""
     if not file.exists():
         made = file.with_name(f"{file.name}.tmp-{os.getpid()}")
         made.unlink(missing_ok=True)
@@ -69,24 +69,24 @@ def read_or_create(file: Path, make: Callable[[], bytes]) -> bytes:
 
 
 def make_directory(directory: Path) -> None:
-    """Make the directory if it is missing. One that is there keeps its mode: its owner may share it."""
+    """Create the directory if it is missing. An existing one keeps its mode: its owner may share it."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(_DIRECTORY)
         directory.chmod(_DIRECTORY)
     except FileExistsError:
-        directory.mkdir(exist_ok=True)  # raises if it is no directory
+        directory.mkdir(exist_ok=True)  # raises if it is a file
 
 
 def protect(file: Path, *beside: Path) -> None:
-    """Make an empty file if it is missing; take it, and those beside it, away from other users.
+    """Create an empty file if it is missing; take it, and the files beside it, away from other users.
 
-    What cannot be made here is left to whoever opens the file to complain of.
+    Errors are ignored here: opening the file will report them.
     """
     with contextlib.suppress(OSError):
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE))
     for each in (file, *beside):
-        with contextlib.suppress(OSError):  # it is missing, or another user's
+        with contextlib.suppress(OSError):  # the file is missing, or another user's
             if each.stat().st_mode & 0o077:
                 each.chmod(_FILE)
 
@@ -97,14 +97,14 @@ _MAX_HEADER_BYTES = 32 << 20
 
 
 class Entry(NamedTuple):
-    """`dtype` as the format spells it: F32, BF16, F8_E4M3, ..."""
+    """One tensor of a file. `dtype` is spelled as in the format: F32, BF16, F8_E4M3, ..."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def header(file: Path) -> dict[str, Any]:
-    """The header as it stands. Raises ValueError for a file that has none, OSError."""
+    """Read the header of a file. Raises ValueError for a file without one, and OSError."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 2 <= length <= _MAX_HEADER_BYTES:
@@ -120,7 +120,7 @@ def header(file: Path) -> dict[str, Any]:
 
 
 def tensor_entries(path: Path) -> dict[str, Entry]:
-    """By name, of a file or of all those of a folder. Raises ValueError, OSError."""
+    """Read the tensors of a file, or of all files of a folder, by name. Raises ValueError and OSError."""
     found: dict[str, Entry] = {}
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         for name, said in header(file).items():

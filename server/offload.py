@@ -1,9 +1,9 @@
-"""Work that would hold up the event loop, done beside it: in threads or in processes.
+"""Work that would hold up the event loop, done in threads or worker processes.
 
 Threads are for calls that release Python's global interpreter lock, as the tokenizer's do. Parsing JSON or
-protobuf keeps the lock, so that nobody else is answered meanwhile even if a thread does it; large bodies are
-parsed in worker processes, which are started when the first one comes. Each owner has one turn at a time of
-either kind, so that a crowd of one owner's work does not keep out the others'.
+protobuf holds the lock, so a thread would not help: large bodies are parsed in worker processes, which start
+with the first one. Each owner has one turn at a time of either kind, so that one owner's work does not keep
+out the others'.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Turn:
 
 
 class Offload:
-    """`memory_bytes`: how much memory a worker process may use."""
+    """The threads and worker processes. `memory_bytes`: how much memory a process may use."""
 
     def __init__(self, memory_bytes: int, job_seconds: float = JOB_SECONDS):
         self._memory_bytes = memory_bytes
@@ -85,7 +85,9 @@ class Offload:
             worker = self._idle.pop() if self._idle else await _Worker.start(self._memory_bytes)
             try:
                 answer = await asyncio.wait_for(worker.run(job, body), self._job_seconds)
-            except BaseException as error:  # also a cancelled request: its worker is in the middle of a job
+            except (
+                BaseException
+            ) as error:  # including a cancelled request, whose worker is in the middle of a job
                 worker.kill()
                 if isinstance(error, TimeoutError | OSError | asyncio.IncompleteReadError):
                     size = sum(map(len, body))
@@ -125,7 +127,8 @@ class Offload:
 
 
 class _Worker:
-    """One process that runs `main`. It ends when its standard input does: at the latest with us."""
+    """One worker process, which runs `main`. It ends when its standard input does, at the latest with the
+    server."""
 
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
@@ -139,14 +142,14 @@ class _Worker:
                 stdout=asyncio.subprocess.PIPE,
                 limit=_PIECE_BYTES,
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for the server
+                start_new_session=True,  # Ctrl-C must reach only the server
             )
         except OSError as error:
             raise Unavailable(f"no process can be started to read the body: {error.strerror}") from None
         return _Worker(process)
 
     async def run(self, job: bytes, body: list[bytes]) -> bytes:
-        """The pickled answer. Raises OSError or IncompleteReadError if the worker dies."""
+        """Return the pickled answer. Raises OSError or IncompleteReadError if the worker dies."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(SIZE.pack(len(job)) + job + SIZE.pack(sum(map(len, body))))
@@ -164,18 +167,20 @@ class _Worker:
 # --- in the worker process: read a job and a body, answer with what the job makes of the body
 
 _NICENESS = 5  # answering comes before parsing
-_LARGE_BYTES = 4 << 20  # after a body of so much, what it took goes back to the system
+_LARGE_BYTES = 4 << 20  # after a larger body, memory is given back to the system
 
 
 def main() -> None:
     memory_bytes = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # service managers send it to all; the server may need us
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # service managers send it to all processes, and the server may still need this one
     os.nice(_NICENESS)
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what prints must not come between the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # printed text must not come between the answers
     while (job := _read(jobs)) is not None and (body := _read(jobs)) is not None:
         answer = _answer(job, body)
         answers.write(SIZE.pack(len(answer)))
@@ -187,7 +192,7 @@ def main() -> None:
 
 
 def _read(file: BinaryIO) -> bytes | None:
-    """The next piece; None at the end of the server."""
+    """Read the next piece; None once the server has ended."""
     head = file.read(SIZE.size)
     if len(head) < SIZE.size:
         return None

@@ -1,7 +1,7 @@
-"""What an operator can set: with an option of `tinsmith serve`, in the environment or in a file.
+"""Settings of a server: options of `tinsmith serve`, the environment or a file.
 
 The first of these that has a value wins. A setting `x_y` is `TINSMITH_X_Y` in the environment and `x_y` in
-the file. `docs/settings.md` is made of the fields' docstrings; each class is a section there.
+the file. `docs/settings.md` is generated from the fields' docstrings; each class is a section there.
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ class Settings(
 
     @property
     def api_keys(self) -> list[str]:
-        """Those given and those in the file, one a line, `#` for comments."""
+        """All keys: the given ones and those in the file, one per line, with `#` for comments."""
         keys = list(self.api_key)
         if self.api_key_file is not None:
             lines = (line.strip() for line in _text(self.api_key_file).splitlines())
@@ -423,13 +423,13 @@ class Settings(
 
     @property
     def sglang_urls(self) -> dict[str, str | None]:
-        """Each with the base model that it was named for."""
+        """The SGLang servers, each with the base model that it was named for."""
         pairs = (entry.rpartition("=") for entry in self.sglang)
         return {url.rstrip("/"): name or None for name, _, url in pairs}
 
     @property
     def payload_dir(self) -> Path:
-        """Beside the ledger, where that is a file."""
+        """The folder of payloads: beside the ledger if that is a file."""
         ledger = sqlite_file(self.ledger_url)
         return (self.data_dir if ledger is None else ledger.parent).resolve() / "payloads"
 
@@ -454,7 +454,7 @@ class Settings(
 
 
 def _text(file: Path) -> str:
-    """Raises ValueError for a file of keys that cannot be read."""
+    """Read a file of keys. Raises ValueError if it cannot be read."""
     try:
         return file.expanduser().read_text("utf-8-sig")
     except OSError as error:
@@ -466,7 +466,7 @@ def _text(file: Path) -> str:
 # --- API keys that are given at the start, as `KEY` or `OWNER=KEY`
 
 PREFIX = "tml-"
-"""How every key begins: the SDK refuses others before it asks a server."""
+"""The beginning of every key: the SDK refuses others before it calls a server."""
 _MAX_CHARACTERS = 512
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _KEY = re.compile(rf"{PREFIX}[!-~]+")  # what a header can carry, without spaces
@@ -485,15 +485,15 @@ class GivenKey:
 
 
 def is_owner(name: str) -> bool:
-    """Whether a tenant can have this name."""
+    """Return whether a tenant can have this name."""
     return _OWNER.fullmatch(name) is not None
 
 
 def parse_keys(entries: Iterable[str]) -> list[GivenKey]:
-    """Raises ValueError for a key that no client could send, without repeating the key itself.
+    """Parse the keys that were given at the start.
 
-    Several keys may share an owner, but no two owners may share a key. A key without an owner belongs to a
-    tenant of its own.
+    Raises ValueError for a key that no client could send, without repeating the key. Several keys may share
+    an owner, but no two owners may share a key. A key without an owner belongs to a tenant of its own.
     """
     found: dict[bytes, GivenKey] = {}
     for number, entry in enumerate(entries, 1):

@@ -8,7 +8,7 @@ from fastapi import Depends, Query, Request
 from sqlalchemy import Row
 
 from ..access.keys import Caller
-from ..dialect import Dialect, said
+from ..dialect import Dialect, requested_dialect
 from ..operations.operation import Operation
 from ..settings import Settings
 from .openapi import BINARY, schema_of
@@ -26,7 +26,7 @@ async def _caller(request: Request) -> Caller:
 
 
 async def _said(request: Request) -> Dialect | None:
-    return said(request.headers, request.url.path)
+    return requested_dialect(request.headers, request.url.path)
 
 
 async def _base_url(request: Request) -> str:

@@ -16,7 +16,7 @@ import msgspec
 from ...engine import messages
 from ..base_models import BaseModels
 from ..checkpoints.checkpoints import Checkpoints
-from ..dialect import POINTS, Dialect
+from ..dialect import DIALECT_RULES, Dialect
 from ..errors import BadRequest, NotFound
 from ..ledger.tenancy import model_id
 from ..models.admission import Admission
@@ -58,7 +58,7 @@ def model_spec(
 
     `max_sequence_length`, `is_tied` and `modules` (`BaseModel.adapter_modules`) are the base model's. Raises
     BadRequest naming a field that cannot be honoured."""
-    points = POINTS[dialect]
+    points = DIALECT_RULES[dialect]
     warnings: list[str] = []
     if body.objective != "language_modeling" or body.num_labels is not None or body.head_config is not None:
         raise BadRequest("objective: this server trains language models; it has no classification heads")

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from ...engine import messages
 from ..base_models import BaseModels
-from ..dialect import POINTS, Dialect
+from ..dialect import DIALECT_RULES, Dialect
 from ..errors import BadRequest, Gone, NotFound, Unavailable
 from ..models.admission import Admission
 from ..offload import Offload
@@ -56,7 +56,7 @@ class OperationAnswers:
         if operation is not None:
             return operation
         message = f"unknown request {request_id[:192]!r}: it was never accepted, or its answer has expired"
-        unknown = POINTS[said or "tinkercloud"].unknown_status == NotFound.status
+        unknown = DIALECT_RULES[said or "tinkercloud"].unknown_status == NotFound.status
         if unknown and not await self._operations.has_expired(owner, request_id):
             raise NotFound(message)
         raise Gone(message)
@@ -101,7 +101,7 @@ class OperationAnswers:
         answers = [part.answer for part in parts]
         for answer in answers:
             if isinstance(answer, messages.Failed):
-                status = POINTS[dialect].failed_status
+                status = DIALECT_RULES[dialect].failed_status
                 failure = {"error": answer.message, "category": answer.category, "detail": answer.message}
                 return json_response(failure | {"status": "failed", "status_code": status}, status)
         outputs = [answer.output for answer in answers if isinstance(answer, messages.Done)]
@@ -137,7 +137,7 @@ class OperationAnswers:
                 "queue_state": state,
                 "queue_state_reason": reason,
             },
-            POINTS[dialect].pending_status,
+            DIALECT_RULES[dialect].pending_status,
         )
 
     def _texts(self, outputs: list[messages.Output], part: Operation) -> list[str] | None:

@@ -19,7 +19,7 @@ from fastapi.responses import StreamingResponse
 from ...ckpt.tokenizer_files import end_tokens
 from ...engine import messages
 from ..base_models import BaseModel
-from ..dialect import POINTS, Dialect
+from ..dialect import DIALECT_RULES, Dialect
 from ..errors import ApiError, BadRequest, ClientGone, ContextTooLong, Unavailable
 from ..ledger.operations import SampleNumber
 from ..models.submits import SampleSubmits
@@ -426,7 +426,7 @@ class ApiSamples:
         _check_count(body.num_samples, self.max_samples, "num_samples")
         longest = longest_prompt(model.max_sequence_length, body.sampling_params.max_tokens)
         prompt = prompt_tokens(given, model.vocab_size, longest)
-        ends = await asyncio.to_thread(end_tokens, model.folder) if POINTS[dialect].stops_add else ()
+        ends = await asyncio.to_thread(end_tokens, model.folder) if DIALECT_RULES[dialect].stops_add else ()
         cells = body.target_prompt_logprobs
         sample = messages.Sample(
             request_id="",

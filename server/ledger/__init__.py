@@ -1,1 +1,1 @@
-"""What was accepted, and what came of it: the database that the engine's state is a fold over."""
+"""The database: everything that was accepted, and every answer."""

@@ -1,7 +1,7 @@
-"""Rows of tenants' API keys, of what their operations used by the hour, and of the audit log.
+"""Rows of API keys, of hourly usage, and of the audit log.
 
-Of a key the ledger has the SHA-256 alone. Entries of the audit log are written in the transaction of the
-change that they describe.
+The ledger has only the SHA-256 of a key. An entry of the audit log is written in the transaction of the
+change that it describes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def digest(key: str) -> bytes:
 
 
 def create_key(connection: Connection, tenant: str, note: str | None) -> tuple[str, str]:
-    """A new key of the tenant, and the id by which it is listed and revoked. The key is nowhere else."""
+    """Create a key of the tenant. Return it, and the id by which it is listed and revoked. The key is stored
+    nowhere."""
     ensure_tenant(connection, tenant)
     key, identifier = f"tml-{secrets.token_urlsafe(32)}", secrets.token_hex(4)
     connection.execute(
@@ -54,12 +55,12 @@ def create_key(connection: Connection, tenant: str, note: str | None) -> tuple[s
 
 
 def all_keys(connection: Connection) -> Sequence[Row]:
-    """Revoked ones too, oldest first."""
+    """Return all keys, including revoked ones, oldest first."""
     return connection.execute(select(api_keys).order_by(api_keys.c.created_at)).all()
 
 
 def revoke_key(connection: Connection, identifier: str) -> bool:
-    """Whether there is such a key. One that was revoked before stays so."""
+    """Revoke a key; return whether it exists. A key that was revoked before keeps its time."""
     row = connection.execute(select(api_keys).where(api_keys.c.id == identifier)).first()
     if row is None:
         return False
@@ -71,7 +72,7 @@ def revoke_key(connection: Connection, identifier: str) -> bool:
 
 
 def has_keys(url: str) -> bool:
-    """Whether the database at `url` has keys. It is not made or migrated for that."""
+    """Return whether the database at `url` has keys, without creating or migrating it."""
     location = make_url(url)
     if location.get_backend_name() == "sqlite" and not Path(location.database or "").is_file():
         return False
@@ -98,7 +99,7 @@ _KEY = ("owner", "hour", "session_id", "run_id", "base_model")
 
 
 def _upsert(dialect: Any, source: Any) -> Any:
-    """`source` yields one row: the key, then the counters, which are added to those there are."""
+    """Build an insert of the row that `source` yields, which adds its counters to an existing row."""
     statement = dialect.insert(usage).from_select([*_KEY, *COUNTERS], source)
     added = {name: usage.c[name] + statement.excluded[name] for name in COUNTERS}
     return statement.on_conflict_do_update(index_elements=_KEY, set_=added)
@@ -109,7 +110,7 @@ def _parameter(name: str) -> Any:
 
 
 _counted = [_parameter(name) for name in COUNTERS]
-# `WHERE true`: SQLite takes the conflict clause after a bare SELECT for a part of a join.
+# With `WHERE true`: after a bare SELECT, SQLite reads the conflict clause as part of a join.
 _of_ids = select(*(_parameter(name) for name in _KEY), *_counted).where(literal(1) == 1)
 _of_model = select(
     models.c.owner, _parameter("hour"), models.c.session_id, models.c.id, models.c.base_model, *_counted
@@ -124,7 +125,7 @@ def _usage_row(counts: dict[str, int]) -> dict[str, Any]:
 
 
 def add_model_usage(connection: Connection, model_id: str, counts: dict[str, int]) -> None:
-    """Used by an operation of the model, in this hour."""
+    """Count what an operation of the model used in this hour."""
     connection.execute(_ADD_OF_MODEL[connection.dialect.name], _usage_row(counts) | {"model_id": model_id})
 
 
@@ -136,13 +137,13 @@ def add_usage(
     base_model: str,
     counts: dict[str, int],
 ) -> None:
-    """Used in this hour by what is not an operation of a model."""
+    """Count what was used in this hour by an operation without a model."""
     key = {"owner": owner, "session_id": session_id, "run_id": run_id, "base_model": base_model}
     connection.execute(_ADD[connection.dialect.name], _usage_row(counts) | key)
 
 
 def usage_between(connection: Connection, owner: str, first: int, end: int) -> Sequence[Row]:
-    """The owner's rows of the hours from `first` to before `end`, with what is known of their sessions."""
+    """Return the owner's rows of the hours in [`first`, `end`), with what is known of their sessions."""
     query = (
         select(usage, sessions.c.project_id, sessions.c.user_metadata)
         .outerjoin(sessions, sessions.c.id == usage.c.session_id)
@@ -159,24 +160,25 @@ def tenants_usage(connection: Connection, since: float) -> Sequence[Row]:
 
 
 def drop_usage(connection: Connection, before: float) -> None:
-    """Hours that ended before then."""
+    """Delete the hours that ended before that time."""
     connection.execute(delete(usage).where(usage.c.hour < int(before) // HOUR))
 
 
 # --- the audit log
 
-_AT_A_TIME = 1000  # rows in one change: other writers wait for it
+_AT_A_TIME = 1000  # rows deleted in one change, which other writers wait for
 
 
 def audit(connection: Connection, owner: str, event: str, **details: Any) -> None:
-    """`event`: the resource, an underscore, and what was done to it, in the past tense."""
+    """Add an entry to the audit log. `event`: the resource, an underscore, and a verb in the past tense."""
     connection.execute(insert(audit_log).values(owner=owner, at=time.time(), event=event, details=details))
 
 
 def audit_entries(
     connection: Connection, owner: str, start: float, end: float, resource: str | None, limit: int
 ) -> Sequence[Row]:
-    """The newest `limit` of the owner's entries in [start, end), oldest first; of one resource or of all."""
+    """Return the newest `limit` entries of the owner in [start, end), oldest first; `resource` None: of
+    all."""
     query = select(audit_log).where(audit_log.c.owner == owner, audit_log.c.at >= start, audit_log.c.at < end)
     if resource is not None:
         query = query.where(audit_log.c.event.startswith(f"{resource}_", autoescape=True))
@@ -185,19 +187,19 @@ def audit_entries(
 
 
 def drop_audit_entries(connection: Connection, before: float) -> bool:
-    """Entries older than that, some of them; whether there may be more."""
+    """Delete some of the entries before that time; return whether there may be more."""
     old = select(audit_log.c.id).where(audit_log.c.at < before).limit(_AT_A_TIME)
     return connection.execute(delete(audit_log).where(audit_log.c.id.in_(old))).rowcount == _AT_A_TIME
 
 
 def owners_of_long_audit_logs(connection: Connection, most: int) -> Sequence[str]:
-    """The owners of more than that many entries."""
+    """Return the owners with more than that many entries."""
     query = select(audit_log.c.owner).group_by(audit_log.c.owner).having(func.count() > most)
     return connection.execute(query).scalars().all()
 
 
 def drop_oldest_audit_entries(connection: Connection, owner: str, most: int) -> bool:
-    """The owner's entries beyond the newest so many, some of them; whether there may be more."""
+    """Delete some of the owner's entries beyond its newest `most`; return whether there may be more."""
     mine = audit_log.c.owner == owner
     newest = select(audit_log.c.at).where(mine).order_by(audit_log.c.at.desc()).offset(most).limit(1)
     last = connection.execute(newest).scalar()

@@ -1,4 +1,5 @@
-"""Rows of checkpoints. Only complete ones are found and listed; a name is taken once it is asked for."""
+"""Rows of checkpoints. Only complete ones are found and listed; a name is taken as soon as a save is
+accepted."""
 
 from __future__ import annotations
 
@@ -23,19 +24,19 @@ def _named(uri: CheckpointUri) -> ColumnElement[bool]:
 
 
 def is_alive() -> ColumnElement[bool]:
-    """Complete and unexpired."""
+    """Match checkpoints that are complete and have not expired."""
     return (checkpoints.c.state == "complete") & or_(
         checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > time.time()
     )
 
 
 def find(connection: Connection, uri: CheckpointUri) -> Row | None:
-    """The complete, unexpired checkpoint of that name."""
+    """Return the complete, unexpired checkpoint of that name."""
     return connection.execute(select(checkpoints).where(_named(uri), is_alive())).first()
 
 
 def find_by_alias(connection: Connection, owner: str, alias: str, uri: CheckpointUri) -> Row | None:
-    """As `find`, of the newest of the owner's models that are, or were, called so."""
+    """Return the newest such checkpoint among the owner's models that have, or had, this name."""
     named_so = select(models.c.id).where(models.c.owner == owner, models.c.alias == alias)
     same = (checkpoints.c.segment == uri.segment) & (checkpoints.c.name == uri.name)
     query = select(checkpoints).where(checkpoints.c.run_id.in_(named_so), same, is_alive())
@@ -43,7 +44,7 @@ def find_by_alias(connection: Connection, owner: str, alias: str, uri: Checkpoin
 
 
 def is_taken(connection: Connection, uri: CheckpointUri) -> bool:
-    """Whether a checkpoint of that name exists or is being written."""
+    """Return whether a checkpoint of that name exists or is being written."""
     pending = checkpoints.c.state == "pending"
     query = select(checkpoints.c.id).where(_named(uri), or_(pending, is_alive()))
     return connection.execute(query).first() is not None
@@ -65,7 +66,8 @@ def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
 
 
 def stored_bytes(connection: Connection, owner: str) -> int:
-    """Of the owner's checkpoints; one that is being written counts as much as the largest there is."""
+    """Return the size of the owner's checkpoints. One that is being written counts as the largest of the
+    others."""
     mine = (checkpoints.c.owner == owner) & is_alive()
     size = checkpoints.c.size_bytes
     total, largest = connection.execute(select(func.sum(size), func.max(size)).where(mine)).one()
@@ -75,9 +77,9 @@ def stored_bytes(connection: Connection, owner: str) -> int:
 
 
 def settle(connection: Connection, operation_id: str, size_bytes: int | None) -> Row | None:
-    """The save succeeded (its size) or failed (None). An older one of the same name makes way.
+    """Record that a save succeeded (`size_bytes`) or failed (None).
 
-    The checkpoint that is complete now; None if none is, or was before.
+    A complete checkpoint of the same name is replaced. Returns the row if this call has completed it.
     """
     row = connection.execute(select(checkpoints).where(checkpoints.c.operation_id == operation_id)).first()
     if row is None or row.state != "pending":
@@ -96,7 +98,7 @@ def settle(connection: Connection, operation_id: str, size_bytes: int | None) ->
 
 
 def record(connection: Connection, row: Row, action: str, by: str | None = None, **details: Any) -> None:
-    """In the audit log: what was done to the checkpoint, `by` whom, if not by its owner."""
+    """Add to the audit log what was done to the checkpoint, `by` whom if not its owner."""
     uri = CheckpointUri(row.run_id, row.segment, row.name)
     accounts.audit(
         connection,
@@ -110,13 +112,13 @@ def record(connection: Connection, row: Row, action: str, by: str | None = None,
 
 
 def fail_copies(connection: Connection) -> None:
-    """Those that are being written, by a server that is no more: no operation will settle them."""
+    """Mark pending copies as failed: they were being made by a server that has ended."""
     unfinished = (checkpoints.c.state == "pending") & checkpoints.c.operation_id.startswith("copy-")
     connection.execute(update(checkpoints).where(unfinished).values(state="failed"))
 
 
 def published_runs() -> Select:
-    """The ids of runs with checkpoints that everybody may read."""
+    """Select the ids of runs with public checkpoints."""
     return select(checkpoints.c.run_id).where(checkpoints.c.public, is_alive())
 
 
@@ -128,7 +130,7 @@ def of_run(connection: Connection, run_id: str, published_only: bool = False) ->
 
 
 def of_name(connection: Connection, owner: str, model: str, limit: int) -> Sequence[Row]:
-    """Of the owner's models of that id or name, newest first."""
+    """Return checkpoints of the owner's models with that id or name, newest first."""
     mine = select(models.c.id).where(
         models.c.owner == owner, or_(models.c.id == model, models.c.alias == model)
     )
@@ -137,7 +139,7 @@ def of_name(connection: Connection, owner: str, model: str, limit: int) -> Seque
 
 
 def of_owner(connection: Connection, owner: str, limit: int, offset: int) -> tuple[Sequence[Row], int]:
-    """A page of the owner's checkpoints, newest first, and how many there are."""
+    """Return a page of the owner's checkpoints, newest first, and their total number."""
     mine = (checkpoints.c.owner == owner) & is_alive()
     query = select(checkpoints).where(mine).order_by(checkpoints.c.created_at.desc())
     page = connection.execute(query.limit(limit).offset(offset)).all()
@@ -149,7 +151,7 @@ def change(connection: Connection, checkpoint: int, **values: Any) -> None:
 
 
 def stored_by_session(connection: Connection, session_ids: list[str]) -> dict[str, tuple[int, int]]:
-    """The number of checkpoints of sessions, and their bytes; sessions without any are left out."""
+    """Return the number and the bytes of checkpoints for each session that has any."""
     query = (
         select(models.c.session_id, func.count(), func.sum(checkpoints.c.size_bytes))
         .join(models, models.c.id == checkpoints.c.run_id)
@@ -160,7 +162,8 @@ def stored_by_session(connection: Connection, session_ids: list[str]) -> dict[st
 
 
 def stored_by_project(connection: Connection, owner: str, project_id: str | None) -> Sequence[Row]:
-    """`project_id`, `number` and `size_bytes` of the owner's checkpoints, by their sessions' projects."""
+    """Return `project_id`, `number` and `size_bytes` of the owner's checkpoints, by their sessions'
+    projects."""
     project = func.coalesce(sessions.c.project_id, NO_PROJECT).label("project_id")
     query = (
         select(project, func.count().label("number"), func.sum(checkpoints.c.size_bytes).label("size_bytes"))

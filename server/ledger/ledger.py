@@ -1,10 +1,11 @@
-"""One writer thread that commits in groups, and readers beside it.
+"""The ledger: one writer thread that commits in groups, and concurrent readers.
 
-The event loop never waits for a disk: `write` hands a function over a connection to the writer thread and
-returns a future; whatever is waiting when the thread gets to it is committed together, each function in its
-own savepoint, and the futures resolve after the commit. Functions run in the order of the `write` calls.
+The event loop never waits for a disk. `write` hands a function over a connection to the writer thread and
+returns a future. All functions that are queued when the thread is free are committed together, each in a
+savepoint of its own, and their futures resolve after the commit. Functions run in the order of the `write`
+calls.
 
-A server owns its ledger: each of its transactions, also one that only reads, begins with a look at the lease
+A server owns its ledger: each of its transactions, including those that only read, first checks the lease
 (ownership.py). Commands such as `tinsmith keys` write without owning it.
 """
 
@@ -47,25 +48,28 @@ from .ownership import (
 log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")
 BUSY_MILLISECONDS = 10_000  # how long another process may hold the database before a write fails
-_JOURNAL_BYTES = 64 << 20  # of the write-ahead log that stay on disk after a burst
+_JOURNAL_BYTES = 64 << 20  # of the write-ahead log that stay on disk after many writes
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_WAITS = 0.2  # seconds, for readers
 _LONG_LOG_PAGES = _JOURNAL_BYTES // 4096
 _GROUP = 256  # functions in one commit, at most
-_MIGRATING = 0x74696E736D697468  # the advisory lock, in PostgreSQL, of those that migrate
-_LOOK_SECONDS = 0.5  # whether the lease has expired
+_MIGRATING = 0x74696E736D697468  # PostgreSQL's advisory lock for migrations
+_LOOK_SECONDS = 0.5  # between checks whether the lease has expired
 
 
 def _connect(url: str, sync_every_commit: bool, checkpoints: bool) -> Engine:
-    """`checkpoints`: commits move the write-ahead log into the database, now and then."""
+    """Make an engine. `checkpoints`: commits also move the write-ahead log into the database from time to
+    time."""
     engine = create_engine(url)
     if engine.dialect.name != "sqlite":
         return engine
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: sqlite3.Connection, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin where we say so, below
-        connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")  # first: the others wait for locks too
+        connection.isolation_level = None  # `_begin` starts transactions
+        connection.execute(
+            f"PRAGMA busy_timeout={BUSY_MILLISECONDS}"
+        )  # first, because the other pragmas wait for locks too
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={'FULL' if sync_every_commit else 'NORMAL'}")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -82,7 +86,7 @@ def _connect(url: str, sync_every_commit: bool, checkpoints: bool) -> Engine:
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
-    """Of the file that has this name now."""
+    """Return the device and inode of the file that has this name now."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -91,14 +95,15 @@ def _identity(file: Path) -> tuple[int, int] | None:
 
 
 class Ledger:
-    """The database at `url`. Raises what the driver raises when it cannot be opened or migrated.
+    """The database at `url`.
 
-    What SQLite has committed survives the end of this process, however it ends. To survive a loss of power
-    too, `sync_every_commit` waits for the disk at every commit, which costs milliseconds.
+    What SQLite has committed survives the end of this process, however it ends. With `sync_every_commit` it
+    survives a loss of power too, at the cost of milliseconds per commit.
     """
 
     def __init__(self, url: str, sync_every_commit: bool = False, owner: Ownership | None = None):
-        """`owner`: the server that is to own the ledger, until `close`; it has locked an SQLite file.
+        """Open and migrate the ledger. `owner`: the server that owns it until `close`, and has locked an
+        SQLite file.
 
         Raises LedgerUnusable, and InUse while another server owns the ledger.
         """
@@ -108,7 +113,7 @@ class Ledger:
             # SQLite gives its other files the mode of this one.
             protect(file, *(file.with_name(file.name + each) for each in ("-wal", "-shm")))
         self.lost: concurrent.futures.Future[None] = concurrent.futures.Future()
-        """Done once another server owns the ledger: this one has to end."""
+        """Done once another server owns the ledger: this one has to stop."""
         self.owner = owner
         self._lease: leases.Lease | None = None
         try:
@@ -117,7 +122,9 @@ class Ledger:
             raise LedgerUnusable(no_driver(error)) from error
         try:
             if owner is not None and self._has_lease():
-                self._own(owner, unlocked=file is not None)  # before anything is changed in another's ledger
+                self._own(
+                    owner, unlocked=file is not None
+                )  # before changing a ledger that another server may own
             self._migrate()
             if owner is not None and self._lease is None:
                 self._own(owner, unlocked=file is not None)
@@ -132,8 +139,8 @@ class Ledger:
         self._file = file_of(self._engine)
         self._identity = self._file and _identity(self._file)
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
-        self.commits, self.commit_seconds = 0, 0.0  # since the start
-        self.lag_seconds = 0.0  # that the oldest change of the newest commit waited, with the commit
+        self.commits, self.commit_seconds = 0, 0.0  # since the server started
+        self.lag_seconds = 0.0  # how long the oldest change in the newest commit took, with its wait
         self._writer = threading.Thread(target=self._write_forever, name="ledger", daemon=True)
         self._closing = threading.Event()
         self._has_written, self._log_is_long = threading.Event(), threading.Event()
@@ -163,7 +170,8 @@ class Ledger:
             return inspect(connection).has_table("lease")
 
     def _own(self, owner: Ownership, unlocked: bool) -> None:
-        """Waits for a lease that may be a dead server's. Raises InUse for one that is renewed meanwhile."""
+        """Acquire the lease. Waits while its holder may be dead; raises InUse if the holder renews it
+        meanwhile."""
         renewed_at: float | None = None
         while True:
             with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
@@ -177,7 +185,7 @@ class Ledger:
             time.sleep(_LOOK_SECONDS)
 
     def _require_lease(self, connection: Connection) -> None:
-        """Raises LeaseLost when another server owns the ledger."""
+        """Raise LeaseLost if another server owns the ledger."""
         if self._lease is not None and not leases.is_held(connection, self._lease.generation):
             self._lose()
             raise LeaseLost
@@ -186,7 +194,7 @@ class Ledger:
         try:
             self.lost.set_result(None)
         except concurrent.futures.InvalidStateError:
-            return  # it is known
+            return  # reported before
         log.error("another server owns the ledger now; this one writes nothing any more")
 
     def _renew_forever(self) -> None:
@@ -196,11 +204,12 @@ class Ledger:
                 self._require_file()
                 if not self._renew(self._lease.generation):
                     self._lose()
-            except Exception as error:  # transactions look for themselves; the next renewal may succeed
+            except Exception as error:  # every transaction checks the lease; the next renewal may succeed
                 log.debug("the lease could not be renewed: %s", error)
 
     def _renew(self, generation: int) -> bool:
-        """Whether it is still held. Who has locked an SQLite file need not write that it is alive."""
+        """Renew the lease; return whether it is still held. With a locked SQLite file, checking it is
+        enough."""
         is_locked = self._file is not None
         renew = leases.is_held if is_locked else leases.renew
         connecting = self._engine.connect().execution_options(writes=not is_locked)
@@ -219,10 +228,10 @@ class Ledger:
     # --- the write-ahead log
 
     def _checkpoint_forever(self) -> None:
-        """Move what was committed from the log into the database.
+        """Move committed pages from the write-ahead log into the database.
 
-        That waits for the disk, so it is done beside the writer, and no commit waits. The log begins anew
-        when a commit finds all of it moved, or when it is long.
+        This waits for the disk, so a thread of its own does it, and no commit waits. The log restarts when a
+        commit finds all of it moved, or when it is long.
         """
         if self._file is None:
             return
@@ -233,7 +242,7 @@ class Ledger:
                     self._log_is_long.set()
 
     def _checkpoint(self, mode: str) -> int:
-        """How many pages the log has."""
+        """Move pages; return how many the log has."""
         try:
             self._require_file()
             connection = sqlite3.connect(str(self._file), timeout=_CHECKPOINT_WAITS, isolation_level=None)
@@ -249,10 +258,10 @@ class Ledger:
     # --- reading and writing
 
     def write(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
-        """Queues `change` and returns at once; the future resolves when it is on disk.
+        """Queue `change` and return at once; the future resolves when it is committed.
 
-        An exception of `change` undoes only `change`. If the commit fails the future raises StorageFull or
-        Unavailable, and nothing of it was written.
+        An exception in `change` undoes only `change`. If the commit fails, the future raises StorageFull or
+        Unavailable, and nothing was written.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
@@ -260,18 +269,18 @@ class Ledger:
         return done
 
     async def read(self, query: Callable[[Connection], T]) -> T:
-        """Runs `query` in a thread of its own, beside the writer."""
+        """Run `query` in a thread, concurrently with the writer."""
         return await asyncio.to_thread(self.read_now, query)
 
     def read_now(self, query: Callable[[Connection], T]) -> T:
-        """As `read`, in the caller's thread: for start-up."""
+        """Run `query` in the caller's thread; for start-up."""
         self._require_file()
         with self._engine.connect() as connection:
             self._require_lease(connection)
             return query(connection)
 
     def close(self) -> None:
-        """Writes what is queued, then stops."""
+        """Write what is queued, then stop."""
         self._changes.put(None)
         self._writer.join()
         if self._lease is not None:
@@ -284,8 +293,10 @@ class Ledger:
             self.owner.release()
 
     def _require_file(self) -> None:
-        """Raises Unavailable when the file was deleted, moved or replaced: SQLite would go on writing where
-        the next start does not look, and make a new one for the next connection."""
+        """Raise Unavailable when the file was deleted, moved or replaced.
+
+        SQLite would keep writing to the old file, and create a new one for the next connection.
+        """
         if self._file is not None and _identity(self._file) != self._identity:
             raise Unavailable(f"the ledger's file {self._file.name} is gone; nothing is accepted without it")
 
@@ -329,13 +340,13 @@ class Ledger:
             outcomes = [(done, None, _unwritable(error)) for _change, done, *_ in group]
         try:
             group[0][2].call_soon_threadsafe(_resolve, outcomes)
-        except RuntimeError:  # the event loop is closed: nobody waits any more
+        except RuntimeError:  # the event loop is closed
             log.debug("the event loop is closed")
 
     def _alone(
         self, connection: Connection, change: Callable[[Connection], T], done: asyncio.Future[T]
     ) -> tuple:
-        """The transaction is its savepoint."""
+        """Run one change, with the transaction as its savepoint."""
         try:
             with connection.begin():
                 self._require_lease(connection)
@@ -347,14 +358,14 @@ class Ledger:
 
 
 class LeaseLost(Unavailable):
-    """Another server owns the ledger; whoever asks again may be answered by that one."""
+    """Another server owns the ledger. A client that tries again may reach that server."""
 
     def __init__(self) -> None:
         super().__init__("another server owns this server's ledger now, and this one stops; try again")
 
 
 def open_owned(data_dir: Path, url: str, sync_every_commit: bool = False) -> Ledger:
-    """The data directory and its ledger, for this server alone. Raises as `claim` and `Ledger` do."""
+    """Open the data directory and its ledger for this server alone. Raises as `claim` and `Ledger` do."""
     owner = claim(data_dir, url)
     try:
         return Ledger(url, sync_every_commit, owner)
@@ -364,9 +375,9 @@ def open_owned(data_dir: Path, url: str, sync_every_commit: bool = False) -> Led
 
 
 def check(url: str) -> None:
-    """Open the ledger at `url`, if it is there, and change nothing.
+    """Check the ledger at `url`, if it exists, without changing it.
 
-    Raises LedgerUnusable for one that is damaged or newer than this version of Tinsmith.
+    Raises LedgerUnusable if it is damaged or newer than this version of Tinsmith.
     """
     file = sqlite_file(url)
     if file is not None and not file.is_file():
@@ -400,7 +411,7 @@ def check(url: str) -> None:
         engine.dispose()
 
 
-_CHECKED_BYTES = 256 << 20  # reading more would take long
+_CHECKED_BYTES = 256 << 20  # larger files take too long to check
 
 
 def _migrations() -> Config:
@@ -421,7 +432,7 @@ def _among_others(
 
 
 def _raise_if_unwritable(error: Exception) -> None:
-    """What concerns the database and not the change."""
+    """Raise errors that concern the database rather than the change."""
     if isinstance(error, OperationalError) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     ):
@@ -431,7 +442,7 @@ def _raise_if_unwritable(error: Exception) -> None:
 def _unwritable(error: Exception) -> Exception:
     if isinstance(error, Unavailable):
         return error
-    # SQLite ends the transaction when the disk is full; then the way back to the savepoint fails as well.
+    # When the disk is full SQLite ends the transaction, so that rolling back to the savepoint fails too.
     causes: BaseException | None = error
     while causes is not None and not any(said in str(causes) for said in ("is full", "No space")):
         causes = causes.__context__

@@ -1,7 +1,7 @@
 """Rows of operations: accepted once per natural key, answered once.
 
-Samples that clients number are listed by their sampling session. Uploaded losses are the operations that
-created them, whose payloads stay until their session ends.
+Numbered samples are listed by sampling session. An uploaded loss is the operation that created it; its
+payload stays until its session ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def find(connection: Connection, request_id: str) -> Row | None:
 
 
 def add(connection: Connection, **values: Any) -> None:
-    """One that is not `accepted` is finished, and has its answer."""
+    """Add an operation. One that is not `accepted` is finished, and comes with its answer."""
     now = time.time()
     if values["state"] != "accepted":
         values |= {"finished_at": now, "answer_bytes": len(values["answer"])}
@@ -40,7 +40,7 @@ def finish(
     answer: bytes,
     device_seconds: float,
 ) -> bool:
-    """Write an operation's answer, unless it has one. Whether it had none."""
+    """Write an operation's answer unless it has one; return whether it was written."""
     values: dict[str, Any] = {
         "state": state,
         "answer": answer,
@@ -57,7 +57,7 @@ def finish(
 
 
 def advance(connection: Connection, model_id: str, seq_id: int) -> None:
-    """Operations of the model up to `seq_id` had their turn."""
+    """Note that the model's operations up to `seq_id` have had their turn."""
     connection.execute(
         update(models)
         .where(models.c.id == model_id, models.c.executed_seq < seq_id)
@@ -66,19 +66,19 @@ def advance(connection: Connection, model_id: str, seq_id: int) -> None:
 
 
 def _with_sizes() -> Select:
-    """Operations, and the `size` of each one's payload."""
+    """Select operations with the `size` of their payloads."""
     return select(operations, payloads.c.size).outerjoin(payloads, payloads.c.operation_id == operations.c.id)
 
 
 def unfinished(connection: Connection) -> Sequence[Row]:
-    """Everything accepted and not answered, oldest first."""
+    """Return all operations that were accepted and not answered, oldest first."""
     return connection.execute(
         _with_sizes().where(operations.c.state == "accepted").order_by(operations.c.accepted_at)
     ).all()
 
 
 def early_arrivals(connection: Connection, model_id: str, executed_seq: int) -> Sequence[Row]:
-    """All operations of a model after `executed_seq`, in any state."""
+    """Return all operations of a model after `executed_seq`, in any state."""
     return connection.execute(
         _with_sizes()
         .where(operations.c.model_id == model_id, operations.c.seq_id > executed_seq)
@@ -96,7 +96,7 @@ SAMPLE = "sample"
 
 @dataclass(frozen=True)
 class SampleNumber:
-    """The number that a client gives to a sample of a sampling session; used again, it is the same sample."""
+    """The number that a client gives to a sample of a sampling session. Sent again, it is the same sample."""
 
     session_id: str
     sampler_id: str
@@ -108,7 +108,7 @@ class SampleNumber:
 
 
 def of_session(session_id: str) -> ColumnElement[bool]:
-    """Numbered samples of all sampling sessions of a session, also of those that are over."""
+    """Match numbered samples of all sampling sessions of a session, including those that have ended."""
     return (operations.c.session_id == session_id) & (operations.c.kind == SAMPLE)
 
 
@@ -117,7 +117,7 @@ def _of_sampler(session_id: str, sampler_id: str) -> ColumnElement[bool]:
 
 
 def unanswered(connection: Connection, session_id: str, sampler_id: str) -> Sequence[Row]:
-    """The sampling session's numbered samples that have no answer yet."""
+    """Return the sampling session's numbered samples without an answer."""
     mine = _of_sampler(session_id, sampler_id)
     query = select(operations, payloads.c.size).outerjoin(
         payloads, payloads.c.operation_id == operations.c.id
@@ -126,7 +126,8 @@ def unanswered(connection: Connection, session_id: str, sampler_id: str) -> Sequ
 
 
 def finished_since(connection: Connection, session_id: str, sampler_id: str, since: float) -> Sequence[Row]:
-    """`id`, `state` and `sample_number` of its samples that have their answers, the oldest first."""
+    """Return `id`, `state` and `sample_number` of the sampling session's answered samples, oldest answer
+    first."""
     query = select(operations.c.id, operations.c.state, operations.c.sample_number)
     mine = _of_sampler(session_id, sampler_id)
     return connection.execute(
@@ -135,7 +136,7 @@ def finished_since(connection: Connection, session_id: str, sampler_id: str, sin
 
 
 def timeline(connection: Connection, session_id: str, limit: int) -> Sequence[Row]:
-    """The newest `limit` operations of the session's models and sampling sessions, oldest first."""
+    """Return the newest `limit` operations of the session's models and sampling sessions, oldest first."""
     mine = operations.c.model_id.in_(select(models.c.id).where(models.c.session_id == session_id))
     query = select(
         operations.c.id,
@@ -169,7 +170,7 @@ def _losses_of(session_id: str) -> ColumnElement[bool]:
 
 
 def find_custom_loss(connection: Connection, natural_key: str) -> Row | None:
-    """The `owner` and the `data` of one that can be used: it was checked, and its session has not ended."""
+    """Return `owner` and `data` of a loss that was checked and whose session has not ended."""
     return connection.execute(
         select(operations.c.owner, payloads.c.data)
         .join(payloads, payloads.c.operation_id == operations.c.id)
@@ -182,7 +183,7 @@ def find_custom_loss(connection: Connection, natural_key: str) -> Row | None:
 
 
 def stored_custom_losses(connection: Connection, session_id: str) -> tuple[int, int]:
-    """How many losses the session has, and of how many bytes."""
+    """Return how many losses the session has, and their bytes."""
     query = (
         select(func.count(), func.coalesce(func.sum(payloads.c.size), 0))
         .select_from(operations)
@@ -194,7 +195,7 @@ def stored_custom_losses(connection: Connection, session_id: str) -> tuple[int, 
 
 
 def forget_custom_losses(connection: Connection, session_id: str) -> None:
-    """They leave with their session, and so does the room that they took up."""
+    """Delete the losses of a session that ends, and give back the bytes charged for them."""
     count, size = stored_custom_losses(connection, session_id)
     charge(connection, session_id, -(size + count * ROW_BYTES))
     finished = select(operations.c.id).where(_losses_of(session_id), operations.c.state != "accepted")

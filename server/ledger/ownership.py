@@ -1,22 +1,17 @@
-"""One server per data directory.
+"""One server per data directory and ledger: locks on files, and a lease in the ledger.
 
-A server locks a file in its data directory, and another one beside an SQLite ledger that is somewhere else.
-Its engine inherits the open files, and the system releases a lock once no process has its file open any more.
-So the directory of a killed server is free as soon as its engine has ended too, and not before.
+A server locks a file in its data directory, and another one beside an SQLite ledger that is elsewhere. Its
+engine inherits the open files, and the system releases a lock when no process has its file open. So the
+directory of a killed server is free once its engine has ended too, and not before.
 
-Where locks do not reach (PostgreSQL, volumes of several machines) the lease in the ledger decides.
+Where locks do not reach (PostgreSQL, volumes of several machines) the lease decides. Every owner has a
+generation, one more than the last owner's. Each transaction of a server compares the lease's row with its
+generation, so a server that was replaced neither writes nor reads. An owner renews its lease every few
+seconds. It can be replaced after `EXPIRY_SECONDS` without a renewal, or when its process is seen to have
+ended.
 
-Which file systems other machines may write to as well.
-
-SQLite's write-ahead log is shared memory between the processes of one machine. On a network file system two
-machines see different logs, and the database is damaged (https://www.sqlite.org/wal.html).
-
-The row that says which server owns the ledger.
-
-Every owner has a generation of its own, one more than the last owner's. Each transaction of a server compares
-the row with its generation, so a server that another one has replaced writes nothing and reads nothing. An
-owner renews its lease every few seconds. One that has not for `EXPIRY_SECONDS` can be replaced, and so can
-one whose process is seen to have ended.
+SQLite ledgers on network file systems are refused: the write-ahead log is memory shared by the processes of
+one machine, and two machines would damage the database (https://www.sqlite.org/wal.html).
 """
 
 from __future__ import annotations
@@ -46,13 +41,13 @@ class LedgerUnusable(ValueError):
 
 
 def file_of(engine: Engine) -> Path | None:
-    """None for a database in memory, or of another kind."""
+    """Return the file of an SQLite database; None for one in memory and for other databases."""
     name = engine.url.database
     return Path(name) if engine.dialect.name == "sqlite" and name and name != ":memory:" else None
 
 
 def why_unusable(engine: Engine, error: Exception) -> str:
-    """In one line."""
+    """Say in one line why the ledger cannot be opened."""
     where = file_of(engine) or engine.url.render_as_string(hide_password=True)
     if isinstance(error, CommandError):
         return (
@@ -74,7 +69,7 @@ def damaged(where: Path | str, how: str) -> str:
 
 
 def no_driver(error: Exception) -> str:
-    """What to do about a database that no installed driver reaches."""
+    """Say what to do about a database for which no driver is installed."""
     hint = '; pip install "psycopg[binary]"' if "psycopg" in str(error) else ""
     return f"database_url: {error}{hint}"
 
@@ -82,25 +77,25 @@ def no_driver(error: Exception) -> str:
 log = logging.getLogger("tinsmith.ledger")
 
 EXPIRY_SECONDS = 20.0
-"""A holder on another machine that gave no sign of life for so long is taken to be dead."""
-_ENDING_SECONDS = 1.0  # a process that was just killed is there a little longer
-_ENGINE_ENDING_SECONDS = 60.0  # of a server that has ended: its device may take a while to let go
+"""After this time without a sign of life, a holder on another machine counts as dead."""
+_ENDING_SECONDS = 1.0  # a process that was just killed exists a little longer
+_ENGINE_ENDING_SECONDS = 60.0  # for an engine whose server has ended: freeing its device may take a while
 _LOOK_SECONDS = 0.05
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class InUse(ValueError):
-    """Another server has the data directory, or the ledger. The message names it."""
+    """Another server, which the message names, has the data directory or the ledger."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A server's process. `machine` and `born` tell it from others that had the same number."""
+    """A server's process. `machine` and `born` distinguish it from others with the same process id."""
 
     host: str
     pid: int
     since: float
-    machine: str  # a start of a machine, and the processes that see each other on it; empty: unknown
+    machine: str  # the machine's boot and its process namespace; empty: unknown
     born: str
 
     @classmethod
@@ -109,7 +104,7 @@ class Holder:
 
     @classmethod
     def of(cls, values: Any) -> Holder | None:
-        """From `values()`; None if these are no holder's."""
+        """Read what `values()` returned; None if it is something else."""
         names = {field.name for field in fields(cls)}
         return cls(**values) if isinstance(values, dict) and values.keys() == names else None
 
@@ -117,7 +112,7 @@ class Holder:
         return asdict(self)
 
     def has_ended(self) -> bool | None:
-        """None if that cannot be seen from here."""
+        """Return whether the process has ended; None if that cannot be seen from this machine."""
         if not self.machine or self.machine != _machine():
             return None
         return _born(self.pid) != self.born
@@ -136,7 +131,7 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When the process was started, in the system's ticks; None for one that has ended."""
+    """Return when the process started, in the system's ticks; None for one that has ended."""
     try:
         state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -145,7 +140,7 @@ def _born(pid: int) -> str | None:
 
 
 class FileLock:
-    """An exclusive lock on a file that says who has it. Raises InUse and OSError."""
+    """An exclusive lock on a file that names its holder. Raises InUse and OSError."""
 
     def __init__(self, path: Path, holder: Holder, name: str):
         self._path = path
@@ -181,7 +176,7 @@ class FileLock:
         try:
             return Holder.of(orjson.loads(os.pread(self.descriptor, 4096, 0)))
         except orjson.JSONDecodeError:
-            return None  # it is being written
+            return None  # its holder is writing it
 
     def release(self) -> None:
         if self.descriptor >= 0:
@@ -198,9 +193,9 @@ def in_use(name: str, holder: Holder | None, remark: str = "", other: str = "--d
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite ledger; None for one in memory and for other databases.
+    """Return the file of an SQLite ledger; None for one in memory and for other databases.
 
-    Raises LedgerUnusable for what is no URL of a database.
+    Raises LedgerUnusable for an invalid URL.
     """
     try:
         location = make_url(url)
@@ -212,7 +207,8 @@ def sqlite_file(url: str) -> Path | None:
 
 
 class Ownership:
-    """This server's hold on its data directory and on its SQLite ledger, until `release` or its end."""
+    """This server's hold on its data directory and SQLite ledger, until `release` or the end of the
+    process."""
 
     def __init__(self, holder: Holder, locks: list[FileLock]):
         self.holder = holder
@@ -220,7 +216,7 @@ class Ownership:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Open files that the engine inherits, so that they stay locked until it has ended as well."""
+        """Open files that the engine inherits, so that they stay locked until it has ended too."""
         return tuple(lock.descriptor for lock in self._locks)
 
     def release(self) -> None:
@@ -229,7 +225,7 @@ class Ownership:
 
 
 def claim(data_dir: Path, ledger_url: str) -> Ownership:
-    """Make the data directory, if it is not there, and take hold of it.
+    """Lock the data directory, creating it if it is missing.
 
     Raises InUse if another server has it, LedgerUnusable for an SQLite ledger on a network file system, and
     OSError for a directory that cannot be written.
@@ -255,7 +251,7 @@ def claim(data_dir: Path, ledger_url: str) -> Ownership:
 
 
 def require_local(ledger: Path) -> None:
-    """Raises LedgerUnusable for a file on a network file system."""
+    """Raise LedgerUnusable for a file on a network file system."""
     found = network_filesystem(ledger.parent)
     if found is not None:
         raise LedgerUnusable(
@@ -295,7 +291,7 @@ def network_filesystem(path: Path, mounts: str | None = None) -> str | None:
         if len(fields) < 5 or not described:
             continue
         point = Path(_unescaped(fields[4]))
-        # Of two mounts on one folder, the later one covers the earlier.
+        # The later of two mounts on one folder covers the earlier one.
         if resolved.is_relative_to(point) and len(point.parts) >= len(mounted_on.parts):
             mounted_on, found = point, described[0]
     is_fuse = found.startswith("fuse") and found not in _LOCAL
@@ -305,7 +301,7 @@ def network_filesystem(path: Path, mounts: str | None = None) -> str | None:
 
 
 def _unescaped(text: str) -> str:
-    """Spaces and some other characters are written as octal numbers."""
+    """Decode octal escapes, which stand for spaces and some other characters."""
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)
 
 
@@ -318,7 +314,7 @@ class Lease:
 
 
 def _now(connection: Connection) -> float:
-    """By the database's clock, where several machines share it."""
+    """Return the time by the database's clock if several machines share the database."""
     if connection.dialect.name == "postgresql":
         return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
     return time.time()
@@ -327,10 +323,10 @@ def _now(connection: Connection) -> float:
 def acquire(
     connection: Connection, holder: Holder, unlocked: bool, renewed_at: float | None
 ) -> Lease | float:
-    """Own the ledger from now on; or, if its holder may be alive, when that one renewed its lease last.
+    """Acquire the ledger; or, if its holder may be alive, return when the holder last renewed its lease.
 
-    `unlocked`: nobody else has the ledger's file. `renewed_at` is what an earlier call returned: raises InUse
-    for a holder that has renewed its lease since then.
+    `unlocked`: nobody else has the ledger's file open. `renewed_at` is what an earlier call returned: raises
+    InUse if the holder has renewed its lease since.
     """
     row = connection.execute(select(lease).with_for_update()).one()
     now = _now(connection)
@@ -345,7 +341,7 @@ def acquire(
 
 
 def is_held(connection: Connection, generation: int) -> bool:
-    """Whether this is still the owner's generation. In a transaction that writes, it stays so to its end."""
+    """Return whether this is the owner's generation. A writing transaction keeps it so until it ends."""
     query = "SELECT generation FROM lease"
     if connection.dialect.name == "postgresql" and connection.get_execution_options().get("writes", False):
         query += " FOR SHARE"
@@ -353,7 +349,7 @@ def is_held(connection: Connection, generation: int) -> bool:
 
 
 def renew(connection: Connection, generation: int) -> bool:
-    """Whether it was still held."""
+    """Renew the lease; return whether it was still held."""
     mine = update(lease).where(lease.c.generation == generation)
     return connection.execute(mine.values(renewed_at=_now(connection))).rowcount == 1
 
@@ -363,5 +359,5 @@ def release(connection: Connection, generation: int) -> None:
 
 
 def ledger_id(connection: Connection) -> str:
-    """What tells this ledger from every other one."""
+    """Return the id of this ledger."""
     return connection.execute(select(lease.c.ledger)).scalar_one()

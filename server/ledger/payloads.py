@@ -1,12 +1,11 @@
 """Payloads: the messages of operations to the engine, kept while a replay may need them.
 
-Small ones are in their row; of large ones the row says where in which file they are. Rows are written
-once and deleted a few at a time, so that no other change of the ledger waits long for it.
+A small payload is in its row; the row of a large one says where in which file it is. Rows are written once
+and deleted a few at a time, so that no other change waits long for them.
 
-Every stream of payloads, such as those of one model, has files of its own. A payload is in its file
-before the row that points to it is committed, so what a kill leaves behind is at most bytes that no row
-points to. A file that no row points into any more is removed as a whole: forgetting payloads writes
-nothing.
+Every stream of payloads, such as that of one model, has its own files. A payload is in its file before its
+row is committed, so a kill leaves at most bytes that no row points to. A file without rows is removed as a
+whole, so forgetting payloads writes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, se
 from ..errors import ApiError, StorageFull
 from .schema import models, operations, payloads
 
-AT_A_TIME = 100  # rows in one change: of small payloads together less than a megabyte
+AT_A_TIME = 100  # rows in one change: less than a megabyte of small payloads
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def find(connection: Connection, operation_id: str) -> Stored | None:
 
 
 def replace(connection: Connection, operation_id: str, data: bytes) -> None:
-    """By a small one."""
+    """Replace a payload by a small one."""
     values = asdict(Stored(len(data), data))
     connection.execute(update(payloads).where(payloads.c.operation_id == operation_id).values(values))
 
@@ -65,8 +64,10 @@ def drop(connection: Connection, operation_id: str) -> None:
 
 
 def to_replay(connection: Connection, model_id: str, after: int, through: int) -> Sequence[Row]:
-    """`operation_id` and `size` of what brings a model from the state after operation `after` to that after
-    `through`, in order."""
+    """Return `operation_id` and `size` of the payloads after operation `after` up to `through`, in order.
+
+    Replaying them brings a model from the state after the one to the state after the other.
+    """
     query = select(payloads.c.operation_id, payloads.c.size).where(
         payloads.c.model_id == model_id, payloads.c.seq_id > after, payloads.c.seq_id <= through
     )
@@ -74,7 +75,7 @@ def to_replay(connection: Connection, model_id: str, after: int, through: int) -
 
 
 def _forget(connection: Connection, of: Select) -> bool:
-    """Of answered operations, some of them; whether there may be more."""
+    """Delete some payloads of answered operations; return whether there may be more."""
     unanswered = exists().where(operations.c.id == payloads.c.operation_id, operations.c.state == "accepted")
     some = of.where(~unanswered).limit(AT_A_TIME)
     dropped = connection.execute(delete(payloads).where(payloads.c.operation_id.in_(some)))
@@ -82,31 +83,32 @@ def _forget(connection: Connection, of: Select) -> bool:
 
 
 def forget(connection: Connection, model_id: str, through: int) -> bool:
-    """No replay will need the model's payloads up to that any more. Whether there may be more to forget."""
+    """Delete some of the model's payloads up to `through`, which no replay needs; return whether there may be
+    more."""
     mine = (payloads.c.model_id == model_id) & (payloads.c.seq_id <= through)
     return _forget(connection, select(payloads.c.operation_id).where(mine))
 
 
 def forget_ended_models(connection: Connection) -> bool:
-    """Nobody will bring these back. Whether there may be more to forget."""
+    """Delete some payloads of models that have ended; return whether there may be more."""
     ended = select(models.c.id).where(models.c.state.in_(("finished", "failed")))
     return _forget(connection, select(payloads.c.operation_id).where(payloads.c.model_id.in_(ended)))
 
 
 def files(connection: Connection) -> set[str]:
-    """Those that a row points into."""
+    """Return the files that rows point into."""
     query = select(payloads.c.file).where(payloads.c.file.is_not(None)).distinct()
     return {name for name in connection.execute(query).scalars() if name is not None}
 
 
 def any_in_operations(connection: Connection) -> bool:
-    """Whether rows of operations still hold payloads, as in ledgers from before the first release."""
+    """Return whether rows of operations hold payloads, as in ledgers from before the first release."""
     query = select(operations.c.id).where(operations.c.payload.is_not(None)).limit(1)
     return connection.execute(query).first() is not None
 
 
 def in_operations(connection: Connection, after: str, max_bytes: int) -> Sequence[Row]:
-    """The next operations after that id that still have their payloads themselves: some, of so many bytes."""
+    """Return some operations after that id whose rows hold their payloads, up to `max_bytes`."""
     query = (
         select(operations.c.id, func.length(operations.c.payload).label("size"))
         .where(operations.c.payload.is_not(None), operations.c.id > after)
@@ -126,7 +128,7 @@ def in_operations(connection: Connection, after: str, max_bytes: int) -> Sequenc
 
 
 def move(connection: Connection, row: Row, stored: Stored) -> None:
-    """From its operation's row, unless it was moved before."""
+    """Move a payload out of its operation's row, unless it was moved before."""
     if find(connection, row.id) is None:
         add(connection, row.id, row.model_id, row.seq_id, stored)
     connection.execute(update(operations).where(operations.c.id == row.id).values(payload=None))
@@ -140,12 +142,12 @@ _SUFFIX = ".payloads"
 
 
 class PayloadLost(ApiError):
-    """A file is gone or damaged."""
+    """A payload's file is missing or damaged."""
 
 
 @dataclass
 class _Open:
-    """The file that a stream's payloads go to at present."""
+    """The file that a stream's payloads are appended to."""
 
     name: str
     size: int = 0
@@ -155,7 +157,7 @@ class _Open:
 
 
 class PayloadFiles:
-    """The files in `folder`, which is made when it is needed. Safe to use from any thread.
+    """The files in `folder`, which is created when it is needed. Safe to use from any thread.
 
     `sync`: a payload is on the disk before `append` returns, and so survives a loss of power.
     """
@@ -168,9 +170,9 @@ class PayloadFiles:
         self._uncommitted: Counter[str] = Counter()
 
     def append(self, stream: str, payload: bytes) -> Stored:
-        """Write a payload. The caller says afterwards that it was `committed` or `abandoned`.
+        """Write a payload. The caller must call `committed` or `abandoned` afterwards.
 
-        Raises StorageFull, and OSError for other faults of the disk; nothing is left of it then.
+        Raises StorageFull, and OSError for other faults of the disk, leaving nothing behind.
         """
         while True:
             with self._lock:
@@ -184,7 +186,7 @@ class PayloadFiles:
             except BaseException:
                 self._done(target.name)
                 raise
-            self._done(target.name)  # it was sealed in between: the next one
+            self._done(target.name)  # the file was sealed meanwhile: take the next one
         if target.size >= FILE_BYTES:
             self.seal(stream)
         return Stored(len(payload), file=target.name, position=position, checksum=zlib.crc32(payload))
@@ -224,7 +226,7 @@ class PayloadFiles:
             os.close(descriptor)
 
     def read(self, stored: Stored) -> bytes:
-        """Raises PayloadLost, and OSError for faults of the disk."""
+        """Read a payload. Raises PayloadLost, and OSError for faults of the disk."""
         if stored.data is not None:
             return stored.data
         assert stored.file is not None
@@ -239,12 +241,13 @@ class PayloadFiles:
         return payload
 
     def committed(self, stored: Stored) -> None:
-        """A row points to it."""
+        """Note that a row points to the payload."""
         if stored.file is not None:
             self._done(stored.file)
 
     def abandoned(self, stored: Stored) -> None:
-        """No row will point to it. Its room is given back if nothing was written after it."""
+        """Note that no row will point to the payload. Its bytes are cut off if nothing was written after
+        them."""
         if stored.file is None:
             return
         with self._lock:
@@ -264,7 +267,7 @@ class PayloadFiles:
                 del self._uncommitted[name]
 
     def seal(self, stream: str) -> None:
-        """What the stream has next goes to a new file, so that the old one can be removed by itself."""
+        """Let the stream continue in a new file, so that the old one can be removed separately."""
         with self._lock:
             target = self._open.pop(stream, None)
         if target is not None:
@@ -272,7 +275,7 @@ class PayloadFiles:
                 target.sealed = True
 
     def remove_unused(self, used: Callable[[], set[str]]) -> int:
-        """Remove the files that no row points into, and return their bytes. `used` reads the ledger."""
+        """Remove the files without rows, and return their bytes. `used` reads the ledger."""
         now = time.monotonic()
         with self._lock:
             idle = [stream for stream, each in self._open.items() if now - each.used_at > _IDLE_SECONDS]

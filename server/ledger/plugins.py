@@ -17,14 +17,14 @@ def endpoints(connection: Connection, owner: str) -> Sequence[Row]:
 
 
 def all_endpoints(connection: Connection) -> Sequence[Row]:
-    """Of all tenants."""
+    """Return the SGLang servers of all tenants."""
     return connection.execute(select(inference_endpoints)).all()
 
 
 def add_endpoint(
     connection: Connection, owner: str, host: str, port: int, fields: dict[str, Any], limit: int
 ) -> bool:
-    """Whether it was not there, and there was room."""
+    """Add a tenant's server unless it is there or there are `limit` others; return whether it was added."""
     known = endpoints(connection, owner)
     if len(known) >= limit or any((row.host, row.port) == (host, port) for row in known):
         return False
@@ -36,7 +36,7 @@ def add_endpoint(
 def replace_endpoint_secret(
     connection: Connection, owner: str, host: str, port: int, fields: dict[str, Any]
 ) -> None:
-    """Writes other fields, and overwrites what was there: it had a secret in it."""
+    """Replace the fields, and overwrite the old ones on disk because they contain a secret."""
     is_sqlite = connection.dialect.name == "sqlite"
     before = connection.exec_driver_sql("PRAGMA secure_delete").scalar() if is_sqlite else None
     if is_sqlite:
@@ -49,7 +49,7 @@ def replace_endpoint_secret(
 
 
 def remove_endpoint(connection: Connection, owner: str, host: str, port: int) -> bool:
-    """Whether it was there."""
+    """Remove a tenant's server; return whether it was there."""
     mine = inference_endpoints.c.owner == owner
     this = (inference_endpoints.c.host == host) & (inference_endpoints.c.port == port)
     return connection.execute(delete(inference_endpoints).where(mine, this)).rowcount == 1
@@ -87,7 +87,7 @@ def find_run(connection: Connection, model_id: str) -> Row | None:
 
 
 def active_runs(connection: Connection) -> Sequence[Row]:
-    """`owner` and `id` of the models that are to be trained on."""
+    """Return `owner` and `id` of the models that the server is training."""
     query = select(models.c.owner, models.c.id).join(rlve_runs, rlve_runs.c.model_id == models.c.id)
     alive = models.c.state.in_(("creating", "ready"))
     return connection.execute(query.where(alive, rlve_runs.c.state.in_(ACTIVE_STATES))).all()
@@ -102,7 +102,7 @@ def change_run(connection: Connection, model_id: str, **values: Any) -> None:
 def add_step(
     connection: Connection, model_id: str, step: int, difficulties: dict[str, Any], metrics: dict[str, Any]
 ) -> None:
-    """The run's newest."""
+    """Record the run's next step."""
     change_run(connection, model_id, step=step, attempt=0, difficulties=difficulties)
     connection.execute(insert(rlve_steps).values(model_id=model_id, step=step, metrics=metrics))
 
@@ -113,7 +113,7 @@ def set_step_metrics(connection: Connection, model_id: str, step: int, metrics: 
 
 
 def newest_steps(connection: Connection, model_id: str, count: int) -> list[dict[str, Any]]:
-    """The metrics of so many, oldest first."""
+    """Return the metrics of the newest `count` steps, oldest first."""
     query = select(rlve_steps.c.metrics).where(rlve_steps.c.model_id == model_id)
     newest = connection.execute(query.order_by(rlve_steps.c.step.desc()).limit(count)).scalars().all()
     return list(reversed(newest))

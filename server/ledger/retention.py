@@ -1,9 +1,10 @@
-"""What the ledger need not keep for ever.
+"""Removal of what the ledger need not keep for ever.
 
-An answer goes when it is old, or when there are too many bytes of younger ones of the same owner: all owners
-share a number of bytes, and one that takes more than its share loses its own. Its operation stays as long as
-it could be submitted again: a model's until its number has had its turn (which the model remembers), any
-other for `TOMBSTONE_SECONDS`. The answers of creations stay: a model is its creation and what came after it.
+An answer is dropped when it is old, or when its owner has too many bytes of younger ones: all owners share a
+number of bytes, and one that takes more than its share loses its own. The operation stays as long as it could
+be submitted again: a model's until its number has had its turn (which the model's row remembers), any other
+for `TOMBSTONE_SECONDS`. The answers of creations stay, because a model is restored from its creation and the
+operations after it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .schema import (
 )
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
-_AT_A_TIME = 1000  # rows in one change: other writers wait for it
+_AT_A_TIME = 1000  # rows deleted in one change, which other writers wait for
 _ANSWERS_AT_A_TIME, _ANSWER_BYTES_AT_A_TIME = 200, 4 << 20
 
 
@@ -35,7 +36,7 @@ def _kept_answers() -> ColumnElement[bool]:
 
 
 def answer_bytes(connection: Connection) -> dict[str, int]:
-    """Of the answers of each owner that can be dropped."""
+    """Return the bytes of droppable answers of each owner."""
     query = (
         select(operations.c.owner, func.sum(operations.c.answer_bytes).label("bytes"))
         .where(operations.c.finished_at.is_not(None), operations.c.answer_bytes > 0)
@@ -45,8 +46,10 @@ def answer_bytes(connection: Connection) -> dict[str, int]:
 
 
 def fair_share(sizes: Collection[int], total: int) -> int:
-    """How much each may keep so that all together keep no more than `total`: those who have less keep all of
-    it, and what they leave is shared evenly by the others."""
+    """Return how much each owner may keep so that all keep no more than `total` together.
+
+    Owners with less keep all of it, and the others share what is left evenly.
+    """
     left, share = total, 0
     for place, size in enumerate(sorted(sizes)):
         share = left // (len(sizes) - place)
@@ -57,7 +60,8 @@ def fair_share(sizes: Collection[int], total: int) -> int:
 
 
 def beyond(connection: Connection, owner: str, max_bytes: int) -> float | None:
-    """When the owner's youngest answer was given that is not among its newest `max_bytes`; None: all are."""
+    """Return when the youngest answer beyond the owner's newest `max_bytes` was given; None if there is
+    none."""
     younger = func.sum(operations.c.answer_bytes).over(order_by=operations.c.finished_at.desc())
     ages = select(operations.c.finished_at, younger.label("bytes")).where(
         operations.c.owner == owner, operations.c.answer_bytes > 0
@@ -68,12 +72,12 @@ def beyond(connection: Connection, owner: str, max_bytes: int) -> float | None:
 
 
 def drop_answers(connection: Connection, through: float) -> bool:
-    """Of operations finished until then, some of them; whether there may be more."""
+    """Drop some answers of operations finished until then; return whether there may be more."""
     return bool(_drop_answers(connection, operations.c.finished_at <= through))
 
 
 def _drop_answers(connection: Connection, of: ColumnElement[bool]) -> int:
-    """Some of them, and how many: few enough that others need not wait long; 0 when all are dropped."""
+    """Drop a few answers, so that other writers do not wait long; return how many, 0 when none are left."""
     query = select(operations.c.id, operations.c.answer_bytes).where(
         _kept_answers(), of, operations.c.kind != "create_model"
     )
@@ -89,7 +93,7 @@ def _drop_answers(connection: Connection, of: ColumnElement[bool]) -> int:
 
 
 def drop_answers_of(connection: Connection, owner: str, through: float) -> int:
-    """Of the owner's operations finished until then, some of them; of how many, 0 when all are dropped.
+    """Drop some answers of the owner's operations finished until then; return how many, 0 when none are left.
 
     Creations of models keep theirs.
     """
@@ -97,7 +101,7 @@ def drop_answers_of(connection: Connection, owner: str, through: float) -> int:
 
 
 def drop_operations(connection: Connection, through: float, now: float, owner: str | None = None) -> bool:
-    """Those that nothing asks for any more, some of them; whether there may be more. `owner` None: of all."""
+    """Delete some operations that nothing needs; return whether there may be more. `owner` None: of all."""
     had_its_turn = operations.c.seq_id <= (
         select(models.c.executed_seq).where(models.c.id == operations.c.model_id).scalar_subquery()
     )
@@ -125,9 +129,11 @@ def drop_operations(connection: Connection, through: float, now: float, owner: s
 
 
 def drop_ended_models(connection: Connection, before: float) -> bool:
-    """Delete some of the models that ended, or could not be created, before that time and of which nothing
-    is left: no checkpoint, no payload and no unnamed sampler. Their operations go first. Return whether there
-    may be more."""
+    """Delete some models that ended, or could not be created, before that time; return whether there may be
+    more.
+
+    Only models without checkpoints, payloads and unnamed samplers are deleted, their operations first.
+    """
     unnamed = samplers.c.directory.is_not(None) & samplers.c.model_path.is_(None)
     waiting = operations.alias()
     ended = select(models.c.id).where(
@@ -155,25 +161,25 @@ def drop_ended_models(connection: Connection, before: float) -> bool:
 
 
 def known_models(connection: Connection) -> set[str]:
-    """What is on the disk of other models is not this ledger's."""
+    """Return the ids of this ledger's models. Files of other models are not touched."""
     return set(connection.execute(select(models.c.id)).scalars())
 
 
 def snapshots(connection: Connection) -> set[str]:
-    """Of models that can come back."""
+    """Return the directories of snapshots of models that can be restored."""
     query = select(models.c.snapshot, models.c.older_snapshot).where(models.c.state != "finished")
     return {directory for row in connection.execute(query) for directory in row if directory is not None}
 
 
 def dead_checkpoints(connection: Connection, now: float) -> list[str]:
-    """The directories of deleted, overwritten, failed and expired ones."""
+    """Return the directories of deleted, overwritten, failed and expired checkpoints."""
     over = checkpoints.c.state.in_(("deleted", "failed"))
     expired = (checkpoints.c.state == "complete") & (checkpoints.c.expires_at <= now)
     return list(connection.execute(select(checkpoints.c.directory).where(over | expired)).scalars())
 
 
 def live_checkpoints(connection: Connection, now: float) -> dict[str, bool]:
-    """The directories of the others, and whether they are complete."""
+    """Return the directories of all other checkpoints, and whether they are complete."""
     complete = checkpoints.c.state == "complete"
     unexpired = checkpoints.c.expires_at.is_(None) | (checkpoints.c.expires_at > now)
     query = select(checkpoints.c.directory, checkpoints.c.state).where(
@@ -183,13 +189,16 @@ def live_checkpoints(connection: Connection, now: float) -> dict[str, bool]:
 
 
 def forget_checkpoints(connection: Connection, directories: Sequence[str]) -> None:
-    """Their files are gone."""
+    """Delete the rows of checkpoints whose files were removed."""
     connection.execute(delete(checkpoints).where(checkpoints.c.directory.in_(directories)))
 
 
 def directories_to_load(connection: Connection) -> set[str]:
-    """Those that a replay will read: of models that were created from a checkpoint and have no snapshot of
-    their own yet, and of operations that load one."""
+    """Return the directories that a replay will read.
+
+    These are of models that were created from a checkpoint and have no snapshot yet, and of operations that
+    load a checkpoint.
+    """
     creations = select(models.c.creation).where(
         models.c.snapshot.is_(None), models.c.state.in_(("creating", "ready"))
     )
@@ -207,7 +216,8 @@ def directories_to_load(connection: Connection) -> set[str]:
 
 
 def directories_sampled(connection: Connection, silent_since: float) -> set[str]:
-    """Of samplers whose sessions are alive: their weights stay when a checkpoint's name moves on."""
+    """Return the directories of samplers with live sessions, which stay when a checkpoint's name is
+    reused."""
     alive = sessions.c.finished_at.is_(None) & (sessions.c.last_heartbeat_at >= silent_since)
     query = select(samplers.c.directory).where(
         samplers.c.directory.is_not(None), samplers.c.session_id.in_(select(sessions.c.id).where(alive))

@@ -1,6 +1,6 @@
-"""The tables. Times are seconds since 1970; every resource has an owner from the first day.
+"""Tables of the ledger. Times are seconds since 1970.
 
-The migrations in `migrations/versions` make these; a test compares the two.
+The migrations in `migrations/versions` create these tables; a test compares the two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ lease = Table(
     "lease",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("ledger", String(32), nullable=False),  # what tells this ledger from every other one
+    Column("ledger", String(32), nullable=False),  # the id of this ledger
     Column("generation", BigInteger, nullable=False),
     Column("holder", JSON),  # null: released, or never held
     Column("renewed_at", Float, nullable=False),
@@ -40,8 +40,8 @@ tenants = Table(
     metadata,
     Column("id", String(128), primary_key=True),
     Column("created_at", Float, nullable=False),
-    Column("quota", JSON),  # where it differs from the settings; null: nowhere
-    Column("sync_quantization", JSON),  # of weights that are sent to inference servers; null: none
+    Column("quota", JSON),  # differences from the settings; null: none
+    Column("sync_quantization", JSON),  # of weights sent to inference servers; null: none
 )
 
 inference_endpoints = Table(
@@ -50,7 +50,7 @@ inference_endpoints = Table(
     Column("owner", String(128), ForeignKey("tenants.id"), primary_key=True),
     Column("host", String(255), primary_key=True),
     Column("port", Integer, primary_key=True, autoincrement=False),
-    Column("fields", JSON, nullable=False),  # what else the tenant said of it
+    Column("fields", JSON, nullable=False),  # the other fields of the tenant's request
     Column("created_at", Float, nullable=False),
 )
 
@@ -81,12 +81,12 @@ sessions = Table(
     Column("finished_at", Float),
     Column("finish_reason", String(32)),
     Column("finish_detail", Text),
-    # What its row and those of its models and samplers take (tenancy.py).
+    # The size of its row and those of its models and samplers (tenancy.py).
     Column("size_bytes", BigInteger, nullable=False, server_default="0"),
     Index("sessions_by_size", "owner", "finished_at", "size_bytes"),
 )
 
-# What each base model's name stands for now: a digest of the weights and of their arithmetic.
+# The weights that each base model's name stands for: a digest of them and of their arithmetic.
 base_models = Table(
     "base_models",
     metadata,
@@ -102,27 +102,27 @@ models = Table(
     Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
     Column("session_id", String(192), ForeignKey("sessions.id"), nullable=False, index=True),
     Column("base_model", Text, nullable=False),
-    Column("base_digest", Text),  # of what that name stood for; null: not known
+    Column("base_digest", Text),  # of the base model at the creation; null: unknown
     Column("lora", JSON),  # null: full weights
     Column("optimizer", JSON, nullable=False),
     Column("user_metadata", JSON, nullable=False),
     Column("state", String(16), nullable=False),  # creating, ready, failed, finished
     Column("creation", LargeBinary, nullable=False),  # the CreateModel message
-    # Operations up to here have been answered, or given up; the next one has the number after it.
+    # Operations up to this number have been answered or given up.
     Column("executed_seq", BigInteger, nullable=False),
-    # The newest saved training state, and the operation it was taken after.
+    # The newest snapshot, and the operation after which it was taken.
     Column("snapshot", Text),
     Column("snapshot_seq", BigInteger, nullable=False),
-    # What comes before it, in case that it cannot be read: another one, or (0, null) the creation. The ledger
-    # has the operations after it.
+    # The snapshot before it, in case it cannot be read, or (0, null) for the creation. The ledger
+    # keeps the operations after it.
     Column("older_snapshot", Text),
     Column("older_snapshot_seq", BigInteger),
     Column("dialect", String(16), nullable=False, server_default="tinker"),
-    # What its client calls it, where clients choose: the newest model of that name is meant.
+    # The name that its client chose, if clients choose; it means the newest model of that name.
     Column("alias", String(192)),
-    # A client that opens the model again numbers its operations from 1 again: 1 is the one after this.
+    # A client that opens the model again counts from 1; its operation 1 comes after this one.
     Column("seq_base", BigInteger, nullable=False, server_default="0"),
-    # What of its creation the engine does not know: what steps take that say nothing, limits, run loggers.
+    # Parts of its creation for the server alone: defaults of steps, limits, run loggers.
     Column("configuration", JSON, nullable=False, server_default="{}"),
     Column("created_at", Float, nullable=False),
     Column("last_request_at", Float, nullable=False),
@@ -136,14 +136,14 @@ samplers = Table(
     Column("owner", String(128), ForeignKey("tenants.id"), nullable=False, index=True),
     Column("session_id", String(192), ForeignKey("sessions.id"), nullable=False, index=True),
     Column("base_model", Text, nullable=False),
-    Column("base_digest", Text),  # as that of models
+    Column("base_digest", Text),  # as for models
     Column("model_path", Text),
-    Column("directory", Text),  # of the weights; null: the base model itself
-    # The model whose newest inflight weights it samples, its directory moving with them; null: it stays.
+    Column("directory", Text),  # of the weights; null: the base model
+    # The model whose newest inflight weights it samples; its directory changes with them. Null: none.
     Column("follows", String(192), index=True),
-    # Who draws its samples (messages.SamplingEngine); null: as the server is set.
+    # Who draws its samples (messages.SamplingEngine); null: the server's default.
     Column("sampling_engine", String(16)),
-    # Of its clients, which number their samples apart from the first one's.
+    # Copies of its client, each of which numbers its samples separately.
     Column("copies", Integer, nullable=False, server_default="0"),
     Column("created_at", Float, nullable=False),
 )
@@ -153,21 +153,21 @@ operations = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("owner", String(128), ForeignKey("tenants.id"), nullable=False),
-    # What makes two submits the same operation; null: nothing does.
+    # Equal for submits of the same operation; null: every submit is a new one.
     Column("natural_key", Text, unique=True),
     Column("kind", String(32), nullable=False),
     Column("model_id", String(192)),
     Column("seq_id", BigInteger),
-    # The session of an uploaded loss or of a numbered sample; a sample's sampling session and number in it.
+    # The session of an uploaded loss or numbered sample; the sample's sampling session and its number.
     Column("session_id", String(192)),
     Column("sampler_id", String(192)),
     Column("sample_number", BigInteger),
     Column("reply", JSON, nullable=False),  # the part of the answer that is known at the submit
     Column("dialect", String(16), nullable=False, server_default="tinker"),
     Column("state", String(16), nullable=False),  # accepted, done, failed, rejected
-    # Where ledgers from before the first release have payloads; null: in the table below, if it is kept.
+    # The payload, in ledgers from before the first release; null: it is in the table below, if kept.
     Column("payload", LargeBinary),
-    # The engine's Done or Failed; of operations that are not `accepted`, null: it was dropped (retention.py).
+    # The engine's Done or Failed. Null for operations that are not `accepted`: dropped (retention.py).
     Column("answer", LargeBinary),
     Column("answer_bytes", BigInteger),
     Column("device_seconds", Float),
@@ -187,8 +187,8 @@ operations = Table(
     ),
 )
 
-# Messages to the engine, kept while a replay may need them. Apart from the operations, whose rows change: a
-# payload is written once. The large ones are in files (payloads.py), to which their rows point.
+# Messages to the engine, kept while a replay may need them. Not in the rows of operations, which change: a
+# payload is written once. Large ones are in files (payloads.py), to which their rows point.
 payloads = Table(
     "payloads",
     metadata,
@@ -196,7 +196,7 @@ payloads = Table(
     Column("model_id", String(192)),
     Column("seq_id", BigInteger),
     Column("size", BigInteger, nullable=False),
-    Column("data", LargeBinary),  # of small ones
+    Column("data", LargeBinary),  # of small payloads
     Column("segment", String(64), key="file"),
     Column("position", BigInteger),
     Column("checksum", BigInteger),
@@ -216,7 +216,7 @@ checkpoints = Table(
     Column("directory", Text, nullable=False, unique=True),
     Column("state", String(16), nullable=False),  # pending, complete, failed, deleted
     Column("base_model", Text, nullable=False),
-    Column("base_digest", Text),  # as that of models
+    Column("base_digest", Text),  # as for models
     Column("lora", JSON),
     Column("optimizer", JSON, nullable=False),
     Column("size_bytes", BigInteger),
@@ -235,14 +235,14 @@ checkpoints = Table(
     ),
 )
 
-# Models that the server trains (server/rlve): where each stands, and what its steps were like.
+# Models that the server trains (plugins/rlve): their progress, and the metrics of their steps.
 rlve_runs = Table(
     "rlve_runs",
     metadata,
     Column("model_id", String(192), ForeignKey("models.id"), primary_key=True),
     Column("state", String(16), nullable=False),  # running, stopping, stopped, finished, failed
-    Column("step", Integer, nullable=False),  # those that were counted
-    Column("attempt", Integer, nullable=False),  # at the next one, from 0
+    Column("step", Integer, nullable=False),  # finished steps
+    Column("attempt", Integer, nullable=False),  # at the next step, from 0
     Column("difficulties", JSON, nullable=False),  # by environment
     Column("message", Text),  # why it failed
     Column("updated_at", Float, nullable=False),
@@ -256,8 +256,8 @@ rlve_steps = Table(
     Column("metrics", JSON, nullable=False),
 )
 
-# What a tenant's operations used: one row per hour (of 3600 s since 1970), session, training run and base
-# model, added to when an operation is answered. Empty ids: of none, or unknown.
+# Usage of a tenant's operations: one row per hour (of 3600 s since 1970), session, training run and base
+# model. Answers of operations add to it. Empty ids: none, or unknown.
 usage = Table(
     "usage",
     metadata,
@@ -284,14 +284,14 @@ step_metrics = Table(
     Column("kind", String(16), primary_key=True),
     Column(
         "number", BigInteger, primary_key=True, autoincrement=False
-    ),  # the seq_id; of reported ones the step
-    Column("step", BigInteger),  # that an optim_step made, or that was reported
+    ),  # the seq_id; for reported ones the step
+    Column("step", BigInteger),  # made by an optim_step, or reported
     Column("at", Float, nullable=False),
-    Column("size", Integer, nullable=False),  # of the metrics, in bytes of JSON
+    Column("size", Integer, nullable=False),  # of the metrics: bytes of JSON
     Column("metrics", JSON, nullable=False),
 )
 
-# What was done by a tenant's keys. No prompts, no metadata of clients, no secrets.
+# The audit log: actions with a tenant's keys, without prompts, clients' metadata and secrets.
 audit = Table(
     "audit",
     metadata,

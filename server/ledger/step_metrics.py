@@ -1,7 +1,7 @@
-"""Rows of step metrics: what each training operation was answered with, kept for curves.
+"""Rows of step metrics: the metrics of each training operation, kept for curves.
 
-A run keeps at most about `MOST_ROWS` rows and `MOST_BYTES` bytes: its newest rows whole, half of those before
-them, a quarter of twice as many before these, and so on.
+A run keeps at most about `MOST_ROWS` rows and `MOST_BYTES` bytes: all of its newest rows, half of those
+before them, a quarter of twice as many before these, and so on.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def since(connection: Connection, model_id: str, number: int, reported_at: float) -> Sequence[Row]:
-    """Rows of operations after `number`, and those reported after `reported_at`, in order of time."""
+    """Return rows of operations after `number`, and those reported after `reported_at`, in order of time."""
     is_reported = step_metrics.c.kind == _REPORTED
     newer = (~is_reported & (step_metrics.c.number > number)) | (
         is_reported & (step_metrics.c.at > reported_at)
@@ -83,7 +83,7 @@ def since(connection: Connection, model_id: str, number: int, reported_at: float
 
 
 def newest(connection: Connection, model_ids: Sequence[str], operations: int = 8) -> Sequence[Row]:
-    """The last few rows of each model up to its newest step (or, without a step, up to its newest pass)."""
+    """Return the last few rows of each model up to its newest step (or pass, if it has no step)."""
     other = step_metrics.alias()
     last = (
         select(func.max(other.c.number))
@@ -114,7 +114,7 @@ def thin(
     while whole and not is_within():
         _thin(connection, model_id, whole)
         whole //= 2
-    if not is_within():  # numbers of a client's own may be such that all are kept: its newest reports stay
+    if not is_within():  # a client's own numbers may all be kept by thinning: keep its newest reports
         of_model = step_metrics.c.model_id == model_id
         newest = select(step_metrics.c.at).where(of_model).order_by(step_metrics.c.at.desc())
         last_kept = newest.offset(max(0, min(most_rows, most_bytes // _LARGEST_ROW) // 2)).limit(1)
@@ -153,7 +153,7 @@ def _extent(connection: Connection, model_id: str) -> tuple[int, int]:
 
 
 def crowded(connection: Connection, most_bytes: int) -> list[str]:
-    """Owners whose runs' metrics take more than that."""
+    """Return the owners whose runs' metrics take more than that."""
     query = (
         select(models.c.owner)
         .join(step_metrics, step_metrics.c.model_id == models.c.id)
@@ -179,7 +179,7 @@ def thin_owner(connection: Connection, owner: str, most_bytes: int) -> bool:
     largest = found[0].model_id
     count, _ = _extent(connection, largest)
     thin(connection, largest, count // 2)
-    if _extent(connection, largest)[0] == count:  # a few rows; then the runs used longest ago lose theirs
+    if _extent(connection, largest)[0] == count:  # few rows per run: the least recently used runs lose theirs
         oldest = select(models.c.id).where(models.c.owner == owner).order_by(models.c.last_request_at)
         chosen = oldest.where(models.c.id.in_([row.model_id for row in found])).limit(max(1, len(found) // 2))
         connection.execute(delete(step_metrics).where(step_metrics.c.model_id.in_(chosen)))
@@ -187,7 +187,7 @@ def thin_owner(connection: Connection, owner: str, most_bytes: int) -> bool:
 
 
 def resting(connection: Connection, before: float, most_rows: int, limit: int) -> list[str]:
-    """Some models without a row since then that have more than so many rows."""
+    """Return some models without a row since then that have more than `most_rows` rows."""
     query = (
         select(step_metrics.c.model_id)
         .group_by(step_metrics.c.model_id)

@@ -1,8 +1,8 @@
-"""Rows of tenants and of what is theirs: sessions, models and samplers.
+"""Rows of tenants, and of the sessions, models and samplers that they own.
 
-A session has the size of its rows, and of those of its models and samplers, in a column. A tenant's
-sessions may take so many bytes together. Before more is refused, the oldest sessions that have finished,
-or were silent for a week, lose what nothing needs any more.
+A session's row has the size of all its rows, including those of its models and samplers. A tenant's sessions
+have a quota of bytes. When it is used up, the oldest sessions that have finished, or were silent for a week,
+are emptied before anything is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .schema import base_models, checkpoints, models, samplers, sessions, tenant
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
-    """Clients compute this id too."""
+    """Return the id of a model, which clients compute too."""
     return f"{session_id}:train:{model_seq_id}"
 
 
@@ -46,13 +46,13 @@ def ensure_tenant(connection: Connection, tenant: str) -> None:
 
 
 def quotas(connection: Connection) -> dict[str, dict[str, float]]:
-    """Those of tenants that have some of their own."""
+    """Return the quotas of tenants that have their own."""
     rows = connection.execute(select(tenants.c.id, tenants.c.quota).where(tenants.c.quota.is_not(None)))
     return {row.id: row.quota for row in rows}
 
 
 def set_quota(connection: Connection, tenant: str, quota: dict[str, float] | None) -> None:
-    """None: the usual one."""
+    """Set a tenant's quota; None: the default."""
     ensure_tenant(connection, tenant)
     values = {"quota": null() if quota is None else quota}
     connection.execute(update(tenants).where(tenants.c.id == tenant).values(values))
@@ -71,7 +71,7 @@ def find_session(connection: Connection, session_id: str) -> Row | None:
 
 
 SAMPLING_ENGINE = "tinsmith_sampling_engine"
-"""In the metadata of a session: who draws the samples of its sampling sessions that do not say."""
+"""In a session's metadata: the default sampling engine of its sampling sessions."""
 
 
 def sampling_engine_of_session(connection: Connection, session_id: str) -> str | None:
@@ -89,7 +89,7 @@ def heartbeat(connection: Connection, session_id: str, at: float) -> None:
 
 
 def finish_session(connection: Connection, session_id: str, reason: str, detail: str | None) -> bool:
-    """Whether it had not finished before."""
+    """Finish a session; return whether it had not finished before."""
     finished = connection.execute(
         update(sessions)
         .where(sessions.c.id == session_id, sessions.c.finished_at.is_(None))
@@ -116,7 +116,7 @@ def models_by_id(connection: Connection, ids: set[str]) -> dict[str, Row]:
 
 
 def find_owned(connection: Connection, owner: str, name: str) -> Row | None:
-    """The owner's model of that id, or the newest that its client calls so."""
+    """Return the owner's model of that id, or its newest with that alias."""
     named = (models.c.owner == owner) & ((models.c.id == name) | (models.c.alias == name))
     order = ((models.c.id == name).desc(), models.c.created_at.desc())
     return connection.execute(select(models).where(named).order_by(*order).limit(1)).first()
@@ -127,7 +127,8 @@ def update_model(connection: Connection, model_id: str, **values: Any) -> None:
 
 
 def settle_creation(connection: Connection, model_id: str, state: str) -> None:
-    """A model has been created, or could not be; one whose session has ended meanwhile stays finished."""
+    """Record that a model was created, or could not be. One whose session has ended meanwhile stays
+    finished."""
     created = update(models).where(models.c.id == model_id, models.c.state == "creating")
     connection.execute(created.values(state=state))
 
@@ -140,13 +141,13 @@ def models_of_session(connection: Connection, session_id: str) -> Sequence[Row]:
 def list_models(
     connection: Connection, of: ColumnElement[bool], limit: int, offset: int
 ) -> tuple[Sequence[Row], int]:
-    """A page of the training runs among `of`, newest first, and how many there are."""
+    """Return a page of the training runs among `of`, last used first, and their total number."""
     query = select(models).where(of).order_by(models.c.last_request_at.desc()).limit(limit).offset(offset)
     return connection.execute(query).all(), connection.execute(select(func.count()).where(of)).scalar() or 0
 
 
 def active_models(connection: Connection, owner: str, limit: int = 1000) -> Sequence[Row]:
-    """Of the owner, those that are not over, used last first."""
+    """Return the owner's models that have not ended, last used first."""
     mine = (models.c.owner == owner) & models.c.state.in_(("creating", "ready"))
     query = select(models).where(mine).order_by(models.c.last_request_at.desc())
     return connection.execute(query.limit(limit)).all()
@@ -179,7 +180,7 @@ def find_sampler(connection: Connection, sampler_id: str) -> Row | None:
 
 
 def add_copy(connection: Connection, sampler_id: str) -> int:
-    """The number, from 1, of another copy of a sampling session's client."""
+    """Count another copy of a sampling session's client; return its number, from 1."""
     mine = samplers.c.id == sampler_id
     connection.execute(update(samplers).where(mine).values(copies=samplers.c.copies + 1))
     return connection.execute(select(samplers.c.copies).where(mine)).scalar_one()
@@ -191,13 +192,13 @@ def samplers_of_session(connection: Connection, session_id: str) -> Sequence[Row
 
 
 def samplers_of_owner(connection: Connection, owner: str, limit: int) -> Sequence[Row]:
-    """The newest."""
+    """Return the owner's newest samplers."""
     query = select(samplers).where(samplers.c.owner == owner).order_by(samplers.c.created_at.desc())
     return connection.execute(query.limit(limit)).all()
 
 
 def publish_inflight(connection: Connection, sampler_id: str) -> None:
-    """The weights of a sampler are saved: if it follows its model, all that do sample them from now on."""
+    """Let all samplers that follow a model use the newly saved weights of one of them."""
     saved = find_sampler(connection, sampler_id)
     if saved is not None and saved.follows is not None:
         connection.execute(
@@ -206,12 +207,12 @@ def publish_inflight(connection: Connection, sampler_id: str) -> None:
 
 
 def _unnamed() -> ColumnElement[bool]:
-    """Samplers with weights of their own that no checkpoint names."""
+    """Match samplers with weights that no checkpoint names."""
     return samplers.c.directory.is_not(None) & samplers.c.model_path.is_(None)
 
 
 def delete_unnamed_samplers(connection: Connection, of: ColumnElement[bool]) -> Sequence[Row]:
-    """The unnamed ones among `of`; the rows that were deleted."""
+    """Delete the unnamed samplers among `of`; return their rows."""
     rows = connection.execute(select(samplers).where(_unnamed() & of)).all()
     connection.execute(delete(samplers).where(_unnamed() & of))
     for session_id, count in Counter(row.session_id for row in rows).items():
@@ -228,7 +229,7 @@ def of_session(session_id: str) -> ColumnElement[bool]:
 
 
 def of_sessions_silent_since(at: float) -> ColumnElement[bool]:
-    """Samplers of sessions that have ended, or gave no sign of life since then."""
+    """Match samplers of sessions that have ended, or gave no sign of life since then."""
     over = sessions.c.finished_at.is_not(None) | (sessions.c.last_heartbeat_at < at)
     return samplers.c.session_id.in_(select(sessions.c.id).where(over))
 
@@ -242,7 +243,10 @@ def sampler_directories(connection: Connection) -> set[str]:
 
 
 def record_digests(connection: Connection, digests: Mapping[str, str]) -> None:
-    """These models are served from now on. What a ledger without digests has of them was made on them."""
+    """Record the weights of the models that are served from now on.
+
+    Rows of a ledger without digests are taken to be made on these weights.
+    """
     for name, digest in digests.items():
         connection.execute(delete(base_models).where(base_models.c.name == name))
         connection.execute(insert(base_models).values(name=name, digest=digest, served_at=time.time()))
@@ -252,20 +256,23 @@ def record_digests(connection: Connection, digests: Mapping[str, str]) -> None:
 
 
 def digest_of(name: str) -> ScalarSelect:
-    """The digest of the model that is served under this name, as a value to insert."""
+    """Return the digest of the model served under this name, as a value to insert."""
     return select(base_models.c.digest).where(base_models.c.name == name).scalar_subquery()
 
 
 # --- searching for sessions
 
 NO_PROJECT = "default"
-"""What the project of a session that names none is called."""
+"""The project of sessions that name none."""
 
 
 @dataclass(frozen=True)
 class SessionFilter:
-    """`before`: the session that the page before ended with. `states`: `active` and finish reasons; None:
-    every state. With both `session_id` and `display_name` a session matches by either."""
+    """What sessions to search for.
+
+    `before`: the session that the page before ended with. `states`: `active` and finish reasons; None: every
+    state. With both `session_id` and `display_name` a session matches by either.
+    """
 
     owner: str
     session_id: str | None = None
@@ -297,7 +304,7 @@ def _clauses(connection: Connection, wanted: SessionFilter) -> Iterator[ColumnEl
 
 
 def _matches(row: Row, wanted: SessionFilter) -> bool:
-    """What databases compare each in their own way: text without regard to case, and values of JSON."""
+    """Compare what databases compare differently: text without regard to case, and JSON values."""
     metadata = row.user_metadata or {}
     if any(key not in metadata or str(metadata[key]) != value for key, value in wanted.user_metadata.items()):
         return False
@@ -311,7 +318,7 @@ def _matches(row: Row, wanted: SessionFilter) -> bool:
 
 
 def search(connection: Connection, wanted: SessionFilter, limit: int) -> tuple[list[Row], bool]:
-    """A page, and whether there is another one."""
+    """Return a page of sessions, newest first, and whether there is another page."""
     query = select(sessions).where(*_clauses(connection, wanted))
     found: list[Row] = []
     for row in connection.execute(query.order_by(sessions.c.created_at.desc(), sessions.c.id.desc())):
@@ -323,7 +330,7 @@ def search(connection: Connection, wanted: SessionFilter, limit: int) -> tuple[l
 
 
 def state_of(row: Row, active_since: float) -> dict[str, Any] | None:
-    """None: it neither finished nor gave a sign of life since then."""
+    """Describe a session's state; None if it neither finished nor gave a sign of life since then."""
     if row.finished_at is not None:
         reason = {"type": row.finish_reason or "success"}
         return {"type": "client_finished", "reason": reason, "detail": row.finish_detail}
@@ -331,13 +338,13 @@ def state_of(row: Row, active_since: float) -> dict[str, Any] | None:
 
 
 ROW_BYTES = 512
-"""What a row takes, whatever is in it, with its place in the indexes."""
+"""What a row takes beside its values, with its place in the indexes."""
 SILENT_SECONDS = 7 * 24 * 3600.0
 _AT_A_TIME = 1000  # rows in one change: other writers wait for it
 
 
 def size_of(*values: Any) -> int:
-    """The bytes of a row with these values."""
+    """Return the bytes that a row with these values takes."""
     return ROW_BYTES + sum(
         len(value) if isinstance(value, bytes) else len(json.dumps(value)) for value in values if value
     )
@@ -350,14 +357,16 @@ _OF_MODEL = (
 
 
 def size_of_model(values: Mapping[str, Any]) -> int:
-    """The bytes of a model's row with these columns; those that change later do not count."""
+    """Return the bytes that a model's row takes; columns that change later do not count."""
     return size_of(*(values.get(name) for name in _OF_MODEL))
 
 
 def charge(connection: Connection, session_id: str, size: int) -> None:
-    """The session takes so many bytes more."""
+    """Add bytes to a session's size."""
     new = sessions.c.size_bytes + size
-    taken = case((new < ROW_BYTES, ROW_BYTES), else_=new)  # less than was taken may have been counted
+    taken = case(
+        (new < ROW_BYTES, ROW_BYTES), else_=new
+    )  # rows of older ledgers may have been counted too low
     connection.execute(update(sessions).where(sessions.c.id == session_id).values(size_bytes=taken))
 
 
@@ -367,7 +376,7 @@ def stored_bytes(connection: Connection, owner: str) -> int:
 
 
 def require_room(connection: Connection, owner: str, limit: int) -> None:
-    """Raises QuotaExceeded if the owner's sessions take as much as they may."""
+    """Raise QuotaExceeded if the owner's sessions take as much as they may."""
     if stored_bytes(connection, owner) < limit:
         return
     _remove_empty(connection, owner)
@@ -382,13 +391,13 @@ def require_room(connection: Connection, owner: str, limit: int) -> None:
 
 
 def _finished(owner: str) -> ColumnElement[bool]:
-    """Sessions that are over, also those whose clients ended without saying so."""
+    """Match sessions that are over, including those whose clients ended without a word."""
     silent = sessions.c.last_heartbeat_at < time.time() - SILENT_SECONDS
     return (sessions.c.owner == owner) & (sessions.c.finished_at.is_not(None) | silent)
 
 
 def _remove_empty(connection: Connection, owner: str) -> None:
-    """The oldest finished sessions that have neither models nor samplers."""
+    """Delete the oldest finished sessions that have neither models nor samplers."""
     has_none = ~sessions.c.id.in_(select(models.c.session_id).where(models.c.owner == owner)) & (
         ~sessions.c.id.in_(select(samplers.c.session_id).where(samplers.c.owner == owner))
     )
@@ -397,7 +406,7 @@ def _remove_empty(connection: Connection, owner: str) -> None:
 
 
 def _forget_descriptions(connection: Connection, owner: str) -> None:
-    """Tags and metadata of the oldest finished sessions, whose models can still be listed."""
+    """Delete tags and metadata of the oldest finished sessions, whose models stay listed."""
     described = sessions.c.size_bytes > ROW_BYTES
     oldest = select(sessions.c.id).where(_finished(owner), described).order_by(sessions.c.created_at)
     emptied = update(sessions).where(sessions.c.id.in_(oldest.limit(_AT_A_TIME)))

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row
 from ...engine import messages
 from ..access.keys import Quotas
 from ..base_models import BaseModels
-from ..dialect import POINTS
+from ..dialect import DIALECT_RULES
 from ..errors import ApiError, BadRequest, Gone, NotFound, Unavailable
 from ..events import Event
 from ..ledger import operations as operation_rows
@@ -347,7 +347,7 @@ class Runs:
 
 def _gone(run: Run, run_id: str) -> ApiError:
     """Make the error with which the model's dialect answers what is over."""
-    kind = Gone if POINTS[run.dialect].unknown_status == Gone.status else NotFound
+    kind = Gone if DIALECT_RULES[run.dialect].unknown_status == Gone.status else NotFound
     return kind(
         f"model {run_id!r} was deleted, or its session has finished; create another with create_model"
     )

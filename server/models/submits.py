@@ -18,7 +18,7 @@ from ...ckpt import paths
 from ...engine import messages
 from ..access.keys import Quotas
 from ..checkpoints.checkpoints import expiry, named
-from ..dialect import POINTS, Dialect
+from ..dialect import DIALECT_RULES, Dialect
 from ..errors import ApiError, BadRequest, StorageQuotaExceeded
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import operations as rows
@@ -277,7 +277,7 @@ class SampleSubmits:
 
 def spelled(run: Run, uri: paths.CheckpointUri) -> str:
     """A checkpoint's path as the model's client spells it."""
-    return f"{POINTS[run.dialect].scheme}{run.name}/{uri.checkpoint_id}"
+    return f"{DIALECT_RULES[run.dialect].scheme}{run.name}/{uri.checkpoint_id}"
 
 
 def save_answer(kind: str, run: Run, uri: paths.CheckpointUri) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from ...engine import messages
-from ..dialect import POINTS, Dialect
+from ..dialect import DIALECT_RULES, Dialect
 from ..errors import BadRequest, ContextTooLong
 from .body import (
     LIST,
@@ -119,7 +119,7 @@ class SamplingParams(Penalties):
 
     def message(self, dialect: Dialect = "tinker", end_tokens: Sequence[int] = ()) -> messages.SamplingParams:
         """As the engine takes them. `end_tokens` are the model's own; some dialects' stops add to them."""
-        points = POINTS[dialect]
+        points = DIALECT_RULES[dialect]
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop_strings = [each for each in stop if isinstance(each, str)]
         stop_tokens = [each for each in stop if isinstance(each, int)] + (self.stop_token_ids or [])

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ....engine import messages
-from ...dialect import POINTS
+from ...dialect import DIALECT_RULES
 from ...errors import ApiError, BadRequest
 from ...models.admission import Admission
 from ...models.losses import SAMPLED_LOSSES, CustomLosses, with_sampled_logprobs
@@ -126,7 +126,7 @@ async def _message(
     custom_loss = None
     if body.loss_id is not None:
         custom_loss = await custom_losses.find(run.owner, run.session_id, body.loss_id)
-    per_token = body.loss_config.get(PER_TOKEN, POINTS[run.dialect].elementwise_loss)
+    per_token = body.loss_config.get(PER_TOKEN, DIALECT_RULES[run.dialect].elementwise_loss)
     if per_token not in (False, True):  # 0 and 1 too
         raise BadRequest(f"loss_fn_config[{PER_TOKEN!r}] is {per_token!r}; it must be true or false")
     return messages.ForwardBackward(

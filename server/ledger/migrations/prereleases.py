@@ -1,8 +1,8 @@
 """Ledgers from before the first release.
 
-They name one of the revisions that led to the first release and are no longer here. Such a ledger is treated
-as one that was never migrated: the first migration then creates the tables, columns and indexes that it lacks
-and fills new columns from its rows.
+They name a revision that led to the first release and no longer exists. Such a ledger is treated as one that
+was never migrated: the first migration creates the tables, columns and indexes that it lacks, and fills new
+columns from its rows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _FILL: dict[tuple[str, str], Callable[[Connection], None]] = {
         " + length(CAST(tags AS TEXT)) + length(CAST(user_metadata AS TEXT))",
     ),
 }
-"""By table and column, what fills a column once it and those before it have been added."""
+"""Functions that fill a column, by table and column, once it and those before it were added."""
 
 
 def forget_revision(connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of each training step are kept."""
+"""Add the table of step metrics."""
 
 from __future__ import annotations
 
