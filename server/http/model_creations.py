@@ -1,14 +1,15 @@
-"""Models that clients create: from the body to the operation.
+"""Turns the body of `create_model` into what the engine and the ledger need, and into the operation.
 
-What a client asks for when it creates a model, as the engine and the ledger are told; and what of it is
-not as asked, for the answer's `warning_message`.
+A field that is accepted but not honoured as it was sent gets a warning, for the answer's `warning_message`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -108,8 +109,10 @@ def model_spec(
 
 
 def _is_xorls_full_weights(config: wire.LoraConfig | None) -> bool:
-    """What `create_training_client` of xorl-client 0.1.0 sends; its `create_lora_training_client` sends a
-    dropout too, always."""
+    """Whether it is what `create_training_client` of xorl-client 0.1.0 sends.
+
+    Its `create_lora_training_client` always sends a dropout too.
+    """
     return config is not None and config.model_fields_set == {"rank"} and config.rank == 32
 
 
@@ -119,7 +122,7 @@ def _wandb(body: wire.CreateModel) -> dict[str, str] | None:
 
 
 def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None = None) -> dict[str, Any]:
-    """Raises BadRequest for a family that this server does not have."""
+    """Return a model's optimizer as the ledger keeps it. Raises BadRequest for an unknown family."""
     chosen = config or wire.OptimizerConfig()
     told = [] if warnings is None else warnings
     fields = chosen.model_extra or {}
@@ -148,7 +151,7 @@ def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None
 
 
 def _options(config: wire.OptimizerConfig) -> dict[str, Any]:
-    """xorl gives Muon a learning rate of its own, which then moves with the steps' one: a factor."""
+    """Return the family's own options. xorl's learning rate for Muon becomes a factor of the steps' rate."""
     options = dict(config.optimizer_kwargs or {})
     rate = options.pop("muon_lr", None)
     if rate is None:
@@ -162,7 +165,7 @@ def _options(config: wire.OptimizerConfig) -> dict[str, Any]:
 
 
 def step_defaults(config: wire.OptimizerConfig | None) -> dict[str, float]:
-    """What steps take that do not say it, as fields of `messages.AdamParams`."""
+    """Return the defaults for steps that leave a hyper-parameter out, as fields of `messages.AdamParams`."""
     if config is None:
         return {}
     values = {name: getattr(config, name) for name in _STEP_DEFAULTS}
@@ -240,54 +243,43 @@ def _named(names: Any) -> str:
     return ", ".join(repr(str(name)[:64]) for name in list(names)[:8])
 
 
+@dataclass(frozen=True)
 class ModelCreations:
-    """Creates the models that bodies of `create_model` ask for."""
+    """Creates the models that bodies of `create_model` and `create_session` ask for."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        base_models: BaseModels,
-        runs: Runs,
-        sessions: Sessions,
-        named_models: NamedModels,
-        checkpoints: Checkpoints,
-        admission: Admission,
-        wandb: WandbRuns,
-        rlve: RlveRuns,
-    ):
-        self._settings = settings
-        self._base_models = base_models
-        self._runs = runs
-        self._sessions = sessions
-        self._named_models = named_models
-        self._checkpoints = checkpoints
-        self._admission = admission
-        self._wandb = wandb
-        self._rlve = rlve
+    settings: Settings
+    base_models: BaseModels
+    runs: Runs
+    sessions: Sessions
+    named_models: NamedModels
+    checkpoints: Checkpoints
+    admission: Admission
+    wandb: WandbRuns
+    rlve: RlveRuns
 
     async def create(
         self, owner: str, body: wire.CreateModel, base_url: str, said: Dialect | None
     ) -> tuple[Operation, dict[str, str]]:
-        """Return the creation, and the warnings for its answer. Raises ApiError."""
+        """Create a model; return the operation, and the warnings for its answer. Raises ApiError."""
         dialect: Dialect = said or ("xorl" if body.model_id is not None else "tinkercloud")
-        base_model = self._base_models.named(body.base)
+        base_model = self.base_models.named(body.base)
         is_tied, modules = await asyncio.to_thread(lambda: (base_model.is_tied, base_model.adapter_modules))
-        spec = model_spec(body, "", dialect, self._settings, base_model.max_sequence_length, is_tied, modules)
+        spec = model_spec(body, "", dialect, self.settings, base_model.max_sequence_length, is_tied, modules)
         if WANDB in spec.configuration:
-            self._wandb.check()
+            self.wandb.check()
         if body.checkpoint_path is not None:
             spec = await self._from_checkpoint(spec, body, owner)
         if (rlve := spec.configuration.get(RLVE)) is not None:
-            rlve["difficulties"] = await self._rlve.difficulties(rlve["config"], body.base)
+            rlve["difficulties"] = await self.rlve.difficulties(rlve["config"], body.base)
         reply = described(spec, base_url)
         if body.session_id is not None and body.model_seq_id is not None:
-            session_id = await self._sessions.of_client(owner, body.session_id, dialect)
+            session_id = await self.sessions.of_client(owner, body.session_id, dialect)
             operation = await self._create(spec, body, session_id, dialect, reply, owner)
         else:
             name = body.model_id or (DEFAULT_MODEL if dialect == "xorl" else None)
             if name is not None:
                 check_name(name)
-            operation = await self._named_models.open(
+            operation = await self.named_models.open(
                 Named(
                     owner,
                     name,
@@ -299,8 +291,27 @@ class ModelCreations:
                 )
             )
         if WANDB in spec.configuration and body.wandb_config and body.wandb_config.api_key:
-            self._wandb.remember(operation.model_id, body.wandb_config.api_key.get_secret_value())
+            self.wandb.remember(operation.model_id, body.wandb_config.api_key.get_secret_value())
         return operation, warnings_of(spec)
+
+    async def create_with_session(
+        self, owner: str, body: wire.CreateSession, fields: dict[str, Any], base_url: str, dialect: Dialect
+    ) -> tuple[str, str, list[str]]:
+        """Create a session and a model in it that share a name. `fields`: those of the session.
+
+        Return the name, the base model's name, and warnings. Raises BadRequest.
+        """
+        base_model = body.base_model or next(iter(self.base_models), "")
+        self.base_models.named(base_model)
+        model = wire.CreateModel(base_model=base_model, lora_config=body.lora_config)
+        spec = model_spec(model, "", dialect, self.settings)
+        name = body.session_id or uuid.uuid4().hex
+        if body.session_id is not None:
+            check_name(name)
+        session = fields | {"display_name": body.display_name or name}
+        named = Named(owner, name, spec, dialect, described(spec, base_url), session=session)
+        await self.named_models.open(named)
+        return name, base_model, spec.warnings
 
     async def _create(
         self,
@@ -313,8 +324,8 @@ class ModelCreations:
     ) -> Operation:
         identifier = model_id(session_id, body.model_seq_id or 0)
         await self._require_unused(owner, identifier, body.model_seq_id)
-        with self._admission.model(owner, identifier, self._runs.alive(owner)):
-            return await self._runs.create(
+        with self.admission.model(owner, identifier, self.runs.alive(owner)):
+            return await self.runs.create(
                 NewRun(
                     owner,
                     session_id,
@@ -329,9 +340,9 @@ class ModelCreations:
             )
 
     async def _require_unused(self, owner: str, identifier: str, number: int | None) -> None:
-        """Raises BadRequest for the number of a deleted model: the request does not repeat its creation."""
+        """Raise BadRequest for the number of a deleted model, whose creation the request does not repeat."""
         try:
-            run = await self._runs.find(owner, identifier)
+            run = await self.runs.find(owner, identifier)
         except NotFound:
             return
         if run.state == "finished":
@@ -341,8 +352,8 @@ class ModelCreations:
             )
 
     async def _from_checkpoint(self, spec: ModelSpec, body: wire.CreateModel, owner: str) -> ModelSpec:
-        """Its weights, and its optimizer's state."""
-        checkpoint = await self._checkpoints.find_loadable(owner, body.checkpoint_path or "")
+        """Return `spec` with the weights and the optimizer state of a checkpoint. Raises BadRequest."""
+        checkpoint = await self.checkpoints.find_loadable(owner, body.checkpoint_path or "")
         lora = None if checkpoint.lora is None else msgspec.convert(checkpoint.lora, messages.LoraSpec)
         if checkpoint.base_model != spec.message.base_model:
             raise BadRequest(f"checkpoint_path: it was trained from {checkpoint.base_model!r}")

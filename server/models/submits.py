@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -196,6 +197,15 @@ class Submits:
         if operation.seq_id != number:
             await self._unused.give_up(run.owner, run.id, number, f"{kind} was sent before")
         return operation
+
+    @asynccontextmanager
+    async def numbered(self, owner: str, model: Any, seq_id: Any) -> AsyncIterator[None]:
+        """Refuse this number of a model's operations if what happens in this context raises ApiError."""
+        try:
+            yield
+        except ApiError as error:
+            await self.refuse(owner, model, seq_id, error)
+            raise
 
     async def refuse(self, owner: str, model: Any, seq_id: Any, error: ApiError) -> None:
         """A submit is wrong for good: its number is used up. One without room may be sent again."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from pathlib import Path
 from typing import Any, Literal
 
 import orjson
@@ -16,16 +14,15 @@ from ...access.keys import Quotas
 from ...access.tokens import user_urn
 from ...base_models import BaseModels
 from ...checkpoints.checkpoints import as_strings, iso
-from ...dialect import Dialect
 from ...errors import BadRequest, NotFound
 from ...ledger import checkpoints as checkpoint_rows
 from ...ledger import tenancy
 from ...ledger.ledger import Ledger
-from ...models.run import RLVE, ModelSpec, Run
+from ...models.run import RLVE, ModelSpec
 from ...models.runs import Runs
-from ...models.sessions import Named, NamedModels, Sessions, check_name, described, shown_id
+from ...models.sessions import Named, NamedModels, Sessions, described, shown_id
 from ...models.submits import Saves
-from ...operations.operation import Operation, Submission
+from ...operations.operation import Submission
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
@@ -34,105 +31,77 @@ from ...wire import requests, responses
 from ...wire.body import OfModel
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, Limit, Offset, Owner, Said, described_as, future
-from ..model_creations import TIED, ModelCreations, model_spec
+from ..model_creations import TIED, ModelCreations
 from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
 
 AccessScope = Literal["owned", "accessible"]
-"""The same for sessions: nobody publishes one."""
-
-
-_OF_MODELS = frozenset({"session_id", "base_model", "lora_config"})
+"""Both mean the same for sessions: nobody publishes one."""
+_LEAST_ACTIVE_SECONDS = 180.0  # heartbeats are written down once a minute
+_MODEL_FIELDS = frozenset({"session_id", "base_model", "lora_config"})
 
 
 @router.post("/create_session", responses=described_as(responses.CreatedSession))
 async def create_session(
     body: requests.CreateSession,
     base: BaseUrl,
-    settings: Provided[Settings],
     base_models: Provided[BaseModels],
     sessions: Provided[Sessions],
-    named_models: Provided[NamedModels],
+    creations: Provided[ModelCreations],
     owner: Owner,
     said: Said,
 ) -> dict[str, Any]:
-    """In xorl's dialect, or with a model's fields, there is a model too, called as the session is. A client
-    of tinkercloud may choose the id of a session alone."""
-    given = body.model_fields_set & _OF_MODELS
-    is_model = said == "xorl" or bool(given - {"session_id"} if said == "tinkercloud" else given)
-    dialect = said or ("xorl" if is_model else "tinkercloud")
-    fields = body.model_dump(exclude=set(_OF_MODELS)) | {"dialect": dialect}
+    """Open a session. In xorl's dialect, or with a model's fields, a model of the same name is created in it.
+    A client of tinkercloud may choose the session's id alone."""
+    given = body.model_fields_set & _MODEL_FIELDS
+    has_model = said == "xorl" or bool(given - {"session_id"} if said == "tinkercloud" else given)
+    dialect = said or ("xorl" if has_model else "tinkercloud")
+    fields = body.model_dump(exclude=set(_MODEL_FIELDS)) | {"dialect": dialect}
     fields["user_metadata"] = fields["user_metadata"] or {}
-    answer: dict[str, Any] = {"type": "create_session", "info_message": None, "warning_message": None}
-    if is_model and said != "tinker":
-        session_id = await _with_model(
-            body, fields, base, settings, base_models, named_models, owner, dialect, answer
+    info = warning = None
+    if has_model and said != "tinker":
+        session_id, base_model, warnings = await creations.create_with_session(
+            owner, body, fields, base, dialect
         )
+        info, warning = f"model {session_id!r} is trained from {base_model}", "; ".join(warnings) or None
     elif body.session_id is not None and said != "tinker":
-        fields["display_name"] = body.session_id
-        await sessions.open_named(owner, body.session_id, fields)
         session_id = body.session_id
+        await sessions.open_named(owner, session_id, fields | {"display_name": session_id})
     else:
         session_id = await sessions.create(owner, fields)
-    if said == "tinker":  # which shows this to its user, and nothing that create_model answers
-        answer["info_message"] = await asyncio.to_thread(_of_tied, base_models)
-    return answer | {"session_id": session_id, "error_message": None}
+    if said == "tinker":  # the SDK shows this to its user, and nothing that create_model answers
+        info = await asyncio.to_thread(_tied_warning, base_models)
+    return {
+        "type": "create_session",
+        "session_id": session_id,
+        "info_message": info,
+        "warning_message": warning,
+        "error_message": None,
+    }
 
 
-def _of_tied(base_models: BaseModels) -> str | None:
-    """What users of the SDK should know before they create a model of a base model with tied embeddings."""
+def _tied_warning(base_models: BaseModels) -> str | None:
+    """Return what users of the SDK should know before they create a model whose embeddings are tied."""
     tied = [model.name for model in base_models.values() if model.is_tied]
     return f"{', '.join(tied)}: {TIED}" if tied else None
-
-
-async def _with_model(
-    body: requests.CreateSession,
-    fields: dict[str, Any],
-    base: str,
-    settings: Settings,
-    base_models: BaseModels,
-    named_models: NamedModels,
-    owner: str,
-    dialect: Dialect,
-    answer: dict[str, Any],
-) -> str:
-    """The name that session and model have. Raises BadRequest."""
-    base_model = body.base_model or next(iter(base_models), "")
-    base_models.named(base_model)
-    asked = requests.CreateModel(base_model=base_model, lora_config=body.lora_config)
-    spec = model_spec(asked, "", dialect, settings)
-    name = body.session_id or uuid.uuid4().hex
-    if body.session_id is not None:
-        check_name(body.session_id)
-    reply = described(spec, base)
-    await named_models.open(
-        Named(owner, name, spec, dialect, reply, session=fields | {"display_name": body.display_name or name})
-    )
-    answer["info_message"] = f"model {name!r} is trained from {base_model}"
-    answer["warning_message"] = "; ".join(spec.warnings) or None
-    return name
 
 
 @router.post("/session_heartbeat", responses=described_as(responses.SessionAlive))
 async def session_heartbeat(
     body: requests.SessionHeartbeat, runs: Provided[Runs], sessions: Provided[Sessions], owner: Owner
 ) -> dict[str, str]:
-    """Of a session, or of a model's, by what its client calls the model."""
+    """Keep a session open. It is named by its id, or by what its client calls the model in it."""
     try:
         await sessions.heartbeat(owner, body.session_id)
     except NotFound:
-        session_id = (await _of_model(body.session_id, runs, owner)).session_id
-        await sessions.heartbeat(owner, session_id)
+        try:
+            run = await runs.find_live(owner, body.session_id)
+        except NotFound:
+            message = f"unknown session {body.session_id!r}: create one with create_session"
+            raise NotFound(message) from None
+        await sessions.heartbeat(owner, run.session_id)
     return {"type": "session_heartbeat", "session_id": body.session_id}
-
-
-async def _of_model(name: str, runs: Runs, owner: str) -> Run:
-    """Raises NotFound."""
-    try:
-        return await runs.find_live(owner, name)
-    except NotFound:
-        raise NotFound(f"unknown session {name!r}: create one with create_session") from None
 
 
 @router.get("/session_info", responses=described_as(responses.SessionSummary))
@@ -143,7 +112,7 @@ async def session_info(
     runs: Provided[Runs],
     owner: Owner,
 ) -> dict[str, Any]:
-    """The caller's models that are not over."""
+    """Summarize the caller's models that are not finished."""
     rows = await ledger.read(lambda connection: tenancy.active_models(connection, owner))
     resident = {run.id for run in runs.resident()}
     names = {row.id: row.alias or row.id for row in rows}
@@ -207,15 +176,11 @@ async def get_session(
     }
 
 
-# Heartbeats are written down once a minute.
-_LEAST_ACTIVE_SECONDS = 180.0
-
-
 @router.post("/sessions/search", responses=described_as(responses.FoundSessions))
 async def search_sessions(
     body: requests.SearchSessions, settings: Provided[Settings], ledger: Provided[Ledger], owner: Owner
 ) -> dict[str, Any]:
-    """Only one's own sessions, whoever's are asked for: nobody shares one."""
+    """Search the caller's own sessions; nobody shares one."""
     since = tenancy.active_since(max(settings.session_idle_seconds, _LEAST_ACTIVE_SECONDS))
     if body.owner.type == "user" and not {owner, user_urn(owner)} & set(body.owner.owner_urns):
         return {"sessions": [], "next_cursor": None}
@@ -233,22 +198,20 @@ async def search_sessions(
     stored = await ledger.read(
         lambda connection: checkpoint_rows.stored_by_session(connection, [row.id for row in page])
     )
-    found = []
-    for row in page:
-        count, size = stored.get(row.id, (0, 0))
-        found.append(
-            {
-                "session_id": row.id,
-                "created_at": iso(row.created_at),
-                "owner": user_urn(row.owner),
-                "project_id": row.project_id or tenancy.NO_PROJECT,
-                "status": tenancy.state_of(row, since),
-                "checkpoints_count": count,
-                "checkpoint_storage_bytes": size,
-                "display_name": row.display_name,
-                "user_metadata": as_strings(row.user_metadata),
-            }
-        )
+    found = [
+        {
+            "session_id": row.id,
+            "created_at": iso(row.created_at),
+            "owner": user_urn(row.owner),
+            "project_id": row.project_id or tenancy.NO_PROJECT,
+            "status": tenancy.state_of(row, since),
+            "checkpoints_count": stored.get(row.id, (0, 0))[0],
+            "checkpoint_storage_bytes": stored.get(row.id, (0, 0))[1],
+            "display_name": row.display_name,
+            "user_metadata": as_strings(row.user_metadata),
+        }
+        for row in page
+    ]
     last = {"last_created_at": iso(page[-1].created_at), "last_session_id": page[-1].id} if more else None
     return {"sessions": found, "next_cursor": last}
 
@@ -260,14 +223,14 @@ model_router = APIRouter(prefix="/api/v1", tags=["models"], route_class=BodyRout
 async def create_model(
     body: requests.CreateModel, base: BaseUrl, creations: Provided[ModelCreations], owner: Owner, said: Said
 ) -> dict[str, Any]:
-    """The model is ready when a poll of the request says so."""
+    """Create a model. It is ready when a poll of the request says so."""
     operation, warnings = await creations.create(owner, body, base, said)
     return future(operation) | {"message": "model creation started"} | warnings
 
 
 @model_router.post("/delete_model", responses=described_as(responses.DeletedModel))
 async def delete_model(body: OfModel, runs: Provided[Runs], owner: Owner) -> dict[str, Any]:
-    """Its operations that are queued are done first; its checkpoints stay."""
+    """Delete a model, after its queued operations. Its checkpoints stay."""
     run = await runs.find_live(owner, body.model_id)
     await runs.finish(run)
     return {
@@ -282,7 +245,7 @@ async def delete_model(body: OfModel, runs: Provided[Runs], owner: Owner) -> dic
 async def unload_model(
     body: OfModel, operations: Provided[Operations], runs: Provided[Runs], owner: Owner, said: Said
 ) -> dict[str, Any]:
-    """As delete_model, answered by a poll."""
+    """Delete a model as delete_model does; a poll answers."""
     run = await runs.find_live(owner, body.model_id)
     await runs.finish(run)
     reply = {"type": "unload_model", "model_id": run.name}
@@ -298,8 +261,8 @@ async def kill_session(
     saves: Provided[Saves],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Unloads the model, behind the operations that are queued; with `save_checkpoint` its training state is
-    kept as `session_<model>_final`, with `reset_weights` it begins again as it was created."""
+    """Unload a model after its queued operations. With `save_checkpoint` its training state is saved as
+    `session_<model>_final`; with `reset_weights` a new model is created as it was."""
     run = await runs.find_trainable(owner, body.model_id)
     if body.reset_weights and run.alias is None:
         raise BadRequest("reset_weights: this model's id is its session's; create another one instead")
@@ -309,27 +272,19 @@ async def kill_session(
         saving = await saves.state(run, name, overwrite=True)
         await saving.finished.wait()
         if not isinstance(saving.answer, messages.Done):
-            raise BadRequest(f"the model could not be saved, and stays: {_why(saving)}")
+            why = saving.answer.message if isinstance(saving.answer, messages.Failed) else "the server stops"
+            raise BadRequest(f"the model could not be saved, and stays: {why}")
         path = saving.reply["path"]
     await runs.finish(run)
     if body.reset_weights:
-        await _begin_again(run, named_models)
+        spec = ModelSpec(run.create_message, run.optimizer, run.configuration, [])
+        again = Named(run.owner, run.name, spec, run.dialect, described(spec, ""), run.user_metadata)
+        await named_models.open(again)
     return {
         "success": True,
         "message": f"model {run.name} is unloaded" + (", and begins again" if body.reset_weights else ""),
         "checkpoint_path": path,
     }
-
-
-def _why(operation: Operation) -> str:
-    return operation.answer.message if isinstance(operation.answer, messages.Failed) else "the server stops"
-
-
-async def _begin_again(run: Run, named_models: NamedModels) -> None:
-    """A new model of the same name, created as the old one was."""
-    spec = ModelSpec(run.create_message, run.optimizer, run.configuration, [])
-    reply = described(spec, "")
-    await named_models.open(Named(run.owner, run.name, spec, run.dialect, reply, run.user_metadata))
 
 
 @model_router.post("/get_info", responses=described_as(responses.ModelInfo))
@@ -341,6 +296,7 @@ async def get_info(
     rlve: Provided[RlveRuns],
     owner: Owner,
 ) -> dict[str, Any]:
+    """Describe a model."""
     run = await runs.find_live(owner, body.model_id)
     model = base_models.get(run.base_model)
     model_data: dict[str, Any] = {
@@ -376,19 +332,17 @@ async def get_info(
 async def get_tokenizer(
     model_id: str, base_models: Provided[BaseModels], runs: Provided[Runs], owner: Owner
 ) -> Response:
-    """The tokenizer as a `tokenizer.json`, and beside its keys what else transformers makes of the model's
-    tokenizer files."""
+    """Return a model's tokenizer as a `tokenizer.json`, with further keys for what transformers reads from
+    its other tokenizer files."""
     run = await runs.find_live(owner, model_id)
     model = base_models.named(run.base_model)
     checkpoint = model.tokenizer_id or model.name
     beside = {"model_max_length": model.max_sequence_length, "hf_checkpoint": checkpoint}
-    content = await asyncio.to_thread(_described, model.folder, beside)
-    return Response(content, media_type="application/json")
 
+    def content() -> bytes:
+        try:
+            return orjson.dumps(of_folder(model.folder).description() | beside)
+        except BadRequest as error:  # it has none
+            raise NotFound(error.message) from None
 
-def _described(folder: Path, beside: dict[str, Any]) -> bytes:
-    """Raises NotFound for a model without a tokenizer."""
-    try:
-        return orjson.dumps(of_folder(folder).description() | beside)
-    except BadRequest as error:
-        raise NotFound(error.message) from None
+    return Response(await asyncio.to_thread(content), media_type="application/json")

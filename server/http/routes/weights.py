@@ -15,7 +15,8 @@ from ....engine import messages
 from ...access.keys import Quotas
 from ...base_models import BaseModels
 from ...checkpoints.checkpoints import Checkpoints, named
-from ...errors import ApiError, BadRequest
+from ...dialect import Dialect
+from ...errors import BadRequest
 from ...ledger import tenancy
 from ...ledger.tenancy import model_id
 from ...models.adapter_imports import AdapterImports
@@ -43,15 +44,11 @@ async def save_weights(
     saves: Provided[Saves],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Without a name it is one of the time."""
-    try:
+    """Save a model's training state as a checkpoint. Without a name, it is named after the time."""
+    async with submits.numbered(owner, body.model_id, body.seq_id):
         run = await runs.find_trainable(owner, body.model_id)
         name = f"checkpoint-{int(time.time())}" if body.short_name is None else body.short_name
-        operation = await saves.state(run, name, body.seq_id, **body.kept())
-    except ApiError as error:
-        await submits.refuse(owner, body.model_id, body.seq_id, error)
-        raise
-    return future(operation)
+        return future(await saves.state(run, name, body.seq_id, **body.kept()))
 
 
 @router.post("/load_weights", responses=described_as(responses.Future))
@@ -66,42 +63,61 @@ async def load_weights(
     owner: Owner,
     said: Said,
 ) -> dict[str, Any]:
-    """Into a model that exists, or, with a session, as a new model."""
+    """Load a checkpoint into a model, or, with `session_id` and `model_seq_id`, as a new model."""
     if body.session_id is not None and body.model_seq_id is not None:
-        return await _load_as_new(
-            body,
-            body.session_id,
-            body.model_seq_id,
-            base_models,
-            admission,
-            runs,
-            sessions,
-            checkpoints,
-            owner,
-            said,
-        )
+        session_id = await sessions.require_active(owner, body.session_id)
+        checkpoint = await checkpoints.find_loadable(owner, body.path)
+        if body.base_model is not None and body.base_model != checkpoint.base_model:
+            raise BadRequest(f"base_model: {body.path!r} was trained from {checkpoint.base_model!r}")
+        base_models.named(checkpoint.base_model)
+        new = _new_run(body, checkpoint, owner, session_id, body.model_seq_id, said or "tinker")
+        with admission.model(owner, new.message.model_id, runs.alive(owner)):
+            return future(await runs.create(new))
     identifier = body.model_id or body.session_id
     if identifier is None:
         raise BadRequest(
             "load_weights: give model_id and seq_id, or session_id and model_seq_id for a new model"
         )
-    try:
-        return await _load_into(body, identifier, runs, checkpoints, submits, owner)
-    except ApiError as error:
-        await submits.refuse(owner, identifier, body.seq_id, error)
-        raise
+    async with submits.numbered(owner, identifier, body.seq_id):
+        run = await runs.find_trainable(owner, identifier)
+        checkpoint = await checkpoints.find_loadable(owner, body.path, run.name)
+        _check_alike(body, checkpoint, run)
+        message = messages.LoadState("", run.id, checkpoint.directory, body.optimizer)
+        reply = {"type": "load_weights", "path": body.path}
+
+        def take_scale(connection: Connection, _request_id: str) -> None:
+            """Give the model the alpha of the adapter that it loads."""
+            lora = checkpoint.lora
+            if lora is not None and run.lora is not None and lora["alpha"] != run.lora["alpha"]:
+                run.lora = run.lora | {"alpha": lora["alpha"]}
+                tenancy.update_model(connection, run.id, lora=run.lora)
+
+        return future(await submits.submit(run, "load_weights", body.seq_id, message, reply, take_scale))
 
 
-async def _load_into(
-    body: requests.LoadWeights,
-    identifier: str,
-    runs: Runs,
-    checkpoints: Checkpoints,
-    submits: Submits,
-    owner: str,
-) -> dict[str, Any]:
-    run = await runs.find_trainable(owner, identifier)
-    checkpoint = await checkpoints.find_loadable(owner, body.path, run.name)
+def _new_run(
+    body: requests.LoadWeights, checkpoint: Row, owner: str, session_id: str, number: int, dialect: Dialect
+) -> NewRun:
+    """Return the model that a checkpoint is loaded as."""
+    optimizer = checkpoint.optimizer if body.optimizer else optimizer_of(body.optimizer_config)
+    message = messages.CreateModel(
+        request_id="",
+        model_id=model_id(session_id, number),
+        base_model=checkpoint.base_model,
+        lora=None if checkpoint.lora is None else msgspec.convert(checkpoint.lora, messages.LoraSpec),
+        optimizer=optimizer["type"],
+        optimizer_options=optimizer.get("optimizer_kwargs", {}),
+        checkpoint=checkpoint.directory,
+        optimizer_state=body.optimizer,
+    )
+    reply = {"type": "load_weights", "path": body.path, "model_id": message.model_id}
+    metadata = body.user_metadata or {}
+    key = f"create/{session_id}/{number}"
+    return NewRun(owner, session_id, key, message, optimizer, metadata, reply, dialect)
+
+
+def _check_alike(body: requests.LoadWeights, checkpoint: Row, run: Run) -> None:
+    """Raise BadRequest for a checkpoint of another kind of model, or of another optimizer."""
     if (checkpoint.base_model, _shape(checkpoint.lora)) != (run.base_model, _shape(run.lora)):
         raise BadRequest(
             f"path: {body.path!r} holds {_words(checkpoint)}, the model is {_words(run)}; they must be alike"
@@ -111,74 +127,11 @@ async def _load_into(
             f"optimizer: {body.path!r} was trained with {checkpoint.optimizer['type']}, the model with "
             f"{run.optimizer['type']}; load it without its optimizer"
         )
-    operation = await submits.submit(
-        run,
-        "load_weights",
-        body.seq_id,
-        messages.LoadState("", run.id, checkpoint.directory, body.optimizer),
-        {"type": "load_weights", "path": body.path},
-        lambda connection, _request_id: _take_scale(run, checkpoint.lora, connection),
-    )
-    return future(operation)
-
-
-def _take_scale(run: Run, lora: dict[str, Any] | None, connection: Connection) -> None:
-    """The model gets the alpha of the adapter that it loads."""
-    if lora is not None and run.lora is not None and lora["alpha"] != run.lora["alpha"]:
-        run.lora = run.lora | {"alpha": lora["alpha"]}
-        tenancy.update_model(connection, run.id, lora=run.lora)
-
-
-async def _load_as_new(
-    body: requests.LoadWeights,
-    session_id: str,
-    model_seq_id: int,
-    base_models: BaseModels,
-    admission: Admission,
-    runs: Runs,
-    sessions: Sessions,
-    checkpoints: Checkpoints,
-    owner: str,
-    said: Said,
-) -> dict[str, Any]:
-    session_id = await sessions.require_active(owner, session_id)
-    checkpoint = await checkpoints.find_loadable(owner, body.path)
-    if body.base_model is not None and body.base_model != checkpoint.base_model:
-        raise BadRequest(f"base_model: {body.path!r} was trained from {checkpoint.base_model!r}")
-    base_models.named(checkpoint.base_model)
-    identifier = model_id(session_id, model_seq_id)
-    optimizer = checkpoint.optimizer if body.optimizer else optimizer_of(body.optimizer_config)
-    message = messages.CreateModel(
-        request_id="",
-        model_id=identifier,
-        base_model=checkpoint.base_model,
-        lora=None if checkpoint.lora is None else msgspec.convert(checkpoint.lora, messages.LoraSpec),
-        optimizer=optimizer["type"],
-        optimizer_options=optimizer.get("optimizer_kwargs", {}),
-        checkpoint=checkpoint.directory,
-        optimizer_state=body.optimizer,
-    )
-    with admission.model(owner, identifier, runs.alive(owner)):
-        operation = await runs.create(
-            NewRun(
-                owner,
-                session_id,
-                f"create/{session_id}/{model_seq_id}",
-                message,
-                optimizer,
-                body.user_metadata or {},
-                {"type": "load_weights", "path": body.path, "model_id": identifier},
-                said or "tinker",
-            )
-        )
-    return future(operation)
 
 
 def _shape(lora: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What two adapters have to agree in."""
-    return (
-        None if lora is None else {key: value for key, value in lora.items() if key not in ("seed", "alpha")}
-    )
+    """Return the part of an adapter's description in which two adapters have to agree."""
+    return lora and {key: value for key, value in lora.items() if key not in ("seed", "alpha")}
 
 
 def _words(of: Run | Row) -> str:
@@ -195,33 +148,32 @@ async def save_weights_for_sampler(
     saves: Provided[Saves],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Named: a sampler checkpoint. Unnamed: a sampling session of the weights as they are now, or, inflight,
-    of the newest weights that the model has published so."""
-    try:
+    """Save a model's weights to sample from.
+
+    With a name: as a sampler checkpoint. Without one: as a sampling session of the weights as they are now,
+    or, inflight, of the newest weights that the model has published in this way.
+    """
+    async with submits.numbered(owner, body.model_id, body.seq_id):
         run = await runs.find_trainable(owner, body.model_id)
         if run.configuration.get("train_only"):
             raise BadRequest("debug_train_only: this model was created to be trained only; it has no sampler")
-        name = body.short_name
-        if name is not None:
-            directory, reply, reserve = _named(body, name, run, quotas, saves)
+        if body.short_name is not None:
+            directory, reply, reserve = _named(body, body.short_name, run, quotas, saves)
             save = saves.named_sampler
         else:
             directory, reply, reserve = _unnamed(body, run, quotas)
             save = saves.unnamed_sampler
-        operation = await save(run, body.seq_id, directory, reply | {"router_address": base}, reserve)
-    except ApiError as error:
-        await submits.refuse(owner, body.model_id, body.seq_id, error)
-        raise
-    return future(operation)
+        return future(await save(run, body.seq_id, directory, reply | {"router_address": base}, reserve))
 
 
 _Save = tuple[str, dict[str, Any], Reservation]
+"""The directory for the weights, the reply, and what to write to the ledger with the operation."""
 
 
 def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, quotas: Quotas, saves: Saves) -> _Save:
+    """Prepare a sampler checkpoint. It is never overwritten: a name always means the same weights."""
     uri = named(run.id, "sampler_weights", name)
     directory = paths.new_directory(uri.run, uri.segment, uri.name)
-    # What a name sampled once it samples always: there is no overwriting.
     checkpoint = saves.checkpoint(run, uri, directory, **body.kept() | {"overwrite": False})
     reply = save_answer("save_weights_for_sampler", run, uri)
     reply["model_path"] = reply["path"]
@@ -242,6 +194,7 @@ def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, quotas: Qu
 
 
 def _unnamed(body: requests.SaveWeightsForSampler, run: Run, quotas: Quotas) -> _Save:
+    """Prepare a sampling session without a checkpoint."""
     number = body.sampling_session_seq_id
     identifier = sampler_id(run.session_id, uuid.uuid4().hex[:12] if number is None else number)
     directory = new_directory(run.id)
@@ -270,11 +223,14 @@ async def save_weights_external(
     saves: Provided[Saves],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Files to download, as PEFT reads them, or transformers those of full weights and of adapters that are
-    `merged`; each of them encrypted where there are recipients."""
-    try:
-        recipients = body.age_encryption_recipients
-        if recipients is not None:
+    """Write weights as files to download, each encrypted if there are recipients.
+
+    An adapter's files are those that PEFT reads. Full weights, and adapters that are `merged` into them, are
+    written as transformers reads them.
+    """
+    async with submits.numbered(owner, body.model_id, body.seq_id):
+        recipients = body.age_encryption_recipients or []
+        if body.age_encryption_recipients is not None:
             try:
                 age.check_recipients(recipients)
             except ValueError as error:
@@ -282,26 +238,19 @@ async def save_weights_external(
         run = await runs.find_trainable(owner, body.model_id)
         uri = named(run.id, "external_weights", body.path)
         directory = paths.new_directory(uri.run, uri.segment, uri.name)
-        operation = await submits.submit(
-            run,
-            "save_weights_external",
-            body.seq_id,
-            messages.SaveSampler(
-                "",
-                run.id,
-                directory,
-                recipients=recipients or [],
-                merged=body.merged,
-                tokenizer=True,
-                experts=body.experts,
-            ),
-            save_answer("save_weights_external", run, uri),
-            saves.checkpoint(run, uri, directory, **body.kept()),
+        kind = "save_weights_external"
+        message = messages.SaveSampler(
+            "",
+            run.id,
+            directory,
+            recipients=recipients,
+            merged=body.merged,
+            tokenizer=True,
+            experts=body.experts,
         )
-    except ApiError as error:
-        await submits.refuse(owner, body.model_id, body.seq_id, error)
-        raise
-    return future(operation)
+        reserve = saves.checkpoint(run, uri, directory, **body.kept())
+        reply = save_answer(kind, run, uri)
+        return future(await submits.submit(run, kind, body.seq_id, message, reply, reserve))
 
 
 IMPORT_PATH = "/api/v1/import_weights"
@@ -317,11 +266,12 @@ async def import_weights(
     name: str = "imported",
     project_id: Annotated[str | None, Query(min_length=1, max_length=256)] = None,
 ) -> dict[str, Any]:
-    """A folder that PEFT's `save_pretrained` wrote, as an uncompressed tar of up to `max_import_bytes`.
+    """Import a folder that PEFT's `save_pretrained` wrote, sent as an uncompressed tar of up to
+    `max_import_bytes`.
 
-    Makes a training run of a session of its own, with a checkpoint to train on (`weights/<name>`) and one to
-    sample from (`sampler_weights/<name>`), and answers when both are complete. 400 says why an adapter does
-    not fit.
+    Creates a training run in a session of its own, with a checkpoint to train on (`weights/<name>`) and one
+    to sample from (`sampler_weights/<name>`), and answers when both are complete. 400 says why an adapter
+    does not fit.
     """
     base_models.named(base_model)
     return await adapter_imports.make(owner, base_model, name, project_id, request.stream())
