@@ -1,8 +1,7 @@
 """`python -m tinsmith.engine`: the process that owns the accelerator.
 
 Reads an EngineConfig as JSON on standard input, connects to the server's socket, loads the base models, and
-runs operations until it is stopped (a Stop message or SIGTERM: what is queued is finished first) or until the
-server is gone.
+runs operations until the server stops it (what is queued is finished first) or is gone.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ def main() -> int:
     # absl, which Orbax imports, has installed a handler of its own: it goes.
     logs.configure(config.log_level, config.log_format, Path(config.data_dir) / logs.FOLDER / "engine.log")
     socket = Socket(config.address, config.beat_seconds)
-    # Ctrl-C reaches the whole process group; the server then stops the engine in order.
+    # Ctrl-C, and the SIGTERM of many service managers, reach all processes at once: the server then stops the
+    # engine, after it has saved the models.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: socket.post(messages.Stop(request_id="")))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         try:
             engine = load(config, socket)

@@ -53,7 +53,7 @@ class Socket:
         self._wake()
 
     def post(self, event: Any) -> None:
-        """Put an event of our own among the received messages. Of any thread, and of signal handlers."""
+        """Put an event of our own among the received messages. Any thread may."""
         self.inbox.put(event)
 
     def close(self, patience_seconds: float = 10.0) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 
 import numpy as np
+import psutil
 import pytest
 import tinker
 from conformance.batches import batch
@@ -51,8 +52,11 @@ def test_everything_is_there_after_a_restart(server: ServerProcess) -> None:
     twin.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
     expected = forward(twin, data)
 
+    for process in psutil.Process(server.process.pid).children():  # as many service managers do
+        process.send_signal(signal.SIGTERM)
     assert server.stop(signal.SIGINT) == 0, server.log
-    assert "saved" in server.log
+    assert "everything is saved" in server.log
+    assert "dead" not in server.log
     server.start()
 
     training.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()

@@ -394,8 +394,8 @@ def test_full_weights_are_trained_saved_and_sampled(model_folder, tmp_path):
     assert engine.stop() == 0
 
 
-@pytest.mark.parametrize("by_signal", [False, True])
-def test_stop_finishes_what_was_asked_for(model_folder, tmp_path, by_signal):
+def test_stop_finishes_what_was_asked_for(model_folder, tmp_path):
+    """Signals are for the server, which sends the stop."""
     engine = EngineClient(tmp_path, model_folder)
     create(engine, "stop")
     ids = []
@@ -405,12 +405,10 @@ def test_stop_finishes_what_was_asked_for(model_folder, tmp_path, by_signal):
             engine.send(messages.OptimStep, model_id="stop", params=ADAM),
             engine.send(messages.SaveState, model_id="stop", directory=f"stop/state-{step}"),
         ]
-    if by_signal:
-        engine.answer(ids[0])
-        engine.process.send_signal(signal.SIGINT)  # for the server, not for the engine
-        engine.process.send_signal(signal.SIGTERM)
-    else:
-        ids.append(engine.send(messages.Stop))
+    engine.answer(ids[0])
+    engine.process.send_signal(signal.SIGINT)
+    engine.process.send_signal(signal.SIGTERM)
+    ids.append(engine.send(messages.Stop))
     for request_id in ids:
         assert isinstance(engine.answer(request_id), messages.Done)
     assert engine.close() == 0

@@ -1,6 +1,5 @@
 """What leaves the device comes back bit for bit, and what is asked meanwhile is done all the same."""
 
-import signal
 import time
 
 import jax
@@ -112,5 +111,4 @@ def test_it_stops_asleep(model_folder, tmp_path):
     engine = EngineClient(tmp_path, model_folder)
     engine.ask(messages.CreateModel, model_id="m", base_model="tiny", lora=lora())
     engine.ask(messages.Sleep)
-    engine.process.send_signal(signal.SIGTERM)
-    assert engine.close() == 0
+    assert engine.stop() == 0
