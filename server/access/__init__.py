@@ -1,1 +1,1 @@
-"""Who may ask for what, and how much of it."""
+"""Keys, tokens and quotas: who may do what, and how much."""

@@ -24,10 +24,12 @@ from ..settings import Settings, parse_keys
 
 @dataclass(frozen=True)
 class Quota:
-    """`models`: alive, which is in the engine or on the way into it. `checkpoint_bytes`: of complete ones.
-    `queued_operations`: of training, accepted and not answered; `waiting_samples`: the same of samples.
-    `queued_bytes`: of the bodies of either. `metadata_bytes`: of what sessions, models and samplers are
-    called and described with."""
+    """What a tenant may have at a time.
+
+    `models`: in the engine or on the way into it. `checkpoint_bytes`: of complete checkpoints.
+    `queued_operations`: unanswered operations of training; `waiting_samples`: unanswered samples.
+    `queued_bytes`: the bodies of both. `metadata_bytes`: names and metadata of sessions, models and samplers.
+    """
 
     models: int
     checkpoint_bytes: int
@@ -39,6 +41,8 @@ class Quota:
 
 
 class Quotas:
+    """The quotas of tenants: the settings', and those that `tinsmith keys quota` has set."""
+
     def __init__(self, settings: Settings):
         self._usual = Quota(
             settings.max_models,
@@ -55,24 +59,24 @@ class Quotas:
         return self._own.get(tenant, self._usual)
 
     def set_own(self, own: Mapping[str, Mapping[str, Any]]) -> None:
-        """What differs from the usual, by tenant."""
+        """Set what differs from the settings, by tenant."""
         self._own = {tenant: replace(self._usual, **fields) for tenant, fields in own.items()}
 
     async def read(self, ledger: Ledger) -> None:
-        """Takes up what the ledger says now."""
+        """Read the ledger's quotas."""
         self.set_own(await ledger.read(tenancy.quotas))
 
 
 log = logging.getLogger("tinsmith.auth")
 
 READ_EVERY_SECONDS = 1.0
-"""How often the ledger is asked for keys that were made or revoked."""
+"""How often the ledger is checked for new and revoked keys."""
 LOCAL_OWNER = "local"
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """`id`: that by which `tinsmith keys` lists it; of a key outside the ledger a part of its digest."""
+    """A key. `id` is shown by `tinsmith keys`; keys outside the ledger have part of their digest instead."""
 
     id: str
     owner: str
@@ -86,7 +90,7 @@ NO_KEY = ApiKey("", LOCAL_OWNER, b"", "this server asks for no key", False)
 
 @dataclass(frozen=True)
 class Caller:
-    """`key`: with which the request came; None: with a signed URL. `token`: that it came with for the key."""
+    """The sender of a request. `key` None: it came with a signed URL. `token`: sent in place of the key."""
 
     owner: str
     key: ApiKey | None
@@ -94,13 +98,15 @@ class Caller:
 
 
 class ApiKeys:
-    """The keys that open this server: those given at its start, and those of the ledger, which `read` adds.
+    """The keys that this server accepts: those given at its start, and those of the ledger, which `read`
+    adds.
 
-    Once there was a key, callers need one, even after all keys have been revoked.
+    Once there was a key, callers need one, even after all keys were revoked.
     """
 
     def __init__(self, entries: list[str]):
-        """`entries`: each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client could send."""
+        """Parse `entries`, each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client could
+        send."""
         note = "given to the server at its start"
         self._given = [
             ApiKey(key.identifier, key.owner, key.digest, note, False) for key in parse_keys(entries)
@@ -125,11 +131,11 @@ class ApiKeys:
 
     @property
     def tenants(self) -> frozenset[str]:
-        """The owners of all keys that there are now."""
+        """The owners of all keys."""
         return self._tenants
 
     def find(self, key: str | None) -> ApiKey | None:
-        """Return None for what is no key of this server."""
+        """Return the key; None if this server does not accept it."""
         if not self._required:
             return NO_KEY
         return self._by_digest.get(accounts.digest(key)) if key else None
@@ -138,7 +144,7 @@ class ApiKeys:
         return self._by_id.get(identifier)
 
     async def read(self, ledger: Ledger) -> None:
-        """Take up the keys that the ledger has now."""
+        """Read the ledger's keys."""
         stored = await ledger.read(accounts.all_keys)
         self._required |= bool(stored)
         self._index(
@@ -151,7 +157,7 @@ class ApiKeys:
 
 
 async def read_forever(ledger: Ledger, keys: ApiKeys, quotas: Quotas) -> None:
-    """Takes up what `tinsmith keys` does beside a running server."""
+    """Read regularly what `tinsmith keys` changes while the server runs."""
     while True:
         await asyncio.sleep(READ_EVERY_SECONDS)
         try:

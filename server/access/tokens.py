@@ -1,11 +1,11 @@
-"""Short-lived tokens in place of API keys: JSON Web Tokens (RFC 7519), signed with HMAC-SHA256.
+"""Credentials in place of API keys: JSON Web Tokens and signed URLs, both with HMAC-SHA256.
 
-A token names the key that it was exchanged for, and is good as long as that one is, until it expires.
+A token (RFC 7519) names the key that it was exchanged for, and is valid until it expires or that key is
+revoked.
 
-URLs that need no key: for some time, for one path, in the name of the tenant that asked for them.
-
-A signature is an HMAC-SHA256 over the method, the path, the tenant, the save and the time of expiry. It says
-who is asking, as a key does; the route behind it still looks whether that tenant may have what it names.
+A signed URL needs no key. It is valid for some time and one path, in the name of the tenant that requested
+it. Its signature covers the method, the path, the tenant, the save and the time of expiry. The route behind
+it still checks whether that tenant may have what it names.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ _PARAMETERS = ("tenant", "save", "expires", SIGNATURE)
 
 
 class UrlSigner:
-    """Its secret is a file in the data directory that only the server's user can read; without it, all URLs
-    that were given out are void."""
+    """Signs URLs and checks them.
+
+    The secret is a file in the data directory that only the server's user can read. Without it, earlier URLs
+    are invalid.
+    """
 
     def __init__(self, data_dir: Path, seconds: float, clock: Callable[[], float] = time.time):
         self._file = data_dir / "url_secret"
@@ -52,20 +55,21 @@ class UrlSigner:
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
     def derived_secret(self, purpose: str) -> bytes:
-        """32 bytes for another use, from which nobody finds this one's secret."""
+        """Return 32 bytes for another use, from which this secret cannot be derived."""
         return hmac.new(self._secret, f"tinsmith {purpose}".encode(), hashlib.sha256).digest()
 
     def expiry(self) -> int:
-        """Of a URL that is signed now, in seconds since 1970."""
+        """Return when a URL signed now expires, in seconds since 1970."""
         return int(self._clock() + self._seconds)
 
     def sign(self, path: str, tenant: str, save: str, expires: int) -> str:
-        """The path with its query, for GET. `save` tells two checkpoints of the same name apart."""
+        """Return the path with its query, for GET. `save` distinguishes checkpoints of the same name."""
         values = (tenant, save, str(expires), self._signature("GET", path, tenant, save, str(expires)))
         return f"{quote(path, safe='/:@')}?{urlencode(list(zip(_PARAMETERS, values, strict=True)))}"
 
     def tenant_of(self, method: str, path: str, query: str) -> str:
-        """Whose URL it is. Raises Forbidden for one that was altered, is of another server or has expired."""
+        """Return the tenant of a URL. Raises Forbidden if it was altered, has expired or is another
+        server's."""
         pairs = parse_qsl(query, keep_blank_values=True)
         given = dict(pairs)
         if sorted(name for name, _ in pairs) != sorted(_PARAMETERS):
@@ -80,26 +84,26 @@ class UrlSigner:
 
 
 _ALGORITHM = "HS256"
-# The SDK reads who it is from a token that it was given only if its issuer is called so.
+# The SDK reads its user from a token only if the issuer has this name.
 _ISSUER = "passport-tinsmith"
 _REQUIRED = ["iss", "sub", "iat", "exp", "key", "org_id"]
 
 
 def user_urn(owner: str) -> str:
-    """How answers name the owner of a key."""
+    """Return the name of a key's owner in answers."""
     return f"tml:organization_user:{owner}"
 
 
 @dataclass(frozen=True)
 class Claims:
-    """Whose token it is, and the id of the key behind it."""
+    """A token's owner, and the id of the key behind it."""
 
     owner: str
     key_id: str
 
 
 class Tokens:
-    """Their secret is derived from that of signed URLs: without its file, all tokens are void."""
+    """Issues tokens and checks them. The secret is derived from that of signed URLs."""
 
     def __init__(self, signer: UrlSigner, seconds: float, clock: Callable[[], float] = time.time):
         self._signer = signer
@@ -123,7 +127,7 @@ class Tokens:
         return jwt.encode(payload, self._secret, _ALGORITHM)
 
     def claims(self, token: str) -> Claims | None:
-        """None for one that was altered, is of another server or has expired."""
+        """Return a token's claims; None if it was altered, has expired or is another server's."""
         try:
             payload = jwt.decode(
                 token,
@@ -134,6 +138,6 @@ class Tokens:
             )
         except jwt.InvalidTokenError:
             return None
-        if self._clock() >= payload["exp"]:  # by this clock, not by PyJWT's
+        if self._clock() >= payload["exp"]:  # by our clock, not PyJWT's
             return None
         return Claims(payload["org_id"], payload["key"])

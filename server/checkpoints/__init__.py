@@ -1,1 +1,1 @@
-"""Checkpoints on disk: their names, copies, archives, and the room there is."""
+"""Checkpoints on disk: their names, copies, archives, and cleanup."""

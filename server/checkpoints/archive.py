@@ -1,11 +1,9 @@
-"""A directory's files as a tar that is written while it is sent.
+"""Tar archives: of checkpoints, written while they are sent, and of adapters that clients import.
 
-An adapter that a client sends, as a tar: what is taken out of it, and what its files say they hold.
-
-Nothing in a tar becomes a path: of its members only the two files of a PEFT adapter are written, under names
-of ours. Links, pickles, names that lead elsewhere, sparse files and headers of any length are refused, and
-compressed tars too, so that what is written is never more than what was sent. Whether the adapter fits its
-base model is for the engine to say (`ckpt.peft.load_adapter`).
+Nothing in an imported tar becomes a path: only the two files of a PEFT adapter are written, under our names.
+Links, pickles, names that lead elsewhere, sparse files, very long headers and compressed tars are refused, so
+that never more is written than was sent. The engine checks whether the adapter fits its base model
+(`ckpt.peft.load_adapter`).
 """
 
 from __future__ import annotations
@@ -25,17 +23,18 @@ from ..files import tensor_entries
 
 _CHUNK_BYTES = 1 << 20
 COMPLETE = "checkpoint_complete"
-"""An empty last file: clients take an archive without it for one that was cut off."""
+"""An empty last file. Clients take an archive without it for one that was cut off."""
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """The plain files below a directory by their names in it, in order; hidden ones are the server's own."""
+    """Return the plain files below a directory by their names in it, in order, without the server's hidden
+    ones."""
     found = (path for path in directory.rglob("[!.]*") if path.is_file() and not path.is_symlink())
     return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
 
 
 class Archive:
-    """The files are opened at once: one that is deleted meanwhile is sent to its end.
+    """A directory as a tar. Its files are opened at once, so that a deleted one is still sent to its end.
 
     `length`: the tar's bytes. Raises FileNotFoundError.
     """
@@ -94,7 +93,8 @@ _PART_OF_A_LAYER = re.compile(r"\.layers\.\d+\.(\w+)\.")
 
 
 def unpack(tar: BinaryIO, directory: Path) -> None:
-    """Writes the adapter's two files into a new directory. Raises BadRequest for what is no plain adapter."""
+    """Write the adapter's two files into a new directory. Raises BadRequest for anything but a plain
+    adapter."""
     found: dict[str, PurePosixPath] = {}
     directory.mkdir(parents=True)
     for member in _members(tar):
@@ -119,8 +119,10 @@ def unpack(tar: BinaryIO, directory: Path) -> None:
 
 
 def _members(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Members with `tar` at their content. By their headers alone: `tarfile` would follow whatever an
-    extension says, and read it into memory first."""
+    """Yield members, with `tar` at their content.
+
+    Only headers are read: `tarfile` would follow an extension, and read it into memory first.
+    """
     begin = tar.read(tarfile.BLOCKSIZE)
     for magic, what in _COMPRESSED.items():
         if begin.startswith(magic):
@@ -147,7 +149,7 @@ def _members(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_extension(tar: BinaryIO, member: tarfile.TarInfo) -> None:
-    """A pax header may say when a file was changed and whose it is, but not what its content is."""
+    """Refuse pax headers that change a member's content. They may have times and owners."""
     if member.size > _MAX_EXTENSION_BYTES:
         raise BadRequest("the archive has an extended header of excessive length")
     text = tar.read(member.size)
@@ -182,14 +184,14 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 
 def described(directory: Path) -> messages.LoraSpec:
-    """The rank, alpha and kinds of modules that the files say they have. Raises BadRequest for an adapter
-    that is more than a plain LoRA."""
+    """Return the rank, alpha and kinds of modules that the files have. Raises BadRequest if it is not a plain
+    LoRA."""
     try:
         config = peft_config.read((directory / CONFIG_FILE).read_bytes())
         entries = tensor_entries(directory / TENSORS_FILE)
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    # of experts, files may have one tensor with an axis for them
+    # experts may be in one tensor with an axis for them
     ranks = {
         name: config.rank_in_file(name.removeprefix("base_model.model.").removesuffix(_A), entry.shape)
         for name, entry in entries.items()

@@ -34,7 +34,7 @@ MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 24 * 3600
 
 
 def parse(uri: str) -> paths.CheckpointUri:
-    """Raises BadRequest saying what a checkpoint's path looks like."""
+    """Parse a checkpoint's URI. Raises BadRequest saying what one looks like."""
     try:
         return paths.parse_uri(uri)
     except ValueError as error:
@@ -42,7 +42,7 @@ def parse(uri: str) -> paths.CheckpointUri:
 
 
 def parse_short(text: str, run: str, segment: paths.Segment = "weights") -> paths.CheckpointUri:
-    """As `paths.parse_short`. Raises BadRequest."""
+    """Parse a URI or a shorter form of it, as `paths.parse_short`. Raises BadRequest."""
     try:
         return paths.parse_short(text, run, segment)
     except ValueError as error:
@@ -50,7 +50,7 @@ def parse_short(text: str, run: str, segment: paths.Segment = "weights") -> path
 
 
 def named(run_id: str, segment: str, name: str) -> paths.CheckpointUri:
-    """Raises BadRequest for a name that is none."""
+    """Return the URI of these parts. Raises BadRequest for an invalid name."""
     try:
         return paths.CheckpointUri(run_id, paths.check_segment(segment), paths.check_name(name))
     except ValueError as error:
@@ -58,7 +58,7 @@ def named(run_id: str, segment: str, name: str) -> paths.CheckpointUri:
 
 
 def expiry(ttl_seconds: int | None) -> float | None:
-    """When a checkpoint of this time to live expires. Raises BadRequest out of range."""
+    """Return when a checkpoint with this time to live expires. Raises BadRequest if it is out of range."""
     if ttl_seconds is None:
         return None
     if not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
@@ -73,7 +73,7 @@ def iso(seconds: float | None) -> str | None:
 
 
 def shown(row: Row, xorl_model: str | None = None) -> dict[str, Any]:
-    """A checkpoint as listings show it: in xorl's scheme, where its clients have this name for the model."""
+    """Return a checkpoint as in listings, in xorl's scheme if its clients have a name for the model."""
     uri = paths.CheckpointUri(row.run_id, row.segment, row.name)
     path = str(uri) if xorl_model is None else f"{paths.XORL_SCHEME}{xorl_model}/{uri.checkpoint_id}"
     return {
@@ -91,23 +91,25 @@ def shown(row: Row, xorl_model: str | None = None) -> dict[str, Any]:
 
 
 def as_strings(metadata: dict[str, Any] | None) -> dict[str, str] | None:
-    """Clients refuse a whole listing for one value that is not a string."""
+    """Turn all values into strings, because clients refuse a whole listing for one that is not."""
     if metadata is None:
         return None
     return {key: value if isinstance(value, str) else str(value) for key, value in metadata.items()}
 
 
 class Checkpoints:
+    """Finds, shares and deletes checkpoints."""
+
     def __init__(self, ledger: Ledger, sweep: Sweep, base_models: BaseModels | None = None):
         self._base_models = base_models or BaseModels()
         self._ledger = ledger
         self._sweep = sweep
 
     async def find(self, owner: str, uri: paths.CheckpointUri, shared: bool = True) -> Row:
-        """The complete checkpoint; with `shared` also somebody's published one. Raises NotFound."""
+        """Return the complete checkpoint; with `shared` also another tenant's public one. Raises NotFound."""
         row = await self._ledger.read(lambda connection: rows.find(connection, uri))
         if row is None or (row.owner != owner and not (shared and row.public)):
-            # The run may be what the owner calls its model.
+            # The run may be an alias of the owner's model.
             row = await self._ledger.read(
                 lambda connection: rows.find_by_alias(connection, owner, uri.run, uri)
             )
@@ -118,7 +120,7 @@ class Checkpoints:
         return row
 
     async def find_loadable(self, owner: str, path: str, run: str | None = None) -> Row:
-        """A training checkpoint by its URI; one of `run` also by less of it."""
+        """Return a training checkpoint by its URI; with `run` also by a shorter form."""
         uri = parse(path) if run is None else parse_short(path, run)
         if uri.checkpoint_type != "training":
             raise BadRequest(
@@ -128,7 +130,7 @@ class Checkpoints:
         return await self._find_usable(owner, uri, "path")
 
     async def find_sampleable(self, owner: str, path: str, run: str | None = None) -> Row:
-        """A sampler checkpoint by its URI; one of `run` also by less of it."""
+        """Return a sampler checkpoint by its URI; with `run` also by a shorter form."""
         uri = parse(path) if run is None else parse_short(path, run, "sampler_weights")
         if uri.checkpoint_type != "sampler":
             raise BadRequest(
@@ -151,7 +153,7 @@ class Checkpoints:
         await self._change(owner, uri, "published" if public else "unpublished", {}, public=public)
 
     async def set_ttl(self, owner: str, uri: paths.CheckpointUri, ttl_seconds: int | None) -> None:
-        """Raises BadRequest out of range."""
+        """Set a checkpoint's time to live. Raises BadRequest if it is out of range."""
         expires_at = expiry(ttl_seconds)
         await self._change(owner, uri, "ttl_set", {"ttl_seconds": ttl_seconds}, expires_at=expires_at)
 
@@ -168,7 +170,7 @@ class Checkpoints:
         return row
 
     async def record_read(self, owner: str, row: Row) -> None:
-        """The owner's key had the checkpoint's files, or URLs of them."""
+        """Record in the audit log that the owner's key read the checkpoint's files, or got URLs of them."""
         await self._ledger.write(
             lambda connection: rows.record(connection, row, "read", by=owner, purpose="download")
         )
@@ -178,13 +180,19 @@ class Checkpoints:
 
 
 def session_of(owner: str, idempotency_key: str | None) -> str:
-    """The session that a copy into a project makes: the same one when the request is sent again."""
+    """Return the session of a copy into a project: the same one if the request is sent again."""
     if idempotency_key is None:
         return uuid.uuid4().hex
     return hashlib.sha256(f"{owner}\0{idempotency_key}".encode()).hexdigest()[:32]
 
 
 class Copies:
+    """Copies checkpoints under names of their own, which stay when the original is deleted or expires.
+
+    The files are hard links if the file system has them, so a copy takes no room. A copy belongs to a
+    training run that has nothing else and cannot be trained.
+    """
+
     def __init__(self, ledger: Ledger, disk: Disk, quotas: Quotas, data_dir: Path):
         self._ledger = ledger
         self._disk = disk
@@ -193,7 +201,7 @@ class Copies:
         self._under_way: dict[str, asyncio.Task[paths.CheckpointUri]] = {}
 
     async def take_up(self) -> None:
-        """At start: nothing copies, so what was not copied to its end never will be."""
+        """Mark copies that an earlier server left unfinished as failed."""
         await self._ledger.write(rows.fail_copies)
 
     async def copy(
@@ -205,11 +213,10 @@ class Copies:
         new_in_project: str | None,
         ttl_seconds: int | None,
     ) -> paths.CheckpointUri:
-        """The copy's name; asked again for the same run, the same one. `new_in_project`: the session is made,
-        and ends at once.
+        """Copy a checkpoint and return the copy's name; repeated for the same run, it is the same copy.
 
-        Raises BadRequest if the run is something else, NotFound if the source is deleted meanwhile,
-        StorageQuotaExceeded, StorageFull.
+        `new_in_project`: create the session, which ends at once. Raises BadRequest if the run is something
+        else, NotFound if the source is deleted meanwhile, StorageQuotaExceeded, StorageFull.
         """
         run_id = model_id(session_id, model_seq_id)
         task = self._under_way.get(run_id)
@@ -235,7 +242,7 @@ class Copies:
         limit = self._quotas.of(owner).checkpoint_bytes
 
         def begin(connection: Connection) -> bool:
-            """Whether there is something left to copy."""
+            """Write the rows; return whether there is something left to copy."""
             run = tenancy.find_model(connection, run_id)
             if run is not None and not _is_copy(run, source):
                 raise BadRequest(
@@ -327,7 +334,7 @@ def _add_run(
 
 
 def _link(source: Path, directory: Path) -> None:
-    """Checkpoints never change once they are complete, so two may share their files."""
+    """Link or copy a file. Complete checkpoints never change, so two may share their files."""
 
     def link(first: str, second: str) -> None:
         try:

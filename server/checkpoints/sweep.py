@@ -1,8 +1,8 @@
-"""What nobody needs any more leaves the disk: answers, and directories that the ledger does not name.
+"""The sweep: regular removal of expired answers, and of directories that the ledger does not need.
 
-The ledger is changed first and the disk after it, so a crash in between leaves directories that nothing
-names; they go at the next start. Nothing that an operation, a replay or a living sampler may still read is
-removed, nor anything of models that the ledger does not know: it may be the wrong ledger.
+The ledger is changed before the disk, so a crash in between leaves directories that no row names; they are
+removed after the next start. Nothing is removed that an operation, a replay or a live sampler may still read,
+nor anything of models that the ledger does not know, because it may be the wrong ledger.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..supervision.supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.sweep")
 
-# What Orbax and `ckpt.atomic` call a directory while they write it.
+# The names that Orbax and `ckpt.atomic` give to directories while they write them.
 _UNFINISHED = re.compile(r"(\.orbax-checkpoint-tmp[^/]*|\.tmp-[0-9a-f]{32})$")
 _MOST_AUDITED = 500_000  # entries of a tenant in the audit log
 _ROWS_OF_RESTING_RUNS = 256  # of step metrics
@@ -41,9 +41,11 @@ KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
 class Sweep:
-    """`used_bytes`: by kind, measured by each sweep and counted in between. `being_written`: directories of
-    snapshots that the ledger does not name yet. `on_removed` is told of checkpoints' directories that are
-    removed."""
+    """Removes what nobody needs.
+
+    `used_bytes`: by kind, measured by each sweep and counted in between. `being_written`: directories of
+    snapshots that the ledger does not name yet. `on_removed` gets the directories of removed checkpoints.
+    """
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Sweep:
         self._on_removed = on_removed
 
     def written(self, operation: Operation) -> None:
-        """Count what an answered operation has saved."""
+        """Count the bytes that an answered operation has saved."""
         match operation.answer:
             case messages.Done(output=messages.StateSaved() | messages.SamplerSaved() as output):
                 self.used_bytes["checkpoints"] += output.size_bytes
@@ -73,13 +75,14 @@ class Sweep:
         self.used_bytes["snapshots"] += size_bytes
 
     async def sweep(self) -> None:
-        """All kinds. Raises ApiError, SQLAlchemyError or OSError; the next sweep goes on there."""
+        """Remove everything that can go. Raises ApiError, SQLAlchemyError or OSError; the next sweep
+        continues there."""
         await self._drop_answers()
         await self._drop_accounts()
         await self._thin_step_metrics()
         await self._remove_snapshots()
         await self.remove_checkpoints()
-        # Last: the directories of models that the ledger does not know are left alone.
+        # Last, because directories of models that the ledger no longer knows are left alone.
         before = time.time() - self._settings.ended_model_seconds
         await self._repeat(partial(retention.drop_ended_models, before=before))
         self.used_bytes = await asyncio.to_thread(self._measure)
@@ -104,7 +107,7 @@ class Sweep:
         await self._drop_answers_beyond_shares(now)
 
     async def _drop_answers_beyond_shares(self, now: float) -> None:
-        """Where all answers take too many bytes, of the owners that have the most of them."""
+        """Drop answers of the owners with the most bytes, if all answers take too many."""
         sizes = await self._ledger.read(retention.answer_bytes)
         if sum(sizes.values()) <= self._settings.answer_bytes:
             return
@@ -116,7 +119,7 @@ class Sweep:
                 await self._repeat(partial(retention.drop_operations, through=through, now=now, owner=owner))
 
     async def _repeat(self, change: Callable[[Connection], int]) -> None:
-        """Other writes come in between."""
+        """Repeat a change until nothing is left of it; other writes come in between."""
         while await self._ledger.write(change):
             await asyncio.sleep(0)
 
@@ -143,7 +146,7 @@ class Sweep:
     # --- directories
 
     async def _remove_snapshots(self) -> None:
-        # In this order: one that is noted in between was listed as being written.
+        # In this order: a directory that is recorded in between was listed as being written.
         found = await asyncio.to_thread(self._directories, "snapshots/*/*")
         found = await self._of_known_models(found)
         needed = set(self._being_written)
@@ -151,7 +154,8 @@ class Sweep:
         await self._remove(key for key in found if key not in needed and _finished_name(key) not in needed)
 
     async def remove_checkpoints(self) -> None:
-        """Of deleted, overwritten, failed and expired checkpoints, and of none."""
+        """Remove directories of deleted, overwritten, failed and expired checkpoints, and those without a
+        row."""
         found = await asyncio.to_thread(self._directories, "checkpoints/*/*/*")
         now = time.time()
         dead = await self._ledger.read(partial(retention.dead_checkpoints, now=now))
@@ -167,7 +171,7 @@ class Sweep:
         await self._forget([key for key in dead if key not in needed])
 
     async def remove_deleted(self, directory: str) -> None:
-        """Of a checkpoint whose owner has deleted it: samplers of it end with it, replays do not."""
+        """Remove a checkpoint that its owner has deleted, unless a replay needs it. Samplers of it end."""
         if directory not in await self._ledger.read(retention.directories_to_load):
             await self._remove([directory])
             await self._forget([directory])
@@ -198,14 +202,14 @@ class Sweep:
         return used | {"ledger": self.ledger_bytes()}
 
     def ledger_bytes(self) -> int:
-        """The size of the ledger's files, if it is in files, and of the payloads beside it."""
+        """Return the size of the ledger's files, if it is in files, and of the payloads beside it."""
         ledger = sqlite_file(self._settings.ledger_url)
         files = [] if ledger is None else ledger.parent.glob(f"{ledger.name}*")
         return sum(_size(path) for path in files) + self._payloads.used_bytes()
 
 
 def _finished_name(key: str) -> str:
-    """What a directory that is being written is going to be called."""
+    """Return the final name of a directory that is being written."""
     return _UNFINISHED.sub("", key)
 
 
@@ -214,7 +218,7 @@ def _bytes_below(directory: Path) -> int:
 
 
 def _size(path: Path) -> int:
-    """In bytes; nothing for what is no file, or no more."""
+    """Return a file's bytes; 0 if it is no file, or is gone."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:

@@ -1,4 +1,4 @@
-"""The command `tinsmith`: its subcommands and what `serve`, `models` and `version` do."""
+"""The command `tinsmith`, with `serve`, `models` and `version`; other modules have its other subcommands."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def serve(config: Path | None = None, **given: Any) -> None:
         if (file := sqlite_file(settings.ledger_url)) is not None:
             require_writable(file.parent, "TINSMITH_DATABASE_URL" if settings.database_url else "--data-dir")
         check(settings.ledger_url)
-        if settings.data_dir.is_dir():  # before anything is downloaded; a new one is made when all is well
+        if (
+            settings.data_dir.is_dir()
+        ):  # before anything is downloaded; a new one is created when everything is checked
             owner = claim(settings.data_dir, settings.ledger_url)
         listener = listen(settings.host, settings.port)
         planned = models_to_serve.plan(

@@ -1,7 +1,4 @@
-"""`tinsmith checkpoints`: what goes from files into a running server, and out of it as no SDK asks for it.
-
-A running server, as the commands that are its clients see it.
-"""
+"""`tinsmith checkpoints`: imports, exports and merges of checkpoints on a running server."""
 
 from __future__ import annotations
 
@@ -25,7 +22,10 @@ def fail(message: str) -> typer.Exit:
 
 
 class RemoteServer:
-    """Its key is TINKER_API_KEY's. What fails ends the command with the server's reason."""
+    """A running server, for commands that are its clients.
+
+    The key is TINKER_API_KEY's. Errors end the command with the server's reason.
+    """
 
     def __init__(self, url: str | None):
         import httpx
@@ -38,7 +38,7 @@ class RemoteServer:
     def ask(
         self, method: str, path: str, failed: str, /, accepted: tuple[int, ...] = (200,), **request: Any
     ) -> dict[str, Any]:
-        """The JSON answer; `failed` says what did not happen, if its status is none of those accepted."""
+        """Return the JSON answer; `failed` begins the error if its status is not accepted."""
         import httpx
 
         try:
@@ -57,12 +57,12 @@ class RemoteServer:
         return body
 
     def run(self, path: str, failed: str, /, **body: Any) -> dict[str, Any]:
-        """The answer of an operation."""
+        """Start an operation and return its result."""
         submitted = self.ask("POST", path, failed, json=body)
         return self.ask("POST", "retrieve_future", failed, json={"request_id": submitted["request_id"]})
 
     def download(self, url: str, file: Path) -> None:
-        """A signed URL, without the key."""
+        """Download a signed URL, without the key."""
         import httpx
 
         try:
@@ -193,7 +193,7 @@ def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) 
 
 
 def _tar(source: Path) -> BinaryIO:
-    """The archive, or one with the folder's two files."""
+    """Return the archive, or pack the folder's two files into one."""
     if source.is_file():
         return source.open("rb")
     missing = [name for name in (CONFIG_FILE, TENSORS_FILE) if not (source / name).is_file()]

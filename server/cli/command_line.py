@@ -1,4 +1,5 @@
-"""What all `tinsmith` commands share: mistakes are answered in one line, before anything is done."""
+"""Parsing and errors of all `tinsmith` commands: mistakes are answered in one line, before anything is
+done."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _PREFIX = "TINSMITH_"
 _CONFIG = "TINSMITH_CONFIG"
 _OTHERS = re.compile(
-    # Read elsewhere; of the tests and notebooks; and what Kubernetes sets for a service called tinsmith.
+    # Names for other programs, tests and notebooks, or set by Kubernetes for a service called tinsmith.
     r"WANDB_MODE|(TEST|FUZZ|REST|NOTEBOOK|WRITE)_.*|SGLANG_(VENV|ADAPTERS|COMPARED_PERCENT)"
     r"|(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?"
 )
@@ -41,7 +42,7 @@ def fail(message: str) -> NoReturn:
 
 
 class Commands(TyperGroup):
-    """Answers wrong options and arguments in one line, too."""
+    """A group of commands that answers wrong options and arguments in one line."""
 
     def main(
         self,
@@ -136,7 +137,7 @@ def title_of(section: type[BaseSettings]) -> str:
 
 
 def default_of(field: FieldInfo) -> str | None:
-    """A setting's default as it would be written; None for one without."""
+    """Return a setting's default as it would be written; None if it has none."""
     if field.default_factory is default_cache_dir:
         return "~/.cache/tinsmith"
     if field.default_factory is not None or field.default is None:
@@ -145,9 +146,9 @@ def default_of(field: FieldInfo) -> str | None:
 
 
 def read_settings(kind: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
-    """The settings from a command's options, the environment and a file. Ends the command if they are wrong.
+    """Read settings from a command's options, the environment and a file. Ends the command if they are wrong.
 
-    The file may have settings that `kind` does not need.
+    The file may have settings that `kind` does not have.
     """
     if unknown := unknown_names(os.environ):
         fail("; ".join(unknown))
@@ -168,7 +169,7 @@ def read_settings(kind: type[S], given: Mapping[str, Any], config: Path | None =
 
 
 def _settings_of(config: Path) -> dict[str, Any]:
-    """What a file of settings has. Ends the command if it cannot be read or has unknown names."""
+    """Read a file of settings. Ends the command if it cannot be read or has unknown names."""
     try:
         found = tomllib.loads(config.read_text("utf-8"))
     except OSError as error:
@@ -183,7 +184,7 @@ def _settings_of(config: Path) -> dict[str, Any]:
 
 
 def unknown_names(environment: Mapping[str, str]) -> list[str]:
-    """What is wrong with the names that begin with TINSMITH_, each with the nearest setting."""
+    """Return an error for each unknown name that begins with TINSMITH_, with the nearest setting."""
     known = [_PREFIX + name.upper() for name in Settings.model_fields]
     found = []
     for name in sorted(environment):
@@ -200,7 +201,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _plain(problem: Any, places: Mapping[str, str]) -> str:
-    """A problem of pydantic's, with the place where its value was given, and the value."""
+    """Return pydantic's error with the place of the value, and the value unless it is secret."""
     message = problem["msg"].removeprefix("Value error, ")
     field = str(problem["loc"][0]) if problem["loc"] else ""
     if not field:
@@ -212,7 +213,7 @@ def _plain(problem: Any, places: Mapping[str, str]) -> str:
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Try that files can be made in a folder, or the folder itself where it is not there yet; leaves nothing.
+    """Check that files can be made in a folder, or that a missing folder can be made; leaves nothing behind.
 
     Raises ValueError.
     """

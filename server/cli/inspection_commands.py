@@ -1,4 +1,4 @@
-"""`tinsmith status`, `top`, `runs`, `logs` and `doctor`: how a server is, and whether one would work."""
+"""`tinsmith status`, `top`, `runs`, `logs` and `doctor`: the state of a server, and checks before a start."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def top(
 ) -> None:
     server = RemoteServer(url)
     console = _console()
-    if not console.is_terminal:  # nothing can be redrawn there
+    if not console.is_terminal:  # nothing can be redrawn in a file or pipe
         while True:
             console.print(_overview(server, _health(server), _runs(server, 20)))
             time.sleep(every)
@@ -99,7 +99,8 @@ def runs(
 
 
 def _console() -> Console:
-    """Names are shown as they are: `:train:` is no emoji, and what clients call things is no markup."""
+    """Return a console that shows names unchanged: `:train:` is not an emoji, and clients' names are not
+    markup."""
     return Console(emoji=False, markup=False, highlight=False)
 
 
@@ -166,7 +167,7 @@ def _table_of_checkpoints(checkpoints: list[dict[str, Any]]) -> Table:
 
 
 def _size(size: float) -> str:
-    """In decimal units: `31.2 MB`."""
+    """Format bytes in decimal units: `31.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -195,10 +196,10 @@ Examples, in the folder where the server was started (or with the same `--data-d
 - `tinsmith logs --of engine -n 1000` prints the engine's lines alone
 """
 
-# A line begins with a time: of text, local; of JSON, UTC. Others belong to the line before them.
+# A line begins with a time: local in text, UTC in JSON. Other lines belong to the one before them.
 _BEGIN = re.compile(r'(?:\{"time": ")?(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\.\d{3})')
 _LOOK_SECONDS = 0.25
-Line = tuple[str, str]  # its time, and its text with what belongs to it
+Line = tuple[str, str]  # its time, and its text with the lines that belong to it
 
 
 def logs(
@@ -227,7 +228,7 @@ def logs(
 
 
 def _all(file: Path) -> Iterator[Line]:
-    """A process's lines, from its older files on."""
+    """Yield a process's lines, oldest file first."""
     older = [file.with_name(f"{file.name}.{number}") for number in range(FILES - 1, 0, -1)]
     for each in (*older, file):
         if each.exists():
@@ -235,7 +236,7 @@ def _all(file: Path) -> Iterator[Line]:
 
 
 def _new(file: Path, ends: dict[Path, int]) -> list[Line]:
-    """What was written since the last look; a file that is shorter than before has been begun again."""
+    """Return the lines since the last look. A file that is shorter than before was started again."""
     if not file.exists():
         return []
     size = file.stat().st_size
@@ -276,7 +277,7 @@ The exit status is 1 if something is wrong.
 """
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "fastapi", "uvicorn")
-_FREE_BYTES = 10 << 30  # with less, checkpoints soon fill the disk
+_FREE_BYTES = 10 << 30  # checkpoints soon fill a disk with less
 _DEVICES = """
 import json, jax
 found = jax.devices()
@@ -289,7 +290,7 @@ _DEVICE_SECONDS, _ENDPOINT_SECONDS = 120.0, 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """`advice` says what to do about a warning or a problem."""
+    """The result of one check. `advice` says what to do about a warning or a problem."""
 
     what: str
     state: Literal["ok", "warning", "problem"]
@@ -339,7 +340,7 @@ def _software(_settings: Settings) -> Iterator[Finding]:
 
 
 def _devices(settings: Settings) -> Iterator[Finding]:
-    """Asks JAX in a process of its own, as the engine would."""
+    """Check the devices, in a process that asks JAX as the engine would."""
     command = [sys.executable, "-c", _DEVICES]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_DEVICE_SECONDS, check=False)

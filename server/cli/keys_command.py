@@ -1,4 +1,4 @@
-"""`tinsmith keys`: API keys that are kept in the ledger."""
+"""`tinsmith keys`: API keys and quotas in the ledger."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DataDir = Annotated[Path | None, typer.Option(help="The server's data directory 
 
 
 def _in_ledger(data_dir: Path | None, change: Callable[[Connection], T], make: bool = False) -> T:
-    """`make`: the ledger, where there is none yet."""
+    """Run a change or query in the ledger. `make`: create the ledger if it is missing."""
     from ..files import make_directory
     from ..ledger.ledger import Ledger, check
     from ..ledger.ownership import sqlite_file

@@ -61,7 +61,7 @@ _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Report:
-    """A plan, and what follows from it."""
+    """A plan and its consequences."""
 
     model: str
     counts: Counts
@@ -72,7 +72,7 @@ class Report:
 
     @property
     def hint(self) -> str | None:
-        """What it needs, and what would do instead; None if it fits."""
+        """What is needed, and what would help; None if it fits."""
         if self.plan.fits:
             return None
         larger = roofline.smallest_slice(self.counts, self.work, self.device)
@@ -80,7 +80,7 @@ class Report:
         return memory.needs(self.plan) + remedy + memory.less(self.counts, self.work, self.plan)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in bytes, tokens and tokens per second."""
+        """The report in bytes, tokens and tokens per second."""
         plan, work = self.plan, self.work
         step = roofline.step_flops(self.counts, work, plan)
         return {
@@ -115,7 +115,7 @@ class Report:
         }
 
     def as_text(self) -> str:
-        """All of it, for a reader."""
+        """The report as text."""
         plan, work, all_of_it = self.plan, self.work, self.as_json()
         mesh = f" with --mesh {plan.mesh}" if plan.mesh.devices > 1 else ""
         kinds = _KINDS | {
@@ -154,15 +154,17 @@ class Report:
 
 
 def report(model: str, of: Counts, work: Workload, device: Device, mesh: memory.Mesh | None = None) -> Report:
-    """Plan a workload on a device, on the mesh that is given or else on the fastest that fits."""
+    """Plan a workload on a device, on the given mesh or the fastest one that fits."""
     if mesh is None:
         return Report(model, of, work, device, roofline.fastest(of, work, device))
     return Report(model, of, work, device, memory.plan(of, work, device.memory, mesh))
 
 
 def compiled(estimated: Report, folder: Path) -> Report:
-    """Plan again with what the compiler says about the training step that was chosen, until it is one that it
-    has compiled. Raises ValueError saying why the compiler cannot be used."""
+    """Plan again with the compiler's numbers for the chosen training step, until that one was compiled.
+
+    Raises ValueError saying why the compiler cannot be used.
+    """
     measured: dict[tuple[int, memory.Remat], int] = {}
     made = estimated
     while (key := (made.plan.rows, made.plan.remat)) not in measured:
@@ -253,7 +255,7 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _tokens(text: str) -> int:
-    """Read 8192, 32k (32,768) or 1m."""
+    """Parse 8192, 32k (32,768) or 1m."""
     found = re.fullmatch(r"(\d{1,9})([km]?)", text.strip().lower().replace(",", "").replace("_", ""))
     tokens = int(found[1]) * {"": 1, "k": 1024, "m": 1024**2}[found[2]] if found else 0
     if tokens < 2:

@@ -1,11 +1,9 @@
-"""Runs the application until it is told to stop.
+"""The serving process: runs the application until it is told to stop, and bounds slow connections.
 
-Connections that end when their other end does nothing.
-
-Whoever connects and sends half a request, or does not read its answer, holds a descriptor and some memory,
-and would for ever. The head of a request has `stall_seconds` from its first byte (or the connection's
-beginning) on; a body, or an answer, has as long as some of it moves every `stall_seconds`. Between two
-requests uvicorn waits for its `timeout_keep_alive`; an operation is waited for as long as it takes.
+A client that sends half a request, or does not read its answer, holds a descriptor and memory. So the head of
+a request has `stall_seconds` from its first byte (or the connection's beginning), and a body or an answer
+must move within every `stall_seconds`. Between two requests uvicorn's `timeout_keep_alive` applies;
+operations may take as long as they need.
 """
 
 from __future__ import annotations
@@ -36,20 +34,20 @@ _HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: c
 
 
 def allow_many() -> None:
-    """As many descriptors as the system gives this process."""
+    """Raise the limit of file descriptors as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Connection(HttpToolsProtocol):
-    """What uvicorn makes for each connection."""
+    """One connection of uvicorn, with limits for slow clients."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._stall_seconds: float = self.config.app.state.services[Settings].stall_seconds  # type: ignore[union-attr]
-        self._request: asyncio.TimerHandle | None = None  # runs while one is incomplete
-        self._answer: asyncio.TimerHandle | None = None  # runs while one is not read
+        self._request: asyncio.TimerHandle | None = None  # runs while a request's head is incomplete
+        self._answer: asyncio.TimerHandle | None = None  # runs while an answer is not read
         self._in_body = False
         self._has_moved = False
         self._unread = 0
@@ -103,7 +101,7 @@ class Connection(HttpToolsProtocol):
         self._request = self.loop.call_later(self._stall_seconds, self._look_at_request)
 
     def _look_at_request(self) -> None:
-        # Nothing moves either while the application has not taken what is there.
+        # Nothing moves either while the application has not read what was received.
         if self._in_body and (self._has_moved or self.flow.read_paused):
             self._has_moved = False
             self._await_request()
@@ -142,8 +140,10 @@ log = logging.getLogger("tinsmith.server")
 BACKLOG = 4096  # connections that wait to be accepted
 
 _SWITCH_SECONDS = 0.001
-"""For so long a thread that is busy keeps the interpreter's lock from the event loop; Python's 5 ms, several
-times per request, are much."""
+"""How long a busy thread may keep the interpreter's lock from the event loop.
+
+Python's default of 5 ms adds up, several times per request.
+"""
 
 
 class Server(uvicorn.Server):
@@ -163,7 +163,7 @@ class Server(uvicorn.Server):
             watch.cancel()
 
     async def _watch_start(self) -> None:
-        """An engine that refuses to start at all would do so the next time too."""
+        """Stop if the engine cannot start at all, because it could not the next time either."""
         while not self.started:
             await asyncio.sleep(0.05)
         await self.config.app.state.application.engine.refused.wait()  # type: ignore[union-attr]
@@ -172,7 +172,7 @@ class Server(uvicorn.Server):
             self.failed = self.should_exit = True
 
     async def _watch_lease(self) -> None:
-        """A server that another one has replaced ends at once: what it has in memory may be wrong by now."""
+        """Stop at once if another server has replaced this one: its memory may be outdated."""
         while not self.started:
             await asyncio.sleep(0.05)
         application = self.config.app.state.application  # type: ignore[union-attr]
@@ -183,7 +183,7 @@ class Server(uvicorn.Server):
         os._exit(1)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not noted as captured: uvicorn would raise it again at the end, and the exit code would not be 0.
+        # Not recorded as captured: uvicorn would raise it again at the end, and the exit code would not be 0.
         if self._draining is not None or self._loop is None:
             self.failed = self.force_exit = self.should_exit = True
             return
@@ -204,10 +204,11 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; with port 0 the system chooses one. Raises ValueError saying why it cannot.
+    """Return a listening socket; with port 0 the system chooses the port. Raises ValueError saying why it
+    cannot.
 
-    It listens at once, not only when requests can be answered, because two sockets can be bound to a port
-    until one of them listens.
+    It listens before requests can be answered, because two sockets can be bound to a port until one of them
+    listens.
     """
     if not host:
         raise ValueError("--host: it is empty; 127.0.0.1 is this machine, 0.0.0.0 all its addresses")
@@ -215,7 +216,7 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"--host: {host!r} is no address and no name that is known ({error})") from None
-    found.sort(key=lambda each: each[0] != socket.AF_INET)  # localhost is 127.0.0.1 where it can be
+    found.sort(key=lambda each: each[0] != socket.AF_INET)  # prefers 127.0.0.1 for localhost
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,7 +242,8 @@ def _why_not_bound(host: str, port: int, error: OSError) -> str:
 
 
 def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket, ledger: Ledger) -> bool:
-    """Serves on `listener` until SIGINT or SIGTERM; whether it started, and stopped with all saved."""
+    """Serve on `listener` until SIGINT or SIGTERM; return whether it started, and stopped with everything
+    saved."""
     without_torch()
     config = uvicorn.Config(
         create_app(settings, base_models, ledger),
@@ -262,8 +264,11 @@ def run(settings: Settings, base_models: list[BaseModel], listener: socket.socke
 
 
 def _collect_seldom() -> None:
-    """What was made at the start stays, and is not looked through again: with thousands of open polls a full
-    collection took 0.4 s, in which nobody was answered. Requests make next to no cycles."""
+    """Exclude the objects of the start from garbage collection, and collect less often.
+
+    With thousands of open polls a full collection took 0.4 s, in which nobody was answered. Requests make
+    almost no cycles.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(2_000, 10, 1_000)

@@ -1,9 +1,9 @@
-"""Metrics of models as runs of Weights & Biases, for clients that ask for it.
+"""Metrics of models as runs of Weights & Biases, for clients that request it.
 
-The library is optional (`pip install "wandb>=0.25"`). A client's key is in memory only, for the library's
-own use: not in the ledger, not in a log, not on disk. Without one, also after the server's restart, a run is
-written below the data directory as W&B's offline runs are (`wandb sync` uploads them). What W&B does or fails
-to do is no concern of the training.
+The library is optional (`pip install "wandb>=0.25"`). A client's key is only in memory, for the library's
+use: not in the ledger, in a log or on disk. Without a key, which includes every model after a restart of the
+server, the run is written below the data directory like W&B's offline runs (`wandb sync` uploads them).
+Errors of W&B never affect the training.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from ..operations.operation import Operation
 log = logging.getLogger("tinsmith.wandb")
 
 Mode = Literal["online", "offline", "disabled"]
-_MOST_WAITING = 10_000  # steps, while the library waits for its servers
+_MOST_WAITING = 10_000  # steps that wait while the library waits for its servers
 _LAST_SECONDS = 20.0  # for what is left when the server stops
 
 
 class WandbRuns:
-    """One thread talks to the library: nothing here waits for it, but `close`."""
+    """The runs. One thread talks to the library, and only `close` waits for it."""
 
     def __init__(self, directory: Path, mode: Mode, find: Callable[[str], Run | None]):
         self._directory, self._mode, self._find = directory, mode, find
         self._keys: dict[str, str] = {}
         self._since_step: dict[str, dict[str, float]] = {}  # sums of metrics, by model
-        self._open: dict[str, Any] = {}  # of the thread
+        self._open: dict[str, Any] = {}  # used by the thread alone
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # A daemon: what waits for W&B's servers does not keep this one from its end.
+        # A daemon, so that waiting for W&B's servers does not keep this server from stopping.
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises BadRequest where no run can be written."""
+        """Raise BadRequest if no run can be written."""
         if self._mode == "disabled":
             raise BadRequest("wandb_config.enabled: this server does not write to Weights & Biases")
         if importlib.util.find_spec("wandb") is None:
@@ -54,11 +54,11 @@ class WandbRuns:
             )
 
     def remember(self, model_id: str, key: str) -> None:
-        """The key of the model's client, until the model or the server ends."""
+        """Keep the key of the model's client until the model or the server ends."""
         self._keys[model_id] = key
 
     def answered(self, operation: Operation) -> None:
-        """Each operation of a model comes here once, with its answer, in their order."""
+        """Take an answered operation of a model; each comes once, in the order of the operations."""
         run = self._find(operation.model_id) if operation.model_id else None
         answer = operation.answer
         if run is None or WANDB not in run.configuration or not isinstance(answer, messages.Done):
@@ -81,19 +81,19 @@ class WandbRuns:
                     log.warning("metrics of model %s are lost: W&B does not keep up", run.id)
 
     def tell(self, model_id: str, metrics: dict[str, float]) -> None:
-        """Of the model's next step, from elsewhere."""
+        """Add metrics of the model's next step that come from outside the engine."""
         run = self._find(model_id)
         if run is not None and WANDB in run.configuration:
             self._since_step.setdefault(model_id, {}).update(metrics)
 
     def finish(self, model_id: str) -> None:
-        """Nothing more will come of the model."""
+        """Finish the model's run."""
         self._keys.pop(model_id, None)
         self._since_step.pop(model_id, None)
         self._work.put(partial(self._finish, model_id))
 
     async def close(self) -> None:
-        """Wait until everything is written, for a while."""
+        """Wait for a while until everything is written."""
         self._work.put(self._finish_all)
         self._work.put(None)
         await asyncio.to_thread(self._thread.join, _LAST_SECONDS)
@@ -109,7 +109,9 @@ class WandbRuns:
             if run.id not in self._open:
                 self._open[run.id] = self._begin(run)
             self._open[run.id].log(metrics)
-        except Exception as error:  # whatever the library may raise, without what it was told
+        except (
+            Exception
+        ) as error:  # whatever the library may raise; not logged in full, because it may contain the key
             log.warning("metrics of model %s did not get to W&B: %s", run.id, type(error).__name__)
 
     def _begin(self, run: Run) -> Any:
@@ -134,7 +136,7 @@ class WandbRuns:
                 disable_git=True,
                 disable_code=True,
                 disable_job_creation=True,
-                x_disable_stats=True,  # of this machine, which is not the client's
+                x_disable_stats=True,  # statistics of this machine, which is not the client's
                 x_disable_meta=True,
                 x_save_requirements=False,
             ),

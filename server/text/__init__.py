@@ -1,1 +1,1 @@
-"""From text to tokens and back: tokenizers, chat templates, the text of samples."""
+"""Text and tokens: tokenizers, chat templates, and the text of samples."""

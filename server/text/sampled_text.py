@@ -1,4 +1,4 @@
-"""Text around a sample: the conversation before it, and its own growing text without what ended it."""
+"""The text of samples, without what ended them, and of the conversations before them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _CONTEXT = 64  # tokens
 
 @dataclass
 class SampledText:
-    """The growing text of one sequence, which goes on where `prompt` ends. `keep_stop`: its text has what
-    ended it."""
+    """The growing text of one sequence after `prompt`. `keep_stop`: keep what ended it in the text."""
 
     tokenizer: ChatTokenizer
     stop_strings: Sequence[str]
@@ -30,31 +29,31 @@ class SampledText:
     _text: str = ""
 
     def add(self, begin: int, tokens: list[int]) -> str:
-        """Tokens from the `begin`-th on; the text that is certain now and was not before."""
-        if begin < self._settled:  # of an engine that began the sequence again
+        """Add tokens from the `begin`-th on; return the new text that can no longer change."""
+        if begin < self._settled:  # an engine has begun the sequence again
             self._settled, self._text = 0, ""
         self.tokens[begin:] = tokens
         new = self._continuation(self._settled, self.tokens)
         if new and not new.endswith(_NOT_WHOLE):
             self._settled, self._text, new = len(self.tokens), self._text + new, ""
-        # Some bytes of a last character may still be to come.
+        # Some bytes of the last character may still be missing.
         text = self._without_stop(self._text + new.rstrip(_NOT_WHOLE))
         return self._tell(text[: len(text) - self._perhaps_stop(text)])
 
     def end(self, tokens: list[int], stop_reason: str) -> str:
-        """All tokens; the rest of the text."""
+        """Set all tokens; return the rest of the text."""
         self.tokens = tokens
         return self._tell(self.whole(tokens, stop_reason))
 
     def whole(self, tokens: list[int], stop_reason: str) -> str:
-        """The text of all tokens."""
+        """Return the text of all tokens."""
         ended_by = None if self.keep_stop else self.matched(tokens, stop_reason)
         if isinstance(ended_by, str):
             return self._before(ended_by, tokens)
         return self._continuation(0, tokens if ended_by is None else tokens[:-1])
 
     def matched(self, tokens: list[int], stop_reason: str) -> int | str | None:
-        """The token or the string that ended it."""
+        """Return the token or the string that ended the sequence."""
         if stop_reason != "stop":
             return None
         if tokens and tokens[-1] in self.stop_tokens:
@@ -64,8 +63,11 @@ class SampledText:
         return min(found)[1] if found else tokens[-1] if tokens else None
 
     def _before(self, stop: str, tokens: list[int]) -> str:
-        """The text before a stop string, which is looked for as the sampler does: in the bytes of all tokens,
-        special ones too. It may begin within a token."""
+        """Return the text before a stop string.
+
+        It is searched as the sampler does: in the bytes of all tokens, including special ones. It may begin
+        within a token.
+        """
         pieces = [self.tokenizer.token_bytes(token) for token in tokens]
         at, whole = b"".join(pieces).find(stop.encode()), 0
         while whole < len(pieces) and len(pieces[whole]) <= at:
@@ -85,7 +87,7 @@ class SampledText:
         return text[: min(ends)] if ends else text
 
     def _perhaps_stop(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Return how many characters at the end may be the beginning of a stop string."""
         if self.keep_stop:
             return 0
         longest = max((len(stop) for stop in self.stop_strings), default=0)
@@ -99,7 +101,7 @@ class SampledText:
         )
 
     def _tell(self, text: str) -> str:
-        new = text[len(self.told) :]  # what was told cannot be taken back
+        new = text[len(self.told) :]  # sent text cannot be taken back
         self.told += new
         return new
 
@@ -108,15 +110,15 @@ class SampledText:
 
 Turn = dict[str, Any]
 _DEVELOPER, _SYSTEM = "developer", "system"
-_ROLES_OF_TOOLS = ("tool", "function")  # their names repeat those of the calls
+_ROLES_OF_TOOLS = ("tool", "function")  # whose names repeat those of the calls
 
 
 def written_conversation(text: ChatTokenizer, turns: list[Turn], /, **variables: Any) -> str:
-    """Return the text that the model is to go on with.
+    """Return the text of a conversation that the model continues.
 
-    Templates know few roles and fields, and drop others silently. So a developer's message is a system one
-    where the template has none of that role, and names and tool calls that the template would drop are
-    refused. `variables`: further ones of the template. Raises BadRequest.
+    Templates know few roles and fields, and drop others silently. So a developer's message becomes a system
+    message if the template has no such role, and names and tool calls that the template would drop are
+    refused. `variables`: further variables of the template. Raises BadRequest.
     """
     found = _with_developer(text, turns, variables)
     checked = set()

@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 SECONDS = 5.0
 CHARACTERS = 16 << 20
 _OURS = {"conversation", "messages", "chat_template", "tokenize", "return_dict", "return_tensors", "padding"}
-"""What `apply_chat_template` takes that is not a variable of the template, or not the client's to say."""
+"""Arguments of `apply_chat_template` that are not variables of the template, or not for clients."""
 
 
 class RenderTooLong(BaseException):
-    """Raised within a rendering whose time is up. No template can catch it."""
+    """Interrupts a rendering whose time is up. No template can catch it."""
 
 
 def rendered(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], variables: dict[str, Any]
 ) -> str:
-    """Call it in a thread of its own. Raises BadRequest saying what the template, or the lack of one, did."""
+    """Render a conversation with the tokenizer's chat template. Call it in a thread.
+
+    Raises BadRequest saying what went wrong in the template, or that there is none.
+    """
     if tokenizer.chat_template is None:
         raise BadRequest("this model has no chat template: use /v1/completions")
     if refused := sorted(_OURS & variables.keys()):
@@ -62,14 +65,17 @@ def rendered(
 def _template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
     try:
         found = tokenizer.get_chat_template(None, tools)
-    except ValueError:  # several, and none is the default: rendering says so
+    except ValueError:  # several templates without a default: rendering raises the error
         return ""
     return found if isinstance(found, str) else ""
 
 
 def _takes_parts_only(template: str) -> bool:
-    """Whether it loops over the parts of a message's content and never asks if that is a string: it would
-    loop over the characters of one. vLLM and SGLang look for such loops, too."""
+    """Return whether the template only takes content in parts.
+
+    It does if it loops over a message's content and never tests for a string, whose characters it would loop
+    over. vLLM and SGLang look for such loops too.
+    """
     return bool(_LOOP.search(template)) and not _ASKS.search(template)
 
 
@@ -83,7 +89,8 @@ def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template_error(error: Exception) -> str:
-    """What a template raises with `raise_exception` stands alone; other errors begin with their names."""
+    """Return an error's text. What a template raises with `raise_exception` stands alone; others begin with
+    their names."""
     from jinja2 import TemplateError
 
     text = str(error)[:1000].encode(errors="replace").decode()  # a template may write lone surrogates
@@ -93,7 +100,7 @@ def _template_error(error: Exception) -> str:
 
 
 class _Deadline:
-    """Raises RenderTooLong in the thread that entered it, once its seconds are up."""
+    """A context whose thread gets RenderTooLong once its seconds are up."""
 
     def __init__(self, seconds: float):
         self._thread = threading.get_ident()
@@ -110,7 +117,7 @@ class _Deadline:
     ) -> None:
         with self._lock:
             self._over = True
-            _raise_in(self._thread, None)  # one that is still to come
+            _raise_in(self._thread, None)  # cancels an exception that has not been raised yet
         self._timer.cancel()
 
     def _interrupt(self) -> None:
@@ -124,15 +131,15 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
-_NOT_WHOLE = "�"  # what half a character is decoded as
-_CONTEXT = 8  # tokens before a piece of text that it is decoded with
+_NOT_WHOLE = "�"  # the decoding of an incomplete character
+_CONTEXT = 8  # tokens of context with which a piece of text is decoded
 
 
 class ChatTokenizer:
-    """A model folder's tokenizer as transformers loads it, and the tokens that end what the model says."""
+    """A model folder's tokenizer as transformers loads it, with the tokens that end a model's turn."""
 
     def __init__(self, folder: Path):
-        """Raises BadRequest for a folder without a tokenizer, or with one that cannot be read."""
+        """Load the tokenizer. Raises BadRequest for a folder without one, or with one that cannot be read."""
         try:
             self._tokenizer = tokenizer_files.load(folder)
         except tokenizer_files.TokenizerError as error:
@@ -142,13 +149,13 @@ class ChatTokenizer:
         self._backend = self._tokenizer.backend_tokenizer
         self._special = frozenset(self._tokenizer.all_special_ids)
         self.token_bytes = TokenBytes(lambda: self._backend)
-        """The exact bytes of a token, which may be a part of a character."""
-        own = self._tokenizer.eos_token_id  # where no file names it, the one of the tokenizer's class
+        """The exact bytes of a token, which may be part of a character."""
+        own = self._tokenizer.eos_token_id  # the default of the tokenizer's class, if no file names another
         ends = tokenizer_files.end_tokens(folder)
         self.end_tokens = [*ends, own] if isinstance(own, int) and own not in ends else [*ends]
 
     def description(self) -> dict[str, Any]:
-        """A `tokenizer.json` with all tokens, and what transformers says beside it."""
+        """Return a `tokenizer.json` with all tokens, and what transformers adds to it."""
         tokenizer = self._tokenizer
         ids = ("pad_token_id", "eos_token_id", "bos_token_id")
         return json.loads(self._backend.to_str()) | {
@@ -160,7 +167,7 @@ class ChatTokenizer:
         }
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises BadRequest for a text that the vocabulary cannot write."""
+        """Return the tokens of a text. Raises BadRequest if the vocabulary cannot write it."""
         try:
             # The batch call lets other threads run meanwhile.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -169,30 +176,33 @@ class ChatTokenizer:
             raise BadRequest(f"the model's tokenizer does not take this text: {said}") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of tokens that begin one."""
+        """Return the text of tokens at the beginning of a text."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def continuation(
         self, before: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool = True
     ) -> str:
-        """The text that `tokens` add to that of the tokens `before` them.
+        """Return the text that `tokens` add to that of the tokens `before` them.
 
-        Decoders of sentencepiece's kind strip a space at the beginning of a text, so a sample that is
-        decoded without its prompt loses it.
+        Decoders of sentencepiece's kind strip a space at the beginning of a text, so a sample decoded without
+        its prompt would lose it.
         """
         tail: Sequence[int] = before[-_CONTEXT:]
         before_text = self.decode(tail, skip_special_tokens)
-        while not before_text and len(tail) < len(before):  # none of them is written: look further back
+        while not before_text and len(tail) < len(before):  # none of them has text: look further back
             tail = before[-2 * len(tail) :]
             before_text = self.decode(tail, skip_special_tokens)
         whole = self.decode([*tail, *tokens], skip_special_tokens)
-        for beginning in (before_text, before_text.rstrip(_NOT_WHOLE)):  # may end within a character
+        for beginning in (
+            before_text,
+            before_text.rstrip(_NOT_WHOLE),
+        ):  # the text before may end within a character
             if whole.startswith(beginning):
                 return whole[len(beginning) :]
         return self.decode(tokens, skip_special_tokens)
 
     def matched_text(self, tokens: Sequence[int]) -> str:
-        """All that tokens write, special ones too: the text that stop strings are looked for in."""
+        """Return the text of all tokens, including special ones, in which stop strings are searched."""
         return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
 
     def token(self, token: int) -> str:
@@ -204,32 +214,36 @@ class ChatTokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
 
     def lengths(self, tokens: Sequence[int]) -> list[int]:
-        """How many characters of the text each token begins; special tokens are not part of the text."""
+        """Return how many characters of the text each token begins; special tokens are not part of the
+        text."""
         return [0 if token in self._special else _characters(self.token_bytes(token)) for token in tokens]
 
     def conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
-        """The tokens of `written`."""
+        """Return the tokens of `written`."""
         return self.encode_written(self.written(turns, **variables))
 
     def written(self, turns: list[dict[str, Any]], /, **variables: Any) -> str:
-        """The text of a conversation that the model is to go on with.
+        """Return the text of a conversation that the model continues.
 
-        `variables` are further ones of the template, as `apply_chat_template` takes them: `tools`,
-        `documents`, `enable_thinking`. Raises BadRequest for a conversation that the template does not take.
+        `variables` are further variables of the template, as `apply_chat_template` takes them: `tools`,
+        `documents`, `enable_thinking`. Raises BadRequest for a conversation that the template refuses.
         """
         return rendered(self._tokenizer, turns, variables)
 
     def encode_written(self, text: str) -> list[int]:
-        """The tokens of what a template has written, special ones included. Raises BadRequest."""
+        """Return the tokens of a template's text, including special ones. Raises BadRequest."""
         return self.encode(text, add_special_tokens=False)
 
 
 def _characters(utf8: bytes) -> int:
-    """How many begin in it."""
+    """Return how many characters begin in these bytes."""
     return sum(byte & 0xC0 != 0x80 for byte in utf8)
 
 
 @lru_cache(maxsize=16)
 def of_folder(folder: Path) -> ChatTokenizer:
-    """Read once. The first call in a process takes seconds: make it in a thread. Raises BadRequest."""
+    """Return the folder's tokenizer, which is read once.
+
+    The first call in a process takes seconds: make it in a thread. Raises BadRequest.
+    """
     return ChatTokenizer(folder)

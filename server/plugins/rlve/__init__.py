@@ -1,1 +1,1 @@
-"""Reinforcement learning that the server runs itself, in environments that can verify an answer."""
+"""Reinforcement learning that the server runs itself, in environments that verify answers."""

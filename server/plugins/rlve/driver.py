@@ -1,13 +1,11 @@
-"""One model's training: a client that lives in the server.
+"""The driver of one model's training: a client that lives in the server.
 
 A step saves the model's weights for sampling, samples groups, trains on them (`forward_backward`,
-`optim_step`), and is counted in the transaction that accepts its `optim_step`. All of it goes the way of
-clients' requests: accepted by the ledger, admitted and counted as the owner's. Every operation has a key made
-of the model, the step and the attempt, and so one that is asked again, after a kill, is the first one. A step
-that cannot be gone on with begins again under the next attempt's keys, without the gradients of the one
+`optim_step`), and is recorded in the transaction that accepts its `optim_step`. All requests take the path of
+clients' requests: the ledger accepts them, and they are admitted and counted as the owner's. Every operation
+has a key made of the model, the step and the attempt, so one that is repeated after a kill is the first one.
+A step that cannot continue starts again with the keys of the next attempt, without the gradients of the one
 before.
-
-How the server's own client bears being told to wait.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ _UNREADABLE_SECONDS = 5.0
 
 
 async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
-    """Again later, as clients do, while the server says so."""
+    """Call `ask` until the server accepts, waiting between tries as clients do."""
     while True:
         try:
             return await ask()
@@ -60,16 +58,16 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
         await asyncio.sleep(seconds)
 
 
-_WAVES = 8  # of prompts, in search of some whose samples differ
+_WAVES = 8  # waves of prompts to try, until enough groups have samples that differ
 
 
 class _BeginAgainError(Exception):
-    """What the step has done so far cannot be found any more."""
+    """The step cannot continue, because something it made is no longer available."""
 
 
 @dataclass
 class Progress:
-    """After `step` steps; the next one is begun for the `attempt`-th time, from 0."""
+    """The number of finished steps, and how often the next one was begun before (`attempt`, from 0)."""
 
     step: int
     attempt: int
@@ -78,8 +76,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingClient:
-    """What clients do over HTTP, for a client that lives in the server. `tell(model_id, metrics)` reports
-    metrics of a model's next step."""
+    """What clients do over HTTP, for a client that lives in the server.
+
+    `tell(model_id, metrics)` reports metrics of a model's next step.
+    """
 
     ledger: Ledger
     operations: Operations
@@ -91,6 +91,8 @@ class TrainingClient:
 
 
 class Driver:
+    """Runs the steps of one model."""
+
     def __init__(
         self,
         client: TrainingClient,
@@ -113,7 +115,8 @@ class Driver:
         self._sampler_now: Sampler | None = None
 
     async def drive(self) -> bool:
-        """Whether all steps are done; or it was told to stop. Raises BadRequest for what failed."""
+        """Run steps until all are done (True) or it is told to stop (False). Raises BadRequest if one
+        fails."""
         await self._created()
         while self.progress.step < self._config.num_rollout:
             if self.stopping.is_set() and not await self._is_training():
@@ -136,7 +139,7 @@ class Driver:
 
     async def _created(self) -> None:
         creation = await self._client.operations.find(self.run.owner, self.run.create_message.request_id)
-        assert creation is not None  # the ledger keeps creations
+        assert creation is not None  # the ledger never drops creations
         await self._output(creation)
 
     async def _step(self, step: int) -> bool:
@@ -170,7 +173,7 @@ class Driver:
         sampling: asyncio.Task[list[Group]] = asyncio.ensure_future(self._sampled(step))
         stopped = asyncio.ensure_future(self.stopping.wait())
         try:
-            # What has begun to train is ended: its gradients would be the next step's.
+            # A step that has begun to train is finished, or its gradients would count for the next step.
             until = {sampling} if await self._is_training() else {sampling, stopped}
             await asyncio.wait(until, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -190,7 +193,7 @@ class Driver:
         return await patiently(lambda: self._client.ledger.read(find)) is not None
 
     async def _sampled(self, step: int) -> list[Group]:
-        """All groups that were sampled, in their order."""
+        """Sample the step's groups, in their order."""
         if self.progress.attempt:
             drop = messages.DropGradients("", self.run.id)
             await self._output(await self._operation("drop_gradients", drop))
@@ -223,7 +226,7 @@ class Driver:
         return live.sampler
 
     async def _forget_sampler(self) -> None:
-        """Its samples are all there, or nobody wants them."""
+        """Delete the step's sampler once its samples are there or no longer needed."""
         if self._sampler_now is not None:
             sampler, self._sampler_now = self._sampler_now, None
             await patiently(lambda: self._client.samplers.forget(sampler))
@@ -279,7 +282,7 @@ class Driver:
     async def _train(
         self, groups: list[Group], metrics: dict[str, Any], count: Callable[[Connection], None]
     ) -> dict[str, float]:
-        """`count` is done in the transaction that accepts the step."""
+        """Train on the groups. `count` runs in the transaction that accepts the step."""
         data = [datum for group in groups for datum in datums(group, self._config.reward_key)]
         gradients = messages.ForwardBackward(
             "", self.run.id, data, self._config.loss_fn, self._config.loss_config
@@ -307,7 +310,7 @@ class Driver:
         return f"rlve/{self.run.id}/{self.progress.step + 1}/{self.progress.attempt}/{kind}"
 
     async def _output(self, operation: Operation) -> messages.Output:
-        """Raises BadRequest for an operation that failed."""
+        """Wait for an operation's output. Raises BadRequest if it failed."""
         await operation.finished.wait()
         if operation.expired:
             raise _BeginAgainError

@@ -26,11 +26,13 @@ EXECUTING = frozenset(
         *("puzzle24", "simple_integration", "spiral_matrix", "string_insertion"),
     }
 )
-"""Environments that score an answer by running it (`eval`, or sympy's parser, which is made of it): what a
-model says, and so what its client wants it to say, would be code on the server."""
+"""Environments that score an answer by running it (`eval`, or sympy's parser, which uses it).
+
+A model's output, which its client can steer, would be code on the server.
+"""
 _LINE_BYTES = 64 << 20
-_FIRST_SECONDS, _SECONDS = 120.0, 30.0  # for an answer: with the library's import, and without
-_UNUSED_SECONDS = 60.0  # after which the process ends: it takes some hundred MiB
+_FIRST_SECONDS, _SECONDS = 120.0, 30.0  # to answer, with and without importing the library
+_UNUSED_SECONDS = 60.0  # after which the process is stopped, because it holds some hundred MiB
 _PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
@@ -39,23 +41,27 @@ def installed() -> bool:
 
 
 class NotMadeError(ApiError):
-    """The library made no problem of these numbers."""
+    """The library could not make this problem."""
 
 
 class Problem(NamedTuple):
+    """A problem, as the numbers that it is made of."""
+
     environment: str
     level: int
     seed: int
 
 
 class Environments:
+    """The process with the library, and the questions to it."""
+
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._one_at_a_time = asyncio.Lock()
         self._unused: asyncio.TimerHandle | None = None
 
     async def highest_level(self, name: str) -> int:
-        """Raises BadRequest for an environment that cannot be had here."""
+        """Return an environment's highest level. Raises BadRequest if the environment cannot be used here."""
         if not installed():
             raise BadRequest(
                 "rlve_config.enabled: this server is without reasoning-gym; its operator can install it"
@@ -67,7 +73,9 @@ class Environments:
             )
         try:
             highest: int = await self._asked({"levels": name})
-            while highest and not await self._makes(Problem(name, highest, 0)):  # the library says too much
+            while highest and not await self._makes(
+                Problem(name, highest, 0)
+            ):  # the library's number may be too high
                 highest -= 1
             await self.question(Problem(name, 0, 0))
         except NotMadeError as error:
@@ -85,11 +93,11 @@ class Environments:
         return True
 
     async def question(self, problem: Problem) -> str:
-        """Raises NotMadeError."""
+        """Return a problem's question. Raises NotMadeError."""
         return await self._asked({"problem": problem})
 
     async def scores(self, problem: Problem, answers: list[str | None]) -> list[float]:
-        """Within 0 and 1, where 1 is right. Answers that cannot be scored in time are wrong."""
+        """Score answers between 0 and 1 (right). Answers that cannot be scored in time are wrong."""
         try:
             return await self._asked({"problem": problem, "answers": answers})
         except NotMadeError as error:
@@ -97,7 +105,7 @@ class Environments:
             return [0.0] * len(answers)
 
     async def _asked(self, request: dict[str, Any]) -> Any:
-        """Raises NotMadeError for what the library refuses, or does not answer in time."""
+        """Send a request to the process. Raises NotMadeError if the library refuses it or takes too long."""
         async with self._one_at_a_time:
             if self._unused is not None:
                 self._unused.cancel()
@@ -111,7 +119,7 @@ class Environments:
                 line = await asyncio.wait_for(process.stdout.readline(), seconds)
             except (TimeoutError, ConnectionError, ValueError):
                 line = b""
-            except asyncio.CancelledError:  # its answer would be taken for the next one's
+            except asyncio.CancelledError:  # its answer would be taken for that of the next request
                 self.close()
                 raise
             if not line:
@@ -131,7 +139,7 @@ class Environments:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
-                # Sets have the same order in every process, so that the same numbers make the same problem.
+                # Gives sets the same order in every process, so that the same numbers make the same problem.
                 env=kept | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"},
                 limit=_LINE_BYTES,
             )
@@ -140,7 +148,7 @@ class Environments:
         return self._process
 
     def close(self) -> None:
-        """Ends the process; the next question begins another one."""
+        """Stop the process; the next question starts another one."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -155,7 +163,7 @@ class Environments:
 
 
 def highest_level(name: str) -> int:
-    """0 for an environment without a curriculum."""
+    """Return an environment's highest level; 0 for one without a curriculum."""
     from reasoning_gym.factory import CURRICULA
 
     if name not in CURRICULA:
@@ -164,7 +172,7 @@ def highest_level(name: str) -> int:
 
 
 def dataset(name: str, level: int, seed: int) -> Any:
-    """Of one problem, that of this level alone."""
+    """Make a dataset of one problem of exactly this level."""
     from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
     from reasoning_gym.factory import CURRICULA, DATASETS, create_dataset
 
@@ -178,7 +186,7 @@ def dataset(name: str, level: int, seed: int) -> Any:
 
 
 def answered(request: dict[str, Any]) -> Any:
-    """Raises whatever the library does."""
+    """Answer one request. Raises whatever the library does."""
     if "levels" in request:
         return highest_level(request["levels"])
     problems = dataset(*request["problem"])
@@ -189,15 +197,15 @@ def answered(request: dict[str, Any]) -> Any:
 
 
 def _score(problems: Any, entry: dict[str, Any], answer: str | None) -> float:
-    """An answer that the library cannot read is a wrong one."""
+    """Score an answer; one that the library cannot read is wrong."""
     try:
         return min(1.0, max(0.0, float(problems.score_answer(answer, entry))))
-    except Exception:  # whatever a text may do to a parser
+    except Exception:  # a text may make a parser raise anything
         return 0.0
 
 
 def main() -> None:
-    # What the library prints must not get among the answers.
+    # Text that the library prints must not come between the answers.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -34,8 +34,11 @@ from .environments import Environments, NotMadeError, Problem
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Of one environment. `samples` at the top since the last check, of which `right` were right;
-    `accuracy` is that of the last check."""
+    """The difficulty of one environment.
+
+    `samples` at the top since the last check, of which `right` were right; `accuracy` is that of the last
+    check.
+    """
 
     top: int
     highest: int
@@ -47,7 +50,8 @@ class Difficulty:
         return range(max(0, self.top - size + 1), self.top + 1)
 
     def counted(self, outcomes: Iterable[tuple[int, int, int]], enough: int, threshold: float) -> Difficulty:
-        """After further problems, each a level, a number of samples, and how many of them were right."""
+        """Return the difficulty after more problems, each a level, its number of samples and how many were
+        right."""
         at_top = [(samples, right) for level, samples, right in outcomes if level == self.top]
         samples = self.samples + sum(each for each, _ in at_top)
         right = self.right + sum(each for _, each in at_top)
@@ -61,12 +65,12 @@ class Difficulty:
         return asdict(self)
 
 
-_STD_EPSILON = 1e-6  # as Miles adds it
+_STD_EPSILON = 1e-6  # as in Miles
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A problem, and the seed that its samples are drawn with."""
+    """A problem, and the seed of its samples."""
 
     problem: Problem
     sampling_seed: int
@@ -90,7 +94,7 @@ class Group:
 
 
 def draws(config: RlveConfig, difficulties: Mapping[str, Difficulty], step: int, wave: int) -> Iterator[Draw]:
-    """As many as are asked for: an environment, a level of its window and the seeds, all uniform."""
+    """Draw problems without end: an environment, a level in its window, and the seeds, all uniform."""
     rng = random.Random(f"{config.seed}/{step}/{wave}")
     while True:
         name = rng.choice(config.environment_list)
@@ -99,21 +103,22 @@ def draws(config: RlveConfig, difficulties: Mapping[str, Difficulty], step: int,
 
 
 def differ(rewards: Sequence[float]) -> bool:
-    """Whether there is anything to learn from the group."""
+    """Return whether the rewards differ, so that there is something to learn from the group."""
     return statistics.pstdev(rewards) > _STD_EPSILON
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """(r - mean) / (std + 1e-6) over the samples of a prompt, std with n - 1.
+    """Return (r - mean) / (std + 1e-6) over the samples of a prompt, std with n - 1.
 
-    Source: Shao et al. 2024, "DeepSeekMath" (arXiv:2402.03300), section 4.1.2; what is added is Miles's.
+    Source: Shao et al. 2024, "DeepSeekMath" (arXiv:2402.03300), section 4.1.2; the 1e-6 is from Miles.
     """
     mean, std = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (std + _STD_EPSILON) for reward in rewards]
 
 
 def datums(group: Group, reward_key: str) -> list[messages.Datum]:
-    """Position i predicts token i + 1; what predicts the prompt has log-prob and advantage 0."""
+    """Make the datums of a group. Position i predicts token i + 1; log-prob and advantage are 0 within the
+    prompt."""
     each = zip(group.sequences, advantages(group.rewards(reward_key)), strict=True)
     return [_datum(group.prompt, sequence, advantage) for sequence, advantage in each]
 
@@ -137,7 +142,8 @@ def _datum(prompt: list[int], sequence: messages.SampledSequence, advantage: flo
 def of_step(
     step: int, groups: Sequence[Group], trained: int, difficulties: Mapping[str, Difficulty]
 ) -> dict[str, Any]:
-    """Of all that was sampled for it; `trained` of the groups were trained on. `difficulties` after it."""
+    """Return the metrics of a step: all its groups, how many of them were trained on, and the difficulties
+    after it."""
     lengths = [len(sequence.tokens) // 4 for group in groups for sequence in group.sequences]
     environments = {}
     for name, difficulty in difficulties.items():
@@ -154,7 +160,7 @@ def of_step(
 
 
 def _means(groups: Sequence[Group]) -> dict[str, float]:
-    """Of samples; nothing of none."""
+    """Return the mean reward and accuracy of the samples; nothing without groups."""
     if not groups:
         return {}
     return {
@@ -164,7 +170,7 @@ def _means(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """For a logger of numbers: `rlve/reward_mean`, `rlve/<environment>/accuracy`."""
+    """Flatten the metrics for a logger of numbers: `rlve/reward_mean`, `rlve/<environment>/accuracy`."""
     numbers = {f"rlve/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
     for environment, own in metrics["environments"].items():
         numbers |= {f"rlve/{environment}/{name}": value for name, value in own.items()}
@@ -178,7 +184,7 @@ _ASKED_AS = {
     "\\boxed{}": "in \\boxed{}",
     "none": "alone, without anything else",
 }
-# As base models are asked since DeepSeek-R1-Zero (arXiv:2501.12948, table 1), in the form of TinyZero.
+# The prompt of DeepSeek-R1-Zero (arXiv:2501.12948, table 1) for base models, in the form of TinyZero.
 _CONVERSATION = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
     "Assistant first thinks about it in <think> </think> tags, and then gives the final answer {where}.\n"
@@ -190,7 +196,7 @@ _TURN = "{question}\n\nGive the final answer {where}."
 def prompt(
     question: str, preprocessor: PromptPreprocessor, marker: AnswerMarker, tokenizer: ChatTokenizer
 ) -> list[int]:
-    """Tokens. Raises BadRequest for a model without the chat template that is asked for."""
+    """Return the tokens of a prompt. Raises BadRequest if the model lacks the chat template that it needs."""
     where = _ASKED_AS[marker]
     if preprocessor == "TinyZero":
         return tokenizer.encode(_CONVERSATION.format(question=question, where=where))
@@ -199,7 +205,7 @@ def prompt(
 
 
 def answer(text: str, marker: AnswerMarker) -> str | None:
-    """The last one that is marked; None: there is none."""
+    """Return the last marked answer in a text; None if there is none."""
     if marker == "none":
         return text.strip()
     if marker == "\\boxed{}":
@@ -209,7 +215,7 @@ def answer(text: str, marker: AnswerMarker) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """What is in the last box, which may have braces in it."""
+    """Return the content of the last box, which may contain braces."""
     begin = text.rfind("\\boxed{")
     if begin < 0:
         return None
@@ -225,7 +231,7 @@ _DRAWS_PER_PROMPT = 10  # some problems cannot be made, or are too long
 
 
 class Problems:
-    """`max_tokens`: of a prompt and its answer together."""
+    """The prompts of problems for one model. `max_tokens` bounds a prompt and its answer together."""
 
     def __init__(self, config: RlveConfig, environments: Environments, folder: Path, max_tokens: int):
         self.tokenizer = of_folder(folder)
@@ -234,14 +240,17 @@ class Problems:
         self._max_tokens = max_tokens
 
     def room(self, tokens: list[int]) -> int:
-        """For an answer to the prompt; 0 or less: none."""
+        """Return how many tokens an answer to the prompt may have; 0 or less: none."""
         return min(self._config.rollout_max_response_len, self._max_tokens - len(tokens))
 
     async def wave(
         self, difficulties: Mapping[str, Difficulty], step: int, wave: int
     ) -> list[tuple[Draw, list[int]]]:
-        """Those of a step's wave that can be made and leave room for an answer, and their prompts. Raises
-        BadRequest if there are not enough of them."""
+        """Return the problems of a step's wave, with their prompts.
+
+        Problems that cannot be made, or leave no room for an answer, are replaced. Raises BadRequest if there
+        are not enough.
+        """
         found: list[tuple[Draw, list[int]]] = []
         drawn = itertools.islice(
             draws(self._config, difficulties, step, wave), _DRAWS_PER_PROMPT * self._config.wave

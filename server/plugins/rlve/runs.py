@@ -33,8 +33,10 @@ _STALE_SECONDS = 12 * 3600.0  # answers are dropped after a day
 
 
 class RlveRuns:
-    """Starts and stops the training of models that the server trains. A client that stops one waits for at
-    most `patience_seconds`."""
+    """Starts and stops the training of models that the server trains.
+
+    A client that stops one waits for at most `patience_seconds`.
+    """
 
     def __init__(self, client: TrainingClient, runs: Runs, base_models: BaseModels, patience_seconds: float):
         self._client = client
@@ -49,7 +51,8 @@ class RlveRuns:
         runs.ending.subscribe(self._end)
 
     async def difficulties(self, config: dict[str, Any], base_model: str) -> dict[str, Any]:
-        """What each environment begins with. Raises BadRequest for what cannot be had."""
+        """Return the initial difficulty of each environment. Raises BadRequest if something cannot be used
+        here."""
         asked = RlveConfig.model_validate(config)
         tokenizer = await asyncio.to_thread(of_folder, self._base_models.named(base_model).folder)
         prompt("?", asked.custom_prompt_preprocessor, asked.answer_marker_type, tokenizer)
@@ -65,12 +68,12 @@ class RlveRuns:
         return begin
 
     def _created(self, run: Run) -> None:
-        """A new model, which may be one to train."""
+        """Start the training of a new model that asks for it."""
         if (asked := run.configuration.get(RLVE)) is not None:
             self._begin(run, Progress(0, 0, _difficulties(asked["difficulties"])))
 
     async def take_up(self) -> None:
-        """At the server's start: those that were being trained."""
+        """Continue, at the server's start, what was being trained."""
         for active in await self._ledger.read(plugin_rows.active_runs):
             run = await self._runs.find(active.owner, active.id)
             row = await self._ledger.read(partial(plugin_rows.find_run, model_id=run.id))
@@ -81,15 +84,17 @@ class RlveRuns:
                 await self._change(run, attempt=progress.attempt)
             try:
                 self._begin(run, progress)
-            except BadRequest as error:  # the server has been started without its base model
+            except BadRequest as error:  # the server was started without its base model
                 await self._change(run, state="failed", message=error.message)
                 continue
             if row.state == "stopping":
                 self._drivers[run.id].stopping.set()
 
     async def stop(self, run: Run) -> None:
-        """Between two steps; what was sampled for the next one is left. Waits for it, for a while. Raises
-        BadRequest for a model that is not trained here."""
+        """Stop the training before the next step, and wait for that for a while.
+
+        Samples of the next step are dropped. Raises BadRequest for a model that the server does not train.
+        """
         self._asked(run)
         driver, task = self._drivers.get(run.id), self._tasks.get(run.id)
         if driver is None or task is None:
@@ -99,7 +104,7 @@ class RlveRuns:
         await asyncio.wait({task}, timeout=self._patience_seconds)
 
     async def resume(self, run: Run) -> None:
-        """From the last step that was counted. Raises BadRequest."""
+        """Continue after the last recorded step. Raises BadRequest."""
         asked = RlveConfig.model_validate(self._asked(run)["config"])
         row = await self._ledger.read(partial(plugin_rows.find_run, model_id=run.id))
         assert row is not None
@@ -114,12 +119,12 @@ class RlveRuns:
         self._begin(run, progress)
 
     def _end(self, run: Run) -> None:
-        """The model is over."""
+        """Stop the training of a model that has ended."""
         if (task := self._tasks.get(run.id)) is not None:
             task.cancel()
 
     async def described(self, run: Run) -> dict[str, Any]:
-        """As get_info tells it."""
+        """Describe the training, as get_info shows it."""
         config = RlveConfig.model_validate(self._asked(run)["config"])
 
         def read(connection: Connection) -> tuple[Any, list[dict[str, Any]]]:
@@ -147,7 +152,7 @@ class RlveRuns:
         }
 
     async def close(self) -> None:
-        """The server stops; its next start goes on."""
+        """Stop all training; the server's next start continues it."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -185,7 +190,7 @@ class RlveRuns:
             run.driven = False
             del self._drivers[run.id], self._tasks[run.id]
         log.info("model %s: its training is %s%s", run.id, state, f": {message}" if message else "")
-        await self._runs.restart_numbers(run)  # a client that goes on begins with 1
+        await self._runs.restart_numbers(run)  # a client that trains the model afterwards counts from 1
         await self._change(run, state=state, message=message)
 
     async def _change(self, run: Run, **values: Any) -> None:
@@ -200,14 +205,15 @@ def _difficulties(stored: dict[str, Any]) -> dict[str, Difficulty]:
 # --- what an `rlve_config` asks for
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "policy_loss", "ppo_loss", "drgrpo", "stable_reinforce")
-"""Those that need no more of a token than its log-prob and its advantage."""
+"""Losses that need only the log-probs and advantages of tokens."""
 _NEED_REFERENCES = ("beta", "use_tis")
 
 
 def rlve_of(
     body: wire.CreateModel, optimizer: str, settings: Settings, warnings: list[str]
 ) -> dict[str, Any] | None:
-    """None: nothing is asked for. Raises BadRequest."""
+    """Check the `rlve_config` of a new model; return what the model keeps of it, None without one. Raises
+    BadRequest."""
     config = body.rlve_config
     if config is None or not config.enabled:
         return None

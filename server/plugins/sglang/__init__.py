@@ -1,1 +1,1 @@
-"""SGLang servers beside this one: which there are, how they are, and what is sampled on them."""
+"""SGLang servers that draw samples: their registration, health, weights, and requests to them."""

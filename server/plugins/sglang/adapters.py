@@ -1,15 +1,12 @@
-"""Adapters on SGLang servers: each is loaded from its folder under a name of its own, and unloaded by LRU.
+"""Adapters on SGLang servers: loaded from their folders under names of their own, and unloaded by LRU.
 
-A name says the model and the version, and stands for one folder that never changes: so it is right whenever
-a server knows it, also when the server has evicted it and reads it again from where it was. What is not known
-to be loaded is loaded when it is first sampled; what is saved is loaded ahead of that.
+A name contains the model and the version, and stands for one folder that never changes. So it is right
+whenever a server knows it, even if the server evicted the adapter and reads it again. An adapter that is not
+known to be loaded is loaded when it is first sampled; a saved one is loaded ahead of that.
 
-Folders below the data directory as SGLang servers see them, and their names there.
-
-Whether an adapter's folder is what an SGLang server loads and computes as we do.
-
-SGLang reads q, k and v as one matrix, and gate and up; an adapter of some of them is accepted and ends the
-server at its first use. It computes lora_alpha / r whatever else the config says.
+A folder is checked before a server loads it. SGLang reads q, k and v as one matrix, and gate and up; an
+adapter of only some of them is accepted, and ends the server at its first use. SGLang always scales by
+lora_alpha / r, whatever else the config says.
 """
 
 from __future__ import annotations
@@ -35,14 +32,16 @@ from .endpoint import CannotServe, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
 
 WAIT_SECONDS = 60.0
-"""For a folder whose save was answered before it was written. An engine that died with it makes it again when
-its own sampler is asked."""
+"""How long to wait for a folder whose save was answered before it was written.
+
+If the engine died with it, sampling from the engine makes it again.
+"""
 _LOOK_SECONDS = 0.01
 EXPORTS = "exports"  # of full weights that are made for servers
 
 
 class Folders:
-    """`seen_as` is where the servers have `data_dir` mounted."""
+    """Folders below the data directory, which the servers have mounted at `seen_as`."""
 
     def __init__(self, data_dir: Path, seen_as: Path | None):
         self.data_dir = data_dir.resolve()
@@ -52,18 +51,19 @@ class Folders:
         return paths.resolve(self.data_dir, key)
 
     def there(self, key: str) -> str:
-        """The path that a server is told."""
+        """Return the path of a folder on the servers."""
         return str(self._seen_as / paths.check_key(key))
 
     def key_of(self, path_there: str) -> str | None:
-        """The key of a path that a server says; None for one that is not below our data directory."""
+        """Return the key of a server's path; None for one that is not below the data directory."""
         try:
             return paths.check_key(Path(path_there).relative_to(self._seen_as).as_posix())
         except ValueError:
             return None
 
     async def whole(self, key: str) -> Path:
-        """The folder, once it is there: folders appear whole. Raises CannotServe for one that does not."""
+        """Return the folder once it exists: folders appear complete. Raises CannotServe if it does not
+        appear."""
         folder, deadline = self.here(key), time.monotonic() + WAIT_SECONDS
         while not await asyncio.to_thread(folder.is_dir):
             if time.monotonic() > deadline:
@@ -73,7 +73,7 @@ class Folders:
 
 
 def server_name(key: str) -> str:
-    """What servers call the weights of a directory key: their model and version, and no others."""
+    """Return the servers' name for the weights of a directory key: their model and version."""
     return ".".join(part for part in key.split("/") if part not in ("checkpoints", "samplers"))
 
 
@@ -91,9 +91,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str | None:
-    """Why it cannot be loaded beside the base model with these tensors; None: it can.
+    """Return why an adapter cannot be loaded on a base model with these tensors; None if it can.
 
-    Raises OSError or ValueError for files that are not there, or damaged.
+    Raises OSError or ValueError for missing or damaged files.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
     changed = [key for key in _CHANGES_THE_FUNCTION if config.get(key)]
@@ -109,7 +109,7 @@ def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str |
     for module, shapes in sides.items():
         matrix = base.get(f"{module}.weight")
         if matrix is None and module == "lm_head":
-            matrix = base.get("model.embed_tokens.weight")  # tied
+            matrix = base.get("model.embed_tokens.weight")  # the embedding is tied
         if matrix is None:
             return f"the adapter has {module}, which the base model has not"
         out, into = matrix.shape
@@ -133,12 +133,12 @@ def _torn(modules: set[str]) -> str | None:
 log = logging.getLogger("tinsmith.inference")
 
 RECENT = 8
-"""Adapters that a server gets when it comes (back) up: those that it used last, and those saved last."""
+"""How many adapters a server gets when it starts: those it used last, and those saved last."""
 
 
 @dataclass
 class Loaded:
-    """What one server has in one life: names and the samplers that they are of, that used last comes last."""
+    """The adapters of one server in one of its lives: names and their samplers, the last used one last."""
 
     life: int
     names: OrderedDict[str, messages.SamplerRef] = field(default_factory=OrderedDict)
@@ -147,7 +147,7 @@ class Loaded:
 
 
 class Adapters:
-    """Is told by `endpoints` of new lives."""
+    """The adapters on all servers. A server that starts again is given its recent ones."""
 
     def __init__(
         self,
@@ -161,14 +161,16 @@ class Adapters:
         self._endpoints = endpoints
         self._base_models = base_models
         self._loaded: weakref.WeakKeyDictionary[Registered, Loaded] = weakref.WeakKeyDictionary()
-        self._saved: OrderedDict[messages.SamplerRef, str] = OrderedDict()  # and whose, the newest last
+        self._saved: OrderedDict[messages.SamplerRef, str] = (
+            OrderedDict()
+        )  # with their owners, the newest last
         self._tasks: set[asyncio.Task[None]] = set()
         endpoints.revived.subscribe(self._new_life)
 
     async def ensure(self, endpoint: Registered, sampler: messages.SamplerRef) -> str:
-        """The name under which the server has the adapter now; it may be loaded first, once for all who ask.
+        """Return the name of the adapter on the server, loading it first if necessary, once for all who wait.
 
-        Raises CannotServe where it never can be, EndpointDied or EndpointBusy.
+        Raises CannotServe if it can never be loaded, EndpointDied or EndpointBusy.
         """
         assert sampler.weights is not None, "a base model is no adapter"
         name, loaded = server_name(sampler.weights), self._of(endpoint)
@@ -184,12 +186,12 @@ class Adapters:
         return name
 
     def lost(self, endpoint: Registered, sampler: messages.SamplerRef) -> None:
-        """The server does not know the name any more."""
+        """Note that the server no longer knows the name."""
         assert sampler.weights is not None
         self._of(endpoint).names.pop(server_name(sampler.weights), None)
 
     def saved(self, owner: str, sampler: messages.SamplerRef) -> None:
-        """Loads it ahead of its first sample, wherever its owner's samples may go."""
+        """Load a saved adapter ahead of its first sample, on the servers that may sample it."""
         self._saved[sampler] = owner
         while len(self._saved) > RECENT:
             self._saved.popitem(last=False)
@@ -197,7 +199,7 @@ class Adapters:
             self._bring(endpoint, [sampler])
 
     def removed(self, key: str) -> None:
-        """The weights are being deleted: no server needs them any more."""
+        """Forget weights that are being deleted."""
         name = server_name(key)
         for sampler in [each for each in self._saved if each.weights == key]:
             del self._saved[sampler]
@@ -231,13 +233,13 @@ class Adapters:
             try:
                 await endpoint.client.load_lora_adapter(name, self._folders.there(sampler.weights))
             except EndpointRefused as error:
-                # Of an earlier life of this server's: a name is always of the same adapter.
+                # From an earlier life of this server: a name always means the same adapter.
                 if "already loaded" not in error.detail:
                     raise CannotServe(error.message) from None
             loaded.names[name] = sampler
 
     async def _check(self, endpoint: Registered, sampler: messages.SamplerRef) -> None:
-        """Raises CannotServe for what would end the server, or be computed otherwise than here."""
+        """Raise CannotServe for an adapter that would end the server, or be computed differently there."""
         assert sampler.weights is not None
         limits = endpoint.limits
         if limits is not None and not limits.enable_lora:
@@ -255,13 +257,13 @@ class Adapters:
             raise CannotServe(found)
 
     async def _unload(self, endpoint: Registered, name: str) -> None:
-        with contextlib.suppress(EndpointRefused):  # it has evicted it itself
+        with contextlib.suppress(EndpointRefused):  # the server had evicted it
             await endpoint.client.unload_lora_adapter(name)
 
     # --- ahead of samples
 
     def _new_life(self, endpoint: Registered) -> None:
-        """A server is new here, or restarted."""
+        """Load the recent adapters on a server that is new or has restarted."""
         before = self._loaded.get(endpoint)
         wanted = dict.fromkeys(before.names.values() if before is not None else ())
         for sampler, owner in self._saved.items():
@@ -283,7 +285,7 @@ class Adapters:
         async def quietly() -> None:
             try:
                 await work
-            except EndpointError as error:  # it will be asked again, or comes back
+            except EndpointError as error:  # tried again at the next sample, or when the server is back
                 log.info("%s", error.message)
 
         task = asyncio.ensure_future(quietly())

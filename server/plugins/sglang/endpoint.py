@@ -25,10 +25,10 @@ from ...base_models import BaseModel
 
 
 class PinnedTransport(httpx.AsyncBaseTransport):
-    """Resolves a request's host once, checks the addresses, and connects to the first that takes it.
+    """An HTTP transport that resolves a request's host once, and connects only to allowed addresses.
 
-    A name that leads to an allowed address when it is registered, and to another one later (DNS rebinding),
-    is refused then. The `Host` header and the TLS name stay as they were.
+    So a name that leads to an allowed address at its registration and elsewhere later (DNS rebinding) is
+    refused. The `Host` header and the TLS name stay the same.
     """
 
     def __init__(self, allowed: Allowed, limits: httpx.Limits):
@@ -62,26 +62,29 @@ class PinnedTransport(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
-_QUICK_SECONDS = 5.0  # to connect, and for what computes nothing
-_LOAD_SECONDS = 1800.0  # weights from a disk; an unload waits for those who use the adapter
+_QUICK_SECONDS = 5.0  # to connect, and for requests that compute nothing
+_LOAD_SECONDS = 1800.0  # to load weights from a disk; an unload waits for running requests
 _FLUSH_SECONDS = 60.0
-_NOT_FLUSHED = "cache was not flushed"  # said where the weights were updated, and their version was not
+_NOT_FLUSHED = "cache was not flushed"  # SGLang's error when weights were updated and their version was not
 _UPDATES = 5
-# Its HTTP server closes connections that are idle for five seconds; a request that is sent just then is lost.
+# SGLang closes connections after five idle seconds, and a request sent at that moment would be lost.
 _KEEPALIVE_SECONDS = 2.0
 _MESSAGE_CHARACTERS = 500
-# Bytes of answers: about itself and about weights; of samples by what was asked for, and at most.
+# Bytes of answers: about the server and weights; per token of samples, and at most.
 _PLAIN_BYTES = 1 << 20
 _TOKEN_BYTES, _MOST_BYTES = 256, 256 << 20
 _TENANT_BYTES = 64 << 20
-_LONGEST_CONTEXT = 1 << 20  # tokens, where a request names no number of them
+_LONGEST_CONTEXT = 1 << 20  # tokens, if a request has no limit
 _QUICKLY_PARSED = 64 << 10
-_MORE_PARTS = 16  # of a stream than it has tokens
+_MORE_PARTS = 16  # parts that a stream may have beyond its tokens
 
 
 class EndpointError(Exception):
-    """`message` is for the client: it names the server's URL, and never its key. `detail` may have more, of
-    what the server says; nobody but this server reads it."""
+    """A request to an SGLang server failed.
+
+    `message` is for the client: it names the server's URL, never its key. `detail` may quote the server, and
+    stays in this server.
+    """
 
     def __init__(self, message: str, detail: str = ""):
         super().__init__(message)
@@ -90,7 +93,7 @@ class EndpointError(Exception):
 
 
 class EndpointRefused(EndpointError):
-    """It lives, and does not do this."""
+    """The server is alive and refuses the request."""
 
     def __init__(self, message: str, status: int = 400, detail: str = ""):
         super().__init__(message, detail)
@@ -98,37 +101,38 @@ class EndpointRefused(EndpointError):
 
 
 class EndpointBusy(EndpointError):
-    """It lives, and has no room now."""
+    """The server is alive and has no room now."""
 
 
 class EndpointUnflushed(EndpointBusy):
-    """It has new weights with the cache of those before, and says that it has those before."""
+    """The server has new weights, but the old cache and the old version's name."""
 
 
 class EndpointDied(EndpointError):
-    """It cannot be reached, hung up or is silent. It may come back with nothing of what it had."""
+    """The server cannot be reached, closed the connection or is silent. It may restart without its
+    adapters."""
 
 
 class EndpointSilent(EndpointDied):
-    """It did not answer in time; perhaps the machine is busy."""
+    """The server did not answer in time; its machine may be busy."""
 
 
 class CannotServe(EndpointError):
-    """It cannot have these weights, or serve this request as it was asked: another has to."""
+    """The server cannot have these weights, or cannot serve this request exactly: another one has to."""
 
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
 class Room:
-    """The bytes of answers that are held at once: without limit, or those of all servers of a tenant."""
+    """The bytes of answers that may be held at once, of all servers of a tenant or without a limit."""
 
     def __init__(self, limit: float = math.inf):
         self._limit = limit
         self._held = 0
 
     def take(self, size: int) -> bool:
-        """Whether there was room."""
+        """Reserve bytes; return whether there was room."""
         if self._held + size > self._limit:
             return False
         self._held += size
@@ -139,8 +143,11 @@ class Room:
 
 
 class Endpoint:
-    """`url` has no slash at its end. `allowed`: of a tenant's server, the addresses where it may be; None: it
-    is the operator's. `room` is shared by the servers of a tenant."""
+    """The HTTP client of one SGLang server.
+
+    `url` has no slash at its end. `allowed`: the addresses that a tenant's server may have; None: it is the
+    operator's. `room` is shared by the servers of a tenant.
+    """
 
     def __init__(
         self,
@@ -171,7 +178,7 @@ class Endpoint:
     # --- how it is
 
     async def ready(self) -> bool:
-        """Whether it has loaded its model."""
+        """Return whether the server has loaded its model."""
         try:
             await self._ask("GET", "/ready")
         except EndpointError:
@@ -179,22 +186,23 @@ class Endpoint:
         return True
 
     async def model_info(self) -> dict[str, Any]:
-        """`model_path`, `weight_version` and more. Cheap, unlike `/health`, which draws a token."""
+        """Return `model_path`, `weight_version` and more. Cheap, unlike `/health`, which draws a token."""
         return _object(await self._ask("GET", "/model_info"), "/model_info")
 
     async def server_info(self) -> dict[str, Any]:
-        """All it was started with. There may be secrets in it."""
+        """Return the server's arguments, which may contain secrets."""
         return _object(await self._ask("GET", "/server_info"), "/server_info")
 
     # --- samples
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """A list also of one. As long as it takes: whoever asks watches over the server meanwhile."""
+        """Return the answers, as a list even for one. Has no time limit: the caller watches the server's
+        health."""
         answer = await self._ask("POST", "/generate", body, None, self._sample_bytes(body))
         return [_object(each, "/generate") for each in (answer if isinstance(answer, list) else [answer])]
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Each part has all there is so far."""
+        """Yield the parts of a streamed answer; each has the whole text so far."""
         parts = beside = 0
         async with self._answered("POST", "/generate", body | {"stream": True}, None) as answer:
             if answer.status_code != 200:
@@ -215,26 +223,29 @@ class Endpoint:
                 yield part
 
     async def abort_request(self, rid: str) -> None:
-        """One that has ended, or is unknown, is none."""
+        """Abort a request. Unknown and finished ones are ignored."""
         await self._ask("POST", "/abort_request", {"rid": rid})
 
     # --- weights
 
     async def load_lora_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, str]:
-        """The adapters that it has then, by name, and their folders."""
+        """Load an adapter; return all loaded ones by name, with their folders."""
         body = {"lora_name": name, "lora_path": path, "pinned": pinned}
         answer = await self._ask("POST", "/load_lora_adapter", body, _LOAD_SECONDS)
         return _object(answer, "/load_lora_adapter").get("loaded_adapters") or {}
 
     async def unload_lora_adapter(self, name: str) -> dict[str, str]:
-        """Those that it still has. Waits for requests that use it."""
+        """Unload an adapter once no request uses it; return the ones that are left."""
         answer = await self._ask("POST", "/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
         return _object(answer, "/unload_lora_adapter").get("loaded_adapters") or {}
 
     async def update_weights_from_disk(self, path: str, weight_version: str) -> dict[str, Any]:
-        """Waits for the requests that run, and flushes the cache. A tensor of another shape kills it.
+        """Load weights in place of the current ones, once the running requests have ended, and flush the
+        cache.
 
-        Raises EndpointUnflushed if it has them from some time on, and does not come to say so."""
+        A tensor of another shape ends the server. Raises EndpointUnflushed if the weights were loaded, but
+        the cache could not be flushed.
+        """
         body = {"model_path": path, "weight_version": weight_version}
         is_unflushed = False
         problem: EndpointError | None = None
@@ -245,7 +256,7 @@ class Endpoint:
                 answer = await self._ask("POST", "/update_weights_from_disk", body, _LOAD_SECONDS)
                 return _object(answer, "/update_weights_from_disk")
             except EndpointError as error:
-                # Its last request has just ended, and is not yet forgotten; or others sample there.
+                # Its last request has just ended and still counts, or others sample there.
                 is_unflushed |= isinstance(error, EndpointRefused) and _NOT_FLUSHED in error.detail
                 if not is_unflushed:
                     raise
@@ -260,7 +271,8 @@ class Endpoint:
         await self._ask("POST", "/continue_generation", {})
 
     async def flush_cache(self, patience_seconds: float) -> None:
-        """As soon as no request runs; raises EndpointBusy if one still does after so long."""
+        """Flush the cache once no request runs; raises EndpointBusy if one still does after
+        `patience_seconds`."""
         path = f"/flush_cache?timeout={patience_seconds:g}"
         try:
             await self._ask("POST", path, seconds=_QUICK_SECONDS + patience_seconds)
@@ -277,7 +289,7 @@ class Endpoint:
         seconds: float | None = _QUICK_SECONDS,
         most_bytes: int = _PLAIN_BYTES,
     ) -> Any:
-        """What it answers, within that many seconds and bytes. Raises EndpointError."""
+        """Send a request and return its answer, within that many seconds and bytes. Raises EndpointError."""
         try:
             async with asyncio.timeout(None if seconds is None else _QUICK_SECONDS + seconds):
                 async with self._answered(method, path, body, seconds) as answer:
@@ -289,7 +301,7 @@ class Endpoint:
     async def _answered(
         self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
     ) -> AsyncIterator[httpx.Response]:
-        """The answer, of which nothing has been read but its head."""
+        """Send a request; the body of its answer has not been read yet."""
         timeout = httpx.Timeout(_QUICK_SECONDS, read=seconds)
         try:
             async with self._http.stream(method, path, json=body, timeout=timeout) as answer:
@@ -302,7 +314,7 @@ class Endpoint:
             raise self._died(path, error) from None
 
     async def _lines(self, answer: httpx.Response, most_bytes: int) -> AsyncIterator[bytes]:
-        """The lines of a body. Raises EndpointRefused for one that is longer than that."""
+        """Yield the lines of a body. Raises EndpointRefused for a longer line."""
         line = bytearray()
         async for data in answer.aiter_raw():
             begin = 0
@@ -318,7 +330,7 @@ class Endpoint:
             yield bytes(line)
 
     async def _read(self, answer: httpx.Response, path: str, most_bytes: int) -> Any:
-        """What it says, None where that is nothing. Raises EndpointError."""
+        """Read an answer; None if it is empty. Raises EndpointError."""
         content = bytearray()
         try:
             async for data in answer.aiter_raw():
@@ -336,7 +348,7 @@ class Endpoint:
         raise self._refused(path, status, said)
 
     def _sample_bytes(self, body: dict[str, Any]) -> int:
-        """How long the answer may be: so much for each token, and for each likely one beside it."""
+        """Return how long the answer may be, by the tokens and top log-probs that were requested."""
         prompts = body.get("input_ids") or [0]
         known = sum(map(len, prompts)) if isinstance(prompts[0], list) else len(prompts)
         topk = body.get("top_logprobs_num") or 0
@@ -345,7 +357,7 @@ class Endpoint:
         return min(self._most_bytes, size)
 
     def _refused(self, path: str, status: int | str, said: Any) -> EndpointError:
-        """What an error of its own means. Of a tenant's server nothing that it says is in the message."""
+        """Return the exception for an error's status. Its message quotes nothing from a tenant's server."""
         message = f"{self.url}{path} is answered {status}"
         detail = f"{message}: {_reason(said)}"
         shown = detail if self.is_operators else message
@@ -361,12 +373,12 @@ class Endpoint:
     def _died(self, path: str, error: Exception) -> EndpointDied:
         kind = EndpointSilent if isinstance(error, (httpx.TimeoutException, TimeoutError)) else EndpointDied
         message = f"{self.url}{path}: {type(error).__name__}"
-        detail = f"{message} {error}".rstrip()  # it may quote what was answered
+        detail = f"{message} {error}".rstrip()  # may quote the answer
         return kind(detail if self.is_operators else message, detail)
 
 
 async def _parsed(content: bytes) -> Any:
-    """The JSON that it is; bytes that are no JSON as they are."""
+    """Parse JSON; return bytes that are not JSON unchanged."""
     try:
         if len(content) > _QUICKLY_PARSED:
             return await asyncio.to_thread(orjson.loads, content)
@@ -376,7 +388,7 @@ async def _parsed(content: bytes) -> Any:
 
 
 def _most_tokens(body: dict[str, Any]) -> int:
-    """How many tokens the requests of the body draw at most, together."""
+    """Return how many tokens the requests of the body draw at most, together."""
     params = body["sampling_params"]
     drawn = 0
     for one in params if isinstance(params, list) else [params]:
@@ -392,7 +404,7 @@ def _object(said: Any, path: str) -> dict[str, Any]:
 
 
 def _reason(said: Any) -> str:
-    """Of the shapes that errors have."""
+    """Return the message of an error, whichever shape it has."""
     if isinstance(said, dict):
         found = said.get("error") or said.get("error_message") or said.get("message") or said
         said = found.get("message", found) if isinstance(found, dict) else found
@@ -404,10 +416,10 @@ def _reason(said: Any) -> str:
 # --- limits
 
 CUT_TOKENS = 2
-"""By so many it ends a sequence before its context, or its pages of keys and values, are full."""
-_MOST_CHARACTERS, _MOST_TARGETS = 1024, 256  # of what is remembered
-_MORE_THAN_INPUT = 6  # tokens are in the context of 0.5.23 than it says in `max_req_input_len`
-# Of config.json: what makes another model of it.
+"""SGLang ends a sequence this many tokens before its context, or its KV cache, is full."""
+_MOST_CHARACTERS, _MOST_TARGETS = 1024, 256  # of reported values
+_MORE_THAN_INPUT = 6  # tokens that SGLang 0.5.23's context has beyond its `max_req_input_len`
+# The fields of config.json that must be equal.
 _ARCHITECTURE = (
     "vocab_size",
     "hidden_size",
@@ -421,8 +433,11 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """`context_length`: tokens of a sequence, its prompt included; `max_input`: prompts have fewer than that.
-    None: it has no limit, or does not say."""
+    """What a server can do, as it reports it.
+
+    `context_length`: tokens of a sequence with its prompt; `max_input`: prompts must be shorter than that.
+    None: no limit, or unknown.
+    """
 
     model_path: str
     served_name: str
@@ -439,18 +454,20 @@ class Limits:
     tp_size: int
     deterministic: bool
     version: str
-    tempered: bool = True  # its log-probs are those of the tempered distribution
+    tempered: bool = True  # whether log-probs are of the tempered distribution
 
     @property
     def longest(self) -> int | None:
-        """The tokens of a sequence that it is sure not to cut short."""
+        """The tokens of a sequence that the server surely does not cut short."""
         known = [each for each in (self.context_length, self.max_total_tokens) if each is not None]
         return min(known) - CUT_TOKENS if known else None
 
 
 def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits:
-    """Raises TypeError or ValueError for what no SGLang says. A server of our own kind says no number of
-    tokens; one that asked itself, by whatever name, would never end."""
+    """Read a server's limits. Raises TypeError or ValueError for answers that are not SGLang's.
+
+    A Tinsmith server reports no number of tokens, and is refused: one that called itself would never end.
+    """
     if "max_total_num_tokens" not in server_info:
         raise ValueError("it says no max_total_num_tokens")
     said = server_info
@@ -478,9 +495,11 @@ _PROBE_SECONDS = 60.0
 
 
 async def are_tempered(client: Endpoint) -> bool:
-    """Whether its log-probs are of the tempered distribution. That is SGLang's default, which the environment
-    that it was started in may change; it does not say so, but at temperature 0.5 differences of log-probs are
-    twice those at 1. Raises EndpointError."""
+    """Return whether the server's log-probs are of the tempered distribution.
+
+    That is SGLang's default, which its environment may change without a trace. At temperature 0.5,
+    differences of log-probs are then twice those at 1. Raises EndpointError.
+    """
     spreads = []
     for temperature in (1.0, 0.5):
         params = {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True}
@@ -496,7 +515,7 @@ async def are_tempered(client: Endpoint) -> bool:
 
 
 def _text(value: Any) -> str:
-    """What a server says in a few words; what is longer is cut."""
+    """Return a value as text, cut to a maximal length."""
     return str(value or "")[:_MOST_CHARACTERS]
 
 
@@ -505,7 +524,7 @@ def _number(said: dict[str, Any], name: str) -> int | None:
 
 
 def base_model_of(limits: Limits, base_models: Iterable[BaseModel]) -> str | None:
-    """The one that it says it has: by folder, hub id or name."""
+    """Return the base model that the server reports, by folder, hub id or name."""
     names = {limits.model_path, limits.served_name} - {""}
     for model in base_models:
         if names & {model.name, model.hub_id or model.name, str(model.folder)}:
@@ -514,8 +533,11 @@ def base_model_of(limits: Limits, base_models: Iterable[BaseModel]) -> str | Non
 
 
 def mismatch(limits: Limits, model: BaseModel, is_operators: bool) -> str | None:
-    """Why it cannot sample this base model. What its weights are of is compared where one of the operator's
-    names a folder of this machine; a tenant's could name any."""
+    """Return why the server cannot sample this base model; None if it can.
+
+    Architectures are compared if an operator's server names a folder of this machine. A tenant's could name
+    any folder.
+    """
     theirs = _config(Path(limits.model_path)) if is_operators else {}
     ours = _config(model.folder)
     for name in _ARCHITECTURE if theirs else ():
@@ -527,7 +549,7 @@ def mismatch(limits: Limits, model: BaseModel, is_operators: bool) -> str | None
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Empty where there is none."""
+    """Read config.json; empty if there is none."""
     try:
         found = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):

@@ -54,8 +54,8 @@ log = logging.getLogger("tinsmith.inference")
 
 CHECK_SECONDS = 2.0
 DEFAULT_VERSION = "default"
-"""What SGLang calls the weights that it was started with."""
-_FAILED_CHECKS = 3  # in a row: a busy machine is no dead server
+"""SGLang's version name of the weights that it was started with."""
+_FAILED_CHECKS = 3  # in a row: a busy server may be slow, which alone does not mean that it is dead
 _VERSION_CHARACTERS = 128
 _FLAPPING_SECONDS = 600.0
 _OUT_SECONDS = (0.0, 2.0, 5.0, 15.0, 60.0)  # after the first death within that time, the second, ...
@@ -65,9 +65,12 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Registered:
-    """One server. `owner` None: the operator's. `base_model` None: not known yet. `life` grows by one each
-    time that it comes up: what had been loaded may be gone. `weights` is the key of those that it has been
-    given in place of its base model's, `weight_version` what it calls them."""
+    """One registered server and its state.
+
+    `owner` None: the operator's. `base_model` None: not known yet. `life` grows by one each time the server
+    comes up, which may have lost its adapters. `weights` is the key of weights that replace its base model's,
+    `weight_version` the server's name for them.
+    """
 
     client: Endpoint
     owner: str | None
@@ -102,7 +105,7 @@ class Registered:
 
     @asynccontextmanager
     async def sampling(self) -> AsyncIterator[None]:
-        """A sample runs there, and its weights stay what they are."""
+        """Hold the server's weights while a sample runs there."""
         while self._is_exclusive:
             await self._turn.wait()
         self.running += 1
@@ -114,7 +117,7 @@ class Registered:
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        """Our samples there have ended, and others wait."""
+        """Wait until our samples there have ended, and hold back others."""
         while self._is_exclusive:
             await self._turn.wait()
         self._is_exclusive = True
@@ -131,7 +134,7 @@ class Registered:
         self._turn = asyncio.Event()
 
     async def while_up(self, asked: Awaitable[T]) -> T:
-        """What is asked of it. Raises EndpointDied as soon as it is known to be down."""
+        """Await a request to the server. Raises EndpointDied as soon as the server is known to be down."""
         task, down = asyncio.ensure_future(asked), asyncio.ensure_future(self._down.wait())
         try:
             await asyncio.wait({task, down}, return_when=asyncio.FIRST_COMPLETED)
@@ -145,11 +148,11 @@ class Registered:
     # --- how it is
 
     def holds(self, weights: str | None, weight_version: str) -> None:
-        """What it has, or is to have before it is used again."""
+        """Set the weights that the server has, or must have before it is used again."""
         self.weights, self.weight_version = weights, weight_version
 
     def eject(self, why: str) -> None:
-        """Out of use until the next good check; what it samples is lost."""
+        """Take the server out of use until the next good check; its running samples are lost."""
         if self.reachable:
             log.warning("%s is out of use: %s", self.client.url, why)
         self.leave(why)
@@ -160,7 +163,7 @@ class Registered:
         self._down.set()
 
     def died(self, why: str) -> None:
-        """As `eject`, and for longer if it was so lately."""
+        """Eject the server, for longer if it died recently."""
         if self.reachable:
             now = time.monotonic()
             self._deaths = [at for at in self._deaths if now - at < _FLAPPING_SECONDS] + [now]
@@ -176,7 +179,8 @@ class Registered:
         self._down = asyncio.Event()
 
     def check_failed(self, error: EndpointError) -> None:
-        """One that hangs up is not what it was; one that is slow is asked a few times more."""
+        """Note a failed check. A closed connection ejects the server at once, slowness only after a few
+        checks."""
         self._failed_checks += 1
         is_slow = isinstance(error, (EndpointSilent, EndpointBusy))
         if not self.reachable:
@@ -189,11 +193,11 @@ class Registered:
 
 
 class Endpoints:
-    """The SGLang servers that are registered, and their health.
+    """The registered servers and their health.
 
-    Events: `revived(endpoint)` when one is healthy, or healthy again with nothing that it was given in an
-    earlier life; `other_weights(endpoint, info)`, at every check, for one that fits and has other weights
-    than it is to have, with what it says of its model.
+    Events: `revived(endpoint)` when a server is healthy for the first time or again, with none of its earlier
+    adapters; `other_weights(endpoint, info)` at every check of a server that has other weights than it
+    should, with its model's info.
     """
 
     def __init__(self, base_models: dict[str, BaseModel]):
@@ -211,7 +215,8 @@ class Endpoints:
         owner: str | None = None,
         pools: Iterable[str] | None = None,
     ) -> list[Registered]:
-        """The operator's and the owner's, of a base model (None: any), of some pools (None: all)."""
+        """Return the operator's servers and the owner's, of a base model (None: any) and some pools (None:
+        all)."""
         return [
             each
             for each in self._registered
@@ -223,25 +228,25 @@ class Endpoints:
     def of(
         self, base_model: str, owner: str | None = None, pools: Iterable[str] | None = None
     ) -> list[Registered]:
-        """Those that are healthy; the one with the fewest samples first."""
+        """Return those that are healthy, the one with the fewest samples first."""
         healthy = [each for each in self.all(base_model, owner, pools) if each.healthy]
         return sorted(healthy, key=lambda endpoint: endpoint.running)
 
     def everybody(self) -> list[Registered]:
-        """The operator's and all tenants'."""
+        """Return the servers of the operator and all tenants."""
         return list(self._registered)
 
     def find(self, owner: str | None, host: str, port: int) -> Registered | None:
-        """The owner's own."""
+        """Return the owner's own server at this address."""
         mine = (each for each in self._registered if each.owner == owner)
         return next((each for each in mine if (each.host, each.port) == (host, port)), None)
 
     def count(self, owner: str) -> int:
-        """How many are the owner's own."""
+        """Return how many servers the owner has registered."""
         return sum(each.owner == owner for each in self._registered)
 
     def add(self, endpoint: Registered) -> None:
-        """It is asked from now on."""
+        """Check the server regularly from now on."""
         self._registered[endpoint] = asyncio.ensure_future(self._watch(endpoint))
 
     async def remove(self, endpoint: Registered) -> None:
@@ -257,11 +262,11 @@ class Endpoints:
     # --- how they are
 
     def failed(self, endpoint: Registered, error: EndpointDied) -> None:
-        """Whoever sees one die says so."""
+        """Note that a server died while it was used."""
         endpoint.died(error.message)
 
     async def change(self, seconds: float) -> None:
-        """Waits until one has become healthy or was removed, no longer than that."""
+        """Wait until a server has become healthy or was removed, at most that long."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
 
@@ -270,7 +275,7 @@ class Endpoints:
         self._changed = asyncio.Event()
 
     def unchecked(self, owner: str) -> list[Registered]:
-        """Those that have not been asked yet: what they serve is not known."""
+        """Return the servers that were never checked, so that their models are unknown."""
         return [each for each in self.all(None, owner) if not each.checked.is_set()]
 
     async def _watch(self, endpoint: Registered) -> None:
@@ -279,14 +284,14 @@ class Endpoints:
                 await self.check(endpoint)
             except EndpointError as error:
                 endpoint.check_failed(error)
-            except Exception as error:  # it says what no SGLang says
+            except Exception as error:  # the answer is not SGLang's
                 shown = repr(error) if endpoint.client.is_operators else type(error).__name__
                 endpoint.eject(f"it does not answer as SGLang does: {shown}")
             endpoint.checked.set()
             await asyncio.sleep(CHECK_SECONDS)
 
     async def check(self, endpoint: Registered) -> None:
-        """Asks it how it is, and says so in `endpoint`. Raises EndpointError."""
+        """Check the server's health and weights, and note the result. Raises EndpointError."""
         info = await endpoint.client.model_info()
         endpoint.check_passed()
         if not endpoint.reachable:
@@ -321,7 +326,8 @@ class Endpoints:
 
 
 class EndpointKeys:
-    """Without the identity's file, all keys that were sealed with it have to be given again."""
+    """Encrypts the keys of tenants' servers. Without the identity's file, these keys have to be given
+    again."""
 
     def __init__(self, data_dir: Path):
         self._file = data_dir / "endpoint_identity"
@@ -339,7 +345,7 @@ class EndpointKeys:
         return base64.b64encode(encrypted).decode()
 
     def unseal(self, sealed: str) -> str | None:
-        """None for one that was sealed for another identity, or is damaged."""
+        """Decrypt a key; None if it was encrypted for another identity, or is damaged."""
         try:
             return pyrage.decrypt(base64.b64decode(sealed, validate=True), [self._identity]).decode()
         except (pyrage.DecryptError, binascii.Error, UnicodeDecodeError):
@@ -348,15 +354,15 @@ class EndpointKeys:
 
 MAX_ENDPOINTS = 64  # of a tenant
 TENANT_BYTES = 64 << 20
-"""Of answers of a tenant's servers that are held at once."""
-_ANSWER_SECONDS = 10.0  # of one that is added, until it says what it is
+"""How many bytes of answers of a tenant's servers are held at once."""
+_ANSWER_SECONDS = 10.0  # for the first check of a new server
 
-_PLAIN, _SEALED = "api_key", "sealed_key"  # fields of a key: as it is given, and as it is kept
+_PLAIN, _SEALED = "api_key", "sealed_key"  # fields of a key: as given, and encrypted
 Place = tuple[str, str, int]  # owner, host, port
 
 
 class Registry:
-    """`problems`: why some that the ledger has are not asked."""
+    """Registers and removes servers. `problems`: why some servers of the ledger are not used."""
 
     def __init__(self, settings: Settings, ledger: Ledger, endpoints: Endpoints):
         self._settings = settings
@@ -368,7 +374,7 @@ class Registry:
         self.problems: dict[Place, str] = {}
 
     async def start(self) -> None:
-        """All that there were, and those of the settings."""
+        """Register the servers of the ledger and of the settings."""
         secret = self._settings.sglang_api_key
         key = None if secret is None else secret.get_secret_value()
         for url, base_model in self._settings.sglang_urls.items():
@@ -391,7 +397,7 @@ class Registry:
             self.problems[row.owner, row.host, row.port] = problem
 
     async def _seal_keys(self) -> None:
-        """Encrypts keys that an earlier version has left in the ledger as they are."""
+        """Encrypt keys that an earlier version left in the ledger as plain text."""
         for row in await self._ledger.read(plugin_rows.all_endpoints):
             if _PLAIN in row.fields:
                 fields = self._sealed(row.fields)
@@ -406,7 +412,7 @@ class Registry:
                 )
 
     def _sealed(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields as the ledger has them: with the key encrypted."""
+        """Return the fields for the ledger, with the key encrypted."""
         kept = {name: value for name, value in fields.items() if name != _PLAIN}
         key = fields.get(_PLAIN)
         return kept if key is None else kept | {_SEALED: self._keys.seal(key)}
@@ -419,7 +425,10 @@ class Registry:
         return Registered(client, owner, fields.get("base_model"), fields.get("pool") or "default")
 
     async def add(self, owner: str, host: str, port: int, fields: dict[str, Any]) -> str | None:
-        """Why it is not there then, or None. `fields["is_this"]`: it is this server, and is not asked."""
+        """Register a tenant's server; return why that is not possible, or None.
+
+        `fields["is_this"]`: it is this server, which is listed but never called.
+        """
         if not fields["is_this"]:
             problem = await self._try(owner, host, port, fields)
             if problem is not None:
@@ -435,7 +444,8 @@ class Registry:
         return f"{MAX_ENDPOINTS} others are there"
 
     async def _try(self, owner: str, host: str, port: int, fields: dict[str, Any]) -> str | None:
-        """Registers it if it is what it should be."""
+        """Register the server if it turns out to be a suitable SGLang server; return the problem
+        otherwise."""
         where = f"{host}:{port}"
         if (host, port) not in self._allowed:
             return f"{where} may not be asked by this server: its operator has to allow it (--sglang-allow)"
@@ -456,7 +466,7 @@ class Registry:
         return f"{where} is no SGLang server to sample on: {problem}"
 
     async def remove(self, owner: str, host: str, port: int) -> bool:
-        """Whether it was there. What it samples goes elsewhere."""
+        """Remove a tenant's server; return whether it was there. Its samples are drawn elsewhere."""
         gone = await self._ledger.write(
             lambda connection: plugin_rows.remove_endpoint(connection, owner, host, port)
         )

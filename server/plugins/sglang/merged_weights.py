@@ -45,12 +45,15 @@ from .adapters import EXPORTS, Adapters, Folders, is_adapter, server_name
 from .endpoint import EndpointError, EndpointUnflushed
 from .endpoints import DEFAULT_VERSION, Endpoints, Registered
 
-_RECORD = ".json"  # beside a folder: what is in it
+_RECORD = ".json"  # describes the folder beside it
 
 
 @dataclass(frozen=True)
 class Export:
-    """`key` of the folder; `weights` is the key of what it was made of, None: the base model itself."""
+    """A folder of full weights.
+
+    `key` of the folder; `weights`: the key of the weights that it was made of; None: the base model.
+    """
 
     key: str
     base_model: str
@@ -65,21 +68,28 @@ class Export:
 
     @property
     def parameters(self) -> int:
-        """Without the scales of quantized ones."""
+        """The number of parameters, without the scales of quantized ones."""
         return sum(prod(entry.shape) for name, entry in self.tensors.items() if "_scale" not in name)
 
 
 class Exports:
+    """The folders of full weights that the engine has made."""
+
     def __init__(self, folders: Folders, engine: Supervisor, disk: Disk, base_models: dict[str, BaseModel]):
         self._base_models = base_models
         self._folders = folders
         self._engine = engine
         self._disk = disk
-        self._making: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while one is held
+        self._making: WeakValueDictionary[str, asyncio.Lock] = (
+            WeakValueDictionary()
+        )  # forgotten when nobody holds it
 
     async def make(self, sampler: messages.SamplerRef, fp8: messages.Fp8 | None) -> Export:
-        """Full weights as they are saved are such a folder already. Raises CannotServe for weights that are
-        not there, BadRequest for some that cannot be written so, Unavailable, StorageFull."""
+        """Make a folder of full weights, unless the saved weights are one already.
+
+        Raises CannotServe for missing weights, BadRequest for weights that cannot be written in this format,
+        Unavailable, StorageFull.
+        """
         key, base_model = sampler.weights, sampler.base_model
         if key is not None:
             folder = await self._folders.whole(key)
@@ -102,7 +112,7 @@ class Exports:
             return await self._read(target, base_model, key)
 
     async def find(self, key: str, base_model: str) -> Export | None:
-        """A folder that a server says it has; None if it is not here, or not of that base model."""
+        """Return the folder that a server reports; None if it is not here, or of another base model."""
         folder, weights = self._folders.here(key), key
         try:
             if key.startswith(f"{EXPORTS}/"):
@@ -115,7 +125,7 @@ class Exports:
             return None
 
     async def remove_all_but(self, needed: Collection[str]) -> None:
-        """Of those that are made here."""
+        """Remove the folders that were made here, except the needed ones."""
         making = {key for key, lock in self._making.items() if lock.locked()}
         await asyncio.to_thread(self._remove, {*needed, *making})
 
@@ -134,7 +144,7 @@ class Exports:
 
 
 def _export_key(sampler: messages.SamplerRef, base_digest: str | None, fp8: messages.Fp8 | None) -> str:
-    """The same for the same weights in the same format."""
+    """Return a key that is the same for the same weights in the same format."""
     if sampler.weights is None:
         named = f"{sampler.base_model}\0{base_digest}"
         of, version = "base", hashlib.sha256(named.encode()).hexdigest()[:16]
@@ -149,7 +159,10 @@ _HEAD = "lm_head.weight"
 
 
 def misfit(export: Export, endpoint: Registered, base: dict[str, Entry], folders: Folders) -> str | None:
-    """Why the server must not be sent it; `base` are the base model's tensors. Raises OSError, ValueError."""
+    """Return why the server must not be sent the weights; None if it may. `base`: the base model's tensors.
+
+    Raises OSError and ValueError.
+    """
     if endpoint.limits is None or not endpoint.reachable:
         return f"it cannot be reached: {endpoint.problem}"
     quantization = endpoint.limits.quantization
@@ -200,7 +213,7 @@ _AGAIN_SECONDS = (2.0, 5.0, 15.0, 60.0)  # before the second try, the third, ...
 
 @dataclass
 class Wanted:
-    """What a server is to have, and what it calls it."""
+    """The weights that a server should have, and its name for them."""
 
     export: Export
     version: str
@@ -210,8 +223,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Pushed:
-    """To one server. `problem` None: it has them. `is_mixed`: it has them, with the cache and
-    the name of what it had. `seconds`: in which it waited for samples, and loaded."""
+    """The result for one server.
+
+    `problem` None: it has the weights. `is_mixed`: it has them with the old cache and name. `seconds`: how
+    long it waited for samples, and loaded.
+    """
 
     endpoint: Registered
     problem: str | None = None
@@ -221,6 +237,8 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Synced:
+    """The result for all servers."""
+
     export: Export
     version: str
     pushed: list[Pushed]
@@ -232,7 +250,7 @@ class Synced:
 
 
 class MergedWeights:
-    """Is told by `endpoints` of servers that do not have what they are to have."""
+    """The full weights of each server; sends them again to servers that have lost them."""
 
     def __init__(
         self, folders: Folders, exports: Exports, endpoints: Endpoints, base_models: dict[str, BaseModel]
@@ -256,10 +274,11 @@ class MergedWeights:
         version: str | None = None,
         abort: bool = False,
     ) -> Synced:
-        """Brings the weights to these servers of their base model, to all of them or, where one must not have
-        them, to none. `version` is what they call it, with a number after it where that is the name of others
-        there. `abort`: samples under way there are not waited for. Raises CannotServe or ApiError for weights
-        that cannot be had."""
+        """Send the weights to all of these servers, or to none if one of them must not have them.
+
+        `version` is the servers' name for the weights; a number is added if other weights have it. `abort`:
+        do not wait for running samples. Raises CannotServe or ApiError if the weights cannot be obtained.
+        """
         times = [time.perf_counter()]
         export = await self._exports.make(sampler, fp8)
         times.append(time.perf_counter())
@@ -285,8 +304,11 @@ class MergedWeights:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _name(self, export: Export, asked: str | None, ports: set[int]) -> str:
-        """What the servers are to call it: as it was asked, unless one of them calls, or was to call, other
-        weights so. Samples are known by the name, also to who has the same server under another host."""
+        """Return the version name: the requested one, with a number if other weights have or had that name.
+
+        Samples are recognised by the name, also by others who have registered the same server under another
+        host.
+        """
         known = [self._names[port] for port in ports]
         there = (each for each in self._endpoints.everybody() if each.port in ports)
         known += [{each.weight_version: each.weights} for each in there]
@@ -331,7 +353,7 @@ class MergedWeights:
                 endpoint.eject(f"it has not taken weights: {error.message}")
                 return Pushed(endpoint, error.message, isinstance(error, EndpointUnflushed))
             wanted.failures = 0
-        with suppress(EndpointError):  # the next check is soon
+        with suppress(EndpointError):  # the next regular check is soon
             await self._endpoints.check(endpoint)
         seconds = {"waited": loading - began, "loaded": time.perf_counter() - loading}
         log.info("%s has %s after %.2f s", endpoint.client.url, wanted.version, sum(seconds.values()))
@@ -340,7 +362,7 @@ class MergedWeights:
     async def _take_back(
         self, pushed: Pushed, wanted: Wanted | None, weights: str | None, version: str
     ) -> None:
-        """No server has the new weights: those that have what they had are used again."""
+        """Return to the weights before: no server has taken the new ones."""
         endpoint = pushed.endpoint
         if wanted is None:
             self._wanted.pop(endpoint, None)
@@ -359,13 +381,15 @@ class MergedWeights:
         was_given_others = (
             wanted is not None and not wanted.failures and info.get("weight_version") != DEFAULT_VERSION
         )
-        if wanted is None or was_given_others:  # under another name of the server, say: the last ones count
+        if (
+            wanted is None or was_given_others
+        ):  # through another name of the same server, for example: the newest weights count
             self._begin(self._recognise(endpoint, info))
         elif time.monotonic() >= wanted.again_at:
             self._begin(self._again(endpoint, wanted))
 
     async def _again(self, endpoint: Registered, wanted: Wanted) -> None:
-        """It may have been started otherwise than before."""
+        """Send the weights again, after checking whether the server still fits."""
         (pushed,) = await self._checked(wanted.export, [endpoint])
         if pushed.problem is None:
             pushed = await self._push(endpoint, wanted)
@@ -373,7 +397,7 @@ class MergedWeights:
             log.warning("%s does not take %s: %s", endpoint.client.url, wanted.version, pushed.problem)
 
     async def _recognise(self, endpoint: Registered, info: dict[str, Any]) -> None:
-        """This server has restarted, that one has what it was given before."""
+        """Find out which of our folders the server has, after this server was restarted."""
         async with self._turns[endpoint.client.url]:
             key = self._folders.key_of(str(info.get("model_path")))
             if key is None or endpoint.base_model is None:
@@ -392,14 +416,17 @@ class MergedWeights:
 
 @asynccontextmanager
 async def _alone(endpoint: Registered, abort: bool) -> AsyncIterator[None]:
-    """Nobody samples there. `abort`: those who did are told that theirs have ended, and draw anew."""
+    """Keep others from sampling on the server meanwhile. `abort`: running samples are ended, and drawn
+    again."""
 
     async def end_all() -> None:
         with suppress(EndpointError):
             await endpoint.client.pause_generation("abort")
             await endpoint.client.continue_generation()
 
-    ending = asyncio.ensure_future(end_all()) if abort else None  # once `exclusive` holds new ones back
+    ending = (
+        asyncio.ensure_future(end_all()) if abort else None
+    )  # starts once `exclusive` holds back new samples
     async with endpoint.exclusive():
         if ending is not None:
             await ending
@@ -410,7 +437,8 @@ async def _alone(endpoint: Registered, abort: bool) -> AsyncIterator[None]:
 
 
 class Distribution:
-    """`settings.sglang_merge`: every sampler's weights that are saved replace those that the servers have."""
+    """Sends weights that are saved for sampling to the SGLang servers: as adapters, or merged
+    (`sglang_merge`)."""
 
     def __init__(
         self,
@@ -432,17 +460,20 @@ class Distribution:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def is_awaited(self, base_model: str, owner: str) -> bool:
-        """Whether weights that the owner saves will be sampled elsewhere."""
+        """Return whether an SGLang server will sample weights that the owner saves."""
         return bool(self._endpoints.of(base_model, owner))
 
     def own(self, owner: str, pools: Iterable[str] | None = None) -> list[Registered]:
-        """Servers that may have the owner's full weights: its own, and the operator's where it is the only
-        tenant, for the others' samples would have to go elsewhere."""
+        """Return the servers that may have the owner's full weights.
+
+        These are its own ones, and the operator's if there is no other tenant, whose samples would have to be
+        drawn elsewhere.
+        """
         alone = self._keys.tenants <= {owner}
         return [each for each in self._endpoints.all(None, owner, pools) if alone or each.owner == owner]
 
     def follow(self, operation: Operation, save: messages.ToEngine | None, base_model: str) -> None:
-        """A save that was accepted: its weights go out as soon as they are there. None: they have."""
+        """Send the weights of an accepted save once they exist. `save` None: they have been sent."""
         if save is None or not self.is_awaited(base_model, operation.owner):
             return
         assert isinstance(save, messages.SaveSampler)

@@ -38,7 +38,10 @@ from .endpoints import Registered
 
 @dataclass(frozen=True)
 class Stops:
-    """`decode` gives the text of tokens, special ones included; needed where there are `strings`."""
+    """Our rule for the end of a sequence.
+
+    `decode` returns the text of tokens, including special ones; needed with `strings`.
+    """
 
     tokens: frozenset[int]
     strings: tuple[str, ...]
@@ -46,8 +49,10 @@ class Stops:
     decode: Callable[[list[int]], str] | None = None
 
     def end(self, tokens: list[int], seen: int = 0) -> tuple[int, Literal["stop", "length"]] | None:
-        """How many tokens are the whole sequence, and why it ends there; None: it goes on. A stop wins over
-        the length. Its first `seen` tokens are known not to end it."""
+        """Return the length of the finished sequence and why it ends there; None if it goes on.
+
+        A stop wins over the length. The first `seen` tokens are known not to end it.
+        """
         at = next((i + 1 for i in range(seen, len(tokens)) if tokens[i] in self.tokens), None)
         by_text = self._by_text(tokens, seen)
         ends = [each for each in (at, by_text) if each is not None and each <= self.longest]
@@ -56,7 +61,7 @@ class Stops:
         return (self.longest, "length") if len(tokens) >= self.longest else None
 
     def _by_text(self, tokens: list[int], seen: int) -> int | None:
-        """With which token a stop string is whole."""
+        """Return the number of tokens with which a stop string is complete."""
         if not self.strings or self.decode is None or not self._says_stop(tokens):
             return None
         more = range(seen + 1, len(tokens) + 1)
@@ -70,7 +75,10 @@ class Stops:
 
 @dataclass
 class Drawing:
-    """`topk`: how many likely tokens are wanted at each. `told`: of its tokens, in a stream."""
+    """One sequence that an SGLang server draws.
+
+    `topk`: how many likely tokens to return at each position. `told`: tokens that a stream has sent.
+    """
 
     stops: Stops
     prompt: list[int]
@@ -86,7 +94,8 @@ class Drawing:
         return self.stops.longest - len(self.tokens)
 
     def take(self, answer: dict[str, Any], vocab_size: int) -> None:
-        """More tokens. Raises EndpointRefused for what is no sample, EndpointBusy for one that was ended."""
+        """Add the tokens of an answer. Raises EndpointRefused for an invalid answer, EndpointBusy for an
+        aborted one."""
         meta = answer.get("meta_info") or {}
         finish = meta.get("finish_reason") or {}
         if finish.get("type") == "abort":
@@ -101,7 +110,7 @@ class Drawing:
             del self.tokens[count:], self.logprobs[count:], self.top[count:]
 
     def add(self, answer: dict[str, Any], vocab_size: int) -> None:
-        """Tokens and log-probs as they come. Raises EndpointRefused."""
+        """Append tokens and log-probs as they come. Raises EndpointRefused."""
         meta = answer.get("meta_info") or {}
         entries = meta.get("output_token_logprobs") or []
         tops = meta.get("output_top_logprobs") or [] if self.topk else []
@@ -122,7 +131,8 @@ class Drawing:
         )
 
     def drawn(self, request_id: str, index: int, meanwhile: Drawing) -> messages.Drawn | None:
-        """What there is to tell of, with what `meanwhile` has of the answer under way."""
+        """Return what a stream has not sent yet, including the tokens of the unfinished answer
+        `meanwhile`."""
         tokens, begin = self.tokens + meanwhile.tokens, self.told
         if len(tokens) <= begin:
             return None
@@ -139,7 +149,7 @@ class Drawing:
 
 
 def _read(entries: Sequence[Any], vocab_size: int) -> tuple[list[int], list[float]]:
-    """Of [[log-prob, token, text], ...]. Raises EndpointRefused."""
+    """Read tokens and log-probs from [[log-prob, token, text], ...]. Raises EndpointRefused."""
     tokens, logprobs = [], []
     for logprob, token, *_ in entries:
         if not isinstance(token, int) or not 0 <= token < vocab_size:
@@ -152,11 +162,12 @@ def _read(entries: Sequence[Any], vocab_size: int) -> tuple[list[int], list[floa
 
 
 def likely(row: Sequence[Any] | None, k: int) -> list[tuple[int, float]]:
-    """The first k of [[log-prob, token, text], ...]."""
+    """Return the first k of [[log-prob, token, text], ...]."""
     return [(int(token), float(logprob)) for logprob, token, *_ in (row or [])[:k]]
 
 
 def table(rows: list[list[tuple[int, float]]], k: int) -> messages.TopK:
+    """Return rows of likely tokens as one padded table."""
     tokens = np.zeros((len(rows), k), "<i4")
     logprobs = np.full((len(rows), k), messages.EMPTY_LOGPROB, "<f4")
     for at, row in enumerate(rows):
@@ -165,12 +176,15 @@ def table(rows: list[list[tuple[int, float]]], k: int) -> messages.TopK:
     return messages.TopK(tokens.tobytes(), logprobs.tobytes(), k, len(rows))
 
 
-_GREEDY_BELOW = 1e-6  # a temperature: it then draws greedily, and says untempered log-probs
+_GREEDY_BELOW = 1e-6  # SGLang draws greedily below this temperature, with untempered log-probs
 
 
 def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, seeds: bool) -> str | None:
-    """Names the field that such a server does not serve exactly as asked, or None. `limits` None: of one that
-    is not known yet; `seeds`: whether it may draw with a seed, of which it makes other numbers than we."""
+    """Return what such a server would not serve exactly as requested, naming the field; None if nothing.
+
+    `limits` None: the server is not known yet. `seeds`: whether it may draw with a seed, from which it makes
+    other numbers than the engine.
+    """
     params = sample.params
     greedy = params.temperature == 0.0
     if params.seed is not None and not (seeds and limits is not None and limits.deterministic):
@@ -207,7 +221,8 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
 
 
 def _too_long(sample: messages.Sample, model: BaseModel, limits: Limits) -> str | None:
-    """A sequence that may go on to the end of the model's context may end there `CUT_TOKENS` earlier."""
+    """Return why a sequence is too long. One that may fill the model's context may end `CUT_TOKENS`
+    earlier."""
     longest, own = limits.longest, model.max_sequence_length
     prompt = len(sample.prompt) // 4
     wanted = prompt + _longest(sample, model)
@@ -219,13 +234,13 @@ def _too_long(sample: messages.Sample, model: BaseModel, limits: Limits) -> str 
 
 
 def _longest(sample: messages.Sample, model: BaseModel) -> int:
-    """How many tokens a sequence may have, as the embedded sampler has it."""
+    """Return how many tokens a sequence may have, as in the embedded sampler."""
     room = model.max_sequence_length - len(sample.prompt) // 4
     return room if sample.params.max_tokens is None else min(sample.params.max_tokens, room)
 
 
 def new_drawings(sample: messages.Sample, model: BaseModel, limits: Limits) -> list[Drawing]:
-    """One for each of its sequences."""
+    """Return an empty drawing for each sequence of the sample."""
     params, prompt = sample.params, tokens_of(sample.prompt)
     longest = _longest(sample, model)
     if limits.longest is not None:
@@ -245,7 +260,7 @@ def scores_prompt(sample: messages.Sample) -> bool:
 
 
 def prompt_body(sample: messages.Sample, rid: str, lora: str | None) -> dict[str, Any]:
-    """Draws nothing."""
+    """Return the request that scores the prompt and draws nothing."""
     params = {"max_new_tokens": 0, "temperature": 0.0}
     return _body(tokens_of(sample.prompt), params, rid, lora) | {
         "logprob_start_len": 0,
@@ -254,17 +269,17 @@ def prompt_body(sample: messages.Sample, rid: str, lora: str | None) -> dict[str
 
 
 def body(sample: messages.Sample, drawing: Drawing, rid: str, lora: str | None, seed: int | None) -> dict:
-    """The tokens that the drawing does not have yet."""
+    """Return the request for the tokens that the drawing does not have yet."""
     params, stops = sample.params, drawing.stops
     fields: dict[str, Any] = {
         "max_new_tokens": drawing.remaining,
         "temperature": params.temperature,
-        "top_k": min(params.top_k, (1 << 31) - 1),  # which SGLang has in 32 bits
+        "top_k": min(params.top_k, (1 << 31) - 1),  # SGLang's limit of 32 bits
         "top_p": params.top_p,
         "min_p": params.min_p,
         "stop": list(stops.strings),
         "stop_token_ids": sorted(stops.tokens),
-        # Without it the model's own ends it too; with it no token does.
+        # If it is off, the model's own end token stops too; if it is on, no token does.
         "ignore_eos": not stops.tokens,
         "skip_special_tokens": False,
     }
@@ -282,13 +297,13 @@ def _body(tokens: list[int], params: dict[str, Any], rid: str, lora: str | None)
 
 
 def together(bodies: list[dict[str, Any]]) -> dict[str, Any]:
-    """As one request."""
+    """Combine several requests into one."""
     shared = {"return_logprob": True}
     return {key: [body[key] for body in bodies] for key in bodies[0] if key not in shared} | shared
 
 
 def prompt_scores(sample: messages.Sample, answer: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `messages.SampleOutput`. Raises EndpointRefused."""
+    """Return the prompt's scores as fields of `messages.SampleOutput`. Raises EndpointRefused."""
     prompt = tokens_of(sample.prompt)
     meta = answer.get("meta_info") or {}
     entries, tops = meta.get("input_token_logprobs") or [], meta.get("input_top_logprobs") or []
@@ -313,7 +328,7 @@ def prompt_scores(sample: messages.Sample, answer: dict[str, Any]) -> dict[str, 
 def output(
     drawings: list[Drawing], answers: list[dict[str, Any]], scores: dict[str, Any]
 ) -> messages.SampleOutput:
-    """`answers`: the first ones."""
+    """Return the sample's output. `answers`: the first answer of each sequence."""
     cached = [int((answer.get("meta_info") or {}).get("cached_tokens") or 0) for answer in answers]
     return messages.SampleOutput(
         [drawing.sequence() for drawing in drawings], prompt_cache_hit_tokens=max(cached, default=0), **scores
@@ -323,12 +338,12 @@ def output(
 # --- one sample on one server
 
 Answer = dict[str, Any]
-_attempts = itertools.count()  # a server refuses a request id that it has already
+_attempts = itertools.count()  # a server refuses a request id that it already has
 _aborting: set[asyncio.Task[None]] = set()
 
 
 class RemoteSample:
-    """`told`: whether anybody was told of its tokens, which then have to stay."""
+    """One sample on a server. `told`: whether a stream has sent tokens, which cannot be replaced any more."""
 
     def __init__(
         self,
@@ -346,8 +361,10 @@ class RemoteSample:
     async def draw(
         self, endpoint: Registered, lora: str | None, weight_version: str
     ) -> messages.SampleOutput:
-        """All of it there, with the adapter upon the weights that it calls so. What the server is to have may
-        change meanwhile. Raises EndpointError."""
+        """Draw all of the sample on one server, with the adapter and weights of these names.
+
+        Raises EndpointError, also if the server's weights change meanwhile.
+        """
         rid = f"{self.request_id}.{next(_attempts)}"
         under_way: set[str] = set()
         try:
@@ -364,7 +381,7 @@ class RemoteSample:
     ) -> messages.SampleOutput:
         assert endpoint.limits is not None
         sample, scores = self.sample, {}
-        try:  # in a thread, for where there are stop strings this may read the tokenizer
+        try:  # in a thread, because stop strings may need the tokenizer
             drawings = await asyncio.to_thread(new_drawings, sample, self._model, endpoint.limits)
         except BadRequest as error:
             raise CannotServe(f"stop: {error.message}") from None
@@ -397,7 +414,7 @@ class RemoteSample:
         bodies: dict[Any, dict[str, Any]],
         drawings: list[Drawing],
     ) -> dict[Any, Answer]:
-        """By the keys of the bodies."""
+        """Return the answers by the keys of the bodies."""
         if self.sample.stream:
             asked = (
                 self._streamed(
@@ -419,7 +436,7 @@ class RemoteSample:
         index: Any,
         drawing: Drawing | None,
     ) -> Answer:
-        """The last part, which has all; of those before it is told."""
+        """Pass on the parts of a stream; return the last part, which has everything."""
         last: Answer | None = None
         async for part in endpoint.client.stream(body):
             _require_weights(part, weight_version)
@@ -438,12 +455,12 @@ class RemoteSample:
 
 
 def _seed(seed: int, index: int) -> int:
-    """Of one of the sequences, which are to differ; SGLang's have 31 bits."""
+    """Return the seed of one sequence: each has another, and SGLang's have 31 bits."""
     return int.from_bytes(hashlib.sha256(f"{seed}.{index}".encode()).digest()[:4]) >> 1
 
 
 def _require_weights(answer: Answer, weight_version: str) -> None:
-    """Raises EndpointBusy where any of it is of other weights."""
+    """Raise EndpointBusy if any part was drawn with other weights."""
     meta = answer.get("meta_info") or {}
     versions = {each.get("version") for each in meta.get("weight_versions") or []}
     versions.add(meta.get("weight_version", weight_version))
@@ -453,7 +470,7 @@ def _require_weights(answer: Answer, weight_version: str) -> None:
 
 
 async def _abort(endpoint: Registered, rids: list[str]) -> None:
-    """Who asked is gone."""
+    """Abort the requests of a client that is gone."""
     for rid in rids:
         with contextlib.suppress(EndpointError):
             await endpoint.client.abort_request(rid)

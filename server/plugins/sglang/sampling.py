@@ -41,22 +41,26 @@ from .requests import RemoteSample, why_not
 
 log = logging.getLogger("tinsmith.inference")
 
-_DEATHS = 3  # of servers, in one sample's turn
+_DEATHS = 3  # deaths of servers after which a sample fails
 _WAIT_SECONDS = 1.0
 
 
 class Adapters(Protocol):
+    """The adapters on the servers, as sampling needs them."""
+
     async def ensure(self, endpoint: Registered, sampler: messages.SamplerRef) -> str:
-        """The name under which it has the adapter now. Raises EndpointError."""
+        """Return the adapter's name on the server, loading it if necessary. Raises EndpointError."""
 
     def lost(self, endpoint: Registered, sampler: messages.SamplerRef) -> None:
-        """It does not have it, whatever was said."""
+        """Note that the server does not have the adapter."""
 
 
 class Sampling:
-    """`default`: by whom samples are answered that say nothing; `patience_seconds`: for so long those wait
-    for a server that are for SGLang alone; `on_drawn`: told of tokens of streams; `on_answered`: of what a
-    server has answered."""
+    """Chooses who draws each sample.
+
+    `default`: the sampling engine of samples that name none. `patience_seconds`: how long samples for SGLang
+    alone wait for a server. `on_drawn` gets tokens of streams, `on_answered` the answers of servers.
+    """
 
     def __init__(
         self,
@@ -76,12 +80,12 @@ class Sampling:
         self._on_drawn = on_drawn
         self._on_answered = on_answered
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by request id
-        self._drawing: set[str] = set()  # those that a server has
+        self._drawing: set[str] = set()  # samples that a server is drawing
 
     # --- what is decided
 
     def check(self, owner: str, sample: messages.Sample) -> None:
-        """A sample that only SGLang may answer, and never will, is refused: BadRequest names the field."""
+        """Raise BadRequest, naming the field, for a sample that only SGLang may draw and never will."""
         if self._engine_of(sample) != "sglang":
             return
         model = self._base_models[sample.sampler.base_model]
@@ -94,7 +98,10 @@ class Sampling:
             raise BadRequest(f"{reasons[0]} (sampling_engine is sglang; `embedded` does it)")
 
     def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
-        """Whether it is answered here; otherwise it is the engine's. Once sent there, it stays there."""
+        """Draw the sample on an SGLang server; return False if it is for the engine.
+
+        A sample that was once sent to the engine stays there.
+        """
         if operation.request_id in self._tasks:
             return True
         engine = self._engine_of(sample)
@@ -111,14 +118,14 @@ class Sampling:
         return True
 
     def cancel(self, operation: Operation) -> bool:
-        """Whether it was being answered here; the SGLang server is told."""
+        """Stop drawing; return whether it was being drawn here. The SGLang server is told."""
         task = self._tasks.get(operation.request_id)
         if task is not None:
             task.cancel()
         return task is not None
 
     async def finish(self, seconds: float) -> None:
-        """What servers are drawing ends; what has not after so long stays in the ledger."""
+        """Wait for running samples, at most that long; the others stay unanswered in the ledger."""
         for request_id, task in list(self._tasks.items()):
             if request_id not in self._drawing:
                 task.cancel()
@@ -141,7 +148,7 @@ class Sampling:
         only: bool,
         outcome: Outcome,
     ) -> None:
-        """`only`: not by the engine, whatever happens."""
+        """Draw one sample and answer it. `only`: never leave it to the engine."""
         try:
             output = await self._drawn(operation, sample, model, only)
         except EndpointError as error:
@@ -161,9 +168,9 @@ class Sampling:
     async def _drawn(
         self, operation: Operation, sample: messages.Sample, model: BaseModel, only: bool
     ) -> messages.SampleOutput:
-        """Raises EndpointError if no server does it."""
+        """Draw the sample, on several servers if necessary. Raises EndpointError if none can."""
         until = time.monotonic() + self._patience
-        refused: dict[Registered, tuple[int, EndpointError]] = {}  # in which life, and why
+        refused: dict[Registered, tuple[int, EndpointError]] = {}  # the server's life, and the reason
         deaths = 0
         why: EndpointError = EndpointBusy(f"no SGLang server of {model.name!r} is in use")
         remote = RemoteSample(operation.request_id, sample, model, self._on_drawn)
@@ -208,7 +215,7 @@ class Sampling:
         refused: dict[Registered, tuple[int, EndpointError]],
         only: bool,
     ) -> Registered | None:
-        """A healthy server that has, or can get, the weights. Raises why those that there are do not."""
+        """Return a healthy server that has, or can get, the weights. Raises the reason why others cannot."""
         for endpoint in self._endpoints.unchecked(owner):
             await endpoint.checked.wait()
         reasons: list[EndpointError] = []
@@ -227,7 +234,7 @@ class Sampling:
         return None
 
     async def _at(self, endpoint: Registered, remote: RemoteSample) -> messages.SampleOutput:
-        """With the weights that the sample is of, or not at all. Raises EndpointError."""
+        """Draw on this server with exactly the sample's weights. Raises EndpointError."""
         sampler = remote.sample.sampler
         async with endpoint.sampling():
             if not endpoint.healthy or endpoint.weights not in (None, sampler.weights):
@@ -247,11 +254,11 @@ class Sampling:
 
 
 class StreamBroken(EndpointError):
-    """Tokens were told of that nobody else can go on from."""
+    """A stream has sent tokens that nobody else can continue."""
 
 
 def _give_seed(operation: Operation, sample: messages.Sample) -> None:
-    """So that an engine that begins a stream again draws the same, and what was told of it holds."""
+    """Give a streamed sample a seed, so that an engine that starts it again draws the same tokens."""
     if sample.stream and sample.params.seed is None:
         params = msgspec.structs.replace(sample.params, seed=secrets.randbits(63))
         operation.changed = messages.encode(msgspec.structs.replace(sample, params=params))
@@ -260,11 +267,13 @@ def _give_seed(operation: Operation, sample: messages.Sample) -> None:
 # --- how far SGLang's log-probs are from the engine's
 
 _REMEMBERED = 1000  # samplers
-Weights = tuple[str, str | None]  # a base model, and the key of what is on top of it
+Weights = tuple[str, str | None]  # a base model, and the key of the weights on top of it
 
 
 @dataclass
 class Difference:
+    """The sums of differences of log-probs, and their metrics."""
+
     tokens: int = 0
     sum: float = 0.0
     absolute: float = 0.0
@@ -285,7 +294,7 @@ class Difference:
 
 
 class Divergence:
-    """`fraction` of the samples are compared."""
+    """Compares SGLang's log-probs with the engine's, for a `fraction` of the samples."""
 
     def __init__(self, engine: Supervisor, endpoints: Endpoints, fraction: float):
         self._engine = engine
@@ -296,12 +305,12 @@ class Divergence:
         self._task: asyncio.Task[None] | None = None
 
     def of(self, base_model: str, weights: str | None) -> dict[str, float] | None:
-        """The metrics of a sampler; None before any of its samples was compared."""
+        """Return the metrics of a sampler; None before any of its samples was compared."""
         found = self._of_weights.get((base_model, weights))
         return None if found is None else found.metrics
 
     def answered(self, endpoint: Registered, sample: messages.Sample, output: messages.SampleOutput) -> None:
-        """SGLang has drawn it. Compares it, perhaps, behind the answer."""
+        """Take a sample that SGLang has drawn, and perhaps compare it after it was answered."""
         is_new = (sample.sampler.base_model, sample.sampler.weights) not in self._of_weights
         chosen = self._fraction > 0 and (is_new or random.random() < self._fraction)
         busy = self._task is not None and not self._task.done()
@@ -312,7 +321,9 @@ class Divergence:
     async def _compare(
         self, endpoint: Registered, sample: messages.Sample, sequence: messages.SampledSequence
     ) -> None:
-        sampled = np.frombuffer(sequence.logprobs, "<f4")[:-1]  # a whole context is no prompt
+        sampled = np.frombuffer(sequence.logprobs, "<f4")[
+            :-1
+        ]  # the last token is left out, because a full context cannot be a prompt
         if not len(sampled):
             return
         scoring = messages.Sample(
@@ -340,7 +351,7 @@ class Divergence:
         self._of_endpoint[base_model, _label(endpoint)].add(sampled, scored)
 
     def collect(self) -> Iterator[Metric]:
-        """For Prometheus."""
+        """Yield the metrics for Prometheus."""
         labels = ["base_model", "endpoint"]
         up = GaugeMetricFamily("tinsmith_sglang_up", "SGLang servers in use", labels=labels)
         answered = CounterMetricFamily("tinsmith_sglang_samples", "Samples they answered", labels=labels)
@@ -366,5 +377,6 @@ class Divergence:
 
 
 def _label(endpoint: Registered) -> str:
-    """Every tenant sees the metrics: another's server is not named in them."""
+    """Return the server's label. Every tenant can read the metrics, so tenants' servers are not named in
+    them."""
     return endpoint.client.url if endpoint.owner is None else "a tenant's"
