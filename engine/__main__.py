@@ -1,7 +1,7 @@
 """`python -m tinsmith.engine`: the process that owns the accelerator.
 
-Reads an EngineConfig as JSON on standard input, connects to the server's socket, loads the base models, and
-runs operations until the server stops it (what is queued is finished first) or is gone.
+It reads an EngineConfig as JSON on standard input, connects to the server's socket, loads the base models,
+and runs operations until the server stops it (queued operations are finished first) or has ended.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
     try:
         try:
             engine = load(config, socket)
-        except (OSError, ValueError) as error:  # a folder, a model or a mesh that cannot be
+        except (OSError, ValueError) as error:  # an unusable folder, model or mesh
             log.error("cannot start: %s", error)
             return 1
         engine.run()
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def load(config: messages.EngineConfig, socket: Socket) -> Engine:
-    """The engine with its base models on the devices; the server hears of the progress."""
+    """Load the base models onto the devices, reporting progress to the server; return the engine."""
 
     phase: Literal["loading", "ready"] = "loading"
 

@@ -1,4 +1,4 @@
-"""What a request is answered with, in the engine's words and in the log's."""
+"""Answers to requests, and their lines in the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def answer_to(
     request: messages.ToEngine, outcome: messages.Output | BaseException, seconds: float
 ) -> messages.Done | messages.Failed:
-    """Done, or Failed: with what the user did wrong, or with the id of an error that the log explains."""
+    """Return Done, or Failed with the user's mistake or the id of an error that the log explains."""
     match outcome:
         case MissingWeights():
             return messages.Failed(request.request_id, str(outcome), "missing")
@@ -27,12 +27,14 @@ def answer_to(
             error_id = uuid.uuid4().hex[:8]
             log.error("error %s in %s", error_id, log_lines.described(request), exc_info=outcome)
             message = f"{reason(outcome)} (error {error_id} in the server's log)"
-            return messages.Failed(request.request_id, message, "server")  # nobody pays for our faults
+            return messages.Failed(
+                request.request_id, message, "server"
+            )  # our own faults cost the user nothing
     return messages.Done(request.request_id, outcome, seconds)
 
 
 def note(request: messages.ToEngine, answer: messages.Done | messages.Failed) -> None:
-    """The answer in the log."""
+    """Log the answer."""
     what = log_lines.described(request)
     with logs.ids(operation_id=request.request_id, model_id=getattr(request, "model_id", None)):
         if isinstance(answer, messages.Failed):
@@ -42,7 +44,7 @@ def note(request: messages.ToEngine, answer: messages.Done | messages.Failed) ->
 
 
 def forward_backward_output(result: JobOutput) -> messages.ForwardBackwardOutput:
-    """Log-probs, and losses, as float32 bytes, in the client's order."""
+    """Return log-probs and losses as float32 bytes, in the client's order."""
     losses = None if result.losses is None else _tensors(result.losses)
     return messages.ForwardBackwardOutput(_tensors(result.logprobs), result.metrics, losses)
 

@@ -1,4 +1,4 @@
-"""The base models that the engine has loaded: weights on the devices, a trainer and a sampler over them."""
+"""Base models that the engine has loaded: weights on the devices, a trainer and a sampler over them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BaseModel:
 
 
 def compute_dtype(name: str) -> Any:
-    """The dtype of base weights and activations; "auto" is float32 on CPUs and bfloat16 elsewhere."""
+    """Return the dtype of base weights and activations; "auto" is float32 on CPUs and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
@@ -59,7 +59,7 @@ def compute_dtype(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Room:
-    """How the device's memory is divided: the plan, the folder of each base model in it, and the budget."""
+    """The division of the device's memory: the plan, the folder of each base model in it, and the budget."""
 
     plan: EnginePlan
     folders: tuple[Path, ...]
@@ -99,10 +99,10 @@ def load(
     room: Room | None = None,
     custom_losses: CustomLossProcesses | None = None,
 ) -> BaseModel:
-    """Read a base model onto the mesh. It takes what the `room` has for it, by default that of the engine.
-    All base models of an engine share one `custom_losses`.
+    """Read a base model onto the mesh, within what the `room` has for it (by default that of the engine).
 
-    Raises FileNotFoundError, UnsupportedModelError or WeightsError for what cannot be loaded.
+    All base models of an engine share one `custom_losses`. Raises FileNotFoundError, UnsupportedModelError or
+    WeightsError for a model that cannot be loaded.
     """
     began = time.perf_counter()
     room = room or Room.of(engine, mesh)

@@ -1,7 +1,7 @@
-"""One budget for everything on the device that can leave it: the least recently used gives way.
+"""One budget for everything that can leave the device: the least recently used gives way.
 
 What leaves can come back (weights, from the host's memory or the disk) or be made again (stacks, zeros). The
-base, programs and KV pages are beside the budget: `memory.plan_engine` says how much is left for it.
+base, programs and KV pages are outside of the budget: `memory.plan_engine` says how much is left for it.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ class Holder(Protocol):
 
     kind: str
     may_leave: bool
-    """Whether any of it ever leaves. What never does is reported, but takes nothing of the budget."""
+    """Whether its items may ever leave. Items that never do are reported, but do not use up the budget."""
 
     @property
     def bytes(self) -> int:
-        """What it holds on the device."""
+        """The bytes that it holds on the device."""
         ...
 
     @property
     def oldest(self) -> int | None:
-        """When what it used least recently was used (`Budget.now`); None if nothing may leave now."""
+        """When its least recently used item was used (`Budget.now`); None if nothing may leave now."""
         ...
 
     def drop_oldest(self) -> None:
-        """Let that leave the device."""
+        """Let the least recently used item leave the device."""
         ...
 
 
 class Budget:
-    """At most `max_bytes`, over all holders. What is in use stays, whatever its size."""
+    """At most `max_bytes`, over all holders. Items in use stay, whatever their size."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()  # a failed sampler leaves with its stacks
+        self._holders: weakref.WeakSet[Holder] = (
+            weakref.WeakSet()
+        )  # a failed sampler is gone, and its stacks with it
         self._ticks = itertools.count()
 
     def add(self, holder: Holder) -> None:
@@ -53,20 +55,20 @@ class Budget:
         return sum(holder.bytes for holder in self._holders if holder.may_leave)
 
     def by_kind(self) -> dict[str, int]:
-        """Return the bytes that are held, by kind, also those that never leave."""
+        """Return the bytes that are held, by kind, including those that never leave."""
         kinds: dict[str, int] = {}
         for holder in self._holders:
             kinds[holder.kind] = kinds.get(holder.kind, 0) + holder.bytes
         return kinds
 
     def make_room(self, size: int) -> None:
-        """Let the least recently used leave until `size` more bytes are within the budget, or nothing is
-        left that may leave."""
+        """Let the least recently used items leave until `size` more bytes fit, or none is left that may
+        leave."""
         while self.bytes + size > self.max_bytes and self._drop_oldest():
             pass
 
     def give_up(self, size: int) -> None:
-        """Let the least recently used leave until `size` bytes have left, or nothing is left that may."""
+        """Let the least recently used items leave until `size` bytes have left, or none is left that may."""
         goal = self.bytes - size
         while self.bytes > goal and self._drop_oldest():
             pass

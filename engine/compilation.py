@@ -22,10 +22,10 @@ _WORTH_A_LINE_SECONDS = 1.0
 
 
 def use_cache(cache_dir: Path) -> Path:
-    """Keep compiled programs below `cache_dir`, in a folder for this machine's kind; returns that folder.
+    """Keep compiled programs below `cache_dir`, in a folder for this kind of machine; return that folder.
 
-    JAX's own key has the program, its options and jaxlib's version. What it lacks is the CPU's instruction
-    set: a program compiled for another CPU may not run here, when machines share a cache directory.
+    JAX's own key has the program, its options and jaxlib's version, but not the CPU's instruction set: a
+    program compiled for another CPU may not run here if machines share a cache directory.
     """
     folder = Path(cache_dir) / "xla" / f"jax-{jax.__version__}-{jax.default_backend()}-{processor.kind()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ _listeners: list[OnCompilation] = []
 
 
 def watch(listener: OnCompilation) -> None:
-    """Tell `listener` of every program of ours that is compiled from now on, as long as the process lives."""
+    """Call `listener` for every program of ours that is compiled from now on, until the process ends."""
     _listeners.append(listener)
 
 
 @contextlib.contextmanager
 def compiling(program: str) -> Iterator[None]:
-    """The block compiles a program: logs it and tells those who watch, at its beginning and its end."""
+    """Log a compilation in the block, and tell the listeners, at its beginning and its end."""
     log.info("compiling %s", program)
     for each in _listeners:
         each(program, None)
@@ -63,9 +63,11 @@ def compiling(program: str) -> Iterator[None]:
 
 def log_all_compilations(compiled: Callable[[bool, float], None]) -> None:
     """Call `compiled(from_cache, seconds)` for every program that JAX compiles or finds in the cache, and log
-    it: in the debug log all of them, in the ordinary log those that take seconds.
+    it.
 
-    JAX's listeners last as long as the process: call this once."""
+    The debug log has all of them, the ordinary log those that take seconds. JAX's listeners last as long as
+    the process: call this once.
+    """
     current = threading.local()
 
     def on_event(event: str, **_) -> None:

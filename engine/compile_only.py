@@ -1,7 +1,7 @@
-"""Devices that programs can be compiled for without having them, by JAX's compile-only clients.
+"""Devices that need not be here, for which programs can be compiled by JAX's compile-only clients.
 
-They need the compilers alone: `libtpu` for TPUs, `jax-cuda12-plugin` and `jax-cuda12-pjrt` for GPUs (the
-extra `[plan]`). The process's own backend stays the CPU; set `ENVIRONMENT` before JAX is imported.
+They need only the compilers: `libtpu` for TPUs, `jax-cuda12-plugin` and `jax-cuda12-pjrt` for GPUs (the extra
+`[plan]`). The process's own backend stays the CPU; set `ENVIRONMENT` before JAX is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .device_catalogue import Device
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks a cloud's host what it is, and waits
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks the cloud's host for its type, and waits
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-# What the GPU compiler wants to know of a device, after NVIDIA's tuning guides: name, compute capability,
+# What the GPU compiler has to know about a device, from NVIDIA's tuning guides: name, compute capability,
 # multiprocessors, memory, bandwidth, shared memory of a block and of a multiprocessor.
 _GPUS = {
     "h200": ("NVIDIA H200", 9, 132, 150_000_000_000, 4_800_000_000_000, 232448, 233472),

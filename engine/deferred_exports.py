@@ -1,4 +1,5 @@
-"""Sampler weights that are sampled before they are on disk, written one after the other behind the work."""
+"""Deferred exports: sampler weights that are sampled before they are on disk, and written afterwards one by
+one."""
 
 from __future__ import annotations
 
@@ -14,29 +15,30 @@ log = logging.getLogger(__name__)
 Export = Callable[[], None]
 
 DELAY_SECONDS = 1.0
-"""New weights are sampled at once: on a CPU, an export beside the first token would double its time."""
+"""How long an export waits: on a CPU, exporting during the first token would double its time."""
 
 
 class DeferredExports:
-    """Exports by the model whose weights they are. One that fails is tried again when the model is saved."""
+    """Exports, by the model of their weights. One that fails is tried again when the model is saved."""
 
     def __init__(self, delay_seconds: float = DELAY_SECONDS) -> None:
         self._delay = delay_seconds
-        self._urgent = threading.Event()  # somebody waits for them
+        self._urgent = threading.Event()  # a save waits for them
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-export")
-        self._failed: defaultdict[str, list[Export]] = defaultdict(list)  # of the thread
+        self._failed: defaultdict[str, list[Export]] = defaultdict(list)  # used by the thread
 
     def add(self, model_id: str, export: Export, urgent: bool = False) -> None:
-        """Run `export` soon, and not in this thread; `urgent`: as soon as those before it are done."""
+        """Run `export` soon, in another thread; `urgent`: as soon as the exports before it are done."""
         delay = 0.0 if urgent else self._delay
         self._thread.submit(self._try, model_id, export, time.monotonic() + delay)
 
     def after(self, model_id: str, size_bytes: Future[int]) -> Future[int]:
-        """`size_bytes`, once all exports of the model so far are on disk too; or what kept one from it."""
+        """Return `size_bytes` once all earlier exports of the model are on disk too, or raise what prevented
+        one."""
 
         def wait() -> int:
             self._urgent.clear()
-            size = size_bytes.result()  # first: after a failure, too, nobody writes there any more
+            size = size_bytes.result()  # first, because also after a failure nobody writes there any more
             for export in list(self._failed[model_id]):
                 export()
                 self._failed[model_id].remove(export)
@@ -46,16 +48,16 @@ class DeferredExports:
         return self._thread.submit(wait)
 
     def finish(self) -> None:
-        """Wait for those there are. One that fails is in memory still."""
+        """Wait for the current exports. The weights of one that fails are still in memory."""
         self._urgent.set()
         self._thread.submit(self._urgent.clear).result()
 
     def forget(self, model_id: str) -> None:
-        """The model is gone, and its failed exports with it."""
+        """Forget a model that is gone, with its failed exports."""
         self._thread.submit(self._failed.pop, model_id, None)
 
     def close(self) -> None:
-        """Wait for all of them."""
+        """Wait for all exports."""
         self._urgent.set()
         self._thread.shutdown()
 

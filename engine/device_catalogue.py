@@ -1,8 +1,8 @@
 """Accelerators that plans know, in their usual slices. Imports no array library.
 
 Peaks are the vendors' dense bfloat16 figures (NVIDIA's data sheets of the SXM boards; Google Cloud's TPU
-documentation), and the memory is what a program can have of it: 92 % of a GPU's, which the server lets JAX
-take, and what the compiler grants on a TPU.
+documentation). The memory is what a program can use: 92 % of a GPU's, which the server lets JAX allocate, and
+what the compiler grants on a TPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Device:
     memory: int
     flops: float  # bfloat16 products
     bandwidth: float  # of its memory
-    interconnect: float  # to the others, in one direction
+    interconnect: float  # to the other devices, in one direction
     topology: str
     count: int = 1
 
@@ -42,7 +42,7 @@ class Device:
 
     @property
     def has_compiler(self) -> bool:
-        """Whether the compiler for it is installed here. Imports nothing."""
+        """Whether the compiler for this device is installed. Imports nothing."""
         return importlib.util.find_spec(_COMPILERS[self.platform]) is not None
 
 

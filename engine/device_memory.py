@@ -1,4 +1,4 @@
-"""What the devices have, and what is free of it now."""
+"""Memory of the devices: how much there is, and how much is free."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from . import host_memory
 
 
 def free_bytes(device: Any = None) -> int | None:
-    """Return the bytes that are free on an accelerator (by default the first); None on a CPU, or where the
-    device does not tell."""
+    """Return the bytes that are free on an accelerator (by default the first); None on a CPU, or if
+    unknown."""
     device = device or jax.local_devices()[0]
     if device.platform == "cpu":
         return None
@@ -29,7 +29,7 @@ def limit_bytes(device: Any = None) -> int | None:
 def capacity_bytes(devices: int) -> int:
     """Return what a new engine may use of each of so many devices.
 
-    On a CPU they share the machine's free memory. Where nothing is known it is 16 GiB.
+    On a CPU they share the machine's free memory. If nothing is known it is 16 GiB.
     """
     free = free_bytes()
     if free is None and jax.local_devices()[0].platform == "cpu":

@@ -1,6 +1,6 @@
 """`python -m tinsmith.engine.devices`: print the devices that JAX finds, as JSON (messages.Devices).
 
-Exits with 1, and the reason as the last line on standard error, where there is none.
+If there is none it exits with 1, and the reason as the last line on standard error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def _free_of_nvidia(device: jax.Device) -> int | None:
-    """Return what other processes have left of the fullest GPU, as NVIDIA's driver says; None without it."""
+    """Return the free memory of the fullest GPU, from NVIDIA's driver; None without it."""
     if device.platform == "cpu" or "nvidia" not in device.device_kind.lower():
         return None
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]

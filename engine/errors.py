@@ -1,4 +1,4 @@
-"""Errors that the engine tells its clients."""
+"""Errors that the engine reports to clients."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from ..ckpt.digests import DamagedFiles
 
 
 class UserError(Exception):
-    """The request was wrong. The message names what (datum index, field) and what would be right."""
+    """The request was wrong. The message names the place (datum index, field) and what would be right."""
 
 
 class MissingWeights(UserError):
-    """Sampler weights that are neither in memory nor on disk."""
+    """Sampler weights are neither in memory nor on disk."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether XLA could not allocate memory on the device."""
+    """Return whether XLA could not allocate memory on the device."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def reason(error: BaseException) -> str:
-    """What the client is told of an error that is not its own; the log has the rest."""
+    """Return what the client is told of an internal error; the log has the rest."""
     if isinstance(error, DamagedFiles):
         return "the checkpoint's files are damaged"
     text = str(error)

@@ -1,4 +1,4 @@
-"""Weights on their way into files that others read."""
+"""Exports: weights written into files that others read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def save_weights(
     tokenizer: bool = False,
     experts: messages.ExpertForm = "shared",
 ) -> int:
-    """Write an adapter, with its base model's tokenizer if `tokenizer`, or full weights. Return the size in
-    bytes, as all of these do."""
+    """Write an adapter, with its base model's tokenizer if `tokenizer`, or full weights.
+
+    Returns the size in bytes, as all of these functions do.
+    """
     if lora is None:
         return merged.save_merged(directory, merged.in_memory(weights), base.config, base_folder=base.folder)
     return peft.save_adapter(
@@ -51,12 +53,12 @@ def require_form(base: BaseModel, experts: messages.ExpertForm) -> None:
 
 
 def save_merged(base: BaseModel, lora: messages.LoraSpec, adapter: Any, directory: Path) -> int:
-    """Write the base model's weights with the adapter in them."""
+    """Write the base model's weights with the adapter merged into them."""
     return _save_full(base, merged.in_memory(base.trainer.base), adapter, lora.alpha / lora.rank, directory)
 
 
 def save_encrypted(export: Callable[[Path], int], directory: Path, recipients: list[str]) -> int:
-    """The same files, each encrypted. It appears when no plain one is left."""
+    """Write the same files, each encrypted. The folder appears when no plain file is left."""
     with atomic_directory(directory) as writing:
         plain = writing / "plain"
         export(plain)
@@ -71,10 +73,10 @@ def save_encrypted(export: Callable[[Path], int], directory: Path, recipients: l
 def export_stored(
     base: BaseModel, source: Path | None, directory: Path, fp8: messages.Fp8 | None, merge: bool = True
 ) -> int:
-    """Write full weights: the base model's, or what a sampler's or a training state's directory holds.
-    Without `merge` the adapter of a training state is written as PEFT reads it.
+    """Write full weights: the base model's, or those of a sampler's or a training state's directory.
 
-    Raises UserError for a directory that holds neither, or another model's.
+    Without `merge` the adapter of a training state is written as PEFT reads it. Raises UserError for a
+    directory with neither, or with another model's.
     """
     parameters, adapter, scale = merged.in_memory(base.trainer.base), None, 1.0
     try:

@@ -1,4 +1,4 @@
-"""The memory that is free on this machine, in this container if it is in one. Imports no array library."""
+"""Free memory of this machine, or of the container that this process is in. Imports no array library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def free_bytes() -> int | None:
-    """Return the bytes that a new process can have; None where nobody tells."""
+    """Return the bytes that a new process can have; None if unknown."""
     found = [value for value in (_of_machine(), *_of_containers()) if value is not None]
     return min(found, default=None)
 
@@ -21,7 +21,7 @@ def _of_machine() -> int | None:
 
 
 def _of_containers() -> list[int]:
-    """What each control group of this process leaves: its limit, less what is in use and not cache."""
+    """Yield what each control group of this process leaves: its limit, less what is in use and not cache."""
     left = []
     for limit, used, statistics, cache in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),

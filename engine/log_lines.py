@@ -1,4 +1,4 @@
-"""Requests and their results in the words of the log."""
+"""Requests and their results as text for the log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .scheduler import batch_tokens
 
 
 def described(request: messages.ToEngine) -> str:
-    """A request in a log line: whose, and what."""
+    """Return a request as text: whose it is, and what."""
     match request:
         case messages.ForwardBackward():
             name = "forward" if request.forward_only else "forward_backward"
@@ -23,7 +23,7 @@ def described(request: messages.ToEngine) -> str:
 
 
 def result(output: messages.Output) -> str:
-    """What an answer says, in short."""
+    """Return a short text for a result."""
     match output:
         case messages.ForwardBackwardOutput():
             return f"loss {output.metrics['loss:sum']:.6g}"

@@ -1,7 +1,7 @@
-"""Log lines, the same from the server and the engine: as text, or as JSON with the ids they are about.
+"""Log lines, the same for the server and the engine: as text, or as JSON with the ids they are about.
 
-Each process writes to standard error, and to a file of its own that is kept small. `tinsmith logs` shows both
-files as one.
+Each process writes to standard error, and to its own file, which is kept small. `tinsmith logs` merges both
+files.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Literal
 Format = Literal["text", "json"]
 FOLDER = "logs"
 _NOISY = ("uvicorn", "alembic", "asyncio", "httpx", "jax")
-FILE_BYTES, FILES = 8 << 20, 4  # of each process: the present one and three older ones
+FILE_BYTES, FILES = 8 << 20, 4  # log files of each process: the current one and three older ones
 
 _ids: ContextVar[dict[str, str] | None] = ContextVar("ids", default=None)
 
 
 @contextmanager
 def ids(**names: str | None) -> Iterator[None]:
-    """Lines logged in this context carry these ids: `request_id`, `operation_id`, `model_id`, `tenant`."""
+    """Add ids to the lines logged in this context: `request_id`, `operation_id`, `model_id`, `tenant`."""
     before = _ids.set({name: each for name, each in names.items() if each})
     try:
         yield
@@ -37,14 +37,14 @@ def ids(**names: str | None) -> Iterator[None]:
 
 
 def add_ids(**names: str) -> None:
-    """Add ids to the context that is there, also for the tasks that share it."""
+    """Add ids to the current context, and so for all tasks that share it."""
     known = _ids.get()
     if known is not None:
         known.update(names)
 
 
 def configure(level: str, form: Format, file: Path | None = None) -> None:
-    """Send every line to standard error and to `file`, whose folder is made, readable by this user only."""
+    """Send every line to standard error and to `file`, whose folder is created for this user alone."""
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
@@ -65,7 +65,7 @@ def configure(level: str, form: Format, file: Path | None = None) -> None:
 
 class _File(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """On a full disk lines are lost here; they are on standard error all the same."""
+        """Drop a line on a full disk; it is on standard error all the same."""
 
 
 def _name(record: logging.LogRecord) -> str:
@@ -73,7 +73,7 @@ def _name(record: logging.LogRecord) -> str:
 
 
 class TextLines(logging.Formatter):
-    """`2026-11-30 18:07:18.760 INFO    engine: starting JAX`. Times are local."""
+    """Lines such as `2026-11-30 18:07:18.760 INFO engine: starting JAX`, with local times."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).isoformat(" ", "milliseconds")
@@ -82,7 +82,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object per line: `time` (UTC), `level`, `logger`, `message`, the ids, and `exception`."""
+    """One JSON object per line: `time` (UTC), `level`, `logger`, `message`, the ids, and `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")

@@ -35,13 +35,13 @@ from .under_way import UnderWay
 log = logging.getLogger(__name__)
 
 Request = messages.ToEngine
-_LOOK_SECONDS = 0.001  # at what is being written while its model is held
+_LOOK_SECONDS = 0.001  # between checks whether a write that holds its model has ended
 CheckedOperation = tuple[messages.ForwardBackward, Job | CustomJob]
 
 
 @dataclass(frozen=True)
 class Written:
-    """Among the received messages: an answer that waited for the disk has been sent."""
+    """Posted to the inbox when an answer that waited for the disk has been sent."""
 
 
 class Engine:
@@ -63,12 +63,12 @@ class Engine:
         self._memory = MemoryReport(
             base.room, tenants, (each.trainer.programs for each in bases.values()), socket.send
         )
-        # One of each, though several names may share a base.
+        # Several names may share a base; take each base once.
         self._samplers = list(dict.fromkeys(base.samplers for base in bases.values()))
         micro_batch = max(base.trainer.shapes.micro_batch_tokens for base in bases.values())
         self._scheduler = Scheduler(self._batch_key, micro_batch)
         self._sampling: dict[str, tuple[SamplerCache, messages.Sample]] = {}
-        # Samples of weights that a queued save will make, by its directory: a replay sends them so.
+        # Samples that wait for a queued save of their weights, by its directory, as in a replay.
         self._awaiting: dict[str, list[messages.Sample]] = {}
         self._writing = 0
         self._stops: list[messages.Stop] = []
@@ -77,7 +77,7 @@ class Engine:
         self._sleep = Sleep(shared, self._models, self._accept, self._answer)
 
     def run(self) -> None:
-        """Until a Stop, and then until all that was asked for is done and on disk."""
+        """Run until a Stop, and then until everything that was accepted is done and on disk."""
         while self._busy or self._writing or self._sleep.under_way or not self._stops:
             self._receive()
             if self._sleep.under_way and not self._busy:
@@ -98,7 +98,7 @@ class Engine:
         return bool(self._scheduler or self._sampling)
 
     def _receive(self) -> None:
-        """Take what has arrived; wait for something when there is nothing else to do."""
+        """Take what has arrived; wait if there is nothing else to do."""
         while True:
             idle = not self._busy and not self._sleep.under_way
             may_wait = idle and (self._writing or not self._stops)
@@ -126,7 +126,7 @@ class Engine:
             return
         match request:
             case messages.Sleep() | messages.WakeUp():
-                pass  # `Sleep.takes` has
+                pass  # excluded by `Sleep.takes`
             case messages.Sample():
                 self._add_sample(request)
             case messages.Cancel():
@@ -168,8 +168,11 @@ class Engine:
     # --- train --------------------------------------------------------------------------------------------
 
     def _batch_key(self, operation: ModelOperation) -> Hashable | None:
-        """Adapters of one shape on one base can share a device batch. Full weights cannot, and a custom loss
-        that takes long would hold up those it shares a batch with."""
+        """Return the key of operations that may share a device batch; None: runs alone.
+
+        Adapters of one shape on one base can share. Full weights cannot, and a slow custom loss would hold up
+        the others.
+        """
         model = self._models.peek(operation.model_id)
         if not isinstance(operation, messages.ForwardBackward) or model is None or model.state.lora is None:
             return None
@@ -190,7 +193,7 @@ class Engine:
         unit.seconds += time.perf_counter() - unit.turn_began
 
     def _run(self, unit: Unit, operation: ModelOperation) -> Iterator[None]:
-        """An operation of one turn."""
+        """Run an operation that takes one turn."""
         outcome: messages.Output | Writing | Exception
         try:
             outcome = self._models.run(operation)
@@ -203,7 +206,7 @@ class Engine:
         yield
 
     def _forward_backward(self, unit: Unit) -> Iterator[None]:
-        """A micro-batch per turn, of all the unit's operations together."""
+        """Run the operations of a unit together, one micro-batch per turn."""
         batch: list[CheckedOperation] = []
         for operation in list(unit.operations):
             assert isinstance(operation, messages.ForwardBackward)
@@ -234,13 +237,13 @@ class Engine:
     def _compute(
         self, unit: Unit, batch: list[CheckedOperation]
     ) -> Generator[None, None, Sequence[JobOutput | Exception]]:
-        """Return one output or error per operation. Where this raises, no gradient has been added."""
+        """Return one output or error per operation. If it raises, no gradient was added."""
         trainer = self._models.find(batch[0][0].model_id).base.trainer
         run = trainer.start([job for _, job in batch])
         try:
             while not run.step():
                 yield
-        finally:  # also when the operation is cancelled
+        finally:  # even if the operation is cancelled
             run.close()
             unit.seconds += run.seconds_beside
             self._measurements.add("training_positions/token", run.tokens)
@@ -261,7 +264,7 @@ class Engine:
     def _finish(
         self, unit: Unit, operation: ModelOperation, outcome: messages.Output | Writing | Exception
     ) -> None:
-        """Answer an operation, at once or when it is on disk; what waits behind it may run."""
+        """Answer an operation, now or once it is on disk, and let the operations behind it run."""
         self._scheduler.finish(operation)
         seconds = unit.seconds + time.perf_counter() - unit.turn_began
         if isinstance(outcome, Writing):
@@ -272,7 +275,7 @@ class Engine:
             self._add_awaiting(operation)
 
     def _answer_to(self, request: Request, outcome: Callable[[], messages.Output | Writing]) -> None:
-        """What has no turn: it is short, or goes on beside the work."""
+        """Answer a request without a turn, which is short or continues in the background."""
         try:
             found = outcome()
         except Exception as error:
@@ -284,9 +287,9 @@ class Engine:
             self._answer(request, found)
 
     def _answer_written(self, request: Request, writing: Writing, seconds: float = 0.0) -> None:
-        """When it is on disk."""
+        """Answer once the weights are on disk."""
 
-        def answer(size: Future[int]) -> None:  # in the thread that wrote
+        def answer(size: Future[int]) -> None:  # called in the writing thread
             error = size.exception()
             self._answer(request, error or writing.output(size.result()), seconds)
             self._socket.post(Written())
@@ -310,12 +313,12 @@ class Engine:
             self._sampling[request.request_id] = samplers, request
 
     def _add_awaiting(self, save: messages.SaveSampler) -> None:
-        """The save has ended, well or not."""
+        """Add the samples that waited for a save, which has ended."""
         for request in self._awaiting.pop(save.directory, []):
             self._add_sample(request)
 
     def _sample(self, samplers: SamplerCache) -> None:
-        """Give the sampler one turn. One that fails has lost its requests, and begins anew."""
+        """Give the sampler one turn. If it fails, its requests fail and it starts again empty."""
         try:
             answers = samplers.sampler.step(self._under_way.note)
         except Exception as error:

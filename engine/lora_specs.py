@@ -1,4 +1,4 @@
-"""Which adapters there can be, and which can take each other's weights."""
+"""LoRA configurations: which the engine trains, and which can take each other's weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .training.validation import FLOAT32_MAX
 
 
 def check(lora: LoraSpec | None, config: EngineConfig) -> None:
-    """Raises UserError for what this engine does not train."""
+    """Raise UserError for an adapter that this engine does not train."""
     if lora is None:
         if not config.full_weight:
             raise UserError(
@@ -24,14 +24,14 @@ def check(lora: LoraSpec | None, config: EngineConfig) -> None:
 
 
 def shape(lora: LoraSpec | None) -> tuple | None:
-    """What two adapters must have in common to take each other's weights."""
+    """Return what must be equal for one adapter to take another's weights."""
     if lora is None:
         return None
     return (lora.rank, lora.alpha, lora.train_attn, lora.train_mlp, lora.train_unembed)
 
 
 def matrices(lora: LoraSpec | None) -> tuple | None:
-    """What two adapters must have in common for one to take the other's place: all but the scale."""
+    """Return what must be equal for one adapter to replace another: everything but the scale."""
     return None if lora is None else (lora.rank, lora.train_attn, lora.train_mlp, lora.train_unembed)
 
 

@@ -1,4 +1,4 @@
-"""What the engine counts of its work, and what its memory holds: the server publishes it as metrics."""
+"""Measurements of the engine's work and memory, which the server publishes as metrics."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Measurements:
         self._reported_at = float("-inf")
 
     def add(self, name: str, amount: float = 1.0) -> None:
-        """Safe to call from any thread."""
+        """Add to a counter. Safe to call from any thread."""
         with self._lock:
             self._counters[name] = self._counters.get(name, 0.0) + amount
             self._has_news = True
 
     def touch(self) -> None:
-        """Something may have changed what the gauges return."""
+        """Note that the gauges may have changed."""
         self._has_news = True
 
     def compiled(self, from_cache: bool, seconds: float) -> None:
-        """A program was compiled, or read from the cache of compiled programs."""
+        """Count a program that was compiled, or read from the cache of compiled programs."""
         self.add("compilations/cache" if from_cache else "compilations/compiled")
         self.add("compilation_seconds", seconds)
 
     def report(self, gauges: Callable[[], dict[str, float]]) -> float | None:
-        """Send what there is, unless there is no news or the last report is younger than `REPORT_SECONDS`.
+        """Send a report, unless nothing has changed or the last one is younger than `REPORT_SECONDS`.
 
-        Return in how many seconds the next report is due; None without news.
+        Returns in how many seconds the next report is due; None if nothing has changed.
         """
         if not self._has_news:
             return None

@@ -1,11 +1,12 @@
-"""One plan of a device's memory: what a model, its programs, tenants and samplers take, and what follows.
+"""A plan of a device's memory: what a model, its programs, tenants and samplers take, and what follows from
+it.
 
-`plan` chooses what the backward keeps (`remat`), the rows of a micro-batch and the size of the KV cache, from
+`plan` chooses what the backward keeps (`remat`), the rows of a micro-batch and the size of the KV cache from
 counts of the model (`model.counts`), so it can be made before anything is loaded, and for a device that is
 not here. Imports no array library. All sizes are bytes on one device.
 
-The formulas of programs are fitted to what the H200's and the TPUs' compilers report for training steps of
-8B and 70B models; `tests/engine/test_memory.py` has the figures, which they meet within 15 %.
+The formulas of programs are fitted to what the compilers for H200 and TPUs report for training steps of 8B
+and 70B models; `tests/engine/test_memory.py` has the figures, which they meet within 15 %.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ MODELS_PER_BATCH = 8
 SLOTS = 256
 PREFILL_TOKENS = 4096
 SHORTEST_KV_TOKENS = 16384
-"""The KV cache holds one sequence of full length, or so many tokens of a longer one, at least."""
+"""The KV cache holds at least one sequence of full length, or this many tokens of a longer one."""
 KEPT_SHARE = 1 / 4
 """The most of a device's memory that the blocks may keep for the backward, before they recompute more."""
 MARGIN = 1 / 20
-"""The share of a device's memory that is left to fragmentation and to what the formulas miss."""
+"""The share of a device's memory that is left free for fragmentation and errors of the formulas."""
 SHORTEST_ROW = 512
 
 _MOMENTS = {"adamw": 2, "muon": 1, "dimuon": 1, "sgd": 1, "signsgd": 0}
@@ -37,11 +38,11 @@ KINDS = ("base", "programs", "tenants", "zeros", "sampler_adapters", "kv_pages",
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be held and computed at once.
+    """What has to be held and computed at once.
 
     `sequence` is the longest row in tokens, `micro_batch` the tokens that each device computes at once (a
-    longer row is computed alone), and `chunk` those whose logits exist at once. `itemsize` is that of base
-    weights and activations. A tenant is one model in training, of which there may be a sampler too.
+    longer row is computed alone), and `chunk` the tokens whose logits exist at once. `itemsize` is that of
+    base weights and activations. A tenant is one model in training, which may have a sampler too.
     """
 
     sequence: int
@@ -81,7 +82,7 @@ class Mesh:
         return self.data * self.fsdp
 
     def __str__(self) -> str:
-        """As `--mesh` takes it."""
+        """The mesh in the form of the option `--mesh`."""
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
 
@@ -128,7 +129,7 @@ class StepToCompile:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What a compiler says about a training step: bytes on each device, and the seconds that it took."""
+    """A compiler's report about a training step: bytes on each device, and the seconds of the compilation."""
 
     arguments: int
     temporaries: int
@@ -136,7 +137,7 @@ class CompiledStep:
 
 
 Measured = Mapping[tuple[int, Remat], int]
-"""Temporary bytes of training steps, by rows on each device and remat, where a compiler has told them."""
+"""Temporary bytes of training steps that a compiler has reported, by rows on each device and remat."""
 
 
 def plan(
@@ -144,7 +145,7 @@ def plan(
 ) -> MemoryPlan:
     """Choose the fastest programs that fit beside everything else; the KV cache takes what is left.
 
-    Programs that are not in `measured` are estimated. If nothing fits, the plan is of the smallest programs,
+    Programs that are not in `measured` are estimated. If nothing fits, the plan has the smallest programs,
     and its `fits` is False.
     """
     mesh = mesh or Mesh()
@@ -192,7 +193,7 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _choices(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> Iterator[tuple[int, Remat]]:
-    """Rows on each device and remat, the fastest first: recomputing nothing, then more, then fewer rows."""
+    """Yield rows on each device and remat, fastest first: no recomputation, then more, then fewer rows."""
     rows = max(1, work.micro_batch // work.sequence)
     for remat in ("none", "dots", "attention"):
         kept = kept_bytes(counts, rows * work.sequence, remat, work.itemsize, mesh.tensor)
@@ -208,11 +209,11 @@ def _choices(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> Itera
 
 
 def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
-    """Return the bytes of what is on the device between programs, KV pages excepted, by kind."""
+    """Return the bytes of everything on the device between programs except KV pages, by kind."""
     base = counts.parameters * work.itemsize // mesh.shards
     if work.full_weight:
         one = counts.parameters * WIDE // mesh.shards
-        sampled = base  # frozen in the base's dtype
+        sampled = base  # frozen weights have the base's dtype
     else:
         one = sampled = adapter_elements(counts, work) * WIDE
     moments = _MOMENTS[work.optimizer]
@@ -224,8 +225,8 @@ def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
         "base": base,
         # weights, gradients and moments
         "tenants": work.tenants * (one * (2 + moments) + others * WIDE // mesh.shards),
-        "zeros": at_once * one,  # what the gradients of a run begin with, kept from one run to the next
-        # Each tenant's, and for a batch of several a second time, side by side.
+        "zeros": at_once * one,  # the initial gradients of a run, kept from one run to the next
+        # Each tenant's adapter; in a batch of several tenants, all of them a second time, stacked.
         "sampler_adapters": work.tenants * sampled + (at_once * one if stacked else 0),
     }
 
@@ -316,7 +317,7 @@ def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
 
 @dataclass(frozen=True)
 class Served:
-    """A base model that an engine serves: its counts, its longest sequence, and the bytes of its numbers."""
+    """A base model that an engine serves: its counts, longest sequence, and item size."""
 
     counts: Counts
     longest: int
@@ -325,10 +326,10 @@ class Served:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How an engine divides the memory of each device among what it serves.
+    """The division of each device's memory among what an engine serves.
 
     `budget` is for models in training, samplers' weights and recycled arrays (`budget.Budget`), `kept` the
-    most that the blocks may keep of a micro-batch for its backward. Of each base model, `micro_batches` are
+    most that the blocks may keep of a micro-batch for its backward. For each base model, `micro_batches` are
     the tokens that a device computes at once, and `kv_tokens` the positions in the KV cache. `needed` is the
     least that the engine can work with.
     """
@@ -351,7 +352,7 @@ class EnginePlan:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """The bytes by kind. They are the capacity together, unless it is too small."""
+        """The bytes by kind. They sum to the capacity, unless it is too small."""
         return {
             "base": self.base,
             "programs": self.programs,
@@ -426,7 +427,7 @@ def plan_engine(
 
 
 def _engine_workload(served: Served, on_cpu: bool) -> Workload:
-    """What one micro-batch is, as the trainer chooses it (`training.trainer`)."""
+    """Return the workload of one micro-batch, as the trainer chooses it (`training.trainer`)."""
     tokens, chunk = (1024, 256) if on_cpu else (8192, 1024)
     sequence = min(served.longest, tokens)
     return Workload(sequence, tenants=1, itemsize=served.itemsize, micro_batch=tokens, chunk=chunk)
@@ -489,7 +490,8 @@ def _powers_of_two(most: int) -> Iterator[int]:
 
 
 def enough_devices(counts: Counts, work: Workload, capacity: int, most: int = 512) -> Mesh | None:
-    """Return the smallest mesh over `fsdp` on which the workload fits; None if `most` devices do not do."""
+    """Return the smallest mesh over `fsdp` on which the workload fits; None if `most` devices are not
+    enough."""
     for devices in _powers_of_two(most):
         mesh = Mesh(fsdp=devices)
         if plan(counts, work, capacity, mesh).fits:
@@ -507,7 +509,7 @@ def most_tenants(counts: Counts, work: Workload, capacity: int, mesh: Mesh) -> i
 
 
 def refusal(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
-    """Say what a plan that does not fit needs, and what would do instead."""
+    """Say what a plan that does not fit needs, and what would help."""
     enough = enough_devices(counts, work, planned.capacity)
     here = planned.mesh.devices
     remedy = ""
@@ -528,7 +530,7 @@ def needs(planned: MemoryPlan) -> str:
 
 
 def less(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
-    """Say how many tenants, or how long rows, would fit where the workload does not; nothing if none do."""
+    """Say how many tenants, or how long rows, would fit; nothing if none do."""
     if fewer := most_tenants(counts, work, planned.capacity, planned.mesh):
         return f"; {fewer} models in training instead of {work.tenants} would fit"
     if shorter := longest_row(counts, work, planned.capacity, planned.mesh):
@@ -537,7 +539,7 @@ def less(counts: Counts, work: Workload, planned: MemoryPlan) -> str:
 
 
 def number(count: int) -> str:
-    """Return a number of devices for messages."""
+    """Return a number of devices as text."""
     return {2: "two", 4: "four", 8: "eight"}.get(count, str(count))
 
 
@@ -552,5 +554,5 @@ _NAMES = {
 
 
 def in_gb(size: float) -> str:
-    """Return a size for messages, in the GB (10⁹ bytes) that devices are sold by."""
+    """Return a size as text, in GB (10⁹ bytes), the unit in which devices are sold."""
     return f"{size / 1e9:.0f} GB" if size >= 10e9 else f"{size / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""Tells the server what is on the devices, when that has changed."""
+"""Reports to the server of what is on the devices, sent when that has changed."""
 
 from __future__ import annotations
 

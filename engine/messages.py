@@ -1,12 +1,12 @@
-"""What crosses the border between the server process and the engine process.
+"""Messages between the server process and the engine process.
 
-The only module of the engine that the server imports: plain msgspec structs, no arrays, no jax.
-Arrays travel as raw little-endian bytes beside their dtype and shape. Directories are keys below the
-data directory (`ckpt.paths`), chosen by the server, never by a client.
+The only module of the engine that most of the server imports: plain msgspec structs, no arrays, no jax.
+Arrays travel as raw little-endian bytes with their dtype and shape. Directories are keys below the data
+directory (`ckpt.paths`), chosen by the server, never by a client.
 
-The server sends one stream of `ToEngine` messages; the engine answers each request exactly once, with
-`Done` or `Failed`, and may send `Status`, `Memory`, `Measured` and `Beat` at any time. Operations of one
-model arrive in seq_id order and take effect in the order of arrival.
+The server sends one stream of `ToEngine` messages. The engine answers each request exactly once, with `Done`
+or `Failed`, and may send `Status`, `Memory`, `Measured` and `Beat` at any time. Operations of one model
+arrive in seq_id order and take effect in the order of arrival.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ DType = Literal["float32", "int64", "int32"]
 
 GradNormalization = Literal["sum", "token_mean"]
 TargetAlignment = Literal["shifted", "by_shape"]
-"""How a datum of N tokens says what its positions predict. `shifted`: inputs have N rows, position i
-predicts `target_tokens[i]`. `by_shape`: as its inputs are, that; or `target_tokens` of k < N rows are the
-last k of the tokens themselves, and all inputs and log-probs are about these; or `labels` of N rows are about
-the tokens themselves, -100 being none, and there are N - 1 log-probs."""
+"""How a datum of N tokens states what its positions predict.
+
+`shifted`: inputs have N rows, position i predicts `target_tokens[i]`. `by_shape`: the same if the inputs have
+that shape; or `target_tokens` of k < N rows are the last k of the tokens themselves, and all inputs and
+log-probs are about these; or `labels` of N rows are about the tokens themselves, with -100 for none, and
+there are N - 1 log-probs.
+"""
 LossValue = bool | float | str
 
 
@@ -50,7 +53,7 @@ class Datum(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoraSpec(msgspec.Struct, frozen=True):
-    """Which matrices carry an adapter. The product is scaled by alpha / rank."""
+    """The adapter of a model: which matrices have one. Its product is scaled by alpha / rank."""
 
     rank: int
     alpha: float
@@ -102,14 +105,15 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 SamplingEngine = Literal["auto", "embedded", "sglang"]
-"""Who draws samples: this engine; an SGLang server; or that where it draws the same and is there."""
+"""Who draws samples: `embedded` is this engine, `sglang` an SGLang server, and `auto` an SGLang server if one
+can draw exactly what was requested, otherwise this engine."""
 
 
 class SamplerRef(msgspec.Struct, frozen=True):
     """The immutable weights of a sampler: a base model, and the adapter (or full weights) on top of it.
 
-    `weights` is the directory key that a `SaveSampler` named; None is the base model itself. `engine`: who
-    may draw (None: as the server is set), which is the server's to see to.
+    `weights` is the directory key of a `SaveSampler`; None is the base model itself. `engine`: who may draw
+    (None: the server's default), which only the server uses.
     """
 
     base_model: str
@@ -125,12 +129,12 @@ class _Request(msgspec.Struct, frozen=True, tag=True):
 
 
 class CreateModel(_Request, frozen=True):
-    """A fresh model, or, with `checkpoint`, one that starts from a saved training state.
+    """Create a model, or, with `checkpoint`, one that starts from a saved training state.
 
-    `lora` None trains the full weights. `optimizer` is one of `optimizer_families`, `optimizer_options` what
-    is its own for all steps (`momentum`, ...). `optimizer_state` False takes only the checkpoint's weights.
-    `grad_normalization`: a step takes the sum of the gradients, or that by the number of tokens with a weight
-    since the last step.
+    `lora` None trains the full weights. `optimizer` is one of `optimizer_families`, `optimizer_options` are
+    its options for all steps (`momentum`, ...). `optimizer_state` False takes only the checkpoint's weights.
+    `grad_normalization`: a step uses the sum of the gradients, or divides it by the number of tokens with a
+    weight since the last step.
     """
 
     model_id: str
@@ -153,17 +157,18 @@ class CustomLoss(msgspec.Struct, frozen=True):
 
 
 class CheckCustomLoss(_Request, frozen=True):
-    """Whether `ForwardBackward`s may have that loss: Nothing, or a failure that says what is wrong."""
+    """Check whether `ForwardBackward`s may have that loss; answered with Nothing, or a failure that says why
+    not."""
 
     loss: CustomLoss
 
 
 class ForwardBackward(_Request, frozen=True):
-    """Loss and log-probs; unless `forward_only`, gradients are added to the model's accumulator.
+    """Compute losses and log-probs; unless `forward_only`, add gradients to the model's accumulator.
 
-    `custom_loss` is that of loss_fn `custom`: it travels with the operation, for a replay has nothing else.
-    `elementwise_loss`: the answer has the loss of each token too, of all losses but custom ones.
-    `owner`: whose operation it is. Custom losses of different owners take turns.
+    `custom_loss` is that of loss_fn `custom`: it travels with the operation, because a replay has nothing
+    else. `elementwise_loss`: also return the loss of each token, for all losses but custom ones. `owner`: the
+    operation's owner; custom losses of different owners take turns.
     """
 
     model_id: str
@@ -177,7 +182,7 @@ class ForwardBackward(_Request, frozen=True):
 
 
 class OptimStep(_Request, frozen=True):
-    """`dimuon` instead of `params`, of a model that was created with that optimizer."""
+    """Take one optimizer step. `dimuon` replaces `params` for a model created with that optimizer."""
 
     model_id: str
     params: AdamParams = AdamParams()
@@ -185,13 +190,14 @@ class OptimStep(_Request, frozen=True):
 
 
 class DropGradients(_Request, frozen=True):
-    """Forget what `ForwardBackward`s have accumulated since the last step."""
+    """Drop the gradients accumulated by `ForwardBackward`s since the last step."""
 
     model_id: str
 
 
 class SaveState(_Request, frozen=True):
-    """Training state (weights, optimizer, accumulated gradients, step, configuration) into `directory`."""
+    """Write the training state (weights, optimizer, accumulated gradients, step, configuration) into
+    `directory`."""
 
     model_id: str
     directory: str
@@ -210,18 +216,18 @@ ExpertForm = Literal["shared", "per_expert", "target_parameters"]
 
 
 class SaveSampler(_Request, frozen=True):
-    """Freeze the current weights for sampling, into `directory` as PEFT (or merged, for full-weight models)
+    """Save the current weights for sampling, into `directory` as PEFT (or merged, for full-weight models)
     safetensors.
 
-    Complete on disk before the answer; or, `deferred`, sampled from memory at once and written behind the
-    answer. A directory that a deferred save finds complete stays as it is: it is being replayed. A SaveState
-    of the model is answered when all deferred saves before it are on disk.
+    They are complete on disk before the answer; or, `deferred`, sampled from memory at once and written after
+    the answer. A directory that a deferred save finds complete stays as it is: it is being replayed. A
+    SaveState of the model is answered when all deferred saves before it are on disk.
 
-    `urgent`: a deferred save is written at once, for somebody else to sample it.
-    `merged` (not deferred): an adapter is written as full weights too, its base model's with it inside.
-    With `recipients` (not deferred) the files are encrypted to them. With `tokenizer` (not deferred) an
-    adapter has its base model's tokenizer beside it. `experts` (not deferred) is the form in which the
-    adapters of experts are written. What has one of these four is not sampled here.
+    `urgent`: a deferred save is written at once, because an SGLang server will sample it. `merged` (not
+    deferred): an adapter is written as full weights too, merged into its base model's. With `recipients` (not
+    deferred) the files are encrypted to them. With `tokenizer` (not deferred) an adapter has its base model's
+    tokenizer beside it. `experts` (not deferred) is the form in which the adapters of experts are written.
+    Weights with one of these four are not sampled here.
     """
 
     model_id: str
@@ -242,9 +248,11 @@ class Fp8(msgspec.Struct, frozen=True):
 
 
 class ExportWeights(_Request, frozen=True):
-    """Write full weights into `directory` as a Hugging Face folder: the base model's, or those of `weights`
-    (the directory of a `SaveSampler` or a `SaveState`), an adapter inside its base model's. Without `merged`
-    an adapter is written as PEFT reads it. `SamplerSaved` when they are on disk."""
+    """Write full weights into `directory` as a Hugging Face folder; answered with `SamplerSaved`.
+
+    They are the base model's, or those of `weights` (the directory of a `SaveSampler` or a `SaveState`), with
+    an adapter merged into its base model's. Without `merged` an adapter is written as PEFT reads it.
+    """
 
     base_model: str
     weights: str | None
@@ -271,8 +279,10 @@ class PromptCells(msgspec.Struct, frozen=True):
 
 
 class PromptAlternatives(msgspec.Struct, frozen=True):
-    """`k` draws for every prompt position after the first: int32 and float32 [prompt_len - 1, k]. The
-    log-probs are the model's, at temperature 1."""
+    """`k` tokens drawn for every prompt position after the first: int32 and float32 [prompt_len - 1, k].
+
+    The log-probs are the model's, at temperature 1.
+    """
 
     token_ids: bytes
     logprobs: bytes
@@ -280,10 +290,13 @@ class PromptAlternatives(msgspec.Struct, frozen=True):
 
 
 class Sample(_Request, frozen=True):
-    """`prompt_logprobs_last_n` leaves all but the last n rows of `prompt_logprobs` and
-    `topk_prompt_logprobs` empty. `prompt_targets` are tokens to score at prompt positions,
-    `prompt_alternatives` how many to draw at each, by `temperature` alone. `stream`: `Drawn` messages tell of
-    the tokens as they are drawn, before the answer, which has all of them."""
+    """Draw sequences after a prompt.
+
+    `prompt_logprobs_last_n` leaves all but the last n rows of `prompt_logprobs` and `topk_prompt_logprobs`
+    empty. `prompt_targets` are tokens to score at prompt positions, `prompt_alternatives` how many to draw at
+    each, by `temperature` alone. `stream`: `Drawn` messages report the tokens as they are drawn, before the
+    answer, which has all of them.
+    """
 
     sampler: SamplerRef
     prompt: bytes  # int32[prompt_len]
@@ -311,13 +324,13 @@ class Cancel(_Request, frozen=True):
 
 
 class ReleaseSampler(_Request, frozen=True):
-    """Nobody will sample the weights of that directory again: forget them. Its files are the server's."""
+    """Forget the weights of that directory, which nobody will sample again. The server removes the files."""
 
     weights: str
 
 
 class Sleep(_Request, frozen=True):
-    """Finish what was asked before, then give up the device's memory. What is asked later wakes it."""
+    """Give up the device's memory, after finishing earlier requests. A later request wakes the engine."""
 
 
 class WakeUp(_Request, frozen=True):
@@ -389,7 +402,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
     topk: TopK | None = None
 
 
-EMPTY_LOGPROB = -99999.0  # in a cell of a top-k table that holds nothing
+EMPTY_LOGPROB = -99999.0  # the value of an empty cell of a top-k table
 
 
 class TopK(msgspec.Struct, frozen=True):
@@ -412,7 +425,7 @@ class SampleOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class Slept(msgspec.Struct, frozen=True, tag=True):
-    """What has left the device, or has come back, 0 bytes when nothing had to; and what is on it now."""
+    """The bytes that left the device or came back (0 if none had to), and what is on it now."""
 
     bytes: int
     seconds: float
@@ -445,8 +458,12 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`user`: the request was wrong, the message says how. `server`: ours, with an id to find in the log.
-    `missing`: a Sample of weights that this engine does not have; a replay of their model may make them."""
+    """A request failed.
+
+    `user`: the request was wrong, and the message says how. `server`: an internal error, with an id that
+    finds it in the log. `missing`: a Sample of weights that this engine does not have; replaying their model
+    may make them.
+    """
 
     request_id: str
     message: str
@@ -455,9 +472,11 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Drawn(msgspec.Struct, frozen=True, tag=True):
-    """Tokens of one sequence of a Sample, int32[n], and their float32[n] log-probs, after the `begin` that
-    earlier ones told of. An engine that begins a request again begins at 0 again, with the same tokens if the
-    request has a seed."""
+    """Tokens of one sequence of a Sample, int32[n], and their float32[n] log-probs, from position `begin` on.
+
+    An engine that starts a request again reports from 0 again, with the same tokens if the request has a
+    seed.
+    """
 
     request_id: str
     index: int
@@ -475,13 +494,16 @@ class Status(msgspec.Struct, frozen=True, tag=True):
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """The process lives, whatever it computes; sent every `EngineConfig.beat_seconds`."""
+    """A sign of life, whatever the engine computes; sent every `EngineConfig.beat_seconds`."""
 
 
 class Memory(msgspec.Struct, frozen=True, tag=True):
     """The memory of each device, in bytes: what the engine may use, how that was `planned`, and what is
-    `held`, by kind. `free` is what the device says (None: it does not); `waiting` are the states of models in
-    training that wait in the host's memory."""
+    `held`, by kind.
+
+    `free` is what the device reports (None: unknown); `waiting` are the states of models in training that are
+    in the host's memory.
+    """
 
     capacity: int
     planned: dict[str, int]
@@ -491,7 +513,7 @@ class Memory(msgspec.Struct, frozen=True, tag=True):
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):
-    """What the engine has counted since its start, and gauges: `NAME` or `NAME/LABEL`."""
+    """Counters since the engine's start, and gauges: `NAME` or `NAME/LABEL`."""
 
     counters: dict[str, float]
     gauges: dict[str, float]
@@ -503,10 +525,10 @@ FromEngine = Done | Failed | Drawn | Status | Beat | Memory | Measured
 
 
 class BaseModel(msgspec.Struct, frozen=True):
-    """A base model by the name clients use, and the Hugging Face folder it is loaded from.
+    """A base model: its name for clients, and the Hugging Face folder it is loaded from.
 
     `digest`, if given, is that of the folder as the server found it (`model.folder.digest`). `reference` is
-    what adapters' configs call the model, for transformers to load it where they are used; empty: the name.
+    what adapters' configs call the model, so that transformers can load it; empty: the name.
     """
 
     name: str
@@ -516,7 +538,8 @@ class BaseModel(msgspec.Struct, frozen=True):
 
 
 class Devices(msgspec.Struct, frozen=True):
-    """What JAX finds on this machine. `bytes_each`: free memory of one; None: not known, as on a CPU."""
+    """The devices that JAX finds on this machine. `bytes_each`: free memory of one; None: unknown, as on a
+    CPU."""
 
     platform: str
     count: int
@@ -524,7 +547,7 @@ class Devices(msgspec.Struct, frozen=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Everything the engine is started with; sent as JSON on its standard input."""
+    """The engine's configuration, sent as JSON on its standard input."""
 
     address: str  # ZeroMQ endpoint that the server has bound
     data_dir: str
@@ -536,12 +559,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
     full_weight: bool = False
     max_sequence_length: int | None = None  # None: the model's own limit
     kv_cache_tokens: int | None = None  # None: derived from the device
-    sampler_bytes: int | None = None  # of sampler weights on the device; None: derived from it
-    sampler_idle_seconds: float = 600.0  # after which sampler weights leave the device
+    sampler_bytes: int | None = None  # bytes of sampler weights on the device; None: derived from it
+    sampler_idle_seconds: float = 600.0  # unused sampler weights leave the device after this time
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     beat_seconds: float = 5.0
-    under_way: str | None = None  # a file for the ids of what is being computed, `id TAB model LF ... NUL`
+    under_way: str | None = None  # a file for the ids of running operations, `id TAB model LF ... NUL`
 
 
 _to_engine_encoder = msgspec.msgpack.Encoder()

@@ -1,4 +1,4 @@
-"""The models in training, and what each operation does to one of them."""
+"""Models in training, and what each operation does to one of them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from .training.training_state import TrainingState
 
 @dataclass(frozen=True)
 class Writing:
-    """An answer that waits for the disk: `output(size_bytes)` when `size_bytes` is there. `holds_model`: the
-    model's own weights are being written, a file's at a time, and must not change before that."""
+    """An answer that waits for the disk: `output(size_bytes)` once `size_bytes` is known.
+
+    `holds_model`: the model's own weights are being written file by file, and must not change until then.
+    """
 
     size_bytes: Future[int]
     output: Callable[[int], messages.Output]
@@ -39,7 +41,7 @@ class Writing:
 
 
 class Models:
-    """Executes operations one at a time; `ForwardBackward`s are checked here and run by the trainer."""
+    """Executes operations one at a time. `ForwardBackward`s are only checked here; the trainer runs them."""
 
     def __init__(self, config: messages.EngineConfig, bases: dict[str, BaseModel], tenants: Tenants):
         self._config = config
@@ -50,11 +52,11 @@ class Models:
         self._deferred = DeferredExports()
 
     def close(self) -> None:
-        """Wait for what is being written behind its answer."""
+        """Wait for the writes that continue after their answers."""
         self._deferred.close()
 
     def finish_exports(self) -> None:
-        """Wait for them; what could not be written stays in memory."""
+        """Wait for the exports; weights that could not be written stay in memory."""
         wait(list(self._writing.values()))
         self._deferred.finish()
 
@@ -62,23 +64,24 @@ class Models:
         return self._tenants.states_on_device()
 
     def base(self, name: str) -> BaseModel:
-        """Raises UserError for a base model that is not loaded."""
+        """Return a loaded base model. Raises UserError for any other."""
         if name not in self._bases:
             raise UserError(f"unknown base model {name!r}; this server has: {', '.join(self._bases)}")
         return self._bases[name]
 
     def peek(self, model_id: str) -> Model | None:
-        """Return a model, if there is one, whose arrays may not be on the device."""
+        """Return a model whose arrays may not be on the device; None if there is none."""
         return self._tenants.peek(model_id)
 
     def find(self, model_id: str) -> Model:
-        """Return a model whose state is on the device. Raises UserError for a model that is not here."""
+        """Return a model with its state on the device. Raises UserError for an unknown model."""
         if model_id not in self._tenants:
             raise UserError(f"unknown model {model_id!r}: it was not created, or it was deleted")
         return self._tenants.use(model_id)
 
     def job(self, operation: messages.ForwardBackward) -> Job | CustomJob:
-        """The operation checked against its model. Raises UserError; a later optim_step knows of it."""
+        """Check an operation against its model. Raises UserError, which a later optim_step takes into
+        account."""
         model = self.find(operation.model_id)
         try:
             return model.base.trainer.job(model.state, operation)
@@ -88,7 +91,7 @@ class Models:
             raise
 
     def run(self, operation: ModelOperation) -> messages.Output | Writing:
-        """Any operation but a ForwardBackward. When it raises UserError, the model is as it was before."""
+        """Run any operation but a ForwardBackward. If it raises UserError, the model is unchanged."""
         match operation:
             case messages.CreateModel():
                 return self._create(operation)
@@ -148,7 +151,7 @@ class Models:
     def _load_state(self, operation: messages.LoadState) -> messages.StateLoaded:
         model = self.find(operation.model_id)
         state = self._restore(model.base, operation.directory, model.state.family, operation.optimizer_state)
-        # The scale comes with the adapter: clients that resume by name do not say it again.
+        # The scale comes with the adapter: clients that resume by name do not repeat it.
         if lora_specs.matrices(state.lora) != lora_specs.matrices(model.state.lora):
             raise UserError(
                 f"the checkpoint was trained with {lora_specs.described(state.lora)}, this model with "
@@ -161,8 +164,8 @@ class Models:
         return messages.StateLoaded(state.step)
 
     def _restore(self, base: BaseModel, key: str, family: str, optimizer_state: bool) -> TrainingState:
-        """The state that a SaveState wrote; or one with its weights, or with those of an adapter, and an
-        optimizer of that family that is fresh."""
+        """Return the state that a SaveState wrote, or one with its weights (or an adapter's) and a fresh
+        optimizer."""
         if key in self._writing:
             self._writing[key].exception()
         directory = paths.resolve(self._config.data_dir, key)
@@ -210,8 +213,8 @@ class Models:
         given = dict(jax.tree_util.tree_leaves_with_path(saved.adapter))
 
         def place(path: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
-            # A matrix that the adapter leaves out has zeros for both factors: each one's gradient is then
-            # zero too, so that it stays left out.
+            # A matrix without an adapter has zeros for both factors: the gradient of each is then
+            # zero too, so that it never gets one.
             leaf = given.get(path)
             return jax.device_put(np.zeros(to.shape, to.dtype) if leaf is None else leaf, to.sharding)
 
@@ -230,7 +233,7 @@ class Models:
         directory = paths.resolve(self._config.data_dir, operation.directory)
         metadata = {"base_model": model.base.name, **model.state.metadata()}
         size = training_state.save(directory, model.state.arrays(), metadata)
-        # What the server then forgets how to replay must not be in memory alone.
+        # The server then forgets how to replay this, so it must not be in memory alone.
         size = self._deferred.after(operation.model_id, size)
         return Writing(self._track(operation.directory, size), messages.StateSaved)
 
@@ -271,7 +274,7 @@ class Models:
         return messages.SamplerSaved(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)))
 
     def export(self, request: messages.ExportWeights) -> Writing:
-        """Raises UserError for an unknown base model."""
+        """Export weights. Raises UserError for an unknown base model."""
         base, data_dir = self.base(request.base_model), self._config.data_dir
         source = None if request.weights is None else paths.resolve(data_dir, request.weights)
         directory = paths.resolve(data_dir, request.directory)

@@ -1,4 +1,4 @@
-"""Which promises about numbers hold on a backend: float32 that is float32, and equal bits from run to run."""
+"""Numerical promises of a backend: true float32, and equal bits from run to run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .xla_flags import is_deterministic
 def set_precision(dtype: Any, platform: str) -> None:
     """Let products of float32 be computed in float32.
 
-    By default TPUs compute them in bfloat16, and GPUs in TensorFloat-32. A CPU has no such shortcut, and
-    programs in bfloat16 are left alone: their few float32 products have operands of that precision.
+    By default TPUs compute them in bfloat16, and GPUs in TensorFloat-32. A CPU has no such shortcut. Programs
+    in bfloat16 are not affected: their few float32 products have operands of that precision.
     """
     if platform != "cpu" and jnp.dtype(dtype) == jnp.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def promise(platform: str) -> str:
-    """Say whether the same program gives the same bits each time on this backend, for the log."""
+    """Return a line for the log: whether the same program gives the same bits each time on this backend."""
     if platform != "gpu":
         return "results are equal to the bit from run to run"
     if is_deterministic(os.environ.get("XLA_FLAGS", "")):

@@ -16,7 +16,7 @@ OnCompile = Callable[[str, float], None]
 
 
 class Programs:
-    """Ahead-of-time compiled functions. Nothing is compiled twice, and nothing unseen."""
+    """Ahead-of-time compiled functions. Nothing is compiled twice, and every compilation is reported."""
 
     def __init__(self, mesh: Mesh, on_compile: OnCompile | None = None):
         self._mesh = mesh
@@ -24,7 +24,7 @@ class Programs:
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
         self.compile_seconds: dict[str, float] = {}
         self.largest_bytes = 0
-        """The temporary memory of the largest program on each device, as the compiler says."""
+        """The temporary memory of the largest program on each device, as reported by the compiler."""
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -39,7 +39,8 @@ class Programs:
         donate: tuple[int, ...] = (),
         out_shardings: Any = None,
     ) -> jax.stages.Compiled:
-        """The program of that key; compiled for `arguments` (arrays, or ShapeDtypeStructs) if it is new.
+        """Return the program of that key, compiled for `arguments` (arrays or ShapeDtypeStructs) if it is
+        new.
 
         State that goes in and comes out has its sharding pinned by `out_shardings`, or the next call would
         not fit.

@@ -1,6 +1,6 @@
 """Upper bounds on speed from FLOPs and bytes alone (a roofline, doi:10.1145/1498765.1498785).
 
-They assume that products run at the device's peak, that its memory is read at full bandwidth, and that
+They assume that products run at the device's peak, that memory is read at full bandwidth, and that
 communication is hidden behind computation as far as possible. No program is faster; most are a good deal
 slower. Imports no array library.
 """
@@ -17,8 +17,10 @@ from .memory import plan as plan_memory
 
 @dataclass(frozen=True)
 class Step:
-    """FLOPs of forward and backward over a micro-batch, on one device. `useful` ones are those that a step
-    without recomputation has; `attention` is part of both."""
+    """FLOPs of forward and backward over a micro-batch, on one device.
+
+    `useful` excludes recomputation; `attention` is part of both.
+    """
 
     useful: float
     executed: float
@@ -82,7 +84,7 @@ def training_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
 
 
 def _activation_traffic(counts: Counts, remat: Remat) -> float:
-    """Return how many elements of activations one token has written and read at least: inputs and outputs of
+    """Return how many elements of activations a token reads and writes at least: the inputs and outputs of
     all products, once in each pass."""
     passes = 3 if remat in ("attention", "full") else 2
     in_and_out = 3 * counts.hidden + counts.qkv + counts.attention_width + 3 * counts.feed_forward
@@ -90,8 +92,10 @@ def _activation_traffic(counts: Counts, remat: Remat) -> float:
 
 
 def decoding_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Device) -> float:
-    """Return the most tokens per second that `plan.slots` sequences of full length are decoded with: each
-    token reads all weights once for all sequences, and each sequence's keys and values."""
+    """Return the most tokens per second of decoding `plan.slots` sequences of full length.
+
+    Each token reads all weights once for all sequences, and each sequence's keys and values.
+    """
     if plan.slots == 0:
         return 0.0
     stored = min(counts.stored, counts.matrices * plan.slots)  # experts that no sequence gets are not read
@@ -104,7 +108,8 @@ def decoding_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
 def fastest(counts: Counts, work: Workload, device: Device) -> MemoryPlan:
     """Return the plan on the mesh of all of the device's chips that fits and has the highest bound.
 
-    Of equally fast ones it is the one with the larger KV cache; if none fits, the one that needs the least.
+    Among equally fast ones it is the one with the larger KV cache; if none fits, the one that needs the
+    least.
     """
     plans = [plan_memory(counts, work, device.memory, mesh) for mesh in meshes(counts, device.count)]
     fitting = [each for each in plans if each.fits]
@@ -114,6 +119,6 @@ def fastest(counts: Counts, work: Workload, device: Device) -> MemoryPlan:
 
 
 def smallest_slice(counts: Counts, work: Workload, device: Device) -> Device | None:
-    """Return the smallest slice of the device's kind on which the workload fits, of those that are larger."""
+    """Return the smallest larger slice of the device's kind on which the workload fits."""
     larger = (each for each in DEVICES.values() if each.kind == device.kind and each.count > device.count)
     return next((each for each in larger if fastest(counts, work, each).fits), None)

@@ -1,8 +1,8 @@
-"""Whose turn it is: one ordered queue per model, and turns that go round the models.
+"""Scheduling: one ordered queue per model, and turns that go round the models.
 
 A unit is what the device does in one go: the operation at the head of one model's queue, or several small
-`ForwardBackward`s that fit one device batch, from the heads of several models' queues. A long unit takes many
-turns (a micro-batch each), so a model with much to do delays the others by one micro-batch, not by all of it.
+`ForwardBackward`s from the heads of several queues that fit one device batch. A long unit takes many turns (a
+micro-batch each), so a model with much to do delays the others by one micro-batch, not by all of it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ModelOperation = (
 
 @dataclass(eq=False)
 class Unit:
-    """Operations that run together. `progress` is the work under way, a `next` per turn; None: not begun.
+    """Operations that run together. `progress` is the running work, advanced once per turn; None: not begun.
 
-    `seconds` it had in earlier turns; the present one began at `turn_began` (of `time.perf_counter`).
+    `seconds` is the time of its earlier turns; the current one began at `turn_began` (`time.perf_counter`).
     """
 
     operations: list[ModelOperation]
@@ -39,7 +39,7 @@ class Unit:
 
 
 class Scheduler:
-    """Operations wait in the order of arrival of their model; models take turns in a ring.
+    """Queues of operations. Each model's run in order of arrival; models take turns in a ring.
 
     Operations of equal `batch_key` may share a device batch (None: runs alone) of at most `batch_tokens`:
     sharing pays while batches are small.
@@ -53,11 +53,11 @@ class Scheduler:
         self._running: dict[str, Unit] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is anything to run."""
+        """Return whether there is anything to run."""
         return bool(self._queues)
 
     def is_running(self, model_id: str) -> bool:
-        """Whether an operation of the model has begun and not ended."""
+        """Return whether an operation of the model has begun and not ended."""
         return model_id in self._running
 
     def add(self, operation: ModelOperation) -> None:
@@ -67,7 +67,7 @@ class Scheduler:
         self._queues[operation.model_id].append(operation)
 
     def next(self) -> Unit | None:
-        """The unit that has the next turn: one under way until all of it is finished, or a new one."""
+        """Return the unit of the next turn: the running one until all of it is finished, or a new one."""
         if not self._ring:
             return None
         model_id = self._ring[0]
@@ -76,7 +76,7 @@ class Scheduler:
         return unit
 
     def finish(self, operation: ModelOperation) -> None:
-        """It is answered: what waits behind it may run."""
+        """Remove an answered unit, so that what waits behind it may run."""
         model_id = operation.model_id
         if unit := self._running.get(model_id):
             if operation in unit.operations:
@@ -89,7 +89,7 @@ class Scheduler:
             self._ring.remove(model_id)
 
     def cancel(self, request_id: str) -> ModelOperation | None:
-        """Take an operation out, waiting or running, if it is here. The rest of its unit begins anew."""
+        """Remove an operation, waiting or running, if it is here. The rest of its unit starts again."""
         for operation in (operation for queue in self._queues.values() for operation in queue):
             if operation.request_id == request_id:
                 unit = self._running.get(operation.model_id)
@@ -100,7 +100,8 @@ class Scheduler:
         return None
 
     def _begin(self, leader: str) -> Unit:
-        """The operation at the leader's head, with what may share its device batch, in order of the ring."""
+        """Make a unit of the leader's first operation and those that may share its device batch, in ring
+        order."""
         first = self._queues[leader][0]
         operations, key, tokens = [first], self._batch_key(first), batch_tokens(first)
         if key is not None:
@@ -118,7 +119,7 @@ class Scheduler:
 
 
 def batch_tokens(operation: ModelOperation) -> int:
-    """How many tokens an operation brings to a device batch."""
+    """Return how many tokens an operation adds to a device batch."""
     if isinstance(operation, messages.ForwardBackward):
         return sum(len(datum.tokens) for datum in operation.data) // 4  # int32
     return 0

@@ -1,7 +1,7 @@
-"""Sleep: everything that the engine has on the device goes to the host's memory, and comes back bit for bit.
+"""Sleep: everything on the device goes to the host's memory, and comes back bit for bit.
 
-What was asked before a Sleep is finished first; what is asked later wakes the engine again and then runs, as
-if it had not slept. A process that dies asleep has lost nothing that it would not have lost awake.
+Requests before a Sleep are finished first; later ones wake the engine and then run as if it had not slept. A
+process that dies asleep has lost nothing that it would not have lost awake.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Sleep:
-    """Takes requests that are about sleep, or that wait for it, from those that the engine accepts."""
+    """Handles requests about sleep, and requests that have to wait for it."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class Sleep:
 
     @property
     def under_way(self) -> bool:
-        """It is to fall asleep as soon as nothing is running or queued."""
+        """Whether the engine falls asleep as soon as nothing is running or queued."""
         return bool(self._wanted)
 
     def takes(self, request: messages.ToEngine) -> bool:
-        """Whether nobody else has to do anything about the request; one that needs the device wakes it."""
+        """Return whether the request is handled here. One that needs the device wakes it first."""
         match request:
             case messages.Sleep():
                 self._wanted.append(request)
@@ -75,7 +75,8 @@ class Sleep:
         return False
 
     def fall_asleep(self) -> None:
-        """Nothing is running or queued. Answers who wanted it, and accepts what came after."""
+        """Fall asleep, now that nothing is running or queued; answer the Sleeps, and accept what came after
+        them."""
         outcome: messages.Output | Exception = messages.Slept(0, 0.0)
         try:
             if not self.asleep:
@@ -91,7 +92,7 @@ class Sleep:
             self._accept(waiting)
 
     def _park(self) -> messages.Slept:
-        """An error, of no room on the host, changes nothing."""
+        """Move the state to the host. If the host has no room, the error changes nothing."""
         began = time.perf_counter()
         self._models.finish_exports()
         weights = [(base, Parked(base.trainer.base)) for base in self._bases]
@@ -105,12 +106,12 @@ class Sleep:
         parked = [parked for _, parked in (*weights, *states)]
         for each in parked:
             each.free()
-        gc.collect()  # what the samplers had beside the weights
+        gc.collect()  # what the samplers had besides weights
         self._weights, self._states, self.asleep = weights, states, True
         return _slept("asleep", parked, began)
 
     def _wake_up(self) -> messages.Slept:
-        """An error, of no room on the device, leaves it asleep."""
+        """Move the state back. If the device has no room, the engine stays asleep."""
         began = time.perf_counter()
         weights = [(base, parked.on_device()) for base, parked in self._weights]
         states = [(state, parked.on_device()) for state, parked in self._states]

@@ -1,10 +1,9 @@
 """The engine's end of the socket to the server, in a thread of its own.
 
-Messages are received while the device computes, and answers leave while the loop is already at the next work.
-Nobody sleeps and looks again: the thread waits on the socket, on a wake-up descriptor, and on the life of the
-server's process. In between it sends the beats by which the server knows that this process lives: they go
-on while the device computes and XLA compiles, and end when the process is stopped or a thread keeps Python's
-lock.
+Messages are received while the device computes, and answers leave while the loop already does the next work.
+The thread never polls: it waits on the socket, on a wake-up descriptor, and on the life of the server's
+process. In between it sends the beats by which the server knows that this process lives. They continue while
+the device computes and XLA compiles, and stop when the process is stopped or a thread keeps Python's lock.
 """
 
 from __future__ import annotations
@@ -26,11 +25,12 @@ from . import messages
 log = logging.getLogger(__name__)
 
 PARENT_CHECK_SECONDS = 1.0
-"""How often to look for the parent where the system cannot wait for a process by descriptor."""
+"""How often to look for the parent if the system cannot wait for a process by descriptor."""
 
 
 class Socket:
-    """`inbox` has the messages of the server, in order, and whatever else `post` puts there."""
+    """The socket and its thread. `inbox` has the server's messages, in order, and whatever else `post` puts
+    there."""
 
     def __init__(self, address: str, beat_seconds: float):
         self._beat_seconds = beat_seconds
@@ -41,23 +41,25 @@ class Socket:
         self._wake_writer.setblocking(False)
         self._context = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
-        self._dealer.set_hwm(0)  # nothing is dropped, nobody blocks: the server bounds what is on its way
+        self._dealer.set_hwm(
+            0
+        )  # no limit: nothing is dropped or blocks, because the server bounds what it sends
         self._dealer.connect(address)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="socket", daemon=True)
         self._thread.start()
 
     def send(self, message: messages.FromEngine) -> None:
-        """Queue a message for the server; returns at once. Of any thread."""
+        """Queue a message for the server and return at once. Safe to call from any thread."""
         self._outbox.put(messages.encode(message))
         self._wake()
 
     def post(self, event: Any) -> None:
-        """Put an event of our own among the received messages. Any thread may."""
+        """Put an event of our own among the received messages. Safe to call from any thread."""
         self.inbox.put(event)
 
     def close(self, patience_seconds: float = 10.0) -> None:
-        """Send what is queued, as far as the server reads it within the patience, and end the thread."""
+        """Send what is queued, as far as the server reads it in time, and end the thread."""
         self._closing.set()
         self._wake()
         self._thread.join()
@@ -65,7 +67,9 @@ class Socket:
         self._context.term()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # so many wake-ups are unread that one more adds nothing
+        with contextlib.suppress(
+            BlockingIOError
+        ):  # the pipe is full of unread wake-ups, so one more is not needed
             self._wake_writer.send(b"\0")
 
     def _serve(self) -> None:
@@ -81,10 +85,10 @@ class Socket:
         beat_due = time.monotonic()
         while True:
             until_beat = max(beat_due - time.monotonic(), 0.0)
-            # Rounded up: a wait that ends before the beat is due would be one of many.
+            # Rounded up, because waits that end before the beat is due would repeat many times.
             ready = dict(poller.poll(int(1000 * min(until_beat, longest_wait)) + 1))
             if parent_descriptor in ready or os.getppid() != parent:
-                # Nobody is left to answer to, and a new server may want the accelerator now. What is being
+                # The server has ended, and a new one may need the accelerator now. What is being
                 # written stays under a temporary name.
                 log.error("the server has ended; the engine ends too")
                 os._exit(1)
@@ -125,7 +129,7 @@ class Socket:
 
 
 def _process_descriptor(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends (Linux), or None."""
+    """Return a descriptor that becomes readable when the process ends (Linux), or None."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""The models in training, whose states are on the device or wait in the host's memory for their turn."""
+"""Models in training, with their states on the device or in the host's memory until their next turn."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Model:
-    """A model in training on its base. While `parked`, its state has no arrays, and `needs` are the bytes
-    that it will take on each device. `used`: of `Budget.now`."""
+    """A model in training on its base.
+
+    While `parked`, its state has no arrays, and `needs` are the bytes that it will take on each device.
+    `used`: when it was last used (`Budget.now`).
+    """
 
     base: BaseModel
     state: TrainingState
@@ -31,7 +34,7 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        """What its state takes on each device."""
+        """The bytes that its state takes on each device."""
         if self.parked is not None:
             return 0
         if self._sizes is None:  # they stay the same
@@ -41,7 +44,7 @@ class Model:
 
 
 class Tenants:
-    """Models by their id. Within the budget, the states of those used last are on the device.
+    """Models by id. Within the budget, the states of those used last are on the device.
 
     A state leaves for the host's memory when something else needs its room, and comes back bit for bit when
     it is used. While a model has a turn (`is_running`) its state stays. On a CPU, whose memory is the host's,
@@ -90,7 +93,7 @@ class Tenants:
 
     @property
     def bytes_waiting(self) -> int:
-        """What waits in the host's memory."""
+        """The bytes of states in the host's memory."""
         return sum(model.parked.bytes for model in self._models.values() if model.parked)
 
     @property
@@ -116,7 +119,7 @@ class Tenants:
 
 
 def _bytes(tree: Any) -> int:
-    """What a tree takes on each device."""
+    """Return the bytes that a tree takes on each device."""
     return sum(_on_one_device(leaf) for leaf in jax.tree.leaves(tree))
 
 

@@ -1,7 +1,7 @@
-"""A file that says what the engine computes at the moment.
+"""A file that names the operations that the engine is computing.
 
-The server reads it when the engine has died, to know which operations it died of. What is written to a file
-outlives the process that wrote it, however that process ends.
+When the engine has died, the server reads it to learn which operations it was computing. What is written to a
+file outlives its process, however that ends.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from . import messages
 
 
 class UnderWay:
-    """`path` None: nobody wants to know."""
+    """The file; `path` None: nothing is written."""
 
     def __init__(self, path: str | None):
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self._noted: tuple[str, ...] = ()
 
     def note(self, requests: Iterable[messages.ToEngine]) -> None:
-        """From now on these are computed; none: the engine waits."""
+        """Write that these operations are being computed; none: the engine waits."""
         if self._file is None:
             return
         lines = tuple(f"{request.request_id}\t{getattr(request, 'model_id', '')}\n" for request in requests)

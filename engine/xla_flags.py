@@ -1,4 +1,4 @@
-"""The flags of XLA that make GPUs deterministic (openxla.org/xla/determinism). Imports no array library."""
+"""XLA flags that make GPUs deterministic (openxla.org/xla/determinism). Imports no array library."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _STATED = re.compile(r"--xla_gpu_(?:exclude_nondeterministic|deterministic)_ops(
 
 
 def deterministic(flags: str) -> str:
-    """Return XLA_FLAGS with deterministic operations, unless `flags` already say something about them.
+    """Return XLA_FLAGS with deterministic operations, unless `flags` already mention them.
 
-    Operations that have a deterministic form use it (scatters, products, cuDNN's attention), and autotuning
-    goes on. Its choices are kept with the compiled programs, in JAX's persistent cache.
+    Operations with a deterministic form use it (scatters, products, cuDNN's attention), and autotuning
+    continues. Its choices are kept with the compiled programs, in JAX's persistent cache.
     """
     return flags if _STATED.search(flags) else f"{flags} {_EXCLUDE}=true".strip()
 
