@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang laboratory accelerators gpu rlve methods lint format bench lock clean
+.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang ray laboratory accelerators gpu rlve methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,15 @@ $(COOKBOOK)/.installed: tests/cookbook/requirements.txt
 	$(PYTHON) -m venv --clear $(COOKBOOK)
 	$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-compile $(TORCH)
 	$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-compile --no-deps -r $<
+	@touch $@
+
+RAY := .cache/ray/venv
+ray: $(STAMP) $(RAY)/.installed ## a server as a job of a real Ray (fetches 80 MB)
+	$(BIN)/python -m pytest -v -m slow tests/deploy/test_ray.py
+
+$(RAY)/.installed:
+	$(PYTHON) -m venv --clear $(RAY)
+	$(RAY)/bin/python -m pip --disable-pip-version-check install -qq "ray[default]==2.60.0"
 	@touch $@
 
 SGLANG := .cache/sglang/venv

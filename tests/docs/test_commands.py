@@ -95,6 +95,7 @@ NOT_RUN = {
     ("metrics.md", "scrape_configs:"): "Prometheus is not here; test_metrics.py scrapes as this says",
     ("metrics.md", "# tokens trained"): "Prometheus is not here; test_metrics.py knows the names",
     (DEPLOY, "python3 -m venv"): "a TPU's packages and a large model; options are checked by tests/server",
+    (DEPLOY, "export RAY_ADDRESS"): "`make ray` runs it with a real Ray",
     ("plan.md", "tinsmith: too large"): "the answer on a smaller device (test_base_models.py)",
     ("models.md", "tinsmith: model"): "answers to models and devices that are not here (test_base_models.py)",
     (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "`make cookbook` runs these recipes in an hour",
