@@ -39,7 +39,7 @@ class DimuonHyperparameters(NamedTuple):
 def step(
     weights: Any, state: DimuonState, gradients: Any, hyper: DimuonHyperparameters
 ) -> tuple[Any, DimuonState, Any, StepNorms]:
-    """As `muon.step`."""
+    """Take a step, as `muon.step`."""
     one, zero = jnp.float32(1), jnp.float32(0)
     own = hyper._asdict()
     whole = muon.MuonHyperparameters(

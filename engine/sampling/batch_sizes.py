@@ -1,4 +1,4 @@
-"""How much one program of the sampler computes at a time."""
+"""Batch sizes of the sampler: how much one program computes at a time."""
 
 from __future__ import annotations
 

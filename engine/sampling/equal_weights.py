@@ -1,4 +1,4 @@
-"""Whether two sets of sampler weights are the same to the bit, so that one copy serves both."""
+"""Comparison of sampler weights, so that sets that are equal to the bit share one copy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PyTree = Any
 
 
 class Source:
-    """The arrays that a copy was made of, without keeping them alive. A training step makes new ones."""
+    """The arrays that a copy was made from, without keeping them alive. A training step makes new ones."""
 
     def __init__(self, arrays: PyTree):
         self._leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(arrays)]
 
     def is_still(self, arrays: PyTree) -> bool:
-        """Whether these are the same array objects, and hence the same weights."""
+        """Return whether these are the same array objects, and hence the same weights."""
         leaves = jax.tree.leaves(arrays)
         return len(leaves) == len(self._leaves) and all(
             known() is leaf for known, leaf in zip(self._leaves, leaves, strict=True)
@@ -29,8 +29,11 @@ class Source:
 
 
 def likeness(arrays: PyTree, scale: float) -> Hashable:
-    """Return what equal weights have in common and other weights seldom do: their shapes, their scale and
-    the digest of their smallest array, which alone is read."""
+    """Return a key that equal weights share and others rarely do.
+
+    It consists of their shapes, their scale and the digest of their smallest array, the only one that is
+    read.
+    """
     leaves, structure = jax.tree.flatten(arrays)
     smallest = np.asarray(min(leaves, key=lambda leaf: leaf.nbytes))
     digest = hashlib.blake2b(smallest.tobytes(), digest_size=16).digest()
@@ -38,7 +41,7 @@ def likeness(arrays: PyTree, scale: float) -> Hashable:
 
 
 def are_equal(one: PyTree, other: PyTree) -> bool:
-    """Whether arrays of equal structure, shapes and dtypes have the same bits."""
+    """Return whether arrays of equal structure, shapes and dtypes have the same bits."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(a is b or bool(_have_same_bits(a, b)) for a, b in pairs)
 

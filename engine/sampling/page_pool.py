@@ -1,4 +1,4 @@
-"""Who owns which page of the KV cache, and which pages hold the beginning of a prompt seen before.
+"""The pages of the KV cache: who owns each, and which hold the beginning of an earlier prompt.
 
 Host side only: page numbers, reference counts and hashes; `model.kv_cache` has the arrays.
 """
@@ -13,10 +13,10 @@ import numpy as np
 
 
 class PagePool:
-    """Pages 1..num_pages-1 (page 0 takes what padding writes) with reference counts.
+    """Pages 1..num_pages-1 with reference counts; page 0 takes what padding writes.
 
-    A full page may be published under the tokens up to its end and the weights that computed it. It stays
-    findable after its last owner let go, until the page is needed: least recently released first.
+    A full page may be published under the tokens up to its end and the weights that computed it. It can be
+    found after its last owner released it, until the page is needed: least recently released first.
     """
 
     def __init__(self, num_pages: int, page_size: int):
@@ -29,7 +29,7 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
-        """With page 0."""
+        """The number of pages, including page 0."""
         return len(self._owners)
 
     @property
@@ -40,7 +40,7 @@ class PagePool:
         return -(-positions // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one owner each, or None if there are not so many."""
+        """Return `count` pages with one owner each, or None if there are not enough."""
         if count > len(self._free):
             return None
         pages = [self._free.popitem(last=False)[0] for _ in range(count)]
@@ -51,14 +51,14 @@ class PagePool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more owner for each page."""
+        """Add an owner to each page."""
         for page in pages:
             if self._owners[page] == 0:
                 del self._free[page]
             self._owners[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One owner fewer for each page."""
+        """Remove an owner from each page."""
         # A prompt's later pages are of no use without its earlier ones: forget them first.
         for page in reversed(list(pages)):
             self._owners[page] -= 1
@@ -68,7 +68,8 @@ class PagePool:
                     self._free.move_to_end(page, last=False)
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The published pages of these `digests`, up to the first that has none; share them before use."""
+        """Return the published pages of these `digests`, up to the first that has none; share them before
+        use."""
         found = []
         for digest in digests:
             if (page := self._page_of.get(digest)) is None:
@@ -77,19 +78,19 @@ class PagePool:
         return found
 
     def publish(self, digests: Iterable[bytes], pages: Sequence[int]) -> None:
-        """Make full pages, held in `pages` in order, findable."""
+        """Publish full pages, held in `pages` in order."""
         for digest, page in zip(digests, pages, strict=False):
             if digest not in self._page_of and page not in self._hash_of:
                 self._page_of[digest] = page
                 self._hash_of[page] = digest
 
     def forget(self) -> None:
-        """Forget what the pages hold."""
+        """Forget the contents of all pages."""
         self._page_of.clear()
         self._hash_of.clear()
 
     def digests(self, weights_id: int, tokens: np.ndarray) -> list[bytes]:
-        """A hash per full page of `tokens`, of everything up to its end and the weights."""
+        """Return a hash per full page of `tokens`, of everything up to its end and the weights."""
         data = np.asarray(tokens, np.int32)
         digests, digest = [], weights_id.to_bytes(8, "little")
         for end in range(self.page_size, len(data) + 1, self.page_size):

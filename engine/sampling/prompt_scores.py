@@ -1,4 +1,4 @@
-"""What a request wants to know about its prompt's tokens: log-probs, likely tokens, chosen ones, draws."""
+"""Scores of a prompt's tokens: log-probs, likely tokens, chosen ones and draws."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from ...model.prefill import PromptScores as Computed
 from ...model.token_sampling import float32_temperature, uniforms
 from .. import messages
 
-_DRAWS = 1 << 63  # in place of a sample's index, so that no sample has the same random numbers
+_DRAWS = 1 << 63  # replaces a sample's index, so that no sample has the same random numbers
 
 
 class TopTable:
-    """Top-k rows of one prompt or sample; a row not set is empty cells."""
+    """Top-k rows of one prompt or sample. Rows that were not set have empty cells."""
 
     def __init__(self, k: int, rows: int):
         self._tokens = np.zeros((rows, k), np.int32)
         self._logprobs = np.full((rows, k), messages.EMPTY_LOGPROB, np.float32)
 
     def set(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Rows from `first_row` on; of more than k columns the first k are taken."""
+        """Set rows from `first_row` on, taking the first k columns."""
         k = min(self._tokens.shape[1], tokens.shape[1])
         self._tokens[first_row : first_row + len(tokens), :k] = tokens[:, :k]
         self._logprobs[first_row : first_row + len(tokens), :k] = logprobs[:, :k]
@@ -32,7 +32,7 @@ class TopTable:
 
 
 class Targets:
-    """Tokens chosen by the client, any number per prompt position, and their log-probs as they come.
+    """Tokens chosen by the client, any number per prompt position, and their log-probs as they are computed.
 
     Row i of the request's table is about prompt position i + 1.
     """
@@ -46,7 +46,7 @@ class Targets:
             begins = np.frombuffer(cells.crow_indices, np.int64)
         self._cells = cells
         self._logprobs = np.zeros(len(tokens), np.float32)
-        self._asked = np.flatnonzero(tokens >= 0)  # the cells that want a log-prob, by row
+        self._asked = np.flatnonzero(tokens >= 0)  # the cells to score, by row
         self._tokens = tokens[self._asked]
         self._begins = np.searchsorted(self._asked, begins)
 
@@ -56,11 +56,12 @@ class Targets:
         return int(np.flatnonzero(np.diff(self._begins))[0]) + 1
 
     def width(self, first_position: int, count: int) -> int:
-        """The most tokens to score at one of so many positions."""
+        """Return the most tokens to score at one of these positions."""
         return int(np.diff(self._begins[first_position - 1 : first_position + count]).max(initial=0))
 
     def _places(self, first_position: int, count: int) -> tuple[slice, np.ndarray, np.ndarray]:
-        """The asked cells of these positions, and each one's row (from the first) and place in its row."""
+        """Return the requested cells of these positions, with each one's row (from the first) and place in
+        its row."""
         begins = self._begins[first_position - 1 : first_position + count]
         row = np.repeat(np.arange(count), np.diff(begins))
         return slice(begins[0], begins[-1]), row, np.arange(begins[0], begins[-1]) - begins[row]
@@ -71,7 +72,7 @@ class Targets:
         table[row, place] = self._tokens[cells]
 
     def set(self, first_position: int, logprobs: np.ndarray) -> None:
-        """Take the log-probs of `write_to`'s tokens."""
+        """Store the log-probs of `write_to`'s tokens."""
         cells, row, place = self._places(first_position, len(logprobs))
         self._logprobs[self._asked[cells]] = logprobs[row, place]
 
@@ -83,7 +84,7 @@ class Targets:
 
 
 class PromptScores:
-    """One request's questions about its prompt, and the answers so far; `seed` is for its draws."""
+    """The scores that one request wants, and those computed so far; `seed` is for its draws."""
 
     def __init__(self, request: messages.Sample, prompt: np.ndarray, seed: int):
         length, k = len(prompt), request.topk_prompt_logprobs
@@ -102,7 +103,7 @@ class PromptScores:
         firsts += [1] if self._draws else []
         firsts += [self._targets.first_position] if self._targets else []
         self.first_position = min(firsts, default=length)
-        """The first prompt position asked about: what comes two or more before it may come from a cache."""
+        """The first prompt position to score: what comes two or more before it may come from a cache."""
 
     @property
     def is_asked(self) -> bool:
@@ -114,11 +115,11 @@ class PromptScores:
 
     @property
     def draws(self) -> int:
-        """How many tokens to draw at each position."""
+        """The number of tokens to draw at each position."""
         return self._draws
 
     def width(self, first_position: int, count: int) -> int:
-        """Tokens to score per position: the prompt's own and those of `Targets`."""
+        """The number of tokens to score per position: the prompt's own and those of `Targets`."""
         return 1 + (self._targets.width(first_position, count) if self._targets else 0)
 
     def write_to(
@@ -135,7 +136,7 @@ class PromptScores:
             u[:, :k] = random.reshape(count, k, 2)
 
     def set(self, first_position: int, computed: Computed) -> bool:
-        """Take the answers for the following positions; False if a log-prob is not finite."""
+        """Store the scores of the following positions; return False if a log-prob is not finite."""
         count = len(computed.logprobs)
         skipped = min(max(self._next_from - first_position, 0), count)
         first, rows = first_position + skipped, slice(skipped, count)
@@ -152,7 +153,7 @@ class PromptScores:
         return bool(np.isfinite(computed.logprobs[:, 0]).all())
 
     def fields(self) -> dict:
-        """The fields of `messages.SampleOutput` that were asked for."""
+        """Return the requested fields of `messages.SampleOutput`."""
         return {
             "prompt_logprobs": None if self._logprobs is None else self._logprobs.tobytes(),
             "topk_prompt_logprobs": None if self._top is None else self._top.message(),

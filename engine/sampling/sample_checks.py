@@ -1,4 +1,4 @@
-"""Whether a sample request can be served, and if not, why."""
+"""Checks whether a sample request can be served."""
 
 from __future__ import annotations
 

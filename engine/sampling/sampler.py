@@ -1,10 +1,11 @@
-"""Continuous batching: many requests share decode steps, joining and leaving between short chunks.
+"""The sampler: continuous batching, where many requests share decode steps, joining and leaving between
+chunks.
 
-A request is prefilled once, in chunks, whatever its number of samples; its samples then share the full
-pages of the prompt and join the running set. `step` runs one unit of work (a prefill chunk or a decode chunk
-of a few tokens), so that the engine can look at its socket and train in between. When memory is short the
-newest request loses its pages and is prefilled again later; its random draws depend on its seed and the
-token's position only, so it goes on as if nothing had happened.
+A request is prefilled once, in chunks, whatever its number of samples; its samples then share the full pages
+of the prompt and join the running set. `step` runs one unit of work (a prefill chunk or a decode chunk of a
+few tokens), so that the engine can look at its socket and train in between. When memory is short the newest
+request loses its pages and is prefilled again later. Its random draws depend only on its seed and the token's
+position, so it continues as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 PyTree = Any
 
-_FIRST_ROWS = 4  # of prompts, which those in the first of them wait for
+_FIRST_ROWS = 4  # programs of prompts in a row, while the prompts of the first one wait
 
 
 class Sampler:
@@ -76,11 +77,12 @@ class Sampler:
         on_compile: Callable[[str, float], None] | None = None,
     ):
         """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device).
+
         `max_sequence_length` is the longest prompt + sample (None: the model's). `max_slots`,
-        `prefill_tokens` (a multiple of `page_size`) and `decode_steps` are by default what suits the device
+        `prefill_tokens` (a multiple of `page_size`) and `decode_steps` default to what suits the device
         (`batch_sizes`). `end_tokens` end a sample that names no stop (None: those of the config). `backend`
-        is whose kernels are used (None: that of the mesh's devices). `on_compile(name, seconds)` is called
-        when a program ran for the first time.
+        chooses the kernels (None: that of the mesh's devices). `on_compile(name, seconds)` is called when a
+        program ran for the first time.
         """
         self._config = config
         self._token_bytes = token_bytes
@@ -134,10 +136,12 @@ class Sampler:
         base: PyTree | None = None,
         owned: bool = False,
     ) -> None:
-        """Make weights known under `key`: an adapter (`model.lora`; scale = alpha / true rank) on the shared
-        base, or the full weights `base`. The arrays are copied, so that what training does to its own later
-        has no effect, unless they are `owned` by the caller and never change. Registering a known key raises
-        ValueError."""
+        """Register weights under `key`: an adapter (`model.lora`; scale = alpha / true rank) on the shared
+        base, or the full weights `base`.
+
+        The arrays are copied, so that later training does not change them, unless they are `owned` by the
+        caller and never change. Registering a known key raises ValueError.
+        """
         self._require_new(key)
         copy = functools.partial(jax.tree.map, functools.partial(jnp.array, copy=True))
         if base is not None:
@@ -151,7 +155,7 @@ class Sampler:
         self._weights[key] = Weights(shared.base, shared.base_by_layer, adapter, scale)
 
     def share(self, key: str, weights: Weights) -> None:
-        """Make weights that are registered already known under `key` too, without a copy of their arrays."""
+        """Register weights that are registered already under `key` too, without copying their arrays."""
         self._require_new(key)
         self._weights[key] = Weights(weights.base, weights.base_by_layer, weights.adapter, weights.scale)
 
@@ -160,16 +164,16 @@ class Sampler:
             raise ValueError(f"sampler weights {key!r} are already registered")
 
     def release(self, key: str) -> None:
-        """Forget the weights of `key` (unknown: nothing happens). Requests already added still finish."""
+        """Forget the weights of `key`, if it is known. Requests already added still finish."""
         if (weights := self._weights.pop(key, None)) is not None:
             self._programs.stacks.forget(weights)
 
     def weights_of(self, key: str) -> Weights:
-        """What is registered under `key`."""
+        """Return the weights registered under `key`."""
         return self._weights[key]
 
     def __contains__(self, key: str) -> bool:
-        """Whether weights are registered under `key`."""
+        """Return whether weights are registered under `key`."""
         return key in self._weights
 
     # --- requests ----------------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ class Sampler:
         room = max(1, min(self._max_length, longest + 1) - len(prompt))
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         named = implicit_stop_tokens(params.stop_tokens, params.stop_strings, self._end_tokens)
-        # An id that the model does not have, of any size, is never drawn: it stops nothing.
+        # Ids outside the vocabulary are never drawn, so they stop nothing.
         stop_tokens = [token for token in named if 0 <= token < self._config.vocab_size]
         seed = seed_of(params.seed)
         generation = Generation(
@@ -221,7 +225,7 @@ class Sampler:
         self._queue.add(Prompt(generation, deque(sequences), prompt))
 
     def cancel(self, request_id: str) -> bool:
-        """Drop a request and free its slots and memory at once; False if it is not here (any more)."""
+        """Drop a request and free its slots and memory at once; return False if it is not here."""
         generation = self._generations.pop(request_id, None)
         if generation is None:
             return False
@@ -230,7 +234,7 @@ class Sampler:
 
     @property
     def used_pages(self) -> int:
-        return self._pool.num_pages - 1 - self._pool.num_free  # page 0 is no sequence's
+        return self._pool.num_pages - 1 - self._pool.num_free  # page 0 belongs to no sequence
 
     @property
     def free_pages(self) -> int:
@@ -248,11 +252,11 @@ class Sampler:
         self, note: Callable[[Iterable[messages.Sample]], None] = lambda requests: None
     ) -> list[messages.Done | messages.Failed]:
         """Run one unit of work and return the answers of the requests that it finished, in no special order.
-        `note` hears before of those that it computes.
 
-        Prefill and decode chunks take turns where there is both (`_is_turn_of_prefill`). A request whose
-        weights give non-finite log-probs is answered with Failed (category user); any other exception is a
-        fault of ours and leaves the sampler unusable."""
+        `note` is called first with the requests that it computes. Prefill and decode chunks take turns if
+        there are both (`_is_turn_of_prefill`). A request whose weights give non-finite log-probs is answered
+        with Failed (category user); any other exception is a fault of ours and leaves the sampler unusable.
+        """
         if not self.has_work:
             return []
         with self._programs.ready():
@@ -269,8 +273,11 @@ class Sampler:
             return self._decode()
 
     def _is_turn_of_prefill(self) -> bool:
-        """One program of prompts between two chunks. A few before the first chunk of all who run: what
-        arrived together then decodes together, and a chunk of few sequences costs as much as one of many."""
+        """Return whether to prefill next: one program of prompts between two decode chunks.
+
+        Before the first chunk of all running sequences there are a few more: what arrived together then
+        decodes together, and a chunk of few sequences costs as much as one of many.
+        """
         running = self._queue.running
         if not running:
             return True
@@ -279,12 +286,12 @@ class Sampler:
         return self._rows_since_decode < (_FIRST_ROWS if all_new and has_room else 1)
 
     def drawn(self) -> list[messages.Drawn]:
-        """What was drawn since the last time, for requests that want to know."""
+        """Return what was drawn since the last call, for requests that stream."""
         drawn, self._drawn = self._drawn, []
         return drawn
 
     def _prefill(self, pieces: list[tuple[Prompt, int]]) -> list[messages.Done | messages.Failed]:
-        """Rows of prompt tokens, as many as a program takes."""
+        """Prefill rows of prompt tokens, as many as a program takes."""
         began = time.monotonic()
         try:
             finite = self._programs.prefill(pieces)
@@ -299,7 +306,7 @@ class Sampler:
         return [self._fail_not_finite(generation) for generation in broken]
 
     def _decode(self) -> list[messages.Done | messages.Failed]:
-        """A few tokens for running sequences that share base weights."""
+        """Decode a few tokens of running sequences that share base weights."""
         began = time.monotonic()
         chosen = self._queue.next_batch()
         if not chosen:
@@ -318,7 +325,7 @@ class Sampler:
             generation = sequence.generation
             generation.device_seconds += seconds
             if generation.request.request_id not in self._generations:
-                continue  # another sample of it failed just now
+                continue  # another sample of the request has just failed
             reason = sequence.take(row, decoded)
             if generation.request.stream and reason != "not finite":
                 self._drawn.append(sequence.drawn())
@@ -335,9 +342,10 @@ class Sampler:
         return answers
 
     def _start_over(self, error: Exception, is_smaller: bool) -> None:
-        """After the device ran out of memory, compute what is in the pages again, in smaller batches.
+        """After the device ran out of memory, compute the contents of the pages again, in smaller batches.
 
-        Raises `error` if it is another one, or if batches cannot be smaller (`is_smaller` is False)."""
+        Raises `error` if it is another one, or if batches cannot be smaller (`is_smaller` is False).
+        """
         if not is_out_of_memory(error) or not is_smaller:
             raise error
         log.warning("the device is out of memory for samples: going on in smaller batches")
@@ -355,16 +363,15 @@ class Sampler:
 
 
 def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
-    """Return what 1 GiB holds, where no plan says more; at least one sequence of full length up to 16384
-    tokens."""
+    """Return how many tokens 1 GiB holds; at least one sequence of full length up to 16384 tokens."""
     return max(KV_ON_CPU // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
 
 
 def _is_by_output(base: PyTree) -> bool:
-    """Whether a CPU decodes with copies of the matrices that lie [out, in]: in bfloat16, if they take at most
-    a quarter of the memory.
+    """Return whether a CPU decodes with copies of the matrices in [out, in] order.
 
-    XLA's products of a few rows convert other bfloat16 weights to float32 each time. This holds with and
-    without bfloat16 instructions."""
+    It does in bfloat16, if they take at most a quarter of the memory: XLA's products of a few rows would
+    convert other bfloat16 weights to float32 each time, with and without bfloat16 instructions.
+    """
     is_bfloat16 = base["embed_tokens"]["weight"].dtype == jnp.bfloat16
     return is_bfloat16 and sum(x.nbytes for x in jax.tree.leaves(base)) <= processor.memory_bytes() // 4

@@ -1,4 +1,4 @@
-"""Sampler weights by name: those sampled last are on the device, the others wait on disk."""
+"""Sampler weights by name: the last sampled ones are on the device, the others wait on disk."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SamplerCache:
         idle_seconds: float = 600.0,
         budget: Budget | None = None,
     ):
-        """Without `bytes_on_device` the budget is the only bound."""
+        """Without `bytes_on_device` only the budget bounds them."""
         self._new_sampler = new_sampler
         self._config, self._data_dir, self._dtype, self._mesh = config, data_dir, dtype, mesh
         self._budget = budget or Budget(2**30)
@@ -81,14 +81,14 @@ class SamplerCache:
         self._budget.add(self)
 
     def add(self, request: messages.Sample) -> None:
-        """Queue a request, its weights brought to the device first if need be. Raises UserError."""
+        """Queue a request, after bringing its weights to the device if necessary. Raises UserError."""
         key = request.sampler.weights
         if key is not None:
             self._require(key)
         self.sampler.add(request, key)
 
     def freeze(self, key: str, state: TrainingState) -> Weights:
-        """A copy of a model's current weights, to be sampled as `key`."""
+        """Copy a model's current weights, to be sampled as `key`."""
         self.release(key)
         residents = self._resident.values()
         same = next((each for each in residents if each.source and each.source.is_still(state.weights)), None)
@@ -103,7 +103,7 @@ class SamplerCache:
         return self._frozen[key]
 
     def written(self, key: str) -> None:
-        """Frozen weights are on disk. Of any thread."""
+        """Note that frozen weights are on disk. Safe to call from any thread."""
         self._frozen.pop(key, None)
 
     def release(self, key: str) -> None:
@@ -113,7 +113,8 @@ class SamplerCache:
         self._leave(key)
 
     def evict_idle(self) -> float | None:
-        """Let what was not sampled for long leave the device; the seconds until that is due for the next."""
+        """Let weights that were not sampled for long leave the device; return the seconds until the next are
+        due."""
         now = time.monotonic()
         while self._resident:
             key, oldest = next(iter(self._resident.items()))
@@ -124,14 +125,16 @@ class SamplerCache:
         return None
 
     def restart(self) -> None:
-        """A new sampler in place of one that failed, without requests."""
+        """Replace a sampler that failed by a new one without requests."""
         self.sampler = self._new_sampler()
         self._resident.clear()
         self._bytes = 0
 
     def park(self) -> None:
-        """Let the sampler and all weights leave the device, frozen ones for the host's memory. Nothing may be
-        sampled, and no request be under way, until `unpark`."""
+        """Let the sampler and all weights leave the device, frozen ones for the host's memory.
+
+        Until `unpark`, nothing may be sampled, and no request may be running.
+        """
         copies: dict[tuple[int, ...], Parked] = {}  # by the arrays, which several keys may share
         for key, weights in self._frozen.items():
             own = (weights.adapter, weights.base if weights.adapter is None else None)
@@ -144,7 +147,7 @@ class SamplerCache:
         del self.sampler
 
     def unpark(self) -> None:
-        """Frozen weights are back; the others come when they are sampled."""
+        """Bring frozen weights back; the others come when they are sampled."""
         placed = {parked: parked.on_device() for _, parked in self._parked.values()}
         for key, (scale, parked) in self._parked.items():
             adapter, base = placed[parked]
@@ -206,7 +209,7 @@ class SamplerCache:
         return registered
 
     def _compared(self, arrays: Any, scale: float) -> tuple[Hashable, Resident | None]:
-        """The likeness of weights, and those on the device that are equal to them."""
+        """Return the likeness of weights, and those on the device that are equal to them."""
         known = likeness(arrays, scale)
         for resident in self._resident.values():
             if resident.likeness == known and are_equal(resident.weights.own, arrays):
@@ -222,8 +225,10 @@ class SamplerCache:
         )
 
     def _register(self, key: str, registered: dict[str, Any], owned: bool = False) -> None:
-        """Bring weights to the device, the arguments of `Sampler.register`; older ones make way. Of `owned`
-        arrays there is one copy, here and in the sampler."""
+        """Bring weights (the arguments of `Sampler.register`) to the device, evicting older ones.
+
+        `owned` arrays are shared between this cache and the sampler.
+        """
         size = _size(registered)
         while self._bytes_on_device and self._resident and size + self.bytes > self._bytes_on_device:
             self.drop_oldest()
@@ -239,16 +244,16 @@ class SamplerCache:
 
     @property
     def oldest(self) -> int | None:
-        """When the weights that were not sampled for longest were sampled (`Budget.now`)."""
+        """When the least recently sampled weights were sampled (`Budget.now`)."""
         return next(iter(self._resident.values())).used if self._resident else None
 
     def drop_oldest(self) -> None:
-        """Let these leave the device."""
+        """Let the least recently sampled weights leave the device."""
         self._leave(next(iter(self._resident)))
 
     @property
     def bytes(self) -> int:
-        """Of the weights on the device, those that several keys share counted once."""
+        """The bytes of the weights on the device. Weights under several keys count once."""
         if self._bytes is None:
             leaves = (leaf for each in self._resident.values() for leaf in jax.tree.leaves(each.weights.own))
             self._bytes = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())

@@ -1,4 +1,4 @@
-"""The sampler's device side: the pages' arrays, and the model's programs by bucket of shapes."""
+"""The sampler's programs, by bucket of shapes, and the arrays of the pages that they work on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _COPIED_AT_ONCE = 16
 
 
 class SamplerPrograms:
-    """Prefill, score, decode and copy, on one set of pages. All run under the mesh, if there is one."""
+    """Prefill, score, decode and copy, on one set of pages, under the mesh if there is one."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class SamplerPrograms:
 
     @contextlib.contextmanager
     def ready(self) -> Any:
-        """Under the mesh, with pages."""
+        """A context under the mesh, with pages."""
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             if self._cache is None:
                 self._cache = kv_cache.make_cache(
@@ -85,14 +85,14 @@ class SamplerPrograms:
             yield
 
     def shorten_prefill(self) -> bool:
-        """Take fewer prompt tokens per call from now on; False if they are as few as can be."""
+        """Take fewer prompt tokens per call from now on; return False if that is impossible."""
         if len(self.prefill_lengths) == 1:
             return False
         self.prefill_lengths.pop()
         return True
 
     def fewer_slots(self, sequences: int) -> int | None:
-        """Decode fewer than so many sequences per call from now on. Returns how many, or None for a single
+        """Decode fewer than `slots` sequences per call from now on; return how many, or None for a single
         one."""
         return self._slots.fewer(sequences)
 
@@ -109,8 +109,10 @@ class SamplerPrograms:
             self._cache = kv_cache.copy_pages(self._cache, source, target)
 
     def prefill(self, pieces: list[tuple[Prompt, int]]) -> list[bool]:
-        """Run the next tokens of each prompt (`SamplingQueue.next_pieces`), and answer what is asked about
-        those that follow them; per piece, False if a log-prob is not finite."""
+        """Run the next tokens of each prompt (`SamplingQueue.next_pieces`), and score the tokens after them.
+
+        Returns, per piece, False if a log-prob is not finite.
+        """
         weights, cached = pieces[0][0].generation.weights, max(prompt.num_cached for prompt, _ in pieces)
         context = self._context_pages(cached) if cached else 0
         rows, places = prefill_rows(pieces, self.prefill_lengths, self._page_size, context)
@@ -123,8 +125,8 @@ class SamplerPrograms:
         return self._score(pieces, places, weights.base, stack, hidden)
 
     def _wait_for(self, hidden: jax.Array) -> None:
-        """On a CPU, wait for a chunk of prompts; on an accelerator, for the one before it, so that the device
-        computes one while the host prepares the next."""
+        """Wait for a chunk of prompts on a CPU, and for the chunk before it on an accelerator, which then
+        computes while the host prepares."""
         previous, self._prefilled = self._prefilled, hidden
         waited_for = hidden if self._backend == "cpu" else previous
         if waited_for is not None:
@@ -165,8 +167,10 @@ class SamplerPrograms:
         return self._slots.take_counts()
 
     def decode(self, chosen: list[Sequence], positions: int, soon: int) -> Decoded:
-        """A few tokens for each of the sequences (`SamplingQueue.next_batch`), on the host; none of them will
-        have more than so many positions. With those that wait there are `soon` so many."""
+        """Decode a few tokens of each sequence (`SamplingQueue.next_batch`) and return them on the host.
+
+        No sequence will have more than `positions`. Including those that wait there are `soon` sequences.
+        """
         stack, adapter = self.stacks.of([s.generation.weights for s in chosen])
         pages = self._context_pages(positions)
         penalties = " with penalties" if any(map(is_penalized, chosen)) else ""
@@ -187,13 +191,14 @@ class SamplerPrograms:
         return decoded
 
     def _drawing(self, chosen: list[Sequence]) -> Drawing:
-        """Accelerators have a program for rows without filters, and one without branches for all others."""
+        """Choose how to draw: accelerators have a program for rows without filters, and one without
+        branches."""
         if self._backend == "cpu":
             return Drawing.AT_RUN_TIME
         return Drawing.FILTERED if any(map(is_filtered, chosen)) else Drawing.PLAIN
 
     def _context_pages(self, positions: int) -> int:
-        """Table columns for so many cached positions: the bucket's, at most the model's longest."""
+        """Return the table columns for that many positions: the bucket's, at most the model's longest."""
         return -(-min(bucket_of(CONTEXT_BUCKETS, positions), self._longest) // self._page_size)
 
     @contextlib.contextmanager
@@ -209,7 +214,7 @@ class SamplerPrograms:
 
 
 def _kind(stack: PyTree | None) -> str:
-    """The part of a program's name that tells its adapters' shapes."""
+    """Return the part of a program's name that states its adapters' shapes."""
     if stack is None:
         return ""
     n = len(stack["scale"])

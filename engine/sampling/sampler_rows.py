@@ -1,4 +1,4 @@
-"""The arrays that the sampler's programs take, from prompts and sequences; and their buckets of shapes."""
+"""Arguments of the sampler's programs, as arrays in buckets of shapes, from prompts and sequences."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PREFILL_BUCKETS = (64, 128, 256, 1024, 4096)  # tokens of a row of prompts
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
 _INT32_MAX = np.iinfo(np.int32).max
-_STOP_TOKENS = 8  # looked at on the device, to end a chunk early; the host looks at all
+_STOP_TOKENS = 8  # checked on the device, to end a chunk early; the host checks all
 
 
 def bucket_of(buckets: Iterable[int], size: int) -> int:
-    """The smallest bucket that holds `size`."""
+    """Return the smallest bucket that holds `size`."""
     return min(bucket for bucket in buckets if bucket >= size)
 
 
 def prefill_rows(
     pieces: list[tuple[Prompt, int]], lengths: list[int], page_size: int, context_pages: int
 ) -> tuple[PrefillRows, list[slice]]:
-    """The next `count` tokens of each prompt, and where they are, row after row.
+    """Return the next `count` tokens of each prompt, and their places, row after row.
 
     Whole prompts lie side by side in one row (`context_pages` 0). Those that continue their cached beginnings
     have a row each, with tables of `context_pages`: one row, or all that have `lengths[-1]` tokens together.
@@ -39,7 +39,7 @@ def prefill_rows(
     T = bucket_of(lengths, max(counts) if context_pages else sum(counts))
     S = lengths[-1] // T if len(pieces) > 1 and context_pages else 1
     tokens, position, page, offset = (np.zeros((S, T), np.int32) for _ in range(4))
-    start = np.tile(np.arange(T, dtype=np.int32), (S, 1))  # padding sees itself
+    start = np.tile(np.arange(T, dtype=np.int32), (S, 1))  # padding attends to itself
     table, context = np.zeros((S, context_pages), np.int32), np.zeros(S, np.int32)
     places, end = [], 0
     for index, (prompt, count) in enumerate(pieces):
@@ -60,7 +60,8 @@ def prefill_rows(
 def decode_rows(
     chosen: list[Sequence], adapter: list[int], slots: int, page_size: int, context_pages: int, steps: int
 ) -> DecodeRows:
-    """A row for each of `chosen`, empty ones up to `slots`; `adapter` is each one's index in the stack."""
+    """Return a row for each of `chosen`, and empty ones up to `slots`; `adapter` is each one's index in the
+    stack."""
     S, P = slots, context_pages
 
     def column(dtype: Any, values: list, *shape: int) -> np.ndarray:
@@ -98,7 +99,7 @@ def decode_rows(
 
 
 def is_filtered(sequence: Sequence) -> bool:
-    """Whether a row needs the largest logits: for its filters, or to report them."""
+    """Return whether a row needs the largest logits, for its filters or to report them."""
     request = sequence.generation.request
     params = request.params
     has_filter = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
@@ -111,7 +112,7 @@ def is_penalized(sequence: Sequence) -> bool:
 
 
 def _penalty_rows(chosen: list[Sequence], slots: int, context_tokens: int) -> PenaltyRows:
-    """Rows without penalties are empty ones."""
+    """Return the rows for penalties, empty for sequences without."""
     rows = PenaltyRows(
         repetition=np.ones(slots, np.float32),
         presence=np.zeros(slots, np.float32),

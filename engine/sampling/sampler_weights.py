@@ -1,4 +1,4 @@
-"""Immutable weights that requests sample from, and the adapters of one device batch side by side."""
+"""Immutable weights of samplers, and stacks of the adapters in one device batch."""
 
 from __future__ import annotations
 
@@ -46,18 +46,19 @@ class Weights:
 
 
 class AdapterStack(NamedTuple):
-    """`lora.stack_adapters` of a batch's adapters, also as decoding likes it; nothing without any."""
+    """The adapters of a batch, stacked (`lora.stack_adapters`), also in decoding's layout; empty without
+    adapters."""
 
     stacked: PyTree | None = None
     by_layer: PyTree | None = None
 
 
 class AdapterStacks:
-    """A stack for the adapters of a batch, with the last few results kept within the budget (but the one in
-    use, whatever its size).
+    """A stack for the adapters of a batch, with the last few results kept within the budget.
 
-    The number of adapters is padded to a power of two, matrices and ranks to what the widest of them has,
-    with zeros, so that few programs are compiled. One adapter alone keeps its own shape.
+    The stack in use stays, whatever its size. The number of adapters is padded to a power of two, matrices
+    and ranks to those of the widest adapter, with zeros, so that few programs are compiled. A single adapter
+    keeps its own shape.
     """
 
     kind = "sampler_stacks"
@@ -74,14 +75,14 @@ class AdapterStacks:
         budget.add(self)
 
     def of(self, batch: list[Weights]) -> tuple[AdapterStack, list[int]]:
-        """The stack for the rows' weights, and each row's index in it; zeros without any adapter."""
+        """Return the stack for the rows' weights, and each row's index in it; zeros without any adapter."""
         distinct = sorted({weights.id: weights for weights in batch}.values(), key=lambda w: w.id)
         index = {weights.id: i for i, weights in enumerate(distinct)}
         if all(weights.adapter is None for weights in distinct):
             return AdapterStack(), [0] * len(batch)
         key = tuple(index)
         if key not in self._kept:
-            # Room first: an accelerator need not hold the old ones and the new one at once.
+            # Make room first, so that the old stacks and the new one are not on the device at once.
             size = sum(weights.adapter_bytes for weights in distinct)
             while len(self._kept) >= _STACKS_KEPT:
                 self.drop_oldest()
@@ -93,7 +94,7 @@ class AdapterStacks:
 
     @property
     def bytes(self) -> int:
-        """Of the stacks that are kept."""
+        """The bytes of the stacks that are kept."""
         arrays = {id(leaf): leaf for stack in self._kept.values() for leaf in jax.tree.leaves(stack)}
         return sum(leaf.nbytes for leaf in arrays.values())
 
@@ -131,7 +132,7 @@ class AdapterStacks:
 
 
 def _widest(adapters: list[PyTree]) -> PyTree:
-    """The shapes of an adapter that has room for every one of `adapters`."""
+    """Return shapes that have room for every one of `adapters`."""
     shapes: dict[tuple, tuple[int, ...]] = {}
     for adapter in adapters:
         for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
@@ -149,7 +150,7 @@ def _widest(adapters: list[PyTree]) -> PyTree:
 
 
 def _padded(adapter: PyTree | None, template: PyTree) -> PyTree:
-    """`adapter` in the template's shapes, zeros where it has nothing (None: nothing at all)."""
+    """Return `adapter` in the template's shapes, with zeros where it has nothing (None: everywhere)."""
     if isinstance(template, dict):
         return {name: _padded((adapter or {}).get(name), part) for name, part in template.items()}
     if adapter is None:

@@ -1,7 +1,7 @@
-"""Which prompts wait, which are being cached and which sequences run; and their pages of the KV cache.
+"""The sampler's queues: prompts that wait or are being cached, running sequences, and their pages.
 
-Host side only. Requests are served in the order of their arrival. When memory is short the newest one loses
-its pages, and is prefilled again later.
+Host side only. Requests are served in order of arrival. When memory is short the newest one loses its pages,
+and is prefilled again later.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _LOOKED_AT = 64  # prompts, when those of a program are chosen
 
 
 class SamplingQueue:
-    """A prompt goes from waiting to prefilling when it has its pages, and to cached when they are filled; its
-    samples go from there to running one by one, as far as there are slots."""
+    """The stages of prompts and their samples.
+
+    A prompt goes from waiting to prefilling when it has its pages, and to cached when they are filled. Its
+    samples then start running one by one, as slots become free.
+    """
 
     def __init__(self, pool: PagePool, max_slots: int, decode_steps: int, weights_positions: int):
-        """`decode_steps` are the tokens of a decode chunk; `weights_positions`, of how many cached positions
-        the keys and values are as many bytes as the weights."""
+        """`decode_steps` are the tokens of a decode chunk. `weights_positions`: the number of cached
+        positions whose keys and values have as many bytes as the weights."""
         self.pool = pool
         self._turn = 0  # decode chunks so far
         self.max_slots = max_slots
@@ -54,8 +57,10 @@ class SamplingQueue:
     # --- from waiting to running -------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Give the oldest waiting prompts their pages, as far as there are any; and those that are next to be
-        prefilled what was computed for others meanwhile."""
+        """Give the oldest waiting prompts their pages, as far as there are any.
+
+        Prompts that are prefilled next also get what was computed for others meanwhile.
+        """
         for prompt in list(islice(self.prefilling, _LOOKED_AT)):
             self._reuse(prompt)
         while self._waiting:
@@ -75,11 +80,11 @@ class SamplingQueue:
             (self._cached if prompt.is_cached else self.prefilling).append(prompt)
 
     def _find_cached(self, prompt: Prompt, first_page: int = 0) -> list[int]:
-        """What the cache holds of a prompt from a page on."""
+        """Return the cached pages of a prompt from a page on."""
         return self.pool.find(prompt.digests[first_page : prompt.reusable // self.pool.page_size])
 
     def _reuse(self, prompt: Prompt) -> None:
-        """Let a prompt have pages that were published since it got its own, instead of these."""
+        """Replace a prompt's pages by equal ones that were published meanwhile."""
         begin = prompt.num_cached // self.pool.page_size
         found = self._find_cached(prompt, begin)
         if not found:
@@ -95,12 +100,12 @@ class SamplingQueue:
             self._cached.append(prompt)
 
     def next_pieces(self, lengths: list[int]) -> list[tuple[Prompt, int]]:
-        """What to prefill next, in rows of these `lengths`: short prompts of the same weights together, or a
-        piece of a long one; each with how many of its tokens. At least one prompt is prefilling.
+        """Choose what to prefill next, in rows of these `lengths`, with the number of tokens of each prompt.
 
-        Whole prompts share a row. Those that continue a cached beginning have a row each, of the first one's
-        length and context at most; at least half of as many as are computed. A prompt that begins as one of
-        them does waits until that one is cached.
+        At least one prompt must be prefilling. Short prompts of the same weights run together, or a piece of
+        a long one. Whole prompts share a row. Those that continue a cached beginning have a row each, of the
+        first one's length and context at most; at least half of the computed tokens are theirs. A prompt that
+        begins like one of them waits until that one is cached.
         """
         first, most = self.prefilling[0], lengths[-1]
         if first.missing > most:
@@ -127,7 +132,7 @@ class SamplingQueue:
         return pieces if first.num_cached == 0 or 2 * len(pieces) >= most_pieces else pieces[:1]
 
     def prefilled(self, prompt: Prompt, count: int) -> None:
-        """So many more tokens of a prompt are in its pages."""
+        """Note that `count` more tokens of a prompt are in its pages."""
         prompt.num_cached += count
         if prompt.is_cached:
             self.prefilling.remove(prompt)
@@ -135,8 +140,10 @@ class SamplingQueue:
             self.pool.publish(prompt.digests, prompt.pages)
 
     def start_sequences(self) -> list[tuple[int, int]]:
-        """Let samples of cached prompts run, as far as there are slots and pages. Returns the pages to be
-        copied for them, each with where to."""
+        """Start samples of cached prompts, as far as there are slots and pages.
+
+        Returns the pages to be copied for them, each with its target.
+        """
         copies: list[tuple[int, int]] = []
         while self._cached and len(self.running) < self.max_slots:
             prompt = self._cached[0]
@@ -164,7 +171,7 @@ class SamplingQueue:
 
     @property
     def wanted_slots(self) -> int:
-        """For all samples that run or wait, as far as there are slots."""
+        """Return the slots for all samples that run or wait, up to the maximum."""
         wanted = len(self.running)
         for prompt in chain(self.prefilling, self._cached, self._waiting):
             if wanted >= self.max_slots:
@@ -175,15 +182,18 @@ class SamplingQueue:
     # --- running -----------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[Sequence]:
-        """The sequences to decode now, with pages for a chunk: who waited longest, and those over the same
-        base weights whose contexts are of a like length. None, if they gave way to others."""
+        """Choose the sequences to decode now, with pages for a chunk.
+
+        These are the ones that waited longest, with others over the same base weights and contexts of similar
+        length. None if they gave way to others.
+        """
         oldest = min(self.running, key=lambda s: s.last_turn, default=None)
         if oldest is None:
             return []
         base = oldest.generation.weights.base
         chosen = self._read_with(oldest, [s for s in self.running if s.generation.weights.base is base])
         for sequence in chosen:
-            if sequence in self.running:  # it may have given way to an older one meanwhile
+            if sequence in self.running:  # the sequence may have given way to an older one meanwhile
                 self._grow(sequence)
         chosen = [sequence for sequence in chosen if sequence in self.running]
         self._turn += 1
@@ -192,9 +202,11 @@ class SamplingQueue:
         return chosen
 
     def _read_with(self, oldest: Sequence, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that are best read with the oldest. A chunk reads as many positions of each sequence as of
-        the longest; those that are so much shorter that this is more to read than the weights have a chunk
-        of their own."""
+        """Return the sequences to decode together with the oldest.
+
+        A chunk reads as many positions of each sequence as of the longest. Sequences that are so much shorter
+        that this costs more than reading the weights again are left for a chunk of their own.
+        """
 
         def context(sequence: Sequence) -> int:
             return bucket_of(CONTEXT_BUCKETS, self.positions_after_chunk(sequence))
@@ -216,7 +228,7 @@ class SamplingQueue:
         return sequence.num_cached + min(self._decode_steps, sequence.stop.remaining)
 
     def _grow(self, sequence: Sequence) -> None:
-        """Give a running sequence pages for its next chunk, unless it has to give way itself."""
+        """Give a running sequence pages for its next chunk, unless it has to give way."""
         while True:
             missing = self.pool.pages_for(self.positions_after_chunk(sequence)) - len(sequence.pages)
             pages = self.pool.allocate(max(missing, 0))
@@ -227,7 +239,7 @@ class SamplingQueue:
                 return
 
     def preempt_newest(self) -> Sequence | Prompt:
-        """Take the pages of the newest request's newest holder; it will be prefilled again."""
+        """Take the pages of the newest request; it will be prefilled again."""
         holders: list[Prompt | Sequence] = [*self.prefilling, *self._cached, *self.running]
         newest = max(holders, key=lambda h: (h.generation.arrival, getattr(h, "index", -1)))
         self.pool.release(newest.pages)
@@ -248,7 +260,7 @@ class SamplingQueue:
         self.pool.forget()
 
     def finish(self, sequence: Sequence) -> None:
-        """A running sequence has ended: its slot is free, and what is in its full pages may be found."""
+        """Free the slot of a sequence that has ended, and publish its full pages."""
         self.running.remove(sequence)
         cached = np.array(sequence.tokens[: sequence.num_cached], np.int32)
         self.pool.publish(self.pool.digests(sequence.generation.weights.id, cached), sequence.pages)

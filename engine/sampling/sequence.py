@@ -1,4 +1,4 @@
-"""One sample request on its way: what was asked, its prompt's state, its sequences, its answer."""
+"""A sample request in progress: its prompt's state, its sequences, its answer."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Sequence:
         return not self.logprobs
 
     def take(self, row: int, decoded: Decoded) -> StopReason | Literal["not finite"] | None:
-        """Append the tokens of a row of a decode chunk, up to the sequence's end; why it ended, if it did."""
+        """Append the tokens of a row of a decode chunk, up to the sequence's end; return why it ended, or
+        None."""
         wants_top = self.generation.request.topk_sample_logprobs > 0
         for step in range(int(decoded.steps)):
             token, logprob = int(decoded.tokens[step, row]), float(decoded.logprobs[step, row])
@@ -87,7 +88,7 @@ class Sequence:
         return None
 
     def drawn(self) -> messages.Drawn:
-        """What it has drawn since the last time."""
+        """Return what was drawn since the last call."""
         begin, first = self.told, len(self.generation.prompt) + self.told
         tokens = np.asarray(self.tokens[first:], "<i4")
         logprobs = np.asarray(self.logprobs[begin:], "<f4")
@@ -102,7 +103,7 @@ class Sequence:
         )
 
     def _likely(self, begin: int) -> messages.TopK | None:
-        """The most likely tokens where it drew those from `begin` on, if the request wants them."""
+        """Return the most likely tokens from `begin` on, if the request wants them."""
         k = self.generation.request.topk_sample_logprobs
         if k == 0:
             return None
@@ -113,7 +114,7 @@ class Sequence:
         return table.message()
 
     def end(self, reason: StopReason) -> None:
-        """Hand the sample to the request."""
+        """Add the finished sample to the request."""
         self.generation.finished[self.index] = messages.SampledSequence(
             tokens=np.asarray(self.tokens[len(self.generation.prompt) :], np.int32).tobytes(),
             logprobs=np.asarray(self.logprobs, np.float32).tobytes(),
@@ -124,8 +125,11 @@ class Sequence:
 
 @dataclass(eq=False)
 class Prompt:
-    """Tokens to be cached for sequences that wait for them: a request's prompt, or, for a sequence that lost
-    its pages to an older request, its prompt and what it has generated."""
+    """Tokens to be cached for waiting sequences.
+
+    They are a request's prompt, or, for a sequence that lost its pages to an older request, its prompt and
+    what it has generated.
+    """
 
     generation: Generation
     sequences: deque[Sequence]
@@ -136,7 +140,7 @@ class Prompt:
 
     @classmethod
     def of_sequence(cls, sequence: Sequence) -> Prompt:
-        """For a sequence that lost its pages."""
+        """Make the prompt of a sequence that lost its pages."""
         return cls(sequence.generation, deque([sequence]), np.array(sequence.tokens, np.int32))
 
     @property
@@ -145,19 +149,18 @@ class Prompt:
 
     @property
     def missing(self) -> int:
-        """Tokens that are not cached yet."""
+        """The tokens that are not cached yet."""
         return self.target - self.num_cached
 
     @property
     def reusable(self) -> int:
-        """How many of the first tokens may come from the cache: all, or those before the one that the first
-        token asked about follows."""
+        """How many of the first tokens may come from the cache: all, or those up to two before the first
+        scored one."""
         return self.generation.scores.first_position - 1 if self.is_scored else self.target
 
     @property
     def is_scored(self) -> bool:
-        """Whether something is asked about these tokens, so that they must run through the trunk, cached or
-        not."""
+        """Return whether these tokens are scored, so that they must run through the trunk, cached or not."""
         return self.generation.scores.is_asked and self.tokens is self.generation.prompt
 
     @property
@@ -166,5 +169,5 @@ class Prompt:
 
 
 def seed_of(seed: int | None) -> int:
-    """A client's seed (any integer, taken modulo 2^64), or fresh entropy."""
+    """Return a client's seed (any integer, taken modulo 2^64), or fresh entropy."""
     return secrets.randbits(64) if seed is None else seed % 2**64

@@ -1,5 +1,7 @@
-"""In how many slots to decode: a program that is compiled serves fewer sequences too, until that has cost as
-much as compiling one that fits would."""
+"""The number of slots to decode in.
+
+A compiled program serves fewer sequences too, until that has cost as much as compiling one that fits would.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from .sampler_rows import SLOT_BUCKETS, bucket_of
 
 
 class Slots:
-    """Of programs that differ in their slots only, named by their `kind`."""
+    """The slots of programs of one `kind`, which differ in nothing else."""
 
     def __init__(self) -> None:
         self._compile_seconds: dict[str, dict[int, float]] = defaultdict(dict)
@@ -18,8 +20,8 @@ class Slots:
         self._counts = (0, 0)
 
     def fewer(self, needed: int) -> int | None:
-        """Choose fewer slots than those for `needed` sequences from now on. Returns how many at most, or None
-        if there are no fewer."""
+        """Choose fewer slots than those for `needed` sequences from now on; return the new maximum, or
+        None."""
         smaller = [
             slots for slots in SLOT_BUCKETS if slots < min(self._most, bucket_of(SLOT_BUCKETS, needed))
         ]
@@ -34,7 +36,7 @@ class Slots:
         return counts
 
     def choose(self, kind: str, needed: int, soon: int) -> int:
-        """For `needed` sequences now, and `soon` so many if all that wait run as well."""
+        """Choose the slots for `needed` sequences now, and `soon` if all that wait run as well."""
         compiled, fitting = self._compile_seconds[kind], bucket_of(SLOT_BUCKETS, needed)
         if fitting in compiled:
             return fitting
@@ -44,7 +46,7 @@ class Slots:
         return larger if self._borrowed_seconds[kind, fitting] < compiled[larger] else fitting
 
     def ran(self, kind: str, needed: int, slots: int, seconds: float) -> None:
-        """A chunk took so long; a program's first one with its compilation."""
+        """Note a chunk's seconds; a program's first chunk includes its compilation."""
         used, empty = self._counts
         self._counts = used + needed, empty + max(0, slots - needed)
         if slots not in self._compile_seconds[kind]:

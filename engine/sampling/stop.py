@@ -1,7 +1,7 @@
-"""When a generated sequence ends: stop tokens, stop strings and the length limit.
+"""The end of a generated sequence: stop tokens, stop strings and the length limit.
 
-Only generated tokens count, never the prompt. The token that completes a stop is part of the sequence: for
-a stop string that is the whole token in which the string ends, even if the token's text runs past it.
+Only generated tokens count, never the prompt. The token that completes a stop is part of the sequence: for a
+stop string that is the whole token in which the string ends, even if the token's text runs past it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class StopRule:
         self.remaining = max_tokens
 
     def after(self, token: int) -> StopReason | None:
-        """Why the sequence ends with this token, or None if it goes on. A stop wins over the length."""
+        """Return why the sequence ends with this token, or None if it continues. A stop wins over the
+        length."""
         self.remaining -= 1
         by_text = self._token_bytes is not None and self._strings.found_in(self._token_bytes(token))
         if by_text or token in self.stop_tokens:
@@ -69,7 +70,8 @@ class StopRule:
 def implicit_stop_tokens(
     stop_tokens: Sequence[int] | None, stop_strings: Sequence[str], eos_token_ids: Sequence[int]
 ) -> Sequence[int]:
-    """The stop tokens that hold: the model's own only if the client named neither tokens nor strings."""
+    """Return the stop tokens in force: the model's own only if the client named neither tokens nor
+    strings."""
     if stop_tokens is not None:
         return stop_tokens
     return () if stop_strings else eos_token_ids

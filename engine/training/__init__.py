@@ -1,1 +1,1 @@
-"""Gradients and steps: from datums to packed micro-batches, programs and states."""
+"""Training: from datums to packed micro-batches, programs, gradients and states."""

@@ -28,22 +28,25 @@ _NAMES = {"old_logprobs": "logprobs", "target": "target_tokens", "weight": "weig
 
 @dataclass(frozen=True)
 class Aligned:
-    """A datum in the neutral layout, and which of its N log-probs the client has asked for: the positions in
-    `rows`, those of `ignored` as 0."""
+    """A datum in the trainer's layout, with the positions in `rows` whose log-probs the client gets, those of
+    `ignored` as 0."""
 
     datum: Datum
     rows: slice
     ignored: np.ndarray | None = None  # bool, like the targets
 
     def answered(self, logprobs: np.ndarray) -> np.ndarray:
-        """[N] or [N, K] -> what the client gets."""
+        """Select the client's log-probs: [N] or [N, K]."""
         if self.ignored is not None:
             logprobs = np.where(self.ignored.reshape(logprobs.shape), np.float32(0), logprobs)
         return logprobs[self.rows]
 
 
 def align(index: int, datum: Datum, loss: Loss) -> Aligned:
-    """Raises UserError for inputs of no layout, or of two. What each input holds is checked after it."""
+    """Bring a datum into the trainer's layout. Raises UserError for inputs of no layout, or of two.
+
+    The contents of the inputs are checked afterwards.
+    """
     about_tokens = {name: tensor for name, tensor in datum.inputs.items() if name == EXPERTS}
     inputs = _renamed(index, {n: tensor for n, tensor in datum.inputs.items() if n not in about_tokens})
     length = len(datum.tokens) // 4
@@ -73,7 +76,7 @@ def _renamed(index: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shifted(index: int, inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Inputs about the tokens themselves, as inputs about the positions before them."""
+    """Turn inputs about the tokens themselves into inputs about the positions before them."""
     for name, tensor in inputs.items():
         if tuple(tensor.shape) != (length,):
             raise UserError(
@@ -94,7 +97,7 @@ def _shifted(index: int, inputs: dict[str, Tensor], length: int) -> dict[str, Te
 def _spread(
     index: int, tokens: bytes, inputs: dict[str, Tensor], length: int, rows: slice
 ) -> dict[str, Tensor]:
-    """Inputs about the last tokens, with zeros before them and after."""
+    """Place inputs about the last tokens, with zeros before and after them."""
     count = rows.stop - rows.start
     own = np.frombuffer(tokens, "<i4")[-count:]
     targets = _array(index, "target_tokens", inputs["target_tokens"])
@@ -129,7 +132,7 @@ def _masked(index: int, inputs: dict[str, Tensor], loss: Loss) -> dict[str, Tens
     if weights is None and loss.valid == "weights":
         return inputs | {loss.valid: Tensor("float32", values.shape, values.astype("<f4").tobytes())}
     if weights is None:
-        return inputs  # the check names what is missing
+        return inputs  # a later check names what is missing
     if values.shape != tuple(weights.shape):
         raise UserError(
             f"datum {index}: loss_fn_inputs['mask'] has shape {list(values.shape)}, {loss.valid} "
@@ -142,7 +145,7 @@ def _masked(index: int, inputs: dict[str, Tensor], loss: Loss) -> dict[str, Tens
 def _without_ignored(
     index: int, inputs: dict[str, Tensor], loss: Loss
 ) -> tuple[dict[str, Tensor], np.ndarray | None]:
-    """Targets of -100 as token 0 without a weight; and where they were."""
+    """Replace targets of -100 by token 0 without a weight; return where they were."""
     tensor = inputs.get("target_tokens")
     if tensor is None or tensor.dtype not in ("int64", "int32"):
         return inputs, None
@@ -155,7 +158,9 @@ def _without_ignored(
     if weights is None and loss.valid in loss.defaults:
         ones = np.full(targets.shape, loss.defaults[loss.valid], "<f4")
         weights = Tensor("float32", targets.shape, ones.tobytes())
-    if weights is not None and tuple(weights.shape) == targets.shape:  # else the check says what is wrong
+    if (
+        weights is not None and tuple(weights.shape) == targets.shape
+    ):  # otherwise a later check says what is wrong
         values = _array(index, loss.valid, weights)
         inputs[loss.valid] = _tensor(np.where(ignored, np.zeros_like(values), values), weights)
     return inputs, ignored

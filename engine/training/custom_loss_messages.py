@@ -1,4 +1,4 @@
-"""What the engine and the process that computes custom losses say to each other."""
+"""Messages between the engine and the processes that compute custom losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Result(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):
-    """Why there is no result: by the user's fault, or by ours."""
+    """The reason why there is no result: the user's fault, or an internal error."""
 
     message: str
     by_user: bool

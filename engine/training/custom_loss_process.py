@@ -1,4 +1,4 @@
-"""One process that computes custom losses, as the engine sees it."""
+"""The engine's side of one process that computes custom losses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ class CustomLossProcess:
 
 
 def _environment() -> dict[str, str]:
-    """JAX on the CPU. XLA must not compute constants while it compiles: there, a cumulative sum of a million
-    constants takes minutes instead of milliseconds."""
+    """Return the environment of a process: JAX on the CPU.
+
+    XLA must not fold constants while it compiles: a cumulative sum of a million constants would take minutes
+    instead of milliseconds.
+    """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_disable_hlo_passes=constant_folding"
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}

@@ -1,9 +1,9 @@
-"""Computes custom losses in processes of their own, which owners share fairly.
+"""Processes for custom losses, which owners share fairly.
 
 A computation is the loss of one datum. An owner has one process at a time, and a few owners' processes exist
 at once. Fewer still run; the others are paused. The owners that have recently computed least go first, so
-that losses that take long delay only each other and their owners. A computation that has had its seconds is
-stopped by ending its process.
+that slow losses delay only each other and their owners. A computation that has used up its seconds is stopped
+by ending its process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DATUM_SECONDS = 10.0  # of one datum's loss and gradient, its compilation includ
 OPERATION_SECONDS = 120.0  # of all datums of an operation
 _PROCESSES, _RUNNING = 4, 2
 _POLL_SECONDS = 0.001
-_TURN_SECONDS = 0.25  # that an owner may be ahead of another before that one's process runs instead
+_TURN_SECONDS = 0.25  # lead of one owner over another after which the other one's process runs instead
 _HALF_LIFE = 60.0  # seconds in which half of what an owner has used is forgotten
 # A waiting owner takes the process of one that has used more than this many seconds, and this many times more
 # than itself.
@@ -49,7 +49,7 @@ class _Computation:
     def begin_again(self) -> None:
         self.process: CustomLossProcess | None = None
         self.sent = self.runs = False
-        self.seconds = 0.0  # that the process has run
+        self.seconds = 0.0  # seconds that the process has run
 
 
 class CustomLossProcesses:
@@ -89,7 +89,7 @@ class CustomLossProcesses:
             while (answer := self._poll(computation)) is None:
                 yield False
             answered = True
-        finally:  # also when the operation is cancelled, or the computation stopped: its process ends
+        finally:  # reached also if the operation is cancelled or the computation stopped: its process ends
             self._charge()
             self._computations.remove(computation)
             if computation.process is not None:
@@ -156,8 +156,10 @@ class CustomLossProcesses:
             each.process.run(each.runs)
 
     def _evict_for(self, waiting: _Computation, served: dict[str, _Computation]) -> bool:
-        """Free the place of the owner of most use, if `waiting` should have it. That owner's computation
-        waits for another process, and begins again."""
+        """Free the place of the owner with the most use if `waiting` should have it.
+
+        That owner's computation waits for another process, and starts again.
+        """
         evicted = max(served.values(), key=self._use)
         if self._use(evicted) < max(_MUCH_SECONDS, _MUCH_MORE * self._use(waiting)):
             return False

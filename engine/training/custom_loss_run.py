@@ -23,7 +23,7 @@ from .custom_losses import CustomLosses, Differentiated
 from .training_run import Job, JobOutput, NonFiniteError, Run
 from .training_state import TrainingState
 
-_TURN_SECONDS = 0.1  # of losses, after which others have theirs
+_TURN_SECONDS = 0.1  # seconds of losses per turn
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def custom_job(
     max_length: int,
     routing: tuple[int, int, int] | None,
 ) -> CustomJob:
-    """Raises UserError naming the datum and the field."""
+    """Check an operation with a custom loss. Raises UserError naming the datum and the field."""
     loss = operation.custom_loss
     if loss is None or operation.loss_config:
         raise UserError("loss 'custom' takes a loss_id of create_custom_loss, and no other config")
@@ -72,8 +72,8 @@ def custom_job(
 def _linear(datum: messages.Datum) -> messages.Datum:
     targets = datum.inputs.get("target_tokens")
     if targets is None:
-        return messages.Datum(datum.tokens, {})  # which the check names
-    count = min(math.prod(targets.shape), len(targets.data))  # not more than there is: the check comes later
+        return messages.Datum(datum.tokens, {})  # named by the check
+    count = min(math.prod(targets.shape), len(targets.data))  # not beyond the end: the check comes later
     zeros = messages.Tensor("float32", targets.shape, bytes(4 * count))
     experts = {name: each for name, each in datum.inputs.items() if name == validation.EXPERTS}
     return messages.Datum(datum.tokens, {"target_tokens": targets, "weights": zeros} | experts)
@@ -93,7 +93,7 @@ def _input(index: int, datum: messages.Datum, name: str, rank: int) -> np.ndarra
 
 
 class CustomLossRun:
-    """As `Run`: after `step` returns True, `results` holds one output or error per job."""
+    """A run like `Run`: after `step` returns True, `results` holds one output or error per job."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class CustomLossRun:
         return sum(account.seconds for account in self._accounts)
 
     def step(self) -> bool:
-        """A micro-batch, or some datums' losses; whether the run has ended."""
+        """Run a micro-batch, or compute some datums' losses; return whether the run has ended."""
         return next(self._stages, True)
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class CustomLossRun:
             results |= dict(zip(backward, run.results, strict=True))
         for job, outcome in zip(self._jobs, outcomes, strict=True):
             failed = isinstance(outcome, Exception) and not job.linear.forward_only
-            job.state.failed_since_step += failed  # the others' failures the run has counted
+            job.state.failed_since_step += failed  # the run has counted the failures of the others
         self.results = [_output(results[at], outcome) for at, outcome in enumerate(outcomes)]
         yield True
 
@@ -161,7 +161,8 @@ class CustomLossRun:
     def _differentiate(
         self, job: CustomJob, output: JobOutput | Exception
     ) -> Generator[bool, None, list[Differentiated]]:
-        """Yields between turns; returns what there is of each datum. Raises UserError naming one."""
+        """Differentiate the losses, yielding between turns; return the results by datum. Raises UserError
+        naming one."""
         if isinstance(output, Exception):
             raise output
         differentiated = []
@@ -203,7 +204,7 @@ def _with_weights(linear: Job, differentiated: list[Differentiated]) -> Job:
 def _output(
     output: JobOutput | Exception, outcome: list[Differentiated] | Exception
 ) -> JobOutput | Exception:
-    """The client's log-probs, and the metrics of the loss it wrote instead of those of the linear one."""
+    """Return the client's log-probs, with the metrics of its own loss instead of the linear one's."""
     if isinstance(outcome, Exception) or isinstance(output, Exception):
         return outcome if isinstance(outcome, Exception) else output
     valid = sum(int((each.gradient.reshape(len(each.gradient), -1) != 0).any(-1).sum()) for each in outcome)

@@ -1,6 +1,6 @@
-"""The process that computes custom losses: `python -m tinsmith.engine.training.custom_loss_worker FD`.
+"""A process that computes custom losses: `python -m tinsmith.engine.training.custom_loss_worker FD`.
 
-It is apart from the engine because XLA cannot interrupt a program: a loss that takes too long, or too much
+It is separate from the engine because XLA cannot interrupt a program: a loss that takes too long, or too much
 memory, is stopped by ending this process, and nothing else is lost.
 """
 
@@ -22,11 +22,11 @@ from .custom_losses import MAX_BYTES, CustomLosses, Differentiated
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10  # training and sampling come first
-_MAX_BYTES = 2 * MAX_BYTES  # for the intermediate values of a loss, for what XLA allocates besides, and JAX
+_MAX_BYTES = 2 * MAX_BYTES  # memory for a loss's intermediate values, XLA's other allocations, and JAX
 
 
 def main(descriptor: int) -> None:
-    """Answer tasks, one after the other, until the engine closes its end."""
+    """Answer tasks one after the other, until the engine closes its end."""
     if sys.platform == "linux":  # a long program must not outlive an engine that was killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         Path("/proc/self/oom_score_adj").write_text("1000")  # the first process to end when memory runs out

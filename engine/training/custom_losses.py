@@ -1,9 +1,8 @@
-"""Custom losses that clients uploaded: decoded once, differentiated and compiled once per shape. Where
-the loss allows it, datums are padded to few lengths.
+"""Custom losses that clients uploaded: decoded once, differentiated and compiled once per shape.
 
-They run on the CPU, where torch's 64-bit types are, whatever device the model is on: a loss reads a datum's
-log-probs, which are few. `differentiate` runs in a process of its own (`custom_loss_worker`). The least
-recently used programs are dropped.
+If the loss allows it, datums are padded to few lengths. Losses are computed on the CPU, which has torch's
+64-bit types, whatever device the model is on: a loss reads only a datum's log-probs. `differentiate` runs in
+a separate process (`custom_loss_worker`). The least recently used programs are dropped.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ _SHORTEST = 64  # of the padded lengths, which are powers of two
 
 @dataclass(frozen=True)
 class Differentiated:
-    """Of one datum: the loss, its gradient by the log-probs, and the metrics by their wire names."""
+    """The result for one datum: the loss, its gradient by the log-probs, and the metrics by their wire
+    names."""
 
     loss: float
     gradient: np.ndarray
@@ -47,13 +47,13 @@ class CustomLosses:
         self._programs: OrderedDict[Hashable, Any] = OrderedDict()
 
     def graph(self, loss: messages.CustomLoss) -> interpreter.Graph:
-        """As `load`, once."""
+        """Decode a loss, or return it from the cache (see `load`)."""
         return _recent(self._graphs, (loss.graph, tuple(loss.inputs)), _GRAPHS, lambda: load(loss))
 
     def differentiate(
         self, loss: messages.CustomLoss, logprobs: np.ndarray, inputs: dict[str, np.ndarray]
     ) -> Differentiated:
-        """Raises UserError for a loss that cannot be computed for these shapes."""
+        """Compute a datum's loss and gradient. Raises UserError if that is impossible for these shapes."""
         graph = self.graph(loss)
         length = len(logprobs)
         along = frozenset(name for name, value in inputs.items() if value.shape[:1] == (length,)) | {
@@ -81,7 +81,7 @@ class CustomLosses:
 
 
 def load(loss: messages.CustomLoss) -> interpreter.Graph:
-    """Raises UserError naming the node that cannot be had."""
+    """Decode a loss's graph. Raises UserError naming the node that is not supported."""
     try:
         return interpreter.load(loss.graph, loss.inputs)
     except interpreter.CustomLossError as error:
@@ -89,7 +89,7 @@ def load(loss: messages.CustomLoss) -> interpreter.Graph:
 
 
 def check(loss: messages.CustomLoss) -> messages.Nothing:
-    """Raises UserError for one that `load` does not take."""
+    """Raise UserError for a loss that `load` refuses."""
     load(loss)
     return messages.Nothing()
 
@@ -113,7 +113,7 @@ def _compile(graph: interpreter.Graph, values: dict[str, np.ndarray]) -> Any:
 def _compile_padded(
     graph: interpreter.Graph, values: dict[str, np.ndarray], along_tokens: frozenset[str]
 ) -> Any | None:
-    """None where the loss must see its datum as it is."""
+    """Compile for a padded length; None if the loss depends on the datum's length."""
 
     def of_logprobs(logprobs: jax.Array, others: dict[str, jax.Array], length: jax.Array) -> Any:
         return evaluate_padded(graph, others | {"logprobs": logprobs}, along_tokens, length)
@@ -126,12 +126,12 @@ def _compile_padded(
     except (
         interpreter.NotPaddableError,
         interpreter.CustomLossError,
-    ):  # an error has its say without padding
+    ):  # compiled again without padding, which reports the error
         return None
 
 
 def _compiled(program: jax.stages.Traced) -> jax.stages.Compiled:
-    """Raises UserError for a program that needs more than a datum's seconds, or too much memory."""
+    """Compile a program. Raises UserError if it needs more than a datum's seconds, or too much memory."""
     cost = estimate(program.jaxpr.jaxpr)
     if cost > _MAX_OPERATIONS:
         raise UserError(
@@ -149,7 +149,7 @@ def _compiled(program: jax.stages.Traced) -> jax.stages.Compiled:
 
 
 def _padded(value: np.ndarray) -> np.ndarray:
-    """The last token again and again, to one of few lengths."""
+    """Repeat the last token up to one of few lengths."""
     length = max(_SHORTEST, 1 << (len(value) - 1).bit_length())
     return np.concatenate([value, np.repeat(value[-1:], length - len(value), axis=0)])
 
@@ -166,5 +166,5 @@ def _recent(kept: OrderedDict[Hashable, Any], key: Hashable, most: int, make: Ca
 def _device() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return jax.local_devices()[0]

@@ -40,8 +40,11 @@ class GradientAccumulation:
         self._zeros.clear()
 
     def add(self, state: TrainingState, gradients: Any) -> bool:
-        """Add a run's gradients (donated) to the state's. Return False, and add nothing, if the sum would not
-        be finite. Nothing is added when this raises either: the old sum stays until the new one is there."""
+        """Add a run's gradients (donated) to the state's.
+
+        Returns False, and adds nothing, if the sum would not be finite. If this raises, the old sum stays
+        unchanged.
+        """
         total = self.zeros(state) if state.gradients is None else state.gradients
         key, pin = structure(state.lora), sharding.shardings_of(state.weights)
         program = self._programs.get(

@@ -1,4 +1,4 @@
-"""The programs that run a micro-batch, forward alone or with gradients, and whether they fit the device."""
+"""Programs that run a micro-batch, forward alone or with gradients, and checks that they fit the device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class GradientPrograms:
         kept_bytes: int,
     ):
         """`static.remat` is replaced by `remat`, by default the fastest that keeps at most `kept_bytes` of a
-        micro-batch. What is held by the `budget` makes room for a program that needs more than is free."""
+        micro-batch.
+
+        Items of the `budget` make room for a program that needs more than is free.
+        """
         self._programs = programs
         self._mesh = mesh
         self.base = base
@@ -57,7 +60,7 @@ class GradientPrograms:
         self._budget, self._kept_bytes = budget, kept_bytes
 
     def put(self, batch: Batch) -> Batch:
-        """A micro-batch of NumPy arrays, on the mesh."""
+        """Put a micro-batch of NumPy arrays onto the mesh."""
         return jax.device_put(
             batch, jax.tree.map(lambda x: sharding.rows_sharding(self._mesh, x.shape), batch)
         )
@@ -65,9 +68,9 @@ class GradientPrograms:
     def run_gradients(
         self, states: Sequence[TrainingState], gradients: tuple, batch: Batch, sequence_level: bool
     ) -> tuple[tuple, Outputs]:
-        """Each state's `gradients` (donated) plus those of the micro-batch, and its outputs.
+        """Return each state's `gradients` (donated) plus those of the micro-batch, and its outputs.
 
-        Raises DoesNotFitError, and whatever the device says when it is out of memory.
+        Raises DoesNotFitError, and the device's error when it is out of memory.
         """
         weights = tuple(state.weights for state in states)
         key = structure(states[0].lora)
@@ -79,7 +82,7 @@ class GradientPrograms:
         return program(self.base, weights, self._scales(states), gradients, batch)
 
     def run_forward(self, states: Sequence[TrainingState], batch: Batch, sequence_level: bool) -> Outputs:
-        """The outputs alone. Raises as `run_gradients`."""
+        """Return the outputs alone. Raises as `run_gradients`."""
         weights = tuple(state.weights for state in states)
         key = structure(states[0].lora)
         static = self._static._replace(sequence_level=sequence_level)
@@ -132,11 +135,11 @@ class GradientPrograms:
         )
 
     def make_way(self) -> None:
-        """After the device ran out of memory, let half of what can leave it leave."""
+        """After the device ran out of memory, let half of what may leave it leave."""
         self._budget.give_up(self._budget.bytes // 2)
 
     def _check_fits(self, program: jax.stages.Compiled, batch: Batch) -> None:
-        """Compare what the compiler says that the program takes beside its arguments with what is free.
+        """Compare the program's memory beside its arguments, as compiled, with what is free.
 
         A CPU has no such limit.
         """
@@ -156,7 +159,7 @@ class GradientPrograms:
             )
 
     def _remat_of(self, batch: Batch) -> str:
-        """By what one device computes of the micro-batch."""
+        """Return the remat for what one device computes of the micro-batch."""
         tokens = batch.tokens.shape[0] * batch.tokens.shape[1] // self._row_devices
         itemsize, tensor = self._static.dtype.itemsize, self._mesh.shape["tensor"]
         return memory.choose_remat(self._counts, tokens, itemsize, self._kept_bytes, tensor)

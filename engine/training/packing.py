@@ -1,4 +1,4 @@
-"""Datums of any lengths into rows of few fixed shapes.
+"""Packing: datums of any lengths into rows of few fixed shapes.
 
 A row [T] holds whole datums one after the other; a micro-batch is B rows of equal T. Programs are compiled
 per (T, B), so both come from one small table that depends on the model and the device, never on the data.
@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 ROW_MULTIPLE_OF = 8  # row lengths are rounded up to this
-MANY_ROWS = 4096  # micro-batches of at least so many tokens hold several rows
+MANY_ROWS = 4096  # micro-batches of at least this many tokens hold several rows
 SHORTEST_ROW, SHORTEST_ROW_OF_MANY = 128, 512
-PARTS_OF_A_MICRO_BATCH = (1 / 8, 3 / 8, 1 / 2, 1)  # of several candidates the least padding on mixed lengths
+PARTS_OF_A_MICRO_BATCH = (1 / 8, 3 / 8, 1 / 2, 1)  # chosen for the least padding on mixed lengths
 # Measured with SmolLM2-135M on a CPU: 1.46 times as long per token in rows of 1024 as in rows of 512.
 ATTENTION_LENGTH, ATTENTION_LENGTH_OF_MANY = 1024, 4096
 
 
 @dataclass(frozen=True)
 class ShapeTable:
-    """The shapes (T, B) that micro-batches may have, and what they cost, in units of one token's products."""
+    """The shapes (T, B) that micro-batches may have, and their costs, in units of one token's products."""
 
     rows: dict[int, tuple[int, ...]]  # T, ascending -> allowed B, ascending
     micro_batch_tokens: int
@@ -42,14 +42,14 @@ class ShapeTable:
         return max(self.rows)
 
     def cost(self, length: int, rows: int) -> float:
-        """Products and attention of one micro-batch, and a price per dispatch."""
+        """Return the cost of one micro-batch: products, attention, and a price per dispatch."""
         return rows * length * (1 + length / self.attention_length) + self.micro_batch_tokens / 32
 
     def smallest_row(self, length: int) -> int:
         return next(row for row in self.rows if row >= length)
 
     def halved(self) -> ShapeTable:
-        """Those of the shapes that have half a micro-batch's tokens, and of longer rows the fewest."""
+        """Return a table with half as many tokens per micro-batch, and for longer rows the fewest."""
         tokens = self.micro_batch_tokens // 2
         rows = {
             length: tuple(count for count in counts if count * length <= tokens) or counts[:1]
@@ -59,12 +59,13 @@ class ShapeTable:
 
 
 def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1) -> ShapeTable:
-    """A table for datums of up to `max_length` tokens; micro-batches of about `micro_batch_tokens`.
+    """Return a table for datums of up to `max_length` tokens, and micro-batches of about
+    `micro_batch_tokens`.
 
-    Large micro-batches (an accelerator's) have rows at steps of 4, and of each 1, 4, 16, ... rows. Small ones
-    (a CPU's) are one row each, and up to the micro-batch's own length the ladder of row lengths is fine, for
-    there a dispatch costs nothing beside its tokens. The number of rows is a multiple of `row_multiple`, the
-    number of devices that share them. 6 to 8 shapes in all.
+    Large micro-batches (an accelerator's) have rows at steps of 4, and 1, 4, 16, ... rows of each length.
+    Small ones (a CPU's) are one row each; up to the micro-batch's own length the row lengths are finely
+    stepped, because a dispatch costs little there. The number of rows is a multiple of `row_multiple`, the
+    number of devices that share them. There are 6 to 8 shapes.
     """
     many = micro_batch_tokens // row_multiple >= MANY_ROWS
     if many:
@@ -85,7 +86,8 @@ def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1)
 
 
 def _ladder(first: int, last: int, ratio: float) -> set[int]:
-    """Lengths from `first` to `last`, equal steps of at most `ratio`, rounded up to ROW_MULTIPLE_OF."""
+    """Return lengths from `first` to `last` in equal steps of at most `ratio`, rounded up to
+    ROW_MULTIPLE_OF."""
     first = min(first, last)
     steps = int(np.ceil(np.log(last / first) / np.log(ratio) - 1e-6)) if last > first else 0
     exact = [first * (last / first) ** (step / steps) for step in range(steps + 1)] if steps else [last]
@@ -94,7 +96,7 @@ def _ladder(first: int, last: int, ratio: float) -> set[int]:
 
 @dataclass(frozen=True)
 class Segment:
-    """Where in a row a datum lies."""
+    """The place of a datum in a row."""
 
     datum: int
     offset: int
@@ -103,7 +105,7 @@ class Segment:
 
 @dataclass
 class Row:
-    """Datums of one group, in a row of `length` tokens."""
+    """A row of `length` tokens, with datums of one group."""
 
     length: int
     group: int
@@ -129,11 +131,12 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """What the program computes, padding included."""
+        """The tokens that the program computes, including padding."""
         return self.length * self.num_rows
 
     def positions(self) -> tuple[np.ndarray, np.ndarray]:
-        """`position` and `start` int32[B, T]: each token's place in its datum, and the first key it may see.
+        """Return `position` and `start` int32[B, T]: each token's place in its datum, and the first key it
+        may see.
 
         Every padding token is a sequence of its own.
         """
@@ -146,7 +149,8 @@ class MicroBatch:
         return position, start
 
     def lay(self, values: Sequence[np.ndarray], trailing: tuple[int, ...], dtype: type) -> np.ndarray:
-        """[B, T, *trailing]: `values[datum]` [N, <= trailing] (or empty) in each datum's place, else zero."""
+        """Return [B, T, *trailing]: `values[datum]` [N, <= trailing] (or empty) in each datum's place, else
+        zero."""
         out = np.zeros((self.num_rows, self.length, *trailing), dtype)
         for at, row in enumerate(self.rows):
             for s in row.segments:
@@ -158,7 +162,7 @@ class MicroBatch:
         return out
 
     def pick(self, array: np.ndarray) -> dict[int, np.ndarray]:
-        """The inverse of `lay`: of `array` [B, T, ...], each datum's part."""
+        """Return each datum's part of `array` [B, T, ...], the inverse of `lay`."""
         return {
             s.datum: array[at, s.offset : s.offset + s.length]
             for at, row in enumerate(self.rows)
@@ -169,11 +173,12 @@ class MicroBatch:
 def pack(
     lengths: Sequence[int], groups: Sequence[int], table: ShapeTable, max_groups: int = 8
 ) -> list[MicroBatch]:
-    """Every datum, by its index, in exactly one row of its group; micro-batches in no particular order.
+    """Put every datum, by its index, into exactly one row of its group; return micro-batches in no particular
+    order.
 
-    Best-fit decreasing: the longest datum first, into the fullest row that still has room. Which row length
-    is opened for datums that would fit in several is tried out, and the cheapest packing taken. A micro-batch
-    holds rows of at most `max_groups` groups.
+    Best-fit decreasing: the longest datum first, into the fullest row that still has room. If several row
+    lengths could be opened for a datum, all are tried and the cheapest packing wins. A micro-batch holds rows
+    of at most `max_groups` groups.
 
     Raises ValueError for a datum that is empty or longer than the table's longest row.
     """
@@ -187,7 +192,7 @@ def pack(
 
 
 def computed_tokens(packing: Sequence[MicroBatch]) -> int:
-    """Tokens that the programs compute, padding included."""
+    """Return the tokens that the programs compute, including padding."""
     return sum(m.num_tokens for m in packing)
 
 
@@ -230,7 +235,8 @@ def _micro_batches(rows: list[Row], table: ShapeTable, max_groups: int) -> list[
 
 
 def _first_batch(rows: int, counts: tuple[int, ...], length: int, micro_batch_tokens: int) -> int:
-    """Of how many rows the next micro-batch of the cheapest way to run `rows` rows of `length` is."""
+    """Return the number of rows in the first micro-batch of the cheapest way to run `rows` rows of
+    `length`."""
     dispatch = micro_batch_tokens / 32 / length
 
     @cache

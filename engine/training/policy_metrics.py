@@ -1,4 +1,4 @@
-"""What a policy loss tells of the sampler and the learner: from the log-probs that come back anyway."""
+"""Metrics of policy losses about the sampler and the learner, from log-probs that exist anyway."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .validation import ChosenLoss, TrainingDatum
 def policy_metrics(
     chosen: ChosenLoss, data: Sequence[TrainingDatum], logprobs: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """By metric, over the valid tokens of all datums; none of a loss that has no sampler's log-probs.
+    """Return the metrics over the valid tokens of all datums; none for a loss without the sampler's
+    log-probs.
 
     With `compute_kl_stats`: Schulman's k3 estimate of the divergence of the sampler from the learner, the
-    sampler's entropy, and the mean ratio, in xorl's words.
+    sampler's entropy, and the mean ratio, named as in xorl.
     """
     loss = chosen.loss
     if "logprobs" not in loss.required_inputs:
@@ -48,7 +49,7 @@ def policy_metrics(
 def _of_sequences(
     data: Sequence[TrainingDatum], logprobs: Sequence[np.ndarray], kept: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """For each valid token, the mean log-ratio over the ratio mask of its datum (`losses.gspo`)."""
+    """Return, for each valid token, the mean log-ratio over the ratio mask of its datum (`losses.gspo`)."""
     means = []
     for datum, values, at in zip(data, logprobs, kept, strict=True):
         mask = datum.inputs["sequence_ratio_mask"] != 0

@@ -12,7 +12,7 @@ from ..budget import Budget
 
 
 class RecycledTrees:
-    """Trees by their structure: those of the least recently used go first."""
+    """Trees by their structure; the least recently used ones are dropped first."""
 
     kind = "zeros"
     may_leave = True

@@ -1,4 +1,4 @@
-"""How evenly a mixture's routers spread the tokens of an operation over the experts.
+"""Metrics of how evenly a mixture's routers spread an operation's tokens over the experts.
 
 The names, their meanings and the reductions behind the colon are those of the Tinker SDK's
 `ForwardBackwardOutput.metrics`.
@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 
 def router_metrics(tokens_LE: Int[np.ndarray, "L E"]) -> dict[str, float]:
-    """Return the metrics of the numbers of tokens that each expert of each layer got."""
+    """Return the metrics, from the numbers of tokens that each expert of each layer got."""
     fair_L1 = tokens_LE.mean(axis=1, keepdims=True)
     if not fair_L1.all():
         return {}

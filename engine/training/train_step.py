@@ -1,4 +1,4 @@
-"""The pure functions that the trainer compiles: arrays in, arrays out.
+"""Pure functions that the trainer compiles: arrays in, arrays out.
 
 Axis letters: B rows, T tokens in a row, K targets per token, P config values, n adapters in the batch.
 """
@@ -27,7 +27,7 @@ LOSS_INDEX = {loss.function: index for index, loss in enumerate(ALL_LOSSES)}
 
 
 class Static(NamedTuple):
-    """What a program is compiled for, besides shapes."""
+    """The static arguments of a program, besides shapes."""
 
     graph: Any
     dtype: Any  # of the base and the activations
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the client's answer is made of."""
+    """The values from which the client's answer is made."""
 
     logprobs: jax.Array  # [B, T, K] float32
     losses: jax.Array  # [B, T, K] float32
@@ -65,7 +65,7 @@ class Outputs(NamedTuple):
 def forward_backward_adapters(
     static: Static, base: Any, adapters: tuple, scale_n: jax.Array, gradients: tuple, batch: Batch
 ) -> tuple[tuple, Outputs]:
-    """`gradients` plus those of this micro-batch, one tree per adapter, all float32; and the outputs."""
+    """Return `gradients` plus those of this micro-batch, one float32 tree per adapter, and the outputs."""
 
     def hidden_of(adapters):
         stack = stack_adapters(adapters, scale_n)
@@ -85,7 +85,7 @@ def forward_backward_adapters(
 def forward_backward_weights(
     static: Static, weights: Any, gradients: Any, batch: Batch
 ) -> tuple[Any, Outputs]:
-    """The same for full-weight training: `weights` are the float32 base, computed with in `static.dtype`."""
+    """Return the same for full weights: `weights` are the float32 base, computed with in `static.dtype`."""
 
     def hidden_of(weights):
         return _trunk(static, _cast_matrices(static, weights), batch, None)
@@ -103,14 +103,14 @@ def forward_backward_weights(
 
 
 def forward_adapters(static: Static, base: Any, adapters: tuple, scale_n: jax.Array, batch: Batch) -> Outputs:
-    """Log-probs and losses without gradients."""
+    """Return log-probs and losses without gradients."""
     hidden, _ = _trunk(static, base, batch, stack_adapters(adapters, scale_n))
     lora = _head_lora(adapters, scale_n)
     return _on_own_rows(_evaluate, static, hidden, decoder.unembed(base), batch, lora)
 
 
 def forward_weights(static: Static, weights: Any, batch: Batch) -> Outputs:
-    """`forward_adapters` for full weights."""
+    """Return log-probs and losses without gradients, for full weights."""
     base = _cast(static, weights)
     hidden, _ = _trunk(static, base, batch, None)
     return _on_own_rows(_evaluate, static, hidden, decoder.unembed(base), batch, None)
@@ -138,8 +138,11 @@ def _trunk(static: Static, base: Any, batch: Batch, stack: Any) -> tuple[jax.Arr
 
 
 def _cast_matrices(static: Static, weights: Any) -> Any:
-    """Cast the linears' weights. The embedding, norms and biases are left in float32: their gradients are
-    plain sums over tokens, in which each addition would round. Products sum in float32 anyway."""
+    """Cast the linears' weights.
+
+    The embedding, norms and biases stay in float32: their gradients are plain sums over tokens, in which each
+    addition would round. Products sum in float32 anyway.
+    """
 
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
         is_matrix = path[0].key == "layers" and path[-1].key == "weight" and leaf.ndim > 2
@@ -231,7 +234,7 @@ def _evaluate(static: Static, hidden: jax.Array, unembed: jax.Array, batch: Batc
 
 
 def _row_losses(static: Static, logprobs, inputs, real, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Each row's own loss and its slope [B, C, K]; zero on padding, whatever the loss says there."""
+    """Return each row's own loss and its slope [B, C, K], zero on padding."""
     losses = ALL_LOSSES if static.sequence_level else TOKEN_LOSSES
 
     def of_row(index, logprobs, inputs, config):
@@ -242,7 +245,7 @@ def _row_losses(static: Static, logprobs, inputs, real, batch: Batch) -> tuple[j
 
 
 def _sequence_log_ratio(logprobs: jax.Array, batch: Batch) -> jax.Array:
-    """[B, T, K], of the first target of each token (sequence-level losses have one)."""
+    """Return [B, T, K] of the first target of each token (sequence-level losses have one)."""
     segment = jnp.arange(batch.tokens.shape[1]) - batch.position
     ratio = gspo.sequence_log_ratio(
         logprobs[..., 0],

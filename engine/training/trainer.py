@@ -1,4 +1,4 @@
-"""Loss, gradients and optimizer steps of any number of models over one frozen base.
+"""The trainer: loss, gradients and optimizer steps of any number of models over one frozen base.
 
 The trainer holds the base and the compiled programs; a model is its `TrainingState`. A `Run` (`training_run`)
 is one device batch of jobs of one or several models, a micro-batch per step (`gradient_programs`).
@@ -108,9 +108,9 @@ class Trainer:
         target_alignment: TargetAlignment = "shifted",
         optimizer_options: optimizer_families.Options | None = None,
     ) -> TrainingState:
-        """A fresh model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base.
+        """Return a new model: an adapter whose delta is zero, or with `lora` None a float32 copy of the base.
 
-        Raises UserError for an optimizer, or an option of it, that there is not.
+        Raises UserError for an unknown optimizer or option.
         """
         options = optimizer_families.filled(family, optimizer_options or {})
         if lora is None:
@@ -135,13 +135,13 @@ class Trainer:
         return state
 
     def fresh_optimizer(self, state: TrainingState) -> Any:
-        """Zero moments for the state's weights."""
+        """Return an optimizer state of zeros for the state's weights."""
         count = jax.device_put(np.int32(0), self._replicated)
         new_state = optimizer_families.family(state.family).new_state
         return new_state(count, lambda: zeros_like(state.weights))
 
     def abstract_weights(self, lora: LoraSpec | None) -> Any:
-        """Shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
+        """Return shapes, dtype and shardings of a model's weights (and of its gradients and moments)."""
         if lora is None:
             shapes, shardings = self.base, self._base_shardings
         else:
@@ -154,7 +154,7 @@ class Trainer:
     def abstract_arrays(
         self, lora: LoraSpec | None, has_gradients: bool, family: str = "adamw"
     ) -> dict[str, Any]:
-        """The tree of `TrainingState.arrays`, as a checkpoint is restored into."""
+        """Return the tree of `TrainingState.arrays` into which a checkpoint is restored."""
         weights = self.abstract_weights(lora)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
         state = optimizer_families.family(family).new_state(count, lambda: weights)
@@ -164,7 +164,7 @@ class Trainer:
     # --- operations -------------------------------------------------------------------------------------
 
     def job(self, state: TrainingState, operation: ForwardBackward) -> Job | CustomJob:
-        """The operation, checked against the model. Raises UserError."""
+        """Check an operation against the model. Raises UserError."""
         if operation.loss_fn == "custom":
             limits = self.config.vocab_size, self.max_sequence_length, self.config.routing
             return custom_job(state, operation, self.custom_losses, *limits)
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def start(self, jobs: Sequence[Job | CustomJob]) -> Run | CustomLossRun:
-        """Pack the jobs into micro-batches; nothing runs until `Run.step`. Either all are custom or none is.
+        """Pack the jobs, of which all or none are custom, into micro-batches; nothing runs until `Run.step`.
 
         Until the run has ended, no other operation on its models may run.
         """
@@ -194,18 +194,18 @@ class Trainer:
         return Run(jobs, self.shapes, self.gradient_programs, self._accumulation)
 
     def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | Exception]:
-        """Run the jobs to the end; one output or error per job (`Run`)."""
+        """Run the jobs to the end; return one output or error per job (`Run`)."""
         run = self.start(jobs)
         while not run.step():
             pass
         return run.results
 
     def optim_step(self, state: TrainingState, params: optimizer_families.Params) -> dict[str, float]:
-        """One step of the model's optimizer with the accumulated gradients, which are then dropped; metrics.
+        """Take a step with the accumulated gradients, which are then dropped; return metrics.
 
         Without any gradient since the last step, gradients are zero; but if all computations of gradients
         since then have failed, so does the step. Raises UserError for that, for parameters out of range or of
-        another optimizer and for a norm that is not finite; the weights are then as before.
+        another optimizer, and for a norm that is not finite; the weights are then unchanged.
         """
         family = optimizer_families.family(state.family)
         if not isinstance(params, family.params):
@@ -260,14 +260,17 @@ class Trainer:
     def warm_up(
         self, lora: LoraSpec | None, shapes: Sequence[tuple[int, int]] | None = None
     ) -> list[jax.stages.Compiled]:
-        """Compile what one model of this kind needs for micro-batches of `shapes` (T, B), by default all, and
-        return these programs. The base may be abstract."""
+        """Compile what one model of this kind needs for micro-batches of `shapes` (T, B), by default all;
+        return the programs.
+
+        The base may be abstract.
+        """
         return self.gradient_programs.warm_up(
             lora, self.abstract_weights(lora), self.shapes.shapes if shapes is None else shapes
         )
 
     def structure(self, state: TrainingState) -> Any:
-        """What adapters must have in common to share a batch; None for full weights."""
+        """Return what must be equal for adapters to share a batch; None for full weights."""
         return structure(state.lora)
 
     def forget_zeros(self) -> None:

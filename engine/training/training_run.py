@@ -1,4 +1,5 @@
-"""One device batch of training jobs: packed, run a micro-batch at a time, answered in the clients' order."""
+"""A run: one device batch of training jobs, packed, run a micro-batch at a time, answered in the clients'
+order."""
 
 from __future__ import annotations
 
@@ -35,13 +36,14 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """One checked forward or forward_backward of one model; `elementwise`: its loss is asked for by token."""
+    """A checked forward or forward_backward of one model. `elementwise`: also return the loss of each
+    token."""
 
     state: TrainingState
     data: list[TrainingDatum]
     chosen: ChosenLoss
     forward_only: bool = False
-    aligned: list[Aligned] | None = None  # how the client laid the datums out; None: as `data` are
+    aligned: list[Aligned] | None = None  # the client's layout of the datums; None: that of `data`
     elementwise: bool = False
 
     @property
@@ -60,8 +62,11 @@ class Job:
 
 @dataclass(frozen=True)
 class JobOutput:
-    """Per datum, in the client's order, float32 log-probs and, where they are asked for, losses, shaped like
-    its target_tokens; and the metrics."""
+    """The result of a job.
+
+    Per datum, in the client's order: float32 log-probs and, if requested, losses, shaped like its
+    target_tokens; and the metrics.
+    """
 
     logprobs: list[np.ndarray]
     metrics: dict[str, float]
@@ -70,9 +75,9 @@ class JobOutput:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Datums that can share a micro-batch."""
+    """What datums must have in common to share a micro-batch."""
 
-    structure: Any  # of the adapters; with full weights, of one job only
+    structure: Any  # the adapters' structure; full weights are never shared
     forward_only: bool
     sequence_level: bool
     targets: int  # per token, bucketed
@@ -83,10 +88,11 @@ _Planned = tuple[_Kind, list[tuple[int, int]], MicroBatch]
 
 
 class Run:
-    """One device batch (`Trainer.start`). After `step` returns True, `results` has one output or error a job.
+    """One device batch (`Trainer.start`). After `step` returns True, `results` has one output or error per
+    job.
 
-    A job is all or nothing: its gradient has been added and its result is an output, or nothing has been
-    added and its result is an error. Where `step` raises, nothing has been added for any job.
+    A job is all or nothing: its gradient was added and its result is an output, or nothing was added and its
+    result is an error. If `step` raises, nothing was added for any job.
     """
 
     def __init__(
@@ -103,7 +109,7 @@ class Run:
         self._out_of_memory = False
         self.seconds_beside = 0.0  # all of its work is in its turns
         self.tokens = self.positions = 0
-        """Tokens that were computed, and positions with the padding, of all attempts."""
+        """Computed tokens and positions with padding, over all attempts."""
         self.results: list[JobOutput | Exception] = []
         self._begin()
 
@@ -119,9 +125,9 @@ class Run:
         self._largest = _largest(self._waiting)
 
     def step(self) -> bool:
-        """Dispatch one micro-batch, and read back an earlier one; whether the run has ended.
+        """Dispatch one micro-batch, and read back an earlier one; return whether the run has ended.
 
-        When the device runs out of memory the run begins again, once, with smaller micro-batches.
+        If the device runs out of memory the run starts again, once, with smaller micro-batches.
         """
         try:
             ended = self._compute()
@@ -133,16 +139,17 @@ class Run:
             if ended:
                 self.results = [self._finish(index) for index in range(len(self._jobs))]
             return ended
-        # Not in the handler: the error holds on to the arrays of the frames that it came through.
+        # Not in the handler, where the error still keeps the arrays of its frames alive.
         self._programs.make_way()
         self._begin()
         return False
 
     def close(self) -> None:
-        """Nothing of it goes on beside its turns."""
+        """Do nothing: all of the run's work is in its turns."""
 
     def _can_be_smaller(self, error: Exception) -> bool:
-        """Whether to begin again. `_shapes` are then the next smaller ones that change the largest batch."""
+        """Return whether to start again. `_shapes` are then the next smaller ones that change the largest
+        batch."""
         if not isinstance(error, DoesNotFitError):
             if "RESOURCE_EXHAUSTED" not in str(error) or self._out_of_memory:
                 return False
@@ -156,7 +163,7 @@ class Run:
         return False
 
     def _compute(self) -> bool:
-        """A turn of `step`, without what comes after the last."""
+        """Compute one turn of `step`, without what follows the last one."""
         if self._waiting:
             self._dispatch(*self._waiting.popleft())
             if len(self._in_flight) < IN_FLIGHT and self._waiting:
@@ -166,7 +173,7 @@ class Run:
         return not (self._waiting or self._in_flight)
 
     def _plan(self, shapes: ShapeTable) -> list[_Planned]:
-        """(kind, [(job, datum)] by the packing's numbers, micro-batch) of every micro-batch."""
+        """Return (kind, [(job, datum)] by the packing's numbers, micro-batch) of every micro-batch."""
         kinds: dict[_Kind, list[tuple[int, int]]] = {}
         for job_index, job in enumerate(self._jobs):
             full_weights = job.state.lora is None
@@ -189,7 +196,7 @@ class Run:
         jobs = micro_batch.groups
         n = next(size for size in MODELS_PER_BATCH if size >= len(jobs))
         states = [self._jobs[job].state for job in jobs]
-        states += states[:1] * (n - len(jobs))  # no row points at these
+        states += states[:1] * (n - len(jobs))  # no row refers to these
         batch = self._programs.put(self._batch(kind, members, micro_batch))
         if kind.forward_only:
             outputs = self._programs.run_forward(states, batch, kind.sequence_level)
@@ -268,7 +275,7 @@ class Run:
         try:
             self._check(index)
             output, valid_tokens = self._output(index), job.valid_tokens
-            # The last thing that can fail.
+            # The last step that can fail.
             if gradients is not None and not self._accumulation.add(job.state, gradients):
                 raise NonFiniteError(
                     "the gradient is not finite; nothing was accumulated. "
@@ -285,7 +292,7 @@ class Run:
         return JobOutput(self._laid_out(index, self._logprobs[index]), self._metrics(index), losses)
 
     def _laid_out(self, index: int, values: list[np.ndarray]) -> list[np.ndarray]:
-        """As the client laid its datums out."""
+        """Lay out values as the client laid out its datums."""
         aligned = self._jobs[index].aligned
         if aligned is None:
             return values
@@ -305,7 +312,8 @@ class Run:
             )
 
     def _metrics(self, index: int) -> dict[str, float]:
-        """Each key has one colon, and the reduction after it by which a client combines chunks."""
+        """Return metrics whose keys have one colon, followed by the reduction with which a client combines
+        chunks."""
         job = self._jobs[index]
         metrics = {
             "loss:sum": float(self._losses[index]),
@@ -322,7 +330,7 @@ def _largest(plan: Iterable[_Planned]) -> int:
 
 
 def _bucket_targets(targets: int) -> int:
-    """1, 4, 16, 64, ...: few shapes for any number of targets per token."""
+    """Round up to 1, 4, 16, 64, ..., so that there are few shapes for any number of targets per token."""
     bucket = 1
     while bucket < targets:
         bucket *= 4

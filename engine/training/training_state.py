@@ -1,4 +1,4 @@
-"""What one model in training consists of."""
+"""The state of one model in training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..optimizers.optimizer_families import FAMILIES
 
 @dataclass
 class TrainingState:
-    """The trained weights (an adapter, or with `lora` None all of them), float32, and what their steps need.
+    """The trained float32 weights (an adapter, or with `lora` None all of them), and what their steps need.
 
     `gradients` is None until something is accumulated. `valid_tokens` counts the accumulated tokens that the
-    loss weighs (what `token_mean` divides by). `failed_since_step` counts gradient computations that failed.
-    `family` is that of the optimizer and `optimizer_options` what is its own (`optimizer_families`).
+    loss weighs (the divisor of `token_mean`). `failed_since_step` counts gradient computations that failed.
+    `family` is the optimizer's, `optimizer_options` has its own options (`optimizer_families`).
     """
 
     lora: LoraSpec | None
@@ -32,11 +32,11 @@ class TrainingState:
 
     @property
     def scale(self) -> float:
-        """What the adapter's product is multiplied by: alpha / rank."""
+        """The factor of the adapter's product: alpha / rank."""
         return 1.0 if self.lora is None else self.lora.alpha / self.lora.rank
 
     def arrays(self) -> dict[str, Any]:
-        """All arrays, as a checkpoint holds them; `gradients` only where there are any."""
+        """All arrays, as in a checkpoint; `gradients` only if there are any."""
         arrays = {"weights": self.weights, "optimizer": self.optimizer._asdict()}
         return arrays if self.gradients is None else arrays | {"gradients": self.gradients}
 
@@ -61,7 +61,9 @@ class TrainingState:
         metadata = dict(metadata)
         has_gradients = metadata.pop("has_gradients")
         lora = metadata.pop("lora")
-        family = FAMILIES[metadata.setdefault("family", "adamw")]  # of earlier versions, who had no other
+        family = FAMILIES[
+            metadata.setdefault("family", "adamw")
+        ]  # checkpoints of earlier versions, which had only this one
         return cls(
             lora=None if lora is None else LoraSpec(**lora),
             weights=arrays["weights"],

@@ -1,4 +1,4 @@
-"""What decides which program a training step needs: its models' structure and the shape of its batch."""
+"""Structures that decide which program a training step needs: the models' and the batch's."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .train_step import BATCH_INPUTS, Batch
 
 
 def structure(lora: LoraSpec | None) -> tuple | None:
-    """What decides the shapes of an adapter, the base model being given; None for full weights."""
+    """Return what decides the shapes of an adapter on this base model; None for full weights."""
     if lora is None:
         return None
     return pad_rank(lora.rank), lora.train_attn, lora.train_mlp, lora.train_unembed
 
 
 def describe(key: tuple | None, batch: Batch | None = None, n: int = 1, sequence_level: bool = False) -> str:
-    """A program's parameters, for its name in the log."""
+    """Return a program's parameters, for its name in the log."""
     if key is None:
         text = "full weights"
     else:
@@ -38,7 +38,7 @@ def describe(key: tuple | None, batch: Batch | None = None, n: int = 1, sequence
 
 
 def abstract_batch(mesh: Mesh, rows: int, length: int) -> Batch:
-    """The shapes, dtypes and shardings of a micro-batch with one target per token."""
+    """Return shapes, dtypes and shardings of a micro-batch with one target per token."""
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows_sharding(mesh, shape))

@@ -1,4 +1,4 @@
-"""Training operations checked against the model, once, before anything runs.
+"""Checks of training operations against the model, once, before anything runs.
 
 Every message names the datum by its index and the field, and says what would be right.
 """
@@ -39,7 +39,7 @@ class TrainingDatum:
 
 @dataclass(frozen=True)
 class ChosenLoss:
-    """A loss with its config: all values, in the loss's order; and which metrics were asked for."""
+    """A loss with its config values, in the loss's order, and the requested metrics."""
 
     loss: Loss
     config: tuple[float, ...]
@@ -51,7 +51,7 @@ class ChosenLoss:
 
 
 def check_loss(name: str, config: Mapping[str, LossValue]) -> ChosenLoss:
-    """The loss and its config values, defaults filled in."""
+    """Return the loss and its config values, with defaults filled in."""
     if name not in REGISTRY:
         raise UserError(f"unknown loss_fn {name!r}; known: {', '.join(REGISTRY)}")
     loss = REGISTRY[name]
@@ -80,7 +80,7 @@ def check_loss(name: str, config: Mapping[str, LossValue]) -> ChosenLoss:
 
 
 def _number(key: str, value: LossValue, loss: Loss) -> float:
-    """As the compiled functions take it: words by their places, flags as 0 and 1."""
+    """Return a value as the compiled functions take it: words as their places, flags as 0 and 1."""
     where = f"loss_fn_config[{key!r}] is {value!r}; it must be"
     if key in loss.choices:
         if value not in loss.choices[key]:
@@ -112,7 +112,7 @@ def check_data(
 
 
 def check_optimizer(params: AdamParams | DimuonParams) -> None:
-    """The ranges in which a step is defined."""
+    """Check that the parameters are within the ranges in which a step is defined."""
     where = "adam_params" if isinstance(params, AdamParams) else "optimizer_params"
     for field in params.__struct_fields__:
         value = getattr(params, field)
@@ -240,7 +240,7 @@ def _check_targets(
 def _check_input(
     index: int, name: str, tensor: Tensor, shape: tuple[int, ...], masked: np.ndarray | None = None
 ) -> np.ndarray:
-    """The input's values. Where `masked` is True they may be anything, and are given as 0."""
+    """Return the input's values. Where `masked` is True they may be anything, and are returned as 0."""
     where = f"datum {index}: loss_fn_inputs[{name!r}]"
     if tensor.dtype != "float32":
         raise UserError(f"{where} has dtype {tensor.dtype}; it must be float32")
