@@ -241,9 +241,16 @@ def padded_rank(rank: int) -> int:
     return max(8, 1 << (rank - 1).bit_length())
 
 
-def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh) -> int:
-    """Return the bytes of one position's keys and values. They are cut by heads alone."""
-    ways = mesh.tensor if counts.kv_heads % mesh.tensor == 0 else 1
+def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh, on_cpu: bool = False) -> int:
+    """Return the bytes of one position's keys and values on each device.
+
+    Their heads are cut over `tensor`, and over `fsdp` too unless the device is a CPU, as far as the axes
+    divide them (`model.kernels.paged_attention.pages.LAYOUTS`).
+    """
+    ways = 1
+    for size in (mesh.tensor,) if on_cpu else (mesh.tensor, mesh.fsdp):
+        if counts.kv_heads % (ways * size) == 0:
+            ways *= size
     return counts.kv_per_position * work.itemsize // ways
 
 
@@ -388,7 +395,7 @@ def plan_engine(
     works = [_engine_workload(each, on_cpu) for each in models]
     base = sum(each.counts.parameters * each.itemsize for each in models) // mesh.shards
     margin = 0 if on_cpu else int(capacity * MARGIN)
-    per_token = [kv_bytes_per_token(m.counts, w, mesh) for m, w in zip(models, works, strict=True)]
+    per_token = [kv_bytes_per_token(m.counts, w, mesh, on_cpu) for m, w in zip(models, works, strict=True)]
     least_kv = [
         (kv_cache_tokens or min(each.longest, SHORTEST_KV_TOKENS)) * size
         for each, size in zip(models, per_token, strict=True)

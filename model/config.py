@@ -163,13 +163,13 @@ class Attention:
         if self.fused:
             return (
                 Site("qkv_proj", D, Q + 2 * K, "attn", ("embed", "heads")),
-                Site("o_proj", Q, D, "attn", ("heads", "embed")),
+                Site("o_proj", Q, D, "attn", ("summed_heads", "hidden")),
             )
         return (
             Site("q_proj", D, Q, "attn", ("embed", "heads"), "q_proj" in self.biased, merged="qkv"),
             Site("k_proj", D, K, "attn", ("embed", "kv_heads"), "k_proj" in self.biased, merged="qkv"),
             Site("v_proj", D, K, "attn", ("embed", "kv_heads"), "v_proj" in self.biased, merged="qkv"),
-            Site("o_proj", Q, D, "attn", ("heads", "embed"), "o_proj" in self.biased),
+            Site("o_proj", Q, D, "attn", ("summed_heads", "hidden"), "o_proj" in self.biased),
         )
 
     @property
@@ -251,7 +251,14 @@ class Latent:
             *queries,
             Site(latent, D, self.head_dim, "attn", ("embed", "hidden"), latent in biased),
             Site("kv_b_proj", C, expanded, None, ("embed", "heads")),
-            Site("o_proj", self.heads * self.value_dim, D, "attn", ("heads", "embed"), "o_proj" in biased),
+            Site(
+                "o_proj",
+                self.heads * self.value_dim,
+                D,
+                "attn",
+                ("summed_heads", "hidden"),
+                "o_proj" in biased,
+            ),
         )
 
     @property
@@ -281,12 +288,12 @@ class GatedMlp:
         if self.fused:
             return (
                 Site("gate_up_proj", D, 2 * F, "mlp", ("embed", "ff")),
-                Site("down_proj", F, D, "mlp", ("ff", "embed")),
+                Site("down_proj", F, D, "mlp", ("summed_ff", "hidden")),
             )
         return (
             Site("gate_proj", D, F, "mlp", ("embed", "ff"), "gate_proj" in self.biased, merged="gate_up"),
             Site("up_proj", D, F, "mlp", ("embed", "ff"), "up_proj" in self.biased, merged="gate_up"),
-            Site("down_proj", F, D, "mlp", ("ff", "embed"), "down_proj" in self.biased),
+            Site("down_proj", F, D, "mlp", ("summed_ff", "hidden"), "down_proj" in self.biased),
         )
 
 
@@ -338,7 +345,7 @@ class Experts:
         of_all = (
             Site("shared_gate", D, S, "mlp", ("embed", "ff"), merged="shared_gate_up"),
             Site("shared_up", D, S, "mlp", ("embed", "ff"), merged="shared_gate_up"),
-            Site("shared_down", S, D, "mlp", ("ff", "embed")),
+            Site("shared_down", S, D, "mlp", ("summed_ff", "hidden")),
         )
         router = Site("router", D, E, None, ("embed", "experts"), bias)
         if self.sigmoid is not None:

@@ -99,6 +99,10 @@ def pair_shapes(stack: Stack, site: Site, rank: int) -> dict[str, tuple[int, ...
     return {side: (len(stack.layers), *shape) for side, shape in site.factors(rank).items()}
 
 
+_ADAPTER_AXES = {"embed": "hidden", "summed_heads": "heads", "summed_ff": "ff"}
+"""The axes of adapters where those of matrices are cut over `fsdp`."""
+
+
 def logical_axes(adapter: Adapter, config: ModelConfig) -> Adapter:
     """Return the adapter's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf.
 
@@ -112,7 +116,7 @@ def logical_axes(adapter: Adapter, config: ModelConfig) -> Adapter:
         if site.experts:
             at[site.name] = {side: ("layers", *("hidden",) * (x.ndim - 1)) for side, x in pair.items()}
             continue
-        into, out = ("hidden" if name == "embed" else name for name in site.axes)
+        into, out = (_ADAPTER_AXES.get(name, name) for name in site.axes)
         at[site.name] = {"a": ("layers", into, "hidden"), "b": ("layers", "hidden", out)}
     if "unembed" in adapter:
         axes["unembed"] = {"a": ("hidden", "hidden"), "b": ("hidden", "vocab")}

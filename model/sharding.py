@@ -32,10 +32,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "cached_heads": ("tensor", "fsdp"),
     "head_dim": (),
     "ff": ("tensor",),
+    "summed_heads": ("tensor", "fsdp"),
+    "summed_ff": ("tensor", "fsdp"),
     "experts": ("expert",),
     "hidden": (),
 }
 """From logical axis to mesh axes. `embed` is the hidden axis of a weight, `hidden` that of an activation.
+
+`summed_heads` and `summed_ff` are the first axes of the matrices that end in the hidden axis. Those are cut
+over `fsdp` there and not at `embed`, so that the shards of a layer's matrix lie one after the other: to
+gather along its second axis, XLA would first copy the whole stack of layers into another order.
 
 `sequences` are rows that are cut over `data` alone; `cached_heads` are of decoding on accelerators, where
 weights stay where they are."""

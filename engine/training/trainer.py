@@ -7,6 +7,7 @@ is one device batch of jobs of one or several models, a micro-batch per step (`g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -223,18 +224,7 @@ class Trainer:
         scalars = family.hyperparameters(params, state.optimizer_options, grad_scale, rank)
         hyper = jax.device_put(scalars, self._replicated)
         arguments = (state.weights, state.optimizer, gradients, hyper)
-        key = self.structure(state)
-        weights = sharding.shardings_of(state.weights)
-        moments = jax.tree.map(lambda x: x.sharding, state.optimizer)
-        name = "optim_step" if state.family == "adamw" else f"optim_step {state.family}"
-        program = self.programs.get(
-            (name, key),
-            f"{name} {describe(key)}",
-            family.step,
-            arguments,
-            donate=(0, 1, 2),
-            out_shardings=(weights, moments, weights, self._replicated),
-        )
+        program = self._optimizer_program(state.family, self.structure(state), arguments)
         state.weights, state.optimizer, zeros, norms = program(*arguments)
         state.gradients, state.valid_tokens = None, 0
         self._accumulation.recycle(state, zeros)
@@ -267,6 +257,30 @@ class Trainer:
         """
         return self.gradient_programs.warm_up(
             lora, self.abstract_weights(lora), self.shapes.shapes if shapes is None else shapes
+        )
+
+    def warm_up_optimizer(self, lora: LoraSpec | None, family: str = "adamw") -> jax.stages.Compiled:
+        """Compile one step of an optimizer for a model of this kind, and return it. The base may be
+        abstract."""
+        weights, chosen = self.abstract_weights(lora), optimizer_families.family(family)
+        scalar = partial(jax.ShapeDtypeStruct, (), sharding=self._replicated)
+        state = chosen.new_state(scalar(jnp.int32), lambda: weights)
+        options, rank = optimizer_families.filled(family, {}), 0 if lora is None else lora.rank
+        hyper = chosen.hyperparameters(chosen.params(learning_rate=1e-4), options, 1.0, rank)
+        hyper = jax.tree.map(lambda x: scalar(x.dtype), hyper)
+        return self._optimizer_program(family, structure(lora), (weights, state, weights, hyper))
+
+    def _optimizer_program(self, family: str, key: Any, arguments: tuple) -> jax.stages.Compiled:
+        """The step of `arguments`: weights, the optimizer's state, gradients and hyper-parameters."""
+        weights, moments = (sharding.shardings_of(tree) for tree in arguments[:2])
+        name = "optim_step" if family == "adamw" else f"optim_step {family}"
+        return self.programs.get(
+            (name, key),
+            f"{name} {describe(key)}",
+            optimizer_families.family(family).step,
+            arguments,
+            donate=(0, 1, 2),
+            out_shardings=(weights, moments, weights, self._replicated),
         )
 
     def structure(self, state: TrainingState) -> Any:

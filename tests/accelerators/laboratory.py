@@ -146,6 +146,14 @@ def step_case(
     return compiled
 
 
+def optimizer_case(
+    mesh: Mesh, *, model: str = "tiny", rank: int = 32, family: str = "adamw", full: int = 0
+) -> Any:
+    """A step of the optimizer of a LoRA adapter on all matrices and the head, or (`full`) of all weights."""
+    spec = None if full else LoraSpec(rank=rank, alpha=32, seed=0)
+    return _trainer(mesh, model, "full", 0).warm_up_optimizer(spec, family)
+
+
 def _config(model: str, layers: int = 0) -> ModelConfig:
     stated = MODELS[model] | ({"num_hidden_layers": layers} if layers else {})
     with TemporaryDirectory() as folder:
@@ -169,6 +177,7 @@ def of_model(case: Callable) -> Callable:
 CASES: dict[str, Callable] = {
     "attention": attention_case,
     "step": step_case,
+    "optimizer": optimizer_case,
     "decode": of_model(decode_case),
     "prefill": of_model(prefill_case),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Compiled:
         self.products: dict[str, float] = found["products"]
         self.cpu_seconds: float = found["cpu_seconds"]
         self.buffers = [(dtype, tuple(dims)) for dtype, dims in found["buffers"]]
-        self._collectives = [(kind, tuple(dims), n) for kind, (_, dims), n in found["collectives"]]
+        self._collectives = [(kind, dtype, tuple(dims), n) for kind, (dtype, dims), n in found["collectives"]]
 
     def gathers(self, *dims: int) -> int:
         """How often an array of these dimensions, in any order, is the result of an all-gather."""
@@ -35,8 +36,14 @@ class Compiled:
             return sorted(size for size in some if size > 1)
 
         return sum(
-            n for kind, found, n in self._collectives if kind == "all-gather" and sizes(found) == sizes(dims)
+            n
+            for kind, _, found, n in self._collectives
+            if kind == "all-gather" and sizes(found) == sizes(dims)
         )
+
+    def moved(self, kind: str, dtype: str) -> int:
+        """The elements of that type that all collectives of a kind give, by their number of executions."""
+        return sum(n * prod(dims) for name, of, dims, n in self._collectives if (name, of) == (kind, dtype))
 
 
 def compile_for(target: str, *cases: str) -> dict[str, Compiled]:

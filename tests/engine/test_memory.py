@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 from tinsmith.engine import device_catalogue, memory, roofline
 from tinsmith.engine.memory import Mesh, Workload
 from tinsmith.engine.optimizers import optimizer_families
@@ -15,8 +16,9 @@ from tinsmith.model import decoder, kv_cache
 from tinsmith.model.config import ModelConfig
 from tinsmith.model.counts import counts
 from tinsmith.model.families import FAMILIES
+from tinsmith.model.kernels.paged_attention.pages import LAYOUTS
 from tinsmith.model.lora import RANK_BUCKETS, init_lora, pad_rank
-from tinsmith.model.sharding import make_mesh
+from tinsmith.model.sharding import make_mesh, partition_spec
 
 GIB = 2**30
 
@@ -55,7 +57,7 @@ COMPILED = [
     (C8, Mesh(), K32, "full", 31.1),
     (C8, Mesh(), 131072, "full", 75.3),
     (C8, Mesh(), 8192, "dots", 39.2),
-    (C70, Mesh(fsdp=8), 8192, "full", 40.7),  # 8 x H200
+    (C70, Mesh(fsdp=8), 8192, "full", 35.1),  # 8 x H200
     (C8, Mesh(fsdp=4), 8192, "full", 9.2),  # v5p:2x2x1
     (C8, Mesh(tensor=4), 8192, "full", 7.9),
     (C70, Mesh(fsdp=8), 8192, "full", 36.5),  # v5p:2x2x2
@@ -116,8 +118,33 @@ def test_counts_are_those_of_the_arrays():
     assert memory.adapter_elements(of, Workload(8, rank=5)) == sum(x.size for x in jax.tree.leaves(adapter))
     work = Workload(8, itemsize=2)
     assert memory.kv_bytes_per_token(of, work, Mesh()) == kv_cache.bytes_per_token(TINY, "bfloat16")
+    assert memory.kv_bytes_per_token(of, work, Mesh(), on_cpu=True) == kv_cache.bytes_per_token(
+        TINY, "bfloat16"
+    )
     assert [memory.padded_rank(rank) for rank in range(1, 513)] == [pad_rank(rank) for rank in range(1, 513)]
     assert RANK_BUCKETS[-1] == 512
+
+
+@pytest.mark.parametrize(
+    ("mesh", "on_cpu", "ways"),
+    [
+        (Mesh(fsdp=8), False, 8),
+        (Mesh(fsdp=4, tensor=2), False, 8),
+        (Mesh(fsdp=16), False, 1),  # 16 devices do not divide 8 heads: each has all of them
+        (Mesh(fsdp=8, tensor=2), False, 2),
+        (Mesh(fsdp=4, tensor=2), True, 2),
+    ],
+)
+def test_keys_and_values_are_counted_as_their_heads_are_cut(mesh, on_cpu, ways):
+    """By the rules of the pages' own axes, with JAX's description of a mesh of those sizes."""
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    axes = LAYOUTS["cpu" if on_cpu else "gpu"][0]
+    shape = tuple(C8.kv_heads if "heads" in axis else 1 for axis in axes)
+    cut = partition_spec(shape, axes, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    names = next(part for part, axis in zip(cut, axes, strict=True) if "heads" in axis) or ()
+    assert math.prod(sizes[name] for name in ([names] if isinstance(names, str) else names)) == ways
+    of_all = memory.kv_bytes_per_token(C8, Workload(8), Mesh())
+    assert memory.kv_bytes_per_token(C8, Workload(8), mesh, on_cpu) == of_all // ways
 
 
 @pytest.mark.parametrize("name", memory.OPTIMIZERS)
