@@ -47,7 +47,8 @@ async def audit_log(
     event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all",
     day: date | None = None,
 ) -> dict[str, Any]:
-    """The tenant's own entries of a day of UTC, today by default, oldest first; of very many the newest."""
+    """List the tenant's entries of a day of UTC, by default today, oldest first; of very many only the
+    newest."""
     midnight = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC).timestamp()
     found = await ledger.read(
         lambda connection: accounts.audit_entries(
@@ -58,7 +59,7 @@ async def audit_log(
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """With the keys of checkpoints that older clients look for beside the details."""
+    """Describe an entry. Those about checkpoints repeat some details beside them, for older clients."""
     entry = {
         "timestamp": iso(row.at),
         "event": row.event,
@@ -73,7 +74,7 @@ def _entry(row: Row) -> dict[str, Any]:
 async def usage_events(
     ledger: Provided[Ledger], owner: Owner, starting_on: datetime, ending_before: datetime
 ) -> dict[str, Any]:
-    """One event per hour, kind, base model, session and training run."""
+    """List what was used: one event per hour, kind, base model, session and training run."""
     first, end = _hour("starting_on", starting_on), _hour("ending_before", ending_before)
     if not first < end <= first + _MOST_DAYS * 24:
         raise BadRequest(f"ending_before: choose one to {_MOST_DAYS * 24} hours after starting_on")
@@ -88,7 +89,8 @@ async def usage_events(
 
 
 def _hour(name: str, at: datetime) -> int:
-    """Since 1970; times without a zone are UTC."""
+    """Return a time in hours since 1970. Without a zone it is UTC. Raises BadRequest for a part of an
+    hour."""
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
     hours, rest = divmod(at - datetime.fromtimestamp(0, UTC), timedelta(hours=1))
     if rest:
@@ -123,7 +125,7 @@ def _events(row: Row) -> Iterator[dict[str, Any]]:
 async def checkpoint_storage(
     ledger: Provided[Ledger], owner: Owner, project_id: str | None = None
 ) -> dict[str, Any]:
-    """Of the tenant's checkpoints as they are now, by the projects of their sessions."""
+    """Sum up the tenant's checkpoints as they are now, by the projects of their sessions."""
     stored = await ledger.read(
         lambda connection: checkpoint_rows.stored_by_project(connection, owner, project_id)
     )
@@ -147,7 +149,8 @@ key_router = APIRouter(prefix="/api/v1/auth", tags=["credentials"])
 
 @key_router.post("/token", responses=described_as(responses.Token))
 async def exchange(tokens: Provided[Tokens], caller: CallerOf) -> dict[str, str]:
-    """A token for the caller's key. One for a token is that token: nobody who found one can renew it."""
+    """Return a token for the caller's key. A caller with a token gets the same one: a stolen one cannot be
+    renewed."""
     if caller.token is not None:
         return {"jwt": caller.token}
     assert caller.key is not None  # no URL of this route is signed
@@ -156,8 +159,8 @@ async def exchange(tokens: Provided[Tokens], caller: CallerOf) -> dict[str, str]
 
 @key_router.get("/apikey/me", responses=described_as(responses.KeyInfo))
 async def api_key(caller: CallerOf) -> dict[str, Any]:
-    """What the SDK's `auth login` keeps beside the key. Its `name` is what `tinsmith keys revoke` takes; this
-    server knows no e-mail addresses, and gives the tenant's name instead."""
+    """Describe the caller's key, for the SDK's `auth login`. `tinsmith keys revoke` takes its `name`. The
+    server knows no e-mail addresses and gives the tenant's name instead."""
     key = caller.key
     assert key is not None
     return {
@@ -172,7 +175,7 @@ async def api_key(caller: CallerOf) -> dict[str, Any]:
 async def revoke_api_key(
     keys: Provided[ApiKeys], ledger: Provided[Ledger], caller: CallerOf
 ) -> dict[str, str]:
-    """The key that the request was sent with, and no other."""
+    """Revoke the key that the request was sent with."""
     key = caller.key
     if caller.token is not None:
         raise Forbidden("a token cannot revoke its key; send the key itself")

@@ -8,15 +8,15 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Depends, Header
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import Row
 
 from ....ckpt import paths
 from ....engine import messages
+from ...access.keys import Caller
 from ...access.tokens import UrlSigner
 from ...checkpoints.archive import Archive, files
 from ...checkpoints.checkpoints import (
@@ -54,6 +54,7 @@ AccessScope = Literal["owned", "accessible"]
 
 
 async def _training_run(ledger: Ledger, owner: str, row: Row, said: Dialect | None) -> dict[str, Any]:
+    """Describe a run, with its newest checkpoints that the caller may see."""
     saved = await _checkpoints_of(ledger, owner, row)
     name = xorl_name(row, said)
     last = {
@@ -104,7 +105,8 @@ async def training_runs(
 
 
 async def _find_run(ledger: Ledger, owner: str, run_id: str, access_scope: AccessScope) -> Row:
-    """Raises NotFound."""
+    """Find a run of the caller's, or, if it is accessible, one with a published checkpoint. Raises
+    NotFound."""
     row = await ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
     if row is not None:
         return row
@@ -125,7 +127,8 @@ async def training_run(
 async def checkpoints_of_run(
     run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said
 ) -> dict[str, Any]:
-    """All of one's own; of another's run the published ones."""
+    """List the checkpoints of a run: all of the caller's own, or the published ones of another tenant's
+    run."""
     run = await _find_run(ledger, owner, run_id, "accessible")
     name = xorl_name(run, said)
     return {"checkpoints": [shown(row, name) for row in await _checkpoints_of(ledger, owner, run)]}
@@ -154,16 +157,18 @@ async def list_checkpoints(
 
 @router.post("/list_checkpoints", responses=described_as(responses.Checkpoints))
 async def list_checkpoints_of_model(body: OfModel, ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
-    """Those of all the caller's models of that name, newest first; of a model there is not, none."""
+    """List the checkpoints of all the caller's models of a name, newest first; none for an unknown name."""
     found = await ledger.read(lambda connection: rows.of_name(connection, owner, body.model_id, LISTED))
-    return {"checkpoints": [_listed(row, body.model_id) for row in found]}
-
-
-def _listed(row: Row, model: str) -> dict[str, Any]:
-    """Under the name by which the model was asked for."""
-    return shown(row) | {
-        "path": f"{paths.XORL_SCHEME}{model}/{row.segment}/{row.name}",
-        "checkpoint_id": f"{row.segment}/{model}/{row.name}",
+    model = body.model_id  # as the client names it
+    return {
+        "checkpoints": [
+            shown(row)
+            | {
+                "path": f"{paths.XORL_SCHEME}{model}/{row.segment}/{row.name}",
+                "checkpoint_id": f"{row.segment}/{model}/{row.name}",
+            }
+            for row in found
+        ]
     }
 
 
@@ -213,7 +218,7 @@ async def copy_weights(
     owner: Owner,
     x_idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, str]:
-    """Of any kind; into a session, as a new run of it, or into a project, as a new session."""
+    """Copy a checkpoint of any kind: as a new run of a session, or, in a project, as a new session."""
     source = await checkpoints.find(owner, parse(body.source_path))
     session_id, number, project = body.session_id, body.model_seq_id, None
     if session_id is not None and number is not None:
@@ -230,35 +235,37 @@ async def copy_weights(
 _ONE = "/training_runs/{run_id}/checkpoints/{segment}/{name}"
 
 
+async def _uri(run_id: str, segment: str, name: str) -> paths.CheckpointUri:
+    return named(run_id, segment, name)
+
+
+Uri = Annotated[paths.CheckpointUri, Depends(_uri)]
+"""The checkpoint that a path names."""
+
+
 @router.delete(_ONE, responses=described_as(responses.Acknowledged))
-async def delete_checkpoint(
-    run_id: str, segment: str, name: str, checkpoints: Provided[Checkpoints], owner: Owner
-) -> dict[str, str]:
-    await checkpoints.delete(owner, named(run_id, segment, name))
+async def delete_checkpoint(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) -> dict[str, str]:
+    await checkpoints.delete(owner, uri)
     return {"status": "deleted"}
 
 
 @router.post(_ONE + "/publish", responses=described_as(responses.Acknowledged))
-async def publish(
-    run_id: str, segment: str, name: str, checkpoints: Provided[Checkpoints], owner: Owner
-) -> dict[str, str]:
-    await checkpoints.publish(owner, named(run_id, segment, name), True)
+async def publish(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) -> dict[str, str]:
+    await checkpoints.publish(owner, uri, True)
     return {"status": "published"}
 
 
 @router.delete(_ONE + "/publish", responses=described_as(responses.Acknowledged))
-async def unpublish(
-    run_id: str, segment: str, name: str, checkpoints: Provided[Checkpoints], owner: Owner
-) -> dict[str, str]:
-    await checkpoints.publish(owner, named(run_id, segment, name), False)
+async def unpublish(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) -> dict[str, str]:
+    await checkpoints.publish(owner, uri, False)
     return {"status": "unpublished"}
 
 
 @router.put(_ONE + "/ttl", responses=described_as(responses.Acknowledged))
 async def set_ttl(
-    run_id: str, segment: str, name: str, body: requests.Ttl, checkpoints: Provided[Checkpoints], owner: Owner
+    uri: Uri, body: requests.Ttl, checkpoints: Provided[Checkpoints], owner: Owner
 ) -> dict[str, str]:
-    await checkpoints.set_ttl(owner, named(run_id, segment, name), body.ttl_seconds)
+    await checkpoints.set_ttl(owner, uri, body.ttl_seconds)
     return {"status": "changed"}
 
 
@@ -269,67 +276,57 @@ def _file_of(media_type: str) -> dict[int | str, Any]:
     return {200: {"content": {media_type: {"schema": BINARY}}}}
 
 
-async def _find_any(
-    checkpoints: Checkpoints, owner: str, run_id: str, segment: str, name: str, save: str | None = None
+async def _find_saved(
+    checkpoints: Checkpoints,
+    caller: Caller,
+    uri: paths.CheckpointUri,
+    save: str | None = None,
+    with_files: bool = False,
 ) -> Row:
-    """A checkpoint of any kind; with `save` that one of the name and no other."""
-    uri = named(run_id, segment, name)
-    row = await checkpoints.find(owner, uri)
+    """Find a checkpoint that the caller reads, and record that in the audit log.
+
+    `save`: the one that a signed URL was made for; what such URLs read was recorded when they were made.
+    Raises NotFound if it was deleted, even if another has its name now, and BadRequest for a training state
+    if safetensors are needed (`with_files`).
+    """
+    row = await checkpoints.find(caller.owner, uri)
     if save is not None and save != _save(row):
         raise NotFound(f"the checkpoint {str(uri)!r} that this URL was made for was deleted")
+    if with_files and row.segment == "weights":
+        raise BadRequest(
+            f"{str(uri)!r} is a training state, of no use elsewhere; save_weights_for_sampler or "
+            "save_weights_external write files that PEFT reads (tinker checkpoint download does it for you)"
+        )
+    if caller.key is not None:
+        await checkpoints.record_read(caller.owner, row)
     return row
 
 
-async def _find_files(
-    settings: Settings,
-    checkpoints: Checkpoints,
-    owner: str,
-    run_id: str,
-    segment: str,
-    name: str,
-    save: str | None = None,
-) -> tuple[Row, Path]:
-    """A checkpoint of safetensors and its directory. Raises BadRequest for a training state."""
-    row = await _find_any(checkpoints, owner, run_id, segment, name, save)
-    if row.segment == "weights":
-        raise BadRequest(
-            f"{str(named(run_id, segment, name))!r} is a training state, of no use elsewhere; "
-            "save_weights_for_sampler or save_weights_external write files that PEFT reads (tinker "
-            "checkpoint download does it for you)"
-        )
-    return row, paths.resolve(settings.data_dir, row.directory)
-
-
 def _save(row: Row) -> str:
-    """What no other checkpoint has, also none that has the same name later."""
+    """Return an id that no other checkpoint has, not even one that gets the same name later."""
     return row.directory.rpartition("-")[2]
 
 
 @download_router.get(_ONE + "/archive", status_code=302, response_class=Response)
 async def archive_url(
-    run_id: str,
-    segment: str,
-    name: str,
+    uri: Uri,
     base: BaseUrl,
     signer: Provided[UrlSigner],
     checkpoints: Provided[Checkpoints],
-    owner: Owner,
+    caller: CallerOf,
 ) -> Response:
-    """To a signed URL of the archive."""
-    row = await _find_any(checkpoints, owner, run_id, segment, name)
-    await checkpoints.record_read(owner, row)
+    """Redirect to a signed URL of a checkpoint's archive."""
+    row = await _find_saved(checkpoints, caller, uri)
     expires = signer.expiry()
-    path = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/archive.tar"
-    location = base + signer.sign(path, owner, _save(row), expires)
+    path = f"/api/v1/training_runs/{uri.run}/checkpoints/{uri.checkpoint_id}/archive.tar"
+    location = base + signer.sign(path, caller.owner, _save(row), expires)
     date = format_datetime(datetime.fromtimestamp(expires, UTC), usegmt=True)
     return Response(status_code=302, headers={"Location": location, "Expires": date})
 
 
 @download_router.get(_ONE + "/archive.tar", response_class=Response, responses=_file_of("application/x-tar"))
 async def archive(
-    run_id: str,
-    segment: str,
-    name: str,
+    uri: Uri,
     settings: Provided[Settings],
     disk: Provided[Disk],
     engine: Provided[Supervisor],
@@ -337,18 +334,19 @@ async def archive(
     caller: CallerOf,
     save: str | None = None,
 ) -> Response:
-    """The files that PEFT reads, or transformers those of full weights. A training state is exported for it:
-    the SDK up to 0.33 asks so for `weights/...` in `tinker checkpoint download`."""
-    row = await _find_any(checkpoints, caller.owner, run_id, segment, name, save)
-    if caller.key is not None:
-        await checkpoints.record_read(caller.owner, row)
+    """Send the files that PEFT reads, or, of full weights, transformers.
+
+    A training state is exported first: the SDK up to 0.33 downloads `weights/...` in `tinker checkpoint
+    download`.
+    """
+    row = await _find_saved(checkpoints, caller, uri, save)
     try:
         if row.segment == "weights":
             tar = await _archive_of_state(settings, disk, engine, row)
         else:
             tar = await asyncio.to_thread(Archive, paths.resolve(settings.data_dir, row.directory))
     except FileNotFoundError:
-        raise NotFound(f"the files of {name!r} were deleted") from None
+        raise NotFound(f"the files of {uri.name!r} were deleted") from None
     headers = {
         "Content-Length": str(tar.length),
         "Content-Disposition": f'attachment; filename="{row.name}.tar"',
@@ -357,7 +355,8 @@ async def archive(
 
 
 async def _archive_of_state(settings: Settings, disk: Disk, engine: Supervisor, row: Row) -> Archive:
-    """The weights of a training state. Its folder goes at once: the archive has the files open.
+    """Export the weights of a training state. The archive keeps its files open, so their folder is deleted at
+    once.
 
     Raises BadRequest, or Unavailable.
     """
@@ -381,22 +380,19 @@ async def _archive_of_state(settings: Settings, disk: Disk, engine: Supervisor, 
 
 @download_router.get(_ONE + "/external_weights_urls", responses=described_as(responses.FileUrls))
 async def external_weights_urls(
-    run_id: str,
-    segment: str,
-    name: str,
+    uri: Uri,
     base: BaseUrl,
     settings: Provided[Settings],
     signer: Provided[UrlSigner],
     checkpoints: Provided[Checkpoints],
-    owner: Owner,
+    caller: CallerOf,
 ) -> dict[str, Any]:
-    """A signed URL of each file."""
-    row, directory = await _find_files(settings, checkpoints, owner, run_id, segment, name)
-    await checkpoints.record_read(owner, row)
+    """Return a signed URL of each file of a checkpoint."""
+    row = await _find_saved(checkpoints, caller, uri, with_files=True)
     expires = signer.expiry()
-    below = f"/api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/files"
-    names = await asyncio.to_thread(files, directory)
-    urls = {file: base + signer.sign(f"{below}/{file}", owner, _save(row), expires) for file in names}
+    below = f"/api/v1/training_runs/{uri.run}/checkpoints/{uri.checkpoint_id}/files"
+    names = await asyncio.to_thread(files, paths.resolve(settings.data_dir, row.directory))
+    urls = {file: base + signer.sign(f"{below}/{file}", caller.owner, _save(row), expires) for file in names}
     return {"urls": urls, "expires": iso(expires)}
 
 
@@ -406,19 +402,16 @@ async def external_weights_urls(
     responses=_file_of("application/octet-stream"),
 )
 async def file(
-    run_id: str,
-    segment: str,
-    name: str,
+    uri: Uri,
     file: str,
     settings: Provided[Settings],
     checkpoints: Provided[Checkpoints],
     caller: CallerOf,
     save: str | None = None,
 ) -> Response:
-    row, directory = await _find_files(settings, checkpoints, caller.owner, run_id, segment, name, save)
-    if caller.key is not None:
-        await checkpoints.record_read(caller.owner, row)
-    found = (await asyncio.to_thread(files, directory)).get(file)
+    """Send one file of a checkpoint."""
+    row = await _find_saved(checkpoints, caller, uri, save, with_files=True)
+    found = (await asyncio.to_thread(files, paths.resolve(settings.data_dir, row.directory))).get(file)
     if found is None:
-        raise NotFound(f"the checkpoint {name!r} has no file {file[:200]!r}")
+        raise NotFound(f"the checkpoint {uri.name!r} has no file {file[:200]!r}")
     return FileResponse(found, media_type="application/octet-stream", filename=found.name)

@@ -38,8 +38,8 @@ _MOST_SAMPLERS = 500
 async def run_metrics(
     run_id: str, ledger: Provided[Ledger], owner: Owner, cursor: str = "0"
 ) -> dict[str, Any]:
-    """The steps of a run with their metrics, oldest first; old ones are thinned. With the `cursor` of an
-    earlier answer: those that were not complete then, or reported since."""
+    """List the steps of a run with their metrics, oldest first; old steps are thinned. With the `cursor` of
+    an earlier answer: only steps that were incomplete then, or reported since."""
     try:
         since = parse_cursor(cursor)
     except ValueError:
@@ -79,7 +79,7 @@ async def _run(ledger: Ledger, owner: str, run_id: str) -> Row:
 
 @router.get("/console/overview", responses=described_as(responses.Overview))
 async def overview(overview: Provided[Overview], owner: Owner) -> dict[str, Any]:
-    """The engine, the queue of the caller's operations, and the disk, as they are now."""
+    """Describe the engine, the queue of the caller's operations, and the disk, as they are now."""
     return overview.of(owner)
 
 
@@ -88,8 +88,8 @@ async def overview(overview: Provided[Overview], owner: Owner) -> dict[str, Any]
 async def events(
     overview: Provided[Overview], owner: Owner, looks: Annotated[int | None, Query(ge=1)] = None
 ) -> StreamingResponse:
-    """The overview as server-sent events: at once, and when it has changed, at most once a second. `looks`:
-    after so many seconds the stream ends."""
+    """Stream the overview as server-sent events: at once, and whenever it has changed, at most once a second.
+    `looks`: after how many seconds the stream ends."""
     overview.require_stream(owner)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(overview.events(owner, looks), media_type="text/event-stream", headers=headers)
@@ -102,7 +102,7 @@ async def events(
 async def runs(
     ledger: Provided[Ledger], owner: Owner, limit: Limit = 50, offset: Offset = 0
 ) -> dict[str, Any]:
-    """One page of the caller's runs, used last first, each with the metrics of its newest step."""
+    """List one page of the caller's runs, last used first, each with the metrics of its newest step."""
 
     def read(connection: Connection) -> tuple[Sequence[Row], int, Sequence[Row]]:
         page, total = tenancy.list_models(connection, tenancy.models_of(owner), limit, offset)
@@ -137,7 +137,7 @@ def _shown(row: Row, newest: list[Row]) -> dict[str, Any]:
 async def sessions(
     ledger: Provided[Ledger], owner: Owner, limit: Limit = 50, offset: Offset = 0
 ) -> dict[str, Any]:
-    """One page of the caller's sessions, newest first."""
+    """List one page of the caller's sessions, newest first."""
     found = await ledger.read(lambda connection: tenancy.list_sessions(connection, owner, limit, offset))
     return {
         "sessions": [
@@ -160,7 +160,7 @@ async def sessions(
 
 @router.get("/console/samplers", responses=described_as(responses.ConsoleSamplers))
 async def samplers(ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
-    """The caller's newest sampling sessions."""
+    """List the caller's newest sampling sessions."""
     found = await ledger.read(lambda connection: tenancy.samplers_of_owner(connection, owner, _MOST_SAMPLERS))
     return {
         "samplers": [
@@ -181,7 +181,7 @@ async def samplers(ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
 async def download(
     path: str, base: BaseUrl, signer: Provided[UrlSigner], checkpoints: Provided[Checkpoints], owner: Owner
 ) -> dict[str, str | None]:
-    """A URL of a checkpoint's archive that needs no key until it expires."""
+    """Return a URL of a checkpoint's archive that needs no key until it expires."""
     uri = parse(path)
     row = await checkpoints.find(owner, uri)
     await checkpoints.record_read(owner, row)
@@ -196,7 +196,7 @@ async def download(
 
 
 def chrome_trace(session_id: str, timeline: Sequence[Row]) -> dict[str, Any]:
-    """Times are microseconds since 1970. Operations without an answer end now."""
+    """Draw operations as a trace. Times are microseconds since 1970; operations without an answer end now."""
     now = time.time()
     processes: dict[str, int] = {}
     events: list[dict[str, Any]] = []
@@ -242,7 +242,7 @@ async def trace_export(
     sessions: Provided[Sessions],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Clients ask until it is `ready` or `failed`; it is at once."""
+    """Return a URL of the session's trace that needs no key. Clients poll this; here it is ready at once."""
     session_id = (await sessions.find(owner, session_id)).id
     if not await ledger.read(lambda connection: operations.has_operations(connection, session_id)):
         return {"status": "failed", "error": "the ledger has no operations of this session, or no more"}
@@ -255,7 +255,7 @@ async def trace_export(
 async def trace(
     session_id: str, ledger: Provided[Ledger], sessions: Provided[Sessions], owner: Owner
 ) -> Response:
-    """Of the newest operations that the ledger has."""
+    """Draw the newest operations of a session that the ledger has."""
     session_id = (await sessions.find(owner, session_id)).id
 
     body = await ledger.read(

@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
-from sqlalchemy import Row
 
 from .... import __version__
 from ....engine import messages
@@ -29,46 +28,35 @@ from ...wire import requests, responses
 from ...wire.body import DEFAULT_MODEL, describe
 from ..bodies import BodyRoute
 from ..dependencies import Owner, described_as
-from ..provided import Provided
+from ..provided import Provided, provided
 from ..sample_targets import SampleTargets
 
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
 
-def is_this(request: Request, host: str, port: int) -> bool:
+def _is_this_server(request: Request, host: str, port: int) -> bool:
     """Whether it is the address that the request came to, by whatever name of this machine."""
     own = request.url.port or (443 if request.url.scheme == "https" else 80)
     return port == own and (host == request.url.hostname or is_loopback(host))
 
 
-def _shown(
-    request: Request,
-    settings: Settings,
-    base_models: BaseModels,
-    endpoints: Endpoints,
-    registry: Registry,
-    owner: str,
-    row: Row | requests.AddEndpoint,
-) -> dict[str, Any]:
-    """One that the caller has named, or wants to; never its key."""
-    fields = row.model_dump() if isinstance(row, requests.AddEndpoint) else row.fields
-    shown = {"host": row.host, "port": row.port, "worker_port": None, "world_size": 1, "pool": "default"}
+def _shown(request: Request, owner: str, host: str, port: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """Describe a server that was registered with these fields, without its key."""
+    shown = {"host": host, "port": port, "worker_port": None, "world_size": 1, "pool": "default"}
     shown |= {key: value for key, value in fields.items() if key in shown}
-    if is_this(request, row.host, row.port):
-        return shown | {"healthy": True, "server_info": _of_this(settings, base_models), "problem": None}
-    state = _state(endpoints.find(owner, row.host, row.port))
-    problem = registry.problems.get((owner, row.host, row.port))
-    return shown | state | ({} if problem is None else {"problem": problem})
-
-
-def _of_this(settings: Settings, base_models: BaseModels) -> dict[str, Any]:
-    model = next(iter(base_models), None)
-    about = {"model_path": model, "served_model_name": model, "tp_size": 1, "version": __version__}
-    return about | {"enable_lora": True, "max_lora_rank": settings.max_rank, "quantization": None}
+    if _is_this_server(request, host, port):
+        model = next(iter(provided(request, BaseModels)), None)
+        about = {"model_path": model, "served_model_name": model, "tp_size": 1, "version": __version__}
+        about |= {"max_lora_rank": provided(request, Settings).max_rank}
+        about |= {"enable_lora": True, "quantization": None}
+        return shown | {"healthy": True, "server_info": about, "problem": None}
+    shown |= _state(provided(request, Endpoints).find(owner, host, port))
+    problem = provided(request, Registry).problems.get((owner, host, port))
+    return shown if problem is None else shown | {"problem": problem}
 
 
 def _state(endpoint: Registered | None) -> dict[str, Any]:
-    """How it is, and what it says of itself, of which nothing else is told."""
+    """Describe the state of a server, with the part of its own description that clients may see."""
     if endpoint is None:
         return {"healthy": False, "server_info": None, "problem": "it is not registered"}
     about = None
@@ -90,23 +78,22 @@ def _state(endpoint: Registered | None) -> dict[str, Any]:
 async def add_inference_endpoint(
     body: requests.AddEndpoint,
     request: Request,
-    settings: Provided[Settings],
     base_models: Provided[BaseModels],
-    endpoints: Provided[Endpoints],
     registry: Provided[Registry],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Only of a server that may be asked (`--sglang-allow`), answers, and has one of the base models."""
+    """Register an SGLang server that `--sglang-allow` allows, that answers, and that has one of the base
+    models."""
     if body.base_model is not None:
         base_models.named(body.base_model)
-    here = is_this(request, body.host, body.port)
+    here = _is_this_server(request, body.host, body.port)
     fields = body.model_dump(exclude={"host", "port"}) | {"is_this": here}
     problem = await registry.add(owner, body.host, body.port, fields)
     where = f"{body.host}:{body.port}"
     return {
         "success": problem is None,
         "message": problem or f"{where} is registered",
-        "endpoint": _shown(request, settings, base_models, endpoints, registry, owner, body),
+        "endpoint": _shown(request, owner, body.host, body.port, fields),
         "weights_synced": problem is None and here and body.sync_weights,
         "sync_message": None if here or not body.sync_weights else "sync_inference_weights brings them",
     }
@@ -123,17 +110,11 @@ async def remove_inference_endpoint(
 
 @router.get("/list_inference_endpoints", responses=described_as(responses.InferenceEndpoints))
 async def list_inference_endpoints(
-    request: Request,
-    settings: Provided[Settings],
-    base_models: Provided[BaseModels],
-    ledger: Provided[Ledger],
-    endpoints: Provided[Endpoints],
-    registry: Provided[Registry],
-    owner: Owner,
+    request: Request, ledger: Provided[Ledger], endpoints: Provided[Endpoints], owner: Owner
 ) -> dict[str, Any]:
-    """The caller's own; and how many of the operator's there are for everybody, and are healthy."""
+    """List the caller's servers. Of the operator's, which serve everybody, only the numbers are shown."""
     known = await ledger.read(lambda connection: plugin_rows.endpoints(connection, owner))
-    shown = [_shown(request, settings, base_models, endpoints, registry, owner, row) for row in known]
+    shown = [_shown(request, owner, row.host, row.port, row.fields) for row in known]
     shared = [each for each in endpoints.all(None, owner) if each.owner is None]
     return {
         "endpoints": shown,
@@ -157,7 +138,7 @@ _INSTEAD = {
 @router.post("/api/v1/update_dedicated_endpoint", status_code=410)
 @router.post("/api/v1/update_serverless_weights", status_code=410)
 async def gone(request: Request, _owner: Owner) -> dict[str, Any]:
-    """What old clients ask and no server has any more: 410, with what to use."""
+    """Answer 410 to routes of old clients that no server has any more, and name the ones to use."""
     raise Gone(f"{request.url.path} is no more: {_INSTEAD[request.url.path]}")
 
 
@@ -166,34 +147,39 @@ async def gone(request: Request, _owner: Owner) -> dict[str, Any]:
 async def sync_inference_weights(
     body: requests.SyncWeights,
     request: Request,
-    base_models: Provided[BaseModels],
     ledger: Provided[Ledger],
     runs: Provided[Runs],
     distribution: Provided[Distribution],
     targets: Provided[SampleTargets],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Full weights, an adapter inside its base model's, in place of what the caller's servers have: those of
-    a model now, or of `model_path`; of `base_model` alone: its own again. Answered when they are there.
+    """Replace the weights of the caller's inference servers by full weights; answer when they have them.
 
-    All servers of these `pools` get them, or none. A sequence has the weights of one version: samples under
-    way there are waited for, or, with `pause_mode` abort, drawn anew. The cache of prefixes is flushed.
+    The weights are those of a model as it is now, or of `model_path`, with an adapter merged into its base
+    model, or with `base_model` alone that model's own. All servers of these `pools` get them, or none. A
+    sequence has the weights of one version: samples under way are waited for, or, with `pause_mode` abort,
+    drawn anew. The cache of prefixes is flushed.
     """
     began = time.perf_counter()
     if body.model_id is not None:
         await runs.find(owner, body.model_id)
     known = await ledger.read(lambda connection: plugin_rows.endpoints(connection, owner))
-    asked = [row for row in known if body.pools is None or row.fields.get("pool") in body.pools]
-    own = [_said(row.host, row.port, None, _HERE) for row in asked if is_this(request, row.host, row.port)]
+    own = [
+        _synced(row.host, row.port, None, "it samples what is trained here")
+        for row in known
+        if (body.pools is None or row.fields.get("pool") in body.pools)
+        and _is_this_server(request, row.host, row.port)
+    ]
     servers = distribution.own(owner, body.pools)
     away = [each for each in servers if not each.reachable]
     if away or not servers:
-        said = own + [_said(each.host, each.port, _reason(each)) for each in servers]
-        return _answer(body, said, "nothing had to be sent" if own and not servers else None)
-    sampler = await _sampler(body, base_models, targets, owner)
-    fp8 = quantization(body.quantization) if body.quantization is not None else None
-    if body.quantization is None:
-        fp8 = quantization(await ledger.read(lambda connection: plugin_rows.quantization(connection, owner)))
+        outcomes = own + [_synced(each.host, each.port, _reason(each)) for each in servers]
+        return _answer(body, outcomes, "nothing had to be sent" if own and not servers else None)
+    sampler = await _sampler(body, targets, owner)
+    chosen = body.quantization
+    if chosen is None:
+        chosen = await ledger.read(lambda connection: plugin_rows.quantization(connection, owner))
+    fp8 = _fp8(chosen)
     of_model = [each for each in servers if each.base_model == sampler.base_model]
     saved = time.perf_counter()
     try:
@@ -202,11 +188,11 @@ async def sync_inference_weights(
         )
     except CannotServe as error:
         raise Unavailable(error.message) from None
-    said = own + [
-        _said(each.endpoint.host, each.endpoint.port, each.problem, synced.version, **each.seconds)
+    outcomes = own + [
+        _synced(each.endpoint.host, each.endpoint.port, each.problem, synced.version, **each.seconds)
         for each in synced.pushed
     ]
-    answer = _answer(body, said, None if said else f"no server of {sampler.base_model!r} is named")
+    answer = _answer(body, outcomes, None if outcomes else f"no server of {sampler.base_model!r} is named")
     return answer | _measured(synced, saved - began)
 
 
@@ -214,24 +200,20 @@ async def sync_inference_weights(
 async def set_sync_quantization(
     body: requests.SetQuantization, ledger: Provided[Ledger], owner: Owner
 ) -> dict[str, Any]:
-    """Kept: for every sync that does not say its own."""
+    """Set the format for all later syncs that do not name one."""
     chosen = _normalised(body.quantization) if body.quantization else None
     await ledger.write(lambda connection: plugin_rows.set_quantization(connection, owner, chosen))
     message = "weights go out as they are" if chosen is None else f"weights go out as {chosen['fmt']}"
     return {"quantization": chosen, "message": message}
 
 
-_HERE = "it samples what is trained here"
-
-
-async def _sampler(
-    body: requests.SyncWeights, base_models: BaseModels, targets: SampleTargets, owner: str
-) -> messages.SamplerRef:
+async def _sampler(body: requests.SyncWeights, targets: SampleTargets, owner: str) -> messages.SamplerRef:
+    """Find the weights to send."""
     if body.model_path is not None:
         found = await targets.weights(owner, body.base_model, body.model_path, body.model_id)
         return messages.SamplerRef(found.base_model, found.directory)
     if body.base_model is not None and body.model_id is None:
-        return messages.SamplerRef(base_models.named(body.base_model).name)
+        return messages.SamplerRef(targets.base_models.named(body.base_model).name)
     live = await targets.live_sampler(owner, body.model_id or DEFAULT_MODEL)
     return messages.SamplerRef(live.base_model, live.directory)
 
@@ -242,23 +224,25 @@ def _reason(endpoint: Registered) -> str:
     return "another server cannot be reached; nothing was sent"
 
 
-def _said(host: str, port: int, problem: str | None, message: str = "", **seconds: float) -> dict[str, Any]:
+def _synced(host: str, port: int, problem: str | None, message: str = "", **seconds: float) -> dict[str, Any]:
     shown = {"host": host, "port": port, "success": problem is None, "message": problem or message}
     return shown | {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
 
 
-def _answer(body: requests.SyncWeights, said: list[dict[str, Any]], message: str | None) -> dict[str, Any]:
-    success = bool(said) and all(each["success"] for each in said)
-    problems = [each["message"] for each in said if not each["success"]]
+def _answer(
+    body: requests.SyncWeights, outcomes: list[dict[str, Any]], message: str | None
+) -> dict[str, Any]:
+    success = bool(outcomes) and all(each["success"] for each in outcomes)
+    problems = [each["message"] for each in outcomes if not each["success"]]
     return {
         "success": success,
-        "message": message or (problems[0] if problems else "" if said else "no server is named"),
+        "message": message or (problems[0] if problems else "" if outcomes else "no server is named"),
         "transfer_time": 0.0,
         "total_bytes": 0,
         "num_parameters": 0,
         "num_buckets": 0,
         "timing_breakdown": {},
-        "endpoints_synced": said,
+        "endpoints_synced": outcomes,
         "cache_invalidation_mode": "flush",
         "flush_cache": True,
         "pause_mode": "abort" if body.pause_mode == "abort" else "wait",
@@ -276,8 +260,8 @@ def _measured(synced: Synced, saving: float) -> dict[str, Any]:
     }
 
 
-def quantization(chosen: dict[str, Any] | None) -> messages.Fp8 | None:
-    """As the engine is told it. Raises BadRequest."""
+def _fp8(chosen: dict[str, Any] | None) -> messages.Fp8 | None:
+    """Return the format of a sync as the engine's message has it. Raises BadRequest."""
     normalised = _normalised(chosen) if chosen else None
     if normalised is None:
         return None
@@ -286,7 +270,7 @@ def quantization(chosen: dict[str, Any] | None) -> messages.Fp8 | None:
 
 
 def _normalised(given: dict[str, Any]) -> dict[str, Any] | None:
-    """Raises BadRequest."""
+    """Check a format and return it with its defaults; None sends weights as they are. Raises BadRequest."""
     try:
         chosen = requests.Quantization.model_validate(given)
     except ValidationError as error:

@@ -47,7 +47,6 @@ CLIENT_CONFIG = {
 
 @router.post("/api/v1/client/config", responses=described_as(responses.ClientConfig))
 async def client_config(settings: Provided[Settings], _owner: Owner) -> dict[str, Any]:
-    settings = settings
     return CLIENT_CONFIG | {
         "pjwt_auth_enabled": settings.token_exchange,
         "custom_loss_server_side": settings.custom_loss_server_side,
@@ -87,13 +86,13 @@ async def capabilities(
 @router.get("/healthz", responses=described_as(responses.Healthz))
 @router.get("/api/v1/healthz", responses=described_as(responses.Healthz))
 async def healthz() -> dict[str, str]:
-    """Whether the server answers; `/health` says how the engine is."""
+    """Answer, which shows that the server lives; `/health` describes the engine too."""
     return {"status": "ok"}
 
 
 @router.get("/", responses=described_as(responses.Directory))
 async def root(base: BaseUrl, _owner: Owner) -> dict[str, Any]:
-    """What is here."""
+    """Say what this server is, and where its documentation and main routes are."""
     return {
         "name": "Tinsmith",
         "version": __version__,
@@ -122,9 +121,8 @@ async def health(
     runs: Provided[Runs],
     sweep: Provided[Sweep],
 ) -> Response:
-    """200 while the engine lives, loads or is started again; 503 when it seems that it cannot start. The ids
-    of one's models are told to those who send their key."""
-    engine = engine
+    """Describe the server and its engine: with 200 while the engine lives, loads or is started again, with
+    503 when it seems that it cannot start. Callers that send a key get the ids of their models too."""
     dead = engine.death is not None
     resident, waiting = runs.resident(), len(operations.unanswered())
     owner = getattr(request.state, "owner", None)
@@ -155,7 +153,7 @@ async def health(
 
 
 def _memory(memory: messages.Memory | None) -> dict[str, Any] | None:
-    """Of each device, as the engine reported it last; None before it has."""
+    """Describe the memory of each device as the engine reported it last; None before it has."""
     if memory is None:
         return None
     return {
@@ -168,7 +166,8 @@ def _memory(memory: messages.Memory | None) -> dict[str, Any] | None:
 
 
 def _disk(disk: Disk, sweep: Sweep) -> dict[str, Any]:
-    """Of the data directory. `full`: submits are answered 507; `used_bytes`: by kind, at the last sweep."""
+    """Describe the data directory's disk. `full`: submits are answered 507; `used_bytes`: as of the last
+    sweep."""
     reserve = disk.reserve_bytes
     try:
         total, free = disk.usage()
@@ -185,7 +184,7 @@ def _disk(disk: Disk, sweep: Sweep) -> dict[str, Any]:
 
 @router.post("/api/v1/telemetry", responses=described_as(responses.Acknowledged))
 async def telemetry(_owner: Owner) -> dict[str, str]:
-    """Clients report their own events; nothing is kept."""
+    """Accept the events that clients report about themselves; nothing is kept."""
     return {"status": "accepted"}
 
 
@@ -204,31 +203,29 @@ engine_router = APIRouter(tags=["engine"])
 async def sleep(
     engine: Provided[Supervisor], operations: Provided[Operations], runs: Provided[Runs], owner: Owner
 ) -> dict[str, Any]:
-    """After what was asked before. What is asked while it sleeps wakes it, and is done. Refused while the
-    engine has models of another tenant."""
+    """Move the engine's memory off the device, after the operations that wait. Any later operation wakes it.
+    Refused while the engine works for another tenant."""
     others = {run.owner for run in runs.resident()} - {owner}
     if others or any(operation.owner != owner for operation in operations.unanswered()):
         raise Forbidden("the engine works for other tenants too; it sleeps for one that has it alone")
-    slept = await _ask(engine, messages.Sleep(f"sleep-{uuid.uuid4().hex}"))
-    return _result("sleeping", "offload_time", slept)
+    return await _ask(engine, messages.Sleep(f"sleep-{uuid.uuid4().hex}"), "sleeping", "offload_time")
 
 
 @engine_router.post("/wake_up", responses=described_as(responses.SleepAnswer))
 async def wake_up(engine: Provided[Supervisor], _owner: Owner) -> dict[str, Any]:
-    """At once, rather than with the next operation."""
-    return _result("awake", "load_time", await _ask(engine, messages.WakeUp(f"wake-{uuid.uuid4().hex}")))
+    """Wake the engine at once, rather than with the next operation."""
+    return await _ask(engine, messages.WakeUp(f"wake-{uuid.uuid4().hex}"), "awake", "load_time")
 
 
-async def _ask(engine: Supervisor, message: messages.Sleep | messages.WakeUp) -> messages.Slept:
+async def _ask(
+    engine: Supervisor, message: messages.Sleep | messages.WakeUp, status: str, time_key: str
+) -> dict[str, Any]:
     engine.require_submits()
     answer = await engine.request(message)
-    if isinstance(answer, messages.Done) and isinstance(answer.output, messages.Slept):
-        return answer.output
-    assert isinstance(answer, messages.Failed)
-    raise Unavailable(f"the engine could not: {answer.message}")
-
-
-def _result(status: str, time_key: str, slept: messages.Slept) -> dict[str, Any]:
+    if isinstance(answer, messages.Failed):
+        raise Unavailable(f"the engine could not: {answer.message}")
+    slept = answer.output
+    assert isinstance(slept, messages.Slept)
     result = {
         "status": status,
         time_key: slept.seconds,
@@ -246,7 +243,8 @@ served_router = APIRouter(tags=["inference"])
 async def models(
     base_models: Provided[BaseModels], targets: Provided[SampleTargets], owner: Owner
 ) -> dict[str, Any]:
-    """The base models, and the caller's samplers of named weights: by path, each an adapter of its base."""
+    """List the base models and the caller's samplers of named weights, each by its path and with its base
+    model."""
     data = [_model(base.name, None, base.max_sequence_length, 0.0) for base in base_models.values()]
     paths = set()
     for row in await targets.listed(owner):
@@ -261,7 +259,7 @@ async def models(
 async def model(
     name: str, base_models: Provided[BaseModels], targets: Provided[SampleTargets], owner: Owner
 ) -> dict[str, Any]:
-    """Any model that completions take, by whatever name they take it."""
+    """Describe any model that completions take, by any name that they take."""
     found = await targets.describe(owner, name)
     base = base_models.named(found.parent or found.name)
     return _model(found.name, found.parent, base.max_sequence_length, found.created)
@@ -282,7 +280,7 @@ def _model(name: str, parent: str | None, max_length: int, created: float) -> di
 @served_router.get("/model_info", responses=described_as(responses.ServedModelInfo))
 @served_router.get("/get_model_info", responses=described_as(responses.ServedModelInfo))
 async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[str, Any]:
-    """Of the first base model. No path of this machine is in it: where there is no hub id, the name."""
+    """Describe the first base model, by its hub id or its name: no path of this machine is shown."""
     name = _first(base_models)
     return {
         "model_path": name,
