@@ -295,7 +295,8 @@ class Sample(_Request, frozen=True):
     `prompt_logprobs_last_n` leaves all but the last n rows of `prompt_logprobs` and `topk_prompt_logprobs`
     empty. `prompt_targets` are tokens to score at prompt positions, `prompt_alternatives` how many to draw at
     each, by `temperature` alone. `stream`: `Drawn` messages report the tokens as they are drawn, before the
-    answer, which has all of them.
+    answer, which has all of them. `record_routing`: each sequence has the experts of its tokens
+    (`RoutedExperts`).
     """
 
     sampler: SamplerRef
@@ -309,6 +310,7 @@ class Sample(_Request, frozen=True):
     prompt_targets: PromptCells | None = None
     prompt_alternatives: int = 0
     stream: bool = False
+    record_routing: bool = False
 
 
 class DeleteModel(_Request, frozen=True):
@@ -392,6 +394,18 @@ class SamplerSaved(msgspec.Struct, frozen=True, tag=True):
     size_bytes: int
 
 
+ROUTING_LIMIT = 1 << 26  # bytes of `RoutedExperts` that one request may ask for
+
+
+class RoutedExperts(msgspec.Struct, frozen=True):
+    """The experts of tokens in all layers with experts, [tokens, layers, experts of a token], most probable
+    first. The last token of a sequence has none, because nothing was computed from it."""
+
+    data: bytes
+    dtype: Literal["uint8", "uint16"]
+    shape: tuple[int, int, int]
+
+
 class SampledSequence(msgspec.Struct, frozen=True):
     """Tokens int32[n] with the completing stop included, and float32[n] log-probs of the distribution after
     penalties and temperature, before all filters. `topk` is of that one too (see `TopK`)."""
@@ -400,6 +414,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
     logprobs: bytes
     stop_reason: Literal["stop", "length"]
     topk: TopK | None = None
+    experts: RoutedExperts | None = None
 
 
 EMPTY_LOGPROB = -99999.0  # the value of an empty cell of a top-k table

@@ -31,6 +31,11 @@ _RESIDUAL: LogicalAxes = ("sequences", "tokens", "embed")
 _HEADS: LogicalAxes = ("sequences", "cached_heads", "head_dim")
 
 
+def _kept(routes: list[Array]) -> dict[str, Array]:
+    """Return what a layer keeps of the experts that it has chosen, [S 1 k], if any."""
+    return {} if not routes else {"experts": routes[0][:, 0]}
+
+
 class Scanned:
     """See `decode.Steps`. The state is the cache."""
 
@@ -72,11 +77,17 @@ class Scanned:
             block_lora = None
             if lora is not None:
                 block_lora = LayerLora(pairs, lora["scale"], rows.adapter, each_once=True)
-            x_S1D = block(x_S1D, rotations, attend, block_lora, residual=_RESIDUAL, cached=True)
-            return (x_S1D, cache.updated(mixer.cached, pages)), {}
+            routes: list[Array] = []
+            x_S1D = block(
+                x_S1D, rotations, attend, block_lora, residual=_RESIDUAL, routes=routes, cached=True
+            )
+            return (x_S1D, cache.updated(mixer.cached, pages)), _kept(routes)
 
         x_S1D = constrain(constrain(self._table_VD, ("vocab", "embed"))[token_S[:, None]], _RESIDUAL)
-        (x_S1D, cache), _ = scan_layers(self.model, lora, (x_S1D, state), layer, numbered=True)
+        (x_S1D, cache), kept = scan_layers(
+            self.model, lora, (x_S1D, state), layer, numbers=self.model.config.cache_numbers
+        )
+        cache = kv_cache.with_experts(cache, kept.get("experts"), page_S, offset_S)
         return self.model.norm(x_S1D), cache
 
     def cache(self, state: Cache) -> Cache:

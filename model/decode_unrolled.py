@@ -26,7 +26,8 @@ from .weights_by_layer import BaseByLayer, open_layers, open_stack
 
 
 class Unrolled:
-    """See `decode.Steps`. The state is each layer's keys and values of this call's tokens."""
+    """See `decode.Steps`. The state is each layer's keys and values of this call's tokens, and the experts of
+    these tokens."""
 
     fixed = each_once = False
 
@@ -61,10 +62,12 @@ class Unrolled:
         # and back.
         S, M = self._rows.last_token.shape[0], self._tokens
         kinds = (layer.mixer.cached for layer in self.model.config.layers)
-        return tuple(
+        recent = tuple(
             tuple(jnp.zeros((S, kind.heads, M, dim)) for dim in (kind.key_dim, kind.value_dim))
             for kind in kinds
         )
+        experts, routing = self._cache.experts, self.model.config.routing
+        return recent, None if routing is None else jnp.zeros((routing[0], S, M, routing[1]), experts.dtype)
 
     def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Any) -> tuple[Array, Any]:
         rows, lora = self._rows, self._lora
@@ -74,7 +77,9 @@ class Unrolled:
         visible = {
             window: _visible(rows, step, self._tokens, self._cache.page_size, window) for window in windows
         }
-        kept = []
+        kept: list[tuple] = []
+        routes: list[Array] = []
+        state, experts_MSTk = state
         for block, context, recent, pair in zip(
             self._blocks, self._contexts, state, self._pairs, strict=True
         ):
@@ -92,11 +97,18 @@ class Unrolled:
                 return attend_parts(q, parts, mixer.scale, *sinks)
 
             block_lora = LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
-            x = block(x, at, attend, block_lora, cached=True)
-        return self.model.norm(x), tuple(kept)
+            x = block(x, at, attend, block_lora, routes=routes, cached=True)
+        if experts_MSTk is not None:
+            chosen = jnp.stack(routes).astype(experts_MSTk.dtype)
+            experts_MSTk = jax.lax.dynamic_update_slice(experts_MSTk, chosen, (0, 0, step, 0))
+        return self.model.norm(x), (tuple(kept), experts_MSTk)
 
     def cache(self, state: Any) -> Cache:
         cache, page, offset = self._cache, *_places(self._rows, self._cache.page_size)
+        state, experts_MSTk = state
+        if experts_MSTk is not None:
+            by_token = experts_MSTk.reshape(len(experts_MSTk), -1, experts_MSTk.shape[-1])
+            cache = kv_cache.with_experts(cache, by_token, page, offset)
         for kind in cache.kinds:
             of_kind = [
                 each

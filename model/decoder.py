@@ -18,7 +18,7 @@ Letters: B rows, T tokens, D hidden, N query heads, K kv heads, H head dim, F ff
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -412,14 +412,15 @@ def routed_trunk(
     config = model.config
     rotations = model.rotations(position_BT)
 
-    among_mixtures = jnp.cumsum(jnp.array([n in config.mixtures for n in range(config.num_layers)])) - 1
+    mixtures = [*config.mixtures]
+    numbers = [mixtures.index(n) if n in config.mixtures else -1 for n in range(config.num_layers)]
 
     def run(block: Block, x_BTD: Array, pairs: dict, number: Array | None) -> tuple[Array, dict[str, Array]]:
         mixer, mlp = block.layer.mixer, block.layer.mlp
         routes: list[Array] = []
         replayed_BTk = None
         if replayed_BTMk is not None and isinstance(mlp, Experts):
-            replayed_BTk = replayed_BTMk[:, :, among_mixtures[number]]
+            replayed_BTk = replayed_BTMk[:, :, number]
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             return attention(q, k, v, start_BT, mixer.scale, window=mixer.window, sinks_N=sinks)
@@ -433,7 +434,9 @@ def routed_trunk(
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
-    x_BTD, kept = scan_layers(model, lora, x_BTD, run, remat=remat, numbered=replayed_BTMk is not None)
+    x_BTD, kept = scan_layers(
+        model, lora, x_BTD, run, remat=remat, numbers=None if replayed_BTMk is None else numbers
+    )
     return model.norm(x_BTD), kept.get("tokens_by_expert")
 
 
@@ -451,16 +454,16 @@ def scan_layers(
     x_BTD: Any,
     run: Callable[[Block, Any, dict, Any], tuple[Any, dict[Any, Any]]],
     *,
-    numbered: bool = False,
+    numbers: Sequence[int] | None = None,
     remat: str = "none",
 ) -> tuple[Any, dict[Any, Any]]:
     """Pass the residual stream [B T D] through all layers, in one scan per group.
 
     `run(block, x, pairs, number)` applies a layer with its adapter pairs, and returns the stream and what to
-    keep, by key; `number` is the layer's of `ModelConfig.cache_numbers` if `numbered`, else None. Returns the
-    stream, and what was kept by key, with a leading axis of the layers that kept something under it. `remat`
-    is what the backward stores of each layer (REMAT_POLICIES). The stream may be a tree that holds more than
-    the hidden states, such as the pages of keys and values.
+    keep, by key; `number` is the layer's in `numbers`, which has one for each layer of the decoder. Returns
+    the stream, and what was kept by key, with a leading axis of the layers that kept something under it.
+    `remat` is what the backward stores of each layer (REMAT_POLICIES). The stream may be a tree that holds
+    more than the hidden states, such as the pages of keys and values.
     """
 
     def apply(graph: nnx.GraphDef, x_BTD: Any, weights: Any, pairs: dict, number: Any) -> tuple[Any, Any]:
@@ -472,7 +475,7 @@ def scan_layers(
     for stacks in model.config.stacks:
         graphs, weights = zip(*(nnx.split(model.stack(stack)) for stack in stacks), strict=True)
         pairs = [{} if lora is None else stack.of(lora["layers"]) for stack in stacks]
-        numbers = [_numbers(model.config, stack) if numbered else None for stack in stacks]
+        of_stacks = [None if numbers is None else _numbers(numbers, stack) for stack in stacks]
 
         def step(x_BTD: Any, layers: list, graphs: tuple = graphs) -> tuple[Any, list]:
             kept = []
@@ -481,7 +484,7 @@ def scan_layers(
                 kept.append(of_layer)
             return x_BTD, kept
 
-        x_BTD, of_pattern = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, numbers, strict=True)))
+        x_BTD, of_pattern = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, of_stacks, strict=True)))
         for key in dict.fromkeys(key for of_stack in of_pattern for key in of_stack):
             kept.setdefault(key, []).append(_in_order([each[key] for each in of_pattern if key in each]))
     return x_BTD, {
@@ -490,8 +493,8 @@ def scan_layers(
     }
 
 
-def _numbers(config: ModelConfig, stack: Stack) -> Int[Array, " L"]:
-    return jnp.asarray([config.cache_numbers[layer] for layer in stack.layers])
+def _numbers(of_all: Sequence[int], stack: Stack) -> Int[Array, " L"]:
+    return jnp.asarray([of_all[layer] for layer in stack.layers])
 
 
 def _in_order(of_stacks: list[Any]) -> Any:

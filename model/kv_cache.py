@@ -6,7 +6,11 @@ whatever the lengths are. Page 0 belongs to no sequence: padding writes there. O
 holds the pages of all layers whose heads have the same shape; its layout depends on the backend whose kernel
 reads them (`kernels.paged_attention.pages`).
 
-Axis letters: L layers of a kind, K kv heads, H head dim, V head dim of values, W tokens written at once.
+Mixtures of experts also keep the experts of every position in their layers, in pages under the same numbers,
+so that the experts of a whole sequence can be read wherever its prefix came from.
+
+Axis letters: L layers of a kind, M layers with experts, k experts of a token, K kv heads, H head dim, V head
+dim of values, W tokens written at once.
 """
 
 from __future__ import annotations
@@ -18,14 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer, UInt
 
 from .config import KeysValues, ModelConfig
 from .kernels import paged_attention
 from .kernels.backends import Backend
 from .kernels.paged_attention import cpu
 from .kernels.paged_attention.pages import LAYOUTS, Pages
-from .sharding import LogicalAxes, constrain, partition_spec
+from .sharding import LogicalAxes, constrain, partition_spec, replicated
+
+_EXPERTS: LogicalAxes = ("pages", "positions", "layers", "hidden")
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +43,7 @@ class Cache:
     kinds: tuple[KeysValues, ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
     page_size: int = field(metadata={"static": True})
+    experts: Any = None  # [pages positions M k] unsigned integers; None without layers with experts
 
     def of(self, kind: KeysValues) -> Pages:
         """Return what is kept for the layers of a kind."""
@@ -49,8 +56,17 @@ class Cache:
 
 
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
-    """Return the memory for the keys and values of one position in all layers."""
-    return sum(layer.mixer.cached.per_token for layer in config.layers) * jnp.dtype(dtype).itemsize
+    """Return the memory for the keys and values of one position in all layers, and for its experts."""
+    keys_values = sum(layer.mixer.cached.per_token for layer in config.layers) * jnp.dtype(dtype).itemsize
+    return keys_values + (0 if config.routing is None else _experts_bytes(*config.routing))
+
+
+def _experts_bytes(layers: int, chosen: int, count: int) -> int:
+    return layers * chosen * _experts_dtype(count).itemsize
+
+
+def _experts_dtype(count: int) -> Any:
+    return jnp.dtype(jnp.uint8 if count <= 1 << 8 else jnp.uint16)
 
 
 def make_cache(
@@ -72,7 +88,13 @@ def make_cache(
         keys, values = map(empty, shapes, LAYOUTS[backend])
         return Pages(keys, values, backend)
 
-    return Cache(tuple(map(pages, config.cache_kinds)), config.cache_kinds, backend, page_size)
+    experts = None
+    if config.routing is not None:
+        layers, chosen, count = config.routing
+        sharding = None if mesh is None else replicated(mesh)
+        shape = (num_pages, page_size, layers, chosen)
+        experts = jnp.zeros(shape, _experts_dtype(count), device=sharding)
+    return Cache(tuple(map(pages, config.cache_kinds)), config.cache_kinds, backend, page_size, experts)
 
 
 def page_shapes(
@@ -117,6 +139,26 @@ def write_layer(
     return _pinned(pages, *paged_attention.write_layer(pages, layer, *new, page_W, offset_W))
 
 
+def with_experts(
+    cache: Cache,
+    chosen_MWk: Integer[Array, "M W k"] | None,
+    page_W: Int[Array, " W"],
+    offset_W: Int[Array, " W"],
+) -> Cache:
+    """Return the cache with the experts of W tokens at (page, offset); None without layers with experts."""
+    if chosen_MWk is None:
+        return cache
+    chosen_WMk = chosen_MWk.swapaxes(0, 1).astype(cache.experts.dtype)
+    experts = cache.experts.at[page_W, offset_W].set(chosen_WMk)
+    return replace(cache, experts=constrain(experts, _EXPERTS))
+
+
+@jax.jit
+def experts_in(cache: Cache, page_W: Int[Array, " W"]) -> UInt[Array, "W Z M k"]:
+    """Return the experts of all positions of pages."""
+    return cache.experts[page_W]
+
+
 @partial(jax.jit, donate_argnames="cache")
 def copy_pages(cache: Cache, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Cache:
     """Copy whole pages. Each sample of a prompt gets a copy of the prompt's last, partly filled page."""
@@ -126,7 +168,11 @@ def copy_pages(cache: Cache, source_W: Int[Array, " W"], target_W: Int[Array, " 
         new = (x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in (pages.k, pages.v))
         return _pinned(pages, *new)
 
-    return replace(cache, parts=tuple(map(copied, cache.parts)))
+    copies = replace(cache, parts=tuple(map(copied, cache.parts)))
+    if cache.experts is None:
+        return copies
+    experts = cache.experts.at[target_W].set(cache.experts[source_W])
+    return replace(copies, experts=constrain(experts, _EXPERTS))
 
 
 def _finite(x: Array) -> Array:

@@ -27,6 +27,8 @@ from .kernels.paged_attention.cpu import attend_parts, read_layer
 from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
 
+_EXPERTS = -1  # among what layers keep, by the numbers of kinds
+
 
 class PrefillRows(NamedTuple):
     """Rows of prompt tokens. A row holds several whole prompts, or one that continues the pages of its
@@ -82,15 +84,18 @@ def _with_contexts_read(
             return attend_parts(q, parts, mixer.scale, sinks)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        x_BTD = block(x_BTD, rotations, attend, block_lora, cached=True)
-        return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)}
+        routes: list[Array] = []
+        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, cached=True)
+        return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)} | _by_token(routes)
 
-    x_STD, kept = scan_layers(model, lora, model.embed_tokens(rows.tokens), run, numbered=True)
+    x_STD, kept = scan_layers(
+        model, lora, model.embed_tokens(rows.tokens), run, numbers=model.config.cache_numbers
+    )
     page, offset = rows.page.reshape(-1), rows.offset.reshape(-1)
     for at, kind in enumerate(cache.kinds):
         keys, values = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at])
         cache = cache.updated(kind, kv_cache.write(cache.of(kind), keys, values, page, offset))
-    return cache, x_STD
+    return kv_cache.with_experts(cache, kept.get(_EXPERTS), page, offset), x_STD
 
 
 def _in_place(
@@ -120,12 +125,18 @@ def _in_place(
             return merge(own, context).astype(q.dtype)
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        x_STD = block(x_STD, rotations, attend, block_lora, cached=True)
-        return (x_STD, cache.updated(mixer.cached, pages)), {}
+        routes: list[Array] = []
+        x_STD = block(x_STD, rotations, attend, block_lora, routes=routes, cached=True)
+        return (x_STD, cache.updated(mixer.cached, pages)), _by_token(routes)
 
     x_STD = model.embed_tokens(rows.tokens)
-    (x_STD, cache), _ = scan_layers(model, lora, (x_STD, cache), run, numbered=True)
-    return cache, x_STD
+    (x_STD, cache), kept = scan_layers(model, lora, (x_STD, cache), run, numbers=model.config.cache_numbers)
+    return kv_cache.with_experts(cache, kept.get(_EXPERTS), page_W, offset_W), x_STD
+
+
+def _by_token(routes: list[Array]) -> dict[Any, Array]:
+    """Return what a layer keeps of the experts that it has chosen, [S T k], if any."""
+    return {} if not routes else {_EXPERTS: routes[0].reshape(-1, routes[0].shape[-1])}
 
 
 def _visible_in_prompt(

@@ -9,9 +9,16 @@ from ..errors import UserError
 
 
 def check_request(
-    request: messages.Sample, prompt: np.ndarray, vocab_size: int, longest: int, has_tokenizer: bool
+    request: messages.Sample,
+    prompt: np.ndarray,
+    vocab_size: int,
+    longest: int,
+    has_tokenizer: bool,
+    routing: tuple[int, int, int] | None = None,
 ) -> None:
-    """Raise UserError if the request cannot be served; `longest` is the most tokens a prompt may have."""
+    """Raise UserError if the request cannot be served.
+
+    `longest` is the most tokens a prompt may have, and `routing` is `ModelConfig.routing`."""
     params = request.params
     if len(prompt) == 0:
         raise UserError("prompt: it has no tokens; at least one is needed")
@@ -57,10 +64,28 @@ def check_request(
             f"prompt_logprobs_last_n: {last_n}; it must be between 1 and the prompt's {len(prompt)} tokens "
             "less one"
         )
+    if request.record_routing:
+        _check_routing(request, len(prompt), longest, routing)
     if request.prompt_targets is not None:
         _check_targets(request.prompt_targets, len(prompt), vocab_size)
     if params.stop_strings and not has_tokenizer:
         raise UserError("stop: this model has no tokenizer on the server; give stop token ids instead")
+
+
+def _check_routing(
+    request: messages.Sample, prompt_length: int, longest: int, routing: tuple[int, int, int] | None
+) -> None:
+    if routing is None:
+        raise UserError("record_routing: this model has no experts")
+    layers, chosen, _ = routing
+    drawn = longest if request.params.max_tokens is None else request.params.max_tokens
+    tokens = request.num_samples * min(prompt_length + drawn, longest)
+    most = messages.ROUTING_LIMIT // (2 * layers * chosen)
+    if tokens > most:
+        raise UserError(
+            f"record_routing: {request.num_samples} samples may have {tokens} tokens with their prompts; one "
+            f"request records the experts of {most}; send fewer samples or a smaller max_tokens"
+        )
 
 
 def _check_targets(cells: messages.PromptCells, prompt_length: int, vocab_size: int) -> None:

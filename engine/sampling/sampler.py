@@ -188,7 +188,8 @@ class Sampler:
         if request.request_id in self._generations:
             raise ValueError(f"request {request.request_id} is already running")
         longest = self._longest
-        check_request(request, prompt, self._config.vocab_size, longest, self._token_bytes is not None)
+        has_tokenizer = self._token_bytes is not None
+        check_request(request, prompt, self._config.vocab_size, longest, has_tokenizer, self._config.routing)
         params = request.params
         if params.stop_strings and self._token_bytes is not None:
             try:
@@ -334,6 +335,8 @@ class Sampler:
             if reason == "not finite":
                 answers.append(self._fail_not_finite(generation))
                 continue
+            if generation.request.record_routing:
+                sequence.experts = self._programs.experts_of(sequence)
             self._queue.finish(sequence)
             sequence.end(reason)
             if generation.is_finished:

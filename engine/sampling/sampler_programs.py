@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from ...model.sharding import replicated
 from ...model.token_sampling import Drawing
 from ..budget import Budget
 from ..compilation import compiling
+from ..messages import RoutedExperts
 from .prompt_scores import PromptScores
 from .sampler_rows import (
     CONTEXT_BUCKETS,
@@ -162,6 +163,21 @@ class SamplerPrograms:
         for number, at, first, scores in asked:
             finite[number] = scores.set(first, jax.tree.map(lambda x, at=at: x[at], computed))
         return finite
+
+    def experts_of(self, sequence: Sequence) -> RoutedExperts:
+        """Return the experts of a sequence's tokens, as they were chosen when its pages were filled."""
+        read = []
+        for begin in range(0, len(sequence.pages), _COPIED_AT_ONCE):
+            piece = sequence.pages[begin : begin + _COPIED_AT_ONCE]
+            padded = np.array(piece + [0] * (_COPIED_AT_ONCE - len(piece)), np.int32)
+            read.append(np.asarray(kv_cache.experts_in(self._cache, padded))[: len(piece)])
+        positions = np.concatenate(read)
+        experts = positions.reshape(-1, *positions.shape[2:])[: sequence.num_cached]
+        dtype: Literal["uint8", "uint16"] = "uint8" if experts.dtype == np.uint8 else "uint16"
+        tokens, layers, chosen = experts.shape
+        return RoutedExperts(
+            experts.astype(f"<u{experts.itemsize}").tobytes(), dtype, (tokens, layers, chosen)
+        )
 
     def take_slot_counts(self) -> tuple[int, int]:
         return self._slots.take_counts()

@@ -61,6 +61,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     last_turn: int = 0  # number of the decode chunk that it was last in, or before which it came
     told: int = 0  # of its sample's tokens, by `drawn`
+    experts: messages.RoutedExperts | None = None  # of its tokens, if they are recorded
 
     @property
     def num_cached(self) -> int:
@@ -120,6 +121,7 @@ class Sequence:
             logprobs=np.asarray(self.logprobs, np.float32).tobytes(),
             stop_reason=reason,
             topk=self._likely(0),
+            experts=self.experts,
         )
 
 

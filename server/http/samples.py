@@ -440,6 +440,7 @@ class ApiSamples:
             prompt_logprobs_last_n=body.prompt_logprobs_last_n,
             prompt_targets=None if cells is None else cells.message(),
             prompt_alternatives=body.prompt_alt_tokens_k or 0,
+            record_routing=body.record_routing,
         )
         number: SampleNumber | None = None
         if target.session is not None and seq_id is not None:

@@ -5,6 +5,7 @@ The engine's bytes of samples as numbers.
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,7 @@ def size(outputs: Sequence[messages.Output]) -> int:
             total += sum(
                 len(each.tokens) + len(each.logprobs) + _topk_bytes(each.topk) for each in output.sequences
             )
+            total += sum(len(each.experts.data) for each in output.sequences if each.experts is not None)
             total += len(output.prompt_logprobs or b"") + _topk_bytes(output.topk_prompt_logprobs)
             if output.prompt_targets is not None:
                 total += len(output.prompt_targets.values)
@@ -258,6 +260,7 @@ def _sample_as_json(output: messages.SampleOutput) -> dict[str, Any]:
                 "logprobs": np.frombuffer(sequence.logprobs, "<f4").tolist(),
             }
             | ({} if sequence.topk is None else {"topk_sampled_logprobs": _topk_as_json(sequence.topk)})
+            | ({} if sequence.experts is None else {"routed_experts": _experts_as_json(sequence.experts)})
             for sequence in output.sequences
         ],
         "prompt_logprobs": None
@@ -275,6 +278,12 @@ def _sample_as_json(output: messages.SampleOutput) -> dict[str, Any]:
         },
         "prompt_cache_hit_tokens": output.prompt_cache_hit_tokens,
     }
+
+
+def _experts_as_json(experts: messages.RoutedExperts) -> dict[str, Any]:
+    """Little-endian integers [tokens, layers, experts of a token], in base64."""
+    data = base64.b64encode(experts.data).decode()
+    return {"data": data, "dtype": experts.dtype, "shape": list(experts.shape)}
 
 
 def _topk_as_json(topk: messages.TopK) -> list[list[tuple[int, float]] | None]:

@@ -188,6 +188,8 @@ class SampleFields(Body):
     target_prompt_logprobs: TargetTokens | None = None
     prompt_alt_tokens_k: StrictInt | None = Field(0, ge=0, le=messages.ALTERNATIVES_LIMIT)
     prompt_logprobs_last_n: Int64 | None = Field(None, ge=1)
+    # No SDK has this: each sequence of a JSON answer gets `routed_experts`, the experts of its tokens.
+    record_routing: StrictBool = False
 
 
 class Sample(SampleFields):

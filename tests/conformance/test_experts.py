@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tinker
 from conformance.batches import batch
-from conformance.server_process import ServerProcess
+from conformance.server_process import ServerProcess, Wire
 from conformance.test_downloads import by_peft, by_torch
 from conformance.test_sdk_checkpoints import PROMPT, forward
 from conformance.test_sdk_training import step
@@ -96,3 +97,78 @@ def test_a_mixture_of_experts_from_the_first_step_to_its_merged_weights(
         assert again.get_info().lora_rank == 4
         np.testing.assert_allclose(forward(again, data), expected, atol=1e-5)
     service.close("success").result()
+
+
+def test_the_experts_of_a_sample_are_replayed_in_training(server: ServerProcess) -> None:
+    """The sample over plain HTTP, because the SDK's has no field for them; the training through the SDK."""
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+    training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
+    wire = Wire(server.url, "tml-local")
+    body = {
+        "base_model": "tiny",
+        "prompt": {"chunks": [{"tokens": PROMPT.to_ints()}]},
+        "sampling_params": {"max_tokens": 12, "seed": 1, "stop": []},
+        "record_routing": True,
+    }
+    submitted = wire.post("asample", **body)
+    assert submitted.status_code == 200, submitted.text
+    answer = wire.result(submitted)
+    (sequence,) = answer["sequences"]
+    tokens = PROMPT.to_ints() + sequence["tokens"]
+    found = sequence["routed_experts"]
+    experts = np.frombuffer(base64.b64decode(found["data"]), found["dtype"]).reshape(found["shape"])
+    assert len(experts) == len(tokens) - 1
+
+    def datum(**inputs: tinker.TensorData) -> tinker.Datum:
+        targets = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+        model_input = tinker.ModelInput.from_ints(tokens[:-1])
+        return tinker.Datum(model_input=model_input, loss_fn_inputs=targets | inputs)
+
+    def given(experts: np.ndarray) -> tinker.TensorData:
+        return tinker.TensorData.from_numpy(experts.reshape(len(experts), -1).astype(np.int64))
+
+    free, replayed = (forward(training, [each]) for each in (datum(), datum(routed_experts=given(experts))))
+    np.testing.assert_allclose(replayed, free, atol=1e-5)
+    np.testing.assert_allclose(replayed[-len(sequence["tokens"]) :], sequence["logprobs"], atol=1e-4)
+    config = json.loads((server.data_dir.parent / "model" / "config.json").read_text())
+    count = config.get("num_experts") or config["num_local_experts"]
+    others = forward(training, [datum(routed_experts=given((experts + 1) % count))])
+    assert np.abs(others - free).max() > 1e-2
+    with pytest.raises(tinker.RequestFailedError, match="routed_experts"):
+        forward(training, [datum(routed_experts=given(experts[:, :1]))])
+    service.close("success").result()
+
+
+def test_training_and_a_loop_of_rl_go_on_after_kill_9_with_the_same_bits(server: ServerProcess) -> None:
+    def loop(killed: bool) -> np.ndarray:
+        service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+        training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
+        step(training, batch())
+        for turn in range(3):
+            sampler = training.save_weights_and_get_sampling_client().result()
+            params = tinker.SamplingParams(max_tokens=8, seed=turn, stop=[])
+            samples = sampler.sample(PROMPT, 2, params).result().sequences
+            data = [rewarded(each.tokens, each.logprobs, 1.0 - 2 * at) for at, each in enumerate(samples)]
+            training.forward_backward(data, "importance_sampling").result()
+            if killed and turn == 1:
+                server.kill()  # the engine dies with it
+                server.start(wait_for_engine=False)
+            training.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+        found = forward(training, batch())
+        service.close("success").result()
+        return found
+
+    np.testing.assert_array_equal(loop(killed=True), loop(killed=False))
+
+
+def rewarded(tokens: list[int], logprobs: list[float], advantage: float) -> tinker.Datum:
+    """A sample behind the prompt, with the same advantage for each of its tokens."""
+    whole, before = PROMPT.to_ints() + list(tokens), [0.0] * (PROMPT.length - 1)
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(whole[:-1]),
+        loss_fn_inputs={
+            "target_tokens": whole[1:],
+            "logprobs": before + list(logprobs),
+            "advantages": before + [advantage] * len(tokens),
+        },
+    )

@@ -205,6 +205,8 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
         return "target_prompt_logprobs: SGLang scores the same tokens at all positions"
     if sample.prompt_alternatives:
         return "prompt_alt_tokens_k: SGLang draws nothing at a prompt's positions"
+    if sample.record_routing:
+        return "record_routing: the experts that SGLang chooses are not read from it"
     last_n, length = sample.prompt_logprobs_last_n, len(sample.prompt) // 4
     if last_n is not None and not (sample.prompt_logprobs and 1 <= last_n < length):
         return (
