@@ -27,8 +27,8 @@ OPEN_PATHS = frozenset({"/health", "/api/v1/health", "/api/v1/healthz", "/health
 
 
 class Authentication:
-    """ASGI middleware: puts `caller` and its `owner` into the request's state, or answers 401, or 429 to an
-    owner that asks too often, before the body is read."""
+    """ASGI middleware: puts the `caller` and its `owner` into a request's state. Before the body is read, it
+    answers 401 to unknown callers, and 429 to an owner that sends too many requests."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Authentication:
         signer: UrlSigner,
         scrape_token: SecretStr | None = None,
     ):
-        """`scrape_token`: what alone opens `/metrics`; None: every key does."""
+        """`scrape_token`: the only token that opens `/metrics`; None: every key does."""
         self._app = app
         self._keys = keys
         self._tokens = tokens
@@ -75,7 +75,8 @@ class Authentication:
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller:
-        """By key or token, or, without one, by the URL's signature. Raises Unauthorized, or Forbidden."""
+        """Return who sent a request: by its key or token, or, without one, by the signature of its URL.
+        Raises Unauthorized, or Forbidden."""
         key = _sent_key(HTTPConnection(scope).headers)
         query = scope["query_string"].decode("latin-1")
         if key is None and f"{SIGNATURE}=" in query:
@@ -100,7 +101,7 @@ class Authentication:
 
 
 def _sent_key(headers: Headers) -> str | None:
-    """The key or token that a request was sent with. An empty header says nothing."""
+    """Return the key or token that a request was sent with, or None. An empty header counts as none."""
     key = headers.get("x-api-key", "").strip()
     if not key:
         scheme, _, credentials = headers.get("authorization", "").strip().partition(" ")
@@ -117,7 +118,8 @@ _SIMPLE = frozenset({"text/plain", "multipart/form-data", _FORM})
 
 
 class AllowedHosts:
-    """This machine, and names that the operator allows: exact ones, `*.example.org`, or `*` for any."""
+    """Names of this machine, and those that the operator allows: exact ones, `*.example.org`, or `*` for
+    any."""
 
     def __init__(self, names: Iterable[str]):
         lowered = [plain_host(name.strip()) for name in names]
@@ -126,7 +128,7 @@ class AllowedHosts:
         self._below = tuple(name[1:] for name in lowered if name.startswith("*."))
 
     def listed(self, host: str) -> bool:
-        """Whether the operator has named it."""
+        """Whether the operator has allowed it."""
         return self._any or host in self._exact or host.endswith(self._below)
 
     def __contains__(self, host: str) -> bool:
@@ -166,7 +168,7 @@ class BrowserChecks:
         await self._app(scope, receive, send)
 
     def _check(self, method: str, scheme: str, headers: Headers) -> None:
-        """Raises Forbidden or UnsupportedMediaType."""
+        """Raise Forbidden or UnsupportedMediaType if another site's page may have sent the request."""
         places = [_place(f"{scheme}://{host}") for host in headers.getlist("host")]
         for host, _ in places:
             if host not in self._hosts:
@@ -178,7 +180,8 @@ class BrowserChecks:
         _check_body(headers)
 
     def _check_page(self, method: str, own: tuple[str, int | None] | None, headers: Headers) -> None:
-        """That the page that sent the request, if a page did, is of this server or of an allowed host."""
+        """Raise Forbidden unless the page that sent the request, if a page did, is this server's or an
+        allowed host's."""
         origins = headers.getlist("origin")
         for origin in origins:
             host, port = _place(origin)
@@ -195,7 +198,7 @@ class BrowserChecks:
 
 
 def _check_body(headers: Headers) -> None:
-    """That a body has a content type that no page of another site can send without asking first."""
+    """Raise UnsupportedMediaType for a body that another site's page can send without asking first."""
     if headers.get("content-length", "0").strip() == "0" and "transfer-encoding" not in headers:
         return
     kinds = {
@@ -216,7 +219,7 @@ def _is_browser(headers: Headers) -> bool:
 
 
 def _place(origin: str) -> tuple[str, int | None]:
-    """The host and port of `SCHEME://HOST:PORT`; empty and None where there is none."""
+    """Return the host and port of `SCHEME://HOST:PORT`; an empty text and None for anything else."""
     try:
         parts = urlsplit(origin.strip())
         host, port = parts.hostname or "", parts.port
@@ -226,5 +229,5 @@ def _place(origin: str) -> tuple[str, int | None]:
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether both are the same host, by whatever name of this machine."""
+    """Whether both name the same host. All names of this machine do."""
     return one == other or (is_loopback(one) and is_loopback(other))

@@ -42,13 +42,13 @@ _SAMPLING = (
 
 
 def of_training_and_sampling(max_body_bytes: int) -> dict[str, int]:
-    """Bytes that the bodies of these routes may have, by path; training may take as much as any body."""
+    """Return the limits of the bodies of training and sampling routes, in bytes by path."""
     own = dict.fromkeys(_TRAINING, max_body_bytes)
     return own | dict.fromkeys(_SAMPLING, min(SAMPLING_BYTES, max_body_bytes))
 
 
 class Budget:
-    """The bytes of large bodies that are in memory at once, of one owner and of all. Others wait, unread."""
+    """Limits the bytes of large bodies in memory, of one owner and of all. Further bodies wait unread."""
 
     def __init__(self, of_owner: int, of_all: int):
         self._of_owner = of_owner
@@ -58,7 +58,7 @@ class Budget:
 
     @asynccontextmanager
     async def take(self, owner: str, size: int) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """Wait for so many bytes; they are given back at the end, or when the yielded function is called."""
+        """Wait for this many bytes. The end, or the yielded function, gives them back."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._has_room(owner, size))
             self._taken[owner] += size
@@ -162,7 +162,7 @@ _TAKEN_FOR_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
 
 
 class JsonBodies:
-    """ASGI middleware: gives a body the content type of JSON where the client's says nothing about it.
+    """ASGI middleware: marks bodies as JSON if they have no content type, or that of `curl -d`.
 
     It belongs behind `BrowserChecks`, which refuses what a page of another site may send without keys.
     """
@@ -218,7 +218,7 @@ class BodyRoute(APIRoute):
 
 
 async def received(request: Request) -> list[bytes]:
-    """The body in the pieces that it comes in. Raises ClientGone."""
+    """Return the body in the pieces in which it arrives. Raises ClientGone."""
     try:
         return [piece async for piece in request.stream()]
     except ClientDisconnect:
@@ -226,7 +226,7 @@ async def received(request: Request) -> list[bytes]:
 
 
 async def body_is_read(request: Request) -> None:
-    """The bytes of the body are not needed any more, however long the request still takes."""
+    """Give back the memory for the body's bytes, which are not needed any more."""
     if (give_back := getattr(request.state, "body_is_read", None)) is not None:
         await give_back()
 
@@ -272,7 +272,7 @@ class RefusedNumbers:
         start: Message | None = None
 
         async def refused_first(message: Message) -> None:
-            """Sends the answer on, once the number of a refused body is used up."""
+            """Send the answer on, after the number of a refused body is used up."""
             nonlocal start
             if message["type"] == "http.response.start" and message["status"] in _FINAL:
                 start = message
@@ -297,7 +297,7 @@ class RefusedNumbers:
 
 
 class _Numbered:
-    """A body that others receive, as far as it says which operation it is."""
+    """Passes a body on, and finds out which operation it is while it arrives."""
 
     def __init__(self, receive: Receive, encoding: str):
         self._receive = receive
@@ -325,8 +325,7 @@ class _Numbered:
             self._head += piece[: COMPRESSED_HEAD_BYTES - len(self._head)]
 
     async def read_on(self) -> None:
-        """Receive what the client is still sending, which may have the number; give up soon if it waits for
-        our answer instead."""
+        """Receive the rest of the body, which may have the number; give up soon if the client waits."""
         with contextlib.suppress(TimeoutError):
             while not self._is_over and self._size < _READ_BYTES:
                 await asyncio.wait_for(self.receive(), _READ_SECONDS)

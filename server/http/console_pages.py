@@ -41,7 +41,8 @@ _HEADERS = {
 
 
 class ConsolePages:
-    """ASGI middleware, in front of the one that asks for keys. Pages say whether a key is needed."""
+    """ASGI middleware: answers requests for the console's files before a key is asked for. Its pages know
+    whether one is needed."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys):
         self._app = app
@@ -58,7 +59,7 @@ class ConsolePages:
 
 
 def _file(path: str, accept: str) -> str | None:
-    """The name of the file that is at `path`; None for what is no page of the console."""
+    """Return the name of the console's file at `path`; None for other paths."""
     if path == "/docs":
         return "docs.html"
     folder, _, rest = path.removeprefix("/").partition("/")
@@ -84,14 +85,14 @@ def _answer(name: str, headers: Headers, needs_key: bool) -> Response:
 
 @cache
 def _content(name: str) -> bytes | None:
-    """The bytes of one of the console's files; None if it has no such file."""
+    """Return the bytes of one of the console's files; None if it has no such file."""
     found = _files().get(name)
     return None if found is None else found.read_bytes()
 
 
 @cache
 def _files() -> dict[str, Path]:
-    """Files by name. Swagger UI is that of the package fastapi-offline."""
+    """Return the console's files by name. Swagger UI's come from the package fastapi-offline."""
     files = {file.name: file for file in _FOLDER.iterdir() if file.suffix in _KINDS}
     offline = importlib.util.find_spec("fastapi_offline")
     if offline is not None and offline.origin is not None:

@@ -81,8 +81,8 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
 ) -> Response:
-    """The one error body. A 5xx of a submit is retried by clients, a 4xx is final. `param` and `code` are
-    shown to OpenAI's clients only: the field that is wrong, and OpenAI's word for the error."""
+    """Build the error body. Clients retry a submit after a 5xx; a 4xx is final. Only OpenAI's clients see
+    `param`, the field that is wrong, and `code`, OpenAI's word for the error."""
     # Messages quote what was sent, and JSON can have halves of surrogate pairs, which UTF-8 cannot.
     message, path = (text.encode(errors="backslashreplace").decode() for text in (message, request_path))
     body: dict[str, Any] = {
@@ -98,7 +98,7 @@ def error_response(
 
 
 def api_error_response(request_path: str, error: ApiError) -> Response:
-    """`error_response` of an exception."""
+    """Build the error body of an exception."""
     return error_response(
         request_path, error.status, error.message, error.category, error.headers, code=error.code
     )
@@ -111,7 +111,8 @@ def _unreadable_ledger(request_path: str, error: OperationalError) -> Response:
 
 
 class Unhandled:
-    """ASGI middleware, outside of all others: answers what nothing inside has handled, with an error id.
+    """ASGI middleware, outside all others but `RequestIds`: answers exceptions that nothing inside has
+    handled with an error id.
 
     Starlette's own way is to answer and then to raise the exception again, upon which uvicorn closes the
     connection; a client that has sent its next request on it by then gets a reset. An answer that has begun
@@ -147,7 +148,7 @@ class Unhandled:
 
 
 def _unhandled(scope: Scope, error: BaseException) -> Response:
-    """Also what is raised while another error is answered, as when the ledger cannot be written."""
+    """Answer an exception, also one that was raised while another error was answered."""
     if isinstance(error, ApiError):
         return api_error_response(scope["path"], error)
     if isinstance(error, OperationalError):
@@ -160,7 +161,7 @@ _UNDER_V1 = frozenset({"/completions", "/chat/completions", "/models"})
 
 
 def _no_route(method: str, path: str) -> str:
-    """Say so, and what is wrong with the client's base URL if that can be told."""
+    """Return a message for an unknown path, with a hint if the client's base URL seems wrong."""
     message = f"there is no route {method} {path}"
     if path in _UNDER_V1:
         return f"{message}; end the client's base URL with /v1"
@@ -172,7 +173,7 @@ def _no_route(method: str, path: str) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Renders the exceptions of `app`'s routes as above."""
+    """Register the handlers that turn exceptions of `app`'s routes into error bodies."""
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:

@@ -119,7 +119,7 @@ class Measured:
 
 
 class OperationMetrics:
-    """Operations by kind and outcome, what they waited and computed, and the tokens that they used."""
+    """Counts operations by kind and outcome, and their waiting times, device times and tokens."""
 
     def __init__(self, registry: CollectorRegistry):
         self._operations = PrometheusCounter(
@@ -174,7 +174,8 @@ class ServerMetrics:
         self._kinds = {"forward_backward", "optim_step", "sample"}  # that have waited; they go on at 0
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: a registry would otherwise collect when it registers this, before there is a server."""
+        """Return nothing: a registry would otherwise collect when it registers this, before there is a
+        server."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -282,7 +283,7 @@ class DeviceMemory:
 
 
 def _labelled(values: dict[str, float], family: str, always: Iterable[str]) -> dict[str, float]:
-    """The values named `family/LABEL`, and 0 for those that are always there."""
+    """Return the values named `family/LABEL` by label, with 0 for labels that are always shown."""
     found = {
         name.removeprefix(f"{family}/"): value
         for name, value in values.items()
@@ -330,13 +331,13 @@ class Overview:
         self.activity = Activity()
 
     def require_stream(self, owner: str) -> None:
-        """Raises TooManyRequests."""
+        """Raise TooManyRequests if the owner has too many streams open."""
         if self._streams[owner] >= _MOST_STREAMS:
             raise TooManyRequests(f"{_MOST_STREAMS} consoles of yours are open; close one of them")
 
     async def events(self, owner: str, looks: int | None = None) -> AsyncIterator[bytes]:
-        """Server-sent events: what `of` returns, at once and when it has changed. They end after `looks`,
-        one a second, or with the server."""
+        """Yield server-sent events with what `of` returns: at once, and whenever it has changed. The stream
+        ends after `looks`, one a second, or with the server."""
         self._streams[owner] += 1
         try:
             sent, quiet = b"", 0

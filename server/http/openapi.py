@@ -73,7 +73,7 @@ _PROTOBUF = {"type": "string", "format": "binary", "description": "a ForwardBack
 
 
 def install(app: FastAPI) -> None:
-    """`app.openapi()` is this document, made once."""
+    """Make `app.openapi()` return this document, built once."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -124,7 +124,7 @@ def schema_of(answer: Any) -> dict[str, Any]:
 
 
 def _answers(*modules: ModuleType) -> dict[str, Any]:
-    """The schemas of all types of answers that the modules define."""
+    """Return the schemas of all types of answers that the modules define."""
     types = [
         each
         for module in modules
@@ -158,12 +158,12 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    """The content of an answer in JSON."""
+    """Return the content of an answer in JSON."""
     return {"application/json": {"schema": schema}}
 
 
 def _described(schema: dict[str, Any]) -> dict[str, Any]:
-    """The route's own description of its answer, if it has one, without what FastAPI takes from the return
-    annotation of the handler."""
+    """Return the route's own schema of its answer, if it has one, without what FastAPI adds from the
+    handler's annotation."""
     named: dict[str, Any] = {key: schema[key] for key in ("$ref", "anyOf") if key in schema}
     return named or schema

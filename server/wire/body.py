@@ -37,7 +37,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def as_json(value: Any) -> Any:
-    """The value, if answers can show it: JSON in UTF-8, without NaN, lone surrogates and huge integers."""
+    """Return the value if answers can show it: JSON in UTF-8, without NaN, lone surrogates and huge
+    integers."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         orjson.dumps(value)
@@ -52,7 +53,7 @@ MOST_METADATA_BYTES = 64 << 10
 
 
 def short_json(value: Any) -> Any:
-    """As `as_json`, of at most `MOST_METADATA_BYTES`."""
+    """Return the value if it is JSON of at most `MOST_METADATA_BYTES`."""
     size = len(json.dumps(as_json(value), ensure_ascii=False).encode())
     if size > MOST_METADATA_BYTES:
         raise ValueError(f"{size} bytes as JSON; at most {MOST_METADATA_BYTES} are kept")
@@ -96,7 +97,7 @@ class OfModel(Body):
 
 
 class Sequenced(Body):
-    """An operation of a model. Without a seq_id it comes after all that have arrived."""
+    """An operation of a model. Without a seq_id it comes after all operations that have arrived."""
 
     model_id: ModelId = DEFAULT_MODEL
     seq_id: Annotated[StrictInt, Field(ge=1, lt=1 << 31)] | None = None
@@ -111,7 +112,7 @@ _MESSAGES = {
 
 
 def describe(errors: list[dict[str, Any]]) -> str:
-    """Pydantic's errors in one line: `lora_config.rank: Input should be ...; ...`."""
+    """Write pydantic's errors in one line: `lora_config.rank: Input should be ...; ...`."""
     parts = []
     for error in errors[:5]:
         if error["type"] == "json_invalid":
@@ -126,7 +127,7 @@ def describe(errors: list[dict[str, Any]]) -> str:
 
 
 def is_union_tag(part: str | int) -> bool:
-    """Whether a part of a location is not a field, but which of several types was tried."""
+    """Whether a part of an error's location names a type of a union that was tried, and not a field."""
     return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier() or part[:1].isupper())
 
 
@@ -152,7 +153,8 @@ def empty(value: Any) -> bool:
 
 
 def one_or_list(value: Any) -> str:
-    """Tell the two types apart, so that errors are about the one that was sent. The names are no fields."""
+    """Return the tag of a union's type, so that errors are about the type that was sent. No field has these
+    names."""
     return LIST if isinstance(value, (list, tuple)) else ONE
 
 
@@ -170,7 +172,7 @@ def empty_or(*values: Any) -> AsksForNothing:
 
 
 class Penalties(Body):
-    """Extensions that SGLang and vLLM have too: they change a distribution before a token is drawn."""
+    """Fields that change a distribution before a token is drawn, as SGLang and vLLM have them."""
 
     min_p: Finite = Field(0.0, ge=0, le=1)
     repetition_penalty: Finite = Field(1.0, ge=0.01, le=100)
@@ -270,8 +272,8 @@ Location = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class LongNumber:
-    """`location`: the keys and indices that lead to it, the outermost first. `content`: the whole body, with
-    a text in the number's place."""
+    """A number in a body that is too long for the parser. `location`: the keys and indices that lead to it,
+    the outermost first. `content`: the whole body, with a text in the number's place."""
 
     location: Location
     digits: int
@@ -294,7 +296,7 @@ def over_float64(digits: str) -> bool:
 
 
 def find_long_number(raw: bytes, is_too_long: Callable[[str], bool]) -> LongNumber | None:
-    """Return the first number of a body for which `is_too_long`; None also for what is no JSON."""
+    """Return the first number of a body for which `is_too_long`; None also for a body that is not JSON."""
 
     def number(digits: str) -> Any:
         if is_too_long(digits):
@@ -312,11 +314,11 @@ def find_long_number(raw: bytes, is_too_long: Callable[[str], bool]) -> LongNumb
 
 
 class _TooLong(str):
-    """The digits, in the number's place."""
+    """The digits of a long number, in its place."""
 
 
 def _scalars(content: Any) -> Iterator[tuple[Location, Any]]:
-    """The values that are neither objects nor lists, in the order in which they stand."""
+    """Yield the values that are neither objects nor lists, in the order in which they appear."""
     waiting: list[tuple[Location, Any]] = [((), content)]
     while waiting:
         location, value = waiting.pop()

@@ -29,7 +29,7 @@ _NUMPY_DTYPES: dict[int, tuple[messages.DType, np.dtype]] = {
 
 
 class DenseAllowance:
-    """How many elements the sparse tensors of one request may have once they are dense: a bomb ends here."""
+    """Limits how many elements the sparse tensors of one request have once they are dense."""
 
     def __init__(self, elements: int = 1 << 26):
         self._left = elements
@@ -41,7 +41,7 @@ class DenseAllowance:
 
 
 def dense_tensor(tensor: pb.Tensor, where: str, allowance: DenseAllowance) -> messages.Tensor:
-    """Dense bytes with an explicit shape. An empty shape means one flat dimension.
+    """Read a tensor into dense bytes with an explicit shape. An empty shape means one flat dimension.
 
     `where` names datum and field for the message. Raises BadRequest.
     """
@@ -84,7 +84,7 @@ def _checked_shape(tensor: pb.Tensor, num_bytes: int, itemsize: int, where: str)
 
 
 def _widened(tensor: pb.Tensor, where: str) -> messages.Tensor:
-    """bfloat16 is the upper half of a float32."""
+    """Read bfloat16, which is the upper half of a float32."""
     shape = _checked_shape(tensor, len(tensor.dense), 2, where)
     bits = np.frombuffer(tensor.dense, "<u2").astype("<u4") << np.uint32(16)
     return messages.Tensor("float32", shape, bits.astype("<u4").tobytes())
@@ -93,7 +93,7 @@ def _widened(tensor: pb.Tensor, where: str) -> messages.Tensor:
 def _densified(
     tensor: pb.Tensor, name: messages.DType, dtype: np.dtype, where: str, allowance: DenseAllowance
 ) -> messages.Tensor:
-    """Compressed sparse rows into a dense matrix; what is not listed is 0."""
+    """Read compressed sparse rows into a dense matrix; values that are not listed are 0."""
     sparse = tensor.sparse_csr
     shape = tuple(tensor.shape)
     if len(shape) != 2 or min(shape) < 0:
@@ -138,7 +138,8 @@ MAX_FIELDS = 1 << 20  # the largest honest request, 16 384 datums, has less than
 
 
 def check_field_count(body: bytes, descriptor: Descriptor, limit: int = MAX_FIELDS) -> None:
-    """Raises BadRequest if `body` and the messages in it have more fields; says nothing of malformed ones."""
+    """Raise BadRequest if `body` and the messages in it have more than `limit` fields. Malformed bodies
+    pass."""
     waiting = [(0, len(body), descriptor)]
     count = 0
     while waiting:
@@ -166,7 +167,7 @@ def check_field_count(body: bytes, descriptor: Descriptor, limit: int = MAX_FIEL
 
 
 def _skip_varint(body: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, and the place after it; the body's end where there is none."""
+    """Return the number at `at` and the place after it; the body's end if there is no whole number."""
     value = 0
     for shift, byte in enumerate(body[at : at + 10]):
         value |= (byte & 0x7F) << (7 * shift)
@@ -193,7 +194,8 @@ class Span:
 
 @dataclass(frozen=True)
 class ForwardBackwardBody:
-    """A decoded and checked body. `spans`, of each datum, tile its targets where the client sent any."""
+    """A body that was read and checked. `spans`: for each datum, runs that tile its targets, if the client
+    sent any."""
 
     model_id: str
     seq_id: int
@@ -206,7 +208,7 @@ class ForwardBackwardBody:
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """The body behind its `Content-Encoding`; at most `max_bytes` of it."""
+    """Undo a body's `Content-Encoding`. Raises BadRequest, and TooLarge for more than `max_bytes`."""
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
@@ -226,7 +228,7 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 def _decompress_stream(decompressor: zstandard.ZstdDecompressor, body: bytes, max_bytes: int) -> bytes:
-    """One frame that does not say how large it is."""
+    """Decompress one frame that does not declare its size."""
     stream = decompressor.decompressobj()
     parts, size = [], 0
     for at in range(0, len(body), _PIECE_BYTES):
@@ -242,7 +244,7 @@ def _decompress_stream(decompressor: zstandard.ZstdDecompressor, body: bytes, ma
 
 
 def peek(body: bytes) -> tuple[str | None, int | None]:
-    """model_id and seq_id of a body that may be damaged further on: they are its first two fields."""
+    """Return model_id and seq_id, the first two fields of a body, which may be damaged further on."""
     model_id, at = None, 0
     if body[:1] == b"\x0a":  # field 1, length-delimited
         size, begin = _varint(body, 1)
@@ -256,7 +258,8 @@ def peek(body: bytes) -> tuple[str | None, int | None]:
 
 
 def _varint(body: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, and where it ends; behind the body where it is not whole, or not of 32 bits."""
+    """Return the number at `at` and where it ends; a place behind the body if it is not whole, or not of 32
+    bits."""
     value = 0
     for shift, byte in enumerate(body[at : at + 5]):
         value |= (byte & 0x7F) << (7 * shift)
@@ -266,7 +269,7 @@ def _varint(body: bytes, at: int) -> tuple[int, int]:
 
 
 def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
-    """Of protobuf. Raises BadRequest naming datum and field."""
+    """Read a protobuf body. Raises BadRequest naming datum and field."""
     if len(body) > UNCOUNTED_BYTES:
         check_field_count(body, pb.ForwardBackwardRequest.DESCRIPTOR)
     try:
@@ -279,7 +282,7 @@ def decode(body: bytes, max_datums: int) -> ForwardBackwardBody:
 
 
 def checked(request: pb.ForwardBackwardRequest, max_datums: int) -> ForwardBackwardBody:
-    """Raises BadRequest naming datum and field."""
+    """Check a message, and return it as a body. Raises BadRequest naming datum and field."""
     if len(request.data) > max_datums:
         raise BadRequest(f"data: {len(request.data)} datums are over the limit of {max_datums} per request")
     if not request.data:
@@ -331,7 +334,8 @@ def _spans(datum: pb.Datum) -> list[Span]:
 
 
 def check_rows(body: ForwardBackwardBody) -> None:
-    """Every input has one row per token; what a custom loss reads may have any number. Raises BadRequest."""
+    """Raise BadRequest unless every input has one row per token. Inputs that only a custom loss reads may
+    have any number."""
     custom = body.loss_id is not None
     for index, datum in enumerate(body.data):
         length = len(datum.tokens) // 4

@@ -48,7 +48,7 @@ MAX_PROMPTS = 64
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Errors are about the kind that was sent."""
+    """Return the tag of a prompt's type, so that errors are about the type that was sent."""
     if not isinstance(value, (list, tuple)):
         return "<text>"
     first = value[0] if value else ""
@@ -77,8 +77,8 @@ class ResponseFormat(StrictBody):
 
 
 class _Completions(Penalties, StrictBody):
-    """`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `skip_special_tokens` and
-    `no_stop_trim` are extensions, as SGLang has them."""
+    """Fields of both kinds of completions. `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
+    `ignore_eos`, `skip_special_tokens` and `no_stop_trim` are extensions, as SGLang has them."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         "logit_bias": no_biases,
@@ -143,7 +143,8 @@ class _Completions(Penalties, StrictBody):
         return self.stream_options.include_usage
 
     def params(self, end_tokens: list[int]) -> SamplingParams:
-        """`end_tokens`: the model's own, which `ignore_eos` switches off, as it does `stop_token_ids`."""
+        """Return the engine's parameters. `end_tokens`: the model's own, which `ignore_eos` switches off
+        together with `stop_token_ids`."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         greedy = self.top_p == 0.0  # only the most likely token is left
         return SamplingParams(
@@ -159,9 +160,9 @@ class _Completions(Penalties, StrictBody):
 
 
 class Completions(_Completions):
-    """`prompt`: a text, its tokens, or several of either. With `echo` each choice begins with its prompt;
-    `max_tokens` may then be 0, which only scores it. Of `best_of` samples the `n` are returned whose tokens
-    are the most likely on average."""
+    """Asks for completions of `prompt`: a text, its tokens, or several of either. With `echo` each choice
+    begins with its prompt; `max_tokens` may then be 0, which only scores it. Of `best_of` samples the `n` are
+    returned whose tokens are the most likely on average."""
 
     model_config = ConfigDict(json_schema_extra=example(model="tiny", prompt="Once upon", max_tokens=16))
     UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
@@ -185,7 +186,7 @@ class Completions(_Completions):
 
     @property
     def num_samples(self) -> int:
-        """How many are drawn of each prompt."""
+        """How many samples to draw of each prompt."""
         return self.n if self.best_of is None else self.best_of
 
     @model_validator(mode="after")
@@ -234,7 +235,7 @@ class ToolCall(StrictBody):
     function: Function
 
     def called(self) -> dict[str, Any]:
-        """As chat templates take it: the arguments are an object, where their text is one."""
+        """Return the call as chat templates take it: the arguments are an object if their text is one."""
         try:
             arguments = json.loads(self.function.arguments)
         except ValueError:
@@ -244,7 +245,7 @@ class ToolCall(StrictBody):
 
 
 class ChatMessage(StrictBody):
-    """Any message that OpenAI's clients send, an earlier answer's own included."""
+    """Any message that OpenAI's clients send, including an earlier answer's own."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         # What answers say about themselves.
@@ -270,7 +271,7 @@ class ChatMessage(StrictBody):
         return self
 
     def turn(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """Return the message as chat templates take it."""
         if isinstance(self.content, list):
             text = "".join(part.content for part in self.content)
         else:
@@ -287,8 +288,9 @@ class ChatMessage(StrictBody):
 
 
 class ChatCompletions(_Completions):
-    """`chat_template_kwargs`, `add_generation_prompt` and `continue_final_message` are extensions, as SGLang
-    and vLLM have them: variables of the model's chat template."""
+    """Asks for the next turn of a conversation. `chat_template_kwargs`, `add_generation_prompt` and
+    `continue_final_message` are extensions, as SGLang and vLLM have them: variables of the model's chat
+    template."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -327,7 +329,7 @@ class ChatCompletions(_Completions):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template gets besides the messages."""
+        """The variables of the chat template besides the messages."""
         said = self.model_dump(
             include={"add_generation_prompt", "continue_final_message"}, exclude_unset=True
         )
@@ -336,7 +338,7 @@ class ChatCompletions(_Completions):
     @model_validator(mode="before")
     @classmethod
     def _without_tools(cls, body: Any) -> Any:
-        """Tools that the model may not call ask for nothing."""
+        """Leave out tools that the model may not call."""
         if isinstance(body, dict):
             for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
                 if body.get(choice) == "none":

@@ -47,7 +47,9 @@ AnswerMarker = Literal["<answer></answer>", "\\boxed{}", "none"]
 
 
 class RlveConfig(Body):
-    """A block that is not `enabled` asks for nothing."""
+    """Training with verifiable environments that the server does itself. A block that is not `enabled` has no
+    effect. The names and defaults down to `partial_rollout` are those of tinkercloud's `rlve_config`; the
+    others are extensions."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -113,7 +115,7 @@ class RlveConfig(Body):
 
     @property
     def wave(self) -> int:
-        """Prompts that are sampled at a time."""
+        """How many prompts are sampled at a time."""
         if not self.use_dynamic_sampling_filter:
             return self.rollout_batch_size
         return self.over_sampling_batch_size or self.rollout_batch_size
@@ -124,7 +126,7 @@ class RlveConfig(Body):
         return {key: value if isinstance(value, str) else float(value) for key, value in given.items()}
 
     def kept(self) -> dict[str, Any]:
-        """As JSON, of which `model_validate` makes it again."""
+        """Return it as JSON that `model_validate` reads again."""
         return self.model_dump(mode="json")
 
 
@@ -133,7 +135,7 @@ Names = list[Annotated[str, Field(max_length=128)]]
 
 
 class LoraConfig(Body):
-    """`target_modules`: names of matrices, as PEFT has them; all of a kind or none."""
+    """The adapter to train. `target_modules`: names of matrices, as PEFT has them; all of a kind or none."""
 
     model_config = ConfigDict(extra="allow")
     rank: StrictInt = Field(32, ge=0, validation_alias=AliasChoices("rank", "lora_rank"))
@@ -147,8 +149,8 @@ class LoraConfig(Body):
 
 
 class OptimizerConfig(Body):
-    """`learning_rate`, `weight_decay`, `betas` and `eps` are for steps that do not say them;
-    `optimizer_kwargs` are the family's own."""
+    """A model's optimizer. `learning_rate`, `weight_decay`, `betas` and `eps` are defaults for steps without
+    them; `optimizer_kwargs` are the family's own options."""
 
     model_config = ConfigDict(extra="allow")
     type: str = "adamw"
@@ -170,7 +172,7 @@ _Name = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterVal
 
 
 class WandbConfig(Body):
-    """Metrics of the model as a run of Weights & Biases. The key is in memory only."""
+    """A run of Weights & Biases for the model's metrics. The key is kept in memory only."""
 
     enabled: StrictBool = False
     project: Annotated[_Name, StringConstraints(pattern=r"^\w[\w.-]*$")] = "rlve"
@@ -180,14 +182,14 @@ class WandbConfig(Body):
 
     @property
     def configuration(self) -> dict[str, str]:
-        """What is kept of it."""
+        """The fields that are kept with the model."""
         kept = {"project": self.project, "run_name": self.run_name, "group": self.group}
         return {name: value for name, value in kept.items() if value is not None}
 
 
 class CreateModel(Body):
-    """A model of a session (`session_id`, `model_seq_id`); or one that the client names (`model_id`), which
-    is opened again if it is there; or, with neither, one in a session of its own."""
+    """A model of a session (`session_id`, `model_seq_id`), or one that the client names (`model_id`), which
+    is opened again if it exists, or, with neither, one in a session of its own."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -248,14 +250,14 @@ class CreateModel(Body):
 
 
 class KillSession(OfModel):
-    """`reset_weights`: the model is there again at once, as it was at its creation."""
+    """A model to unload. With `reset_weights` a new one is created at once, as it was."""
 
     save_checkpoint: StrictBool = True
     reset_weights: StrictBool = False
 
 
 class CreateSession(Body):
-    """With `session_id`, `base_model` or `lora_config` also a model of the session's id."""
+    """A session; with `session_id`, `base_model` or `lora_config` also a model of the same name."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -299,7 +301,7 @@ class FinishSession(Body):
 
 
 class SaveWeights(Sequenced):
-    """`checkpoint_path`: a path on the client's side, of which the last part is the name."""
+    """A checkpoint to save. `checkpoint_path`: a path on the client's side, whose last part is the name."""
 
     model_config = ConfigDict(json_schema_extra=example(model_id="model-abc-123", name="checkpoint-step-100"))
     path: str | None = Field(None, validation_alias=AliasChoices("path", "name"))
@@ -310,13 +312,13 @@ class SaveWeights(Sequenced):
 
     @property
     def short_name(self) -> str | None:
-        """None: none is said."""
+        """The checkpoint's name; None if the client gives none."""
         if self.path is None and self.checkpoint_path is not None:
             return self.checkpoint_path.rstrip("/").rpartition("/")[2]
         return self.path
 
     def kept(self) -> dict[str, Any]:
-        """What of it `saves.new_checkpoint` takes."""
+        """Return the fields that `Saves.checkpoint` takes."""
         return {name: getattr(self, name) for name in ("ttl_seconds", "overwrite", "user_metadata")}
 
 
@@ -326,10 +328,10 @@ class SaveWeightsForSampler(SaveWeights):
 
 
 class SaveWeightsExternal(SaveWeights):
-    """Two fields are no SDK's. `merged`: the files hold full weights, the base model's with the adapter in
-    them. `experts`: the form of the adapters of a mixture's experts. `shared` is the hosted service's, which
-    the cookbook and SGLang read; `per_expert` has tensors for every expert, and `target_parameters` is PEFT's
-    form for stacked experts."""
+    """Files to write. `merged` and `experts` are extensions. `merged`: write full weights, the base model's
+    with the adapter in them. `experts`: the form of the adapters of a mixture's experts. `shared` is the
+    hosted service's, which the cookbook and SGLang read; `per_expert` has tensors for every expert, and
+    `target_parameters` is PEFT's form for stacked experts."""
 
     path: str = Field(validation_alias=AliasChoices("path", "name"))
     age_encryption_recipients: list[str] | None = None
@@ -338,7 +340,8 @@ class SaveWeightsExternal(SaveWeights):
 
 
 class LoadWeights(Body):
-    """Into a model that exists (`model_id`, `seq_id`), or as a new one (`session_id`, `model_seq_id`)."""
+    """A checkpoint to load into a model (`model_id`, `seq_id`), or as a new one (`session_id`,
+    `model_seq_id`)."""
 
     path: str = Field(validation_alias=AliasChoices("path", "tinker_path", "xorl_path"))
     model_id: Id | None = None
@@ -368,7 +371,8 @@ class SamplingSessionTarget(Body):
 
 
 class RetrieveFutures(Body):
-    """`timeout`: seconds to wait for the first answer; None: as long as the server likes."""
+    """A poll of a sampling session. `timeout`: seconds to wait for the first answer; None: as long as the
+    server likes."""
 
     target: SamplingSessionTarget
     prev_cursor: SeqId = 0
@@ -385,7 +389,8 @@ class CleanupFutures(Body):
 
 
 class WeightsInfo(Body):
-    """A checkpoint that is not there is a 404; asked for by `path`, `exists` is false."""
+    """A checkpoint to describe. If it does not exist, the answer is 404, or, asked for by `path`, `exists` is
+    false."""
 
     model_config = ConfigDict(
         json_schema_extra=example(path="tinker://model-abc-123/weights/checkpoint-step-100")
@@ -403,7 +408,8 @@ class WeightsInfo(Body):
 
 
 class DeleteCheckpoint(OfModel):
-    """`weights/<name>`, `weights/<model>/<name>` or a whole path; of `model_id` where it says no model."""
+    """A checkpoint to delete: `weights/<name>`, `weights/<model>/<name>` or a whole path. `model_id`: its
+    model, if it names none."""
 
     model_config = ConfigDict(json_schema_extra=example(model_id="default", checkpoint_id="weights/step-100"))
 
@@ -411,7 +417,8 @@ class DeleteCheckpoint(OfModel):
 
 
 class CopyWeights(Body):
-    """As a run of `session_id` (its `model_seq_id`), or of a new session in a project."""
+    """A checkpoint to copy: as a run of `session_id` (its `model_seq_id`), or of a new session in a
+    project."""
 
     source_path: str
     destination_project_id: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
@@ -453,7 +460,8 @@ class Status(Body):
     reasons: list[Literal["success", "errored", "interrupted"]] | None = None
 
     def states(self) -> list[str]:
-        """`active` and finish reasons. Here nobody cancels or fails a session but its client."""
+        """Return `active` and finish reasons. Only its client ends a session here: none is cancelled or
+        failed."""
         if self.type == "client_finished":
             return list(self.reasons or ("success", "errored", "interrupted"))
         return ["active"] if self.type == "active" else []
@@ -492,7 +500,7 @@ class CreateCustomLoss(Body):
     type: Literal["create_custom_loss"] = "create_custom_loss"
 
     def message(self) -> messages.CustomLoss:
-        """Raises BadRequest."""
+        """Return the loss as the engine takes it. Raises BadRequest."""
         names = [each.name for each in self.inputs]
         if names[0] != "logprobs" or self.inputs[0].rank == 0:
             raise BadRequest("inputs: the first one is logprobs, of rank 1 or 2")
@@ -572,7 +580,7 @@ class Quantization(Body):
 
 
 class SetQuantization(Body):
-    """null, {} or the method `none`: the weights go out as they are."""
+    """A format for syncs. null, {} or the method `none` send weights as they are."""
 
     model_config = ConfigDict(
         json_schema_extra=example(quantization={"quant_method": "fp8", "weight_block_size": [128, 128]})

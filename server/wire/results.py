@@ -28,13 +28,13 @@ def logprobs_of(encoded: bytes) -> list[float]:
 
 
 def prompt_logprobs_of(output: messages.SampleOutput) -> list[float | None]:
-    """Of each token of the prompt; the first has none."""
+    """Return the log-prob of each token of a prompt; the first has none."""
     values: list[float | None] = [*logprobs_of(output.prompt_logprobs or b"")]
     return [None, *values[1:]]
 
 
 def likely_of(topk: messages.TopK | None) -> list[list[tuple[int, float]]]:
-    """Of each drawn token the most likely ones and their log-probs."""
+    """Return the most likely tokens and their log-probs in the place of each drawn token."""
     if topk is None:
         return []
     ids = np.frombuffer(topk.token_ids, "<i4").reshape(topk.length, topk.k).tolist()
@@ -52,7 +52,7 @@ _NUMPY = {"float32": "<f4", "int64": "<i8", "int32": "<i4"}
 
 
 def size(outputs: Sequence[messages.Output]) -> int:
-    """The bytes of the numbers in them, roughly."""
+    """Return roughly how many bytes of numbers the outputs have."""
     total = 0
     for output in outputs:
         if isinstance(output, messages.ForwardBackwardOutput):
@@ -75,15 +75,15 @@ def _topk_bytes(topk: messages.TopK | None) -> int:
 
 
 def encode(outputs: list[messages.Output]) -> bytes:
-    """For `rendered` in another process."""
+    """Encode outputs for `rendered` in another process."""
     return msgspec.msgpack.encode(outputs)
 
 
 def rendered(
     encoded: bytes, dialect: Dialect, reply: dict[str, Any], texts: list[str] | None, wrapped: bool
 ) -> bytes:
-    """The JSON answer to a poll. `reply`: what else it has. `texts`: those of the sequences. `wrapped`: as
-    a poll by path has it, with the result under `result` too, and a `status`."""
+    """Return the JSON answer to a poll. `reply`: further keys. `texts`: of the sequences. `wrapped`: as a
+    poll by path answers, with the result under `result` too, and a `status`."""
     outputs = msgspec.msgpack.decode(encoded, type=list[messages.Output])
     return orjson.dumps(body(outputs, dialect, reply, texts, wrapped))
 
@@ -95,7 +95,7 @@ def body(
     texts: list[str] | None,
     wrapped: bool,
 ) -> dict[str, Any]:
-    """As `rendered`, before it is JSON."""
+    """Return what `rendered` writes as JSON."""
     found = as_json(joined(outputs), dialect) | reply
     for sequence, text in zip(found.get("sequences", []), texts or [], strict=False):
         sequence["text"] = text
@@ -103,7 +103,7 @@ def body(
 
 
 def as_protobuf(output: messages.Output) -> bytes | None:
-    """Serialized, or None for outputs that are JSON in every dialect."""
+    """Serialize an output; return None for outputs that are JSON in every dialect."""
     if isinstance(output, messages.ForwardBackwardOutput):
         return _forward_backward(output).SerializeToString()
     if isinstance(output, messages.SampleOutput):
@@ -169,7 +169,7 @@ def _sample(output: messages.SampleOutput) -> pb.SampleResponse:
 
 
 def joined(outputs: list[messages.Output]) -> messages.Output:
-    """Samples of several prompts as those of one; any other output is alone."""
+    """Join the samples of several prompts into one output; return any other output as it is."""
     if len(outputs) == 1:
         return outputs[0]
     samples = [output for output in outputs if isinstance(output, messages.SampleOutput)]
@@ -186,7 +186,7 @@ _BARE_METRICS = ("ppo_kl", "pg_clipfrac")
 
 
 def _metrics(metrics: dict[str, float], dialect: Dialect) -> dict[str, float]:
-    """The engine's, and what other servers' clients look for."""
+    """Return the engine's metrics, and those that clients of other servers look for."""
     if dialect == "tinker":
         return metrics
     metrics = metrics | {
@@ -204,7 +204,7 @@ def _metrics(metrics: dict[str, float], dialect: Dialect) -> dict[str, float]:
 
 
 def as_json(output: messages.Output, dialect: Dialect = "tinker") -> dict[str, Any]:
-    """What the engine said, for `reply` to be laid over. NaN becomes null."""
+    """Return an output as JSON's values, before `reply` is added. NaN becomes null."""
     if isinstance(output, messages.ForwardBackwardOutput):
         return {
             "loss_fn_output_type": OUTPUT_TYPE,
@@ -222,7 +222,7 @@ def as_json(output: messages.Output, dialect: Dialect = "tinker") -> dict[str, A
 
 
 def _loss_fn_outputs(output: messages.ForwardBackwardOutput) -> list[dict[str, Any]]:
-    """Log-probs by target; and, where they are asked for, xorl's losses by target and tinkercloud's by
+    """Return each datum's log-probs, and, if they are asked for, xorl's losses by target and tinkercloud's by
     datum."""
     found: list[dict[str, Any]] = [{"logprobs": _dense(tensor)} for tensor in output.logprobs]
     for of_datum, tensor in zip(found, output.elementwise_loss or [], strict=False):
@@ -247,8 +247,9 @@ def _step_as_json(metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _sample_as_json(output: messages.SampleOutput) -> dict[str, Any]:
-    """Named as in the protobuf; what was not asked for is null, or left out of a sequence. Top-k tables are
-    as in the SDK before it read protobuf: pairs [token, log-prob] per position, null where there are none."""
+    """Return samples with the protobuf's names. Values that were not asked for are null, or left out of a
+    sequence. Top-k tables have pairs [token, log-prob] by position, null if there are none, as in SDKs before
+    they read protobuf."""
     cells, drawn = output.prompt_targets, output.prompt_alternatives
     return {
         "type": "sample",
@@ -305,6 +306,6 @@ def _cells_as_json(cells: messages.PromptCells) -> dict[str, Any]:
 
 
 def _tensor_as_json(data: bytes, stored: str, dtype: str, columns: int) -> dict[str, Any]:
-    """A dense tensor of so many columns, `stored` as this numpy type."""
+    """Return a dense tensor with this many columns. `stored`: the numpy type of the bytes."""
     values = np.frombuffer(data, stored)
     return {"data": values.tolist(), "dtype": dtype, "shape": (len(values) // columns, columns)}

@@ -51,7 +51,7 @@ from .forward_backward import check_csr
 
 
 class Chunk(Body):
-    """Without a `type` it is text, as tokens."""
+    """A piece of a prompt. Without a `type` it is text, as tokens."""
 
     type: str = "encoded_text"
     tokens: Integers | None = None
@@ -63,7 +63,7 @@ class ModelInput(Body):
     input_ids: Integers | None = None
 
     def ids(self, where: str) -> np.ndarray:
-        """Return int64 tokens. Raises BadRequest naming the chunk, and `where` it is."""
+        """Return the tokens as int64. Raises BadRequest naming the chunk and the field (`where`)."""
         given = [each for each in (self.chunks, self.tokens, self.input_ids) if each is not None]
         if len(given) > 1:
             raise BadRequest(f"{where}: chunks, tokens and input_ids are the same; send one of them")
@@ -81,13 +81,14 @@ class ModelInput(Body):
 
 
 def longest_prompt(context: int, max_tokens: int | None) -> int:
-    """The most tokens a prompt may have: one fewer than the context, as room for a sample. A request for
-    a single token may fill the context, because the SDK asks so for a prompt's log-probs."""
+    """Return the most tokens that a prompt may have: one fewer than the context, to leave room for a sample.
+    A request for a single token may fill the context, because the SDK asks for a prompt's log-probs in this
+    way."""
     return context if max_tokens == 1 else context - 1
 
 
 def prompt_tokens(prompt: ModelInput, vocab_size: int, max_length: int, where: str = "prompt") -> bytes:
-    """int32 tokens. Raises BadRequest naming the chunk."""
+    """Return a prompt as int32 tokens. Raises BadRequest naming the chunk."""
     tokens = prompt.ids(where)
     if not len(tokens):
         raise BadRequest(f"{where}: no tokens; send at least one")
@@ -104,7 +105,7 @@ def prompt_tokens(prompt: ModelInput, vocab_size: int, max_length: int, where: s
 
 
 class SamplingParams(Penalties):
-    """What is left out has the default of the request's dialect."""
+    """How to sample. Fields that are left out have the defaults of the request's dialect."""
 
     model_config = ConfigDict(
         json_schema_extra=example(max_tokens=100, temperature=0.7, top_p=0.9, stop=["<|endoftext|>"])
@@ -118,7 +119,8 @@ class SamplingParams(Penalties):
     top_p: Finite | None = Field(default=None, gt=0, le=1)
 
     def message(self, dialect: Dialect = "tinker", end_tokens: Sequence[int] = ()) -> messages.SamplingParams:
-        """As the engine takes them. `end_tokens` are the model's own; some dialects' stops add to them."""
+        """Return the engine's parameters. `end_tokens`: the model's own, to which the stops of some dialects
+        add."""
         points = DIALECT_RULES[dialect]
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop_strings = [each for each in stop if isinstance(each, str)]
@@ -142,7 +144,8 @@ class SamplingParams(Penalties):
 
 
 class TargetTokens(Body):
-    """int64 [prompt_len - 1, K], dense or, with both kinds of indices, compressed sparse rows."""
+    """Tokens to score, int64 [prompt_len - 1, K]: dense or, with both kinds of indices, compressed sparse
+    rows."""
 
     data: Integers
     dtype: Literal["int64"] = "int64"
@@ -151,7 +154,7 @@ class TargetTokens(Body):
     sparse_col_indices: Integers | None = None
 
     def message(self) -> messages.PromptCells:
-        """Raises BadRequest where data, shape and indices do not agree."""
+        """Return the engine's message. Raises BadRequest if data, shape and indices do not agree."""
         where = "target_prompt_logprobs"
         rows, columns = self.shape
         outside = (self.data < -1) | (self.data >= 1 << 31)
@@ -170,8 +173,9 @@ class TargetTokens(Body):
 
 
 class SampleFields(Body):
-    """Whose weights: those of a sampling session, of a sampler checkpoint (`model_path`), of a base model, or
-    of a model as it is now (`model_id`, or `tinker://<model>/weights/live`)."""
+    """Fields of every request for samples. The weights are those of a sampling session, of a sampler
+    checkpoint (`model_path`), of a base model, or of a model as it is now (`model_id`, or
+    `tinker://<model>/weights/live`)."""
 
     num_samples: StrictInt = Field(1, ge=1)
     sampling_params: SamplingParams = SamplingParams()
@@ -209,8 +213,8 @@ MAX_PROMPTS = 256
 
 
 class SampleNow(SampleFields):
-    """One `prompt`, whose samples are the answer; or `prompts`, whose samples a poll gives. `wait` says
-    otherwise."""
+    """One `prompt`, whose samples are the answer, or several `prompts`, whose samples a poll returns. `wait`
+    chooses otherwise."""
 
     prompt: ModelInput | None = None
     prompts: Annotated[list[Integers], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
@@ -223,7 +227,8 @@ class SampleNow(SampleFields):
 
 
 class CreateSamplingSession(Body):
-    """Of a session; or of a sampler checkpoint alone, whose name engines then know (`lora_name`)."""
+    """A sampling session in a session, or for a sampler checkpoint alone, whose `lora_name` SGLang's clients
+    then know."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -256,7 +261,8 @@ _Tokens = Annotated[list[_Token], Field(max_length=messages.TARGETS_LIMIT)]
 
 
 class GenerateParams(Penalties, StrictBody):
-    """SGLang's `sampling_params`, and its defaults. `max_new_tokens` null is up to the model's context."""
+    """SGLang's `sampling_params` and its defaults. A `max_new_tokens` of null means up to the model's
+    context."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         "min_new_tokens": only(0),
@@ -291,7 +297,8 @@ class GenerateParams(Penalties, StrictBody):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def message(self, end_tokens: list[int]) -> messages.SamplingParams:
-        """`end_tokens`: the model's own, which `ignore_eos` switches off, as it does `stop_token_ids`."""
+        """Return the engine's parameters. `end_tokens`: the model's own, which `ignore_eos` switches off
+        together with `stop_token_ids`."""
         seed = self.seed if self.sampling_seed is None else self.sampling_seed
         named = [token for token in self.stop_token_ids or [] if token is not None]
         return messages.SamplingParams(
@@ -320,7 +327,8 @@ _Params = Annotated[
 
 @dataclass(frozen=True)
 class OnePrompt:
-    """What a body says about one of its prompts. `logprob_start_len` -1: no log-probs of the prompt."""
+    """The fields of a body for one of its prompts. A `logprob_start_len` of -1 means no log-probs of the
+    prompt."""
 
     prompt: str | list[int]
     params: GenerateParams
@@ -333,8 +341,8 @@ class OnePrompt:
 
 
 class Generate(StrictBody):
-    """One prompt or several, as `text` or `input_ids`. Whose samples: `lora_path`, or `model`. Of several
-    prompts most fields may be lists, with an entry for each."""
+    """Asks for samples of one prompt or several, as `text` or `input_ids`, from the weights that `lora_path`
+    or `model` names. With several prompts most fields may be lists, with an entry for each."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -429,7 +437,7 @@ class Generate(StrictBody):
 
     @property
     def each(self) -> list[OnePrompt]:
-        """What the body says about each of its prompts."""
+        """The fields of the body for each of its prompts."""
         count = len(self.prompts)
         wanted: Any = self.token_ids_logprob
         if not _is_per_prompt(wanted):
@@ -496,8 +504,8 @@ class WeightSpan(TypedDict):
 
 
 class GenerationInfo(TypedDict):
-    """About one sample. `finish_reason` is null in a stream's events before the last. What has a log-prob in
-    its name is there if `return_logprob` asks for it."""
+    """About one sample. `finish_reason` is null in a stream's events before the last. Keys with a log-prob in
+    their names are there if `return_logprob` asks for them."""
 
     id: str
     finish_reason: LengthReached | StopMatched | None

@@ -65,7 +65,7 @@ CUSTOM = "custom"  # a loss that a client has traced
 
 
 def check_loss(name: str, config: Iterable[str]) -> None:
-    """Raises BadRequest naming what there is."""
+    """Raise BadRequest for an unknown loss or key of its config, naming the known ones."""
     if name == CUSTOM:
         return
     if name not in CONFIG_KEYS:
@@ -88,8 +88,8 @@ _INTEGERS = frozenset({"target_tokens", "labels", "target"})
 
 
 class TensorData(Body):
-    """Row-major; or, with both kinds of indices, compressed sparse rows. Without a shape a vector; without a
-    dtype int64 for targets, float32 for all else."""
+    """A tensor: row-major, or, with both kinds of indices, in compressed sparse rows. Without a shape it is a
+    vector; without a dtype it is int64 for targets, float32 for all else."""
 
     data: list[Number]
     dtype: Literal["float32", "int64", "int32"] | None = None
@@ -114,7 +114,7 @@ class Batch(Body):
 
 
 class ForwardBackward(Sequenced):
-    """The batch in `forward_backward_input` or `forward_input`, or here."""
+    """A batch to train on, in `forward_backward_input` or `forward_input`, or in the body itself."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -143,7 +143,7 @@ class ForwardBackward(Sequenced):
 
     @property
     def batch(self) -> Batch:
-        """Raises BadRequest."""
+        """The batch, wherever the body has it. Raises BadRequest."""
         if (self.forward_backward_input is None) == (self.data is None):
             raise BadRequest("forward_backward_input, forward_input or data: send one of them")
         if self.forward_backward_input is not None:
@@ -152,7 +152,8 @@ class ForwardBackward(Sequenced):
 
 
 def peek(raw: bytes) -> tuple[Any, Any]:
-    """model_id and seq_id of a body, whatever else is in it. Raises BadRequest for what is no JSON."""
+    """Return model_id and seq_id of a JSON body, whatever else is in it. Raises BadRequest for other
+    bodies."""
     try:
         content = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -165,7 +166,8 @@ def peek(raw: bytes) -> tuple[Any, Any]:
 
 
 def decode(raw: bytes, max_datums: int) -> ForwardBackwardBody:
-    """Of JSON, by the message that SDKs send. Raises Invalid, or BadRequest naming datum and field."""
+    """Read a JSON body, through the message that SDKs send. Raises Invalid, or BadRequest naming datum and
+    field."""
     try:
         body = ForwardBackward.model_validate_json(raw)
     except ValidationError as error:
@@ -213,7 +215,7 @@ def _tensor(name: str, given: TensorData | list[Number], where: str) -> pb.Tenso
 
 
 def _array(values: list[Any] | np.ndarray, stored: str, where: str) -> bytes:
-    """Raises BadRequest for numbers that the dtype does not have."""
+    """Return numbers as the dtype's bytes. Raises BadRequest for numbers that the dtype does not have."""
     try:
         array = np.asarray(values, np.float64 if stored == "<f4" else None)
         if stored != "<f4" and array.size and array.dtype.kind != "i":
@@ -234,7 +236,7 @@ def _array(values: list[Any] | np.ndarray, stored: str, where: str) -> bytes:
 
 
 class AdamParams(Body):
-    """What is left out is as in the model's optimizer_config."""
+    """Parameters of a step of AdamW. Those that are left out are as in the model's optimizer_config."""
 
     learning_rate: Finite = Field(1e-4, ge=0)
     beta1: Finite = Field(0.9, ge=0, lt=1)
@@ -256,7 +258,8 @@ class DimuonParams(Body):
 
 
 class OptimStep(Sequenced):
-    """`learning_rate` and `gradient_clip` (0 or less: off) go before those of `adam_params`."""
+    """A step. `learning_rate` and `gradient_clip` (0 or less: off) take precedence over those of
+    `adam_params`."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -293,14 +296,14 @@ class OptimStep(Sequenced):
 
     @property
     def family(self) -> str:
-        """Whose parameters these are; perhaps one that there is not. Empty: any family's."""
+        """The optimizer that these parameters are for, perhaps an unknown one. Empty: any."""
         if self.adam_params is not None or not self.optimizer_params:
             return ""
         return str(self.optimizer_params.get("type", ""))[:64]
 
     def message(self, run_id: str, defaults: dict[str, float] | None = None) -> messages.OptimStep:
-        """Of the model of that id, without a request id. `defaults`: the model's own, for what the step does
-        not say."""
+        """Return the step of a model, without a request id. `defaults`: the model's own, for parameters that
+        the step leaves out."""
         if isinstance(self._params, DimuonParams):
             return messages.OptimStep("", run_id, dimuon=self._params.message())
         fields = AdamParams().model_dump() | (defaults or {}) | self._params.model_dump(exclude_unset=True)
@@ -318,8 +321,8 @@ _datums = msgspec.msgpack.Decoder(list[messages.Datum])
 
 @dataclass(frozen=True)
 class ReadBody:
-    """`model_id` and `seq_id` are known also of many bodies with an `error`. The datums are encoded, some
-    hundreds a piece, so that whoever decodes them can do something else in between."""
+    """A body that a worker has read, or its `error`; `model_id` and `seq_id` may be known even then. The
+    datums are encoded in pieces of some hundreds, so that decoding can let others run in between."""
 
     model_id: Any
     seq_id: Any
@@ -349,7 +352,7 @@ def read(raw: bytes, content_type: str, encoding: str, max_bytes: int, max_datum
 
 
 async def with_datums(read: ReadBody) -> ForwardBackwardBody:
-    """The whole body, unless there is an error; lets others run between the pieces."""
+    """Return the whole body, of one without an error. Lets others run between the pieces."""
     assert read.body is not None
     data: list[messages.Datum] = []
     for piece in read.pieces:
@@ -384,7 +387,7 @@ class JsonNumber:
         self._rest = b""
 
     def feed(self, piece: bytes) -> None:
-        """The next piece."""
+        """Take in the next piece."""
         if self._seen > _MOST_MEMBERS:
             return
         text = self._rest + piece
@@ -394,7 +397,7 @@ class JsonNumber:
         self._scan(text, end)
 
     def found(self, is_complete: bool) -> tuple[Any, Any]:
-        """Return model_id and seq_id; None for what is not known. `is_complete`: there are no more pieces."""
+        """Return model_id and seq_id, or None if unknown. `is_complete`: there are no more pieces."""
         self._scan(self._rest, len(self._rest))
         if is_complete:
             return numbered(self._members)
@@ -429,8 +432,8 @@ class JsonNumber:
 
 
 def peek_head(head: bytes, encoding: str) -> tuple[Any, Any]:
-    """Return model_id and seq_id of a body from its first `COMPRESSED_HEAD_BYTES`: of protobuf, whose first
-    fields they are, or of what is compressed."""
+    """Return model_id and seq_id of a body from its first `COMPRESSED_HEAD_BYTES`. For protobuf, whose first
+    fields they are, and for compressed bodies."""
     plain = _decompressed(head, encoding)
     if not is_json(plain):
         return protobuf.peek(plain)
@@ -440,12 +443,12 @@ def peek_head(head: bytes, encoding: str) -> tuple[Any, Any]:
 
 
 def is_json(head: bytes) -> bool:
-    """Whether a body that begins so can be a JSON object."""
+    """Whether a body that starts like this can be a JSON object."""
     return head.lstrip()[:1] == b"{"
 
 
 def _decompressed(head: bytes, encoding: str) -> bytes:
-    """The beginning of what is compressed."""
+    """Return the beginning of the decompressed body."""
     try:
         if encoding == "zstd":
             decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)

@@ -51,8 +51,9 @@ Entry = list[Any]
 async def generate(
     body: wire.Generate, request: Request, served: Provided[ServedSamples], owner: Owner
 ) -> Response:
-    """One object; a list of several prompts, or of several samples. With `stream` server-sent events, each
-    with all there is so far. Closing the connection cancels the samples."""
+    """Draw samples as SGLang does: the answer is one object, or a list for several prompts or samples. With
+    `stream` it is server-sent events, each with all there is so far. Closing the connection cancels the
+    samples."""
     return await while_connected(request, _generate(body, served, owner))
 
 

@@ -30,8 +30,8 @@ Likely = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Scored:
-    """A token of a choice. `likely` is None where none were asked for. `logprob` and `likely` are None for
-    the first token of a prompt, which nothing predicts."""
+    """A token of a choice, its log-prob, and the most likely tokens in its place, if they were asked for. The
+    first token of a prompt has neither: nothing predicts it."""
 
     token: int
     logprob: float | None
@@ -40,8 +40,8 @@ class Scored:
 
 @dataclass
 class Answers:
-    """What both kinds have in common. `model`: as the client calls it. `num_choices`: how many of a prompt's
-    samples are returned, the likeliest ones."""
+    """Writes answers; the two kinds of completions differ in the shapes. `model`: the client's name for it.
+    `num_choices`: how many of a prompt's samples are returned, the likeliest ones."""
 
     model: str
     text: ChatTokenizer
@@ -62,15 +62,16 @@ class Answers:
         raise NotImplementedError
 
     def logprobs(self, scored: list[Scored], offset: int) -> dict[str, Any]:
-        """`offset`: the number of characters before the first of these tokens."""
+        """Return the log-probs of tokens. `offset`: the number of characters before the first of them."""
         raise NotImplementedError
 
     def lengths(self, tokens: list[int]) -> list[int]:
-        """How many characters each token adds to the text."""
+        """Return how many characters each token adds to the text."""
         return self.text.lengths(tokens)
 
     def whole(self, answered: list[tuple[Running, messages.SampleOutput]]) -> bytes:
-        """In JSON, which is written choice by choice: writing keeps the interpreter's lock."""
+        """Return the answer as JSON. It is written choice by choice, because writing holds the interpreter's
+        lock."""
         choices: list[orjson.Fragment] = []
         for running, output in answered:
             for sequence in _likeliest(output.sequences, self.num_choices):
@@ -82,7 +83,7 @@ class Answers:
         return orjson.dumps(body | {"usage": _usage(answered)})
 
     async def events(self, served: ServedSamples, running: list[Running]) -> AsyncGenerator[bytes]:
-        """The choices of the first prompt come first in the numbering, then those of the next."""
+        """Yield the events of a stream. Choices are numbered prompt by prompt."""
         choices = [_Choice(self, each.request) for each in running for _ in range(self.num_choices)]
         answered: list[tuple[Running, messages.SampleOutput]] = []
         try:
@@ -160,7 +161,8 @@ class CompletionAnswers(Answers):
         }
 
     def _by_text(self, likely: Likely) -> dict[str, float]:
-        """Of tokens that are written alike, the likeliest has the text; the others are keyed by their ids."""
+        """Return log-probs by the tokens' texts. If texts are equal, the likeliest token has the text, and
+        the others have their ids."""
         found: dict[str, float] = {}
         for token, value in likely:  # the likeliest first
             text = self.text.token(token)
@@ -198,7 +200,7 @@ class ChatAnswers(Answers):
 
 
 class _Choice:
-    """What has been told of one choice."""
+    """The part of one choice that was sent already."""
 
     def __init__(self, answers: Answers, request: SampleRequest):
         self._answers = answers
@@ -209,7 +211,7 @@ class _Choice:
         self.is_new = True
 
     def add(self, part: messages.Drawn) -> tuple[str, dict[str, Any] | None] | None:
-        """The text and the log-probs that are new, or None for nothing new."""
+        """Take in new tokens. Return the new text and log-probs, or None if nothing is new."""
         if self._request.prompt_logprobs:  # which are there only at the end, and come first
             return None
         if part.begin + len(part.tokens) // 4 <= self._tokens:  # an engine began it again
@@ -220,7 +222,7 @@ class _Choice:
     def end(
         self, output: messages.SampleOutput, sequence: messages.SampledSequence
     ) -> tuple[str, dict[str, Any] | None]:
-        """All that is left to tell."""
+        """Return the rest of the text and of the log-probs."""
         text = self._text.end(tokens_of(sequence.tokens), sequence.stop_reason)
         prompt: list[Scored] = []
         if self._request.prompt_logprobs:
@@ -229,7 +231,7 @@ class _Choice:
         return self._echo() + text, self._logprobs(sequence, 0, prompt)
 
     def _echo(self) -> str:
-        """The prompt, before the first part."""
+        """Return the prompt's text if it begins the answer and this is the first part."""
         is_first, self.is_new = self.is_new, False
         if not is_first or not self._request.echo:
             return ""
@@ -244,7 +246,7 @@ class _Choice:
         begin: int,
         prompt: Sequence[Scored] = (),
     ) -> dict[str, Any] | None:
-        """Those of the tokens that were not told of before; `part` begins with the `begin`-th."""
+        """Return the log-probs of tokens that were not sent yet. `part` starts with the `begin`-th token."""
         new = self._tokens - begin
         tokens = tokens_of(part.tokens)[new:]
         self._tokens += len(tokens)
@@ -276,7 +278,8 @@ def _scored(
 
 
 def _likeliest(sequences: list[messages.SampledSequence], count: int) -> list[messages.SampledSequence]:
-    """Those with the highest log-prob per token, in the order in which they were drawn if all are kept."""
+    """Return the sequences with the highest mean log-prob; if all are kept, in the order in which they were
+    drawn."""
     if count >= len(sequences):
         return sequences
 
@@ -314,8 +317,8 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=BodyRoute)
 async def completions(
     body: wire.Completions, request: Request, served: Provided[ServedSamples], owner: Owner
 ) -> Response:
-    """Of one prompt or several, `n` each. With `stream` server-sent events. Closing the connection cancels
-    the samples."""
+    """Complete one prompt or several, with `n` samples each. With `stream` the answer is server-sent events.
+    Closing the connection cancels the samples."""
     return await while_connected(request, _completions(body, served, owner))
 
 
@@ -354,8 +357,8 @@ async def _completions(body: wire.Completions, served: ServedSamples, owner: str
 async def chat_completions(
     body: wire.ChatCompletions, request: Request, served: Provided[ServedSamples], owner: Owner
 ) -> Response:
-    """The conversation as the model's chat template writes it, gone on with. With `stream` server-sent
-    events. Closing the connection cancels the samples."""
+    """Draw the next turn of a conversation, as the model's chat template writes it. With `stream` the answer
+    is server-sent events. Closing the connection cancels the samples."""
     return await while_connected(request, _chat_completions(body, served, owner))
 
 

@@ -33,6 +33,7 @@ router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 async def asample(
     body: wire.Sample, api_samples: Provided[ApiSamples], owner: Owner, said: Said
 ) -> dict[str, Any]:
+    """Submit samples of one prompt, for a poll to answer."""
     operation = await api_samples.submit(owner, body, said or "tinkercloud")
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
@@ -49,9 +50,9 @@ async def sample(
     said: Said,
     wait: bool | None = None,
 ) -> Response | dict[str, Any]:
-    """Of one `prompt`: the samples, when they are there. Of `prompts`: a request to poll. `wait` chooses.
-    Closing the connection cancels samples that the request waits for, unless they are numbered: sending
-    those again finds them."""
+    """Draw samples of one `prompt` and wait for them, or submit those of several `prompts` for a poll; `wait`
+    chooses otherwise. Closing the connection cancels samples that the request waits for, unless they are
+    numbered: then sending the request again finds them."""
     dialect = said or "tinkercloud"
     waits = body.prompts is None if wait is None else wait
     is_numbered = body.sampling_session_id is not None and body.seq_id is not None
@@ -75,7 +76,7 @@ async def create_sampling_session(
     owner: Owner,
     said: Said,
 ) -> dict[str, Any]:
-    """Of a session, with its number; or of a sampler checkpoint alone."""
+    """Open a sampling session: in a session under a number, or for a sampler checkpoint alone."""
     sampler = await _create(ledger, sessions, targets, owner, body, said)
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
@@ -90,7 +91,8 @@ async def create_sampling_client(
     owner: Owner,
     said: Said,
 ) -> dict[str, Any]:
-    """As create_sampling_session; the request that it answers with is done at once."""
+    """Open a sampling session as create_sampling_session does. The request that it answers with is done at
+    once."""
     sampler = await _create(ledger, sessions, targets, owner, body, said)
     reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
     reply |= _described(sampler, body.model_path)
@@ -149,7 +151,7 @@ async def _session_of(ledger: Ledger, sessions: Sessions, owner: str, found: Wei
 async def join_sampling_session(
     body: requests.JoinSamplingSession, ledger: Provided[Ledger], samplers: Provided[Samplers], owner: Owner
 ) -> dict[str, Any]:
-    """A copy of the session's client, pickled or made from a handle, asks for numbers of its own."""
+    """Return a number for a copy of a sampling client that was pickled, or made from a handle."""
     sampler = await samplers.find(owner, body.sampling_session_id)
     number = await ledger.write(lambda connection: tenancy.add_copy(connection, sampler.id))
     return {"type": "join_sampling_session", "client_counter": number}
@@ -159,7 +161,8 @@ async def join_sampling_session(
 async def get_sampler(
     sampler_id: str, samplers: Provided[Samplers], divergence: Provided[Divergence], owner: Owner
 ) -> dict[str, Any]:
-    """`metrics`: how SGLang's log-probs compare to the engine's; null before any were compared."""
+    """Describe a sampler. `metrics`: how SGLang's log-probs compare to the engine's; null before any were
+    compared."""
     sampler = await samplers.find(owner, sampler_id)
     described = {"sampler_id": sampler.id, "base_model": sampler.base_model, "model_path": sampler.model_path}
     compared = divergence.of(sampler.base_model, sampler.directory)
