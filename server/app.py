@@ -307,7 +307,15 @@ class Application:
                     self.completions,
                     settings.max_samples,
                 ),
-                OperationAnswers(self.operations, self.engine, admission, self.offload, base_models),
+                OperationAnswers(
+                    self.operations,
+                    self.engine,
+                    admission,
+                    self.offload,
+                    base_models,
+                    settings.long_poll_seconds,
+                ),
+                training.Passes(settings, self.offload, self.operations, custom_losses_, self.runs, submits),
             )
         )
 

@@ -26,7 +26,7 @@ from ..offload import INLINE_BYTES, Offload
 from ..wire.body import InvalidBody, parse, read_json
 from ..wire.training import COMPRESSED_HEAD_BYTES, JsonNumber, is_json, peek_head
 from .errors import error_response
-from .provided import Services, provided
+from .provided import Services, provided, resolved
 
 # The bodies of all other routes describe something: names, paths, metadata.
 USUAL_BYTES = 1 << 20
@@ -182,6 +182,9 @@ class JsonBodies:
 class BodyRoute(APIRoute):
     """Reads the JSON body of a route, a large one in another process. The `route_class` of routers with
     bodies."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any):
+        super().__init__(path, resolved(endpoint), **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

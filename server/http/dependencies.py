@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Query, Request
+from fastapi import Query
 from sqlalchemy import Row
 
 from ..access.keys import Caller
@@ -12,33 +12,21 @@ from ..dialect import Dialect, requested_dialect
 from ..operations.operation import Operation
 from ..settings import Settings
 from .openapi import BINARY, schema_of
-from .provided import provided
+from .provided import from_request, provided
 
-# Coroutines: FastAPI runs plain functions in a thread, which costs every request two switches.
-
-
-async def _owner(request: Request) -> str:
-    return request.state.owner
-
-
-async def _caller(request: Request) -> Caller:
-    return request.state.caller
-
-
-async def _said(request: Request) -> Dialect | None:
-    return requested_dialect(request.headers, request.url.path)
-
-
-async def _base_url(request: Request) -> str:
-    return (provided(request, Settings).public_url or str(request.base_url)).rstrip("/")
-
-
-Owner = Annotated[str, Depends(_owner)]
-CallerOf = Annotated[Caller, Depends(_caller)]
+Owner = Annotated[str, from_request(lambda request: request.state.owner)]
+CallerOf = Annotated[Caller, from_request(lambda request: request.state.caller)]
 # The dialect, if the request says it.
-Said = Annotated[Dialect | None, Depends(_said)]
-# That of this server, as the client sees it.
-BaseUrl = Annotated[str, Depends(_base_url)]
+Said = Annotated[
+    Dialect | None, from_request(lambda request: requested_dialect(request.headers, request.url.path))
+]
+# The URL of this server, as the client sees it.
+BaseUrl = Annotated[
+    str,
+    from_request(
+        lambda request: (provided(request, Settings).public_url or str(request.base_url)).rstrip("/")
+    ),
+]
 
 # Of a page of a listing.
 Limit = Annotated[int, Query(ge=0, le=1000)]

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +33,6 @@ from ..models.recovery import Recovery
 from ..models.runs import Runs
 from ..operations.operation import TRACE_PARENT, Operation
 from ..operations.operations import Operations
-from ..operations.step_metrics import Activity
 from ..supervision.supervisor import Supervisor
 
 log = logging.getLogger("tinsmith.requests")
@@ -317,6 +316,32 @@ _LOOK_SECONDS = 1.0
 _QUIET_LOOKS = 15  # after so many without news a comment shows that the connection lives
 _MOST_STREAMS = 16  # of an owner
 _DISK_STEP = 24  # free space is told in steps of 16 MiB, so that an idle server has no news
+
+
+_ACTIVE_MODELS = 256  # of an owner
+
+
+class Activity:
+    """Counts the answers of each owner's most recently active models, for pages that show them live."""
+
+    def __init__(self) -> None:
+        self._of_owner: dict[str, OrderedDict[str, int]] = {}
+
+    def answered(self, operation: Operation) -> None:
+        if operation.model_id:
+            self.reported(operation.owner, operation.model_id)
+
+    def reported(self, owner: str, model_id: str) -> None:
+        """Count an answer, or metrics of the model that its client has sent."""
+        counts = self._of_owner.setdefault(owner, OrderedDict())
+        counts[model_id] = counts.get(model_id, 0) + 1
+        counts.move_to_end(model_id)
+        if len(counts) > _ACTIVE_MODELS:
+            counts.popitem(last=False)
+
+    def of(self, owner: str) -> dict[str, int]:
+        """Return a number by model id that changes with each answer."""
+        return dict(self._of_owner.get(owner, {}))
 
 
 class Overview:

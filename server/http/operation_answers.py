@@ -1,9 +1,11 @@
-"""The answers of accepted operations, in the shape of the client's dialect."""
+"""Answers of accepted operations, written once in the form that the client asks for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import random
 import time
 from typing import Any
 
@@ -13,7 +15,7 @@ from fastapi.responses import Response
 from ...engine import messages
 from ..base_models import BaseModels
 from ..dialect import DIALECT_RULES, Dialect
-from ..errors import BadRequest, Gone, NotFound, Unavailable
+from ..errors import ApiError, BadRequest, Gone, NotFound, Unavailable
 from ..models.admission import Admission
 from ..offload import Offload
 from ..operations.operation import Operation
@@ -42,35 +44,36 @@ class OperationAnswers:
         admission: Admission,
         offload: Offload,
         base_models: BaseModels,
+        long_poll_seconds: float,
     ):
         self._operations = operations
         self._engine = engine
         self._admission = admission
         self._offload = offload
         self._base_models = base_models
-
-    async def find(self, owner: str, request_id: str, said: Dialect | None) -> Operation:
-        """Raises Gone, or NotFound for what is none of the caller's requests, where the dialect tells the two
-        apart."""
-        operation = await self._operations.find(owner, request_id)
-        if operation is not None:
-            return operation
-        message = f"unknown request {request_id[:192]!r}: it was never accepted, or its answer has expired"
-        unknown = DIALECT_RULES[said or "tinkercloud"].unknown_status == NotFound.status
-        if unknown and not await self._operations.has_expired(owner, request_id):
-            raise NotFound(message)
-        raise Gone(message)
+        self._long_poll_seconds = long_poll_seconds
 
     async def poll(
         self,
-        operation: Operation,
-        seconds: float,
-        dialect: Dialect,
-        wants_protobuf: bool,
-        wrapped: bool,
+        owner: str,
+        request_id: str,
+        said: Dialect | None,
+        wants_protobuf: bool = False,
+        most_seconds: float = math.inf,
+        wrapped: bool = False,
     ) -> Response:
+        """Return the answer, or after a while say that the client should ask again.
+
+        `said` is the dialect of the request, None if it shows none; `wrapped` as in `answered`. Raises Gone,
+        or NotFound for what is none of the caller's requests, where the dialect tells the two apart.
+        """
+        operation = await self._operations.find(owner, request_id)
+        if operation is None:
+            raise await self._unknown(owner, request_id, said)
+        dialect = said or operation.dialect
         parts = await self._operations.parts(operation)
-        until = time.monotonic() + seconds
+        # Polls that came at once, thousands after a restart, do not end at once.
+        until = time.monotonic() + min(self._long_poll_seconds * random.uniform(0.8, 1.0), most_seconds)
         for part in parts:
             if part.answer is None and not self._operations.stopped:
                 with contextlib.suppress(TimeoutError):
@@ -79,8 +82,15 @@ class OperationAnswers:
                 return self._pending(operation, dialect)
         return await self.answered(operation, parts, dialect, wants_protobuf, wrapped)
 
+    async def _unknown(self, owner: str, request_id: str, said: Dialect | None) -> ApiError:
+        message = f"unknown request {request_id[:192]!r}: it was never accepted, or its answer has expired"
+        tells_apart = DIALECT_RULES[said or "tinkercloud"].unknown_status == NotFound.status
+        if tells_apart and not await self._operations.has_expired(owner, request_id):
+            return NotFound(message)
+        return Gone(message)
+
     async def when_answered(self, operation: Operation, dialect: Dialect) -> Response:
-        """The answer, however long it takes. Raises Unavailable at a stop."""
+        """Return the answer, however long it takes. Raises Unavailable at a stop."""
         parts = await self._operations.parts(operation)
         for part in parts:
             await part.finished.wait()
@@ -96,15 +106,18 @@ class OperationAnswers:
         wants_protobuf: bool = False,
         wrapped: bool = False,
     ) -> Response:
-        """The answer of an operation whose `parts` have theirs. `wrapped`: as a poll by path has it, with the
-        result under `result` too, and a `status` that says that the operation is over."""
-        answers = [part.answer for part in parts]
-        for answer in answers:
-            if isinstance(answer, messages.Failed):
+        """Write the answer of an operation whose `parts` have theirs.
+
+        `wrapped`: with the result under `result` too, and a `status` that says that the operation is over.
+        """
+        outputs: list[messages.Output] = []
+        for part in parts:
+            if isinstance(answer := part.answer, messages.Failed):
                 status = DIALECT_RULES[dialect].failed_status
                 failure = {"error": answer.message, "category": answer.category, "detail": answer.message}
                 return json_response(failure | {"status": "failed", "status_code": status}, status)
-        outputs = [answer.output for answer in answers if isinstance(answer, messages.Done)]
+            if answer is not None:
+                outputs.append(answer.output)
         serialized = results.as_protobuf(outputs[0]) if wants_protobuf else None
         if serialized is not None:
             return Response(serialized, media_type=results.PROTOBUF)
@@ -123,7 +136,7 @@ class OperationAnswers:
         return Response(rendered, media_type="application/json")
 
     def _pending(self, operation: Operation, dialect: Dialect) -> Response:
-        """The engine's state, or that the tenant has reached a quota."""
+        """Say that there is no answer yet, and why: the engine's state, or a quota that was reached."""
         state, reason = "active" if self._engine.alive else "paused_capacity", self._engine.text
         paused = self._admission.paused(operation.owner)
         if self._engine.alive and paused is not None:
@@ -141,7 +154,7 @@ class OperationAnswers:
         )
 
     def _texts(self, outputs: list[messages.Output], part: Operation) -> list[str] | None:
-        """What the samples say, if the model has a tokenizer."""
+        """Decode the samples' text, if the model has a tokenizer."""
         try:
             tokenizer = of_folder(self._base_models.named(part.reply["base_model"]).folder)
         except BadRequest:

@@ -11,18 +11,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from .schema import models, operations, payloads
 from .tenancy import ROW_BYTES, charge
 
 
+def _with_sizes() -> Select:
+    """Select operations, and the `size` of each one's payload."""
+    return select(operations, payloads.c.size).outerjoin(payloads, payloads.c.operation_id == operations.c.id)
+
+
+# Statements of every operation, built once: SQLAlchemy takes longer to build and key one than to run it.
+_ADD = insert(operations)
+_BY_NATURAL_KEY = _with_sizes().where(operations.c.natural_key == bindparam("key"))
+_BY_ID = _with_sizes().where(operations.c.id == bindparam("key"))
+_FINISH = update(operations).where(operations.c.id == bindparam("key"), operations.c.state == "accepted")
+_ADVANCE = update(models).where(models.c.id == bindparam("key"), models.c.executed_seq < bindparam("seq"))
+
+
 def find_by_natural_key(connection: Connection, natural_key: str) -> Row | None:
-    return connection.execute(_with_sizes().where(operations.c.natural_key == natural_key)).first()
+    return connection.execute(_BY_NATURAL_KEY, {"key": natural_key}).first()
 
 
 def find(connection: Connection, request_id: str) -> Row | None:
-    return connection.execute(_with_sizes().where(operations.c.id == request_id)).first()
+    return connection.execute(_BY_ID, {"key": request_id}).first()
 
 
 def add(connection: Connection, **values: Any) -> None:
@@ -30,7 +55,7 @@ def add(connection: Connection, **values: Any) -> None:
     now = time.time()
     if values["state"] != "accepted":
         values |= {"finished_at": now, "answer_bytes": len(values["answer"])}
-    connection.execute(insert(operations).values(accepted_at=now, **values))
+    connection.execute(_ADD, values | {"accepted_at": now})
 
 
 def finish(
@@ -41,33 +66,21 @@ def finish(
     device_seconds: float,
 ) -> bool:
     """Write an operation's answer unless it has one; return whether it was written."""
-    values: dict[str, Any] = {
+    values = {
+        "key": request_id,
         "state": state,
         "answer": answer,
         "answer_bytes": len(answer),
         "device_seconds": device_seconds,
         "finished_at": time.time(),
     }
-    finished = connection.execute(
-        update(operations)
-        .where(operations.c.id == request_id, operations.c.state == "accepted")
-        .values(values)
-    )
-    return finished.rowcount == 1
+    return connection.execute(_FINISH, values).rowcount == 1
 
 
 def advance(connection: Connection, model_id: str, seq_id: int) -> None:
     """Note that the model's operations up to `seq_id` have had their turn."""
-    connection.execute(
-        update(models)
-        .where(models.c.id == model_id, models.c.executed_seq < seq_id)
-        .values(executed_seq=seq_id, last_request_at=time.time())
-    )
-
-
-def _with_sizes() -> Select:
-    """Select operations with the `size` of their payloads."""
-    return select(operations, payloads.c.size).outerjoin(payloads, payloads.c.operation_id == operations.c.id)
+    advanced = {"executed_seq": seq_id, "last_request_at": time.time()}
+    connection.execute(_ADVANCE, advanced | {"key": model_id, "seq": seq_id})
 
 
 def unfinished(connection: Connection) -> Sequence[Row]:

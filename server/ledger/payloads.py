@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, delete, exists, func, insert, select, update
 
 from ..errors import ApiError, StorageFull
 from .schema import models, operations, payloads
@@ -41,11 +41,15 @@ class Stored:
     checksum: int | None = None
 
 
+_ADD = insert(payloads)  # built once: they are part of every operation
+_DROP = delete(payloads).where(payloads.c.operation_id == bindparam("key"))
+
+
 def add(
     connection: Connection, operation_id: str, model_id: str | None, seq_id: int | None, stored: Stored
 ) -> None:
     key = {"operation_id": operation_id, "model_id": model_id, "seq_id": seq_id}
-    connection.execute(insert(payloads).values(key | asdict(stored)))
+    connection.execute(_ADD, key | vars(stored))
 
 
 def find(connection: Connection, operation_id: str) -> Stored | None:
@@ -60,7 +64,7 @@ def replace(connection: Connection, operation_id: str, data: bytes) -> None:
 
 
 def drop(connection: Connection, operation_id: str) -> None:
-    connection.execute(delete(payloads).where(payloads.c.operation_id == operation_id))
+    connection.execute(_DROP, {"key": operation_id})
 
 
 def to_replay(connection: Connection, model_id: str, after: int, through: int) -> Sequence[Row]:

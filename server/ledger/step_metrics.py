@@ -24,7 +24,11 @@ _MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
 _LARGEST_ROW = 16_384  # bytes, at most
 _REPORTED = "reported"
 _BLOCK = 16
-_INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+# Built once: they are part of every operation.
+_ADD: dict[str, Any] = {
+    "sqlite": sqlite.insert(step_metrics).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(step_metrics).on_conflict_do_nothing(),
+}
 _ROW_BYTES = 100  # what a row takes beside its metrics
 
 
@@ -47,8 +51,7 @@ def add(
         "size": len(json.dumps(kept)) + _ROW_BYTES,
         "metrics": kept,
     }
-    insert = _INSERT[connection.dialect.name](step_metrics)
-    connection.execute(insert.on_conflict_do_nothing().values(values))
+    connection.execute(_ADD[connection.dialect.name], values)
     if number % _THIN_EVERY == 0:
         thin(connection, model_id)
 

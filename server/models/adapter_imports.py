@@ -94,6 +94,7 @@ class AdapterImports:
         return answer
 
     async def _require_quota(self, owner: str) -> None:
+        """Raise StorageQuotaExceeded if the owner's checkpoints have reached its quota."""
         limit = self._quotas.of(owner).checkpoint_bytes
 
         def used(connection: Connection) -> int:
@@ -105,7 +106,7 @@ class AdapterImports:
             )
 
     async def _create(self, owner: str, session_id: str, base_model: str, key: str, directory: Path) -> None:
-        """A run with the adapter's weights. Raises BadRequest for what does not fit."""
+        """Create a run with the adapter's weights. Raises BadRequest for an adapter that does not fit."""
         lora = await asyncio.to_thread(described, directory)
         limit = self._settings.max_rank
         if lora.rank > limit:
@@ -122,6 +123,7 @@ class AdapterImports:
         await _done(operation)
 
     async def _save(self, owner: str, run_id: str, name: str) -> dict[str, Any]:
+        """Save the run as two checkpoints of this name, and return the answer to the import."""
         run = await self._runs.find_trainable(owner, run_id)
         saved: dict[str, Any] = {
             "type": "import_weights",
@@ -146,7 +148,7 @@ class AdapterImports:
 
 
 async def _done(operation: Operation) -> None:
-    """Waits for the answer. Raises BadRequest, or Unavailable."""
+    """Wait for the answer. Raises BadRequest or Unavailable if there is none, or it is an error."""
     await operation.finished.wait()
     if operation.answer is None:
         raise Unavailable("the server stops; import the adapter again")

@@ -30,7 +30,10 @@ _LOSS_ID = re.compile(r"([^/]{1,192}):loss:(0|[1-9][0-9]{0,18})")
 
 
 class CustomLosses:
-    """`enabled`: whether clients may have any. They take up bytes of their session, until it ends."""
+    """Checks, keeps and finds the losses that clients upload.
+
+    Losses take up bytes of their session, until it ends. With `enabled` False, clients may not have any.
+    """
 
     def __init__(self, ledger: Ledger, operations: Operations, quotas: Quotas, enabled: bool):
         self._ledger = ledger
@@ -39,10 +42,10 @@ class CustomLosses:
         self._enabled = enabled
 
     async def create(self, owner: str, session_id: str, seq_id: int, loss: messages.CustomLoss) -> Operation:
-        """Of a session of the owner's. The same number again is the first one.
+        """Accept a loss of one of the owner's sessions. The same number again means the first loss.
 
-        Raises BadRequest, also for a graph that the engine refuses at once; one that it refuses later is told
-        of by the operation's answer.
+        Raises BadRequest, also for a graph that the engine refuses at once; the operation's answer
+        tells of one that it refuses later.
         """
         self._require_enabled()
         limit = self._quotas.of(owner).metadata_bytes
@@ -75,7 +78,7 @@ class CustomLosses:
         return operation
 
     async def find(self, owner: str, session_id: str, loss_id: str) -> messages.CustomLoss:
-        """Raises NotFound for one that is not of this session of the owner's."""
+        """Return a loss of this session. Raises NotFound for one that is not of this session and owner."""
         self._require_enabled()
         named = _LOSS_ID.fullmatch(loss_id)
         if named is not None and named[1] == session_id:
@@ -98,16 +101,17 @@ SAMPLED_LOSSES = frozenset({"stable_reinforce"})  # whose log-probs are looked u
 
 
 def sequence_id(request_id: str, index: int) -> str:
-    """Derived from the request id, so that a resubmission is told the same."""
+    """Name a sequence of a sample. A resubmission has the same request id, and so the same names."""
     return f"{request_id}:{index}"
 
 
 async def with_sampled_logprobs(
     operations: Operations, owner: str, data: list[messages.Datum], spans: list[list[Span]]
 ) -> list[messages.Datum]:
-    """`data`, and where a datum has no `logprobs`, those of the sequences that its spans name.
+    """Return the datums, each with `logprobs`: its own, or those of the sequences that its spans name.
 
-    Targets from a prompt have log-prob 0, and must have advantage 0. Raises BadRequest naming datum and span.
+    Targets from a prompt have log-prob 0, and must have advantage 0. Raises BadRequest naming datum and
+    span.
     """
     filled = []
     for index, datum in enumerate(data):

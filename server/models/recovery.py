@@ -69,7 +69,7 @@ class Recovery:
         engine.lost.subscribe(self.payload_lost)
 
     def engine_died(self, under_way: list[Suspect]) -> None:
-        """The states that it held are gone; what it died of more than a few times is given up."""
+        """Note that the engine's states are gone, and give up what has ended engines too often."""
         for run in list(self._runs.values()):
             run.resident = False
             if run.restoring is not None:
@@ -90,7 +90,7 @@ class Recovery:
                     blamed.broken = f"{deaths}: {request_id}"
 
     def payload_lost(self, request_id: str, model_id: str, why: str) -> None:
-        """An operation cannot be run; without it, what comes after it would not be what was asked for."""
+        """Fail an operation whose payload is lost, and those after it, which would train something else."""
         run = self._runs.get(model_id)
         if run is None:
             lost = [each for each in self._operations.unanswered() if each.request_id == request_id]
@@ -101,7 +101,7 @@ class Recovery:
         self._fail_released(run, why)
 
     def take_up(self) -> None:
-        """Everything unanswered goes to the new engine; what engines died of one after the other."""
+        """Send everything unanswered to the new engine, and the suspects one after the other."""
         subjects = self._quarantine.subjects()
         self._held = set(subjects)
         for operation in self._operations.unanswered():
@@ -117,7 +117,7 @@ class Recovery:
             self.replayed += 1
 
     def _waits_for_its_number(self, operation: Operation) -> bool:
-        return operation.sequenced and operation.seq_id >= self._dispatcher.next_seq(operation.model_id)
+        return bool(operation.seq_id) and operation.seq_id >= self._dispatcher.next_seq(operation.model_id)
 
     async def _try_each(self, subjects: list[str]) -> None:
         for subject in subjects:
@@ -139,14 +139,14 @@ class Recovery:
     # --- one model
 
     def bring_back(self, run: Run) -> None:
-        """Begins to, unless the engine has it; nobody waits for it."""
+        """Begin to bring the model back, unless the engine has it."""
         if run.id in self._held or not self._engine.alive:
             return  # its turn will come, or the next engine
         if not run.resident and (run.restoring is None or run.restoring.done()):
             run.restoring = asyncio.ensure_future(self._restore(run))
 
     async def bring_back_now(self, run: Run) -> bool:
-        """Whether the engine has the model, and what its operations make, or is sent it now.
+        """Bring the model back; return whether the engine has it, or has been sent all that it needs for it.
 
         Waits while the model is in quarantine.
         """
@@ -198,8 +198,11 @@ class Recovery:
     async def _recreate(
         self, run: Run, creation: messages.CreateModel
     ) -> tuple[messages.Done | messages.Failed, int]:
-        """From the newest snapshot or, where that cannot be read, from what comes before it; and the
-        operation that this is the state after. Raises Unavailable, and SQLAlchemyError or ApiError."""
+        """Create the model from its newest snapshot or, if that cannot be read, from what came before it.
+
+        Return the answer, and the number of the operation after which the state was. Raises
+        Unavailable, SQLAlchemyError or ApiError.
+        """
         request = msgspec.structs.replace(creation, request_id=f"restore-{run.id}")
         answer = await self._engine.request(_from_snapshot(request, run.snapshot))
         if isinstance(answer, messages.Done) or run.older_snapshot_seq is None:
@@ -238,18 +241,20 @@ class Recovery:
 
 
 def _from_snapshot(creation: messages.CreateModel, snapshot: str | None) -> messages.CreateModel:
-    """None: from its creation."""
+    """Make the creation begin from a snapshot; without one it stays as it was."""
     if snapshot is None:
         return creation
     return msgspec.structs.replace(creation, checkpoint=snapshot, optimizer_state=True)
 
 
 def snapshot_request(run: Run) -> str:
-    """The id of the request to save the run's state: there is one at a time."""
+    """Return the id of the request to save the run's state. There is one such request at a time."""
     return f"snapshot-{run.id}"
 
 
 class Snapshots:
+    """Saves the states of models, so that few operations are kept and replayed."""
+
     def __init__(
         self,
         ledger: Ledger,
@@ -281,7 +286,7 @@ class Snapshots:
             run.saving = asyncio.ensure_future(self._take_until_not_due(run))
 
     async def _take_until_not_due(self, run: Run) -> None:
-        """Operations go on while a snapshot is written; the last of them may have made the next one due."""
+        """Take a snapshot, and another one if operations that came meanwhile have made it due."""
         if await self._take(run):
             asyncio.get_running_loop().call_soon(lambda: self.take_if_due(run, self._released(run)))
 
@@ -289,7 +294,10 @@ class Snapshots:
         await asyncio.gather(*(self.take_if_changed(run) for run in runs))
 
     async def take_if_changed(self, run: Run) -> bool:
-        """Whether the newest snapshot, or the model's creation alone, is its state as the engine has it."""
+        """Take a snapshot if there is none of the model's present state; return whether there is one now.
+
+        A model that is as it was created needs none.
+        """
         if run.resident and run.may_be_saved and self._has_changed(run):
             await self._take(run)
         return run.resident and not self._has_changed(run)
@@ -303,8 +311,10 @@ class Snapshots:
         return run.snapshot is None and bool(run.create_message.checkpoint)
 
     async def _take(self, run: Run) -> bool:
-        """Saves the state after the last released operation; what came before it need not be replayed.
-        Whether that worked."""
+        """Save the state after the last released operation; return whether that worked.
+
+        What came before it need not be replayed.
+        """
         async with run.lock:
             through = self._released(run)
             directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
@@ -323,8 +333,11 @@ class Snapshots:
         return run.snapshot == directory
 
     async def _note(self, run: Run, directory: str, through: int) -> str | None:
-        """In the ledger, which can then forget what came before the snapshot before this one, in case that
-        this one cannot be read; gives the snapshot that is not needed any more."""
+        """Note a snapshot in the ledger, and return the directory of the one that is not needed any more.
+
+        The snapshot before it is kept, in case this one cannot be read; operations from before that
+        are forgotten.
+        """
         oldest, older, older_seq = run.older_snapshot, run.snapshot, run.snapshot_seq
 
         def change(connection: Connection) -> None:
@@ -364,7 +377,7 @@ class Snapshots:
         return True
 
     async def remove(self, run: Run) -> None:
-        """Nobody will bring this model back."""
+        """Remove the snapshots of a model that nobody will bring back."""
         for directory in (run.snapshot, run.older_snapshot):
             if directory is not None:
                 await self._remove_directory(directory)
@@ -379,6 +392,11 @@ Suspect = tuple[str, str]  # a request id, and its model's or ''
 
 
 class Quarantine:
+    """Counts the deaths of engines by what they were computing.
+
+    An operation in whose turn `deaths` engines ended within `window_seconds` is to be given up.
+    """
+
     def __init__(self, deaths: int, window_seconds: float, clock: Callable[[], float] = time.monotonic):
         self._deaths = deaths
         self._window = window_seconds
@@ -386,7 +404,7 @@ class Quarantine:
         self._died_at: dict[Suspect, list[float]] = {}
 
     def blame(self, under_way: list[Suspect]) -> list[Suspect]:
-        """The engine died computing these. Those that are to be given up; they are no suspects any more."""
+        """Count a death for what the engine was computing; return what is to be given up, and forget it."""
         now = self._clock()
         for suspect in under_way:
             self._died_at.setdefault(suspect, []).append(now)
@@ -400,7 +418,7 @@ class Quarantine:
         return guilty
 
     def subjects(self) -> list[str]:
-        """Models and samples that are to run one after the other, those with the fewest deaths first."""
+        """Return the models and samples that are to run one by one, those with the fewest deaths first."""
         deaths: dict[str, int] = {}
         for (request_id, model_id), times in self._died_at.items():
             subject = model_id or request_id
@@ -408,10 +426,10 @@ class Quarantine:
         return sorted(deaths, key=lambda subject: deaths[subject])
 
     def requests(self, subject: str) -> set[str]:
-        """The request ids that a model or a sample is suspect for."""
+        """Return the ids of the requests that a model or a sample is suspect for."""
         return {request_id for request_id, model_id in self._died_at if (model_id or request_id) == subject}
 
     def acquit(self, subject: str) -> None:
-        """It ran, and the engine lives."""
+        """Forget the deaths of a model or a sample that has run without another one."""
         for suspect in [each for each in self._died_at if (each[1] or each[0]) == subject]:
             del self._died_at[suspect]

@@ -107,7 +107,7 @@ class KnownRuns(dict[str, Run]):
         self._of_owner: defaultdict[str, dict[str, Run]] = defaultdict(dict)
 
     def named(self, owner: str, name: str) -> Run | None:
-        """The owner's newest model of that name."""
+        """Return the owner's newest model of that name."""
         return self.get(self._newest.get((owner, name), ""))
 
     def of_owner(self, owner: str) -> list[Run]:
@@ -120,7 +120,7 @@ class KnownRuns(dict[str, Run]):
         return run
 
     def note_name(self, run: Run) -> None:
-        """From now on, its name means this model."""
+        """Have the run's name mean this model from now on."""
         if run.alias is not None:
             self._newest[run.owner, run.alias] = run.id
 

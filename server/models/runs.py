@@ -78,8 +78,10 @@ class Runs:
     # --- finding and creating
 
     async def find(self, owner: str, run_id: str) -> Run:
-        """By its id, or what its client calls it: the newest of that name. Raises NotFound for what does not
-        exist or is not the owner's."""
+        """Find a model by its id, or the newest one that its client calls so.
+
+        Raises NotFound for what does not exist or is not the owner's.
+        """
         run = self._known.get(run_id) or self._known.named(owner, run_id)
         if run is None or run.owner != owner:
             row = await self._ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
@@ -92,7 +94,7 @@ class Runs:
         return run
 
     def known(self, run_id: str) -> Run | None:
-        """One that has had operations since the server's start."""
+        """Return a model that has been used since the server's start."""
         return self._known.get(run_id)
 
     async def numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
@@ -106,7 +108,7 @@ class Runs:
         return run.id, run.seq_base + seq_id
 
     async def restart_numbers(self, run: Run) -> None:
-        """Its client has opened it again, and numbers its operations from 1."""
+        """Begin the client's numbers at 1 again: it has opened the model anew."""
         base = self._dispatcher.last_seq(run.id)
         if base != run.seq_base:
             run.seq_base = base
@@ -115,16 +117,22 @@ class Runs:
             )
 
     async def find_live(self, owner: str, run_id: str) -> Run:
-        """As `find`. A model that was deleted, or whose session has finished, raises the error with which its
-        dialect answers what is gone: Gone or NotFound."""
+        """Find a model that is not over, as `find` does.
+
+        For a model that was deleted, or whose session has finished, raises what its dialect says of
+        what is gone: Gone or NotFound.
+        """
         run = await self.find(owner, run_id)
         if run.state == "finished":
             raise _gone(run, run_id)
         return run
 
     async def find_trainable(self, owner: str, run_id: str) -> Run:
-        """As `find_live`; raises BadRequest for a model whose creation failed, or whose base model has other
-        weights now."""
+        """Find a model that can be trained, as `find_live` does.
+
+        Raises BadRequest for a model whose creation failed, or whose base model has other weights
+        now.
+        """
         run = await self.find(owner, run_id)
         if run.state == "finished":
             raise _gone(run, run_id)
@@ -135,7 +143,7 @@ class Runs:
         return run
 
     def is_early(self, run: Run, seq_id: int) -> bool:
-        """Whether operations of the model that come before it have not arrived."""
+        """Return whether operations of the model that come before this number have not arrived."""
         return seq_id > self._dispatcher.next_seq(run.id)
 
     def last_seq(self, run: Run) -> int:
@@ -145,7 +153,7 @@ class Runs:
         return self._dispatcher.reserve(run.id)
 
     async def create(self, new: NewRun) -> Operation:
-        """Registers the model and asks the engine for it."""
+        """Register a model and ask the engine for it."""
         message = new.message
         lora = None if message.lora is None else msgspec.structs.asdict(message.lora)
         run: Run | None = None
@@ -176,22 +184,9 @@ class Runs:
             )
             if (rlve := new.configuration.get("rlve")) is not None:
                 plugin_rows.add_run(connection, message.model_id, rlve["difficulties"])
-            run = Run(
-                message.model_id,
-                new.owner,
-                new.session_id,
-                message.base_model,
-                lora,
-                new.optimizer,
-                new.user_metadata,
-                "creating",
-                creation,
-                None,
-                0,
-                dialect=new.dialect,
-                alias=new.alias,
-                configuration=new.configuration,
-            )
+            row = tenancy.find_model(connection, message.model_id)
+            assert row is not None
+            run = from_row(row)
 
         operation = await self._operations.accept(
             Submission(
@@ -225,7 +220,7 @@ class Runs:
             run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"
 
     async def _open(self, row: Row) -> Run:
-        """Take up a run of the ledger where its operations stand."""
+        """Take up a run of the ledger at the operation where it stands."""
         early = await self._ledger.read(
             lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
         )
@@ -240,7 +235,7 @@ class Runs:
         return run
 
     async def resume(self) -> None:
-        """At start: what was accepted and not answered is taken up again."""
+        """Take up what was accepted and not answered before the server's start."""
         unfinished = await self._ledger.read(operation_rows.unfinished)
         for row in unfinished:
             operation = self._operations.load(row)
@@ -265,28 +260,28 @@ class Runs:
         self._snapshots.take_if_due(run, operation.seq_id)
 
     async def bring_back(self, owner: str, run_id: str) -> bool:
-        """As `Recovery.bring_back_now`, of the owner's model. Raises NotFound."""
+        """Bring back the owner's model, as `Recovery.bring_back_now` does. Raises NotFound."""
         return await self._recovery.bring_back_now(await self.find(owner, run_id))
 
     # --- leaving
 
     async def save_all(self) -> None:
-        """Before a stop: the state of every model that changed since its last snapshot."""
+        """Save the state of every model that has changed since its last snapshot, before a stop."""
         await self._snapshots.take_all(list(self._known.values()))
 
     def resident(self) -> list[Run]:
-        """Those that the engine has."""
+        """Return the models whose states the engine has."""
         return [run for run in self._known.values() if run.resident]
 
     def is_alive(self, run: Run) -> bool:
-        """Whether the engine has it, or will have it without another operation."""
+        """Return whether the engine has the model, or will have it without another operation."""
         return run.resident or run.state == "creating" or bool(self._operations.unanswered(run.id))
 
     def alive(self, owner: str) -> list[Run]:
         return [run for run in self._known.of_owner(owner) if self.is_alive(run)]
 
     async def rest(self, run: Run) -> None:
-        """Its client is silent: the state is saved, and the engine forgets the model until it is needed."""
+        """Save the state of a silent client's model, and have the engine forget it until it is needed."""
         if self._operations.unanswered(run.id) or run.state != "ready":
             return
         if await self._snapshots.take_if_changed(run):
@@ -294,8 +289,10 @@ class Runs:
             await self._leave(run)
 
     def forget_unused(self) -> None:
-        """Forget the models that the engine does not have and that nobody has asked for in an hour. `find`
-        reads them from the ledger again."""
+        """Forget the models that are at rest and that nobody has asked for in an hour.
+
+        `find` reads them from the ledger again.
+        """
         since = time.monotonic() - _REMEMBERED_SECONDS
         unused = [run for run in self._known.values() if max(run.found_at, run.used_at) < since]
         for run in unused:
@@ -308,7 +305,7 @@ class Runs:
                 self._forget(run)
 
     async def finish(self, run: Run) -> None:
-        """The session is over: the engine forgets the model once its operations are done."""
+        """End a model: the engine forgets it once its operations are done."""
         if run.state == "finished":
             return
         self.ending(run)
@@ -333,7 +330,7 @@ class Runs:
             self._forget(self._over.popleft())
 
     def _forget(self, run: Run) -> None:
-        """A model that the ledger knows, and that nothing here needs."""
+        """Forget a model that the ledger knows and that nothing here needs."""
         if self._known.discard(run):
             self._dispatcher.close(run.id)
 

@@ -80,7 +80,10 @@ class Recent(Generic[K, V]):
 
 @dataclass(frozen=True)
 class Sampler:
-    """`follows`: the model whose newest inflight weights it samples; None: its weights never change."""
+    """A sampling session.
+
+    `follows` is the model whose newest inflight weights it samples; None: its weights never change.
+    """
 
     id: str
     owner: str
@@ -102,17 +105,17 @@ def sampler_id(session_id: str, sampling_session_seq_id: int | str) -> str:
 
 
 def number_of(run_id: str, name: str) -> str:
-    """In place of a client's number: of a named checkpoint of a model of the session."""
+    """Number the sampler of a checkpoint of one of the session's models, in place of a client's number."""
     return f"{run_id.rpartition(':')[2]}-{name}"
 
 
 def new_directory(run_id: str) -> str:
-    """A key for unnamed weights of a model."""
+    """Make a key for unnamed weights of a model."""
     return f"{_ROOT}/{run_id.replace(':', '@')}/{uuid.uuid4().hex}"
 
 
 def run_of(directory: str | None) -> str | None:
-    """The model that unnamed weights are of; None for others."""
+    """Return the model that unnamed weights are of; None for other weights."""
     root, _, rest = (directory or "").partition("/")
     return rest.partition("/")[0].replace("@", ":") if root == _ROOT else None
 
@@ -132,6 +135,8 @@ def _sampler(row: Row) -> Sampler:
 
 
 class Samplers:
+    """Creates, finds and forgets samplers, and has weights made again that were lost."""
+
     def __init__(
         self,
         ledger: Ledger,
@@ -167,7 +172,10 @@ class Samplers:
         directory: str | None,
         engine: messages.SamplingEngine | None = None,
     ) -> Sampler:
-        """The first one of this number stays: asking again with the same weights finds it."""
+        """Create a sampler. Asking again for the same number and weights finds the first one.
+
+        Raises BadRequest for a number that has other weights.
+        """
         identifier = sampler_id(session_id, seq_id)
         limit = self._quotas.of(owner).metadata_bytes
 
@@ -202,8 +210,11 @@ class Samplers:
         return sampler
 
     async def find(self, owner: str, identifier: str) -> Sampler:
-        """Raises NotFound for what does not exist or is not the owner's, BadRequest for a sampler whose base
-        model has other weights now."""
+        """Find a sampler by its id.
+
+        Raises NotFound for what does not exist or is not the owner's, BadRequest for a sampler whose
+        base model has other weights now.
+        """
         sampler = self._samplers.get(identifier, None)
         if sampler is None:
             row = await self._ledger.read(lambda connection: tenancy.find_sampler(connection, identifier))
@@ -218,7 +229,7 @@ class Samplers:
         return sampler
 
     async def sampled(self, sampler: Sampler) -> None:
-        """A sign of life of its session."""
+        """Note a sign of life of the sampler's session."""
         now = time.time()
         if now - self._alive.get(sampler.session_id, 0.0) >= _SIGN_OF_LIFE_EVERY:
             self._alive[sampler.session_id] = now
@@ -229,7 +240,7 @@ class Samplers:
     # --- weights that are not there
 
     def _missing(self, operation: Operation, message: str) -> None:
-        """The engine does not have the weights of a sample: it has died before they were on disk."""
+        """Have weights made again that were not on disk when the engine died."""
         task = asyncio.ensure_future(self._make_again(operation, message))
         self._making.add(task)
         task.add_done_callback(self._making.discard)
@@ -260,12 +271,12 @@ class Samplers:
     # --- weights that nobody needs
 
     async def forget(self, sampler: Sampler) -> None:
-        """One of unnamed weights."""
+        """Forget a sampler of unnamed weights."""
         of = tenancy.is_sampler(sampler.id)
         await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
 
     async def forget_unnamed(self, session_id: str) -> None:
-        """Weights that only a sampling session names go with their session."""
+        """Forget the samplers of unnamed weights of a session that is over."""
         of = tenancy.of_session(session_id)
         await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
 
@@ -279,7 +290,7 @@ class Samplers:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def sweep(self) -> None:
-        """Removes the unnamed weights of sessions that are silent for long, and directories of none."""
+        """Remove the unnamed weights of long silent sessions, and directories that no sampler names."""
         silent_since = time.time() - self._settings.unnamed_sampler_seconds
         of = tenancy.of_sessions_silent_since(silent_since)
         gone = await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of))
@@ -319,9 +330,10 @@ def add(
     follows: str | None = None,
     engine: messages.SamplingEngine | None = None,
 ) -> None:
-    """`metadata_bytes`: the owner's quota. `engine` None: as its session is set, or the server.
+    """Add a sampler's row. Raises QuotaExceeded.
 
-    Raises QuotaExceeded.
+    `metadata_bytes` is the owner's quota. With `engine` None the session says who draws its samples, or
+    else the server.
     """
     tenancy.require_room(connection, owner, metadata_bytes)
     tenancy.add_sampler(
@@ -343,7 +355,7 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class Live:
-    """The sampler, and the operation of the model that saved it."""
+    """Weights of a model as it is now: the sampler, and the number of the operation that saved it."""
 
     sampler: Sampler
     seq_id: int
@@ -362,8 +374,11 @@ class LiveSamplers:
         runs.finished.subscribe(self._forget)
 
     async def of(self, run: Run) -> Sampler:
-        """Wait for the model's operations that are queued. Raises as `save`. A save that has begun ends, and
-        is kept for the next request, also when the one that waits for it is cancelled."""
+        """Return a sampler of the model as it is after all operations that are queued. Raises as `save`.
+
+        A save that has begun ends, and serves the next request, also when the one that waits for it
+        is cancelled.
+        """
         newest = asyncio.ensure_future(self._newest(run))
         newest.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(newest)
@@ -380,15 +395,15 @@ class LiveSamplers:
             return versions[-1].sampler
 
     def _forget(self, model_id: str) -> None:
-        """Its samplers end with the model's session."""
+        """Forget the samplers of a model whose session is over, and which end with it."""
         self._versions.pop(model_id, None)
         self._saving.pop(model_id, None)
 
     async def save(self, run: Run, identifier: str, key: str | None = None) -> Live:
-        """The model's weights behind the operations that are queued, under a new sampler's id; two of the
-        same `key` are one.
+        """Save the model's weights behind the operations that are queued, under a new sampler's id.
 
-        Raises BadRequest, NotFound for one that was forgotten since, QuotaExceeded, or Unavailable at a stop.
+        Two saves of the same `key` are one. Raises BadRequest, NotFound for a sampler that was
+        forgotten since, QuotaExceeded, or Unavailable at a stop.
         """
         directory = new_directory(run.id)
         limit = self._quotas.of(run.owner).metadata_bytes

@@ -46,17 +46,19 @@ _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
 
 
 def shown_id(row: Row) -> str:
-    """What a session is called in listings: its client's name for it, or its id."""
+    """Return what a session is called in listings: its client's name for it, or its id."""
     name = row.display_name
     return name if name and id_of_name(row.owner, name) == row.id else row.id
 
 
 def id_of_name(owner: str, name: str) -> str:
-    """The id of the session that a tenant's client calls `name`. Each tenant has names of its own."""
+    """Return the id of the session that a tenant's client calls `name`. Each tenant has names of its own."""
     return uuid.uuid5(_NAMES, f"{owner}\0{name}").hex
 
 
 class Sessions:
+    """Creates, finds and ends sessions, and lets the models of silent ones rest."""
+
     def __init__(self, ledger: Ledger, runs: Runs, samplers: Samplers, quotas: Quotas, idle_seconds: float):
         self._ledger = ledger
         self._quotas = quotas
@@ -147,7 +149,10 @@ class Sessions:
         return await self.open_named(owner, session_id, fields)
 
     async def heartbeat(self, owner: str, session_id: str) -> None:
-        """Raises Gone for a session that has finished: the client then stops sending."""
+        """Note that the session's client is alive.
+
+        Raises Gone for a session that has finished: the client then stops sending heartbeats.
+        """
         try:
             session_id = await self.require_active(owner, session_id)
         except BadRequest as error:
@@ -160,7 +165,7 @@ class Sessions:
             await self._ledger.write(lambda connection: tenancy.heartbeat(connection, session_id, now))
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
-        """Ends the session: its models leave the engine, unnamed samplers go, checkpoints stay."""
+        """End a session: its models leave the engine, unnamed samplers go, checkpoints stay."""
         session_id = (await self.find(owner, session_id)).id
         self._active.discard(session_id)
         self._heard.discard(session_id)
@@ -191,7 +196,7 @@ class Sessions:
         await self._ledger.write(assign)
 
     async def rest_silent(self) -> None:
-        """Saves the models of silent sessions and lets the engine forget them."""
+        """Save the models of silent sessions, and have the engine forget them."""
         silent_since = time.monotonic() - self._idle_seconds
         for run in self._runs.resident():
             if max(run.used_at, self._heard.get(run.session_id, 0.0)) < silent_since:
@@ -212,7 +217,7 @@ _OVER = ("finished", "failed")
 
 @dataclass(frozen=True)
 class Named:
-    """What is asked for by a name; None: a model of no name, in a session of its own."""
+    """A model that a client asks for by a name; None: one without a name, in a session of its own."""
 
     owner: str
     name: str | None
@@ -225,6 +230,12 @@ class Named:
 
 
 class NamedModels:
+    """Opens models that clients name: creates one at the first request, and finds it again later.
+
+    A name is the tenant's own, and means its newest model. After the model is unloaded, the name makes a
+    new one.
+    """
+
     def __init__(self, runs: Runs, sessions: Sessions, operations: Operations, admission: Admission):
         self._runs = runs
         self._sessions = sessions
@@ -233,7 +244,7 @@ class NamedModels:
         self._one_at_a_time = asyncio.Lock()
 
     async def open(self, asked: Named) -> Operation:
-        """Raises BadRequest for a name that has another model."""
+        """Return the creation of the model of that name. Raises BadRequest if it is not as is asked now."""
         async with self._one_at_a_time:
             run = await self._alive(asked)
             if run is None:
@@ -302,14 +313,14 @@ def _require_alike(run: Run, spec: ModelSpec, any_alpha: bool) -> None:
 
 
 def _shape(lora: messages.LoraSpec | None) -> dict[str, Any] | None:
-    """Without the seed, which says only how it began."""
+    """Return what makes two adapters alike: everything but the seed, which says only how it began."""
     if lora is None:
         return None
     return {name: value for name, value in msgspec.structs.asdict(lora).items() if name != "seed"}
 
 
 def check_name(name: str) -> None:
-    """Raises BadRequest for what no model can be called."""
+    """Raise BadRequest for a name that no model can have."""
     try:
         paths.check_id(name)
     except ValueError as error:
@@ -317,7 +328,7 @@ def check_name(name: str) -> None:
 
 
 def described(spec: ModelSpec, router_address: str) -> dict[str, Any]:
-    """The answer to a creation, without the model's id."""
+    """Describe a creation, without the model's id."""
     message = spec.message
     return {
         "type": "create_model",
@@ -332,5 +343,5 @@ def described(spec: ModelSpec, router_address: str) -> dict[str, Any]:
 
 
 def warnings_of(spec: ModelSpec) -> dict[str, str]:
-    """Empty without any."""
+    """Return the warnings as a field of an answer; nothing if there are none."""
     return {"warning_message": "; ".join(spec.warnings)} if spec.warnings else {}

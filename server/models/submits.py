@@ -36,8 +36,11 @@ from .runs import Runs
 
 
 class UnusedNumbers:
-    """`numbered` says which operation of which model a client means, and raises ApiError for a model that is
-    not its own."""
+    """Uses up numbers of operations that will not be run.
+
+    `numbered` tells which operation of which model a client's number means, and raises ApiError for a
+    model that is not the client's own.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class UnusedNumbers:
         self._numbered = numbered
 
     async def consume(self, owner: str, model_id: Any, seq_id: Any, message: str) -> None:
-        """A submit is refused: its number is used up, so that the operations after it run."""
+        """Use up the number of a submit that was refused, so that the operations after it run."""
         is_number = isinstance(seq_id, int) and not isinstance(seq_id, bool)
         if not isinstance(model_id, str) or not is_number or not 0 < seq_id < 1 << 61:
             return
@@ -61,7 +64,7 @@ class UnusedNumbers:
         await self.give_up(owner, model_id, seq_id, message)
 
     async def give_up(self, owner: str, model_id: str, seq_id: int, message: str) -> None:
-        """The number of an operation that will not be run, if it has not had its turn."""
+        """Use up a number that has not had its turn: answer its operation with an error."""
         if seq_id < self._dispatcher.next_seq(model_id):
             return
         request_id = f"req_{uuid.uuid4().hex}"
@@ -94,11 +97,10 @@ class UnusedNumbers:
 
 
 class RefusedSaves:
-    """Saves that were refused for want of room, and that nobody may send again.
+    """Uses up the numbers of saves that were refused for want of room, once nobody sends them again.
 
-    A client sends such a save again for some minutes and then gives it up, and the operations after it would
-    wait for its number. A save changes no model, so once it is not sent again its number is used up and they
-    run.
+    A client sends such a save again for some minutes and then gives it up, and the operations after it
+    would wait for its number. A save changes no model, so they can run without it.
     """
 
     def __init__(self, unused: UnusedNumbers, patience_seconds: float):
@@ -108,7 +110,7 @@ class RefusedSaves:
         self._consuming: set[asyncio.Task[None]] = set()
 
     def refused(self, owner: str, model_id: str, seq_id: int, message: str) -> None:
-        """Now, for the first time or again."""
+        """Note that a save was refused, for the first time or again."""
         known = self._timers.pop((model_id, seq_id), None)
         if known is not None:
             known.cancel()
@@ -163,9 +165,11 @@ class Submits:
         also: Any = None,
         key: str | None = None,
     ) -> Operation:
-        """A sequenced operation of a model; without a `seq_id` it comes after all that have arrived.
-        `message` has no request id yet. `key`, without a `seq_id`: two of the same are one. Only the server's
-        own have one, and are all that trains a model that the server trains."""
+        """Submit an operation of a model; without a `seq_id` it comes after all that have arrived.
+
+        `message` has no request id yet. Two operations without a `seq_id` but with the same `key` are
+        one. Only the server itself uses a `key`: a model that it trains takes no other training.
+        """
         if run.driven and key is None and (seq_id is not None or kind in _TRAINING):
             raise BadRequest(
                 f"{kind}: the server trains this model (rlve_config); stop it with stop_rlve first. "
@@ -208,7 +212,7 @@ class Submits:
             raise
 
     async def refuse(self, owner: str, model: Any, seq_id: Any, error: ApiError) -> None:
-        """A submit is wrong for good: its number is used up. One without room may be sent again."""
+        """Use up the number of a submit that is wrong for good. One that lacks room may be sent again."""
         if error.final:
             await self._unused.consume(owner, model, seq_id, error.message)
         elif isinstance(error, StorageQuotaExceeded) and isinstance(seq_id, int):
@@ -216,7 +220,7 @@ class Submits:
 
 
 class SampleCheck(Protocol):
-    """Whoever knows which samples can be drawn."""
+    """Knows which samples can be drawn."""
 
     def check(self, owner: str, sample: messages.Sample) -> None:
         """Raise BadRequest, naming the field, for a sample that will never be drawn."""
@@ -286,12 +290,12 @@ class SampleSubmits:
 
 
 def spelled(run: Run, uri: paths.CheckpointUri) -> str:
-    """A checkpoint's path as the model's client spells it."""
+    """Spell a checkpoint's path as the model's client does."""
     return f"{DIALECT_RULES[run.dialect].scheme}{run.name}/{uri.checkpoint_id}"
 
 
 def save_answer(kind: str, run: Run, uri: paths.CheckpointUri) -> dict[str, Any]:
-    """The answer to a save, but for its size."""
+    """Make the answer to a save, without its size."""
     return {
         "type": kind,
         "path": spelled(run, uri),
@@ -307,13 +311,13 @@ Reservation = Callable[[Connection, str], messages.Failed | None]
 
 
 class SavedWeights(Protocol):
-    """Whoever wants the weights that are saved for samplers."""
+    """Uses weights that are saved for samplers."""
 
     def is_awaited(self, base_model: str, owner: str) -> bool:
-        """Whether weights that the owner saves are wanted as soon as they are there."""
+        """Return whether weights that the owner saves are wanted as soon as they are there."""
 
     def follow(self, operation: Operation, save: messages.ToEngine | None, base_model: str) -> None:
-        """A save was accepted; `save` is its message, None if it was made before."""
+        """Note that a save was accepted; `save` is its message, None if it was made before."""
 
 
 class Saves:

@@ -11,25 +11,27 @@ from collections import Counter, OrderedDict
 from sqlalchemy import Connection
 
 from ...engine import messages
-from ..ledger import accounts, tenancy
+from ..ledger import accounts, step_metrics, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
-from . import step_metrics
 from .operation import Answer, Operation, held_bytes
 
-# Operations that change a model: a replay after the newest snapshot needs them again.
 REPLAYED = frozenset(
     {"forward_backward", "optim_step", "drop_gradients", "load_weights", "save_unnamed_sampler"}
 )
-# What an operation brought stays, in the ledger: losses, for later operations (models/losses.py).
+"""Operations that change a model: a replay after the newest snapshot needs them again."""
 KEPT = frozenset({"create_custom_loss"})
+"""Operations whose payloads stay in the ledger: uploaded losses, for later operations."""
+_KEPT_WHEN_DONE = REPLAYED | KEPT
 _REMEMBERED_BYTES = 16 << 20
 _OPERATION_BYTES = 2048  # its objects, whatever is in them
 
 
 class RememberedAnswers:
-    """The newest answered operations by id, so many bytes of them; older ones are read from the ledger. An
-    owner with more than half of the bytes is the first to lose its oldest."""
+    """The newest answered operations by id, up to so many bytes; older ones are read from the ledger.
+
+    An owner with more than half of the bytes is the first to lose its oldest.
+    """
 
     def __init__(self, max_bytes: int = _REMEMBERED_BYTES):
         self._max_bytes = max_bytes
@@ -43,7 +45,7 @@ class RememberedAnswers:
         return self._operations.get(request_id)
 
     def forget(self, owner: str) -> None:
-        """All of that owner's; the ledger may have them."""
+        """Forget the owner's operations here; the ledger may still have them."""
         for request_id in list(self._of_owner.get(owner, ())):
             self._remove(request_id)
 
@@ -70,29 +72,29 @@ class RememberedAnswers:
             del self._of_owner[owner], self._bytes_of_owner[owner]
 
 
-def note_replay(connection: Connection, operation: Operation, answer: Answer, ran: bool) -> None:
-    """Keep the message that does to the model again what the operation did, and no other."""
-    if isinstance(answer, messages.Done):
-        is_kept = operation.kind in REPLAYED | KEPT
-    elif ran and operation.kind == "forward_backward":
-        # The engine counts failures, for the step after them; without data it fails again, and at once.
-        failing = messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
-        payload_rows.replace(connection, operation.request_id, messages.encode(failing))
-        return
-    else:  # a step that is not finite drops the gradients
-        is_kept = ran and operation.kind == "optim_step" and answer.category == "user"
-    if not is_kept:
-        payload_rows.drop(connection, operation.request_id)
-
-
 def settle(
-    connection: Connection, operation: Operation, answer: Answer, sample: messages.Sample | None = None
+    connection: Connection, operation: Operation, answer: Answer, ran: bool, sample: messages.Sample | None
 ) -> None:
-    """What else an operation's first answer means for the ledger. `sample`: what a sample asked for."""
+    """Write what follows from an operation's first answer.
+
+    `ran`: an engine has begun the operation. `sample` is what a sample asked for.
+    """
+    _keep_for_replay(connection, operation, answer, ran)
     output = answer.output if isinstance(answer, messages.Done) else None
-    if output is not None:
-        _add_usage(connection, operation, output, sample)
-        step_metrics.add(connection, operation, output, answer.device_seconds)
+    if operation.used:
+        _add_usage(connection, operation, sample)
+    match output:
+        case messages.ForwardBackwardOutput(metrics=metrics) | messages.OptimStepOutput(metrics=metrics):
+            step = metrics.get("optimizer_step")
+            step_metrics.add(
+                connection,
+                operation.model_id,
+                operation.kind,
+                operation.seq_id,
+                metrics | {"device_seconds:sum": answer.device_seconds},
+                None if step is None else int(step),
+            )
+            return
     if operation.kind == "save_unnamed_sampler":
         if output is not None:
             tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])
@@ -107,6 +109,21 @@ def settle(
         tenancy.settle_creation(connection, operation.model_id, state)
         if output is not None:
             _record_model(connection, operation)
+
+
+def _keep_for_replay(connection: Connection, operation: Operation, answer: Answer, ran: bool) -> None:
+    """Keep only payloads that do to the model again what the operation did."""
+    if isinstance(answer, messages.Done):
+        is_kept = operation.kind in _KEPT_WHEN_DONE
+    elif ran and operation.kind == "forward_backward":
+        # The engine counts failures, for the step after them; without data it fails again, and at once.
+        failing = messages.ForwardBackward(operation.request_id, operation.model_id, [], "cross_entropy")
+        payload_rows.replace(connection, operation.request_id, messages.encode(failing))
+        return
+    else:  # a step that is not finite drops the gradients
+        is_kept = ran and operation.kind == "optim_step" and answer.category == "user"
+    if not is_kept:
+        payload_rows.drop(connection, operation.request_id)
 
 
 def _record_model(connection: Connection, operation: Operation) -> None:
@@ -127,7 +144,7 @@ def used(
     """
     match output:
         case messages.ForwardBackwardOutput(logprobs=logprobs):
-            return {"trained": sum(tensor.shape[0] for tensor in logprobs)}
+            return {"trained": sum([tensor.shape[0] for tensor in logprobs])}
         case messages.SampleOutput():
             assert sample is not None
             prompt = len(sample.prompt) // 4  # int32, as the sampled tokens
@@ -142,18 +159,12 @@ def used(
     return {}
 
 
-def _add_usage(
-    connection: Connection,
-    operation: Operation,
-    output: messages.Output,
-    sample: messages.Sample | None = None,
-) -> None:
-    """Counts the answer of an operation, in the transaction that writes it down: never a second time."""
-    counts = used(operation, output, sample)
-    if counts and sample is None:
-        accounts.add_model_usage(connection, operation.model_id, counts)
-    elif counts and sample is not None:
-        weights = sample.sampler.weights
-        run_id = "" if weights is None else weights.split("/")[1].replace("@", ":")  # of any directory's key
-        session_id = operation.session_id or ""
-        accounts.add_usage(connection, operation.owner, session_id, run_id, sample.sampler.base_model, counts)
+def _add_usage(connection: Connection, operation: Operation, sample: messages.Sample | None) -> None:
+    """Count what the operation used, in the transaction of its answer, so that it is counted once."""
+    if sample is None:
+        accounts.add_model_usage(connection, operation.model_id, operation.used)
+        return
+    weights = sample.sampler.weights
+    run_id = "" if weights is None else weights.split("/")[1].replace("@", ":")  # of any directory's key
+    session_id, base_model = operation.session_id or "", sample.sampler.base_model
+    accounts.add_usage(connection, operation.owner, session_id, run_id, base_model, operation.used)

@@ -18,7 +18,7 @@ from ..events import Event
 
 
 class Sequenced(Protocol):
-    """An operation of a model. `settled`: it had its answer before its turn and is not to be run."""
+    """A numbered operation of a model. A `settled` one had its answer before its turn, and is not run."""
 
     model_id: str
     seq_id: int
@@ -54,7 +54,7 @@ class Dispatcher(Generic[Op]):
         self._lanes: dict[Hashable, Lane[Op]] = {}
 
     def open(self, model_id: str, next_seq: int) -> None:
-        """The model's operations before `next_seq` had their turn."""
+        """Begin a model's sequence at `next_seq`: the operations before it have had their turn."""
         self._lanes.setdefault(model_id, Lane(next_seq))
 
     def close(self, model_id: str) -> None:
@@ -63,22 +63,22 @@ class Dispatcher(Generic[Op]):
             lane.gap_timer.cancel()
 
     def next_seq(self, model_id: str) -> int:
-        """The number whose turn it is."""
+        """Return the number whose turn it is."""
         return self._lanes[model_id].next_seq
 
     def last_seq(self, model_id: str) -> int:
-        """The highest number that has arrived, or is about to."""
+        """Return the highest number that has arrived, or is about to."""
         lane = self._lanes[model_id]
         return max(lane.next_seq - 1, lane.reserved, *lane.held)
 
     def reserve(self, model_id: str) -> int:
-        """A number after all others, for clients that do not number their operations. It has to arrive."""
+        """Return a number after all others, for a client without numbers. The operation has to arrive."""
         lane = self._lanes[model_id]
         lane.reserved = self.last_seq(model_id) + 1
         return lane.reserved
 
     def add(self, operation: Op) -> None:
-        """An operation has arrived. One whose number had its turn already is not run again."""
+        """Take an operation that has arrived. One whose number has had its turn is not run again."""
         lane = self._lanes[operation.model_id]
         if operation.seq_id < lane.next_seq:
             return

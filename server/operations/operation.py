@@ -1,7 +1,4 @@
-"""One accepted request, and what a router says to have one accepted.
-
-Who else than the engine can draw samples.
-"""
+"""Operations: accepted requests, what routers submit to have one accepted, and who else draws samples."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ TRACE_PARENT: ContextVar[str] = ContextVar("trace_parent", default="")
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """One accepted request. `answer` is None until it is finished."""
+    """One accepted request. `seq_id` is its number in its model's sequence, 0 if it has no place there."""
 
     request_id: str
     owner: str
@@ -36,7 +33,7 @@ class Operation:
     seq_id: int
     reply: dict[str, Any]
     payload_bytes: int = 0  # of the message to the engine, which payloads.py has
-    answer: Answer | None = None
+    answer: Answer | None = None  # None until it is finished
     rejected: bool = False
     expired: bool = False  # it had an answer, which was dropped
     committed: bool = False  # it is in the ledger
@@ -59,7 +56,7 @@ class Operation:
         self._listener = listener
 
     def answered(self) -> None:
-        """Wakes everybody who waits for it."""
+        """Wake everybody who waits for the answer."""
         self.finished.set()
         if self._listener is not None:
             self._listener(self)
@@ -67,15 +64,6 @@ class Operation:
     @property
     def settled(self) -> bool:
         return self.answer is not None or self.expired
-
-    @property
-    def stream(self) -> str:
-        """Payloads of one stream are forgotten together."""
-        return stream_of(self.model_id, self.kind)
-
-    @property
-    def sequenced(self) -> bool:
-        return self.seq_id > 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +101,7 @@ class Submission:
 
 
 def stream_of(model_id: str | None, kind: str) -> str:
+    """Name the stream of an operation's payload. Payloads of one stream are forgotten together."""
     return model_id or kind
 
 
@@ -121,45 +110,35 @@ def natural_key(model_id: str, seq_id: int) -> str:
 
 
 class Outcome(Protocol):
-    """Where whoever draws a sample says what came of it."""
+    """Takes what became of samples that the engine does not draw."""
 
     def on_answer(self, answer: Answer) -> None:
-        """The sample has this answer."""
+        """Take the answer to a sample."""
 
     def fail(
         self, operations: list[Operation], message: str, category: Literal["user", "server"] = "user"
     ) -> None:
-        """The samples cannot be drawn."""
+        """Answer samples that cannot be drawn."""
 
     def send_to_engine(self, operation: Operation) -> None:
-        """The engine is to draw the sample after all."""
+        """Have the engine draw the sample after all."""
 
 
 class SampleDrawer(Protocol):
     """Draws samples in the engine's place."""
 
     def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
-        """Whether it draws this sample, and tells `outcome` of the answer; it may be asked more than once."""
+        """Return whether it draws this sample, and then answers to `outcome`; may be asked more than once."""
 
     def cancel(self, operation: Operation) -> bool:
-        """Whether it was drawing this sample, which it now stops."""
-
-
-class EngineOnly:
-    """No SGLang server: the engine draws every sample."""
-
-    def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
-        return False
-
-    def cancel(self, operation: Operation) -> bool:
-        return False
+        """Stop drawing the sample; return whether it was being drawn here."""
 
 
 _OBJECT = 64  # of its header, and of its place where it is referred to
 
 
 def held_bytes(value: Any) -> int:
-    """Of text, bytes, numbers, lists, dictionaries and messages, with all that is in them."""
+    """Estimate the memory of text, bytes, lists, dictionaries and messages, with all that is in them."""
     if isinstance(value, (bytes, bytearray, str)):
         return _OBJECT + len(value)
     if isinstance(value, dict):

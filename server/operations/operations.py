@@ -1,10 +1,8 @@
-"""Accepted operations and their answers.
+"""Accepted operations, from their submits to their answers.
 
-`accept` writes an operation into the ledger before anything else happens to it; a second submit with the
-same natural key finds the first. The answer of the engine is written before anybody sees it. Polls wait on
-an event and are answered from memory; older answers come from the ledger.
-
-Operations that have no answer yet.
+`accept` writes an operation into the ledger before anything else happens to it. A second submit with the
+same natural key finds the first one. An answer is written as the engine encoded it, before anybody sees it.
+Polls wait for an event and are answered from memory; older answers come from the ledger.
 """
 
 from __future__ import annotations
@@ -12,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Coroutine, Iterable
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import SQLAlchemyError
@@ -29,53 +28,46 @@ from ..ledger.ledger import Ledger
 from ..ledger.payloads import PayloadLost, Stored
 from ..supervision.outbox import Lane
 from ..supervision.supervisor import Supervisor
-from .answers import KEPT, RememberedAnswers, note_replay, settle, used
+from .answers import KEPT, RememberedAnswers, settle, used
 from .dispatcher import Dispatcher
-from .operation import Answer, EngineOnly, Operation, SampleDrawer, Submission
+from .operation import Answer, Operation, SampleDrawer, Submission, stream_of
 from .payloads import Payloads
 
+log = logging.getLogger("tinsmith.operations")
 
-class PendingOperations:
-    """By id, and by model: a submit looks at those of its own model, whatever the others have queued."""
+T = TypeVar("T")
+
+_CANCELLED = "cancelled"
+
+
+class PendingOperations(dict[str, Operation]):
+    """Operations without an answer, by id, oldest first; also by model, however many the others have."""
 
     def __init__(self) -> None:
-        self._by_id: dict[str, Operation] = {}
+        super().__init__()
         self._of_model: dict[str, dict[str, Operation]] = {}
 
-    def get(self, request_id: str) -> Operation | None:
-        return self._by_id.get(request_id)
-
     def add(self, operation: Operation) -> None:
-        self._by_id[operation.request_id] = operation
+        self[operation.request_id] = operation
         self._of_model.setdefault(operation.model_id, {})[operation.request_id] = operation
 
     def discard(self, request_id: str) -> None:
-        operation = self._by_id.pop(request_id, None)
+        operation = self.pop(request_id, None)
         if operation is not None:
             mine = self._of_model[operation.model_id]
             del mine[request_id]
             if not mine:
                 del self._of_model[operation.model_id]
 
-    def all(self) -> list[Operation]:
-        """Oldest first."""
-        return list(self._by_id.values())
-
     def of_model(self, model_id: str) -> list[Operation]:
-        """Oldest first."""
+        """Return the model's operations, oldest first."""
         return list(self._of_model.get(model_id, {}).values())
-
-
-log = logging.getLogger("tinsmith.operations")
-
-_CANCELLED = "cancelled"
-_STATES = {messages.Done: "done", messages.Failed: "failed"}
 
 
 class Operations:
     """All operations of the server.
 
-    `dispatcher` puts the operations of each model in order, `drawer` may draw samples in the engine's place.
+    `dispatcher` puts the operations of each model in order; `drawer` may draw samples in the engine's place.
     Events: `finished(operation)` when an operation has its answer, `weights_missing(sample, why)` for a
     sample whose weights the engine does not have.
     """
@@ -94,7 +86,7 @@ class Operations:
         self._disk = disk
         self._payloads = payloads
         self._dispatcher = dispatcher
-        self._drawer = drawer or EngineOnly()
+        self._drawer = drawer
         self.finished: Event[[Operation]] = Event()
         self.weights_missing: Event[[Operation, str]] = Event()
         self._pending = PendingOperations()
@@ -108,17 +100,21 @@ class Operations:
     # --- submits
 
     async def accept(self, submission: Submission) -> Operation:
-        """The operation of this submission, new or the first one of its natural key.
+        """Return the operation of this submission: a new one, or the first one of its natural key.
 
-        Raises BadRequest if that first one was refused, or its turn was given up; Unavailable at a stop, or
-        if the engine does not start; StorageFull for a new one that there is no room for.
+        Raises BadRequest if that first one was refused, or the turn of its number is over; Unavailable at a
+        stop, or if the engine does not start; StorageFull if there is no room for a new one.
         """
         self._engine.require_submits()
         # Shielded: a client that hangs up between the commit and the dispatch must not lose the operation.
-        task = asyncio.ensure_future(self._accept(submission))
+        return await asyncio.shield(self._begin(self._accept(submission)))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task that `settle` waits for."""
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
 
     async def _accept(self, submission: Submission) -> Operation:
         request_id = f"req_{uuid.uuid4().hex}"
@@ -137,14 +133,23 @@ class Operations:
             dialect=submission.dialect,
         )
         self._pending.add(operation)
+        stored: Stored | None = None
         try:
-            stored = None if payload is None else await self._store(operation, payload)
-            del payload
-            result = await self._write(operation, submission, stored)
+            if payload is not None:
+                stream, inline = stream_of(operation.model_id, operation.kind), operation.kind in KEPT
+                is_new = partial(self._is_new, submission.natural_key)
+                stored = await self._payloads.store(stream, request_id, payload, inline, is_new)
+                del payload
+            is_past = 0 < operation.seq_id < self._dispatcher.next_seq(operation.model_id)
+            result = await self._ledger.write(partial(self._write, operation, submission, stored, is_past))
         except BaseException:
             self._pending.discard(request_id)
             self._payloads.forget(request_id)
+            if stored is not None:
+                await self._payloads.settled(stored, is_committed=False)
             raise
+        if stored is not None:
+            await self._payloads.settled(stored, is_committed=result is None)
         if isinstance(result, Answer):
             operation.answer = result
             self._remember(operation)
@@ -154,86 +159,71 @@ class Operations:
             return self._first(result)
         operation.committed = True
         self.accepted += 1
-        if operation.sequenced:
+        if operation.seq_id:
             self._dispatcher.add(operation)
         elif not operation.settled:
             self.send(operation)
         return operation
 
-    async def _store(self, operation: Operation, payload: bytes) -> Stored | None:
-        """Where the payload is; None if the operation was accepted before."""
+    def _is_new(self, natural_key: str | None) -> bool:
+        """Return whether no operation has this key. Raises StorageFull for a new one without room."""
+        if natural_key is not None and self._ledger.read_now(
+            lambda connection: rows.find_by_natural_key(connection, natural_key)
+        ):
+            return False
+        self._disk.require_room()
+        return True
 
-        def is_new(connection: Connection) -> bool:
-            key = operation.natural_key
-            return key is None or rows.find_by_natural_key(connection, key) is None
-
-        def before() -> bool:
-            if not self._ledger.read_now(is_new):
-                return False
-            self._disk.require_room()
-            return True
-
-        return await self._payloads.store(
-            operation.stream, operation.request_id, payload, operation.kind in KEPT, before
-        )
-
-    async def _write(
-        self, operation: Operation, submission: Submission, stored: Stored | None
+    def _write(
+        self,
+        operation: Operation,
+        submission: Submission,
+        stored: Stored | None,
+        is_past: bool,
+        connection: Connection,
     ) -> Row | Answer | None:
-        """The first operation of the natural key, if it is another one, or the answer, if it is known."""
-        request_id, sequenced = operation.request_id, operation.sequenced
-        past = sequenced and operation.seq_id < self._dispatcher.next_seq(operation.model_id)
+        """Write a new operation; return its answer, if that is known, or the first one of its natural key."""
+        if submission.natural_key is not None:
+            first = rows.find_by_natural_key(connection, submission.natural_key)
+            if first is not None:
+                return first
+        if is_past:
+            raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
+        self._disk.require_room()
+        request_id, model_id = operation.request_id, operation.model_id or None
+        answer = submission.also(connection, request_id) if submission.also else None
+        state = "accepted" if answer is None else "done" if isinstance(answer, messages.Done) else "failed"
+        rows.add(
+            connection,
+            id=request_id,
+            owner=operation.owner,
+            natural_key=submission.natural_key,
+            kind=operation.kind,
+            model_id=model_id,
+            seq_id=operation.seq_id or None,
+            session_id=submission.session_id,
+            sampler_id=submission.sampler_id,
+            sample_number=submission.sample_number,
+            reply=operation.reply,
+            dialect=operation.dialect,
+            state=state,
+            answer=None if answer is None else messages.encode(answer),
+        )
+        if answer is None and stored is not None:
+            payload_rows.add(connection, request_id, model_id, operation.seq_id or None, stored)
+        return answer
 
-        def change(connection: Connection) -> Row | Answer | None:
-            if submission.natural_key is not None:
-                first = rows.find_by_natural_key(connection, submission.natural_key)
-                if first is not None:
-                    return first
-            if past:
-                raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
-            self._disk.require_room()
-            answer = submission.also(connection, request_id) if submission.also else None
-            rows.add(
-                connection,
-                id=request_id,
-                owner=operation.owner,
-                natural_key=submission.natural_key,
-                kind=operation.kind,
-                model_id=operation.model_id or None,
-                seq_id=operation.seq_id if sequenced else None,
-                session_id=submission.session_id,
-                sampler_id=submission.sampler_id,
-                sample_number=submission.sample_number,
-                reply=operation.reply,
-                dialect=operation.dialect,
-                state="accepted" if answer is None else _STATES[type(answer)],
-                answer=None if answer is None else messages.encode(answer),
-            )
-            if answer is None and stored is not None:
-                payload_rows.add(
-                    connection,
-                    request_id,
-                    operation.model_id or None,
-                    operation.seq_id if sequenced else None,
-                    stored,
-                )
-            return answer
+    def _first(self, row: Row) -> Operation:
+        operation = self.load(row)
+        if operation.rejected and operation.answer is not None:
+            assert isinstance(operation.answer, messages.Failed)
+            raise BadRequest(operation.answer.message)
+        return operation
 
-        try:
-            result = await self._ledger.write(change)
-        except BaseException:
-            if stored is not None:
-                await self._payloads.abandoned(stored)
-            raise
-        if stored is not None:
-            if result is None:
-                self._payloads.committed(stored)
-            else:
-                await self._payloads.abandoned(stored)
-        return result
+    # --- sending
 
     def send(self, operation: Operation) -> None:
-        """To whoever is to answer it."""
+        """Send the operation to whoever is to answer it."""
         if operation.cancelled:
             self.fail([operation], _CANCELLED)
         elif operation.kind != "sample":
@@ -241,12 +231,10 @@ class Operations:
         elif (payload := operation.changed or self._payloads.remembered(operation.request_id)) is not None:
             self._send_sample(operation, payload)
         else:
-            task = asyncio.ensure_future(self._load_and_send(operation))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._load_and_send(operation))
 
     def _send_sample(self, operation: Operation, payload: bytes) -> None:
-        if not self._drawer.take(operation, _sample(payload), self):
+        if self._drawer is None or not self._drawer.take(operation, _sample(payload), self):
             self.send_to_engine(operation)
 
     async def _load_and_send(self, operation: Operation) -> None:
@@ -255,7 +243,7 @@ class Operations:
             self._send_sample(operation, payload)
 
     async def _load(self, operation: Operation) -> bytes | None:
-        """Its message to the engine. Fails an operation whose payload is lost, and returns None then."""
+        """Return the operation's message to the engine; fail the operation and return None if it is lost."""
         while True:
             try:
                 payload = operation.changed or await self._payloads.load(operation.request_id)
@@ -272,7 +260,7 @@ class Operations:
             return None
 
     async def message(self, operation: Operation) -> messages.ToEngine | None:
-        """What it asks of the engine; None for one whose payload is not kept.
+        """Return what the operation asks of the engine, or None if its payload is not kept.
 
         Raises ApiError, SQLAlchemyError or OSError.
         """
@@ -280,23 +268,24 @@ class Operations:
         return None if payload is None else messages.decode_to_engine(payload)
 
     def send_to_engine(self, operation: Operation, behind: str | None = None) -> None:
-        """To the one there is, once; without one it waits for the next. `behind`: a model whose operations
-        go first."""
+        """Send the operation to the engine, once in each life of it; without an engine it waits for the next.
+
+        It waits behind the operations of the model `behind`, or of its own model, or with its owner's others.
+        """
         assert operation.payload_bytes
+        model_id = behind or operation.model_id
+        lane = Lane(model_id) if model_id else Lane(owner=f"{operation.kind} of {operation.owner}")
         if operation.sent_in != self._engine.life and self._engine.send_stored(
-            Lane(behind) if behind else _lane(operation),
-            operation.request_id,
-            operation.payload_bytes,
-            operation.changed,
+            lane, operation.request_id, operation.payload_bytes, operation.changed
         ):
             operation.sent_in = self._engine.life
 
     def cancel(self, sample: Operation) -> None:
-        """Its answer is then that it was cancelled, if it has none yet."""
+        """Answer that the sample was cancelled, unless it has an answer."""
         if sample.answering or sample.settled:
             return
         sample.cancelled = True
-        if self._drawer.cancel(sample):
+        if self._drawer is not None and self._drawer.cancel(sample):
             self.fail([sample], _CANCELLED)
             return
         cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", sample.request_id)
@@ -304,59 +293,46 @@ class Operations:
             self.fail([sample], _CANCELLED)
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
-        """All, or a model's, that the ledger has accepted and the engine has not answered, oldest first."""
-        found = self._pending.all() if model_id is None else self._pending.of_model(model_id)
+        """Return what the ledger has accepted and nobody has answered, of a model or of all, oldest first."""
+        found = self._pending.values() if model_id is None else self._pending.of_model(model_id)
         return [each for each in found if each.committed and not each.answering]
-
-    def _first(self, row: Row) -> Operation:
-        operation = self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
-        if operation.rejected and operation.answer is not None:
-            assert isinstance(operation.answer, messages.Failed)
-            raise BadRequest(operation.answer.message)
-        return operation
 
     # --- answers
 
-    def on_answer(self, answer: Answer, ran: bool = True) -> None:
-        """The engine's answer. Those to replays of finished operations are dropped."""
+    def on_answer(self, answer: Answer, encoded: bytes | None = None, ran: bool = True) -> None:
+        """Take the answer to an operation; `encoded` is the engine's message, if it came from there.
+
+        Answers to replays of finished operations are dropped. `ran` is False for an operation that has failed
+        before any engine began it.
+        """
         operation = self._pending.get(answer.request_id)
         if operation is None or operation.answering:
             self._engine.dealt_with(answer.request_id)
             return
-        if isinstance(answer, messages.Failed) and answer.category == "missing" and operation.cancelled:
-            answer = messages.Failed(answer.request_id, _CANCELLED, "user")
-        elif isinstance(answer, messages.Failed) and answer.category == "missing":
-            self._engine.dealt_with(answer.request_id)
-            self.weights_missing(operation, answer.message)
-            return
+        if isinstance(answer, messages.Failed) and answer.category == "missing":
+            if not operation.cancelled:
+                self._engine.dealt_with(answer.request_id)
+                self.weights_missing(operation, answer.message)
+                return
+            answer, encoded = messages.Failed(answer.request_id, _CANCELLED, "user"), None
         operation.answering = True
-        task = asyncio.ensure_future(self._finish(operation, answer, ran))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin(self._finish(operation, answer, ran, encoded))
 
-    async def _finish(self, operation: Operation, answer: Answer, ran: bool) -> None:
-        encoded = messages.encode(answer)
+    async def _finish(self, operation: Operation, answer: Answer, ran: bool, encoded: bytes | None) -> None:
         sample: messages.Sample | None = None
         if operation.kind == "sample" and isinstance(answer, messages.Done):
             payload = await self._load(operation)
             if payload is None:
                 answer = messages.Failed(operation.request_id, "the sample's payload is lost", "server")
-                encoded = messages.encode(answer)
+                encoded = None
             else:
                 sample = _sample(payload)
-
-        def change(connection: Connection) -> None:
-            state, seconds = "done" if isinstance(answer, messages.Done) else "failed", answer.device_seconds
-            first = rows.finish(connection, operation.request_id, state, encoded, seconds)
-            if operation.sequenced:
-                rows.advance(connection, operation.model_id, operation.seq_id)
-            if first:
-                note_replay(connection, operation, answer, ran)
-                settle(connection, operation, answer, sample)
-
+        if isinstance(answer, messages.Done):
+            operation.used = used(operation, answer.output, sample)
+        write = partial(_finish, operation, answer, encoded or messages.encode(answer), ran, sample)
         while True:
             try:
-                await self._ledger.write(change)
+                await self._ledger.write(write)
                 break
             except ApiError as error:
                 log.error(
@@ -364,8 +340,6 @@ class Operations:
                 )
                 await asyncio.sleep(1)
         operation.answer = answer
-        if isinstance(answer, messages.Done):
-            operation.used = used(operation, answer.output, sample)
         self._payloads.forget(operation.request_id)
         self._engine.dealt_with(operation.request_id)
         self.finished(operation)
@@ -383,9 +357,9 @@ class Operations:
         category: Literal["user", "server"] = "user",
         ran: bool = False,
     ) -> None:
-        """`ran`: the engine has begun them, and a replay must know that they failed."""
+        """Answer operations with an error; `ran`: an engine has begun them, so a replay has to count them."""
         for operation in operations:
-            self.on_answer(messages.Failed(operation.request_id, message, category), ran)
+            self.on_answer(messages.Failed(operation.request_id, message, category), ran=ran)
 
     def _give_up(self, operations: list[Operation], missing: int) -> None:
         seconds = self._dispatcher.gap_grace_seconds
@@ -398,30 +372,32 @@ class Operations:
     # --- polls
 
     async def find(self, owner: str, request_id: str) -> Operation | None:
-        """The owner's operation of that id, in whatever state; None for one whose answer was dropped."""
+        """Return the owner's operation of that id; None if there is none, or its answer was dropped."""
         operation = self._pending.get(request_id) or self._remembered.get(request_id)
         if operation is None:
             row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
             if row is None:
                 return None
-            # It may have been loaded, or have come to its answer, in the meantime.
-            operation = (
-                self._pending.get(request_id) or self._remembered.get(request_id) or self._from_row(row)
-            )
+            operation = self.load(row)
         return operation if operation.owner == owner and not operation.expired else None
 
     async def parts(self, operation: Operation) -> list[Operation]:
-        """Those whose answers together are its own: mostly itself. Without those that were dropped."""
-        found = [await self.find(operation.owner, each) for each in operation.reply.get("parts", [])]
+        """Return the operations whose answers together are this one's; without those that were dropped.
+
+        Only samples of several prompts have parts; any other operation is its own part.
+        """
+        if "parts" not in operation.reply:
+            return [operation]
+        found = [await self.find(operation.owner, each) for each in operation.reply["parts"]]
         return [part for part in found if part is not None] or [operation]
 
     async def has_expired(self, owner: str, request_id: str) -> bool:
-        """Whether it was the owner's operation, and its answer was dropped."""
+        """Return whether this was the owner's operation, and its answer was dropped."""
         row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
         return row is not None and row.owner == owner
 
     async def forget_answers(self, owner: str, through: float) -> int:
-        """Of the owner's operations that were answered until then; of how many."""
+        """Drop the answers that the owner's operations had until then; return how many."""
         dropped = 0
         while some := await self._ledger.write(
             lambda connection: retention.drop_answers_of(connection, owner, through)
@@ -431,12 +407,16 @@ class Operations:
         return dropped
 
     def wake_all(self) -> None:
-        """The server stops: every poll answers that its operation is still pending."""
+        """Stop: let every poll answer that its operation is still pending."""
         self.stopped = True
-        for operation in self._pending.all():
+        for operation in self._pending.values():
             operation.finished.set()
 
-    def _from_row(self, row: Row) -> Operation:
+    def load(self, row: Row) -> Operation:
+        """Return the operation of a row. There is one object per operation, whatever it came to meanwhile."""
+        known = self._pending.get(row.id) or self._remembered.get(row.id)
+        if known is not None:
+            return known
         operation = Operation(
             row.id,
             row.owner,
@@ -463,23 +443,31 @@ class Operations:
             operation.finished.set()
         return operation
 
-    def load(self, row: Row) -> Operation:
-        """The operation of a row, one object per operation."""
-        return self._pending.get(row.id) or self._remembered.get(row.id) or self._from_row(row)
-
     async def written(self) -> None:
-        """Waits until the answers received so far are written."""
+        """Wait until the answers received so far are written."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def settle(self) -> None:
-        """Waits until there is no answer left to write."""
+        """Wait until there is no answer left to write."""
         while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.written()
 
 
-def _lane(operation: Operation) -> Lane:
-    model_id = operation.model_id
-    return Lane(model_id) if model_id else Lane(owner=f"{operation.kind} of {operation.owner}")
+def _finish(
+    operation: Operation,
+    answer: Answer,
+    encoded: bytes,
+    ran: bool,
+    sample: messages.Sample | None,
+    connection: Connection,
+) -> None:
+    """Write an answer, with all that follows from the first one to this operation."""
+    state = "done" if isinstance(answer, messages.Done) else "failed"
+    is_first = rows.finish(connection, operation.request_id, state, encoded, answer.device_seconds)
+    if operation.seq_id:
+        rows.advance(connection, operation.model_id, operation.seq_id)
+    if is_first:
+        settle(connection, operation, answer, ran, sample)
 
 
 def _sample(payload: bytes) -> messages.Sample:

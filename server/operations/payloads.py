@@ -32,10 +32,12 @@ _MOVED_BYTES = 8 << 20  # in one change
 
 
 class Payloads:
+    """Writes, reads and forgets payloads, in the ledger and in files beside it."""
+
     def __init__(
         self, ledger: Ledger, folder: Path, sync: bool = False, remembered_bytes: int = _REMEMBERED_BYTES
     ):
-        """`folder` has the files of all ledgers that are there, each in a folder of its own."""
+        """`folder` has the files of all ledgers, those of each in a folder of its own."""
         self._ledger = ledger
         self._files = PayloadFiles(folder / ledger.id, sync)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="payloads")
@@ -54,7 +56,12 @@ class Payloads:
         returned. `inline`: it stays in the ledger, however large it is. Raises what `before` raises,
         StorageFull and Unavailable.
         """
-        self._remember(request_id, payload)
+        if len(payload) <= self._max_bytes:
+            self._remembered[request_id] = payload
+            self._remembered_bytes += len(payload)
+            while self._remembered_bytes > self._max_bytes:
+                _id, oldest = self._remembered.popitem(last=False)
+                self._remembered_bytes -= len(oldest)
         if inline or len(payload) <= INLINE_BYTES:
             return Stored(len(payload), payload)
 
@@ -69,23 +76,24 @@ class Payloads:
                 "the ledger cannot be written at the moment; nothing was accepted, try again"
             ) from error
 
-    def committed(self, stored: Stored) -> None:
-        self._files.committed(stored)
-
-    async def abandoned(self, stored: Stored) -> None:
-        """The operation was not accepted, or had been before."""
-        if stored.file is not None:
+    async def settled(self, stored: Stored, is_committed: bool) -> None:
+        """Note whether the row of a payload was committed; it is not if the operation had been before."""
+        if stored.file is None:
+            return
+        if is_committed:
+            self._files.committed(stored)
+        else:
             await self._in_thread(partial(self._files.abandoned, stored))
 
     # --- reading
 
     async def load(self, request_id: str) -> bytes | None:
-        """The payload of an operation; None if none is kept.
+        """Return the payload of an operation; None if none is kept.
 
-        Raises PayloadLost for one that cannot be read any more; ApiError, SQLAlchemyError and OSError
+        Raises PayloadLost for one that cannot be read any more; ApiError, SQLAlchemyError or OSError
         otherwise.
         """
-        known = self.remembered(request_id)
+        known = self._remembered.get(request_id)
         if known is not None:
             return known
 
@@ -96,31 +104,22 @@ class Payloads:
         return await self._in_thread(read)
 
     def remembered(self, request_id: str) -> bytes | None:
-        """The payload, if it is in memory."""
+        """Return the payload, if it is in memory."""
         return self._remembered.get(request_id)
 
-    def _remember(self, request_id: str, payload: bytes) -> None:
-        if len(payload) > self._max_bytes:
-            return
-        self._remembered[request_id] = payload
-        self._remembered_bytes += len(payload)
-        while self._remembered_bytes > self._max_bytes:
-            _id, oldest = self._remembered.popitem(last=False)
-            self._remembered_bytes -= len(oldest)
-
     def forget(self, request_id: str) -> None:
-        """It is not needed in memory any more, or is another one now."""
+        """Drop a payload from memory: it is not needed any more, or is another one now."""
         known = self._remembered.pop(request_id, None)
         self._remembered_bytes -= len(known or b"")
 
     # --- the end of payloads
 
     def seal(self, stream: str) -> None:
-        """What the stream has from now on can be removed apart from what it had before."""
+        """Begin a new file, so that what the stream has had can be removed apart from what follows."""
         self._files.seal(stream)
 
     async def forget_through(self, model_id: str, seq_id: int) -> None:
-        """No replay needs the model's payloads up to that any more."""
+        """Forget the model's payloads up to that number, which no replay needs any more."""
         await self._repeat(partial(rows.forget, model_id=model_id, through=seq_id))
         await self.remove_unused()
 
@@ -133,18 +132,18 @@ class Payloads:
         return await self._in_thread(partial(self._files.remove_unused, used))
 
     def used_bytes(self) -> int:
-        """On the disk, outside of the ledger's tables."""
+        """Return the bytes of the files."""
         return self._files.used_bytes()
 
     async def _repeat(self, change: Callable[[Connection], bool]) -> None:
-        """Other writers come in between."""
+        """Make a change a part at a time, so that other writers come in between."""
         while await self._ledger.write(change):
             await asyncio.sleep(0)
 
-    # --- ledgers of before
+    # --- older ledgers
 
     async def move_old(self, stream_of: Callable[[str | None, str], str], inline: frozenset[str]) -> int:
-        """Bring payloads here that are still in their operations' rows; return how many.
+        """Move payloads here that are still in their operations' rows; return how many.
 
         A kill in between leaves each payload in one of the two places, and the next start goes on.
         """

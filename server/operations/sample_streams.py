@@ -31,7 +31,7 @@ _STREAM_BYTES, _OWNER_BYTES = 1 << 20, 64 << 20  # that wait for clients, of one
 
 @dataclass(eq=False)
 class Waiting:
-    """What waits for the clients of one owner: in how many streams, and how many bytes."""
+    """Counts what waits for the clients of one owner: streams, and their bytes."""
 
     streams: int = 0
     bytes: int = 0
@@ -39,7 +39,10 @@ class Waiting:
 
 @dataclass(eq=False)
 class SampleStream:
-    """Of one request. A client that reads too slowly is told no more until the end, which has everything."""
+    """The tokens of one request, on their way to its client.
+
+    A client that reads too slowly gets no more until the end, when it gets all the rest.
+    """
 
     owner: str
     of_owner: Waiting
@@ -49,7 +52,7 @@ class SampleStream:
     is_cut: bool = False
 
     async def until_answered(self, operation: Operation) -> AsyncIterator[messages.Drawn]:
-        """What is drawn, until the answer is there; it has all tokens, also those that were not told of."""
+        """Yield tokens as they are drawn, until the answer is there, which has all tokens once more."""
         finished = asyncio.ensure_future(operation.finished.wait())
         try:
             while not finished.done():
@@ -87,14 +90,14 @@ class SampleStream:
 
 
 class SampleStreams:
-    """By request id. One that nobody has opened is not kept."""
+    """The streams that are open, by request id. Tokens of other requests are dropped."""
 
     def __init__(self) -> None:
         self._streams: dict[str, SampleStream] = {}
         self._waiting: dict[str, Waiting] = {}  # by owner
 
     def open(self, request_id: str, owner: str) -> None:
-        """Before the request goes to the engine."""
+        """Open a stream, before its request goes to the engine."""
         waiting = self._waiting.setdefault(owner, Waiting())
         waiting.streams += 1
         self._streams[request_id] = SampleStream(owner, waiting)
@@ -131,7 +134,10 @@ class Completion:
 
 @dataclass(eq=False)
 class Stream:
-    """`cursor`: that of the newest completion; `changed`: set, and replaced, when there is another one."""
+    """The answers to one client's samples of a sampling session.
+
+    `cursor` is that of the newest completion. `changed` is set, and replaced, at each new one.
+    """
 
     cursor: int
     answered: deque[Completion] = field(default_factory=deque)
@@ -141,7 +147,7 @@ class Stream:
     opened: asyncio.Task[None] | None = None
 
     def follow(self, operation: Operation) -> None:
-        """Lists the operation once it is answered."""
+        """List the operation once it is answered."""
         if operation.settled:
             self._add(operation.request_id, isinstance(operation.answer, messages.Failed))
         elif operation.request_id not in self.waiting:
@@ -163,7 +169,7 @@ class Stream:
         self.changed = asyncio.Event()
 
     def list_again(self, finished: list[Row]) -> None:
-        """Those of before the stream was opened, unless they have been listed meanwhile."""
+        """List samples from before the stream was opened, unless they have been listed meanwhile."""
         listed = {each.request_id for each in self.answered}
         for row in finished:
             if row.id not in listed:
@@ -176,13 +182,15 @@ class Stream:
 
 
 class Completions:
+    """Lists the answered samples of sampling sessions, one stream per client of each."""
+
     def __init__(self, ledger: Ledger, operations: Operations):
         self._ledger = ledger
         self._operations = operations
         self._streams: dict[tuple[str, int], Stream] = {}
 
     def accepted(self, sampler_id: str, seq_id: int, operation: Operation) -> None:
-        """A sample, new or submitted again, is in the ledger."""
+        """Follow a sample that is in the ledger, new or submitted again."""
         key = (sampler_id, seq_id // SEQ_IDS_PER_CLIENT)
         stream = self._streams.get(key)
         if stream is None:
@@ -194,7 +202,7 @@ class Completions:
     async def poll(
         self, session_id: str, sampler_id: str, client: int, cursor: int, seconds: float
     ) -> tuple[list[Completion], int]:
-        """What was answered after `cursor`, and the new cursor. Waits for the first one, at most so long."""
+        """Return what was answered after `cursor`, and the new cursor; wait so long for a first answer."""
         stream = await self._open(session_id, sampler_id, client, cursor)
         stream.polled_at = time.monotonic()
         answered = stream.after(cursor)
@@ -205,7 +213,7 @@ class Completions:
         return answered, answered[-1].cursor if answered else cursor
 
     def wake_all(self) -> None:
-        """Lets every poll end."""
+        """Let every poll end."""
         for stream in self._streams.values():
             stream.wake()
 

@@ -1,33 +1,13 @@
-"""Metrics of training steps: kept with their answers, read as curves, and counted for live pages."""
+"""Curves of training metrics, from the rows that the ledger keeps of each answer."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, Row
-
-from ...engine import messages
-from ..ledger import step_metrics as rows
-from .operation import Operation
-
-
-def add(connection: Connection, operation: Operation, output: messages.Output, device_seconds: float) -> None:
-    """Keep what a training operation was answered with, in the transaction that writes the answer."""
-    match output:
-        case messages.ForwardBackwardOutput(metrics=metrics) | messages.OptimStepOutput(metrics=metrics):
-            step = metrics.get("optimizer_step")
-            kept = metrics | {"device_seconds:sum": device_seconds}
-            rows.add(
-                connection,
-                operation.model_id,
-                operation.kind,
-                operation.seq_id,
-                kept,
-                None if step is None else int(step),
-            )
+from sqlalchemy import Row
 
 
 @dataclass
@@ -42,14 +22,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """`cursor` is where the next look begins: it leaves out what is complete."""
+    """Points of a run, and the `cursor` from which the next look goes on: it leaves out complete points."""
 
     points: list[Point]
     cursor: str
 
 
 def parse_cursor(cursor: str) -> tuple[int, float]:
-    """The number of the last operation and the time of the last report seen. Raises ValueError."""
+    """Return the number of the last operation and the time of the last report seen. Raises ValueError."""
     seen, _, reported = cursor.partition("-")
     number, reported_at = int(seen), float(reported or 0)
     if not (0 <= number < 1 << 63 and math.isfinite(reported_at)):
@@ -140,32 +120,3 @@ def _derived(metrics: dict[str, float]) -> dict[str, float]:
     if seconds and tokens:
         derived["tokens_per_second"] = tokens / seconds
     return metrics | derived
-
-
-_MODELS = 256  # of an owner
-
-
-class Activity:
-    """Counts the answered operations of each owner's most recently active models."""
-
-    def __init__(self) -> None:
-        self._of_owner: dict[str, OrderedDict[str, int]] = {}
-
-    def answered(self, operation: Operation) -> None:
-        if operation.model_id:
-            self._count(operation.owner, operation.model_id)
-
-    def reported(self, owner: str, model_id: str) -> None:
-        """Metrics of the model came from its client."""
-        self._count(owner, model_id)
-
-    def of(self, owner: str) -> dict[str, int]:
-        """By model id: a number that changes with each answer."""
-        return dict(self._of_owner.get(owner, {}))
-
-    def _count(self, owner: str, model_id: str) -> None:
-        counts = self._of_owner.setdefault(owner, OrderedDict())
-        counts[model_id] = counts.get(model_id, 0) + 1
-        counts.move_to_end(model_id)
-        if len(counts) > _MODELS:
-            counts.popitem(last=False)

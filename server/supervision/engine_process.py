@@ -2,15 +2,9 @@
 
 The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
 configuration on standard input. Messages go out by way of the outbox and are kept until the engine reads
-them, so it may still be loading. When the process ends without having been asked to, it is dead: nothing is
-sent any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py). One
-that gives no sign of life for `silence_seconds` is killed: it is stopped, or hangs, and will not answer.
-
-For how long something has been silent, as its listener has lived through it.
-
-A listener that was stopped, or whose machine was suspended, has heard nothing and must not conclude that
-there was nothing to hear. So time counts only as far as the listener looks at the clock: a longer gap
-between two looks counts as two of the usual ones.
+them, so it may still be loading. A process that ends without having been asked to is dead: nothing is sent
+any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py). One that
+gives no sign of life for `silence_seconds` is stopped, or hangs; it is killed.
 """
 
 from __future__ import annotations
@@ -38,30 +32,11 @@ from ...engine.device_catalogue import GPU_SHARE
 from ..errors import Unavailable
 from .outbox import Lane, Outbox
 
-
-class Silence:
-    """`seconds` since `heard`, by looks that are to come every `look_seconds`."""
-
-    def __init__(self, look_seconds: float, clock: Callable[[], float] = time.monotonic):
-        self._look_seconds = look_seconds
-        self._clock = clock
-        self._looked_at = clock()
-        self.seconds = 0.0
-
-    def heard(self) -> None:
-        self.seconds = 0.0
-
-    def look(self) -> None:
-        now = self._clock()
-        self.seconds += min(now - self._looked_at, 2 * self._look_seconds)
-        self._looked_at = now
-
-
 log = logging.getLogger("tinsmith.engine_process")
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """On Linux, an engine whose server was killed must not keep the accelerator."""
+    """Make the engine die with the server, on Linux, so that it does not keep the accelerator."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
@@ -81,8 +56,10 @@ _GLIBC_TUNABLES = ":".join(
 
 
 def engine_environment() -> dict[str, str]:
-    """The engine's: the server's, with settings of the allocators where the user has none, and on NVIDIA's
-    GPUs with deterministic operations."""
+    """Return the engine's environment variables: the server's, and settings that the user has not made.
+
+    They are about memory allocators and, on NVIDIA's GPUs, deterministic operations.
+    """
     tunables = {"GLIBC_TUNABLES": _GLIBC_TUNABLES} if platform.libc_ver()[0] == "glibc" else {}
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_SHARE)} | tunables | os.environ
     if Path("/dev/nvidiactl").exists():
@@ -90,8 +67,31 @@ def engine_environment() -> dict[str, str]:
     return environment
 
 
+class Silence:
+    """Counts for how long something has been silent, as its listener has lived through it.
+
+    A listener that was stopped, or whose machine was suspended, has heard nothing and must not conclude that
+    there was nothing to hear. So time counts only as far as the listener looks at the clock, which it should
+    do every `look_seconds`: a longer gap between two looks counts as two of the usual ones.
+    """
+
+    def __init__(self, look_seconds: float, clock: Callable[[], float] = time.monotonic):
+        self._look_seconds = look_seconds
+        self._clock = clock
+        self._looked_at = clock()
+        self.seconds = 0.0
+
+    def heard(self) -> None:
+        self.seconds = 0.0
+
+    def look(self) -> None:
+        now = self._clock()
+        self.seconds += min(now - self._looked_at, 2 * self._look_seconds)
+        self._looked_at = now
+
+
 async def nothing_stored(_request_id: str) -> None:
-    """No payload is needed."""
+    """Load no payload: none is needed."""
 
 
 _LAST_ANSWERS_SECONDS = 0.05  # what it sent before its end may still be in the socket
@@ -100,27 +100,31 @@ _LOADING_MAY_TAKE = 5
 
 
 class EngineProcess:
-    """`on_answer` gets every Done and Failed that `request` is not waiting for, and what samples have drawn
-    before that."""
+    """An engine's process, with what waits to be sent to it in `outbox`."""
 
     def __init__(
         self,
         config: messages.EngineConfig,
-        on_answer: Callable[[messages.Done | messages.Failed | messages.Drawn], None],
+        on_answer: Callable[[messages.Done | messages.Failed, bytes], None],
+        on_drawn: Callable[[messages.Drawn], None],
         silence_seconds: float,
         module: str = "tinsmith.engine",
         inherited: tuple[int, ...] = (),
         load: Callable[[str], Awaitable[bytes | None]] = nothing_stored,
         on_lost: Callable[[str, str, str], None] = lambda _request_id, _model_id, _why: None,
     ):
-        """`load` and `on_lost` are those of the outbox."""
+        """`on_answer` gets every answer that `request` is not waiting for, and its encoded message.
+
+        `on_drawn` gets tokens of samples before their answers; `load` and `on_lost` are those of the outbox.
+        """
         self._config = config
         self._silence_seconds = silence_seconds
         self._silence = Silence(config.beat_seconds)
         self._module = module
         self._inherited = inherited
         self._on_answer = on_answer
-        self._outbox = Outbox(load, self._send_now, on_lost)
+        self._on_drawn = on_drawn
+        self.outbox = Outbox(load, self._send_now, on_lost)
         self._requests: dict[str, asyncio.Future[messages.Done | messages.Failed]] = {}
         self._tasks: list[asyncio.Task] = []
         self._process: asyncio.subprocess.Process | None = None
@@ -132,6 +136,7 @@ class EngineProcess:
         self.memory: messages.Memory | None = None  # as the engine reported it last
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
+        self.alive = False  # started, and not ended
         self.death: str | None = None  # how it ended, if nobody asked it to
         self._killed_for: str | None = None
         self.refused = False  # it ended with an error message instead of becoming ready
@@ -166,8 +171,9 @@ class EngineProcess:
             self._process.stdin.write_eof()
         except (BrokenPipeError, ConnectionResetError):
             log.debug("the engine ended before it read its configuration")
+        self.alive = True
         self._tasks = [
-            asyncio.create_task(self._outbox.run_forever()),
+            asyncio.create_task(self.outbox.run_forever()),
             asyncio.create_task(self._receive_forever()),
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._listen_for_silence()),
@@ -177,12 +183,8 @@ class EngineProcess:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    @property
-    def alive(self) -> bool:
-        return not self.ended.is_set()
-
     def under_way(self) -> list[tuple[str, str]]:
-        """What it computes, or computed when it died: request ids, each with its model's, or ''."""
+        """Return what it computes, or computed when it died: request ids, each with its model's or ''."""
         try:
             noted = (Path(self._directory) / "under_way").read_bytes()
         except FileNotFoundError:
@@ -192,32 +194,11 @@ class EngineProcess:
             (request_id, model_id) for request_id, _, model_id in (line.partition("\t") for line in lines)
         ]
 
-    def send(self, message: bytes) -> None:
-        """A message that concerns no model, encoded; it overtakes what waits. Dropped without an engine."""
-        if self.alive:
-            self._outbox.put_own(message)
-
-    def send_stored(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> None:
-        """An operation, in its turn; dropped if the engine is dead, since the ledger still has it.
-
-        `message` takes the place of its payload.
-        """
-        if self.alive:
-            self._outbox.put(lane, request_id, size, message)
-
-    def withdraw(self, request_id: str) -> bool:
-        """Whether an operation had not been sent yet, and will not be."""
-        return self.alive and self._outbox.withdraw(request_id)
-
-    def dealt_with(self, request_id: str) -> None:
-        """The operation's answer is written, or not needed: it takes no room any more."""
-        self._outbox.answered(request_id)
-
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
-        """Sends a message of the server's own and waits for the answer. Raises Unavailable on death.
+        """Send a message of the server's own and wait for the answer. Raises Unavailable on death.
 
-        One that concerns a model has its turn after the model's operations. The engine may fall asleep when
-        it has done what was sent before.
+        A message that concerns a model has its turn after the model's operations. `Sleep` is sent when
+        everything before it has been sent.
         """
         if not self.alive:
             raise Unavailable("the engine is not running")
@@ -225,21 +206,22 @@ class EngineProcess:
         self._requests[message.request_id] = answer
         encoded, model_id = messages.encode(message), getattr(message, "model_id", "")
         if model_id:
-            self._outbox.put(Lane(model_id), message.request_id, len(encoded), encoded)
+            self.outbox.put(Lane(model_id), message.request_id, len(encoded), encoded)
         elif isinstance(message, messages.Sleep):
             await self._once_sent(message)
         else:
-            self.send(encoded)
+            self.outbox.put_own(encoded)
         return await answer
 
     async def _once_sent(self, message: messages.ToEngine) -> None:
-        """Sends a message that must not overtake what waits."""
-        sent = asyncio.ensure_future(self._outbox.until_sent())
+        """Send a message that must not overtake what waits."""
+        sent = asyncio.ensure_future(self.outbox.until_sent())
         ended = asyncio.ensure_future(self.ended.wait())
         await asyncio.wait((sent, ended), return_when=asyncio.FIRST_COMPLETED)
         sent.cancel()
         ended.cancel()
-        self.send(messages.encode(message))
+        if self.alive:
+            self.outbox.put_own(messages.encode(message))
 
     def kill(self) -> None:
         self._stopping = True
@@ -248,7 +230,7 @@ class EngineProcess:
                 self._process.kill()
 
     async def stop(self, patience_seconds: float) -> None:
-        """Lets the engine finish what it has, then ends it. Idle or not yet loaded, it ends at once."""
+        """Let the engine finish what it has, then end it. Idle or not yet loaded, it ends at once."""
         self._stopping = True
         if self._process is not None and self.alive:
             if self.ready.is_set():
@@ -283,40 +265,35 @@ class EngineProcess:
                 log.exception("the engine sent %d bytes that are not a message", len(frame))
                 continue
             self._silence.heard()
-            if isinstance(message, messages.Beat):
-                continue
-            if isinstance(message, messages.Status):
-                self._note(message)
-                continue
-            if isinstance(message, messages.Memory):
-                self.memory = message
-                continue
-            if isinstance(message, messages.Measured):
-                self.measured = message
-                continue
-            self.has_answered = True
-            if isinstance(message, messages.Drawn):
-                self._on_answer(message)
-            elif (answer := self._requests.pop(message.request_id, None)) is not None:
-                self.dealt_with(message.request_id)
-                if not answer.done():
-                    answer.set_result(message)
-            else:
-                self._on_answer(message)
-
-    def _note(self, status: messages.Status) -> None:
-        self._now(status.phase, status.text)
-        log.debug("engine: %s: %s", status.phase, status.text)  # it logs them itself
-        if status.phase == "ready":
-            self.ready.set()
-            self.was_ready = True
+            match message:
+                case messages.Done() | messages.Failed():
+                    self.has_answered = True
+                    if (answer := self._requests.pop(message.request_id, None)) is None:
+                        self._on_answer(message, frame)
+                    else:
+                        self.outbox.answered(message.request_id)
+                        if not answer.done():
+                            answer.set_result(message)
+                case messages.Drawn():
+                    self.has_answered = True
+                    self._on_drawn(message)
+                case messages.Status(phase=phase, text=text):
+                    self._now(phase, text)
+                    log.debug("engine: %s: %s", phase, text)  # it logs them itself
+                    if phase == "ready":
+                        self.ready.set()
+                        self.was_ready = True
+                case messages.Memory():
+                    self.memory = message
+                case messages.Measured():
+                    self.measured = message
 
     def _now(self, phase: str, text: str) -> None:
         self.phase, self._news, self._since = phase, text, time.monotonic()
 
     @property
     def text(self) -> str:
-        """The engine's newest news, for people; of a compilation, also how long it has taken so far."""
+        """Say what the engine is doing, for people; of a compilation, also how long it has taken so far."""
         seconds = time.monotonic() - self._since
         return f"{self._news}, for {seconds:.0f} s" if self.phase == "compiling" else self._news
 
@@ -342,6 +319,7 @@ class EngineProcess:
         code = await self._process.wait()
         await asyncio.sleep(_LAST_ANSWERS_SECONDS)
         self.ready.clear()
+        self.alive = False
         self.ended.set()
         if self._stopping:
             self._now("stopped", "the engine has ended")

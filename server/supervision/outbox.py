@@ -1,9 +1,9 @@
-"""What is on its way to one engine: in order within a lane, lanes by turns, few bytes at a time.
+"""The outbox to one engine: in order within a lane, lanes by turns, few bytes at a time.
 
 A lane is a model, or a tenant's samples. Operations wait here by their ids alone; a payload is read when it
 is sent, and it is sent when few bytes are unanswered. So neither process holds the payloads of a long queue,
 or of a replay, in memory. The engine still sees the next operation of every model, unless it is a large one.
-Messages of the server itself that concern no model, such as cancellations, overtake all of that.
+Messages of the server itself that concern no model, such as cancellations, overtake everything else.
 """
 
 from __future__ import annotations
@@ -26,19 +26,15 @@ _TRY_AGAIN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Lane:
-    """The operations of a model, or what a tenant has asked that is no model's."""
+    """A queue: the operations of a model, or, without a model, a tenant's samples."""
 
     model_id: str = ""
     owner: str = ""
 
-    @property
-    def is_of_samples(self) -> bool:
-        return not self.model_id
-
 
 @dataclass(frozen=True)
 class Entry:
-    """`message`: None for one that is read when it is sent."""
+    """A place in a lane. `message` is None for a payload that is read when it is sent."""
 
     number: int
     request_id: str
@@ -47,10 +43,11 @@ class Entry:
 
 
 class Outbox:
-    """`load` reads a payload; None: it is not needed any more. `send` hands a message to the socket.
+    """Sends messages when there is room for them.
 
-    `on_lost` is told of an operation whose payload cannot be read, and why; what is behind it in its lane is
-    not sent any more, until something new is put there.
+    `load` reads a payload, or returns None for one that is not needed any more. `send` hands a message to the
+    socket. `on_lost` gets an operation whose payload cannot be read, its model, and why; what is behind it in
+    its lane is dropped.
     """
 
     def __init__(
@@ -67,40 +64,41 @@ class Outbox:
         self._waiting: set[str] = set()  # the ids of what is in the lanes, but for what was withdrawn
         self._unanswered: dict[str, tuple[Lane, int]] = {}
         self._lane_bytes: Counter[Lane] = Counter()
-        self._bytes: Counter[bool] = Counter()
+        self._bytes: Counter[bool] = Counter()  # of all models, and of all samples
         self._changed = asyncio.Event()
         self._moved = asyncio.Event()
         self._number = 0
 
     def put_own(self, message: bytes) -> None:
-        """A message of the server that overtakes what waits."""
+        """Add a message of the server that overtakes what waits."""
         self._own.append(message)
         self._changed.set()
 
     def put(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> None:
+        """Add an operation to its lane; `message` takes the place of its payload."""
         self._number += 1
         self._waiting.add(request_id)
         self._lanes.setdefault(lane, deque()).append(Entry(self._number, request_id, size, message))
         self._changed.set()
 
     def withdraw(self, request_id: str) -> bool:
-        """Whether it was still waiting here, and will not be sent."""
+        """Take back a message; return whether it was still waiting, and will not be sent."""
         was_waiting = request_id in self._waiting
         self._waiting.discard(request_id)
         return was_waiting
 
     def answered(self, request_id: str) -> None:
-        """The answer of a request is dealt with: there is room for others."""
+        """Make room for others: the request's answer is dealt with."""
         lane, size = self._unanswered.pop(request_id, (None, 0))
         if lane is not None:
-            self._bytes[lane.is_of_samples] -= size
+            self._bytes[bool(lane.model_id)] -= size
             self._lane_bytes[lane] -= size
             if not self._lane_bytes[lane]:
                 del self._lane_bytes[lane]
             self._changed.set()
 
     async def until_sent(self) -> None:
-        """Waits until what was put here so far has been sent."""
+        """Wait until everything that was put here so far has been sent."""
         number = self._number
         while any(queue[0].number <= number for queue in self._lanes.values()):
             self._moved.clear()
@@ -118,16 +116,15 @@ class Outbox:
                 await self._changed.wait()
 
     def _next(self) -> Lane | None:
+        """Return the first lane whose next message there is room for."""
         for lane, queue in self._lanes.items():
-            if self._may_send(lane, queue[0].size):
+            size, total, mine = queue[0].size, self._bytes[bool(lane.model_id)], self._lane_bytes[lane]
+            if mine:
+                if total + size <= _UNANSWERED_BYTES and mine + size <= _LANE_BYTES:
+                    return lane
+            elif size <= _SMALL_BYTES or total < _UNANSWERED_BYTES:
                 return lane
         return None
-
-    def _may_send(self, lane: Lane, size: int) -> bool:
-        total, mine = self._bytes[lane.is_of_samples], self._lane_bytes[lane]
-        if not mine:
-            return size <= _SMALL_BYTES or total < _UNANSWERED_BYTES
-        return total + size <= _UNANSWERED_BYTES and mine + size <= _LANE_BYTES
 
     async def _send_next(self, lane: Lane) -> None:
         queue = self._lanes[lane]
@@ -158,5 +155,5 @@ class Outbox:
             size = max(entry.size, 1)
             self._unanswered[entry.request_id] = lane, size
             self._lane_bytes[lane] += size
-            self._bytes[lane.is_of_samples] += size
+            self._bytes[bool(lane.model_id)] += size
         await self._send(message)

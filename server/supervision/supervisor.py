@@ -36,9 +36,10 @@ _HOPELESS_STARTS = 5  # that many in a row which did not get ready: clients are 
 class Supervisor:
     """Keeps one engine running.
 
-    Events: `answered(answer)` for each answer that `request` does not wait for, `drawn(tokens)` for a part of
-    a streamed sample, `died(under_way)` with what the engine computed when it died, `started()` when there is
-    an empty new engine, `lost(request_id, model_id, why)` for an operation whose payload cannot be read.
+    Events: `answered(answer, encoded)` for each answer that `request` does not wait for, also as the engine
+    encoded it; `drawn(tokens)` for a part of a streamed sample; `died(under_way)` with what the engine
+    computed when it died; `started()` when there is an empty new engine; `lost(request_id, model_id, why)`
+    for an operation whose payload cannot be read.
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class Supervisor:
         load: Callable[[str], Awaitable[bytes | None]] = nothing_stored,
     ):
         """`inherited`: descriptors that each engine has open as long as it lives. `load` reads payloads."""
-        self.answered: Event[[messages.Done | messages.Failed]] = Event()
+        self.answered: Event[[messages.Done | messages.Failed, bytes]] = Event()
         self.drawn: Event[[messages.Drawn]] = Event()
         self.died: Event[[list[tuple[str, str]]]] = Event()
         self.started: Event[[]] = Event()
         self.lost: Event[[str, str, str]] = Event()
         self._make = lambda: EngineProcess(
-            config, self._heard, silence_seconds, module, inherited, load, self.lost
+            config, self.answered, self.drawn, silence_seconds, module, inherited, load, self.lost
         )
         self._process = self._make()
         self._keeper: asyncio.Task | None = None
@@ -69,7 +70,7 @@ class Supervisor:
         self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
 
     async def start(self) -> None:
-        """Raises OSError if no process can be started at all."""
+        """Start the first engine. Raises OSError if no process can be started at all."""
         await self._begin()
         self._keeper = asyncio.create_task(self._keep())
 
@@ -116,19 +117,20 @@ class Supervisor:
 
     @property
     def phase(self) -> str:
-        """Those of messages.Status, `starting`, `restarting`, `dead` or `stopped`."""
+        """A phase of messages.Status, or `starting`, `restarting`, `dead` or `stopped`."""
         if self._process.death is None:
             return self._process.phase
         return "dead" if self.death else "restarting"
 
     @property
     def text(self) -> str:
+        """What the engine is doing, for people."""
         how = self._process.death
         return self._process.text if how is None else f"the engine is started again: {how}"
 
     @property
     def memory(self) -> messages.Memory | None:
-        """What is on the devices, as the engine reported it last; None before it has."""
+        """What is on the devices, by the engine's newest report; None before the first."""
         return self._process.memory
 
     @property
@@ -138,7 +140,7 @@ class Supervisor:
 
     @property
     def gauges(self) -> dict[str, float]:
-        """What the engine has measured at last, such as its pages of keys and values."""
+        """The engine's newest measurements, such as its pages of keys and values."""
         return self._process.measured.gauges
 
     @property
@@ -148,7 +150,7 @@ class Supervisor:
     @property
     def alive(self) -> bool:
         """Whether there is a process, ready or on its way to be."""
-        return self.life > 0 and self._process.alive
+        return self._process.alive
 
     @property
     def death(self) -> str | None:
@@ -159,7 +161,7 @@ class Supervisor:
         return self._process.death or "it does not get ready"
 
     def require_submits(self) -> None:
-        """Raises Unavailable when nothing can be submitted; what comes between two engines can be."""
+        """Raise Unavailable when nothing can be submitted; between two engines, everything can."""
         if self._stopping:
             raise Unavailable("the server is stopping; try again later")
         if (death := self.death) is not None:
@@ -168,51 +170,48 @@ class Supervisor:
     # --- messages
 
     def send(self, message: bytes) -> bool:
-        """An encoded message; False without an engine: the next one gets what the ledger has."""
+        """Send an encoded message that concerns no model; it overtakes what waits.
+
+        Return False without an engine: the next one gets what the ledger has.
+        """
         self.is_asleep = False
-        if self.alive:
-            self._process.send(message)
-        return self.alive
+        if self._process.alive:
+            self._process.outbox.put_own(message)
+        return self._process.alive
 
     def send_stored(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> bool:
-        """An operation in its turn, by its id; False without an engine."""
+        """Send an operation in its turn, with `message` in place of its payload. False without an engine."""
         self.is_asleep = False
-        if self.alive:
-            self._process.send_stored(lane, request_id, size, message)
-        return self.alive
+        if self._process.alive:
+            self._process.outbox.put(lane, request_id, size, message)
+        return self._process.alive
 
     def withdraw(self, request_id: str) -> bool:
-        """Whether an operation had not been sent yet, and will not be."""
-        return self.alive and self._process.withdraw(request_id)
+        """Take back an operation; return whether it had not been sent yet, and will not be."""
+        return self._process.alive and self._process.outbox.withdraw(request_id)
 
     def dealt_with(self, request_id: str) -> None:
-        """The operation's answer is written, or not needed: it takes no room any more."""
-        self._process.dealt_with(request_id)
-
-    def _heard(self, answer: messages.Done | messages.Failed | messages.Drawn) -> None:
-        if isinstance(answer, messages.Drawn):
-            self.drawn(answer)
-        else:
-            self.answered(answer)
+        """Make room for others: the operation's answer is written, or not needed."""
+        self._process.outbox.answered(request_id)
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
-        """Sends a message of the server's own and waits for the answer. Raises Unavailable on death."""
+        """Send a message of the server's own and wait for the answer. Raises Unavailable on death."""
         self.is_asleep = isinstance(message, messages.Sleep)
         return await self._process.request(message)
 
     # --- the end
 
     def refuse_submits(self) -> None:
-        """From now on `require_submits` raises; what was accepted still runs."""
+        """Have `require_submits` raise from now on; what was accepted still runs."""
         self._stopping = True
 
     def kill(self) -> None:
-        """Ends the engine at once, for good."""
+        """End the engine at once, for good."""
         self._stopping = True
         self._process.kill()
 
     async def stop(self, patience_seconds: float) -> None:
-        """Lets the engine finish what it has, then ends it."""
+        """Let the engine finish what it has, then end it."""
         self._stopping = True
         if self._keeper is not None:
             self._keeper.cancel()
@@ -241,7 +240,7 @@ class WarmUp:
         self._rank = rank
 
     async def run(self) -> None:
-        """Wait for the engine, and compile. What cannot be compiled is logged; clients may still work."""
+        """Wait for the engine, and compile. Failures are logged; clients may still work."""
         await self._engine.ready.wait()
         began = time.monotonic()
         try:
@@ -284,7 +283,7 @@ class WarmUp:
 
 
 def _ids(length: int, vocab_size: int) -> list[int]:
-    """Other ones for each length: a prompt that begins like an earlier one is not computed again."""
+    """Make token ids, others for each length, since a prompt that begins like an earlier one is cached."""
     return [(length + at) % vocab_size for at in range(length)]
 
 

@@ -59,9 +59,11 @@ def make_server(
     """Servers of a module's own, each with a data directory of its own; killed afterwards."""
     servers: list[ServerProcess] = []
 
-    def make(*options: str, **environment: str) -> ServerProcess:
+    def make(*options: str, launcher: Path | None = None, **environment: str) -> ServerProcess:
         data_dir = tmp_path_factory.mktemp("server") / "data"
-        servers.append(ServerProcess(tiny_model, data_dir, cache_dir, *options, **environment))
+        servers.append(
+            ServerProcess(tiny_model, data_dir, cache_dir, *options, launcher=launcher, **environment)
+        )
         return servers[-1]
 
     yield make

@@ -22,9 +22,23 @@ PROTOBUF = "application/x-protobuf"
 class ServerProcess:
     """`tinsmith serve` with its engine; `start` waits until the engine is ready."""
 
-    def __init__(self, model: Path, data_dir: Path, cache_dir: Path, *options: str, **environment: str):
+    def __init__(
+        self,
+        model: Path,
+        data_dir: Path,
+        cache_dir: Path,
+        *options: str,
+        launcher: Path | None = None,
+        **environment: str,
+    ):
+        """`launcher`: a program that takes the place of `python -m tinsmith.server.cli`."""
         self._command = [
-            *(sys.executable, "-m", "tinsmith.server.cli", "serve", "--model", f"tiny={model}"),
+            *(
+                (sys.executable, "-m", "tinsmith.server.cli")
+                if launcher is None
+                else (sys.executable, launcher)
+            ),
+            *("serve", "--model", f"tiny={model}"),
             *("--data-dir", str(data_dir), "--cache-dir", str(cache_dir), *options),
         ]
         self._environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment

@@ -28,7 +28,8 @@ class Streamed:
 
     def __init__(self, stack: contextlib.ExitStack, wire: Wire, path: str, body: dict[str, Any]):
         answer = stack.enter_context(wire.http.stream("POST", path, json=body | {"stream": True}))
-        self._lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        lines = (line for line in answer.iter_lines() if line.startswith("data: "))  # others are comments
+        self._lines = (line.removeprefix("data: ") for line in lines)
         self.events = [json.loads(next(self._lines))]
 
     def to_its_end(self) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ async def test_pending_operations_are_found_by_model_however_many_others_have(tm
     pending.discard("r2")
     pending.discard("r2")
     assert [each.seq_id for each in pending.of_model("m0")] == [0, 4]
-    assert [each.seq_id for each in pending.all()] == [0, 1, 3, 4]
+    assert [each.seq_id for each in pending.values()] == [0, 1, 3, 4]
     assert pending.of_model("m2") == []
 
 

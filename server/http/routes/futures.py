@@ -31,17 +31,13 @@ AT_ONCE_SECONDS = 1.0
 async def retrieve_future(
     body: requests.RetrieveFuture,
     request: Request,
-    settings: Provided[Settings],
     answers: Provided[OperationAnswers],
     owner: Owner,
     said: Said,
 ) -> Response:
     """Waits until the operation has its answer, at most `long_poll_seconds`, then says to ask again."""
-    operation = await answers.find(owner, body.request_id, said)
-    # Polls that came at once, thousands after a restart, do not end at once.
-    seconds = settings.long_poll_seconds * random.uniform(0.8, 1.0)
     wants_protobuf = results.PROTOBUF in request.headers.get("accept", "")
-    answer = await answers.poll(operation, seconds, said or operation.dialect, wants_protobuf, False)
+    answer = await answers.poll(owner, body.request_id, said, wants_protobuf)
     if body.allow_metadata_only and len(answer.body) > METADATA_FIRST_BYTES:
         return json_response({"status": "complete_metadata", "response_payload_size": len(answer.body)})
     return answer
@@ -49,16 +45,10 @@ async def retrieve_future(
 
 @router.post("/retrieve_future/{request_id}", responses=described_as(responses.PolledByPath))
 async def retrieve_future_of_path(
-    request_id: str,
-    settings: Provided[Settings],
-    answers: Provided[OperationAnswers],
-    owner: Owner,
-    said: Said,
+    request_id: str, answers: Provided[OperationAnswers], owner: Owner, said: Said
 ) -> Response:
     """As the other one, at once; the result is also under `result`."""
-    operation = await answers.find(owner, request_id, said)
-    seconds = min(AT_ONCE_SECONDS, settings.long_poll_seconds)
-    return await answers.poll(operation, seconds, said or operation.dialect, False, True)
+    return await answers.poll(owner, request_id, said, most_seconds=AT_ONCE_SECONDS, wrapped=True)
 
 
 @router.post("/cleanup_futures", responses=described_as(responses.CleanedFutures))

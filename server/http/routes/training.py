@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from ....engine import messages
 from ...dialect import DIALECT_RULES
@@ -28,130 +28,106 @@ from ...wire.training import PER_TOKEN, ReadBody, with_datums
 from ...wire.training import read as read_body
 from ..bodies import BodyRoute, body_is_read, received
 from ..dependencies import Owner, described_as, future
+from ..operation_answers import json_response
 from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
 
-@router.post("/forward_backward", responses=described_as(responses.Future))
-async def forward_backward(
-    request: Request,
-    settings: Provided[Settings],
-    operations: Provided[Operations],
-    custom_losses: Provided[CustomLosses],
-    runs: Provided[Runs],
-    offload: Provided[Offload],
-    submits: Provided[Submits],
-    owner: Owner,
-) -> dict[str, Any]:
+class Passes:
+    """Submits forward and backward passes: reads a body, finds its model, and makes the engine's message."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        offload: Offload,
+        operations: Operations,
+        custom_losses: CustomLosses,
+        runs: Runs,
+        submits: Submits,
+    ):
+        self._settings = settings
+        self._offload = offload
+        self._operations = operations
+        self._custom_losses = custom_losses
+        self._runs = runs
+        self._submits = submits
+
+    async def submit(self, request: Request, owner: str, forward_only: bool) -> Response:
+        read = await self._read(request, owner)
+        model, seq_id = read.model_id, read.seq_id
+        try:
+            if read.error is not None:
+                raise read.error
+            if seq_id is not None and seq_id < 1:
+                raise BadRequest(f"seq_id: {seq_id}; the first operation of a model has seq_id 1")
+            body = await with_datums(read)
+            run = await self._runs.find_trainable(owner, body.model_id)
+            _check_limits(body, run)
+            message = await self._message(body, run, forward_only or body.forward_only)
+            kind = "forward" if message.forward_only else "forward_backward"
+            operation = await self._submits.submit(run, kind, seq_id, message)
+        except ApiError as error:
+            await self._submits.refuse(owner, model, seq_id, error)
+            raise
+        return json_response(future(operation))
+
+    async def _read(self, request: Request, owner: str) -> ReadBody:
+        """Read a small body here and a large one in a worker; what is compressed may be large."""
+        pieces = await received(request)
+        encoding = request.headers.get("content-encoding", "")
+        as_sent = (request.headers.get("content-type", ""), encoding)
+        within = (self._settings.max_body_bytes, self._settings.max_datums)
+        if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
+            read = read_body(b"".join(pieces), *as_sent, *within)
+        else:
+            read = await self._offload.in_process(owner, read_body, pieces, *as_sent, *within)
+        pieces.clear()
+        await body_is_read(request)
+        return read
+
+    async def _message(
+        self, body: wire.ForwardBackwardBody, run: Run, forward_only: bool
+    ) -> messages.ForwardBackward:
+        data = body.data
+        if body.loss_fn in SAMPLED_LOSSES:
+            data = await with_sampled_logprobs(self._operations, run.owner, data, body.spans)
+        custom_loss = None
+        if body.loss_id is not None:
+            custom_loss = await self._custom_losses.find(run.owner, run.session_id, body.loss_id)
+        per_token = body.loss_config.pop(PER_TOKEN, DIALECT_RULES[run.dialect].elementwise_loss)
+        if per_token not in (False, True):  # 0 and 1 too
+            raise BadRequest(f"loss_fn_config[{PER_TOKEN!r}] is {per_token!r}; it must be true or false")
+        return messages.ForwardBackward(
+            request_id="",
+            model_id=run.id,
+            data=data,
+            loss_fn=body.loss_fn,
+            loss_config=body.loss_config,
+            forward_only=forward_only,
+            custom_loss=custom_loss,
+            elementwise_loss=bool(per_token) and custom_loss is None,
+            owner="" if custom_loss is None else run.owner,
+        )
+
+
+@router.post("/forward_backward", response_model=dict[str, Any], responses=described_as(responses.Future))
+async def forward_backward(request: Request, passes: Provided[Passes], owner: Owner) -> Response:
     """JSON; or a protobuf ForwardBackwardRequest, also compressed with zstd."""
-    return await _forward_backward(
-        request, settings, operations, custom_losses, runs, offload, submits, owner, forward_only=False
-    )
+    return await passes.submit(request, owner, forward_only=False)
 
 
-@router.post("/forward", responses=described_as(responses.Future))
-async def forward(
-    request: Request,
-    settings: Provided[Settings],
-    operations: Provided[Operations],
-    custom_losses: Provided[CustomLosses],
-    runs: Provided[Runs],
-    offload: Provided[Offload],
-    submits: Provided[Submits],
-    owner: Owner,
-) -> dict[str, Any]:
+@router.post("/forward", response_model=dict[str, Any], responses=described_as(responses.Future))
+async def forward(request: Request, passes: Provided[Passes], owner: Owner) -> Response:
     """As forward_backward, without gradients."""
-    return await _forward_backward(
-        request, settings, operations, custom_losses, runs, offload, submits, owner, forward_only=True
-    )
-
-
-async def _forward_backward(
-    request: Request,
-    settings: Settings,
-    operations: Operations,
-    custom_losses: CustomLosses,
-    runs: Runs,
-    offload: Offload,
-    submits: Submits,
-    owner: str,
-    forward_only: bool,
-) -> dict[str, Any]:
-    read = await _read(request, settings, offload, owner)
-    model, seq_id = read.model_id, read.seq_id
-    try:
-        if read.error is not None:
-            raise read.error
-        if seq_id is not None:
-            _check_seq_id(seq_id)
-        body = await with_datums(read)
-        run = await runs.find_trainable(owner, body.model_id)
-        _check_limits(body, run)
-        only = forward_only or body.forward_only
-        message = await _message(body, run, only, operations, custom_losses)
-        kind = "forward" if only else "forward_backward"
-        operation = await submits.submit(run, kind, seq_id, message)
-    except ApiError as error:
-        await submits.refuse(owner, model, seq_id, error)
-        raise
-    return future(operation)
-
-
-async def _read(request: Request, settings: Settings, offload: Offload, owner: str) -> ReadBody:
-    """Small bodies are read here, large ones in a worker; what is compressed may be large."""
-    pieces = await received(request)
-    encoding = request.headers.get("content-encoding", "")
-    as_sent = (request.headers.get("content-type", ""), encoding)
-    within = (settings.max_body_bytes, settings.max_datums)
-    if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
-        read = read_body(b"".join(pieces), *as_sent, *within)
-    else:
-        read = await offload.in_process(owner, read_body, pieces, *as_sent, *within)
-    pieces.clear()
-    await body_is_read(request)
-    return read
-
-
-async def _message(
-    body: wire.ForwardBackwardBody,
-    run: Run,
-    forward_only: bool,
-    operations: Operations,
-    custom_losses: CustomLosses,
-) -> messages.ForwardBackward:
-    data = body.data
-    if body.loss_fn in SAMPLED_LOSSES:
-        data = await with_sampled_logprobs(operations, run.owner, data, body.spans)
-    custom_loss = None
-    if body.loss_id is not None:
-        custom_loss = await custom_losses.find(run.owner, run.session_id, body.loss_id)
-    per_token = body.loss_config.get(PER_TOKEN, DIALECT_RULES[run.dialect].elementwise_loss)
-    if per_token not in (False, True):  # 0 and 1 too
-        raise BadRequest(f"loss_fn_config[{PER_TOKEN!r}] is {per_token!r}; it must be true or false")
-    return messages.ForwardBackward(
-        request_id="",
-        model_id=run.id,
-        data=data,
-        loss_fn=body.loss_fn,
-        loss_config={key: value for key, value in body.loss_config.items() if key != PER_TOKEN},
-        forward_only=forward_only,
-        custom_loss=custom_loss,
-        elementwise_loss=bool(per_token) and custom_loss is None,
-        owner="" if custom_loss is None else run.owner,
-    )
-
-
-def _check_seq_id(seq_id: int) -> None:
-    if seq_id < 1:
-        raise BadRequest(f"seq_id: {seq_id}; the first operation of a model has seq_id 1")
+    return await passes.submit(request, owner, forward_only=True)
 
 
 def _check_limits(body: wire.ForwardBackwardBody, run: Run) -> None:
-    """Those that the model was created with, and the shapes."""
+    """Raise BadRequest for what is over the limits that the model was created with, or has other shapes."""
     if run.create_message.target_alignment == "shifted":
         wire.check_rows(body)
-    datums, tokens = (run.configuration.get(name) for name in ("max_batch_size", "max_seq_len"))
+    datums, tokens = run.configuration.get("max_batch_size"), run.configuration.get("max_seq_len")
     if datums is not None and len(body.data) > datums:
         raise BadRequest(f"data: {len(body.data)} datums are over this model's max_batch_size of {datums}")
     for index, datum in enumerate(body.data):
