@@ -90,7 +90,10 @@ _MEMORY_PER_BODY_BYTE = 16
 def create_app(
     settings: Settings, base_models: list[BaseModel] | None = None, ledger: Ledger | None = None
 ) -> FastAPI:
-    """`base_models` defaults to resolving `settings.model`, `ledger` to opening it at the start."""
+    """Create the application.
+
+    `base_models` defaults to resolving `settings.model`, `ledger` to opening it at the start.
+    """
     if base_models is None:
         planned = plan(settings.model, settings.dtype, settings.mesh)
         base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
@@ -105,14 +108,14 @@ def create_app(
     app = FastAPI(title="Tinsmith", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.application = application
     app.state.services = application.services
-    # Routes are looked through in this order: what is asked most often comes first.
+    # Routes are matched in this order: the most frequent come first.
     for router in (
         *(futures.router, service.router, training.router, sampling.router, generate.router, openai.router),
         *(sessions.router, sessions.model_router, weights.router, checkpoints.run_router, checkpoints.router),
         *(checkpoints.download_router, console.trace_router, accounts.router, accounts.key_router),
         *(inference.router, service.served_router, service.engine_router, console.router),
     ):
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # `include_router` would match each request once more
     errors.install(app)
     openapi.install(app)
     app.add_middleware(JsonBodies)
@@ -143,8 +146,10 @@ def create_app(
 
 
 class Application:
-    """All objects of a server, from its start to its end. `opened`: the ledger, if it has been opened
-    already."""
+    """All objects of a server, from its start to its end.
+
+    `opened` is the ledger, if it has been opened already.
+    """
 
     def __init__(self, settings: Settings, base_models: BaseModels, opened: Ledger | None):
         self.settings = settings
@@ -320,7 +325,7 @@ class Application:
         )
 
     async def start(self) -> None:
-        """Opens the ledger, starts the engine without waiting for it, takes up what was unfinished."""
+        """Open the ledger, start the engine without waiting for it, and take up what was unfinished."""
         settings = self.settings
         self.build(
             self._opened or open_owned(settings.data_dir, settings.ledger_url, settings.sync_every_commit)
@@ -352,7 +357,7 @@ class Application:
             self._background.append(asyncio.ensure_future(warm_up.run()))
 
     async def drain(self) -> None:
-        """Refuses submits, saves the models' states behind the work that is queued, ends the engine."""
+        """Refuse submits, save the models' states behind the work that is queued, and end the engine."""
         self._draining = True
         await self.rlve.close()
         if self.engine.ready.is_set():
@@ -369,7 +374,7 @@ class Application:
         self.completions.wake_all()
 
     async def close(self) -> None:
-        """Ends everything; what is not drained yet is drained first."""
+        """End everything; drain first, unless that was done."""
         for task in self._background:
             task.cancel()
         self.refused_saves.close()

@@ -75,7 +75,7 @@ class Admission:
         self._early: _Queues = defaultdict(_Queue)
         self._creating: Counter[str] = Counter()
         self._buckets: defaultdict[str, TokenBucket] = defaultdict(TokenBucket)
-        self._refused: dict[str, tuple[float, str]] = {}  # by tenant: when it was last told to wait, and why
+        self._refused: dict[str, tuple[float, str]] = {}  # by tenant: when its last 429 was, and why
 
     def take_up(self, unanswered: Iterable[Operation]) -> None:
         """Count the operations from before the start."""

@@ -3,7 +3,7 @@
 Weights that only a sampling session names are unnamed. They are in the engine's memory before they are on
 disk; what was not written when the engine died is made again by a replay of their model's operations.
 
-Samplers of models as they are now: unnamed weights, saved again when the model has changed since.
+`LiveSamplers` has samplers of models as they are now: unnamed weights, saved again when the model changed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger("tinsmith.samplers")
 _ROOT = "samplers"  # of the directories of unnamed weights
 _SIGN_OF_LIFE_EVERY = 60.0  # seconds; a session that samples is alive, whether it sends heartbeats or not
 _SWEEP_EVERY = 600.0
-_REMEMBERED = 65_536  # of others the ledger is asked
+_REMEMBERED = 65_536  # others are read from the ledger again
 # Directories that no sampler names may be of a save under way, or of samples that wait for their turn.
 _SPARED_SECONDS = 3600.0
 
@@ -148,7 +148,7 @@ class Samplers:
         base_models: BaseModels,
         on_removed: Callable[[str], None],
     ):
-        """`on_removed` is told of directories that are removed."""
+        """`on_removed` is called with each directory that is removed."""
         self._base_models = base_models
         self._ledger = ledger
         self._quotas = quotas
@@ -157,7 +157,7 @@ class Samplers:
         self._runs = runs
         self._settings = settings
         self._samplers: Recent[str, Sampler] = Recent(_REMEMBERED)
-        self._alive: Recent[str, float] = Recent(_REMEMBERED)  # sessions, and when the ledger was told
+        self._alive: Recent[str, float] = Recent(_REMEMBERED)  # by session: when the ledger noted it last
         self._making: set[asyncio.Task] = set()
         self._on_removed = on_removed
         operations.weights_missing.subscribe(self._missing)
@@ -350,7 +350,7 @@ def add(
 
 
 KEPT = 4
-"""Of a model's versions: what was asked of an older one is answered by now."""
+"""How many versions of a model stay: samples of older ones have been answered by then."""
 
 
 @dataclass(frozen=True)

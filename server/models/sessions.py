@@ -4,10 +4,7 @@ A session that gives no sign of life (a heartbeat, or an operation of one of its
 `session_idle_seconds` keeps all it has, but its models leave the engine: their states are saved, and they
 come back at their next operation. It is not over: a client that slept goes on where it was.
 
-Models that their clients name: made at the first asking, opened again at the next.
-
-A name is a tenant's own, and means the newest model of it. What is unloaded is over: the name then makes a
-new one.
+Clients may also name their models: the first request of a name creates a model, and later ones find it.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ from .samplers import Recent, Samplers
 log = logging.getLogger("tinsmith.sessions")
 
 _NAMES = uuid.UUID("5f2c4d0e-3a8b-4d57-9a51-6c1b0f7e2d94")
-_REMEMBERED = 65_536  # sessions; of others the ledger is asked
+_REMEMBERED = 65_536  # sessions; others are read from the ledger again
 _HEARTBEAT_WRITTEN_EVERY = 60.0  # seconds; clients send one every ten
 
 
@@ -244,7 +241,7 @@ class NamedModels:
         self._one_at_a_time = asyncio.Lock()
 
     async def open(self, asked: Named) -> Operation:
-        """Return the creation of the model of that name. Raises BadRequest if it is not as is asked now."""
+        """Return the creation of the model of that name. Raises BadRequest if that one is different."""
         async with self._one_at_a_time:
             run = await self._alive(asked)
             if run is None:

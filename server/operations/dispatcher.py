@@ -2,9 +2,9 @@
 
 Clients number the operations of a model 1, 2, 3, … and may send them out of order; what arrives early is
 held. A number that never arrives (the client gave up on its submit) would hold everything after it for
-ever, so a gap is waited for `gap_grace_seconds`, longer than a client keeps resending, and then the held
-operations are given up, because running them without the missing one would train something else than was
-asked for. A number that was refused at its submit is no gap: it is recorded, and its successors run.
+ever. So the dispatcher waits `gap_grace_seconds` for a missing number, longer than a client keeps resending,
+and then gives up the held operations, because without the missing one they would train something else. A
+number that was refused at its submit is recorded, and leaves no gap.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Operation:
     expired: bool = False  # it had an answer, which was dropped
     committed: bool = False  # it is in the ledger
     answering: bool = False
-    cancelled: bool = False  # nobody waits for it any more
+    cancelled: bool = False  # its client does not wait for it any more
     sent_in: int = 0  # the engine's life in which it was sent
     weights_made_in: int = 0  # that in which the weights it samples were made again
     changed: bytes | None = None  # a message that goes to the engine instead of that one
@@ -128,7 +128,7 @@ class SampleDrawer(Protocol):
     """Draws samples in the engine's place."""
 
     def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
-        """Return whether it draws this sample, and then answers to `outcome`; may be asked more than once."""
+        """Return whether it draws this sample; it then answers to `outcome`. May be called again."""
 
     def cancel(self, operation: Operation) -> bool:
         """Stop drawing the sample; return whether it was being drawn here."""

@@ -223,7 +223,7 @@ class Operations:
     # --- sending
 
     def send(self, operation: Operation) -> None:
-        """Send the operation to whoever is to answer it."""
+        """Send the operation to the engine, or, if it is a sample, to the drawer."""
         if operation.cancelled:
             self.fail([operation], _CANCELLED)
         elif operation.kind != "sample":

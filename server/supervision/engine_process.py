@@ -2,7 +2,7 @@
 
 The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
 configuration on standard input. Messages go out by way of the outbox and are kept until the engine reads
-them, so it may still be loading. A process that ends without having been asked to is dead: nothing is sent
+them, so it may still be loading. A process that ends by itself is dead: nothing is sent
 any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py). One that
 gives no sign of life for `silence_seconds` is stopped, or hangs; it is killed.
 """
@@ -94,6 +94,7 @@ async def nothing_stored(_request_id: str) -> None:
     """Load no payload: none is needed."""
 
 
+_COPIED_BYTES = 64 << 10  # copying a smaller message is faster than sharing it with ZeroMQ
 _LAST_ANSWERS_SECONDS = 0.05  # what it sent before its end may still be in the socket
 # Before it is ready, an engine reads from disks that may be slow, and may hold Python's lock meanwhile.
 _LOADING_MAY_TAKE = 5
@@ -137,7 +138,7 @@ class EngineProcess:
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
         self.alive = False  # started, and not ended
-        self.death: str | None = None  # how it ended, if nobody asked it to
+        self.death: str | None = None  # how it ended, if it did by itself
         self._killed_for: str | None = None
         self.refused = False  # it ended with an error message instead of becoming ready
         self.was_ready = False
@@ -254,7 +255,7 @@ class EngineProcess:
         shutil.rmtree(Path(self._directory), ignore_errors=True)
 
     async def _send_now(self, message: bytes) -> None:
-        await self._socket.send(message, copy=False)
+        await self._socket.send(message, copy=len(message) < _COPIED_BYTES)
 
     async def _receive_forever(self) -> None:
         while True:
@@ -298,7 +299,7 @@ class EngineProcess:
         return f"{self._news}, for {seconds:.0f} s" if self.phase == "compiling" else self._news
 
     def take_counters(self) -> dict[str, float]:
-        """Return what the engine has counted, which nobody else counts then."""
+        """Return what the engine has counted, and begin at 0 again."""
         counters, self.measured = self.measured.counters, messages.Measured({}, {})
         return counters
 

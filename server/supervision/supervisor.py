@@ -30,7 +30,7 @@ from .outbox import Lane
 log = logging.getLogger("tinsmith.supervisor")
 
 _PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_HOPELESS_STARTS = 5  # that many in a row which did not get ready: clients are told to stay away
+_HOPELESS_STARTS = 5  # in a row that did not get ready: submits are then refused
 
 
 class Supervisor:
@@ -66,7 +66,7 @@ class Supervisor:
         self._failed_starts = 0
         self._ended: Counter[str] = Counter()  # what engines counted that have ended
         self.life = 0  # how many engines there have been
-        self.is_asleep = False  # told to sleep, and nothing since
+        self.is_asleep = False  # `Sleep` was the last message to it
         self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
 
     async def start(self) -> None:
