@@ -38,7 +38,6 @@ from .http.monitoring import (
 from .http.operation_answers import OperationAnswers
 from .http.provided import Services
 from .http.routes import (
-    accounts,
     checkpoints,
     console,
     futures,
@@ -112,7 +111,7 @@ def create_app(
     for router in (
         *(futures.router, service.router, training.router, sampling.router, generate.router, openai.router),
         *(sessions.router, sessions.model_router, weights.router, checkpoints.run_router, checkpoints.router),
-        *(checkpoints.download_router, console.trace_router, accounts.router, accounts.key_router),
+        *(checkpoints.download_router, console.trace_router, console.account_router, console.key_router),
         *(inference.router, service.served_router, service.engine_router, console.router),
     ):
         app.router.routes.extend(router.routes)  # `include_router` would match each request once more

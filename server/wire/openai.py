@@ -382,6 +382,13 @@ class WeightVersion(TypedDict):
     weight_version: str
 
 
+class _Answer(TypedDict):
+    id: str
+    created: int
+    model: str
+    metadata: WeightVersion
+
+
 class CompletionLogprobs(TypedDict):
     """Log-probs, token by token. `text_offset`: where each token begins, in characters."""
 
@@ -400,27 +407,19 @@ class CompletionChoice(TypedDict):
     logprobs: CompletionLogprobs | None
 
 
-class TextCompletion(TypedDict):
+class TextCompletion(_Answer):
     """Samples of one prompt or several, those of the first prompt first."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    metadata: WeightVersion
     usage: TokenUsage
 
 
-class TextCompletionChunk(TypedDict):
+class TextCompletionChunk(_Answer):
     """One event of a stream. The last has no choices, and `usage`, if `include_usage` asks for it."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    metadata: WeightVersion
     usage: NotRequired[TokenUsage | None]
 
 
@@ -462,15 +461,11 @@ class ChatChoice(TypedDict):
     logprobs: ChatLogprobs | None
 
 
-class ChatCompletion(TypedDict):
+class ChatCompletion(_Answer):
     """Samples of the next turn of a conversation."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
-    metadata: WeightVersion
     usage: TokenUsage
 
 
@@ -490,13 +485,9 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
 
 
-class ChatCompletionChunk(TypedDict):
+class ChatCompletionChunk(_Answer):
     """One event of a stream. The last has no choices, and `usage`, if `include_usage` asks for it."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    metadata: WeightVersion
     usage: NotRequired[TokenUsage | None]

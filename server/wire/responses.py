@@ -607,17 +607,16 @@ class PageCursor(TypedDict):
     total_count: int
 
 
-class CheckpointPage(TypedDict):
-    """One page of the caller's checkpoints."""
-
-    checkpoints: list[Checkpoint]
-    cursor: PageCursor
-
-
 class Checkpoints(TypedDict):
     """The checkpoints of one model."""
 
     checkpoints: list[Checkpoint]
+
+
+class CheckpointPage(Checkpoints):
+    """One page of the caller's checkpoints."""
+
+    cursor: PageCursor
 
 
 class DeletedCheckpoint(TypedDict):
@@ -723,13 +722,17 @@ class RunMetrics(TypedDict):
     cursor: str
 
 
-class OverviewEngine(TypedDict):
-    """What the engine is doing. `lives`: how many engine processes there have been."""
+class EngineHealth(TypedDict):
+    """The engine process. `lives`: how often it was started."""
 
     phase: str
     text: str
     ready: bool
     lives: int
+
+
+class OverviewEngine(EngineHealth):
+    """What the engine is doing. `lives`: how many engine processes there have been."""
 
 
 class QueuedModel(TypedDict):
@@ -909,22 +912,10 @@ class Directory(TypedDict):
     endpoints: dict[str, str]
 
 
-class EngineHealth(TypedDict):
-    """The engine process. `lives`: how often it was started."""
-
-    phase: str
-    text: str
-    ready: bool
-    lives: int
-
-
-class MemoryHealth(TypedDict):
+class MemoryHealth(OverviewMemory):
     """The memory of each device, in bytes, as the engine reported it last. `planned` and `held`: by kind."""
 
-    capacity_bytes: int
     planned_bytes: dict[str, int]
-    held_bytes: dict[str, int]
-    free_bytes: int | None
     waiting_in_host_memory_bytes: int
 
 
@@ -1169,21 +1160,21 @@ class InferenceEndpoint(TypedDict):
     running: NotRequired[int]
 
 
-class AddedEndpoint(TypedDict):
-    """Whether the server was registered; if not, `message` says why."""
-
+class _Outcome(TypedDict):
     success: bool
     message: str
+
+
+class AddedEndpoint(_Outcome):
+    """Whether the server was registered; if not, `message` says why."""
+
     endpoint: InferenceEndpoint
     weights_synced: bool
     sync_message: str | None
 
 
-class RemovedEndpoint(TypedDict):
+class RemovedEndpoint(_Outcome):
     """Whether the server was registered before."""
-
-    success: bool
-    message: str
 
 
 class OperatorEndpoints(TypedDict):
@@ -1201,21 +1192,17 @@ class InferenceEndpoints(TypedDict):
     of_operator: OperatorEndpoints
 
 
-class SyncedEndpoint(TypedDict):
+class SyncedEndpoint(_Outcome):
     """One server's part of a sync."""
 
     host: str
     port: int
-    success: bool
-    message: str
     seconds: dict[str, float]
 
 
-class SyncedWeights(TypedDict):
+class SyncedWeights(_Outcome):
     """Whether every server has the weights. Times are in seconds."""
 
-    success: bool
-    message: str
     transfer_time: float
     total_bytes: int
     num_parameters: int
