@@ -174,7 +174,7 @@ class Models:
                 raise UserError("sampler weights have no optimizer state: load them without it")
             return self._restore_adapter(base, directory, family)
         if not training_state.is_complete(directory):
-            raise UserError("the checkpoint is not there (any more)")
+            raise UserError("the checkpoint no longer exists")
         metadata = training_state.read_metadata(directory)
         if metadata.pop("base_model") != base.name:
             raise UserError(f"the checkpoint is of another base model than {base.name!r}")

@@ -24,9 +24,11 @@ def host_and_port(url: str) -> tuple[str, int]:
     """Split a server's URL. Raises ValueError if it is not http(s)://HOST:PORT."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
-        raise ValueError(f"{url!r} is no URL of a server: write http://HOST:PORT")
+        raise ValueError(f"{url!r} is not the URL of a server; write http://HOST:PORT")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"the URL of {parts.hostname!r} is more than http://HOST:PORT; keys are given apart")
+        raise ValueError(
+            f"the URL of {parts.hostname!r} has more than http://HOST:PORT; keys are given separately"
+        )
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 

@@ -330,7 +330,7 @@ class Application:
             self._opened or open_owned(settings.data_dir, settings.ledger_url, settings.sync_every_commit)
         )
         if moved := await self.payloads.move_old(stream_of, KEPT):
-            log.info("%d payloads of an older ledger have their new place", moved)
+            log.info("%d payloads of an older ledger were moved", moved)
         digests = {name: model.digest for name, model in self.base_models.items() if model.digest}
         await self.ledger.write(partial(tenancy.record_digests, digests=digests))
         await self.copies.take_up()

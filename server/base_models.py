@@ -244,7 +244,7 @@ def _parse(entry: str) -> _Entry:
     if not name or not name.isprintable():
         raise ValueError(f"--model {entry!r}: the name before the = is {name!r}; write NAME=FOLDER")
     if not source.strip():
-        raise ValueError(f"--model {entry!r}: there is nothing behind the =; write NAME=FOLDER")
+        raise ValueError(f"--model {entry!r}: nothing follows the =; write NAME=FOLDER")
     return _source(source, name)
 
 
@@ -347,7 +347,7 @@ def _not_on_hub(hub_id: str, revision: str | None, error: Exception) -> ValueErr
     which = f"{hub_id}@{revision}" if revision else hub_id
     reason = " ".join(str(error).split())[:300]
     return ValueError(
-        f"model {which!r} is no folder here, and cannot be had from the Hugging Face hub: "
+        f"model {which!r} is not a folder here, and cannot be loaded from the Hugging Face hub: "
         f"{type(error).__name__}: {reason}"
     )
 

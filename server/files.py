@@ -45,7 +45,7 @@ class Disk:
         if free < self.reserve_bytes:
             raise StorageFull(
                 f"the server's disk has {free >> 20} MiB left, of which {self.reserve_bytes >> 20} MiB are "
-                "kept in reserve; nothing was accepted, and it can be sent again when there is room"
+                "kept in reserve; nothing was accepted; send it again when there is room"
             )
 
 
@@ -112,10 +112,10 @@ def header(file: Path) -> dict[str, Any]:
         try:
             read = json.loads(opened.read(length))
         except (ValueError, RecursionError) as error:
-            reason = f"{file.name} does not hold JSON where it should: {str(error)[:200]}"
+            reason = f"{file.name} has a header that is not JSON: {str(error)[:200]}"
             raise ValueError(reason) from None
     if not isinstance(read, dict):
-        raise ValueError(f"{file.name} does not hold an object where it should")
+        raise ValueError(f"{file.name} has a header that is not a JSON object")
     return read
 
 

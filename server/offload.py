@@ -93,7 +93,7 @@ class Offload:
                     size = sum(map(len, body))
                     log.warning("a worker was ended over a body of %d bytes: %r", size, error)
                     raise TooLarge(
-                        f"the body of {size} bytes takes more memory or time to read than it may; send "
+                        f"the body of {size} bytes takes more memory or time to read than is allowed; send "
                         "less at once"
                     ) from None
                 raise
@@ -208,7 +208,7 @@ def _answer(job: bytes, body: bytes) -> bytes:
         return pickle.dumps((True, call(body, *args, **kwargs)), pickle.HIGHEST_PROTOCOL)
     except MemoryError:
         error: Exception = TooLarge(
-            f"the body of {len(body)} bytes takes more memory to read than it may; send less at once"
+            f"the body of {len(body)} bytes takes more memory to read than is allowed; send less at once"
         )
     except Exception as raised:
         error = raised

@@ -154,7 +154,7 @@ def filled(name: str, options: Options) -> dict[str, LossValue]:
             raise UserError(f"{where} a finite number")
         elif key not in chosen.below:
             if value != chosen.options[key]:
-                raise UserError(f"{where} {chosen.options[key]:g}, the only one that there is")
+                raise UserError(f"{where} {chosen.options[key]:g}, the only possible value")
         elif not (value >= 0 and np.float32(value) < np.float32(chosen.below[key])):
             raise UserError(
                 f"{where} at least 0 and below {chosen.below[key]:g}, also when rounded to float32"

@@ -191,7 +191,7 @@ class SamplerCache:
         began = time.perf_counter()
         directory = paths.resolve(self._data_dir, key)
         if not directory.is_dir():
-            raise MissingWeights("these sampler weights are not there (any more): save them again")
+            raise MissingWeights("these sampler weights no longer exist: save them again")
         registered: dict[str, Any]
         try:
             digests.check(directory)

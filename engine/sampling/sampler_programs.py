@@ -93,8 +93,7 @@ class SamplerPrograms:
         return True
 
     def fewer_slots(self, sequences: int) -> int | None:
-        """Decode fewer than `slots` sequences per call from now on; return how many, or None for a single
-        one."""
+        """Decode fewer than so many sequences per call from now on; return how many, or None for one."""
         return self._slots.fewer(sequences)
 
     def drop_pages(self) -> None:

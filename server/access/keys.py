@@ -85,7 +85,7 @@ class ApiKey:
     in_ledger: bool
 
 
-NO_KEY = ApiKey("", LOCAL_OWNER, b"", "this server asks for no key", False)
+NO_KEY = ApiKey("", LOCAL_OWNER, b"", "this server requires no key", False)
 
 
 @dataclass(frozen=True)
@@ -164,4 +164,4 @@ async def read_forever(ledger: Ledger, keys: ApiKeys, quotas: Quotas) -> None:
             await keys.read(ledger)
             await quotas.read(ledger)
         except SQLAlchemyError as error:
-            log.error("the ledger's keys could not be read; those known before stay: %s", error)
+            log.error("the ledger's keys could not be read; the known ones stay valid: %s", error)

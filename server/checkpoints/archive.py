@@ -164,7 +164,7 @@ def _checked(member: tarfile.TarInfo) -> PurePosixPath:
         raise BadRequest(f"the archive's {shown} leads out of it")
     if not member.isdir() and member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise BadRequest(
-            f"the archive's {shown} is no plain file or folder (links and the like are not read)"
+            f"the archive's {shown} is not a plain file or folder (links and the like are refused)"
         )
     if path.suffix.lower() in _PICKLES:
         raise BadRequest(

@@ -177,7 +177,9 @@ def _settings_of(config: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"--config: {config} is not TOML: {error}")
     known = list(Settings.model_fields)
-    wrong = [f"{config}: {name} is no setting{_nearest(name, known)}" for name in found if name not in known]
+    wrong = [
+        f"{config}: {name} is not a setting{_nearest(name, known)}" for name in found if name not in known
+    ]
     if wrong:
         fail("; ".join(wrong))
     return found
@@ -191,7 +193,7 @@ def unknown_names(environment: Mapping[str, str]) -> list[str]:
         upper = name.upper()
         others = upper == _CONFIG or _OTHERS.fullmatch(upper, len(_PREFIX))
         if upper.startswith(_PREFIX) and upper not in known and not others:
-            found.append(f"{name} is no setting{_nearest(upper, known)}")
+            found.append(f"{name} is not a setting{_nearest(upper, known)}")
     return found
 
 

@@ -64,7 +64,7 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
 
 def top(
     url: Url = None,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates.")] = 2.0,
 ) -> None:
     server = RemoteServer(url)
     console = _console()
@@ -105,7 +105,7 @@ def _console() -> Console:
 
 
 def _health(server: RemoteServer) -> dict[str, Any]:
-    return server.ask("GET", "health", "the server has no health", accepted=(200, 503))
+    return server.ask("GET", "health", "the server's health cannot be read", accepted=(200, 503))
 
 
 def _runs(server: RemoteServer, limit: int) -> list[dict[str, Any]]:

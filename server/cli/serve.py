@@ -215,7 +215,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"--host: {host!r} is no address and no name that is known ({error})") from None
+        raise ValueError(f"--host: {host!r} is neither an address nor a known name ({error})") from None
     found.sort(key=lambda each: each[0] != socket.AF_INET)  # prefers 127.0.0.1 for localhost
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
@@ -237,7 +237,7 @@ def _why_not_bound(host: str, port: int, error: OSError) -> str:
         case errno.EACCES:
             return f"--port: this user may not bind port {port}; choose one from 1024 on"
         case errno.EADDRNOTAVAIL:
-            return f"--host: {host} is no address of this machine; 0.0.0.0 is all of them"
+            return f"--host: {host} is not an address of this machine; 0.0.0.0 is all of them"
     return f"--host, --port: {host}, port {port}, cannot be bound ({error.strerror})"
 
 

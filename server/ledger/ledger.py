@@ -396,7 +396,7 @@ def check(url: str) -> None:
             if tables and "alembic_version" not in tables:
                 where = file or engine.url.render_as_string(hide_password=True)
                 raise LedgerUnusable(
-                    f"{where} is no ledger but another program's database, with the table {tables[0]!r}; "
+                    f"{where} is not a ledger but another program's database, with the table {tables[0]!r}; "
                     "choose another --data-dir, or another TINSMITH_DATABASE_URL"
                 )
             if tables:

@@ -51,8 +51,8 @@ def why_unusable(engine: Engine, error: Exception) -> str:
     where = file_of(engine) or engine.url.render_as_string(hide_password=True)
     if isinstance(error, CommandError):
         return (
-            f"the ledger {where} is of a newer version of Tinsmith, which this one cannot read ({error}); "
-            "start that version, or choose another --data-dir"
+            f"the ledger {where} was written by a newer version of Tinsmith, which this one cannot read "
+            f"({error}); start that version, or choose another --data-dir"
         )
     cause = " ".join(str(getattr(error, "orig", None) or error).split())
     if any(sign in cause for sign in ("not a database", "malformed")):
@@ -63,7 +63,7 @@ def why_unusable(engine: Engine, error: Exception) -> str:
 def damaged(where: Path | str, how: str) -> str:
     first = how.strip().splitlines()[0] if how.strip() else "unreadable"
     return (
-        f"the ledger {where} is damaged ({first}); put a copy of it there, or move it away to begin with an "
+        f"the ledger {where} is damaged ({first}); restore a copy of it, or move it away to start with an "
         "empty one"
     )
 
@@ -185,7 +185,7 @@ class FileLock:
 
 
 def in_use(name: str, holder: Holder | None, remark: str = "", other: str = "--data-dir") -> str:
-    who = "a process that does not say its name" if holder is None else str(holder)
+    who = "an unknown process" if holder is None else str(holder)
     return (
         f"{name} is in use by another server: {who}{f' ({remark})' if remark else ''}; stop that one, "
         f"or choose another {other}"

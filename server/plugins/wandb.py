@@ -50,7 +50,7 @@ class WandbRuns:
             raise BadRequest("wandb_config.enabled: this server does not write to Weights & Biases")
         if importlib.util.find_spec("wandb") is None:
             raise BadRequest(
-                "wandb_config.enabled: this server is without wandb; its operator can install it"
+                "wandb_config.enabled: wandb is not installed on this server; its operator can install it"
             )
 
     def remember(self, model_id: str, key: str) -> None:
@@ -112,7 +112,7 @@ class WandbRuns:
         except (
             Exception
         ) as error:  # whatever the library may raise; not logged in full, because it may contain the key
-            log.warning("metrics of model %s did not get to W&B: %s", run.id, type(error).__name__)
+            log.warning("metrics of model %s could not be sent to W&B: %s", run.id, type(error).__name__)
 
     def _begin(self, run: Run) -> Any:
         import wandb

@@ -55,7 +55,7 @@ def rendered(
         raise BadRequest(f"messages: the model's chat template ran for over {SECONDS:.0f} s") from None
     except Exception as error:  # a template can raise whatever Python can
         raise BadRequest(
-            f"messages: the model's chat template does not take them: {_template_error(error)}"
+            f"messages: the model's chat template refuses them: {_template_error(error)}"
         ) from None
     if len(text) > CHARACTERS:
         raise BadRequest(f"messages: the model's chat template made over {CHARACTERS} characters of them")
@@ -173,7 +173,7 @@ class ChatTokenizer:
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except Exception as error:  # the library raises nothing narrower
             said = str(error).encode(errors="replace").decode()
-            raise BadRequest(f"the model's tokenizer does not take this text: {said}") from None
+            raise BadRequest(f"the model's tokenizer cannot encode this text: {said}") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of tokens at the beginning of a text."""

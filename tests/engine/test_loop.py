@@ -271,7 +271,7 @@ def test_sampling_goes_on_beside_a_long_training_operation(engine):
         ({"lora": None}, r"full-weight training is not enabled"),
         ({"optimizer": "adam"}, r"unknown optimizer 'adam'; known: adamw, dimuon, sgd, signsgd, muon"),
         ({"optimizer": "sgd", "optimizer_options": {"beta": 1}}, r"no option 'beta'; it takes: momentum"),
-        ({"checkpoint": "no/such-1"}, r"the checkpoint is not there"),
+        ({"checkpoint": "no/such-1"}, r"the checkpoint no longer exists"),
         ({"lora": lora(train_attn=False, train_mlp=False, train_unembed=False)}, r"nothing would be trained"),
     ],
 )

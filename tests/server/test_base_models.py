@@ -82,7 +82,7 @@ def test_clients_elsewhere_are_told_the_hub_id_of_the_tokenizer(
         (["/no/such/folder"], "model '/no/such/folder': there is no such folder"),
         (["~/no-such-folder"], "there is no such folder"),
         (["lr=0.1/missing"], "model 'lr=0.1/missing': there is no such folder"),
-        (["m="], "--model 'm=': there is nothing behind the =; write NAME=FOLDER"),
+        (["m="], "--model 'm=': nothing follows the =; write NAME=FOLDER"),
         (["m=./lr=0.1/missing"], "model './lr=0.1/missing': there is no such folder"),
         (["missing"], "neither a folder, nor a hub id"),
         (["m=a/b/c"], "neither a folder, nor a hub id"),
@@ -250,7 +250,7 @@ def test_a_revision_can_be_named(hub: Hub, tmp_path: Path) -> None:
     older, found = (load_file(Path(at) / "model.safetensors") for at in (tmp_path / "older", got["folder"]))
     assert all((older[name] == found[name]).all() for name in older)
     missing = obtained(hub, tmp_path, "org/good@v9")
-    assert "model 'org/good@v9' is no folder here, and cannot be had" in missing
+    assert "model 'org/good@v9' is not a folder here, and cannot be loaded" in missing
     assert "RevisionNotFound" in missing
 
 
@@ -259,7 +259,7 @@ def test_a_revision_can_be_named(hub: Hub, tmp_path: Path) -> None:
     [
         ("org/gpt2", "model_type 'gpt2' is not supported"),
         ("org/pickled", "it has pytorch_model.bin, which are not read"),
-        ("org/unknown", "is no folder here, and cannot be had from the Hugging Face hub"),
+        ("org/unknown", "is not a folder here, and cannot be loaded from the Hugging Face hub"),
     ],
 )
 def test_no_weights_are_asked_for_of_a_model_that_cannot_be_served(

@@ -126,9 +126,9 @@ def test_templates_are_found_where_transformers_finds_them(tmp_path, write, tool
 
 
 WRONG = {
-    "{{ raise_exception('roles must alternate') }}": "take them: roles must alternate$",
-    "{{ raise_exception('\\ud800 is half') }}": r"take them: \? is half$",
-    "{{ '\\ud800' }}": "does not take this text",
+    "{{ raise_exception('roles must alternate') }}": "refuses them: roles must alternate$",
+    "{{ raise_exception('\\ud800 is half') }}": r"refuses them: \? is half$",
+    "{{ '\\ud800' }}": "cannot encode this text",
     "{{ 'x' * 10000000000000 }}": "MemoryError",
     "{{ messages[0]['content'] + 1 }}": "TypeError",
     "{{ messages.nothing.more }}": "UndefinedError",

@@ -51,8 +51,8 @@ OPTIONS = {
     ("--port", "99999"): "--port: 99999: Input should be less than or equal to 65535",
     ("--port", "eighty"): "Invalid value for '--port'",
     ("--prot", "80"): "No such option: --prot",
-    ("--host", "no.such.host.invalid", "--api-key", "tml-a"): "no name that is known",
-    ("--host", "203.0.113.7", "--api-key", "tml-a"): "--host: 203.0.113.7 is no address of this machine",
+    ("--host", "no.such.host.invalid", "--api-key", "tml-a"): "nor a known name",
+    ("--host", "203.0.113.7", "--api-key", "tml-a"): "--host: 203.0.113.7 is not an address of this machine",
     ("--host", "", "--api-key", "tml-a"): "--host: it is empty",
     ("--dtype", "int8"): "--dtype: 'int8': Input should be 'auto', 'float32' or 'bfloat16'",
     ("--mesh", "data=two"): "--mesh: 'data=two'; write data=2",
@@ -61,7 +61,7 @@ OPTIONS = {
     ("--config", "folder"): "--config: folder cannot be read (Is a directory)",
     ("--config", "file"): "--config: file is not TOML",
     ("--max-rank", "0"): "--max-rank: 0: Input should be greater than or equal to 1",
-    ("--sglang", "nourl"): "'nourl' is no URL of a server",
+    ("--sglang", "nourl"): "'nourl' is not the URL of a server",
 }
 
 
@@ -71,10 +71,10 @@ def test_a_wrong_option_is_named(arguments: tuple[str, ...]) -> None:
 
 
 VARIABLES = {
-    ("TINSMITH_PROT", "80"): "TINSMITH_PROT is no setting; did you mean TINSMITH_PORT?",
-    ("tinsmith_max_rnak", "8"): "tinsmith_max_rnak is no setting; did you mean TINSMITH_MAX_RANK?",
+    ("TINSMITH_PROT", "80"): "TINSMITH_PROT is not a setting; did you mean TINSMITH_PORT?",
+    ("tinsmith_max_rnak", "8"): "tinsmith_max_rnak is not a setting; did you mean TINSMITH_MAX_RANK?",
     ("TINSMITH_DATADIR", "x"): "did you mean TINSMITH_DATA_DIR?",
-    ("TINSMITH_QQQ", "x"): "TINSMITH_QQQ is no setting",
+    ("TINSMITH_QQQ", "x"): "TINSMITH_QQQ is not a setting",
     ("TINSMITH_PORT", "eighty"): "TINSMITH_PORT: 'eighty': Input should be a valid integer",
     ("TINSMITH_MAX_DATUMS", "0"): "TINSMITH_MAX_DATUMS: '0': Input should be greater than or equal to 1",
     ("TINSMITH_FULL_WEIGHT", "maybe"): "TINSMITH_FULL_WEIGHT: 'maybe': Input should be a valid boolean",

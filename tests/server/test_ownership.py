@@ -241,7 +241,9 @@ def test_a_newer_or_damaged_ledger_is_named_in_one_line(tmp_path: Path, open_it)
     open_owned(tmp_path, url(tmp_path)).close()
     whole = path.read_bytes()
     damage(path, revision="9999")
-    with pytest.raises(LedgerUnusable, match=r"ledger\.db is of a newer version of Tinsmith.*9999") as newer:
+    with pytest.raises(
+        LedgerUnusable, match=r"ledger\.db was written by a newer version of Tinsmith.*9999"
+    ) as newer:
         open_it(url(tmp_path))
     damage(path, content=b"no database, but long enough to be taken for one" * 100)
     with pytest.raises(LedgerUnusable, match=r"ledger\.db is damaged") as noise:

@@ -55,7 +55,7 @@ def test_a_file_that_the_environment_names_serves_every_command(
 @pytest.mark.parametrize(
     ("line", "refusal"),
     [
-        ("prot = 1", "tinsmith.toml: prot is no setting; did you mean port?"),
+        ("prot = 1", "tinsmith.toml: prot is not a setting; did you mean port?"),
         ('port = "x"', "tinsmith.toml: port: 'x': Input should be a valid integer"),
         ("max_rank = 0", "tinsmith.toml: max_rank: 0: Input should be greater than or equal to 1"),
         ('mesh = "fsdp=x"', "tinsmith.toml: mesh: 'fsdp=x'; write data=2"),

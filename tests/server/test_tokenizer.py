@@ -218,5 +218,5 @@ def test_a_text_that_the_vocabulary_cannot_write_is_refused(tmp_path):
     written = json.loads((folder / "tokenizer.json").read_text())
     written["model"]["unk_token"] = "<none>"
     write_json(folder / "tokenizer.json", written)
-    with pytest.raises(BadRequest, match="does not take this text"):
+    with pytest.raises(BadRequest, match="cannot encode this text"):
         of_folder(folder).encode("€ 🙂 unknown")

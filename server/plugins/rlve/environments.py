@@ -64,7 +64,8 @@ class Environments:
         """Return an environment's highest level. Raises BadRequest if the environment cannot be used here."""
         if not installed():
             raise BadRequest(
-                "rlve_config.enabled: this server is without reasoning-gym; its operator can install it"
+                "rlve_config.enabled: reasoning-gym is not installed on this server; its operator can "
+                "install it"
             )
         if name in EXECUTING:
             raise BadRequest(

@@ -110,10 +110,10 @@ class RlveRuns:
         assert row is not None
         if run.id in self._drivers:
             if row.state == "stopping":
-                raise BadRequest(f"model {run.name!r} is stopping: its step is being ended; ask again")
+                raise BadRequest(f"model {run.name!r} is stopping: its step is being finished; try again")
             return
         if row.step >= asked.num_rollout:
-            raise BadRequest(f"model {run.name!r} has had all of its {asked.num_rollout} steps")
+            raise BadRequest(f"model {run.name!r} has finished all of its {asked.num_rollout} steps")
         progress = Progress(row.step, row.attempt + 1, _difficulties(row.difficulties))
         await self._change(run, state="running", attempt=progress.attempt, message=None)
         self._begin(run, progress)
@@ -220,7 +220,7 @@ def rlve_of(
     if body.debug_train_only:
         raise BadRequest("rlve_config.enabled: a model of debug_train_only cannot be sampled from")
     if optimizer == "dimuon":
-        raise BadRequest("rlve_config.enabled: steps of dimuon are the client's alone; choose adamw or muon")
+        raise BadRequest("rlve_config.enabled: the server cannot train with dimuon; choose adamw or muon")
     _check_config(config)
     if config.n_samples_per_prompt > settings.max_samples:
         raise BadRequest(
@@ -255,7 +255,7 @@ def _check_config(config: RlveConfig) -> None:
     check_loss(config.loss_fn, config.loss_config)
     if config.loss_fn not in LOSSES:
         raise BadRequest(
-            f"rlve_config.loss_fn: {config.loss_fn} needs what there is not here; send one of "
+            f"rlve_config.loss_fn: {config.loss_fn} needs inputs that do not exist here; send one of "
             f"{', '.join(LOSSES)}"
         )
     for key in _NEED_REFERENCES:

@@ -111,7 +111,7 @@ def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str |
         if matrix is None and module == "lm_head":
             matrix = base.get("model.embed_tokens.weight")  # the embedding is tied
         if matrix is None:
-            return f"the adapter has {module}, which the base model has not"
+            return f"the adapter has {module}, which the base model does not have"
         out, into = matrix.shape
         if shapes != {"lora_A": (rank, into), "lora_B": (out, rank)}:
             return f"the adapter's {module} has shapes {shapes}; the base model's matrix is {matrix.shape}"
@@ -172,7 +172,7 @@ class Adapters:
 
         Raises CannotServe if it can never be loaded, EndpointDied or EndpointBusy.
         """
-        assert sampler.weights is not None, "a base model is no adapter"
+        assert sampler.weights is not None, "a base model is not an adapter"
         name, loaded = server_name(sampler.weights), self._of(endpoint)
         sampler = messages.SamplerRef(sampler.base_model, sampler.weights)
         if name in loaded.names:
@@ -246,7 +246,7 @@ class Adapters:
             raise CannotServe(f"{endpoint.client.url} takes no adapters: start it with --enable-lora")
         folder = await self._folders.whole(sampler.weights)
         if not is_adapter(folder):
-            raise CannotServe("these are full weights: sync_inference_weights brings them to a server")
+            raise CannotServe("these are full weights: sync_inference_weights sends them to a server")
         base = self._base_models[sampler.base_model]
         max_rank = None if limits is None else limits.max_lora_rank
         try:

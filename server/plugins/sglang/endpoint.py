@@ -358,7 +358,7 @@ class Endpoint:
 
     def _refused(self, path: str, status: int | str, said: Any) -> EndpointError:
         """Return the exception for an error's status. Its message quotes nothing from a tenant's server."""
-        message = f"{self.url}{path} is answered {status}"
+        message = f"{self.url}{path} answered {status}"
         detail = f"{message}: {_reason(said)}"
         shown = detail if self.is_operators else message
         if status in (429, 503):
@@ -399,7 +399,7 @@ def _most_tokens(body: dict[str, Any]) -> int:
 
 def _object(said: Any, path: str) -> dict[str, Any]:
     if not isinstance(said, dict):
-        raise EndpointRefused(f"{path} is not answered with an object")
+        raise EndpointRefused(f"{path} did not answer with an object")
     return said
 
 
@@ -469,7 +469,7 @@ def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits
     A Tinsmith server reports no number of tokens, and is refused: one that called itself would never end.
     """
     if "max_total_num_tokens" not in server_info:
-        raise ValueError("it says no max_total_num_tokens")
+        raise ValueError("it does not report max_total_num_tokens")
     said = server_info
     targets, max_input = said.get("lora_target_modules"), _number(said, "max_req_input_len")
     return Limits(
@@ -507,7 +507,7 @@ async def are_tempered(client: Endpoint) -> bool:
         try:
             (answer,) = await asyncio.wait_for(client.generate(body), _PROBE_SECONDS)
         except TimeoutError:
-            raise EndpointSilent(f"{client.url} draws no token") from None
+            raise EndpointSilent(f"{client.url} did not draw a token") from None
         row = answer["meta_info"]["output_top_logprobs"][0]
         spreads.append(row[0][0] - row[-1][0])
     raw, other = spreads

@@ -82,7 +82,7 @@ class Registered:
     limits: Limits | None = None
     weights: str | None = None
     weight_version: str = DEFAULT_VERSION
-    problem: str = "it has not been asked yet"
+    problem: str = "it has not been checked yet"
     running: int = 0  # samples
     answered: int = 0
     checked: asyncio.Event = field(default_factory=asyncio.Event)  # once
@@ -318,7 +318,7 @@ class Endpoints:
     def _mismatch(self, endpoint: Registered, limits: Limits, base_model: str | None) -> str | None:
         if base_model not in self._base_models:
             known = ", ".join(self._base_models)
-            return f"its model {limits.model_path!r} is none of this server's ({known}); name it: NAME=URL"
+            return f"its model {limits.model_path!r} is not one of this server's ({known}); name it: NAME=URL"
         return mismatch(limits, self._base_models[base_model], endpoint.owner is None)
 
 
@@ -393,7 +393,7 @@ class Registry:
         if problem is None:
             self._endpoints.add(self._registered(row.owner, row.host, row.port, row.fields, key))
         else:
-            log.warning("%s:%d is not asked: %s", row.host, row.port, problem)
+            log.warning("%s:%d is not used: %s", row.host, row.port, problem)
             self.problems[row.owner, row.host, row.port] = problem
 
     async def _seal_keys(self) -> None:
@@ -441,18 +441,18 @@ class Registry:
             return None
         if not fields["is_this"] and (endpoint := self._endpoints.find(owner, host, port)) is not None:
             await self._endpoints.remove(endpoint)
-        return f"{MAX_ENDPOINTS} others are there"
+        return f"there are {MAX_ENDPOINTS} others already"
 
     async def _try(self, owner: str, host: str, port: int, fields: dict[str, Any]) -> str | None:
         """Register the server if it turns out to be a suitable SGLang server; return the problem
         otherwise."""
         where = f"{host}:{port}"
         if (host, port) not in self._allowed:
-            return f"{where} may not be asked by this server: its operator has to allow it (--sglang-allow)"
+            return f"{where} may not be called by this server: its operator has to allow it (--sglang-allow)"
         if self._endpoints.find(owner, host, port) or self._endpoints.find(None, host, port):
-            return f"{where} is there already"
+            return f"{where} is registered already"
         if self._endpoints.count(owner) >= MAX_ENDPOINTS:
-            return f"{MAX_ENDPOINTS} others are there, or are being added"
+            return f"there are {MAX_ENDPOINTS} others already, or they are being added"
         endpoint = self._registered(owner, host, port, fields, fields.get(_PLAIN))
         self._endpoints.add(endpoint)
         try:
@@ -463,7 +463,7 @@ class Registry:
             return None
         problem = endpoint.problem
         await self._endpoints.remove(endpoint)
-        return f"{where} is no SGLang server to sample on: {problem}"
+        return f"{where} is not a usable SGLang server: {problem}"
 
     async def remove(self, owner: str, host: str, port: int) -> bool:
         """Remove a tenant's server; return whether it was there. Its samples are drawn elsewhere."""

@@ -167,10 +167,10 @@ def misfit(export: Export, endpoint: Registered, base: dict[str, Entry], folders
         return f"it cannot be reached: {endpoint.problem}"
     quantization = endpoint.limits.quantization
     if quantization not in (None, "fp8"):
-        return f"it computes in {quantization}; weights go out as they are, or in fp8"
+        return f"it computes in {quantization}; weights are sent as they are, or in fp8"
     if export.is_quantized != (quantization == "fp8"):
         is_in = "fp8" if quantization else endpoint.limits.dtype or "its model's dtype"
-        return f"it was started in {is_in}: set_sync_quantization, or the server, has to be the other way"
+        return f"it was started in {is_in}: change set_sync_quantization, or start the server otherwise"
     if quantization is None:
         return _differ(export.tensors, base)
     theirs = Path(endpoint.limits.model_path)
@@ -199,7 +199,7 @@ def _differ(ours: dict[str, Entry], theirs: dict[str, Entry]) -> str | None:
         if _is_fp8(entry) != _is_fp8(theirs[name]):
             return f"{name} is {entry.dtype}; there it is {theirs[name].dtype}"
     missing = [name for name in theirs.keys() - ours.keys() if name != _HEAD and "inv_freq" not in name]
-    return f"{min(missing)} is not among the weights, and would stay as it is" if missing else None
+    return f"{min(missing)} is not among the weights, and would keep its old values" if missing else None
 
 
 def _is_fp8(entry: Entry) -> bool:
@@ -334,7 +334,7 @@ class MergedWeights:
 
         problems = [await asyncio.to_thread(check, each) for each in servers]
         if any(problems):
-            problems = [problem or "another server must not have the weights" for problem in problems]
+            problems = [problem or "another server cannot take the weights" for problem in problems]
         return [Pushed(each, problem) for each, problem in zip(servers, problems, strict=True)]
 
     async def _push(self, endpoint: Registered, wanted: Wanted, abort: bool = False) -> Pushed:
@@ -504,4 +504,4 @@ class Distribution:
             return
         for each in synced.pushed:
             if each.problem is not None:
-                log.warning("%s has not got %s: %s", each.endpoint.client.url, synced.version, each.problem)
+                log.warning("%s did not get %s: %s", each.endpoint.client.url, synced.version, each.problem)

@@ -99,7 +99,7 @@ class Drawing:
         meta = answer.get("meta_info") or {}
         finish = meta.get("finish_reason") or {}
         if finish.get("type") == "abort":
-            raise EndpointBusy(f"the sample was ended there: {str(finish.get('message'))[:200]}")
+            raise EndpointBusy(f"the server aborted the sample: {str(finish.get('message'))[:200]}")
         seen = len(self.tokens)
         self.add(answer, vocab_size)
         if len(self.tokens) == seen:
@@ -190,17 +190,17 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
     if params.seed is not None and not (seeds and limits is not None and limits.deterministic):
         return "seed: an SGLang server draws with seeds only where it runs deterministic inference"
     if not greedy and params.temperature < _GREEDY_BELOW:
-        return f"temperature: SGLang takes {params.temperature} for 0"
+        return f"temperature: SGLang treats {params.temperature} as 0"
     if params.temperature not in (0.0, 1.0) and limits is not None and not limits.tempered:
-        return "temperature: this SGLang server says log-probs of the untempered distribution"
+        return "temperature: this SGLang server reports log-probs of the untempered distribution"
     if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0):
-        return "repetition_penalty, presence_penalty, frequency_penalty: SGLang's are not the same"
+        return "repetition_penalty, presence_penalty, frequency_penalty: SGLang computes them differently"
     if not greedy and params.top_k == 1 and params.temperature != 1.0:
         return "top_k: 1 makes SGLang greedy, with other log-probs; send temperature 0"
     if not greedy and params.top_k > 0 and params.top_p < 1.0:
-        return "top_k, top_p: together they keep other tokens there, where top_p is of what is not filtered"
+        return "top_k, top_p: together SGLang keeps other tokens: its top_p is a share of all tokens"
     if params.seed is not None and params.min_p > 0.0:
-        return "seed, min_p: together they would end an SGLang server"
+        return "seed, min_p: together they would crash an SGLang server"
     if sample.prompt_targets is not None:
         return "target_prompt_logprobs: SGLang scores the same tokens at all positions"
     if sample.prompt_alternatives:
@@ -214,7 +214,7 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
             "one, with prompt_logprobs"
         )
     if len(sample.prompt) // 4 >= model.max_sequence_length:
-        return "prompt: it fills the model's context, and SGLang draws nothing behind it"
+        return "prompt: it fills the model's context, and SGLang draws nothing after it"
     if limits is not None and (problem := _too_long(sample, model, limits)) is not None:
         return problem
     if any(params.stop_strings) and not has_tokenizer(model.folder):

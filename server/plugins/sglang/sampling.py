@@ -95,7 +95,7 @@ class Sampling:
         known = [each.limits for each in there] or [None]
         reasons = [why_not(sample, model, limits, True) for limits in known]
         if all(reasons):
-            raise BadRequest(f"{reasons[0]} (sampling_engine is sglang; `embedded` does it)")
+            raise BadRequest(f"{reasons[0]} (sampling_engine is sglang; `embedded` can do it)")
 
     def take(self, operation: Operation, sample: messages.Sample, outcome: Outcome) -> bool:
         """Draw the sample on an SGLang server; return False if it is for the engine.
