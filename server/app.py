@@ -15,8 +15,7 @@ from functools import partial
 from fastapi import FastAPI
 
 from .. import __version__
-from .access.keys import ApiKeys, Quotas, read_forever
-from .access.tokens import Tokens, UrlSigner
+from .access import ApiKeys, Quotas, Tokens, UrlSigner, read_forever
 from .base_models import BaseModel, BaseModels, plan
 from .checkpoints.checkpoints import Checkpoints, Copies
 from .checkpoints.sweep import Sweep

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, text
 from tinsmith.engine import messages
-from tinsmith.server.access.keys import Quotas
+from tinsmith.server.access import Quotas
 from tinsmith.server.base_models import BaseModels
 from tinsmith.server.checkpoints.checkpoints import Checkpoints
 from tinsmith.server.checkpoints.sweep import Sweep

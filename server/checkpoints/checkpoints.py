@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row
 
 from ...ckpt import paths
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..base_models import BaseModels
 from ..errors import BadRequest, NotFound, StorageQuotaExceeded
 from ..files import Disk

@@ -14,8 +14,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...engine import logs
-from ..access.keys import ApiKeys, Caller
-from ..access.tokens import SIGNATURE, Tokens, UrlSigner
+from ..access import SIGNATURE, ApiKeys, Caller, Tokens, UrlSigner
 from ..addresses import is_loopback, plain_host
 from ..errors import ApiError, Forbidden, InvalidToken, Unauthorized, UnsupportedMediaType
 from ..models.admission import Admission

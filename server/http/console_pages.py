@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..access.keys import ApiKeys
+from ..access import ApiKeys
 
 _FOLDER = Path(__file__).with_name("console")
 _PAGES = ("training_runs", "checkpoints", "sessions", "samplers", "playground", "usage")

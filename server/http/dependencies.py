@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Query
 from sqlalchemy import Row
 
-from ..access.keys import Caller
+from ..access import Caller
 from ..dialect import Dialect, requested_dialect
 from ..operations.operation import Operation
 from ..settings import Settings

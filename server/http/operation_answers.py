@@ -21,7 +21,7 @@ from ..offload import Offload
 from ..operations.operation import Operation
 from ..operations.operations import Operations
 from ..supervision.supervisor import Supervisor
-from ..text.tokenizer import of_folder
+from ..text import of_folder
 from ..wire import results
 from ..wire.results import tokens_of
 

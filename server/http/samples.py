@@ -27,9 +27,7 @@ from ..offload import Offload
 from ..operations.operation import Operation, Submission
 from ..operations.operations import Operations
 from ..operations.sample_streams import Completions, SampleStream, SampleStreams
-from ..text import tokenizer
-from ..text.sampled_text import SampledText, written_conversation
-from ..text.tokenizer import ChatTokenizer
+from ..text import ChatTokenizer, SampledText, of_folder, written_conversation
 from ..wire import sample_requests as wire
 from ..wire.results import size, tokens_of
 from ..wire.sample_requests import ModelInput, longest_prompt, prompt_tokens
@@ -230,7 +228,7 @@ class ServedSamples:
         """Find a model by any name that `SampleTargets.named` knows. Raises NotFound."""
         served = await self.targets.named(owner, name)
         base = self.targets.base_models.named(served.sampler.base_model)
-        text = await asyncio.to_thread(tokenizer.of_folder, base.folder)
+        text = await asyncio.to_thread(of_folder, base.folder)
         return NamedModel(served, base, text, self.offload, owner)
 
     def of_request(self, owner: str) -> RequestSamples:

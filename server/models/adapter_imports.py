@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from ...ckpt import paths
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..checkpoints.archive import described, unpack
 from ..checkpoints.checkpoints import named
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..errors import QuotaExceeded, TooManyRequests
 from ..operations.operation import Operation
 from .run import Run

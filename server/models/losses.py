@@ -15,7 +15,7 @@ import numpy as np
 from sqlalchemy import Connection
 
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..errors import BadRequest, NotFound
 from ..ledger import operations as operation_rows
 from ..ledger import tenancy

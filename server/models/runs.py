@@ -17,7 +17,7 @@ import msgspec
 from sqlalchemy import Connection, Row
 
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..base_models import BaseModels
 from ..dialect import DIALECT_RULES
 from ..errors import ApiError, BadRequest, Gone, NotFound, Unavailable

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ...ckpt import paths
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..base_models import BaseModels
 from ..errors import ApiError, BadRequest, NotFound, Unavailable
 from ..ledger import tenancy

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Row
 
 from ...ckpt import paths
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..dialect import Dialect
 from ..errors import ApiError, BadRequest, Gone, NotFound
 from ..ledger import accounts, tenancy

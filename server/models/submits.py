@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from ...ckpt import paths
 from ...engine import messages
-from ..access.keys import Quotas
+from ..access import Quotas
 from ..checkpoints.checkpoints import expiry, named
 from ..dialect import DIALECT_RULES, Dialect
 from ..errors import ApiError, BadRequest, StorageQuotaExceeded

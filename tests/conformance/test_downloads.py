@@ -23,7 +23,7 @@ from conformance.conftest import ALICE
 from conformance.sdk_command import cli
 from conformance.server_process import ServerProcess, Wire
 from conformance.test_sdk_training import step
-from tinsmith.server.access.tokens import UrlSigner
+from tinsmith.server.access import UrlSigner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch = pytest.importorskip("torch")

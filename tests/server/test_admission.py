@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 from tinsmith.engine import messages
-from tinsmith.server.access.keys import Quotas
+from tinsmith.server.access import Quotas
 from tinsmith.server.errors import QuotaExceeded, TooManyRequests
 from tinsmith.server.models.admission import BURST_SECONDS, Admission, TokenBucket
 from tinsmith.server.models.run import Run

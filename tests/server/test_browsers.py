@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
-from tinsmith.server.access.keys import ApiKeys
+from tinsmith.server.access import ApiKeys
 from tinsmith.server.http.authentication import AllowedHosts, BrowserChecks
 from tinsmith.server.settings import Settings
 

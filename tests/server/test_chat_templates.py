@@ -6,9 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tinsmith.server import text as text_module
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.text import tokenizer
-from tinsmith.server.text.tokenizer import of_folder
+from tinsmith.server.text import of_folder
 from tokenizer_folders import CHATML, change_json, write_json, write_tokenizer_folder
 from transformers import AutoTokenizer
 
@@ -172,7 +172,7 @@ def test_a_model_without_a_template_says_so(tmp_path, named):
 
 
 def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "SECONDS", 0.5)
+    monkeypatch.setattr(text_module, "SECONDS", 0.5)
     long = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     text = of_folder(write_tokenizer_folder(tmp_path / "model", chat_template=long))
     plain = of_folder(write_tokenizer_folder(tmp_path / "plain"))
@@ -186,7 +186,7 @@ def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
 
 
 def test_a_template_that_makes_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "CHARACTERS", 1000)
+    monkeypatch.setattr(text_module, "CHARACTERS", 1000)
     folder = write_tokenizer_folder(tmp_path / "model", chat_template="{{ 'x' * 1001 }}")
     with pytest.raises(BadRequest, match="over 1000 characters"):
         of_folder(folder).conversation(TURNS)

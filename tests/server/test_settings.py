@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tinsmith.server.access.keys import ApiKeys
+from tinsmith.server.access import ApiKeys
 from tinsmith.server.cli import app
 from tinsmith.server.settings import Settings
 from typer.testing import CliRunner

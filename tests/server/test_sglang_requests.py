@@ -23,7 +23,7 @@ from tinsmith.server.plugins.sglang.endpoint import (
     mismatch,
 )
 from tinsmith.server.plugins.sglang.requests import Stops
-from tinsmith.server.text.tokenizer import of_folder
+from tinsmith.server.text import of_folder
 from tiny_models import EOS_ID, VOCAB_SIZE, write_model
 from tokenizer_folders import write_tokenizer_folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
-from tinsmith.server.access.tokens import UrlSigner
+from tinsmith.server.access import UrlSigner
 from tinsmith.server.checkpoints.archive import COMPLETE, Archive
 from tinsmith.server.errors import Forbidden
 

@@ -15,7 +15,7 @@ from tinsmith.server.http.sample_targets import ServedModel
 from tinsmith.server.http.samples import Running, SampleRequest, ServedSamples
 from tinsmith.server.operations.operation import Operation
 from tinsmith.server.operations.sample_streams import SampleStreams
-from tinsmith.server.text.tokenizer import ChatTokenizer
+from tinsmith.server.text import ChatTokenizer
 from tinsmith.server.wire.sample_requests import Generate
 from tiny_models import write_model
 

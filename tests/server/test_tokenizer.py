@@ -8,8 +8,7 @@ import pytest
 from tinsmith.ckpt.token_bytes import TokenBytes
 from tinsmith.ckpt.tokenizer_files import end_tokens
 from tinsmith.server.errors import BadRequest
-from tinsmith.server.text.sampled_text import SampledText
-from tinsmith.server.text.tokenizer import of_folder
+from tinsmith.server.text import SampledText, of_folder
 from tokenizer_folders import KINDS, change_json, write_json, write_tokenizer_folder
 from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jwt
 import pytest
 from starlette.testclient import TestClient
-from tinsmith.server.access.tokens import Claims, Tokens, UrlSigner
+from tinsmith.server.access import Claims, Tokens, UrlSigner
 from tinsmith.server.app import create_app
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from engineless import Server
 from tinsmith.engine import messages
-from tinsmith.server.access.keys import ApiKeys
+from tinsmith.server.access import ApiKeys
 from tinsmith.server.base_models import BaseModel, BaseModels
 from tinsmith.server.files import Disk
 from tinsmith.server.operations.operation import Operation, Submission

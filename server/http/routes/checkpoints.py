@@ -16,8 +16,7 @@ from sqlalchemy import Row
 
 from ....ckpt import paths
 from ....engine import messages
-from ...access.keys import Caller
-from ...access.tokens import UrlSigner
+from ...access import Caller, UrlSigner
 from ...checkpoints.archive import Archive, files
 from ...checkpoints.checkpoints import (
     Checkpoints,

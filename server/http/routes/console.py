@@ -15,8 +15,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Connection, Row
 
-from ...access.keys import ApiKeys
-from ...access.tokens import Claims, Tokens, UrlSigner, user_urn
+from ...access import ApiKeys, Claims, Tokens, UrlSigner, user_urn
 from ...checkpoints.checkpoints import Checkpoints, as_strings, iso, parse
 from ...errors import BadRequest, Forbidden, NotFound
 from ...ledger import accounts, operations, step_metrics, tenancy

@@ -19,8 +19,7 @@ from fastapi.responses import Response
 
 from ....engine import messages
 from ...errors import ApiError, BadRequest, internal_error
-from ...text.sampled_text import SampledText
-from ...text.tokenizer import ChatTokenizer
+from ...text import ChatTokenizer, SampledText
 from ...wire import sample_requests as wire
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from ..bodies import BodyRoute

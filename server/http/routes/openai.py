@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 from ....engine import messages
 from ...errors import ApiError, internal_error
-from ...text.tokenizer import ChatTokenizer
+from ...text import ChatTokenizer
 from ...wire import openai as wire
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from ..bodies import BodyRoute

@@ -10,8 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from ....engine import messages
-from ...access.keys import Quotas
-from ...access.tokens import user_urn
+from ...access import Quotas, user_urn
 from ...base_models import BaseModels
 from ...checkpoints.checkpoints import as_strings, iso
 from ...errors import BadRequest, NotFound
@@ -26,7 +25,7 @@ from ...operations.operation import Submission
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
-from ...text.tokenizer import of_folder
+from ...text import of_folder
 from ...wire import requests, responses
 from ...wire.body import OfModel
 from ..bodies import BodyRoute

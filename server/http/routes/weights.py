@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 
 from ....ckpt import age, paths
 from ....engine import messages
-from ...access.keys import Quotas
+from ...access import Quotas
 from ...base_models import BaseModels
 from ...checkpoints.checkpoints import Checkpoints, named
 from ...dialect import Dialect

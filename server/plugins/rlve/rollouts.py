@@ -27,7 +27,7 @@ import numpy as np
 
 from ....engine import messages
 from ...errors import BadRequest
-from ...text.tokenizer import ChatTokenizer, of_folder
+from ...text import ChatTokenizer, of_folder
 from ...wire.requests import AnswerMarker, PromptPreprocessor, RlveConfig
 from .environments import Environments, NotMadeError, Problem
 

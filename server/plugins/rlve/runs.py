@@ -18,7 +18,7 @@ from ...ledger import plugins as plugin_rows
 from ...models.run import RLVE, Run
 from ...models.runs import Runs
 from ...settings import Settings
-from ...text.tokenizer import of_folder
+from ...text import of_folder
 from ...wire import requests as wire
 from ...wire.requests import RlveConfig
 from ...wire.training import check_loss

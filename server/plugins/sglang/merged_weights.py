@@ -34,7 +34,7 @@ import msgspec
 
 from ....ckpt import paths
 from ....engine import messages
-from ...access.keys import ApiKeys
+from ...access import ApiKeys
 from ...base_models import BaseModel
 from ...errors import ApiError, BadRequest, Unavailable
 from ...files import Disk, Entry, tensor_entries

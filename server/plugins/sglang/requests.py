@@ -30,7 +30,7 @@ from ....ckpt.tokenizer_files import end_tokens, has_tokenizer
 from ....engine import messages
 from ...base_models import BaseModel
 from ...errors import BadRequest
-from ...text.tokenizer import of_folder
+from ...text import of_folder
 from ...wire.results import tokens_of
 from .endpoint import CUT_TOKENS, CannotServe, EndpointBusy, EndpointError, EndpointRefused, Limits
 from .endpoints import Registered

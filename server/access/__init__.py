@@ -1,1 +1,0 @@
-"""Keys, tokens and quotas: who may do what, and how much."""

@@ -1,1 +1,0 @@
-"""Text and tokens: tokenizers, chat templates, and the text of samples."""
