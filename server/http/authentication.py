@@ -51,7 +51,7 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         if scope["path"] in OPEN_PATHS:
-            with contextlib.suppress(ApiError):  # whoever has a key is told more
+            with contextlib.suppress(ApiError):  # with a key the answer has more
                 scope.setdefault("state", {})["owner"] = self._caller(scope).owner
             await self._app(scope, receive, send)
             return

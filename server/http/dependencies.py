@@ -17,7 +17,7 @@ from .provided import from_request, provided
 Owner = Annotated[str, from_request(lambda request: request.state.owner)]
 CallerOf = Annotated[Caller, from_request(lambda request: request.state.caller)]
 # The dialect, if the request says it.
-Said = Annotated[
+RequestedDialect = Annotated[
     Dialect | None, from_request(lambda request: requested_dialect(request.headers, request.url.path))
 ]
 # The URL of this server, as the client sees it.
@@ -39,7 +39,7 @@ def described_as(
     """Describe what a route answers with 200, for the `responses` of its decorator.
 
     A `response_model` would have FastAPI validate and write every answer once more; what is described here is
-    sent unchanged. `answer`: a type of `wire/responses.py` or `wire/inference_responses.py`, or several.
+    sent unchanged. `answer`: a type of `wire/`, or several.
     `events`: the type of a stream's events. `binary`: another media type that clients may accept.
     """
     content = {"application/json": {"schema": schema_of(answer)}}
@@ -60,7 +60,7 @@ def future(operation: Operation) -> dict[str, str]:
     return body
 
 
-def xorl_name(run: Row, said: Dialect | None) -> str | None:
+def xorl_name(run: Row, requested: Dialect | None) -> str | None:
     """What xorl's clients call a run, for answers to them; None for other clients. A request that shows no
     dialect is answered in that of the run."""
-    return (run.alias or run.id) if (said or run.dialect) == "xorl" else None
+    return (run.alias or run.id) if (requested or run.dialect) == "xorl" else None

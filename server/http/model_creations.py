@@ -117,14 +117,14 @@ def _is_xorls_full_weights(config: wire.LoraConfig | None) -> bool:
 
 
 def _wandb(body: wire.CreateModel) -> dict[str, str] | None:
-    asked = body.wandb_config
-    return asked.configuration if asked is not None and asked.enabled else None
+    config = body.wandb_config
+    return config.configuration if config is not None and config.enabled else None
 
 
 def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None = None) -> dict[str, Any]:
     """Return a model's optimizer as the ledger keeps it. Raises BadRequest for an unknown family."""
     chosen = config or wire.OptimizerConfig()
-    told = [] if warnings is None else warnings
+    warnings = [] if warnings is None else warnings
     fields = chosen.model_extra or {}
     if chosen.type == "dimuon":
         if set(fields) - {"version"} or fields.get("version", 1) != 1 or chosen.optimizer_kwargs:
@@ -135,15 +135,15 @@ def optimizer_of(config: wire.OptimizerConfig | None, warnings: list[str] | None
     family = chosen.type
     if family == "anyprecision_adamw":
         family = "adamw"
-        told.append("optimizer_config: anyprecision_adamw is adamw here; its moments are float32")
+        warnings.append("optimizer_config: anyprecision_adamw is adamw here; its moments are float32")
     if family not in OPTIMIZERS:
         raise BadRequest(
             f"optimizer_config: unknown type {family[:64]!r}; this server has {', '.join(OPTIMIZERS)}"
         )
     if chosen.optimizer_dtype in ("bf16", "bfloat16"):
-        told.append("optimizer_config.optimizer_dtype: moments are float32 here")
+        warnings.append("optimizer_config.optimizer_dtype: moments are float32 here")
     if fields:
-        told.append(f"optimizer_config: not known here: {_named(fields)}")
+        warnings.append(f"optimizer_config: not known here: {_named(fields)}")
     described: dict[str, Any] = {"type": family, **step_defaults(chosen)}
     if chosen.optimizer_kwargs:
         described["optimizer_kwargs"] = _options(chosen)
@@ -221,19 +221,19 @@ def _kinds(config: wire.LoraConfig, modules: Mapping[str, frozenset[str]]) -> di
     kinds = {kind: bool(getattr(config, kind)) for kind in _MODULES}
     if config.target_modules is None or config.target_modules in (["all-linear"], ["all"]):
         return kinds
-    asked = set(config.target_modules)
+    wanted = set(config.target_modules)
     known: frozenset[str] = frozenset()
     for kind, usual in _MODULES.items():
         names = modules.get(kind.removeprefix("train_"), usual)
-        all_of_kind = names <= asked or usual <= asked
-        if asked & (names | usual) and not all_of_kind:
+        all_of_kind = names <= wanted or usual <= wanted
+        if wanted & (names | usual) and not all_of_kind:
             raise BadRequest(
                 f"lora_config.target_modules: adapters are on all of {', '.join(sorted(names))} or none; "
-                f"{', '.join(sorted(names - asked))} is missing"
+                f"{', '.join(sorted(names - wanted))} is missing"
             )
         kinds[kind] = kinds[kind] and all_of_kind
         known |= names | usual
-    unknown = asked - known
+    unknown = wanted - known
     if unknown:
         raise BadRequest(f"lora_config.target_modules: no such matrices: {_named(sorted(unknown))}")
     return kinds
@@ -258,10 +258,10 @@ class ModelCreations:
     rlve: RlveRuns
 
     async def create(
-        self, owner: str, body: wire.CreateModel, base_url: str, said: Dialect | None
+        self, owner: str, body: wire.CreateModel, base_url: str, requested: Dialect | None
     ) -> tuple[Operation, dict[str, str]]:
         """Create a model; return the operation, and the warnings for its answer. Raises ApiError."""
-        dialect: Dialect = said or ("xorl" if body.model_id is not None else "tinkercloud")
+        dialect: Dialect = requested or ("xorl" if body.model_id is not None else "tinkercloud")
         base_model = self.base_models.named(body.base)
         is_tied, modules = await asyncio.to_thread(lambda: (base_model.is_tied, base_model.adapter_modules))
         spec = model_spec(body, "", dialect, self.settings, base_model.max_sequence_length, is_tied, modules)

@@ -315,7 +315,7 @@ def _filled(family: Metric, label: str, values: Mapping[str, float] | None, valu
 _LOOK_SECONDS = 1.0
 _QUIET_LOOKS = 15  # after so many without news a comment shows that the connection lives
 _MOST_STREAMS = 16  # of an owner
-_DISK_STEP = 24  # free space is told in steps of 16 MiB, so that an idle server has no news
+_DISK_STEP = 24  # free space is shown in steps of 16 MiB, so that an idle server has no news
 
 
 _ACTIVE_MODELS = 256  # of an owner
@@ -419,8 +419,8 @@ class Overview:
             total, free = self._disk.usage()
         except OSError:
             return None
-        told = free >> _DISK_STEP << _DISK_STEP
-        return {"total_bytes": total, "free_bytes": told, **self._sweep.used_bytes}
+        rounded = free >> _DISK_STEP << _DISK_STEP
+        return {"total_bytes": total, "free_bytes": rounded, **self._sweep.used_bytes}
 
 
 def _memory(memory: messages.Memory) -> dict[str, Any]:

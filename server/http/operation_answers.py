@@ -57,20 +57,20 @@ class OperationAnswers:
         self,
         owner: str,
         request_id: str,
-        said: Dialect | None,
+        requested: Dialect | None,
         wants_protobuf: bool = False,
         most_seconds: float = math.inf,
         wrapped: bool = False,
     ) -> Response:
         """Return the answer, or after a while say that the client should ask again.
 
-        `said` is the dialect of the request, None if it shows none; `wrapped` as in `answered`. Raises Gone,
-        or NotFound for what is none of the caller's requests, where the dialect tells the two apart.
+        `requested` is the dialect of the request, None if it shows none; `wrapped` as in `answered`. Raises
+        Gone, or NotFound for what is none of the caller's requests, where the dialect tells the two apart.
         """
         operation = await self._operations.find(owner, request_id)
         if operation is None:
-            raise await self._unknown(owner, request_id, said)
-        dialect = said or operation.dialect
+            raise await self._unknown(owner, request_id, requested)
+        dialect = requested or operation.dialect
         parts = await self._operations.parts(operation)
         # Polls that came at once, thousands after a restart, do not end at once.
         until = time.monotonic() + min(self._long_poll_seconds * random.uniform(0.8, 1.0), most_seconds)
@@ -82,9 +82,9 @@ class OperationAnswers:
                 return self._pending(operation, dialect)
         return await self.answered(operation, parts, dialect, wants_protobuf, wrapped)
 
-    async def _unknown(self, owner: str, request_id: str, said: Dialect | None) -> ApiError:
+    async def _unknown(self, owner: str, request_id: str, requested: Dialect | None) -> ApiError:
         message = f"unknown request {request_id[:192]!r}: it was never accepted, or its answer has expired"
-        tells_apart = DIALECT_RULES[said or "tinkercloud"].unknown_status == NotFound.status
+        tells_apart = DIALECT_RULES[requested or "tinkercloud"].unknown_status == NotFound.status
         if tells_apart and not await self._operations.has_expired(owner, request_id):
             return NotFound(message)
         return Gone(message)

@@ -330,10 +330,10 @@ class ChatCompletions(_Completions):
     @property
     def template_variables(self) -> dict[str, Any]:
         """The variables of the chat template besides the messages."""
-        said = self.model_dump(
+        given = self.model_dump(
             include={"add_generation_prompt", "continue_final_message"}, exclude_unset=True
         )
-        return said | (self.chat_template_kwargs or {})
+        return given | (self.chat_template_kwargs or {})
 
     @model_validator(mode="before")
     @classmethod

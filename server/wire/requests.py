@@ -275,10 +275,10 @@ class CreateSession(Body):
 
     @model_validator(mode="after")
     def _sampling_engine(self) -> CreateSession:
-        asked = (self.user_metadata or {}).get(SAMPLING_ENGINE, "auto")
-        if asked not in get_args(messages.SamplingEngine):
+        engine = (self.user_metadata or {}).get(SAMPLING_ENGINE, "auto")
+        if engine not in get_args(messages.SamplingEngine):
             known = ", ".join(get_args(messages.SamplingEngine))
-            raise ValueError(f"user_metadata.{SAMPLING_ENGINE}: {str(asked)[:64]!r} is none of {known}")
+            raise ValueError(f"user_metadata.{SAMPLING_ENGINE}: {str(engine)[:64]!r} is none of {known}")
         return self
 
 

@@ -41,7 +41,7 @@ from ...supervision.supervisor import Supervisor
 from ...wire import requests, responses
 from ...wire.body import OfModel
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, Said, described_as, xorl_name
+from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, RequestedDialect, described_as, xorl_name
 from ..openapi import BINARY
 from ..provided import Provided
 
@@ -52,10 +52,10 @@ AccessScope = Literal["owned", "accessible"]
 """`accessible`: also others' runs of which a checkpoint is published, and of these no more than that."""
 
 
-async def _training_run(ledger: Ledger, owner: str, row: Row, said: Dialect | None) -> dict[str, Any]:
+async def _training_run(ledger: Ledger, owner: str, row: Row, requested: Dialect | None) -> dict[str, Any]:
     """Describe a run, with its newest checkpoints that the caller may see."""
     saved = await _checkpoints_of(ledger, owner, row)
-    name = xorl_name(row, said)
+    name = xorl_name(row, requested)
     last = {
         kind: next((shown(each, name) for each in saved if each.segment == kind), None)
         for kind in paths.SEGMENTS
@@ -84,7 +84,7 @@ async def _checkpoints_of(ledger: Ledger, owner: str, run: Row) -> Sequence[Row]
 async def training_runs(
     ledger: Provided[Ledger],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
     limit: Limit = 20,
     offset: Offset = 0,
     access_scope: AccessScope = "owned",
@@ -98,7 +98,7 @@ async def training_runs(
         of &= tenancy.models_of_project(project_id) & tenancy.models_of(owner)
     page, total = await ledger.read(lambda connection: tenancy.list_models(connection, of, limit, offset))
     return {
-        "training_runs": [await _training_run(ledger, owner, row, said) for row in page],
+        "training_runs": [await _training_run(ledger, owner, row, requested) for row in page],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
     }
 
@@ -117,19 +117,23 @@ async def _find_run(ledger: Ledger, owner: str, run_id: str, access_scope: Acces
 
 @run_router.get("/training_runs/{run_id}", responses=described_as(responses.TrainingRun))
 async def training_run(
-    run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said, access_scope: AccessScope = "owned"
+    run_id: str,
+    ledger: Provided[Ledger],
+    owner: Owner,
+    requested: RequestedDialect,
+    access_scope: AccessScope = "owned",
 ) -> dict[str, Any]:
-    return await _training_run(ledger, owner, await _find_run(ledger, owner, run_id, access_scope), said)
+    return await _training_run(ledger, owner, await _find_run(ledger, owner, run_id, access_scope), requested)
 
 
 @run_router.get("/training_runs/{run_id}/checkpoints", responses=described_as(responses.Checkpoints))
 async def checkpoints_of_run(
-    run_id: str, ledger: Provided[Ledger], owner: Owner, said: Said
+    run_id: str, ledger: Provided[Ledger], owner: Owner, requested: RequestedDialect
 ) -> dict[str, Any]:
     """List the checkpoints of a run: all of the caller's own, or the published ones of another tenant's
     run."""
     run = await _find_run(ledger, owner, run_id, "accessible")
-    name = xorl_name(run, said)
+    name = xorl_name(run, requested)
     return {"checkpoints": [shown(row, name) for row in await _checkpoints_of(ledger, owner, run)]}
 
 
@@ -140,7 +144,11 @@ LISTED = 1000  # of a model, at most
 
 @router.get("/checkpoints", responses=described_as(responses.CheckpointPage))
 async def list_checkpoints(
-    ledger: Provided[Ledger], owner: Owner, said: Said, limit: Limit = 100, offset: Offset = 0
+    ledger: Provided[Ledger],
+    owner: Owner,
+    requested: RequestedDialect,
+    limit: Limit = 100,
+    offset: Offset = 0,
 ) -> dict[str, Any]:
     page, total = await ledger.read(lambda connection: rows.of_owner(connection, owner, limit, offset))
     runs = await ledger.read(
@@ -148,7 +156,7 @@ async def list_checkpoints(
     )
     return {
         "checkpoints": [
-            shown(row, xorl_name(runs[row.run_id], said) if row.run_id in runs else None) for row in page
+            shown(row, xorl_name(runs[row.run_id], requested) if row.run_id in runs else None) for row in page
         ],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
     }

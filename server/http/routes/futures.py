@@ -16,7 +16,7 @@ from ...operations.sample_streams import Completions
 from ...settings import Settings
 from ...wire import requests, responses, results
 from ..bodies import BodyRoute
-from ..dependencies import Owner, Said, described_as
+from ..dependencies import Owner, RequestedDialect, described_as
 from ..operation_answers import OperationAnswers, json_response
 from ..provided import Provided
 
@@ -33,11 +33,11 @@ async def retrieve_future(
     request: Request,
     answers: Provided[OperationAnswers],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
 ) -> Response:
     """Waits until the operation has its answer, at most `long_poll_seconds`, then says to ask again."""
     wants_protobuf = results.PROTOBUF in request.headers.get("accept", "")
-    answer = await answers.poll(owner, body.request_id, said, wants_protobuf)
+    answer = await answers.poll(owner, body.request_id, requested, wants_protobuf)
     if body.allow_metadata_only and len(answer.body) > METADATA_FIRST_BYTES:
         return json_response({"status": "complete_metadata", "response_payload_size": len(answer.body)})
     return answer
@@ -45,10 +45,10 @@ async def retrieve_future(
 
 @router.post("/retrieve_future/{request_id}", responses=described_as(responses.PolledByPath))
 async def retrieve_future_of_path(
-    request_id: str, answers: Provided[OperationAnswers], owner: Owner, said: Said
+    request_id: str, answers: Provided[OperationAnswers], owner: Owner, requested: RequestedDialect
 ) -> Response:
     """As the other one, at once; the result is also under `result`."""
-    return await answers.poll(owner, request_id, said, most_seconds=AT_ONCE_SECONDS, wrapped=True)
+    return await answers.poll(owner, request_id, requested, most_seconds=AT_ONCE_SECONDS, wrapped=True)
 
 
 @router.post("/cleanup_futures", responses=described_as(responses.CleanedFutures))

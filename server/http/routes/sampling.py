@@ -1,4 +1,4 @@
-"""Samples: asked for, and polled or waited for."""
+"""Samples, and the sampling sessions that they are drawn from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...plugins.sglang.sampling import Divergence
 from ...wire import requests, responses
 from ...wire import sample_requests as wire
 from ..bodies import BodyRoute
-from ..dependencies import Owner, Said, described_as, future
+from ..dependencies import Owner, RequestedDialect, described_as, future
 from ..operation_answers import OperationAnswers
 from ..provided import Provided
 from ..sample_targets import SampleTargets, Weights
@@ -31,10 +31,10 @@ router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 
 @router.post("/asample", responses=described_as(responses.SampleFuture))
 async def asample(
-    body: wire.Sample, api_samples: Provided[ApiSamples], owner: Owner, said: Said
+    body: wire.Sample, api_samples: Provided[ApiSamples], owner: Owner, requested: RequestedDialect
 ) -> dict[str, Any]:
     """Submit samples of one prompt, for a poll to answer."""
-    operation = await api_samples.submit(owner, body, said or "tinkercloud")
+    operation = await api_samples.submit(owner, body, requested or "tinkercloud")
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
     return future(operation) | {"sample_sequence_ids": ids}
 
@@ -47,13 +47,13 @@ async def sample(
     served: Provided[ServedSamples],
     answers: Provided[OperationAnswers],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
     wait: bool | None = None,
 ) -> Response | dict[str, Any]:
     """Draw samples of one `prompt` and wait for them, or submit those of several `prompts` for a poll; `wait`
     chooses otherwise. Closing the connection cancels samples that the request waits for, unless they are
     numbered: then sending the request again finds them."""
-    dialect = said or "tinkercloud"
+    dialect = requested or "tinkercloud"
     waits = body.prompts is None if wait is None else wait
     is_numbered = body.sampling_session_id is not None and body.seq_id is not None
 
@@ -74,10 +74,10 @@ async def create_sampling_session(
     sessions: Provided[Sessions],
     targets: Provided[SampleTargets],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
 ) -> dict[str, Any]:
     """Open a sampling session: in a session under a number, or for a sampler checkpoint alone."""
-    sampler = await _create(ledger, sessions, targets, owner, body, said)
+    sampler = await _create(ledger, sessions, targets, owner, body, requested)
     return {"type": "create_sampling_session", "success": True} | _described(sampler, body.model_path)
 
 
@@ -89,16 +89,16 @@ async def create_sampling_client(
     sessions: Provided[Sessions],
     targets: Provided[SampleTargets],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
 ) -> dict[str, Any]:
     """Open a sampling session as create_sampling_session does. The request that it answers with is done at
     once."""
-    sampler = await _create(ledger, sessions, targets, owner, body, said)
+    sampler = await _create(ledger, sessions, targets, owner, body, requested)
     reply = {"type": "create_sampling_client", "status": "ready", "sampling_client_id": sampler.id}
     reply |= _described(sampler, body.model_path)
     if body.sampling_params is not None:
         reply["warning_message"] = "sampling_params: send them with each sample; a client keeps none"
-    submission = Submission.done_at_once(owner, "create_sampling_client", reply, said or "tinkercloud")
+    submission = Submission.done_at_once(owner, "create_sampling_client", reply, requested or "tinkercloud")
     return reply | future(await operations.accept(submission))
 
 
@@ -120,14 +120,14 @@ async def _create(
     targets: SampleTargets,
     owner: str,
     body: wire.CreateSamplingSession,
-    said: Dialect | None,
+    requested: Dialect | None,
 ) -> Sampler:
     session_id, number = body.session_id, body.sampling_session_seq_id
     found = await targets.weights(owner, body.base_model, body.model_path, body.model_id)
     if (session_id is None) != (number is None):
         raise BadRequest("session_id and sampling_session_seq_id come together")
     if session_id is not None:
-        session_id = await sessions.of_client(owner, session_id, said)
+        session_id = await sessions.of_client(owner, session_id, requested)
     which: int | str = "base" if number is None else number
     if number is None and found.run_id is not None:
         which = number_of(found.run_id, (found.path or "").rpartition("/")[2])

@@ -29,7 +29,7 @@ from ...text import of_folder
 from ...wire import requests, responses
 from ...wire.body import OfModel
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, Limit, Offset, Owner, Said, described_as, future
+from ..dependencies import BaseUrl, Limit, Offset, Owner, RequestedDialect, described_as, future
 from ..model_creations import TIED, ModelCreations
 from ..provided import Provided
 
@@ -49,27 +49,27 @@ async def create_session(
     sessions: Provided[Sessions],
     creations: Provided[ModelCreations],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
 ) -> dict[str, Any]:
     """Open a session. In xorl's dialect, or with a model's fields, a model of the same name is created in it.
     A client of tinkercloud may choose the session's id alone."""
     given = body.model_fields_set & _MODEL_FIELDS
-    has_model = said == "xorl" or bool(given - {"session_id"} if said == "tinkercloud" else given)
-    dialect = said or ("xorl" if has_model else "tinkercloud")
+    has_model = requested == "xorl" or bool(given - {"session_id"} if requested == "tinkercloud" else given)
+    dialect = requested or ("xorl" if has_model else "tinkercloud")
     fields = body.model_dump(exclude=set(_MODEL_FIELDS)) | {"dialect": dialect}
     fields["user_metadata"] = fields["user_metadata"] or {}
     info = warning = None
-    if has_model and said != "tinker":
+    if has_model and requested != "tinker":
         session_id, base_model, warnings = await creations.create_with_session(
             owner, body, fields, base, dialect
         )
         info, warning = f"model {session_id!r} is trained from {base_model}", "; ".join(warnings) or None
-    elif body.session_id is not None and said != "tinker":
+    elif body.session_id is not None and requested != "tinker":
         session_id = body.session_id
         await sessions.open_named(owner, session_id, fields | {"display_name": session_id})
     else:
         session_id = await sessions.create(owner, fields)
-    if said == "tinker":  # the SDK shows this to its user, and nothing that create_model answers
+    if requested == "tinker":  # the SDK shows this to its user, and nothing that create_model answers
         info = await asyncio.to_thread(_tied_warning, base_models)
     return {
         "type": "create_session",
@@ -220,10 +220,14 @@ model_router = APIRouter(prefix="/api/v1", tags=["models"], route_class=BodyRout
 
 @model_router.post("/create_model", responses=described_as(responses.CreateModelFuture))
 async def create_model(
-    body: requests.CreateModel, base: BaseUrl, creations: Provided[ModelCreations], owner: Owner, said: Said
+    body: requests.CreateModel,
+    base: BaseUrl,
+    creations: Provided[ModelCreations],
+    owner: Owner,
+    requested: RequestedDialect,
 ) -> dict[str, Any]:
     """Create a model. It is ready when a poll of the request says so."""
-    operation, warnings = await creations.create(owner, body, base, said)
+    operation, warnings = await creations.create(owner, body, base, requested)
     return future(operation) | {"message": "model creation started"} | warnings
 
 
@@ -242,13 +246,17 @@ async def delete_model(body: OfModel, runs: Provided[Runs], owner: Owner) -> dic
 
 @model_router.post("/unload_model", responses=described_as(responses.Future))
 async def unload_model(
-    body: OfModel, operations: Provided[Operations], runs: Provided[Runs], owner: Owner, said: Said
+    body: OfModel,
+    operations: Provided[Operations],
+    runs: Provided[Runs],
+    owner: Owner,
+    requested: RequestedDialect,
 ) -> dict[str, Any]:
     """Delete a model as delete_model does; a poll answers."""
     run = await runs.find_live(owner, body.model_id)
     await runs.finish(run)
     reply = {"type": "unload_model", "model_id": run.name}
-    submission = Submission.done_at_once(owner, "unload_model", reply, said or run.dialect)
+    submission = Submission.done_at_once(owner, "unload_model", reply, requested or run.dialect)
     return future(await operations.accept(submission))
 
 

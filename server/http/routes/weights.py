@@ -29,7 +29,7 @@ from ...models.sessions import Sessions
 from ...models.submits import Reservation, Saves, Submits, save_answer
 from ...wire import requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, Owner, Said, described_as, future
+from ..dependencies import BaseUrl, Owner, RequestedDialect, described_as, future
 from ..model_creations import optimizer_of
 from ..provided import Provided
 
@@ -61,7 +61,7 @@ async def load_weights(
     checkpoints: Provided[Checkpoints],
     submits: Provided[Submits],
     owner: Owner,
-    said: Said,
+    requested: RequestedDialect,
 ) -> dict[str, Any]:
     """Load a checkpoint into a model, or, with `session_id` and `model_seq_id`, as a new model."""
     if body.session_id is not None and body.model_seq_id is not None:
@@ -70,7 +70,7 @@ async def load_weights(
         if body.base_model is not None and body.base_model != checkpoint.base_model:
             raise BadRequest(f"base_model: {body.path!r} was trained from {checkpoint.base_model!r}")
         base_models.named(checkpoint.base_model)
-        new = _new_run(body, checkpoint, owner, session_id, body.model_seq_id, said or "tinker")
+        new = _new_run(body, checkpoint, owner, session_id, body.model_seq_id, requested or "tinker")
         with admission.model(owner, new.message.model_id, runs.alive(owner)):
             return future(await runs.create(new))
     identifier = body.model_id or body.session_id
