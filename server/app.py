@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from .. import __version__
 from .access import ApiKeys, Quotas, Tokens, UrlSigner, read_forever
 from .base_models import BaseModel, BaseModels, plan
-from .checkpoints.checkpoints import Checkpoints, Copies
+from .checkpoints import Checkpoints, Copies
 from .checkpoints.sweep import Sweep
 from .files import Disk
 from .http import errors, openapi

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 from tinsmith.engine import messages
 from tinsmith.server.access import Quotas
 from tinsmith.server.base_models import BaseModels
-from tinsmith.server.checkpoints.checkpoints import Checkpoints
+from tinsmith.server.checkpoints import Checkpoints
 from tinsmith.server.checkpoints.sweep import Sweep
 from tinsmith.server.files import Disk
 from tinsmith.server.ledger import tenancy

@@ -16,7 +16,7 @@ import msgspec
 
 from ...engine import messages
 from ..base_models import BaseModels
-from ..checkpoints.checkpoints import Checkpoints
+from ..checkpoints import Checkpoints
 from ..dialect import DIALECT_RULES, Dialect
 from ..errors import BadRequest, NotFound
 from ..ledger.tenancy import model_id

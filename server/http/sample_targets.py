@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Row, select
 from ...ckpt import paths
 from ...engine import messages
 from ..base_models import BaseModels
-from ..checkpoints.checkpoints import Checkpoints
+from ..checkpoints import Checkpoints
 from ..errors import BadRequest, NotFound, UnknownModel
 from ..ledger.ledger import Ledger
 from ..ledger.schema import samplers

@@ -31,8 +31,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 
 from ..errors import StorageFull, Unavailable
 from ..files import protect
+from . import migrations
 from . import ownership as leases
-from .migrations import prereleases
 from .ownership import (
     LedgerUnusable,
     Ownership,
@@ -158,7 +158,7 @@ class Ledger:
         with self._engine.connect().execution_options(writes=True) as connection:
             if self._engine.dialect.name == "postgresql":
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
-            prereleases.forget_revision(connection)
+            migrations.forget_revision(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
@@ -403,7 +403,7 @@ def check(url: str) -> None:
                 for revision in connection.exec_driver_sql(
                     "SELECT version_num FROM alembic_version"
                 ).scalars():
-                    if revision not in prereleases.REVISIONS:
+                    if revision not in migrations.REVISIONS:
                         ScriptDirectory.from_config(_migrations()).get_revision(revision)
     except (SQLAlchemyError, CommandError) as error:
         raise LedgerUnusable(why_unusable(engine, error)) from error

@@ -15,8 +15,8 @@ from sqlalchemy import Connection
 from ...ckpt import paths
 from ...engine import messages
 from ..access import Quotas
+from ..checkpoints import named
 from ..checkpoints.archive import described, unpack
-from ..checkpoints.checkpoints import named
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable
 from ..files import Disk
 from ..ledger import checkpoints as rows

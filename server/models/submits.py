@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from ...ckpt import paths
 from ...engine import messages
 from ..access import Quotas
-from ..checkpoints.checkpoints import expiry, named
+from ..checkpoints import expiry, named
 from ..dialect import DIALECT_RULES, Dialect
 from ..errors import ApiError, BadRequest, StorageQuotaExceeded
 from ..ledger import checkpoints as checkpoint_rows

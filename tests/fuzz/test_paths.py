@@ -9,7 +9,7 @@ import pytest
 from fuzz.campaign import campaign
 from fuzz.mutations import TEXTS
 from tinsmith.ckpt import paths
-from tinsmith.server.checkpoints import checkpoints
+from tinsmith.server import checkpoints
 from tinsmith.server.errors import BadRequest
 
 PIECES = [

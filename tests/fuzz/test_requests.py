@@ -14,7 +14,7 @@ from fuzz.campaign import campaign
 from fuzz.mutations import mutated_bytes, mutated_json
 from pydantic import ValidationError
 from tinsmith.engine import messages
-from tinsmith.server.checkpoints import checkpoints
+from tinsmith.server import checkpoints
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.http import errors
 from tinsmith.server.http.model_creations import model_spec

@@ -17,8 +17,7 @@ from sqlalchemy import Row
 from ....ckpt import paths
 from ....engine import messages
 from ...access import Caller, UrlSigner
-from ...checkpoints.archive import Archive, files
-from ...checkpoints.checkpoints import (
+from ...checkpoints import (
     Checkpoints,
     Copies,
     as_strings,
@@ -29,6 +28,7 @@ from ...checkpoints.checkpoints import (
     session_of,
     shown,
 )
+from ...checkpoints.archive import Archive, files
 from ...dialect import Dialect
 from ...errors import BadRequest, NotFound, Unavailable
 from ...files import Disk

@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Connection, Row
 
 from ...access import ApiKeys, Claims, Tokens, UrlSigner, user_urn
-from ...checkpoints.checkpoints import Checkpoints, as_strings, iso, parse
+from ...checkpoints import Checkpoints, as_strings, iso, parse
 from ...errors import BadRequest, Forbidden, NotFound
 from ...ledger import accounts, operations, step_metrics, tenancy
 from ...ledger import checkpoints as checkpoint_rows

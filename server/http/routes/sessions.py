@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from ....engine import messages
 from ...access import Quotas, user_urn
 from ...base_models import BaseModels
-from ...checkpoints.checkpoints import as_strings, iso
+from ...checkpoints import as_strings, iso
 from ...errors import BadRequest, NotFound
 from ...ledger import checkpoints as checkpoint_rows
 from ...ledger import tenancy

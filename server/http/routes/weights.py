@@ -14,7 +14,7 @@ from ....ckpt import age, paths
 from ....engine import messages
 from ...access import Quotas
 from ...base_models import BaseModels
-from ...checkpoints.checkpoints import Checkpoints, named
+from ...checkpoints import Checkpoints, named
 from ...dialect import Dialect
 from ...errors import BadRequest
 from ...ledger import tenancy

@@ -27,7 +27,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from tinsmith.server.ledger.migrations.prereleases import complete
+from tinsmith.server.ledger.migrations import complete
 
 revision = "0020"
 down_revision = None
