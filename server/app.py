@@ -26,7 +26,6 @@ from .http.bodies import USUAL_BYTES, BodyLimits, JsonBodies, RefusedNumbers, bu
 from .http.console_pages import ConsolePages
 from .http.model_creations import ModelCreations
 from .http.monitoring import (
-    DeviceMemory,
     Measured,
     Metrics,
     OperationMetrics,
@@ -192,7 +191,6 @@ class Application:
         self.distribution = Distribution(settings, self.keys, self.engine, disk, self.endpoints, base_models)
         divergence = Divergence(self.engine, self.endpoints, settings.sglang_compared_percent / 100)
         self.metrics.registry.register(divergence)
-        self.metrics.registry.register(DeviceMemory(self.engine))
         self.sampling = Sampling(
             self.endpoints,
             self.distribution.adapters,

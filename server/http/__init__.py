@@ -1,1 +1,1 @@
-"""HTTP: the routes, what stands in front of them, and answers in the shapes of SGLang and OpenAI."""
+"""HTTP: the routes, what every request passes through, and what routes share."""

@@ -1,5 +1,4 @@
-"""Request bodies: how many bytes are taken, how JSON is read, and what happens to the number of a refused
-one."""
+"""Request bodies: their limits, how JSON is read, and the numbers of operations whose bodies are refused."""
 
 from __future__ import annotations
 

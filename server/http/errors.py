@@ -1,13 +1,9 @@
-"""The one place that turns exceptions into HTTP answers.
+"""Turns exceptions into HTTP answers.
 
 Every error body has the same keys in all dialects: `detail` and `error` (the message), `category`
-(`user` or `server`), `status_code` and `path`. Under `/v1`, `error` is an object, as OpenAI's clients expect,
-and a body that cannot be read is 400 rather than 422.
-
-Errors in OpenAI's shape, for the routes under `/v1`.
-
-OpenAI's clients read `error.message`, `error.type`, `error.param` and `error.code`; a plain text in `error`
-leaves their exceptions empty.
+(`user` or `server`), `status_code` and `path`. Under `/v1`, `error` is an object with `message`, `type`,
+`param` and `code`, without which the exceptions of OpenAI's clients are empty, and a body that cannot be read
+is 400 rather than 422.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What operators and tenants can watch: request ids in the log, metrics for Prometheus, the console's
-overview.
+"""What can be watched: ids of requests in the log, metrics for Prometheus, and the console's overview.
 
 `docs/metrics.md` lists the metrics. The engine reports its own counters about once a second, and they
 continue over its lives.
@@ -20,7 +19,9 @@ from typing import Any
 import orjson
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as PrometheusCounter
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily as Total
+from prometheus_client.core import GaugeMetricFamily as Gauge
+from prometheus_client.core import Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ... import __version__
@@ -178,138 +179,89 @@ class ServerMetrics:
         return []
 
     def collect(self) -> Iterator[Metric]:
+        """Yield all metrics but those that `Metrics` and `OperationMetrics` count."""
         counted = Counter(operation.kind for operation in self._operations.unanswered())
         self._kinds |= counted.keys()
         waiting = {kind: counted[kind] for kind in sorted(self._kinds)}
-        yield _gauge("tinsmith_operations_waiting", "Operations without an answer yet", "kind", waiting)
+        yield _gauges("tinsmith_operations_waiting", "Operations without an answer yet", "kind", waiting)
         resident = len(self._runs.resident())
-        yield _gauge("tinsmith_models_resident", "Models whose training state the engine has", value=resident)
+        yield Gauge("tinsmith_models_resident", "Models whose training state the engine has", resident)
         yield from self._of_engine()
-        yield from self._of_ledger()
+        if self._engine.memory is not None:
+            yield from _of_memory(self._engine.memory)
+        ledger, text = self._ledger, "Time that the oldest change of the newest commit waited"
+        yield Gauge("tinsmith_ledger_lag_seconds", text, ledger.lag_seconds)
+        yield Total("tinsmith_ledger_commits", "Commits", ledger.commits)
+        yield Total("tinsmith_ledger_commit_seconds", "Time spent in commits", ledger.commit_seconds)
         yield from self._of_disk()
 
     def _of_engine(self) -> Iterator[Metric]:
-        engine = self._engine
-        yield _gauge("tinsmith_engine_ready", "1 if the engine is ready", value=engine.ready.is_set())
-        yield _counter("tinsmith_engine_lives", "Engine processes since the start", value=engine.life)
-        yield _counter(
-            "tinsmith_replayed_operations",
-            "Operations sent to an engine again",
-            value=self._recovery.replayed,
-        )
-        counters, gauges = engine.counters, engine.gauges
-        yield _counter(
-            "tinsmith_compilations",
-            "Programs compiled, or read from the cache",
-            "source",
-            _labelled(counters, "compilations", ("compiled", "cache")),
-        )
-        yield _counter(
-            "tinsmith_compilation_seconds",
+        engine, counters = self._engine, self._engine.counters
+        yield Gauge("tinsmith_engine_ready", "1 if the engine is ready", engine.ready.is_set())
+        yield Total("tinsmith_engine_lives", "Engine processes since the start", engine.life)
+        replayed = self._recovery.replayed
+        yield Total("tinsmith_replayed_operations", "Operations sent to an engine again", replayed)
+        text, seconds = (
             "Time spent on compiling and reading programs",
-            value=counters.get("compilation_seconds", 0.0),
+            counters.get("compilation_seconds", 0.0),
         )
-        yield _counter(
-            "tinsmith_training_positions",
-            "Positions of micro-batches that were computed",
-            "kind",
-            _labelled(counters, "training_positions", ("token", "padding")),
-        )
-        yield _counter(
-            "tinsmith_decode_slots",
-            "Slots of the decode batches that were computed",
-            "state",
-            _labelled(counters, "decode_slots", ("used", "empty")),
-        )
-        yield _gauge(
-            "tinsmith_kv_pages",
-            "Pages of keys and values",
-            "state",
-            _labelled(gauges, "kv_pages", ("used", "free")),
-        )
-
-    def _of_ledger(self) -> Iterator[Metric]:
-        ledger = self._ledger
-        yield _gauge(
-            "tinsmith_ledger_lag_seconds",
-            "Time that the oldest change of the newest commit waited",
-            value=ledger.lag_seconds,
-        )
-        yield _counter("tinsmith_ledger_commits", "Commits", value=ledger.commits)
-        yield _counter("tinsmith_ledger_commit_seconds", "Time spent in commits", value=ledger.commit_seconds)
+        yield Total("tinsmith_compilation_seconds", text, seconds)
+        for family, text, label, always in (
+            ("compilations", "Programs compiled, or read from the cache", "source", ("compiled", "cache")),
+            (
+                "training_positions",
+                "Positions of micro-batches that were computed",
+                "kind",
+                ("token", "padding"),
+            ),
+            ("decode_slots", "Slots of the decode batches that were computed", "state", ("used", "empty")),
+        ):
+            total = Total(f"tinsmith_{family}", text, labels=[label])
+            for value, count in _by_label(counters, family, always).items():
+                total.add_metric([value], count)
+            yield total
+        pages = _by_label(engine.gauges, "kv_pages", ("used", "free"))
+        yield _gauges("tinsmith_kv_pages", "Pages of keys and values", "state", pages)
 
     def _of_disk(self) -> Iterator[Metric]:
-        yield _gauge(
-            "tinsmith_disk_used_bytes",
-            "Bytes in the data directory, by kind",
-            "kind",
-            self._sweep.used_bytes | {"ledger": self._sweep.ledger_bytes()},
-        )
+        used = self._sweep.used_bytes | {"ledger": self._sweep.ledger_bytes()}
+        yield _gauges("tinsmith_disk_used_bytes", "Bytes in the data directory, by kind", "kind", used)
         try:
             total, free = self._disk.usage()
         except OSError:
             return
-        yield _gauge("tinsmith_disk_free_bytes", "Free bytes on the data directory's disk", value=free)
-        yield _gauge("tinsmith_disk_size_bytes", "Size of the data directory's disk", value=total)
+        yield Gauge("tinsmith_disk_free_bytes", "Free bytes on the data directory's disk", free)
+        yield Gauge("tinsmith_disk_size_bytes", "Size of the data directory's disk", total)
 
 
-class DeviceMemory:
-    """Collects, for Prometheus, bytes of each device by kind: planned and held."""
-
-    def __init__(self, engine: Supervisor):
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield nothing before the engine has reported."""
-        memory = self._engine.memory
-        if memory is None:
-            return
-        for name, text, kinds in (
-            ("planned", "Memory of each device that is planned for a kind", memory.planned),
-            ("held", "Memory of each device that a kind takes", memory.held),
-        ):
-            gauge = GaugeMetricFamily(f"tinsmith_device_memory_{name}_bytes", text, labels=["kind"])
-            for kind, size in kinds.items():
-                gauge.add_metric([kind], size)
-            yield gauge
-        text = "Memory of each device that the engine may use"
-        yield GaugeMetricFamily("tinsmith_device_memory_capacity_bytes", text, memory.capacity)
-        if memory.free is not None:
-            text = "Memory of the first device that is free"
-            yield GaugeMetricFamily("tinsmith_device_memory_free_bytes", text, memory.free)
-        text = "States of models in training that wait in the host's memory"
-        yield GaugeMetricFamily("tinsmith_host_memory_waiting_bytes", text, memory.waiting)
+def _of_memory(memory: messages.Memory) -> Iterator[Metric]:
+    """Yield the bytes of each device, by kind and as a whole."""
+    text = "Memory of each device that is planned for a kind"
+    yield _gauges("tinsmith_device_memory_planned_bytes", text, "kind", memory.planned)
+    text = "Memory of each device that a kind takes"
+    yield _gauges("tinsmith_device_memory_held_bytes", text, "kind", memory.held)
+    text = "Memory of each device that the engine may use"
+    yield Gauge("tinsmith_device_memory_capacity_bytes", text, memory.capacity)
+    if memory.free is not None:
+        text = "Memory of the first device that is free"
+        yield Gauge("tinsmith_device_memory_free_bytes", text, memory.free)
+    text = "States of models in training that wait in the host's memory"
+    yield Gauge("tinsmith_host_memory_waiting_bytes", text, memory.waiting)
 
 
-def _labelled(values: dict[str, float], family: str, always: Iterable[str]) -> dict[str, float]:
+def _by_label(values: dict[str, float], family: str, always: Iterable[str]) -> dict[str, float]:
     """Return the values named `family/LABEL` by label, with 0 for labels that are always shown."""
-    found = {
-        name.removeprefix(f"{family}/"): value
-        for name, value in values.items()
-        if name.startswith(f"{family}/")
-    }
+    prefix = f"{family}/"
+    found = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
     return dict.fromkeys(always, 0.0) | found
 
 
-def _gauge(
-    name: str, text: str, label: str = "", values: Mapping[str, float] | None = None, value: float = 0.0
-) -> Metric:
-    return _filled(GaugeMetricFamily(name, text, labels=[label] if label else None), label, values, value)
-
-
-def _counter(
-    name: str, text: str, label: str = "", values: Mapping[str, float] | None = None, value: float = 0.0
-) -> Metric:
-    return _filled(CounterMetricFamily(name, text, labels=[label] if label else None), label, values, value)
-
-
-def _filled(family: Metric, label: str, values: Mapping[str, float] | None, value: float) -> Metric:
-    if label:
-        for of, each in (values or {}).items():
-            family.add_metric([of], each)  # type: ignore[attr-defined]
-    else:
-        family.add_metric([], value)  # type: ignore[attr-defined]
-    return family
+def _gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Gauge:
+    """Return a gauge with one value for each value of the label."""
+    gauge = Gauge(name, text, labels=[label])
+    for value, number in values.items():
+        gauge.add_metric([value], number)
+    return gauge
 
 
 _LOOK_SECONDS = 1.0

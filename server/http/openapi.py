@@ -1,7 +1,7 @@
-"""The OpenAPI document: what FastAPI sees in the routes, and what it cannot see.
+"""The OpenAPI document: what FastAPI sees in the routes, and what it does not.
 
-Bodies that a route reads by itself (those of forward_backward are JSON or protobuf), keys, and the one error
-body of all routes.
+FastAPI does not see bodies that a route reads by itself (those of forward_backward are JSON or protobuf),
+keys, and the error body that all routes share.
 """
 
 from __future__ import annotations

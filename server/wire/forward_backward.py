@@ -1,10 +1,8 @@
-"""`ForwardBackwardRequest` bodies into the fields of `messages.ForwardBackward`.
+"""Reads the protobuf `ForwardBackwardRequest` into the fields of `messages.ForwardBackward`, with dense
+tensors.
 
-Tensors as clients send them, into the dense tensors of `engine.messages`.
-
-Checked here: that bytes, dtype and shape agree. What the numbers mean is the engine's to judge.
-
-How many fields a protobuf message has, before it is parsed: one of 2 bytes may become 50 in memory.
+Whether bytes, dtype and shape agree is checked here; what the numbers mean is checked by the engine. The
+fields of a body are counted before it is parsed, because one of 2 bytes may take 50 in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Answers of the engine as bodies: protobuf for those who accept it, JSON otherwise.
-
-The engine's bytes of samples as numbers.
-"""
+"""Writes the engine's answers as bodies: protobuf for clients that accept it, JSON for all others."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A tenant's view of its own work: the console's overview and lists, metrics, traces, usage, audit log,
-keys."""
+"""A tenant's view of its own work: the console's overview and lists, metrics, traces, usage, audit, keys."""
 
 from __future__ import annotations
 
