@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..model.config import ModelConfig, Site
-from ..model.families import module_name
+from ..model.families import in_files, module_name
 from .hf_folder import Tensors
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -77,7 +77,7 @@ class Fp8:
 def _modules(config: ModelConfig, site: Site, layer: int) -> list[str]:
     """List the modules with the matrices of a site in one layer. Matrices of experts that share a tensor have
     none."""
-    module = module_name(config, f"layers.{site.name}.weight", layer)
+    module = in_files(config, module_name(config, f"layers.{site.name}.weight", layer))
     if site.experts is None:
         return [module]
     return [module.format(expert=expert) for expert in range(site.experts)] if "{expert}" in module else []

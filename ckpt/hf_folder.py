@@ -32,7 +32,12 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-COPIED = ("generation_config.json", *TOKENIZER_FILES)
+COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    *TOKENIZER_FILES,
+)
 """Files that are copied from the base model's folder if it has them."""
 
 

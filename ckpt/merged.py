@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from ..model.config import ModelConfig
 from ..model.families import module_name, parameters
 from ..model.lora import Adapter, pairs
+from ..model.weight_files import MappedTensors, copied
 from .fp8 import Fp8, quantized
 from .hf_folder import SHARD_BYTES, Tensors, write_folder
 
@@ -65,7 +66,7 @@ def save_merged(
     hf_config: dict[str, Any] = {"dtype": str(values("norm.weight").dtype)}
     if not config.tie_embeddings or (adapter is not None and "unembed" in adapter):
         hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says
-    tensors: Tensors = _tensors(values, config, adapter, scale)
+    tensors: Tensors = chain(_tensors(values, config, adapter, scale), _copied(Path(base_folder), config))
     if fp8 is not None:
         tensors = quantized(tensors, fp8, config)
         hf_config["quantization_config"] = fp8.config(config)
@@ -122,6 +123,15 @@ def _tensors(
     if config.tie_embeddings and _HEAD in deltas:
         head = np.asarray(values("embed_tokens.weight"))
         yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head.T, ()).T)
+
+
+def _copied(folder: Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of the base model that are not computed with, as they are."""
+    if names := copied(folder, config):
+        tensors = MappedTensors(folder)
+        for name in names:
+            if (tensor := tensors.find(name)) is not None:
+                yield name, np.ascontiguousarray(tensor)
 
 
 def _part(value: Any, index: tuple[int, ...]) -> np.ndarray:

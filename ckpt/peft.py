@@ -24,11 +24,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..model.config import ModelConfig, Site, Stack
-from ..model.families import module_name
+from ..model.families import FAMILIES, adapter_module, module_name
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank, pair_shapes, pairs, trainable
 from . import digests, expert_files, peft_config
 from .atomic import atomic_directory, size_bytes
 from .expert_files import ExpertForm
+from .fused_files import Fused, fused_modules, separated
 from .hf_folder import copy_tokenizer
 from .peft_config import AdapterConfig, AdapterError
 
@@ -83,6 +84,13 @@ def save_adapter(
     tensors: dict[str, np.ndarray] = {}
     targets: set[str] = set()
     stacked: dict[int, dict[str, dict[str, np.ndarray]]] = {}  # by layer and site
+    fused = {
+        part: each
+        for layer in range(config.num_layers if experts != "shared" else 0)
+        for each in fused_modules(config, _PREFIX, layer)
+        for part in each.parts
+    }
+    of_parts: dict[Fused, list[dict[str, np.ndarray]]] = {}
 
     def add(module: str, a: np.ndarray, b: np.ndarray) -> None:
         tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a)
@@ -94,9 +102,18 @@ def save_adapter(
         if place.layer is not None and place.site.experts and experts == "target_parameters":
             stacked.setdefault(place.layer, {})[place.site.name] = pair
             continue
+        if place.module in fused:
+            of_parts.setdefault(fused[place.module], []).append(pair)
+            continue
         for module, a, b in expert_files.written(place.module, place.site, pair, experts):
             add(module, a.swapaxes(-1, -2), b.swapaxes(-1, -2))
             targets.add(module.rsplit(".", 1)[-1])
+    several: dict[str, int] = {}  # the sites of modules and parameters that have several
+    for module_of, given in of_parts.items():
+        a, b = module_of.written(given)
+        add(module_of.module, a.T, b.T)
+        targets.add(module_of.name)
+        several[module_of.name] = len(given)
     parameters: dict[str, int] = {}
     for layer, pairs_of in sorted(stacked.items()):
         for wrapper in expert_files.wrappers(config, _PREFIX, layer):
@@ -124,11 +141,12 @@ def save_adapter(
         "inference_mode": True,
     }
     if parameters:
-        fused = {name: sites for name, sites in parameters.items() if sites > 1}
+        several |= {name: sites for name, sites in parameters.items() if sites > 1}
+        adapter_config["target_parameters"] = sorted(parameters)
+    if several:
         adapter_config |= {
-            "target_parameters": sorted(parameters),
-            "rank_pattern": {name: sites * rank for name, sites in fused.items()},
-            "alpha_pattern": {name: sites * alpha for name, sites in fused.items()},
+            "rank_pattern": {name: sites * rank for name, sites in several.items()},
+            "alpha_pattern": {name: sites * alpha for name, sites in several.items()},
         }
     with atomic_directory(directory) as writing:
         save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
@@ -178,8 +196,17 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
     where = f"PEFT adapter {directory.name}"
     adapter_config = _read_config(directory)
     tensors = _read_tensors(directory)
+    if getattr(FAMILIES[config.family], "PREFIXES", ()):  # as PEFT names them in models that see
+        tensors = {name.replace(".model.language_model.", ".model.", 1): x for name, x in tensors.items()}
     wrapped: dict[str, expert_files.Wrapper] = {}
+    in_blocks = frozenset(
+        fused.module
+        for layer in range(config.num_layers)
+        for fused in fused_modules(config, _PREFIX, layer)
+        if adapter_config.is_in_blocks(fused.module.removeprefix(_PREFIX), len(fused.sites))
+    )
     try:
+        parts_of = separated(tensors, config, _PREFIX, in_blocks)
         for layer in range(config.num_layers):
             wrapped |= expert_files.unwrapped(tensors, config, _PREFIX, layer)
     except ValueError as error:
@@ -196,9 +223,13 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
             module, found = expert_files.read(place.module, place.site, tensors)
         except ValueError as error:
             raise AdapterError(f"{where}: {error}") from None
-        wrapper = wrapped.get(module)
+        wrapper, whole = wrapped.get(module), parts_of.get(module)
         of_base = (module if wrapper is None else wrapper.parameter).removeprefix(_PREFIX)
-        true_rank = adapter_config.rank_of(of_base) // (1 if wrapper is None else len(wrapper.sites))
+        shares = 1 if wrapper is None else len(wrapper.sites)
+        if whole is not None:
+            of_base = whole.module.removeprefix(_PREFIX)
+            shares = len(whole.sites) if whole.module in in_blocks else 1
+        true_rank = adapter_config.rank_of(of_base) // shares
         factor = np.float32(adapter_config.scale_of(of_base) / (alpha / rank))
         for side, shape in place.site.factors(true_rank).items():
             tensor = found.get(side)
@@ -329,7 +360,7 @@ def _places(config: ModelConfig) -> list[_Place]:
     places = []
     for stack, site in trainable(config):
         for at, layer in enumerate(stack.layers):
-            module = _PREFIX + module_name(config, f"layers.{site.name}.weight", layer)
+            module = _PREFIX + adapter_module(config, site, layer)
             places.append(_Place(module, site, stack, at))
     unembed = Site("unembed", config.hidden_size, config.vocab_size, None, ("embed", "vocab"))
     return [*places, _Place(_PREFIX + module_name(config, "lm_head.weight"), unembed)]

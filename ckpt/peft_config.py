@@ -91,15 +91,22 @@ class AdapterConfig:
         rank = self.rank_of(module)
         return _first_match(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
+    def is_in_blocks(self, module: str, count: int) -> bool:
+        """Return whether each of `count` matrices in a module has a share of its rank (`fused_files`)."""
+        return self.rank_of(module) == count * self.rank
+
     def rank_in_file(self, module: str, shape: tuple[int, ...]) -> int:
         """Return the rank of the matrices whose lora_A has this module and shape.
 
         Stacked experts' lora_A has a row for every expert and rank, so the config tells the rank. Gate and up
-        are one parameter, with the ranks of both."""
+        are one parameter, with the ranks of both. The queries, keys and values of a delta net may each have a
+        share of the rank of their matrix."""
         if len(shape) == 2 and module.endswith(".experts"):
             return self.rank_of(f"{module}.down_proj")
         if len(shape) == 2 and module.endswith(".experts.base_layer"):
             return self.rank_of(module.removesuffix("base_layer") + "gate_up_proj") // 2
+        if module.endswith(".in_proj_qkv") and self.is_in_blocks(module, 3):
+            return shape[-2] // 3
         return shape[-2]
 
     def overall(self, ranks: Iterable[int]) -> tuple[int, float]:

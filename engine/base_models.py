@@ -141,6 +141,7 @@ def load(
             end_tokens=tokenizer_files.end_tokens(folder),
             mesh=mesh,
             kv_cache_tokens=room.plan.kv_tokens[number],
+            state_bytes=room.plan.states[number],
             max_sequence_length=limit,
             budget=room.budget,
         )

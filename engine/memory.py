@@ -25,6 +25,8 @@ SLOTS = 256
 PREFILL_TOKENS = 4096
 SHORTEST_KV_TOKENS = 16384
 """The KV cache holds at least one sequence of full length, or this many tokens of a longer one."""
+FEWEST_STATES, MOST_STATES = 4, 4 * SLOTS
+"""For how many sequences and prefixes states are kept, if the model has any."""
 KEPT_SHARE = 1 / 4
 """The most of a device's memory that the blocks may keep for the backward, before they recompute more."""
 MARGIN = 1 / 20
@@ -151,7 +153,8 @@ def plan(
     mesh = mesh or Mesh()
     kinds = resident(counts, work, mesh)
     kinds["margin"] = int(capacity * MARGIN)
-    per_token = kv_bytes_per_token(counts, work, mesh)
+    # a sequence's states count as part of its keys and values
+    per_token = kv_bytes_per_token(counts, work, mesh) + state_bytes(counts) // work.sequence
     smallest_kv = min(work.sequence, SHORTEST_KV_TOKENS) * per_token
     beside = sum(kinds.values()) + smallest_kv
     remat: Remat = "full"
@@ -254,6 +257,11 @@ def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh, on_cpu: bool 
     return counts.kv_per_position * work.itemsize // ways
 
 
+def state_bytes(counts: Counts) -> int:
+    """Return the bytes of one sequence's states."""
+    return counts.state_per_sequence * WIDE
+
+
 # --- what programs take ---------------------------------------------------------------------------------
 
 
@@ -337,8 +345,9 @@ class EnginePlan:
 
     `budget` is for models in training, samplers' weights and recycled arrays (`budget.Budget`), `kept` the
     most that the blocks may keep of a micro-batch for its backward. For each base model, `micro_batches` are
-    the tokens that a device computes at once, and `kv_tokens` the positions in the KV cache. `needed` is the
-    least that the engine can work with.
+    the tokens that a device computes at once, `kv_tokens` the positions in the KV cache, and `states` the
+    bytes for states of sequences, which are part of `kv_pages`. `needed` is the least that the engine can
+    work with.
     """
 
     capacity: int
@@ -352,6 +361,7 @@ class EnginePlan:
     micro_batches: tuple[int, ...]
     kv_tokens: tuple[int, ...]
     needed: int
+    states: tuple[int, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -389,7 +399,8 @@ def plan_engine(
 
     Programs get what the fastest micro-batch of each model takes, and its longest row that half of the
     memory beside the base has room for. What is left is for KV caches (unless `kv_cache_tokens` says how
-    many positions each has) and the budget, half and half.
+    many positions each has) and the budget, half and half. Where sequences have states, these get half of a
+    cache's share, up to four times the sampler's slots.
     """
     mesh = mesh or Mesh()
     works = [_engine_workload(each, on_cpu) for each in models]
@@ -400,22 +411,32 @@ def plan_engine(
         (kv_cache_tokens or min(each.longest, SHORTEST_KV_TOKENS)) * size
         for each, size in zip(models, per_token, strict=True)
     ]
+    one_state = [state_bytes(each.counts) for each in models]
+    least_states = [FEWEST_STATES * size for size in one_state]
     least_programs = max(_least_programs(m, w, mesh) for m, w in zip(models, works, strict=True))
     least_budget = max(3 * WIDE * adapter_elements(m.counts, w) for m, w in zip(models, works, strict=True))
-    needed = base + margin + sum(least_kv) + least_programs + least_budget
+    least_cache = sum(least_kv) + sum(least_states)
+    needed = base + margin + least_cache + least_programs + least_budget
     room = max(0, capacity - base - margin)
     if on_cpu:
         kept, micro_batches = min(KEPT_ON_CPU, room // 4), tuple(work.micro_batch for work in works)
         programs = max(least_programs, kept)
         most_kv, budget = min(KV_ON_CPU, room // 4), min(BUDGET_ON_CPU, room // 4)
     else:
-        beside = sum(least_kv) + least_budget
+        beside = least_cache + least_budget
         kept, programs, micro_batches = _programs_of_accelerator(models, works, mesh, room - beside)
         programs = max(least_programs, programs)
         most_kv = budget = max(0, room - programs) // 2
-    more_kv = 0 if kv_cache_tokens else max(0, most_kv - sum(least_kv)) // len(models)
-    kv_tokens = tuple((least + more_kv) // size for least, size in zip(least_kv, per_token, strict=True))
-    kv_pages = sum(tokens * size for tokens, size in zip(kv_tokens, per_token, strict=True))
+    more = max(0, most_kv - least_cache) // len(models)
+    states = tuple(
+        min(least + more // 2, MOST_STATES * size)
+        for least, size in zip(least_states, one_state, strict=True)
+    )
+    kv_tokens = tuple(
+        (least_kv[i] + (0 if kv_cache_tokens else more - (states[i] - least_states[i]))) // size
+        for i, size in enumerate(per_token)
+    )
+    kv_pages = sum(states) + sum(t * size for t, size in zip(kv_tokens, per_token, strict=True))
     if not on_cpu:
         budget = max(0, room - programs - kv_pages)
     return EnginePlan(
@@ -430,6 +451,7 @@ def plan_engine(
         micro_batches,
         kv_tokens,
         needed,
+        states,
     )
 
 

@@ -1,8 +1,9 @@
 """The shape of a decoder, as `folder` reads it from a Hugging Face folder. Imports no array library.
 
-A decoder is data: groups of a repeated pattern of layers. A layer is a mixer (attention) and an MLP, each a
-frozen description of its sizes and options. A description lists its matrices as sites. The base's parameters,
-adapters, the names in files, merging, sharding and parameter counts all follow from the sites.
+A decoder is data: groups of a repeated pattern of layers. A layer is a mixer (attention or a delta net) and
+an MLP, each a frozen description of its sizes and options. A description lists its matrices as sites. The
+base's parameters, adapters, the names in files, merging, sharding and parameter counts all follow from the
+sites.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -59,12 +61,25 @@ class Site(NamedTuple):
 class Norm(NamedTuple):
     """An RMSNorm over vectors of `size` numbers, with the logical axis of its weight.
 
-    `eps` is the model's if it is None."""
+    `eps` is the model's if it is None. A `plain` one multiplies with its weight whatever `ModelConfig` says
+    of the others."""
 
     name: str
     size: int
     axis: str = "hidden"
     eps: float | None = None
+    plain: bool = False
+
+
+class Vector(NamedTuple):
+    """Another parameter of a layer: its name, its shape and the logical axes of that.
+
+    It begins with zeros, or with values from `uniform[0]` to `uniform[1]`."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    uniform: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,8 @@ class KeysValues:
 class Attention:
     """Attention with grouped heads. `kv_heads` divides `heads`.
 
+    With `gated`, q_proj gives each head a query and then a gate, and sigmoid(gate) multiplies its output.
+
     `window` is the most keys that a query sees, including its own. `biased` names the matrices with biases.
     With `qk_norm`, each head of q and k goes through an RMSNorm before rope. With `sinks`, every head has a
     learned logit that takes part in the softmax and has no value. With `fused`, q, k and v are one matrix,
@@ -137,6 +154,7 @@ class Attention:
     qk_norm: bool = False
     sinks: bool = False
     fused: bool = False
+    gated: bool = False
 
     @property
     def scale(self) -> float:
@@ -166,7 +184,15 @@ class Attention:
                 Site("o_proj", Q, D, "attn", ("summed_heads", "hidden")),
             )
         return (
-            Site("q_proj", D, Q, "attn", ("embed", "heads"), "q_proj" in self.biased, merged="qkv"),
+            Site(
+                "q_proj",
+                D,
+                (1 + self.gated) * Q,
+                "attn",
+                ("embed", "heads"),
+                "q_proj" in self.biased,
+                merged="qkv",
+            ),
             Site("k_proj", D, K, "attn", ("embed", "kv_heads"), "k_proj" in self.biased, merged="qkv"),
             Site("v_proj", D, K, "attn", ("embed", "kv_heads"), "v_proj" in self.biased, merged="qkv"),
             Site("o_proj", Q, D, "attn", ("summed_heads", "hidden"), "o_proj" in self.biased),
@@ -177,6 +203,88 @@ class Attention:
         if not self.qk_norm:
             return ()
         return Norm("q_norm", self.head_dim, "head_dim"), Norm("k_norm", self.head_dim, "head_dim")
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        return (Vector("sinks", (self.heads,), ("heads",)),) if self.sinks else ()
+
+
+@dataclass(frozen=True)
+class States:
+    """What the sampler keeps of every sequence for a layer, in float32: a matrix for each head, and the last
+    inputs of a convolution, [tokens, channels]."""
+
+    matrix: tuple[int, ...]
+    tail: tuple[int, int]
+
+    @property
+    def per_token(self) -> int:
+        return 0
+
+    @property
+    def per_sequence(self) -> int:
+        """The numbers kept of one sequence."""
+        return prod(self.matrix) + prod(self.tail)
+
+
+CacheKind = KeysValues | States
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net (`delta_net`). `key_heads` divides `value_heads`; the heads of queries are those of
+    keys. The convolution is over `taps` tokens."""
+
+    hidden: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """The numbers in the queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def qkv(self) -> int:
+        return self.channels
+
+    @property
+    def width(self) -> int:
+        """The numbers that out_proj takes."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def cached(self) -> States:
+        heads = self.key_heads, self.value_heads // self.key_heads
+        return States((*heads, self.key_dim, self.value_dim), (self.taps - 1, self.channels))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        D, K, V = self.hidden, self.key_heads * self.key_dim, self.width
+        return (
+            Site("in_proj_q", D, K, "attn", ("embed", "heads"), merged="in_proj_qkvz"),
+            Site("in_proj_k", D, K, "attn", ("embed", "heads"), merged="in_proj_qkvz"),
+            Site("in_proj_v", D, V, "attn", ("embed", "heads"), merged="in_proj_qkvz"),
+            Site("in_proj_z", D, V, "attn", ("embed", "heads"), merged="in_proj_qkvz"),
+            Site("in_proj_b", D, self.value_heads, None, ("embed", "heads")),
+            Site("in_proj_a", D, self.value_heads, None, ("embed", "heads")),
+            Site("out_proj", V, D, "attn", ("heads", "embed")),
+        )
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (Norm("delta_norm", self.value_dim, "head_dim", plain=True),)
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        return (
+            Vector("conv1d", (self.channels, 1, self.taps), ("hidden", "hidden", "hidden"), (-0.5, 0.5)),
+            Vector("A_log", (self.value_heads,), ("heads",), (-3.0, 1.4)),
+            Vector("dt_bias", (self.value_heads,), ("heads",), (0.5, 1.5)),
+        )
 
 
 @dataclass(frozen=True)
@@ -262,6 +370,10 @@ class Latent:
         )
 
     @property
+    def vectors(self) -> tuple[Vector, ...]:
+        return ()
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         of_queries = () if self.query_rank is None else (Norm("q_a_layernorm", self.query_rank, eps=1e-6),)
         return *of_queries, Norm("kv_a_layernorm", self.kv_rank, eps=1e-6)
@@ -327,7 +439,7 @@ class Experts:
     The router is a softmax over all experts, or `sigmoid`. If `normalised`, the weights of those chosen sum
     to 1, as if the softmax were over them. The matrices have biases if `biased`. `clamp` is the activation of
     the gate, if it is not silu. Every token also passes a gated MLP of `shared` hidden units, if there are
-    any."""
+    any; with `shared_gated`, its output is multiplied with the sigmoid of a gate per token."""
 
     hidden: int
     width: int
@@ -338,6 +450,7 @@ class Experts:
     clamp: Clamp | None = None
     sigmoid: SigmoidRouter | None = None
     shared: int = 0
+    shared_gated: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -350,8 +463,10 @@ class Experts:
         router = Site("router", D, E, None, ("embed", "experts"), bias)
         if self.sigmoid is not None:
             router = router._replace(bias=True, bias_dtype="float32")  # the correction
+        gate = Site("shared_expert_gate", D, 1, None, ("embed", "hidden"))
         return (
             router,
+            *((gate,) if self.shared_gated else ()),
             *(of_all if S else ()),
             Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
             Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
@@ -368,7 +483,7 @@ class Experts:
 class Layer:
     """A mixer and an MLP, each after an RMSNorm and added to the residual stream."""
 
-    mixer: Attention | Latent
+    mixer: Attention | Latent | DeltaNet
     mlp: GatedMlp | Experts
 
     @property
@@ -381,9 +496,8 @@ class Layer:
         return Norm("input_layernorm", D), Norm("post_attention_layernorm", D), *self.mixer.norms
 
     @property
-    def sinks(self) -> int | None:
-        """How many sinks the mixer has, one per head."""
-        return self.mixer.heads if self.mixer.sinks else None
+    def vectors(self) -> tuple[Vector, ...]:
+        return self.mixer.vectors
 
 
 @dataclass(frozen=True)
@@ -431,6 +545,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     wide_norms: bool = False
     """Whether the norms multiply with their weight in float32, before they round to the dtype."""
+    centred_norms: bool = False
+    """Whether the norms, which are then wide, multiply with 1 + their weight."""
+    prefix: str = "model."
+    """What the names of tensors in the files begin with, except the head's."""
+    stacked_experts: bool = False
+    """Whether the files hold a layer's experts in one tensor, where the family knows another layout."""
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -483,24 +603,30 @@ class ModelConfig:
         return tuple(places[layer] for layer in range(self.num_layers))
 
     @cached_property
-    def cache_kinds(self) -> tuple[KeysValues, ...]:
+    def cache_kinds(self) -> tuple[CacheKind, ...]:
         """The different things that the sampler caches for layers."""
         return tuple(dict.fromkeys(layer.mixer.cached for layer in self.layers))
 
     @cached_property
     def cache_numbers(self) -> tuple[int, ...]:
         """Each layer's number among those for which the same is cached."""
-        seen: Counter[KeysValues] = Counter()
+        seen: Counter[CacheKind] = Counter()
         numbers = []
         for layer in self.layers:
             numbers.append(seen[layer.mixer.cached])
             seen[layer.mixer.cached] += 1
         return tuple(numbers)
 
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state of every sequence, beside or instead of keys and values."""
+        return any(isinstance(kind, States) for kind in self.cache_kinds)
+
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """The different rotary embeddings."""
-        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers))
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(dict.fromkeys(mixer.rope for mixer in mixers if not isinstance(mixer, DeltaNet)))
 
 
 def fold(layers: Sequence[Layer]) -> tuple[Group, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from .config import Experts, Layer, ModelConfig, Site
+from .config import DeltaNet, Experts, Layer, ModelConfig, Site, States
 from .families import parameter_count
 
 
@@ -38,7 +38,8 @@ class Counts:
     attention_width: int  # heads x head size
     kv_per_position: int  # keys and values of one position in all layers
     kv_heads: int
-    windows: tuple[int | None, ...]  # of each layer: the most keys that a query sees; None: all
+    windows: tuple[int | None, ...]  # of each layer of attention: the most keys that a query sees; None: all
+    state_per_sequence: int = 0  # float32 numbers of a sequence's states in all layers
 
 
 def counts(config: ModelConfig) -> Counts:
@@ -61,8 +62,11 @@ def counts(config: ModelConfig) -> Counts:
         qkv=max(mixer.qkv for mixer in mixers),
         attention_width=max(mixer.width for mixer in mixers),
         kv_per_position=sum(mixer.cached.per_token for mixer in mixers),
-        kv_heads=max(mixer.kv_heads for mixer in mixers),
-        windows=tuple(mixer.window for mixer in mixers),
+        kv_heads=max(mixer.kv_heads for mixer in mixers if not isinstance(mixer, DeltaNet)),
+        windows=tuple(mixer.window for mixer in mixers if not isinstance(mixer, DeltaNet)),
+        state_per_sequence=sum(
+            kind.per_sequence for kind in (mixer.cached for mixer in mixers) if isinstance(kind, States)
+        ),
     )
 
 

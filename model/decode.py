@@ -1,8 +1,8 @@
 """The sampler's decode program, which draws a few tokens per call. Its programs for prompts are in `prefill`.
 
-It runs the same blocks as the trainer (`decoder.Block`), with an `attend` that reads pages of keys and
-values, so that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of sequences
-and context pages; everything else is traced. How the layers are run for one token depends on the backend of
+It runs the same blocks as the trainer (`decoder.Block`), with a `mix` that reads the cache, so that sampler
+and trainer compute the same log-probs. Shapes depend only on the buckets of sequences and
+context pages; everything else is traced. How the layers are run for one token depends on the backend of
 the cache: `decode_unrolled` is for CPUs, `decode_scanned` for accelerators.
 
 Axis letters: S sequences, D hidden, V vocabulary, M tokens decoded by one call.
@@ -57,9 +57,11 @@ class Steps(Protocol):
     def first_state(self) -> Any: ...
 
     def run(
-        self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Any
+        self, step: Int[Array, ""], token_S: Int[Array, " S"], alive_S: Bool[Array, " S"], state: Any
     ) -> tuple[Float[Array, "S 1 D"], Any]:
-        """Return the hidden states of the rows' tokens, at position + step, after the final norm."""
+        """Return the hidden states of the rows' tokens, at position + step, after the final norm.
+
+        The states of rows that are not `alive` stay as they are."""
 
     def cache(self, state: Any) -> Cache:
         """Return the cache, with what is kept of this call's tokens."""
@@ -96,7 +98,7 @@ def decode(
 
     def one_token(state: tuple) -> tuple:
         step, alive, token, carried, seen, out = state
-        hidden, carried = steps.run(step, token, carried)
+        hidden, carried = steps.run(step, token, alive, carried)
         z = logits(steps.head_VD, lora, hidden, rows.adapter, steps.each_once)[:, 0]
         if rows.penalties is not None:
             z = penalties.penalized(z, rows.penalties, seen)

@@ -19,7 +19,8 @@ class DecodeRows(NamedTuple):
     `last_token` is not in the cache yet; its position is `position`, after `position` cached tokens. `budget`
     is the number of tokens that may still be drawn (0 for an empty row). `u` holds the uniforms for the draw
     of each step (`token_sampling.uniforms`). `penalties` is None if no row has any: batches with penalties
-    use separate programs, so that other batches do not pay for them."""
+    use separate programs, so that other batches do not pay for them. `slot` is that of each sequence's state,
+    if the model keeps any."""
 
     last_token: Int[Array, " S"]
     position: Int[Array, " S"]
@@ -30,3 +31,4 @@ class DecodeRows(NamedTuple):
     sampling: SamplingRows
     u: Float[Array, "M S 2"]
     penalties: PenaltyRows | None
+    slot: Int[Array, " S"] | None = None

@@ -17,11 +17,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from . import kv_cache
+from .config import DeltaNet
 from .decode_rows import DecodeRows
 from .decoder import Base, Block, scan_layers, unembed
+from .delta_net import Tokens, mix_one, where_alive
 from .kernels.paged_attention import decode_attention
 from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
@@ -52,7 +54,9 @@ class Scanned:
     def first_state(self) -> Cache:
         return self._cache
 
-    def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Cache) -> tuple[Array, Cache]:
+    def run(
+        self, step: Int[Array, ""], token_S: Int[Array, " S"], alive_S: Bool[Array, " S"], state: Cache
+    ) -> tuple[Array, Cache]:
         rows, lora = self._rows, self._lora
         position_S = rows.position + step
         page_S, offset_S = self._places(position_S)
@@ -61,7 +65,23 @@ class Scanned:
         def layer(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Cache], dict]:
             x_S1D, cache = carried
             mixer = block.layer.mixer
-            pages = cache.of(mixer.cached)
+            routes: list[Array] = []
+            block_lora = None
+            if lora is not None:
+                block_lora = LayerLora(pairs, lora["scale"], rows.adapter, each_once=True)
+            if isinstance(mixer, DeltaNet):
+                slots = cache.states(mixer.cached)
+
+                def delta(tokens: Tokens, kernel: Array) -> Array:
+                    nonlocal slots
+                    before = slots.read(number, rows.slot, position_S == 0)
+                    out, after = mix_one(mixer, tokens, kernel, before)
+                    slots = slots.written(number, rows.slot, where_alive(alive_S, after, before))
+                    return out
+
+                x_S1D = block(x_S1D, rotations, delta, block_lora, residual=_RESIDUAL, routes=routes)
+                return (x_S1D, cache.updated(mixer.cached, slots)), _kept(routes)
+            pages = cache.pages(mixer.cached)
 
             def attend(q_S1NH: Array, k_S1KH: Array, v_S1KH: Array, *sinks: Array) -> Array:
                 nonlocal pages
@@ -74,10 +94,6 @@ class Scanned:
                 )
                 return out_SNH[:, None]
 
-            block_lora = None
-            if lora is not None:
-                block_lora = LayerLora(pairs, lora["scale"], rows.adapter, each_once=True)
-            routes: list[Array] = []
             x_S1D = block(
                 x_S1D, rotations, attend, block_lora, residual=_RESIDUAL, routes=routes, cached=True
             )

@@ -17,8 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache
+from .config import DeltaNet, KeysValues, States
 from .decode_rows import DecodeRows
 from .decoder import Base
+from .delta_net import Tokens, mix_one, where_alive
 from .kernels.paged_attention.cpu import attend_parts, read_layer
 from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
@@ -26,8 +28,8 @@ from .weights_by_layer import BaseByLayer, open_layers, open_stack
 
 
 class Unrolled:
-    """See `decode.Steps`. The state is each layer's keys and values of this call's tokens, and the experts of
-    these tokens."""
+    """See `decode.Steps`. The state is each layer's keys and values of this call's tokens, or its states of
+    the rows' sequences, and the experts of these tokens."""
 
     fixed = each_once = False
 
@@ -44,9 +46,12 @@ class Unrolled:
         self._cache, self._lora, self._rows = cache, lora, rows
         config = self.model.config
         dtype = self._dtype = self.model.norm.weight.dtype
+        numbers = zip((layer.mixer.cached for layer in config.layers), config.cache_numbers, strict=True)
         self._contexts = [
-            read_layer(cache.of(layer.mixer.cached), number, rows.table, dtype)
-            for layer, number in zip(config.layers, config.cache_numbers, strict=True)
+            read_layer(cache.pages(kind), number, rows.table, dtype)
+            if isinstance(kind, KeysValues)
+            else cache.states(kind).read(number, rows.slot, rows.position == 0)
+            for kind, number in numbers
         ]
         no_pairs: tuple = ({},) * config.num_layers
         self._pairs = open_stack(lora["layers"], config) if lora and lora["layers"] else no_pairs
@@ -64,16 +69,21 @@ class Unrolled:
         kinds = (layer.mixer.cached for layer in self.model.config.layers)
         recent = tuple(
             tuple(jnp.zeros((S, kind.heads, M, dim)) for dim in (kind.key_dim, kind.value_dim))
-            for kind in kinds
+            if isinstance(kind, KeysValues)
+            else context
+            for kind, context in zip(kinds, self._contexts, strict=True)
         )
         experts, routing = self._cache.experts, self.model.config.routing
         return recent, None if routing is None else jnp.zeros((routing[0], S, M, routing[1]), experts.dtype)
 
-    def run(self, step: Int[Array, ""], token_S: Int[Array, " S"], state: Any) -> tuple[Array, Any]:
+    def run(
+        self, step: Int[Array, ""], token_S: Int[Array, " S"], alive_S: Bool[Array, " S"], state: Any
+    ) -> tuple[Array, Any]:
         rows, lora = self._rows, self._lora
         at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1), self._rotations)
         x = self.model.embed_tokens(token_S[:, None])
-        windows = {layer.mixer.window for layer in self.model.config.layers}
+        mixers = (layer.mixer for layer in self.model.config.layers)
+        windows = {mixer.window for mixer in mixers if not isinstance(mixer, DeltaNet)}
         visible = {
             window: _visible(rows, step, self._tokens, self._cache.page_size, window) for window in windows
         }
@@ -96,8 +106,14 @@ class Unrolled:
                 parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
                 return attend_parts(q, parts, mixer.scale, *sinks)
 
+            def delta(tokens: Tokens, kernel: Array, mixer=mixer, before=recent) -> Array:
+                out, after = mix_one(mixer, tokens, kernel, before)
+                kept.append(where_alive(alive_S, after, before))
+                return out
+
+            mix = delta if isinstance(mixer, DeltaNet) else attend
             block_lora = LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
-            x = block(x, at, attend, block_lora, routes=routes, cached=True)
+            x = block(x, at, mix, block_lora, routes=routes, cached=True)
         if experts_MSTk is not None:
             chosen = jnp.stack(routes).astype(experts_MSTk.dtype)
             experts_MSTk = jax.lax.dynamic_update_slice(experts_MSTk, chosen, (0, 0, step, 0))
@@ -115,8 +131,12 @@ class Unrolled:
                 for layer, each in zip(self.model.config.layers, state, strict=True)
                 if layer.mixer.cached == kind
             ]
+            if isinstance(kind, States):
+                of_all = jax.tree.map(lambda *x: jnp.stack(x), *of_kind)
+                cache = cache.updated(kind, cache.states(kind).written(slice(None), self._rows.slot, of_all))
+                continue
             keys, values = (_by_token(x, self._dtype) for x in zip(*of_kind, strict=True))
-            cache = cache.updated(kind, kv_cache.write(cache.of(kind), keys, values, page, offset))
+            cache = cache.updated(kind, kv_cache.write(cache.pages(kind), keys, values, page, offset))
         return cache
 
 

@@ -2,7 +2,7 @@
 
 `build` describes it without arrays: `graph` (hashable, static in every jit) and the abstract base weights, a
 plain nested dict. `trunk` is the forward pass for training. The sampler runs the same blocks one by one with
-its own `attend`, so that both compute the same numbers.
+its own `mix`, so that both compute the same numbers.
 
 The base weights, with [L, ...] leaves below "layers" (or below a key for each of several stacks, see
 `config.Stack`):
@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .config import Attention, Experts, Latent, Layer, ModelConfig, Site, Stack
+from . import delta_net
+from .config import Attention, DeltaNet, Experts, Latent, Layer, ModelConfig, Norm, Site, Stack, Vector
 from .experts import EXPERT_SITES, Biases, Weights, mixture
 from .kernels.attention import SAVED, attention
 from .kernels.product import Form, by_output, product
@@ -36,9 +37,12 @@ from .rope import Rotation, rotate, rotation
 from .sharding import LogicalAxes, constrain
 
 Base = dict[str, Any]
-Attend = Callable[..., Array]
-"""Maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H]. Attention with
-sinks passes them too, [N]."""
+Mix = Callable[..., Array]
+"""Combines the tokens of a layer with those before them, and may cache them.
+
+For attention, it maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H].
+Attention with sinks passes them too, [N]. For a delta net, it maps (`delta_net.Tokens`, the kernel of the
+convolution [C 1 taps]) to [B T G R V]."""
 Rotations = tuple[Rotation, ...]
 """The angles of each of `ModelConfig.ropes`."""
 
@@ -128,11 +132,15 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight over the last axis (arXiv:1910.07467), with float32 statistics.
 
-    With `wide`, the product with the weight is float32 too."""
+    With `wide_norms`, the product with the weight is float32 too; with `centred_norms`, it is also with
+    1 + weight."""
 
-    def __init__(self, size: int, axis: str, eps: float, dtype: Any, wide: bool = False):
-        self.weight = nnx.Param(jnp.ones((size,), dtype), logical_axes=(axis,))
-        self.eps, self.wide = eps, wide
+    def __init__(self, norm: Norm, config: ModelConfig, dtype: Any):
+        self.centred = config.centred_norms and not norm.plain
+        self.wide = self.centred or (config.wide_norms and not norm.plain)
+        self.eps = config.rms_norm_eps if norm.eps is None else norm.eps
+        weight = jnp.zeros if self.centred else jnp.ones
+        self.weight = nnx.Param(weight((norm.size,), dtype), logical_axes=(norm.axis,))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
@@ -140,7 +148,7 @@ class RMSNorm(nnx.Module):
         # an einsum, so that the sum over D in its gradient is a dot: several times as fast on the CPU
         scaled = jnp.einsum("...d,...->...d", x32, inverse_rms)
         if self.wide:
-            return (scaled * rounded(self.weight[...], x.dtype)).astype(x.dtype)
+            return (scaled * (self.centred + rounded(self.weight[...], x.dtype))).astype(x.dtype)
         return by_vector(jnp.multiply, scaled.astype(x.dtype), self.weight[...])
 
 
@@ -154,41 +162,46 @@ def gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Flo
     return (jax.nn.silu(gate32) * up32).astype(gate_BTF.dtype)
 
 
-class Sinks(nnx.Module):
-    """A logit per query head (`Attention.sinks`)."""
+class Values(nnx.Module):
+    """The parameter of a `Vector`."""
 
-    def __init__(self, heads: int, dtype: Any):
-        self.weight = nnx.Param(jnp.zeros((heads,), dtype), logical_axes=("heads",))
+    def __init__(self, vector: Vector, dtype: Any, rngs: nnx.Rngs):
+        values = jnp.zeros(vector.shape, dtype)
+        if vector.uniform is not None:
+            low, high = vector.uniform
+            values = jax.random.uniform(rngs.params(), vector.shape, jnp.float32, low, high).astype(dtype)
+        self.weight = nnx.Param(values, logical_axes=vector.axes)
 
 
 class Block(nnx.Module):
     """One layer: a mixer and an MLP, each after a norm and added to the residual stream.
 
-    It has a `Linear` for each site of its description, and an `RMSNorm` for each norm, under their names."""
+    It has a `Linear` for each site of its description, an `RMSNorm` for each norm and `Values` for each
+    vector, under their names."""
 
     def __init__(self, config: ModelConfig, layer: Layer, dtype: Any, rngs: nnx.Rngs, form: Form):
         for site in layer.sites:
             setattr(self, site.name, Linear(site, dtype, rngs, form))
         for norm in layer.norms:
-            eps = config.rms_norm_eps if norm.eps is None else norm.eps
-            setattr(self, norm.name, RMSNorm(norm.size, norm.axis, eps, dtype, config.wide_norms))
-        self.sinks = None if layer.sinks is None else Sinks(layer.sinks, dtype)
+            setattr(self, norm.name, RMSNorm(norm, config, dtype))
+        for vector in layer.vectors:
+            setattr(self, vector.name, Values(vector, dtype, rngs))
         self.layer = layer
         self.adapters_form = Form.WIDE_SUMS if form is Form.WIDE_SUMS else Form.PLAIN
-        self.rope = config.ropes.index(layer.mixer.rope)
+        self.rope = 0 if isinstance(layer.mixer, DeltaNet) else config.ropes.index(layer.mixer.rope)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rotations: Rotations,
-        attend: Attend,
+        mix: Mix,
         lora: LayerLora | None = None,
         residual: LogicalAxes = _RESIDUAL,
         routes: list[Array] | None = None,
         cached: bool = False,
         replayed: Int[Array, "B T k"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Apply the layer to the residual stream. `attend` gets rotated q and k, and may cache k and v.
+        """Apply the layer to the residual stream. `mix` combines tokens with those before them.
 
         `residual` are the axes by which the stream is sharded. A mixture appends the experts that it has
         chosen, [B T k], to `routes`; `replayed` are the experts to use instead (`experts.route`). With
@@ -202,15 +215,20 @@ class Block(nnx.Module):
 
         y = self.input_layernorm(x_BTD)
         if isinstance(mixer, Latent):
-            mixed_BTNH = self._latent(mixer, y, at, attend, linear, cached)
+            mixed = self._latent(mixer, y, at, mix, linear, cached)
+        elif isinstance(mixer, DeltaNet):
+            mixed = self._delta_net(mixer, y, mix, linear)
         else:
-            mixed_BTNH = self._attention(mixer, y, at, attend, linear)
-        x_BTD = constrain(x_BTD + linear("o_proj", mixed_BTNH.reshape(B, T, -1)), residual)
+            mixed = self._attention(mixer, y, at, mix, linear)
+        x_BTD = constrain(x_BTD + linear(mixer.sites[-1].name, mixed.reshape(B, T, -1)), residual)
         y = self.post_attention_layernorm(x_BTD)
         if isinstance(mlp, Experts):
             mixed, chosen_BTk = mixture(mlp, self._expert_weights(), y, lora, gated, replayed)
             if mlp.shared:
-                mixed += linear("shared_down", gated(linear("shared_gate", y), linear("shared_up", y)))
+                shared = linear("shared_down", gated(linear("shared_gate", y), linear("shared_up", y)))
+                if mlp.shared_gated:
+                    shared = shared * jax.nn.sigmoid(linear("shared_expert_gate", y))
+                mixed += shared
             y = mixed
             if routes is not None:
                 routes.append(chosen_BTk)
@@ -223,7 +241,7 @@ class Block(nnx.Module):
         return constrain(x_BTD + y, residual)
 
     def _attention(
-        self, mixer: Attention, y_BTD: Array, at: Rotation, attend: Attend, linear: Callable
+        self, mixer: Attention, y_BTD: Array, at: Rotation, mix: Mix, linear: Callable
     ) -> Float[Array, "B T N H"]:
         B, T, _ = y_BTD.shape
         if mixer.fused:
@@ -232,17 +250,20 @@ class Block(nnx.Module):
         else:
             names = ("q_proj", "k_proj", "v_proj")
             q, k, v = (linear(name, y_BTD).reshape(B, T, -1, mixer.head_dim) for name in names)
+        if mixer.gated:
+            q, gate = jnp.split(q.reshape(B, T, mixer.heads, -1), 2, axis=-1)
         if mixer.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        sinks = () if self.sinks is None else (self.sinks.weight[...],)
-        return attend(rotate(q, at), rotate(k, at), v, *sinks)
+        sinks = (self.sinks.weight[...],) if mixer.sinks else ()
+        mixed = mix(rotate(q, at), rotate(k, at), v, *sinks)
+        return mixed * jax.nn.sigmoid(gate) if mixer.gated else mixed
 
     def _latent(
         self,
         mixer: Latent,
         y_BTD: Array,
         at: Rotation,
-        attend: Attend,
+        mix: Mix,
         linear: Callable,
         cached: bool,
     ) -> Float[Array, "B T N V"]:
@@ -270,14 +291,25 @@ class Block(nnx.Module):
             # The kernels take heads of one size.
             H = max(mixer.key_dim, mixer.value_dim)
             q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, H - x.shape[-1]),)) for x in (q, k, v))
-            return attend(q, k, v)[..., : mixer.value_dim]
+            return mix(q, k, v)[..., : mixer.value_dim]
         expand = self.kv_b_proj.weight[...]
         expand_RNH = (expand.T if self.kv_b_proj.is_by_output else expand).reshape(R, N, -1)
         Wk, Wv = jnp.split(expand_RNH.astype(y_BTD.dtype), (mixer.plain_dim,), axis=-1)
         q = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", q_plain, Wk), q_rope], axis=-1)
         k = jnp.concatenate([c_BTR[:, :, None], k_rope], axis=-1)
-        mixed_BTNR = attend(q, k, k)[..., :R].astype(y_BTD.dtype)
+        mixed_BTNR = mix(q, k, k)[..., :R].astype(y_BTD.dtype)
         return jnp.einsum("btnr,rnv->btnv", mixed_BTNR, Wv)
+
+    def _delta_net(
+        self, mixer: DeltaNet, y_BTD: Array, mix: Mix, linear: Callable
+    ) -> Float[Array, "B T H V"]:
+        B, T, _ = y_BTD.shape
+        qkv_BTC = jnp.concatenate([linear(f"in_proj_{name}", y_BTD) for name in "qkv"], axis=-1)
+        z_BTHV = linear("in_proj_z", y_BTD).reshape(B, T, mixer.value_heads, -1)
+        a, b = linear("in_proj_a", y_BTD), linear("in_proj_b", y_BTD)
+        of = delta_net.tokens(mixer, qkv_BTC, a, b, self.A_log.weight[...], self.dt_bias.weight[...])
+        mixed = self.delta_norm(mix(of, self.conv1d.weight[...]).reshape(z_BTHV.shape))
+        return (mixed.astype(jnp.float32) * jax.nn.silu(z_BTHV.astype(jnp.float32))).astype(y_BTD.dtype)
 
     def _expert_weights(self) -> Weights:
         router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
@@ -317,7 +349,7 @@ class Decoder(nnx.Module):
 
         (alone, *more) = config.all_stacks
         self.layers = Stacks({str(s.key): blocks(s) for s in config.all_stacks}) if more else blocks(alone)
-        self.norm = RMSNorm(D, "hidden", config.rms_norm_eps, dtype, config.wide_norms)
+        self.norm = RMSNorm(Norm("norm", D), config, dtype)
         self.lm_head = None if config.tie_embeddings else Linear(head, dtype, rngs, form)
         self.config = config
 
@@ -422,22 +454,32 @@ def routed_trunk(
         if replayed_BTMk is not None and isinstance(mlp, Experts):
             replayed_BTk = replayed_BTMk[:, :, number]
 
-        def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
-            return attention(q, k, v, start_BT, mixer.scale, window=mixer.window, sinks_N=sinks)
-
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
-        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, replayed=replayed_BTk)
+        mix = _mix_in_rows(mixer, start_BT)
+        x_BTD = block(x_BTD, rotations, mix, block_lora, routes=routes, replayed=replayed_BTk)
         if not isinstance(mlp, Experts):
             return x_BTD, {}
         return x_BTD, {"tokens_by_expert": _tokens_by_expert(mlp.count, routes[0], real_BT)}
 
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
-    dtype = model.stack(config.all_stacks[0]).o_proj.weight[...].dtype
+    first = config.all_stacks[0]
+    dtype = getattr(model.stack(first), first.layer.mixer.sites[-1].name).weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
     x_BTD, kept = scan_layers(
         model, lora, x_BTD, run, remat=remat, numbers=None if replayed_BTMk is None else numbers
     )
     return model.norm(x_BTD), kept.get("tokens_by_expert")
+
+
+def _mix_in_rows(mixer: Attention | Latent | DeltaNet, start_BT: Array) -> Mix:
+    """Return a `Mix` of the tokens of packed rows, with those of their own segments."""
+    if isinstance(mixer, DeltaNet):
+        return lambda tokens, kernel: delta_net.mix_rows(mixer, tokens, kernel, start_BT)
+
+    def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
+        return attention(q, k, v, start_BT, mixer.scale, window=mixer.window, sinks_N=sinks)
+
+    return attend
 
 
 def _tokens_by_expert(

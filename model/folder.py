@@ -22,9 +22,11 @@ from .weight_files import (
     SINGLE,
     Stored,
     WeightsError,
+    as_stored,
     check,
     find,
     has_another_head,
+    has_weights,
     headers,
     packed_as,
 )
@@ -48,7 +50,7 @@ __all__ = [
 _DIGEST_VERSION = 1
 _BLOCK_BYTES = 1 << 20
 _HASHED_BYTES = 512 << 20
-_NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids")
+_NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids", "prefix", "stacked_experts")
 _FIRST_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -59,7 +61,9 @@ def read_config(folder: Path) -> ModelConfig:
     Raises UnsupportedModelError as `stated_config` does, and WeightsError for files that are not safetensors.
     """
     config = stated_config(folder)
-    if config.tie_embeddings and has_another_head(Path(folder)):
+    if has_weights(Path(folder)):
+        config = as_stored(Path(folder), config)
+    if config.tie_embeddings and has_another_head(Path(folder), config):
         return dataclasses.replace(config, tie_embeddings=False)
     return config
 
@@ -127,7 +131,7 @@ def digest(folder: Path, config: ModelConfig) -> str:
 
 def _stored(stored: dict[str, Stored], name: str) -> Stored:
     found = find(stored, name)
-    if found is None and name == EMBEDDING:
+    if found is None and name.endswith(EMBEDDING):
         found = stored.get(HEAD)
     if found is None:
         raise WeightsError(f"the weight files have no float tensor {name!r}")
@@ -144,7 +148,7 @@ def _arithmetic(config: ModelConfig) -> str:
     mixer, mlp = layers[0].mixer, layers[0].mlp
     assert isinstance(mixer, Attention)
     assert isinstance(mlp, GatedMlp)
-    windows = [layer.mixer.window for layer in layers]
+    windows = [layer.mixer.window for layer in layers if isinstance(layer.mixer, Attention)]
     fields = _stated(config) | {
         "intermediate_size": mlp.width,
         "num_layers": len(layers),

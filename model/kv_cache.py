@@ -7,10 +7,11 @@ holds the pages of all layers whose heads have the same shape; its layout depend
 reads them (`kernels.paged_attention.pages`).
 
 Mixtures of experts also keep the experts of every position in their layers, in pages under the same numbers,
-so that the experts of a whole sequence can be read wherever its prefix came from.
+so that the experts of a whole sequence can be read wherever its prefix came from. Delta nets have one state
+per sequence, whatever its length, in numbered slots (`StateSlots`). Slot 0 belongs to no sequence.
 
 Axis letters: L layers of a kind, M layers with experts, k experts of a token, K kv heads, H head dim, V head
-dim of values, W tokens written at once.
+dim of values, W tokens written at once, S sequences.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, Integer, UInt
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
-from .config import KeysValues, ModelConfig
+from .config import CacheKind, KeysValues, ModelConfig, States
+from .delta_net import State
 from .kernels import paged_attention
 from .kernels.backends import Backend
 from .kernels.paged_attention import cpu
@@ -33,23 +35,57 @@ from .sharding import LogicalAxes, constrain, partition_spec, replicated
 
 _EXPERTS: LogicalAxes = ("pages", "positions", "layers", "hidden")
 
+_MATRIX: LogicalAxes = ("layers", "pages", "heads", "hidden", "hidden", "hidden")
+_TAIL: LogicalAxes = ("layers", "pages", "positions", "hidden")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StateSlots:
+    """The states of sequences in float32, for all layers of a kind, by slot."""
+
+    matrix: Any  # [L slots G R K V], or what JAX puts in its place in a tree
+    tail: Any  # [L slots W C]
+
+    def read(self, layer: Any, slot_S: Int[Array, " S"], is_new_S: Bool[Array, " S"] | None = None) -> State:
+        """Return a layer's states of some slots; zeros for new sequences, whatever is in their slots."""
+        found = State(self.matrix[layer, slot_S], self.tail[layer, slot_S])
+        if is_new_S is None:
+            return found
+        return jax.tree.map(lambda x: jnp.where(is_new_S.reshape(-1, *(1,) * (x.ndim - 1)), 0, x), found)
+
+    def written(self, layer: Any, slot_S: Int[Array, " S"], new: State) -> StateSlots:
+        """Return the slots with new states of a layer, or, with `slice(None)`, of all layers [L S ...]."""
+        return StateSlots(
+            constrain(self.matrix.at[layer, slot_S].set(new.matrix), _MATRIX),
+            constrain(self.tail.at[layer, slot_S].set(new.tail), _TAIL),
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """What is kept of all sequences, for each kind of layer (`ModelConfig.cache_kinds`)."""
 
-    parts: tuple[Pages, ...]
-    kinds: tuple[KeysValues, ...] = field(metadata={"static": True})
+    parts: tuple[Pages | StateSlots, ...]
+    kinds: tuple[CacheKind, ...] = field(metadata={"static": True})
     backend: Backend = field(metadata={"static": True})
     page_size: int = field(metadata={"static": True})
     experts: Any = None  # [pages positions M k] unsigned integers; None without layers with experts
 
-    def of(self, kind: KeysValues) -> Pages:
-        """Return what is kept for the layers of a kind."""
-        return self.parts[self.kinds.index(kind)]
+    def pages(self, kind: KeysValues) -> Pages:
+        """Return the pages of the layers of a kind."""
+        part = self.parts[self.kinds.index(kind)]
+        assert isinstance(part, Pages)
+        return part
 
-    def updated(self, kind: KeysValues, part: Pages) -> Cache:
+    def states(self, kind: States) -> StateSlots:
+        """Return the states of the layers of a kind."""
+        part = self.parts[self.kinds.index(kind)]
+        assert isinstance(part, StateSlots)
+        return part
+
+    def updated(self, kind: CacheKind, part: Pages | StateSlots) -> Cache:
         """Return the cache with a new part for the layers of a kind."""
         at = self.kinds.index(kind)
         return replace(self, parts=(*self.parts[:at], part, *self.parts[at + 1 :]))
@@ -69,6 +105,12 @@ def _experts_dtype(count: int) -> Any:
     return jnp.dtype(jnp.uint8 if count <= 1 << 8 else jnp.uint16)
 
 
+def bytes_per_sequence(config: ModelConfig) -> int:
+    """Return the memory for one sequence's states in all layers."""
+    kinds = (layer.mixer.cached for layer in config.layers)
+    return 4 * sum(kind.per_sequence for kind in kinds if isinstance(kind, States))
+
+
 def make_cache(
     config: ModelConfig,
     num_pages: int,
@@ -76,16 +118,24 @@ def make_cache(
     dtype: Any,
     mesh: Mesh | None = None,
     backend: Backend = "cpu",
+    num_slots: int = 1,
 ) -> Cache:
-    """Make an empty cache. `num_pages` includes page 0, which belongs to no sequence."""
+    """Make an empty cache. `num_pages` and `num_slots` include page 0 and slot 0, which are no sequence's."""
 
-    def empty(shape: tuple[int, ...], axes: LogicalAxes) -> Array:
+    def empty(shape: tuple[int, ...], axes: LogicalAxes, dtype: Any) -> Array:
         sharding = None if mesh is None else NamedSharding(mesh, partition_spec(shape, axes, mesh))
-        return jnp.zeros(shape, cpu.stored_dtype(dtype) if backend == "cpu" else dtype, device=sharding)
+        return jnp.zeros(shape, dtype, device=sharding)
 
-    def pages(kind: KeysValues) -> Pages:
+    def part(kind: CacheKind) -> Pages | StateSlots:
+        if isinstance(kind, States):
+            before = (_number_of(config, kind), num_slots)
+            return StateSlots(
+                empty((*before, *kind.matrix), _MATRIX, jnp.float32),
+                empty((*before, *kind.tail), _TAIL, jnp.float32),
+            )
+        stored = cpu.stored_dtype(dtype) if backend == "cpu" else dtype
         shapes = page_shapes(config, kind, num_pages, page_size, backend)
-        keys, values = map(empty, shapes, LAYOUTS[backend])
+        keys, values = map(partial(empty, dtype=stored), shapes, LAYOUTS[backend])
         return Pages(keys, values, backend)
 
     experts = None
@@ -94,7 +144,11 @@ def make_cache(
         sharding = None if mesh is None else replicated(mesh)
         shape = (num_pages, page_size, layers, chosen)
         experts = jnp.zeros(shape, _experts_dtype(count), device=sharding)
-    return Cache(tuple(map(pages, config.cache_kinds)), config.cache_kinds, backend, page_size, experts)
+    return Cache(tuple(map(part, config.cache_kinds)), config.cache_kinds, backend, page_size, experts)
+
+
+def _number_of(config: ModelConfig, kind: CacheKind) -> int:
+    return sum(layer.mixer.cached == kind for layer in config.layers)
 
 
 def page_shapes(
@@ -102,7 +156,7 @@ def page_shapes(
 ) -> list[tuple[int, ...]]:
     """Return the shapes of the keys and the values of all layers of a kind."""
     sizes = {
-        "layers": sum(layer.mixer.cached == kind for layer in config.layers),
+        "layers": _number_of(config, kind),
         "pages": num_pages,
         "kv_heads": kind.heads,
         "cached_heads": kind.heads,
@@ -164,15 +218,30 @@ def copy_pages(cache: Cache, source_W: Int[Array, " W"], target_W: Int[Array, " 
     """Copy whole pages. Each sample of a prompt gets a copy of the prompt's last, partly filled page."""
     before = (slice(None),) * LAYOUTS[cache.backend][0].index("pages")
 
-    def copied(pages: Pages) -> Pages:
-        new = (x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in (pages.k, pages.v))
-        return _pinned(pages, *new)
+    def copied(part: Pages | StateSlots) -> Pages | StateSlots:
+        if isinstance(part, StateSlots):
+            return part
+        new = (x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in (part.k, part.v))
+        return _pinned(part, *new)
 
     copies = replace(cache, parts=tuple(map(copied, cache.parts)))
     if cache.experts is None:
         return copies
     experts = cache.experts.at[target_W].set(cache.experts[source_W])
     return replace(copies, experts=constrain(experts, _EXPERTS))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def copy_states(cache: Cache, source_W: Int[Array, " W"], target_W: Int[Array, " W"]) -> Cache:
+    """Copy the states of slots to other slots. Each sample of a prompt gets a copy of the prompt's state."""
+
+    def copied(part: Pages | StateSlots) -> Pages | StateSlots:
+        if isinstance(part, Pages):
+            return part
+        every = slice(None)
+        return part.written(every, target_W, part.read(every, source_W))
+
+    return replace(cache, parts=tuple(map(copied, cache.parts)))
 
 
 def _finite(x: Array) -> Array:

@@ -1,8 +1,8 @@
 """The sampler's two programs for prompts: `prefill` runs rows of them, `score` scores their tokens.
 
-They run the same blocks as the trainer (`decoder.Block`), with an `attend` that reads pages of keys and
-values, so that sampler and trainer compute the same log-probs. Shapes depend only on the buckets of rows,
-tokens per row and context pages; everything else is traced.
+They run the same blocks as the trainer (`decoder.Block`), with a `mix` that reads the cache, so that sampler
+and trainer compute the same log-probs. Shapes depend only on the buckets of rows, tokens
+per row and context pages; everything else is traced.
 
 Axis letters: S rows, T tokens of a row, D hidden, V vocabulary, L layers, K kv heads, H head dim, P pages of
 a table, C context positions, W tokens scored and A tokens drawn per position.
@@ -20,7 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
+from .config import DeltaNet, KeysValues, States
 from .decoder import Base, Block, Decoder, logits, scan_layers, unembed
+from .delta_net import State, Tokens, mix_on
 from .kernels.attention import attention, attention_to_merge
 from .kernels.paged_attention import context_attention, merge, with_sinks
 from .kernels.paged_attention.cpu import attend_parts, read_layer
@@ -37,6 +39,8 @@ class PrefillRows(NamedTuple):
     `start` is the first token of the row that belongs to the same prompt. `page` and `offset` are the place
     for each token's key and value (page 0 for padding). The first `context` positions of a row's `table` are
     the cached beginning of its prompt; the tables of whole prompts have no pages.
+
+    If the model keeps states of sequences, each row has one prompt, and `slot` is that of its state.
     """
 
     tokens: Int[Array, "S T"]
@@ -46,6 +50,7 @@ class PrefillRows(NamedTuple):
     offset: Int[Array, "S T"]
     table: Int[Array, "S P"]
     context: Int[Array, " S"]
+    slot: Int[Array, " S"] | None = None
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")
@@ -69,8 +74,14 @@ def _with_contexts_read(
     visible = _visible_in_prompt(rows, cache.page_size)
     rotations = model.rotations(rows.position)
 
-    def run(block: Block, x_BTD: Array, pairs: dict, number: Array) -> tuple[Array, dict[int, tuple]]:
+    def run(block: Block, x_BTD: Array, pairs: dict, number: Array) -> tuple[Array, dict[int, Any]]:
         mixer = block.layer.mixer
+        routes: list[Array] = []
+        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
+        if isinstance(mixer, DeltaNet):
+            delta = _Delta(mixer, cache, number, rows)
+            x_BTD = block(x_BTD, rotations, delta, block_lora, routes=routes)
+            return x_BTD, delta.kept | _by_token(routes)
         kept: list[Array] = []
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
@@ -78,13 +89,11 @@ def _with_contexts_read(
             if not rows.table.shape[1]:
                 return attention(q, k, v, rows.start, mixer.scale, window=mixer.window, sinks_N=sinks)
             context_visible, own_visible = visible(mixer.window)
-            context = read_layer(cache.of(mixer.cached), number, rows.table, q.dtype)
+            context = read_layer(cache.pages(mixer.cached), number, rows.table, q.dtype)
             own = (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), own_visible)
             parts = [(*context, context_visible), own]
             return attend_parts(q, parts, mixer.scale, sinks)
 
-        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        routes: list[Array] = []
         x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, cached=True)
         return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)} | _by_token(routes)
 
@@ -93,9 +102,36 @@ def _with_contexts_read(
     )
     page, offset = rows.page.reshape(-1), rows.offset.reshape(-1)
     for at, kind in enumerate(cache.kinds):
-        keys, values = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at])
-        cache = cache.updated(kind, kv_cache.write(cache.of(kind), keys, values, page, offset))
-    return kv_cache.with_experts(cache, kept.get(_EXPERTS), page, offset), x_STD
+        if isinstance(kind, KeysValues):
+            keys, values = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at])
+            cache = cache.updated(kind, kv_cache.write(cache.pages(kind), keys, values, page, offset))
+    cache = kv_cache.with_experts(cache, kept.get(_EXPERTS), page, offset)
+    return _with_states(cache, rows, kept), x_STD
+
+
+class _Delta:
+    """The mixer of a delta net in rows of prompts. `kept` is each row's state at the end of its tokens."""
+
+    def __init__(self, net: DeltaNet, cache: Cache, number: Array, rows: PrefillRows):
+        self._net, self._cache, self._number, self._rows = net, cache, number, rows
+        self.kept: dict[int, State] = {}
+
+    def __call__(self, tokens: Tokens, kernel: Array) -> Array:
+        rows, cache, kind = self._rows, self._cache, self._net.cached
+        assert rows.slot is not None
+        before = cache.states(kind).read(self._number, rows.slot, rows.context == 0)
+        out, after = mix_on(self._net, tokens, kernel, before, rows.start == 0)
+        self.kept[cache.kinds.index(kind)] = after
+        return out
+
+
+def _with_states(cache: Cache, rows: PrefillRows, kept: dict[int, Any]) -> Cache:
+    """Write the states of all layers, [L S ...] by kind, to the rows' slots."""
+    for at, kind in enumerate(cache.kinds):
+        if isinstance(kind, States):
+            slots = cache.states(kind).written(slice(None), rows.slot, kept[at])
+            cache = cache.updated(kind, slots)
+    return cache
 
 
 def _in_place(
@@ -109,7 +145,13 @@ def _in_place(
     def run(block: Block, carried: Any, pairs: dict, number: Array) -> tuple[tuple[Array, Cache], dict]:
         x_STD, cache = carried
         mixer = block.layer.mixer
-        pages = cache.of(mixer.cached)
+        routes: list[Array] = []
+        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
+        if isinstance(mixer, DeltaNet):
+            delta = _Delta(mixer, cache, number, rows)
+            x_STD = block(x_STD, rotations, delta, block_lora, routes=routes)
+            return (x_STD, cache), delta.kept | _by_token(routes)
+        pages = cache.pages(mixer.cached)
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             nonlocal pages
@@ -124,14 +166,13 @@ def _in_place(
             context = context_attention(q, pages, number, rows.table, first, rows.context, mixer.scale)
             return merge(own, context).astype(q.dtype)
 
-        block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        routes: list[Array] = []
         x_STD = block(x_STD, rotations, attend, block_lora, routes=routes, cached=True)
         return (x_STD, cache.updated(mixer.cached, pages)), _by_token(routes)
 
     x_STD = model.embed_tokens(rows.tokens)
     (x_STD, cache), kept = scan_layers(model, lora, (x_STD, cache), run, numbers=model.config.cache_numbers)
-    return kv_cache.with_experts(cache, kept.get(_EXPERTS), page_W, offset_W), x_STD
+    cache = kv_cache.with_experts(cache, kept.get(_EXPERTS), page_W, offset_W)
+    return _with_states(cache, rows, kept), x_STD
 
 
 def _by_token(routes: list[Array]) -> dict[Any, Array]:

@@ -81,7 +81,11 @@ def rotate(
     """Turn each pair (x[i], x[i + H/2]) by its angle, computed in float32 and returned in the dtype of x.
 
     If `interleaved`, the pairs are (x[2i], x[2i + 1]), and come out as (y[i], y[i + H/2]): queries and keys
-    in one order have the same products in another."""
+    in one order have the same products in another. If there are fewer angles than pairs, H is twice their
+    number, and the other dimensions stay as they are."""
+    if (turned := 2 * at.cos_BTH.shape[-1]) < x_BTNH.shape[-1]:
+        rest = x_BTNH[..., turned:]
+        return jnp.concatenate([rotate(x_BTNH[..., :turned], at, interleaved), rest], axis=-1)
     if interleaved:
         x_BTNH = jnp.concatenate([x_BTNH[..., 0::2], x_BTNH[..., 1::2]], axis=-1)
     x32 = x_BTNH.astype(jnp.float32)

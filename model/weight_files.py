@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,12 +20,13 @@ import numpy as np
 
 from . import packed
 from .config import ModelConfig, read_json
-from .families import Parameter, parameters, tensor_shapes
+from .families import FAMILIES, Parameter, in_files, parameters, tensor_shapes
 from .mxfp4 import MxFp4
 from .packed import Packed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""The names of the embedding, after the prefix (`ModelConfig.prefix`), and of the head."""
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """The dtypes of tensors that can be read, by their safetensors names."""
 
@@ -119,7 +121,7 @@ def check(folder: Path, config: ModelConfig) -> None:
     Raises WeightsError naming a tensor that is missing or does not fit."""
     stored = headers(folder)
     for name, shape in tensor_shapes(config).items():
-        if name == EMBEDDING and config.tie_embeddings and find(stored, name) is None:
+        if name.endswith(EMBEDDING) and config.tie_embeddings and find(stored, name) is None:
             name = HEAD
         if parts := packed_as(stored, name):
             _check_packed(name, stored, parts, shape)
@@ -170,12 +172,40 @@ def unread(folder: Path, config: ModelConfig) -> list[str]:
     return sorted(name for name in headers(folder) if name not in names and "rotary_emb.inv_freq" not in name)
 
 
-def has_another_head(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Return whether there are files of weights (yet)."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def as_stored(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Return the config with the names and the layout that the files have, where the family knows several."""
+    family = FAMILIES[config.family]
+    prefixes, stacked = getattr(family, "PREFIXES", ()), getattr(family, "STACKED", {})
+    if not prefixes and not stacked:
+        return config
+    there = headers(folder)
+    prefix = next((each for each in prefixes if each + EMBEDDING in there), config.prefix)
+    config = replace(config, prefix=prefix)
+    names = {
+        in_files(config, name).format(layer=layer)
+        for name in stacked.values()
+        for layer in range(config.num_layers)
+    }
+    return replace(config, stacked_experts=any(name in there for name in names))
+
+
+def copied(folder: Path, config: ModelConfig) -> list[str]:
+    """Return the tensors that belong to the model, but not to what is computed here (`families.COPIED`)."""
+    starts = getattr(FAMILIES[config.family], "COPIED", ())
+    return [name for name in unread(folder, config) if name.startswith(starts)] if starts else []
+
+
+def has_another_head(folder: Path, config: ModelConfig) -> bool:
     """Return whether the files hold an embedding and a different head. False if there are no files (yet)."""
-    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if not has_weights(folder):
         return False
     tensors = MappedTensors(folder)
-    embedding, head = tensors.find(EMBEDDING), tensors.find(HEAD)
+    embedding, head = tensors.find(config.prefix + EMBEDDING), tensors.find(HEAD)
     if embedding is None or head is None:
         return False
     return embedding.shape != head.shape or not _equal(embedding, head)
@@ -245,7 +275,8 @@ class MappedTensors:
         """Return `families.parameters` by path for these files: a tied model may be stored as its head
         alone."""
         found = {parameter.path: parameter for parameter in parameters(config)}
-        if config.tie_embeddings and self.find(EMBEDDING) is None and self.find(HEAD) is not None:
+        embedding = found["embed_tokens.weight"].name
+        if config.tie_embeddings and self.find(embedding) is None and self.find(HEAD) is not None:
             found["embed_tokens.weight"] = found["embed_tokens.weight"]._replace(name=HEAD)
         return found
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tinsmith.model import lora
+from tinsmith.model import families, lora
 from tinsmith.model.config import ModelConfig, Site
-from tinsmith.model.families import module_name
 
 
 def random_adapter(config: ModelConfig, seed: int = 0, rank: int = 8, size: float = 0.1, **which):
@@ -50,7 +49,14 @@ def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
             delta = delta.transpose(-1, -2)
         at = f"model.layers.{layer}."
         if site.experts is None:
-            name = f"{module_name(config, f'layers.{site.name}.weight', layer)}.weight"
+            stack, _ = config.places[layer]
+            placed = next(
+                p for p in families.parameters(config) if p.path == stack.path(f"{site.name}.weight")
+            )
+            name = placed.name.replace(config.prefix, "model.", 1).format(layer=layer)
+            if placed.part is not None:
+                first, stop, _ = placed.part
+                delta = torch.nn.functional.pad(delta, (0, 0, first, placed.whole - stop))
             parameters[name] = parameters[name] + delta
         elif site.name == "expert_down":
             parameters[f"{at}mlp.experts.down_proj"] = parameters[f"{at}mlp.experts.down_proj"] + delta

@@ -143,9 +143,61 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+_HYBRID = {
+    "head_dim": 16,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    "tie_word_embeddings": False,
+}
+VARIANTS |= {
+    "qwen3_5": _HYBRID | {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]},
+    "qwen3_5_moe": _HYBRID
+    | {
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+}
+_SEES = {"qwen3_5"}
+"""The model types whose config.json is nested, and whose files have more than the text half."""
+
+
 def hf_config(variant: str = "llama", **overrides) -> dict:
     """The config.json of a variant (`VARIANTS`), with `overrides` on top."""
-    return _COMMON | VARIANTS[variant] | {"torch_dtype": "float32"} | overrides
+    config = _COMMON | VARIANTS[variant] | {"torch_dtype": "float32"} | overrides
+    if config["model_type"] not in _SEES:
+        return config
+    above = {
+        key: config[key]
+        for key in ("model_type", "architectures", "tie_word_embeddings", "eos_token_id", "torch_dtype")
+    }
+    text = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    vision = {
+        "model_type": "qwen3_5_vision",
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "out_hidden_size": config["hidden_size"],
+    }
+    return above | {"text_config": text | {"model_type": "qwen3_5_text"}, "vision_config": vision}
 
 
 def write_model(
@@ -180,6 +232,10 @@ def write_model(
 def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """HF-named float32 weights of about unit activations; norms and biases are random too."""
     rng = np.random.default_rng(seed)
+    if "text_config" in config:
+        return _beside_others(random_weights(config["text_config"], seed), rng)
+    if config["model_type"].startswith("qwen3_5"):
+        return _hybrid(config, rng)
     D, F = config["hidden_size"], config["intermediate_size"]
     N, K = config["num_attention_heads"], config["num_key_value_heads"]
     H = config.get("head_dim") or D // N
@@ -228,6 +284,75 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     else:
         weights["lm_head.weight"] = linear(config["vocab_size"], D)
     return _fused(weights) if config["model_type"] == "phi3" else weights
+
+
+def _beside_others(weights: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The text half's weights under the names of a model that sees, and some of its other weights."""
+    renamed = {name.replace("model.", "model.language_model.", 1): array for name, array in weights.items()}
+    others = {"model.visual.patch_embed.proj.bias": 16, "mtp.norm.weight": 48}
+    return renamed | {name: rng.standard_normal(size).astype(np.float32) for name, size in others.items()}
+
+
+def _hybrid(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A Qwen3.5: delta nets and gated attention, a dense MLP or experts. Norms are around 0."""
+    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    N, K, H = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    G, R = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    keys, values = G * config["linear_key_head_dim"], R * config["linear_value_head_dim"]
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    def linear(out: int, into: int) -> np.ndarray:
+        return normal(out, into, scale=into**-0.5)
+
+    weights = {
+        "model.embed_tokens.weight": normal(V, D),
+        "model.norm.weight": normal(D, scale=0.2),
+        "lm_head.weight": linear(V, D),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        if (layer + 1) % config["full_attention_interval"] == 0:
+            mixer = {
+                "self_attn.q_proj.weight": linear(2 * N * H, D),
+                "self_attn.k_proj.weight": linear(K * H, D),
+                "self_attn.v_proj.weight": linear(K * H, D),
+                "self_attn.o_proj.weight": linear(D, N * H),
+                "self_attn.q_norm.weight": normal(H, scale=0.2),
+                "self_attn.k_norm.weight": normal(H, scale=0.2),
+            }
+        else:
+            mixer = {
+                "linear_attn.in_proj_qkv.weight": linear(2 * keys + values, D),
+                "linear_attn.in_proj_z.weight": linear(values, D),
+                "linear_attn.in_proj_b.weight": linear(R, D),
+                "linear_attn.in_proj_a.weight": linear(R, D),
+                "linear_attn.conv1d.weight": normal(2 * keys + values, 1, 4),
+                "linear_attn.A_log": np.log(rng.uniform(0.05, 4, R)).astype(np.float32),
+                "linear_attn.dt_bias": normal(R),
+                "linear_attn.norm.weight": 1 + normal(config["linear_value_head_dim"], scale=0.2),
+                "linear_attn.out_proj.weight": linear(D, values),
+            }
+        mlps = {"mlp.": F}
+        if "num_experts" in config:
+            mixer |= {
+                "mlp.gate.weight": linear(config["num_experts"], D),
+                "mlp.shared_expert_gate.weight": linear(1, D),
+            }
+            width = config["moe_intermediate_size"]
+            mlps = {f"mlp.experts.{expert}.": width for expert in range(config["num_experts"])}
+            mlps["mlp.shared_expert."] = config["shared_expert_intermediate_size"]
+        for mlp, width in mlps.items():
+            mixer |= {
+                f"{mlp}gate_proj.weight": linear(width, D),
+                f"{mlp}up_proj.weight": linear(width, D),
+                f"{mlp}down_proj.weight": linear(D, width),
+            }
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            mixer[f"{norm}.weight"] = normal(D, scale=0.2)
+        weights |= {at + name: array for name, array in mixer.items()}
+    return weights
 
 
 def _fused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -41,6 +41,7 @@ from .sampler_programs import SamplerPrograms
 from .sampler_weights import Weights
 from .sampling_queue import SamplingQueue
 from .sequence import Generation, Prompt, Sequence, seed_of
+from .sequence_states import SequenceStates
 from .stop import StopRule, implicit_stop_tokens
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Sampler:
         end_tokens: Iterable[int] | None = None,
         mesh: Any = None,
         kv_cache_tokens: int | None = None,
+        state_bytes: int | None = None,
         max_sequence_length: int | None = None,
         max_slots: int | None = None,
         page_size: int = 64,
@@ -76,8 +78,8 @@ class Sampler:
         budget: Budget | None = None,
         on_compile: Callable[[str, float], None] | None = None,
     ):
-        """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device).
-
+        """`kv_cache_tokens` bounds the memory for keys and values (None: derived from the device), and
+        `state_bytes` that for the states of sequences and prefixes, if the model has any.
         `max_sequence_length` is the longest prompt + sample (None: the model's). `max_slots`,
         `prefill_tokens` (a multiple of `page_size`) and `decode_steps` default to what suits the device
         (`batch_sizes`). `end_tokens` end a sample that names no stop (None: those of the config). `backend`
@@ -101,12 +103,17 @@ class Sampler:
         self._max_length = max_length
         weights_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
         weights_positions = weights_bytes // kv_cache.bytes_per_token(config, dtype)
-        self._queue = SamplingQueue(self._pool, max_slots or sizes.slots, decode_steps, weights_positions)
+        slots = max_slots or sizes.slots
+        num_states = state_slots(config, state_bytes, slots) if config.has_states else 0
+        states = SequenceStates(self._pool, 1 + num_states) if num_states else None
+        slots = min(slots, num_states or slots)
+        self._queue = SamplingQueue(self._pool, slots, decode_steps, weights_positions, states)
         self._programs = SamplerPrograms(
             graph,
             config,
             dtype=dtype,
             num_pages=num_pages,
+            num_slots=1 + num_states,
             page_size=page_size,
             longest=self._longest,
             prefill_tokens=prefill_tokens or sizes.prefill,
@@ -261,7 +268,7 @@ class Sampler:
         if not self.has_work:
             return []
         with self._programs.ready():
-            self._queue.admit()
+            self._programs.copy(self._queue.admit())
             self._programs.copy(self._queue.start_sequences())
             if self._queue.prefilling and self._is_turn_of_prefill():
                 self._rows_since_decode += 1
@@ -368,6 +375,13 @@ class Sampler:
 def default_kv_cache_tokens(config: ModelConfig, dtype: Any, max_length: int) -> int:
     """Return how many tokens 1 GiB holds; at least one sequence of full length up to 16384 tokens."""
     return max(KV_ON_CPU // kv_cache.bytes_per_token(config, dtype), min(max_length, 16384))
+
+
+def state_slots(config: ModelConfig, state_bytes: int | None, slots: int) -> int:
+    """Return how many states to keep: what the bytes hold, but no more than four for each slot, and one at
+    least. Prefixes have those that no sequence needs."""
+    held = (KV_ON_CPU // 2 if state_bytes is None else state_bytes) // kv_cache.bytes_per_sequence(config)
+    return max(1, min(held, 4 * slots))
 
 
 def _is_by_output(base: PyTree) -> bool:

@@ -32,12 +32,14 @@ from .sampler_rows import (
     prefill_rows,
 )
 from .sampler_weights import AdapterStacks
+from .sampling_queue import Copies
 from .sequence import Prompt, Sequence
 from .slots import Slots
 
 PyTree = Any
 
 _COPIED_AT_ONCE = 16
+_STATES_AT_ONCE = 4
 
 
 class SamplerPrograms:
@@ -50,6 +52,7 @@ class SamplerPrograms:
         *,
         dtype: Any,
         num_pages: int,
+        num_slots: int,
         page_size: int,
         longest: int,
         prefill_tokens: int,
@@ -59,10 +62,11 @@ class SamplerPrograms:
         backend: Backend,
         on_compile: Callable[[str, float], None] | None,
     ):
-        """`longest` is the most positions that a sequence may have. `num_pages` counts page 0."""
+        """`longest` is the most positions that a sequence may have. `num_pages` counts page 0, and
+        `num_slots` slot 0 of the states."""
         self._graph, self._config = graph, config
         self._dtype = dtype
-        self._num_pages, self._page_size = num_pages, page_size
+        self._num_pages, self._num_slots, self._page_size = num_pages, num_slots, page_size
         self._longest = longest
         self.prefill_lengths = [t for t in PREFILL_BUCKETS if t < prefill_tokens] + [prefill_tokens]
         self._decode_steps = decode_steps
@@ -81,7 +85,13 @@ class SamplerPrograms:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             if self._cache is None:
                 self._cache = kv_cache.make_cache(
-                    self._config, self._num_pages, self._page_size, self._dtype, self._mesh, self._backend
+                    self._config,
+                    self._num_pages,
+                    self._page_size,
+                    self._dtype,
+                    self._mesh,
+                    self._backend,
+                    self._num_slots,
                 )
             yield
 
@@ -100,13 +110,17 @@ class SamplerPrograms:
         """Free the pages; `ready` makes new ones, which are empty."""
         self._cache = self._prefilled = None
 
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        """Copy pages to pages."""
-        for begin in range(0, len(copies), _COPIED_AT_ONCE):
-            piece = copies[begin : begin + _COPIED_AT_ONCE]
-            piece += [(0, 0)] * (_COPIED_AT_ONCE - len(piece))
-            source, target = (np.array(pages, np.int32) for pages in zip(*piece, strict=True))
-            self._cache = kv_cache.copy_pages(self._cache, source, target)
+    def copy(self, copies: Copies) -> None:
+        """Copy pages to pages, and states to states."""
+        for program, numbers, at_once in (
+            (kv_cache.copy_pages, copies.pages, _COPIED_AT_ONCE),
+            (kv_cache.copy_states, copies.states, _STATES_AT_ONCE),
+        ):
+            for begin in range(0, len(numbers), at_once):
+                piece = numbers[begin : begin + at_once]
+                piece += [(0, 0)] * (at_once - len(piece))
+                source, target = (np.array(each, np.int32) for each in zip(*piece, strict=True))
+                self._cache = program(self._cache, source, target)
 
     def prefill(self, pieces: list[tuple[Prompt, int]]) -> list[bool]:
         """Run the next tokens of each prompt (`SamplingQueue.next_pieces`), and score the tokens after them.
@@ -114,8 +128,9 @@ class SamplerPrograms:
         Returns, per piece, False if a log-prob is not finite.
         """
         weights, cached = pieces[0][0].generation.weights, max(prompt.num_cached for prompt, _ in pieces)
-        context = self._context_pages(cached) if cached else 0
-        rows, places = prefill_rows(pieces, self.prefill_lengths, self._page_size, context)
+        has_states = self._config.has_states
+        context = self._context_pages(cached) if cached or has_states else 0
+        rows, places = prefill_rows(pieces, self.prefill_lengths, self._page_size, context, has_states)
         stack = self.stacks.of([weights])[0].stacked
         S, T = rows.tokens.shape
         name = f"prefill {S} x {T} tokens after {context * self._page_size}{_kind(stack)}"
@@ -193,7 +208,8 @@ class SamplerPrograms:
         filtered = " with filters" if drawing is Drawing.FILTERED else ""
         kind = f"over {pages * self._page_size}{penalties}{filtered}{_kind(stack.stacked)}"
         slots = self._slots.choose(kind, len(chosen), soon)
-        rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps)
+        has_states = self._config.has_states
+        rows = decode_rows(chosen, adapter, slots, self._page_size, pages, self._decode_steps, has_states)
         want_top = np.bool_(any(s.generation.request.topk_sample_logprobs > 0 for s in chosen))
         base = chosen[0].generation.weights.base_by_layer
         began = time.monotonic()

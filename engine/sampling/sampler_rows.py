@@ -12,6 +12,7 @@ from ...model.penalties import PenaltyRows
 from ...model.prefill import PrefillRows
 from ...model.token_sampling import SamplingRows, float32_temperature, uniforms
 from .sequence import Prompt, Sequence
+from .stop import LOOKED_AT
 
 SLOT_BUCKETS = (1, 4, 16, 32, 64, 128, 256)  # each is a program, which takes seconds to compile
 CONTEXT_BUCKETS = tuple(192 << doublings for doublings in range(13))  # up to 786,432 positions
@@ -19,7 +20,6 @@ PREFILL_BUCKETS = (64, 128, 256, 1024, 4096)  # tokens of a row of prompts
 TARGET_BUCKETS = (1, 8, 64, 512, 4097)  # tokens scored per prompt position
 DRAW_BUCKETS = (0, 4, 16, 64)  # tokens drawn per prompt position
 _INT32_MAX = np.iinfo(np.int32).max
-_STOP_TOKENS = 8  # checked on the device, to end a chunk early; the host checks all
 
 
 def bucket_of(buckets: Iterable[int], size: int) -> int:
@@ -28,7 +28,11 @@ def bucket_of(buckets: Iterable[int], size: int) -> int:
 
 
 def prefill_rows(
-    pieces: list[tuple[Prompt, int]], lengths: list[int], page_size: int, context_pages: int
+    pieces: list[tuple[Prompt, int]],
+    lengths: list[int],
+    page_size: int,
+    context_pages: int,
+    has_states: bool = False,
 ) -> tuple[PrefillRows, list[slice]]:
     """Return the next `count` tokens of each prompt, and their places, row after row.
 
@@ -40,7 +44,7 @@ def prefill_rows(
     S = lengths[-1] // T if len(pieces) > 1 and context_pages else 1
     tokens, position, page, offset = (np.zeros((S, T), np.int32) for _ in range(4))
     start = np.tile(np.arange(T, dtype=np.int32), (S, 1))  # padding attends to itself
-    table, context = np.zeros((S, context_pages), np.int32), np.zeros(S, np.int32)
+    table, context, slot = np.zeros((S, context_pages), np.int32), *np.zeros((2, S), np.int32)
     places, end = [], 0
     for index, (prompt, count) in enumerate(pieces):
         row, at = (index, 0) if context_pages else (0, end)
@@ -50,15 +54,22 @@ def prefill_rows(
         start[row, here] = at
         page[row, here] = np.array(prompt.pages, np.int32)[position[row, here] // page_size]
         offset[row, here] = position[row, here] % page_size
-        context[row] = prompt.num_cached
-        cached = prompt.pages[: prompt.num_cached // page_size]
+        context[row], slot[row] = prompt.num_cached, prompt.slot
+        cached = prompt.pages[: -(-prompt.num_cached // page_size)]
         table[row, : len(cached)] = cached
         places.append(slice(row * T + at, row * T + at + count))
-    return PrefillRows(tokens, position, start, page, offset, table, context), places
+    slots = slot if has_states else None
+    return PrefillRows(tokens, position, start, page, offset, table, context, slots), places
 
 
 def decode_rows(
-    chosen: list[Sequence], adapter: list[int], slots: int, page_size: int, context_pages: int, steps: int
+    chosen: list[Sequence],
+    adapter: list[int],
+    slots: int,
+    page_size: int,
+    context_pages: int,
+    steps: int,
+    has_states: bool = False,
 ) -> DecodeRows:
     """Return a row for each of `chosen`, and empty ones up to `slots`; `adapter` is each one's index in the
     stack."""
@@ -70,14 +81,13 @@ def decode_rows(
         return array
 
     table = np.zeros((S, P), np.int32)
-    stop_tokens = np.full((S, _STOP_TOKENS), -1, np.int32)
+    stop_tokens = np.full((S, LOOKED_AT), -1, np.int32)
     u = np.zeros((steps, S, 2), np.float32)
     for row, sequence in enumerate(chosen):
         u[:, row] = uniforms(sequence.generation.seed, sequence.index, len(sequence.tokens), steps)
         pages = sequence.pages[:P]
         table[row, : len(pages)] = pages
-        some = list(sequence.stop.stop_tokens)[:_STOP_TOKENS]
-        stop_tokens[row, : len(some)] = some
+        stop_tokens[row, : len(sequence.stop.looked_at)] = sequence.stop.looked_at
     params = [s.generation.request.params for s in chosen]
     sampling = SamplingRows(
         temperature=column(np.float32, [float32_temperature(p.temperature) for p in params]),
@@ -95,6 +105,7 @@ def decode_rows(
         sampling=sampling,
         u=u,
         penalties=_penalty_rows(chosen, S, P * page_size) if any(map(is_penalized, chosen)) else None,
+        slot=column(np.int32, [s.slot for s in chosen]) if has_states else None,
     )
 
 

@@ -9,14 +9,23 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from itertools import chain, groupby, islice
+from typing import NamedTuple
 
 import numpy as np
 
 from .page_pool import PagePool
 from .sampler_rows import CONTEXT_BUCKETS, bucket_of
 from .sequence import Generation, Prompt, Sequence
+from .sequence_states import SequenceStates
 
 _LOOKED_AT = 64  # prompts, when those of a program are chosen
+
+
+class Copies(NamedTuple):
+    """Pages and states to be copied, each with where to, before anything else is written."""
+
+    pages: list[tuple[int, int]]
+    states: list[tuple[int, int]]
 
 
 class SamplingQueue:
@@ -26,10 +35,19 @@ class SamplingQueue:
     samples then start running one by one, as slots become free.
     """
 
-    def __init__(self, pool: PagePool, max_slots: int, decode_steps: int, weights_positions: int):
+    def __init__(
+        self,
+        pool: PagePool,
+        max_slots: int,
+        decode_steps: int,
+        weights_positions: int,
+        states: SequenceStates | None = None,
+    ):
         """`decode_steps` are the tokens of a decode chunk. `weights_positions`: the number of cached
-        positions whose keys and values have as many bytes as the weights."""
+        positions whose keys and values have as many bytes as the weights. `states` are for models that keep a
+        state of every sequence."""
         self.pool = pool
+        self._states = states
         self._turn = 0  # decode chunks so far
         self.max_slots = max_slots
         self._decode_steps = decode_steps
@@ -47,20 +65,41 @@ class SamplingQueue:
         """Free the slots and pages of a request."""
         for prompts in (self.prefilling, self._cached):
             for prompt in [p for p in prompts if p.generation is generation]:
-                self.pool.release(prompt.pages)
+                self._release(prompt)
                 prompts.remove(prompt)
         self._waiting = [p for p in self._waiting if p.generation is not generation]
         for sequence in [s for s in self.running if s.generation is generation]:
-            self.pool.release(sequence.pages)
+            self._release(sequence)
             self.running.remove(sequence)
+
+    def _release(self, holder: Prompt | Sequence) -> None:
+        """Free the pages and the state of a prompt or a sequence."""
+        self.pool.release(holder.pages)
+        holder.pages = []
+        if self._states is not None:
+            self._states.release(holder.slot)
+            holder.slot = 0
+
+    def _allocate(self, count: int) -> list[int] | None:
+        """Allocate pages, also those of prefix states."""
+        if self._states is not None:
+            self._states.free_pages(count)
+        return self.pool.allocate(count)
 
     # --- from waiting to running -------------------------------------------------------------------------
 
-    def admit(self) -> None:
+    def admit(self) -> Copies:
         """Give the oldest waiting prompts their pages, as far as there are any.
 
-        Prompts that are prefilled next also get what was computed for others meanwhile.
+        Prompts that are prefilled next also get what was computed for others meanwhile. Returns what is to be
+        copied for them.
         """
+        if self._states is not None:
+            return self._admit_with_states(self._states)
+        self._admit_with_pages()
+        return Copies([], [])
+
+    def _admit_with_pages(self) -> None:
         for prompt in list(islice(self.prefilling, _LOOKED_AT)):
             self._reuse(prompt)
         while self._waiting:
@@ -78,6 +117,40 @@ class SamplingQueue:
             prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, prompt.num_cached)
             self._waiting.pop(0)
             (self._cached if prompt.is_cached else self.prefilling).append(prompt)
+
+    def _admit_with_states(self, states: SequenceStates) -> Copies:
+        """Admit prompts that can begin with cached tokens only where a state was kept."""
+        copies = Copies([], [])
+        for prompt in list(islice(self.prefilling, _LOOKED_AT)):
+            prefix = states.find(prompt)
+            if prefix is not None and len(prefix.tokens) > prompt.num_cached:
+                self.prefilling.remove(prompt)
+                self._release(prompt)
+                prompt.num_cached = 0
+                self.add(prompt)
+        while self._waiting:
+            prompt = self._waiting[0]
+            prefix = states.find(prompt)
+            length = 0 if prefix is None else len(prefix.tokens)
+            full, partial = divmod(length, self.pool.page_size)
+            held = [] if prefix is None else prefix.pages[:full]
+            self.pool.share(held)
+            missing = self.pool.pages_for(prompt.target) - full
+            states.free_pages(missing + len(self.running))
+            enough = self.pool.num_free >= missing + len(self.running)
+            slot = states.allocate() if enough else None
+            fresh = self.pool.allocate(missing) if slot is not None else None
+            if slot is None or fresh is None:
+                self.pool.release(held)
+                return copies
+            if prefix is not None:  # it may be dropped by now: copies are made before anything is written
+                copies.states.append((prefix.slot, slot))
+                copies.pages.extend([(prefix.pages[full], fresh[0])] if partial else [])
+            prompt.pages, prompt.slot, prompt.num_cached = held + fresh, slot, length
+            prompt.generation.cache_hit_tokens = max(prompt.generation.cache_hit_tokens, length)
+            self._waiting.pop(0)
+            (self._cached if prompt.is_cached else self.prefilling).append(prompt)
+        return copies
 
     def _find_cached(self, prompt: Prompt, first_page: int = 0) -> list[int]:
         """Return the cached pages of a prompt from a page on."""
@@ -111,25 +184,37 @@ class SamplingQueue:
         if first.missing > most:
             return [(first, most)]
         length, context = bucket_of(lengths, first.missing), bucket_of(CONTEXT_BUCKETS, first.num_cached)
-        most_pieces = most // length if first.num_cached else len(self.prefilling)
+        has_own_row = first.num_cached > 0 or self._states is not None
+        most_pieces = most // length if has_own_row else len(self.prefilling)
         pieces, used = [(first, first.missing)], first.missing
-        coming = set(first.digests)
+        coming = set(self._coming(first))
         for prompt in islice(self.prefilling, 1, _LOOKED_AT):
             if len(pieces) == most_pieces:
                 break
             if prompt.generation.weights is not first.generation.weights:
                 continue
-            if first.num_cached:
+            if self._states is not None:
+                fits = prompt.num_cached <= context and prompt.missing <= length
+            elif first.num_cached:
                 fits = 0 < prompt.num_cached <= context and prompt.missing <= length
             else:
                 fits = prompt.num_cached == 0 and used + prompt.missing <= most
-            next_page = prompt.num_cached // self.pool.page_size
-            waits = next_page < prompt.reusable // self.pool.page_size and prompt.digests[next_page] in coming
-            if fits and not waits:
+            if fits and not self._waits(prompt, coming):
                 pieces.append((prompt, prompt.missing))
                 used += prompt.missing
-                coming.update(prompt.digests)
-        return pieces if first.num_cached == 0 or 2 * len(pieces) >= most_pieces else pieces[:1]
+                coming.update(self._coming(prompt))
+        return pieces if not has_own_row or 2 * len(pieces) >= most_pieces else pieces[:1]
+
+    def _coming(self, prompt: Prompt) -> list[bytes]:
+        """Return the beginnings that others may have from the cache when this prompt is cached."""
+        return prompt.digests if self._states is None else [prompt.tokens[: prompt.target].tobytes()]
+
+    def _waits(self, prompt: Prompt, coming: set[bytes]) -> bool:
+        """Whether more of a prompt will come from the cache when those `coming` are cached."""
+        if self._states is not None:
+            return prompt.reusable == prompt.target and self._coming(prompt)[0] in coming
+        next_page = prompt.num_cached // self.pool.page_size
+        return next_page < prompt.reusable // self.pool.page_size and prompt.digests[next_page] in coming
 
     def prefilled(self, prompt: Prompt, count: int) -> None:
         """Note that `count` more tokens of a prompt are in its pages."""
@@ -137,37 +222,53 @@ class SamplingQueue:
         if prompt.is_cached:
             self.prefilling.remove(prompt)
             self._cached.append(prompt)
-            self.pool.publish(prompt.digests, prompt.pages)
+            if self._states is None:
+                self.pool.publish(prompt.digests, prompt.pages)
 
-    def start_sequences(self) -> list[tuple[int, int]]:
+    def start_sequences(self) -> Copies:
         """Start samples of cached prompts, as far as there are slots and pages.
 
-        Returns the pages to be copied for them, each with its target.
+        Returns what is to be copied for them.
         """
-        copies: list[tuple[int, int]] = []
+        copies = Copies([], [])
         while self._cached and len(self.running) < self.max_slots:
             prompt = self._cached[0]
-            shared, partial = divmod(prompt.target, self.pool.page_size)
-            if len(prompt.sequences) == 1:
-                pages = prompt.pages
+            is_last = len(prompt.sequences) == 1
+            own = None if is_last and self._states is None else self._own(prompt)
+            if own is None and not is_last and self.running:
+                break
+            if own is None:  # one sample takes them all; the others, if any, are prefilled again after it
+                pages, slot = prompt.pages, prompt.slot
                 self._cached.popleft()
-            else:
-                own = self.pool.allocate(1) if partial else []
-                if own is None and self.running:
-                    break
-                if own is None:  # one sample may take them all; the others are prefilled again after it
-                    pages = prompt.pages
-                    self._cached.popleft()
-                    rest = deque(list(prompt.sequences)[1:])
+                if rest := deque(list(prompt.sequences)[1:]):
                     self.add(Prompt(prompt.generation, rest, prompt.tokens))
-                else:
-                    copies += zip(prompt.pages[shared:], own, strict=True)
-                    pages = prompt.pages[:shared] + own
-                    self.pool.share(pages[:shared])
+            else:
+                last_page, slot = own
+                shared = prompt.pages[: prompt.target // self.pool.page_size]
+                copies.pages.extend(zip(prompt.pages[len(shared) :], last_page, strict=True))
+                copies.states.extend([(prompt.slot, slot)] if slot else [])
+                pages = shared + last_page
+                self.pool.share(shared)
+                if is_last and self._states is not None:
+                    self._cached.popleft()
+                    weights = prompt.generation.weights.id
+                    self._states.keep(weights, prompt.tokens[: prompt.target], prompt.slot, prompt.pages)
             sequence = prompt.sequences.popleft()
-            sequence.pages, sequence.last_turn = pages, self._turn
+            sequence.pages, sequence.slot, sequence.last_turn = pages, slot, self._turn
             self.running.append(sequence)
         return copies
+
+    def _own(self, prompt: Prompt) -> tuple[list[int], int] | None:
+        """Allocate what each sample of a prompt has for itself: a copy of the last page, if that is partly
+        filled, and a slot for its state. None if there is not enough."""
+        last_page = self._allocate(1 if prompt.target % self.pool.page_size else 0)
+        if last_page is None or self._states is None:
+            return None if last_page is None else (last_page, 0)
+        slot = self._states.allocate()
+        if slot is None:
+            self.pool.release(last_page)
+            return None
+        return last_page, slot
 
     @property
     def wanted_slots(self) -> int:
@@ -231,7 +332,7 @@ class SamplingQueue:
         """Give a running sequence pages for its next chunk, unless it has to give way."""
         while True:
             missing = self.pool.pages_for(self.positions_after_chunk(sequence)) - len(sequence.pages)
-            pages = self.pool.allocate(max(missing, 0))
+            pages = self._allocate(max(missing, 0))
             if pages is not None:
                 sequence.pages += pages
                 return
@@ -242,14 +343,13 @@ class SamplingQueue:
         """Take the pages of the newest request; it will be prefilled again."""
         holders: list[Prompt | Sequence] = [*self.prefilling, *self._cached, *self.running]
         newest = max(holders, key=lambda h: (h.generation.arrival, getattr(h, "index", -1)))
-        self.pool.release(newest.pages)
+        self._release(newest)
         if isinstance(newest, Sequence):
             self.running.remove(newest)
-            newest.pages = []
             self.add(Prompt.of_sequence(newest))
         else:
             (self.prefilling if newest in self.prefilling else self._cached).remove(newest)
-            newest.pages, newest.num_cached = [], 0
+            newest.num_cached = 0
             self.add(newest)
         return newest
 
@@ -258,10 +358,18 @@ class SamplingQueue:
         while self.prefilling or self._cached or self.running:
             self.preempt_newest()
         self.pool.forget()
+        if self._states is not None:
+            self._states.forget()
 
     def finish(self, sequence: Sequence) -> None:
         """Free the slot of a sequence that has ended, and publish its full pages."""
         self.running.remove(sequence)
         cached = np.array(sequence.tokens[: sequence.num_cached], np.int32)
+        if self._states is not None:
+            if sequence.state_goes_on:
+                self._release(sequence)
+            else:
+                self._states.keep(sequence.generation.weights.id, cached, sequence.slot, sequence.pages)
+            return
         self.pool.publish(self.pool.digests(sequence.generation.weights.id, cached), sequence.pages)
         self.pool.release(sequence.pages)

@@ -59,6 +59,8 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    slot: int = 0  # of its state, if the model keeps any
+    state_goes_on: bool = False  # the device has run tokens that the sample does not have
     last_turn: int = 0  # number of the decode chunk that it was last in, or before which it came
     told: int = 0  # of its sample's tokens, by `drawn`
     experts: messages.RoutedExperts | None = None  # of its tokens, if they are recorded
@@ -85,6 +87,8 @@ class Sequence:
             if wants_top:
                 self.top.append((decoded.top_tokens[step, row], decoded.top_logprobs[step, row]))
             if (reason := self.stop.after(token)) is not None:
+                ends_on_device = token in self.stop.looked_at or self.stop.remaining <= 0
+                self.state_goes_on = not ends_on_device and step + 1 < int(decoded.steps)
                 return reason
         return None
 
@@ -139,6 +143,7 @@ class Prompt:
     digests: list[bytes] = field(default_factory=list)  # of its full pages (`PagePool.digests`)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
+    slot: int = 0  # of the state after the cached tokens, if the model keeps any
 
     @classmethod
     def of_sequence(cls, sequence: Sequence) -> Prompt:

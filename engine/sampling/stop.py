@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 StopReason = Literal["stop", "length"]
+LOOKED_AT = 8
 
 
 class StopStrings:
@@ -51,6 +52,8 @@ class StopRule:
         token_bytes: Callable[[int], bytes] | None,
     ):
         self.stop_tokens = frozenset(stop_tokens)
+        self.looked_at = list(self.stop_tokens)[:LOOKED_AT]
+        """The stop tokens that the device looks at, to end a chunk early; the host looks at all."""
         self._strings = StopStrings(stop_strings)
         if any(stop_strings) and token_bytes is None:
             raise ValueError("stop strings need a tokenizer")

@@ -6,6 +6,10 @@ there is one per layer and `{expert}` where there is one per expert. Biases are 
 unless they are in the table. Parameters with the same tensor lie in it one after the other, or number by
 number if the tensor is in the family's `INTERLEAVED`. Matrices are [out, in] in the files, unless their
 tensors are in its `UNTRANSPOSED`. `QUANTIZED` lists the quantisation methods whose files are read.
+
+Files may differ from the table: names may begin with one of the family's `PREFIXES` instead of `model.`, and
+the experts may lie as in its table `STACKED`. Other tensors whose names begin as in `COPIED` belong to the
+model too, but not to what is computed here: they are copied on export.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ..config import Layer, ModelConfig, Stack
-from . import deepseek_v3, gpt_oss, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from ..config import Layer, ModelConfig, Site, Stack
+from . import deepseek_v3, gpt_oss, llama, mistral, phi3, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_moe
 
 FAMILIES: dict[str, ModuleType] = {
     "deepseek_v3": deepseek_v3,
@@ -28,9 +32,16 @@ FAMILIES: dict[str, ModuleType] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_text": qwen3_5_moe,
+    "qwen3_5_text": qwen3_5,
     "qwen3_moe": qwen3_moe,
 }
 """Family modules by config.json's model_type."""
+
+
+PREFIX = "model."
 
 
 class Parameter(NamedTuple):
@@ -97,14 +108,20 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     found.append(outer("norm.weight", (D,)))
     if not config.tie_embeddings:
         found.append(outer("lm_head.weight", (D, V), transposed=True))
-    return tuple(found)
+    return tuple(each._replace(name=in_files(config, each.name)) for each in found)
+
+
+def in_files(config: ModelConfig, name: str) -> str:
+    """Return the name that the tensor of a family's table has in the model's files."""
+    return config.prefix + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
 
 
 def _of_stack(config: ModelConfig, stack: Stack) -> list[Parameter]:
     family = FAMILIES[config.family]
+    names = family.TENSORS | (family.STACKED if config.stacked_experts else {})
     by_tensor: dict[str, list[Parameter]] = {}
     for name, shape, experts in _of_layer(stack.layer):
-        theirs = _tensor_name(family.TENSORS, f"layers.{name}")
+        theirs = _tensor_name(names, f"layers.{name}")
         is_matrix = name.endswith(".weight") and len(shape) > 1
         shape = shape if experts is None or "{expert}" in theirs else (experts, *shape)
         transposed = is_matrix and theirs not in getattr(family, "UNTRANSPOSED", ())
@@ -138,8 +155,8 @@ def _of_layer(layer: Layer) -> Iterator[tuple[str, tuple[int, ...], int | None]]
     """Yield the name of each parameter of a layer, its shape, and the number of experts that have one."""
     for norm in layer.norms:
         yield f"{norm.name}.weight", (norm.size,), None
-    if layer.sinks is not None:
-        yield "sinks.weight", (layer.sinks,), None
+    for vector in layer.vectors:
+        yield f"{vector.name}.weight", vector.shape, None
     for site in layer.sites:
         yield f"{site.name}.weight", (site.into, site.out), site.experts
         if site.bias:
@@ -158,12 +175,30 @@ def parameter_count(config: ModelConfig) -> int:
 def adapter_modules(config: ModelConfig) -> dict[str, frozenset[str]]:
     """Return the last parts of the names of the modules that an adapter may have, by part: attn, mlp."""
     found: dict[str, set[str]] = {}
-    for layer in config.layers:
+    for number, layer in enumerate(config.layers):
         for site in layer.sites:
             if site.part is not None:
-                module = module_name(config, f"layers.{site.name}.weight", layer=0)
-                found.setdefault(site.part, set()).add(module.rpartition(".")[2])
+                for module in (
+                    module_name(config, f"layers.{site.name}.weight", number),
+                    adapter_module(config, site, number),
+                ):
+                    found.setdefault(site.part, set()).add(module.rpartition(".")[2])
     return {part: frozenset(names) for part, names in found.items()}
+
+
+def adapter_module(config: ModelConfig, site: Site, layer: int) -> str:
+    """Return the name that the adapter of a matrix has in files: its module's, or, for one of several
+    matrices in a module, its own beside it (`in_proj_q`)."""
+    module = module_name(config, f"layers.{site.name}.weight", layer)
+    tensor = _tensor_of(config, site)
+    sharing = [each for each in config.layers[layer].sites if _tensor_of(config, each) == tensor]
+    if site.experts is None and len(sharing) > 1:
+        return f"{module.rpartition('.')[0]}.{site.name}"
+    return module
+
+
+def _tensor_of(config: ModelConfig, site: Site) -> str:
+    return FAMILIES[config.family].TENSORS[f"layers.{site.name}.weight"]
 
 
 def module_name(config: ModelConfig, parameter: str, layer: int | None = None) -> str:

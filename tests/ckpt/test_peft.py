@@ -103,10 +103,12 @@ def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path):
 
 
 def forms_of(variant):
-    """The forms in which PEFT reads adapters of experts."""
+    """The forms in which PEFT reads adapters of experts and delta nets."""
     mixture = VARIANTS[variant].keys() & {"num_experts", "num_local_experts", "n_routed_experts"}
     if variant == "deepseek_v3":
         return []  # not beside adapters of its other MLPs (`expert_files.require_form`)
+    if variant.startswith("qwen3_5"):
+        return ["target_parameters"]
     if not mixture:
         return ["shared"]
     return ["target_parameters"] if variant == "gpt_oss" else ["per_expert", "target_parameters"]
@@ -192,6 +194,9 @@ def test_experts_in_the_form_of_the_hosted_service(tmp_path):
         ("deepseek_v3", "shared", {}),
         ("deepseek_v3", "per_expert", {}),
         ("gpt_oss", "target_parameters", {}),
+        ("qwen3_5", "shared", {}),
+        ("qwen3_5_moe", "shared", {}),
+        ("qwen3_5_moe", "per_expert", {}),
     ],
 )
 def test_adapters_of_experts_survive_every_form(tmp_path, variant, form, overrides):

@@ -59,9 +59,23 @@ def sample_in_a_crowd(sampler, asked, key):
         ("qwen3_moe", lora()),
         ("gpt_oss", lora()),
         ("deepseek_v3", lora()),
+        pytest.param("qwen3_5", lora(), marks=pytest.mark.slow),
+        ("qwen3_5_moe", lora()),
         ("llama", None),
     ],
-    ids=["llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "gpt_oss", "deepseek_v3", "full weights"],
+    ids=[
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "phi3",
+        "qwen3_moe",
+        "gpt_oss",
+        "deepseek_v3",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "full weights",
+    ],
 )
 def test_512_sampled_tokens_after_three_steps(tmp_path, variant, spec):
     model = load_tiny(tmp_path, variant, max_position_embeddings=1024)

@@ -99,9 +99,9 @@ def test_lora_training_equals_peft(tmp_path, variant):
     assert len(trainer.compiled) == 3  # forward_backward of one shape, accumulate, optim_step
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_lora_training_of_experts_equals_torch(tmp_path, variant):
-    """torch's Adam on the same factors, shared and each expert's own: PEFT has no such adapter."""
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe"])
+def test_lora_training_of_what_peft_has_no_adapters_for_equals_torch(tmp_path, variant):
+    """torch's Adam on the same factors: those of experts, and those of the rows of delta nets' matrices."""
     from transformers import AutoModelForCausalLM
 
     trainer = make_trainer(tmp_path / "model", variant)

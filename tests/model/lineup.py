@@ -67,10 +67,6 @@ PUBLISHED: dict[str, tuple[int, int, int]] = {
 
 NOT_YET = {
     "Qwen/Qwen3-VL": "qwen3_vl_moe",
-    "Qwen/Qwen3.5-397B": "qwen3_5_moe",
-    "Qwen/Qwen3.5-35B": "qwen3_5_moe",
-    "Qwen/Qwen3.6-35B": "qwen3_5_moe",
-    "Qwen/Qwen3.": "qwen3_5",
     "deepseek-ai/DeepSeek-V4": "deepseek_v4",
     "moonshotai/Kimi-K2.": "kimi_k25",
     "moonshotai/Kimi-K3": "kimi_k3",
@@ -126,6 +122,40 @@ _KIMI_K2 = {
     "topk_group": 1,
     "routed_scaling_factor": 2.827,
 }
+
+
+def _qwen3_5(layers: int, hidden: int, heads: int, width: int, value_heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_5",
+        "text_config": {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "intermediate_size": width,
+            "linear_num_value_heads": value_heads,
+        },
+    }
+
+
+def _qwen3_5_moe(
+    layers: int, hidden: int, heads: int, experts: tuple[int, int, int], value_heads: int
+) -> dict[str, Any]:
+    count, chosen, width = experts
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "linear_num_value_heads": value_heads,
+        "num_experts": count,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
+    }
+    return {"model_type": "qwen3_5_moe", "text_config": sizes}
+
+
+_QWEN35_9B, _QWEN35_27B = _qwen3_5(32, 4096, 16, 12_288, 32), _qwen3_5(64, 5120, 24, 17_408, 48)
+_QWEN35_35B = _qwen3_5_moe(40, 2048, 16, (256, 8, 512), 32)
 _LLAMA_8B, _LLAMA_70B = _llama(32, 4096, 32, 14_336), _llama(80, 8192, 64, 28_672)
 _QWEN3_8B, _QWEN3_30B = _qwen3(36, 4096, 32, 12_288), _qwen3_moe(48, 2048, 32, 768)
 SIZES: dict[str, dict[str, Any]] = {
@@ -148,6 +178,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "openai/gpt-oss-20b": _gpt_oss(24, 32),
     "openai/gpt-oss-120b": _gpt_oss(36, 128),
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _qwen3_moe(94, 4096, 64, 1536),
+    "Qwen/Qwen3.5-4B": _qwen3_5(32, 2560, 16, 9216, 32),
+    "Qwen/Qwen3.5-9B": _QWEN35_9B,
+    "Qwen/Qwen3.5-9B-Base": _QWEN35_9B,
+    "Qwen/Qwen3.5-27B": _QWEN35_27B,
+    "Qwen/Qwen3.6-27B": _QWEN35_27B,
+    "Qwen/Qwen3.8-27B": _QWEN35_27B,
+    "Qwen/Qwen3.5-35B-A3B": _QWEN35_35B,
+    "Qwen/Qwen3.5-35B-A3B-Base": _QWEN35_35B,
+    "Qwen/Qwen3.6-35B-A3B": _QWEN35_35B,
+    "Qwen/Qwen3.5-397B-A17B": _qwen3_5_moe(60, 4096, 32, (512, 10, 1024), 64),
 }
 """What config.json says of the sizes, for the models that run here."""
 

@@ -32,7 +32,15 @@ MIXED = {"mlp_only_layers": [1], "norm_topk_prob": False}  # two kinds of layers
 
 @pytest.mark.reference
 @pytest.mark.parametrize(
-    ("variant", "overrides"), [("qwen3_moe", {}), ("qwen3_moe", MIXED), ("gpt_oss", {}), ("deepseek_v3", {})]
+    ("variant", "overrides"),
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", MIXED),
+        ("gpt_oss", {}),
+        ("deepseek_v3", {}),
+        ("qwen3_5", {}),
+        ("qwen3_5_moe", {}),
+    ],
 )
 def test_log_probs_and_gradients_equal_torch_s(tmp_path, packed_rows, targets, variant, overrides):
     """transformers runs the weights with the adapter's products added; torch differentiates through them."""
@@ -75,7 +83,7 @@ def test_log_probs_and_gradients_equal_torch_s(tmp_path, packed_rows, targets, v
         assert error < 1e-3, (jax.tree_util.keystr(path), error)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "qwen3_5_moe"])
 def test_rows_of_several_adapters_equal_each_adapter_alone(tiny, packed_rows, targets, variant):
     model = tiny(variant)
     adapters = tuple(random_adapter(model.config, seed, RANK) for seed in range(3))

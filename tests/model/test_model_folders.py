@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tinsmith.ckpt import merged
 from tinsmith.model import decoder, load, weight_files
-from tinsmith.model.config import GatedMlp, UnsupportedModelError
+from tinsmith.model.config import DeltaNet, GatedMlp, UnsupportedModelError
 from tinsmith.model.families import FAMILIES, tensor_shapes
 from tinsmith.model.folder import read_config, stated_config
 from tiny_models import hf_config, write_model
@@ -196,7 +197,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     from transformers import AutoConfig
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    config, theirs = read_config(tmp_path), AutoConfig.for_model(family)
+    config, theirs = read_config(tmp_path), AutoConfig.for_model(family).get_text_config()
     same = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -208,7 +209,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     assert {name: getattr(config, name) for name in same} == {
         name: getattr(theirs, their) for name, their in same.items()
     }
-    mixer = config.layers[0].mixer
+    mixer = next(layer.mixer for layer in config.layers if not isinstance(layer.mixer, DeltaNet))
     assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert (mixer.heads, mixer.rope.theta) == (
         theirs.num_attention_heads,
@@ -217,7 +218,9 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     if family == "deepseek_v3":
         assert_as_deepseek_s_defaults(config, theirs)
         return
-    width = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    if family.startswith("qwen3_5"):
+        assert_as_qwen3_5_s_defaults(config, theirs)
+    width = getattr(theirs, "moe_intermediate_size", None) or theirs.intermediate_size
     assert config.layers[0].mlp.width == width
     if family == "qwen3_moe":
         mlp, expected = (
@@ -230,6 +233,30 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     assert mixer.kv_heads == theirs.num_key_value_heads
     their_size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert mixer.head_dim == their_size
+
+
+def assert_as_qwen3_5_s_defaults(config, theirs):
+    types = [
+        "linear_attention" if isinstance(layer.mixer, DeltaNet) else "full_attention"
+        for layer in config.layers
+    ]
+    assert types == theirs.layer_types
+    net, full = config.layers[0].mixer, config.layers[3].mixer
+    assert full.rope.dims == theirs.head_dim * theirs.rope_parameters["partial_rotary_factor"]
+    assert (net.key_heads, net.value_heads, net.key_dim, net.value_dim, net.taps) == (
+        theirs.linear_num_key_heads,
+        theirs.linear_num_value_heads,
+        theirs.linear_key_head_dim,
+        theirs.linear_value_head_dim,
+        theirs.linear_conv_kernel_dim,
+    )
+    if hasattr(theirs, "num_experts"):
+        mlp = config.layers[0].mlp
+        assert (mlp.count, mlp.chosen, mlp.shared) == (
+            theirs.num_experts,
+            theirs.num_experts_per_tok,
+            theirs.shared_expert_intermediate_size,
+        )
 
 
 def assert_as_deepseek_s_defaults(config, theirs):
@@ -310,6 +337,10 @@ PARTIAL = {"partial_rotary_factor": 0.5}
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: gptq"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: fp8"),
         ("llama", {"quantization": {"group_size": 64, "bits": 4}}, "quantized"),
+        ("qwen3_5_moe", {"layer_types": ["linear_attention"] * 2}, "layer_types has no full_attention"),
+        ("qwen3_5_moe", {"linear_num_value_heads": 3}, "not a multiple of linear_num_key_heads"),
+        ("qwen3_5_moe", {"attn_output_gate": False}, "attn_output_gate False"),
+        ("qwen3_5", {"text_config": [1]}, "text_config is"),
     ],
 )  # fmt: skip
 def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, variant, change, message):
@@ -358,7 +389,10 @@ def test_a_head_of_its_own_although_config_json_says_tied(tmp_path):
 def test_a_head_that_is_the_embedding_stays_tied(tmp_path):
     folder = write_model(tmp_path, "llama", num_hidden_layers=1)
     rewrite(
-        folder, lambda tensors: tensors.update({weight_files.HEAD: tensors[weight_files.EMBEDDING].copy()})
+        folder,
+        lambda tensors: tensors.update(
+            {weight_files.HEAD: tensors["model." + weight_files.EMBEDDING].copy()}
+        ),
     )
     assert read_config(folder).tie_embeddings
     assert_as_transformers(folder)
@@ -366,7 +400,10 @@ def test_a_head_that_is_the_embedding_stays_tied(tmp_path):
 
 def test_a_tied_model_stored_as_its_head_alone(tmp_path):
     folder = write_model(tmp_path, "llama", num_hidden_layers=1)
-    rewrite(folder, lambda tensors: tensors.update({weight_files.HEAD: tensors.pop(weight_files.EMBEDDING)}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({weight_files.HEAD: tensors.pop("model." + weight_files.EMBEDDING)}),
+    )
     assert_as_transformers(folder)
 
 
@@ -377,6 +414,40 @@ def test_a_model_stored_without_its_prefix(tmp_path):
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "trunk")
     assert "embed_tokens.weight" in load_file(tmp_path / "trunk" / "model.safetensors")
     assert_as_transformers(tmp_path / "trunk")
+
+
+def test_a_model_that_sees_with_its_experts_in_one_tensor(tmp_path):
+    """The layout of the hub's files of Qwen3.5's mixtures, which are read and exported as they are."""
+    folder = write_model(tmp_path / "hub", "qwen3_5_moe", tokenizer=False, num_hidden_layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    above = {"model_type": "qwen3_5_moe", "tie_word_embeddings": False, "text_config": config}
+    (folder / "config.json").write_text(json.dumps(above | {"vision_config": {"depth": 1}}))
+    rewrite(folder, as_on_the_hub)
+    assert_as_transformers(folder)
+    stored, config = load_file(folder / "model.safetensors"), read_config(folder)
+    base = merged.in_memory(load.load_base(folder, config, jnp.float32))
+    merged.save_merged(tmp_path / "out", base, config, base_folder=folder)
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored.keys() == exported.keys()
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(exported[name], tensor, err_msg=name)
+
+
+def as_on_the_hub(tensors):
+    """Put the experts of each layer into two tensors, and everything below `language_model`."""
+    experts = {}
+    for name in [name for name in tensors if ".experts." in name]:
+        before, _, after = name.partition(".experts.")
+        number, matrix, _ = after.split(".")
+        experts.setdefault(f"{before}.experts", {})[int(number), matrix] = tensors.pop(name)
+    for at, of in experts.items():
+        numbers = sorted({number for number, _ in of})
+        both = [np.concatenate([of[n, "gate_proj"], of[n, "up_proj"]]) for n in numbers]
+        tensors[f"{at}.gate_up_proj"] = np.stack(both)
+        tensors[f"{at}.down_proj"] = np.stack([of[n, "down_proj"] for n in numbers])
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.replace("model.", "model.language_model.", 1)] = tensors.pop(name)
+    tensors["model.visual.merger.norm.bias"] = np.ones(3, np.float32)
 
 
 def test_one_file_wins_over_an_index_and_an_index_over_other_files(tmp_path):
