@@ -79,14 +79,14 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     platform = mesh.devices.flat[0].platform
     precision.set_precision(base_models.compute_dtype(config.dtype), platform)
     log.info("on this backend %s", precision.promise(platform))
-    room = base_models.Room.of(config, mesh)
-    log.info("memory planned, in %s", room.plan)
+    memory = base_models.EngineMemory.of(config, mesh)
+    log.info("memory planned, in %s", memory.plan)
     bases: dict[str, base_models.BaseModel] = {}
     losses = CustomLossProcesses()
     for number, declared in enumerate(config.base_models, start=1):
         tell(f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
         same = (base for base in bases.values() if base.folder == find_model(declared.path))
-        shared = next(same, None) or base_models.load(declared, config, mesh, room, losses)
+        shared = next(same, None) or base_models.load(declared, config, mesh, memory, losses)
         bases[declared.name] = dataclasses.replace(shared, name=declared.name)
     engine = Engine(config, bases, socket, measurements)
     phase = "ready"

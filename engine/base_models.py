@@ -47,7 +47,7 @@ class BaseModel:
     trainer: Trainer
     samplers: SamplerCache
     reference: str
-    room: Room
+    memory: EngineMemory
 
 
 def compute_dtype(name: str) -> Any:
@@ -58,7 +58,7 @@ def compute_dtype(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Room:
+class EngineMemory:
     """The division of the device's memory: the plan, the folder of each base model in it, and the budget."""
 
     plan: EnginePlan
@@ -66,7 +66,7 @@ class Room:
     budget: Budget
 
     @classmethod
-    def of(cls, engine: messages.EngineConfig, mesh: Mesh) -> Room:
+    def of(cls, engine: messages.EngineConfig, mesh: Mesh) -> EngineMemory:
         """Plan with what is free now, from the base models' configs. Names of one folder share a model."""
         folders = tuple(dict.fromkeys(find_model(declared.path) for declared in engine.base_models))
         itemsize = compute_dtype(engine.dtype).itemsize
@@ -96,16 +96,16 @@ def load(
     declared: messages.BaseModel,
     engine: messages.EngineConfig,
     mesh: Mesh,
-    room: Room | None = None,
+    memory: EngineMemory | None = None,
     custom_losses: CustomLossProcesses | None = None,
 ) -> BaseModel:
-    """Read a base model onto the mesh, within what the `room` has for it (by default that of the engine).
+    """Read a base model onto the mesh, within its share of `memory` (by default all of the engine's).
 
     All base models of an engine share one `custom_losses`. Raises FileNotFoundError, UnsupportedModelError or
     WeightsError for a model that cannot be loaded.
     """
     began = time.perf_counter()
-    room = room or Room.of(engine, mesh)
+    memory = memory or EngineMemory.of(engine, mesh)
     folder = find_model(declared.path)
     config = read_config(folder)
     if declared.digest is not None and digest(folder, config) != declared.digest:
@@ -116,7 +116,7 @@ def load(
     dtype = compute_dtype(engine.dtype)
     graph, _ = decoder.build(config, dtype, product_form(dtype, mesh))
     weights = load_base(folder, config, dtype, mesh)
-    limit, number = _limit(config, engine), room.folders.index(folder)
+    limit, number = _limit(config, engine), memory.folders.index(folder)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     trainer = Trainer(
@@ -125,9 +125,9 @@ def load(
         config,
         mesh,
         max_sequence_length=limit,
-        micro_batch_tokens=None if on_cpu else room.plan.micro_batches[number] * row_devices,
-        budget=room.budget,
-        kept_bytes=room.plan.kept,
+        micro_batch_tokens=None if on_cpu else memory.plan.micro_batches[number] * row_devices,
+        budget=memory.budget,
+        kept_bytes=memory.plan.kept,
         custom_loss_processes=custom_losses,
     )
     token_bytes = _token_bytes(folder)
@@ -140,10 +140,10 @@ def load(
             token_bytes=token_bytes,
             end_tokens=tokenizer_files.end_tokens(folder),
             mesh=mesh,
-            kv_cache_tokens=room.plan.kv_tokens[number],
-            state_bytes=room.plan.states[number],
+            kv_cache_tokens=memory.plan.kv_tokens[number],
+            state_bytes=memory.plan.states[number],
             max_sequence_length=limit,
-            budget=room.budget,
+            budget=memory.budget,
         )
 
     samplers = SamplerCache(
@@ -154,7 +154,7 @@ def load(
         mesh,
         engine.sampler_bytes,
         engine.sampler_idle_seconds,
-        room.budget,
+        memory.budget,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     log.info(
@@ -177,7 +177,7 @@ def load(
         trainer,
         samplers,
         declared.reference or declared.name,
-        room,
+        memory,
     )
 
 

@@ -58,10 +58,12 @@ class Engine:
         self._measurements = measurements or Measurements(socket.send)
         base = next(iter(bases.values()))
         on_cpu = base.mesh.devices.flat[0].platform == "cpu"
-        tenants = Tenants(base.room.budget, lambda model_id: self._scheduler.is_running(model_id), not on_cpu)
+        tenants = Tenants(
+            base.memory.budget, lambda model_id: self._scheduler.is_running(model_id), not on_cpu
+        )
         self._models = Models(config, bases, tenants)
         self._memory = MemoryReport(
-            base.room, tenants, (each.trainer.programs for each in bases.values()), socket.send
+            base.memory, tenants, (each.trainer.programs for each in bases.values()), socket.send
         )
         # Several names may share a base; take each base once.
         self._samplers = list(dict.fromkeys(base.samplers for base in bases.values()))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from . import messages
-from .base_models import Room
+from .base_models import EngineMemory
 from .device_memory import free_bytes
 from .programs import Programs
 from .tenants import Tenants
@@ -19,12 +19,12 @@ class MemoryReport:
 
     def __init__(
         self,
-        room: Room,
+        memory: EngineMemory,
         tenants: Tenants,
         programs: Iterable[Programs],
         send: Callable[[messages.Memory], None],
     ):
-        self._room, self._tenants, self._send = room, tenants, send
+        self._engine_memory, self._tenants, self._send = memory, tenants, send
         self._programs = list(programs)
         self._sent: messages.Memory | None = None
         self._sent_at = -_SECONDS
@@ -40,9 +40,9 @@ class MemoryReport:
         self._sent, self._sent_at = report, now
 
     def report(self, asleep: bool) -> messages.Memory:
-        plan = self._room.plan
+        plan = self._engine_memory.plan
         largest = max(each.largest_bytes for each in self._programs)
         held = {"base": plan.base, "programs": largest, "kv_pages": plan.kv_pages}
-        held |= self._room.budget.by_kind()
+        held |= self._engine_memory.budget.by_kind()
         held = dict.fromkeys(held, 0) if asleep else held
         return messages.Memory(plan.capacity, plan.kinds, held, free_bytes(), self._tenants.bytes_waiting)

@@ -41,7 +41,7 @@ def test_base_models_share_what_is_derived_from_the_device(tmp_path, given, base
 def test_two_names_of_one_folder_take_the_memory_of_one(folder, tmp_path):
     declared = [messages.BaseModel(name, str(folder)) for name in ("a", "b")]
     rooms = [
-        base_models.Room.of(messages.EngineConfig("", str(tmp_path), "", some), make_mesh())
+        base_models.EngineMemory.of(messages.EngineConfig("", str(tmp_path), "", some), make_mesh())
         for some in (declared, declared[:1])
     ]
     assert rooms[0].plan.base == rooms[1].plan.base

@@ -81,14 +81,14 @@ def run(base, name: str, budget: int | None) -> dict:
     config, model = base
     socket = Inbox(requests(name))
     engine = Engine(config, {"tiny": model}, socket)
-    before = model.room.budget.max_bytes
+    before = model.memory.budget.max_bytes
     if budget is not None:
-        model.room.budget.max_bytes = budget
+        model.memory.budget.max_bytes = budget
         engine._models._tenants.may_leave = True
     try:
         engine.run()
     finally:
-        model.room.budget.max_bytes = before
+        model.memory.budget.max_bytes = before
     return socket.answers
 
 

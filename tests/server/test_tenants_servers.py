@@ -24,12 +24,12 @@ from tinsmith.server.ledger import plugins as plugin_rows
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.plugins.sglang.endpoint import (
+    AnswerBytes,
     Endpoint,
     EndpointBusy,
     EndpointDied,
     EndpointError,
     EndpointRefused,
-    Room,
 )
 from tinsmith.server.plugins.sglang.endpoints import MAX_ENDPOINTS, Endpoints, Registry
 from tinsmith.server.settings import Settings
@@ -91,8 +91,8 @@ def sglang(path: str, writer: asyncio.StreamWriter) -> None:
     reply(writer, json.dumps([drawn] if path == "/generate" else info).encode())
 
 
-def tenants(port: int, host: str = "127.0.0.1", room: Room | None = None) -> Endpoint:
-    return Endpoint(f"http://{host}:{port}", "sk-key", Allowed([], ["127.0.0.1"]), room)
+def tenants(port: int, host: str = "127.0.0.1", answer_bytes: AnswerBytes | None = None) -> Endpoint:
+    return Endpoint(f"http://{host}:{port}", "sk-key", Allowed([], ["127.0.0.1"]), answer_bytes)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,11 @@ async def test_an_answer_is_as_long_as_what_was_asked_for() -> None:
         many = DRAW | {"sampling_params": {"max_new_tokens": 4096, "n": 2}}
         assert len((await client.generate(many))[0]["text"]) == 1 << 20
         await client.close()
-        room = Room(1 << 19)
-        client = tenants(there.port, room=room)
+        answer_bytes = AnswerBytes(1 << 19)
+        client = tenants(there.port, answer_bytes=answer_bytes)
         with pytest.raises(EndpointBusy, match="at once"):
             await client.generate(many)
-        assert room.take(1 << 19), "what was read is forgotten"
+        assert answer_bytes.take(1 << 19), "what was read is forgotten"
         await client.close()
 
 

@@ -124,7 +124,7 @@ class CannotServe(EndpointError):
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class Room:
+class AnswerBytes:
     """The bytes of answers that may be held at once, of all servers of a tenant or without a limit."""
 
     def __init__(self, limit: float = math.inf):
@@ -146,7 +146,7 @@ class Endpoint:
     """The HTTP client of one SGLang server.
 
     `url` has no slash at its end. `allowed`: the addresses that a tenant's server may have; None: it is the
-    operator's. `room` is shared by the servers of a tenant.
+    operator's. `answer_bytes` is shared by the servers of a tenant.
     """
 
     def __init__(
@@ -154,11 +154,11 @@ class Endpoint:
         url: str,
         api_key: str | None = None,
         allowed: Allowed | None = None,
-        room: Room | None = None,
+        answer_bytes: AnswerBytes | None = None,
     ):
         self.url = url.rstrip("/")
         self.is_operators = allowed is None
-        self._room = room or Room()
+        self._answer_bytes = answer_bytes or AnswerBytes()
         self._most_bytes = _MOST_BYTES if self.is_operators else _TENANT_BYTES
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_SECONDS)
         key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -336,12 +336,12 @@ class Endpoint:
             async for data in answer.aiter_raw():
                 if len(content) + len(data) > most_bytes:
                     raise self._too_long(path, most_bytes)
-                if not self._room.take(len(data)):
+                if not self._answer_bytes.take(len(data)):
                     raise EndpointBusy(f"{self.url}{path}: too many long answers at once")
                 content += data
             said = await _parsed(bytes(content))
         finally:
-            self._room.give_back(len(content))
+            self._answer_bytes.give_back(len(content))
         status = answer.status_code
         if status == 200 and not (isinstance(said, dict) and said.get("success") is False):
             return None if isinstance(said, bytes) else said

@@ -37,13 +37,13 @@ from ...ledger import plugins as plugin_rows
 from ...ledger.ledger import Ledger
 from ...settings import Settings
 from .endpoint import (
+    AnswerBytes,
     Endpoint,
     EndpointBusy,
     EndpointDied,
     EndpointError,
     EndpointSilent,
     Limits,
-    Room,
     are_tempered,
     base_model_of,
     limits_of,
@@ -370,7 +370,7 @@ class Registry:
         self._endpoints = endpoints
         self._allowed = Allowed(settings.sglang_urls, settings.sglang_allow)
         self._keys = EndpointKeys(settings.data_dir)
-        self._rooms: WeakValueDictionary[str, Room] = WeakValueDictionary()  # by owner
+        self._answer_bytes: WeakValueDictionary[str, AnswerBytes] = WeakValueDictionary()  # by owner
         self.problems: dict[Place, str] = {}
 
     async def start(self) -> None:
@@ -420,8 +420,8 @@ class Registry:
     def _registered(
         self, owner: str, host: str, port: int, fields: dict[str, Any], key: str | None
     ) -> Registered:
-        room = self._rooms.setdefault(owner, Room(TENANT_BYTES))
-        client = Endpoint(url_of(host, port), key, self._allowed, room)
+        answer_bytes = self._answer_bytes.setdefault(owner, AnswerBytes(TENANT_BYTES))
+        client = Endpoint(url_of(host, port), key, self._allowed, answer_bytes)
         return Registered(client, owner, fields.get("base_model"), fields.get("pool") or "default")
 
     async def add(self, owner: str, host: str, port: int, fields: dict[str, Any]) -> str | None:
