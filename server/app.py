@@ -1,7 +1,7 @@
 """The application: `create_app(settings)` puts it together.
 
 `Application.build` makes every object once, each from the objects above it. Routes get theirs by type
-(`http/provided.py`).
+(`http/dependencies.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .http import errors, openapi
 from .http.authentication import AllowedHosts, Authentication, BrowserChecks
 from .http.bodies import USUAL_BYTES, BodyLimits, JsonBodies, RefusedNumbers, budget, of_training_and_sampling
 from .http.console_pages import ConsolePages
+from .http.dependencies import Services
 from .http.model_creations import ModelCreations
 from .http.monitoring import (
     Measured,
@@ -34,7 +35,6 @@ from .http.monitoring import (
     ServerMetrics,
 )
 from .http.operation_answers import OperationAnswers
-from .http.provided import Services
 from .http.routes import (
     checkpoints,
     console,

@@ -22,10 +22,10 @@ from ..base_models import BaseModels
 from ..errors import ApiError, ClientGone, UnsupportedMediaType
 from ..models.submits import UnusedNumbers
 from ..offload import INLINE_BYTES, Offload
-from ..wire.body import InvalidBody, parse, read_json
+from ..wire import InvalidBody, parse, read_json
 from ..wire.training import COMPRESSED_HEAD_BYTES, JsonNumber, is_json, peek_head
+from .dependencies import Services, provided, resolved
 from .errors import error_response
-from .provided import Services, provided, resolved
 
 # The bodies of all other routes describe something: names, paths, metadata.
 USUAL_BYTES = 1 << 20

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError, Unavailable, internal_error
-from ..wire.body import describe, is_union_tag
+from ..wire import describe, is_union_tag
 
 UNKNOWN_URL = "unknown_url"
 _PREFIX = "/v1"

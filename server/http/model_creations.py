@@ -28,8 +28,8 @@ from ..operations.operation import Operation
 from ..plugins.rlve.runs import RlveRuns, rlve_of
 from ..plugins.wandb import WandbRuns
 from ..settings import Settings
+from ..wire import DEFAULT_MODEL
 from ..wire import requests as wire
-from ..wire.body import DEFAULT_MODEL
 
 TIED = (
     "train_unembed: this base model's embeddings are tied. The adapter of the unembedding is right beside "

@@ -22,7 +22,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from ...engine.messages import TOPK_LIMIT, SamplingParams
-from .body import (
+from . import (
     LIST,
     ONE,
     Finite,

@@ -21,7 +21,7 @@ from ...engine import messages
 from ..addresses import plain_host
 from ..errors import BadRequest
 from ..ledger.tenancy import SAMPLING_ENGINE
-from .body import (
+from . import (
     Body,
     Finite,
     Id,

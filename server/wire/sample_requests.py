@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from ...engine import messages
 from ..dialect import DIALECT_RULES, Dialect
 from ..errors import BadRequest, ContextTooLong
-from .body import (
+from . import (
     LIST,
     ONE,
     Body,

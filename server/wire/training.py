@@ -32,9 +32,9 @@ from pydantic import (
 
 from ...engine import messages
 from ..errors import ApiError, BadRequest, Invalid
+from . import Body, Finite, Int64, Sequenced, describe, example, find_long_number, numbered, over_float64
 from . import forward_backward as protobuf
 from . import tinsmith_wire_pb2 as pb
-from .body import Body, Finite, Int64, Sequenced, describe, example, find_long_number, numbered, over_float64
 from .forward_backward import ForwardBackwardBody, checked, decompress
 from .sample_requests import ModelInput
 

@@ -19,8 +19,7 @@ from tinsmith.server.errors import BadRequest
 from tinsmith.server.http import errors
 from tinsmith.server.http.model_creations import model_spec
 from tinsmith.server.settings import Settings
-from tinsmith.server.wire import requests, sample_requests, training
-from tinsmith.server.wire.body import Body, OfModel, describe
+from tinsmith.server.wire import Body, OfModel, describe, requests, sample_requests, training
 from tinsmith.server.wire.sample_requests import prompt_tokens
 
 VOCAB, LONGEST = 64, 32

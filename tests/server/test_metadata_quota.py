@@ -13,7 +13,7 @@ from tinsmith.engine import messages
 from tinsmith.server.errors import NotFound, QuotaExceeded
 from tinsmith.server.ledger import tenancy
 from tinsmith.server.models import losses as custom_losses
-from tinsmith.server.wire.body import MOST_METADATA_BYTES, Metadata
+from tinsmith.server.wire import MOST_METADATA_BYTES, Metadata
 from tinsmith.server.wire.requests import CreateModel, CreateSession, FinishSession, SaveWeights
 
 NOTE = {"note": "x" * 10_000}

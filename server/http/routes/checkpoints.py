@@ -38,12 +38,20 @@ from ...ledger.ledger import Ledger
 from ...models.sessions import Sessions
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
-from ...wire import requests, responses
-from ...wire.body import OfModel
+from ...wire import OfModel, requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, RequestedDialect, described_as, xorl_name
+from ..dependencies import (
+    BaseUrl,
+    CallerOf,
+    Limit,
+    Offset,
+    Owner,
+    Provided,
+    RequestedDialect,
+    described_as,
+    xorl_name,
+)
 from ..openapi import BINARY
-from ..provided import Provided
 
 run_router = APIRouter(prefix="/api/v1", tags=["training runs"])
 

@@ -25,9 +25,8 @@ from ...models.sessions import Sessions, shown_id
 from ...operations.step_metrics import curve, parse_cursor
 from ...wire import requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, described_as
+from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, Provided, described_as
 from ..monitoring import Overview
-from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["console"], route_class=BodyRoute)
 

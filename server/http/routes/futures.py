@@ -16,9 +16,8 @@ from ...operations.sample_streams import Completions
 from ...settings import Settings
 from ...wire import requests, responses, results
 from ..bodies import BodyRoute
-from ..dependencies import Owner, RequestedDialect, described_as
+from ..dependencies import Owner, Provided, RequestedDialect, described_as
 from ..operation_answers import OperationAnswers, json_response
-from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["futures"], route_class=BodyRoute)
 

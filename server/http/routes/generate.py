@@ -23,8 +23,7 @@ from ...text import ChatTokenizer, SampledText
 from ...wire import sample_requests as wire
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from ..bodies import BodyRoute
-from ..dependencies import Owner, described_as
-from ..provided import Provided
+from ..dependencies import Owner, Provided, described_as
 from ..sample_targets import ServedModel
 from ..samples import (
     NamedModel,

@@ -24,11 +24,9 @@ from ...plugins.sglang.endpoint import CannotServe
 from ...plugins.sglang.endpoints import Endpoints, Registered, Registry
 from ...plugins.sglang.merged_weights import Distribution, Synced
 from ...settings import Settings
-from ...wire import requests, responses
-from ...wire.body import DEFAULT_MODEL, describe
+from ...wire import DEFAULT_MODEL, describe, requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import Owner, described_as
-from ..provided import Provided, provided
+from ..dependencies import Owner, Provided, described_as, provided
 from ..sample_targets import SampleTargets
 
 router = APIRouter(tags=["inference servers"], route_class=BodyRoute)

@@ -19,9 +19,8 @@ from ...text import ChatTokenizer
 from ...wire import openai as wire
 from ...wire.results import likely_of, logprobs_of, prompt_logprobs_of, tokens_of
 from ..bodies import BodyRoute
-from ..dependencies import Owner, described_as
+from ..dependencies import Owner, Provided, described_as
 from ..errors import error_object
-from ..provided import Provided
 from ..samples import Running, SampleRequest, ServedSamples, event, outputs_of, while_connected
 
 Likely = list[tuple[int, float]]

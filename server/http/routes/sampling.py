@@ -20,9 +20,8 @@ from ...plugins.sglang.sampling import Divergence
 from ...wire import requests, responses
 from ...wire import sample_requests as wire
 from ..bodies import BodyRoute
-from ..dependencies import Owner, RequestedDialect, described_as, future
+from ..dependencies import Owner, Provided, RequestedDialect, described_as, future
 from ..operation_answers import OperationAnswers
-from ..provided import Provided
 from ..sample_targets import SampleTargets, Weights
 from ..samples import ApiSamples, ServedSamples, while_connected
 

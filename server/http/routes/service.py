@@ -24,9 +24,8 @@ from ...settings import Settings
 from ...supervision.supervisor import Supervisor
 from ...wire import responses
 from ..authentication import METRICS_PATH
-from ..dependencies import BaseUrl, Owner, described_as
+from ..dependencies import BaseUrl, Owner, Provided, described_as
 from ..monitoring import Metrics
-from ..provided import Provided
 from ..sample_targets import SampleTargets
 
 router = APIRouter(tags=["service"])

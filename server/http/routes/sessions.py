@@ -26,12 +26,10 @@ from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
 from ...text import of_folder
-from ...wire import requests, responses
-from ...wire.body import OfModel
+from ...wire import OfModel, requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, Limit, Offset, Owner, RequestedDialect, described_as, future
+from ..dependencies import BaseUrl, Limit, Offset, Owner, Provided, RequestedDialect, described_as, future
 from ..model_creations import TIED, ModelCreations
-from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["sessions"], route_class=BodyRoute)
 

@@ -19,17 +19,15 @@ from ...offload import INLINE_BYTES, Offload
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
 from ...settings import Settings
+from ...wire import OfModel, Sequenced, responses
 from ...wire import forward_backward as wire
-from ...wire import responses
 from ...wire import training as json_wire
-from ...wire.body import OfModel, Sequenced
 from ...wire.requests import CreateCustomLoss
 from ...wire.training import PER_TOKEN, ReadBody, with_datums
 from ...wire.training import read as read_body
 from ..bodies import BodyRoute, body_is_read, received
-from ..dependencies import Owner, described_as, future
+from ..dependencies import Owner, Provided, described_as, future
 from ..operation_answers import json_response
-from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 

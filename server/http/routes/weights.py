@@ -29,9 +29,8 @@ from ...models.sessions import Sessions
 from ...models.submits import Reservation, Saves, Submits, save_answer
 from ...wire import requests, responses
 from ..bodies import BodyRoute
-from ..dependencies import BaseUrl, Owner, RequestedDialect, described_as, future
+from ..dependencies import BaseUrl, Owner, Provided, RequestedDialect, described_as, future
 from ..model_creations import optimizer_of
-from ..provided import Provided
 
 router = APIRouter(prefix="/api/v1", tags=["weights"], route_class=BodyRoute)
 
