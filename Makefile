@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang ray laboratory accelerators gpu rlve methods lint format bench lock clean
+.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang ray laboratory accelerators gpu tpu rlve methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -142,8 +142,10 @@ $(LABORATORY)/.installed: tests/accelerators/requirements.txt
 accelerators: laboratory ## compile the real shapes for absent GPUs and TPUs, and write docs/accelerators.md (an hour)
 	$(LABORATORY)/bin/python tests/accelerators/write_page.py
 
-gpu: $(STAMP) ## on a machine with a GPU or a TPU: its attention beside the reference (install the extras first)
-	JAX_PLATFORMS= XLA_FLAGS= $(BIN)/python -m pytest -v tests/model/test_attention_on_this_device.py
+tpu: gpu ## the same
+
+gpu: $(STAMP) ## on a machine with a GPU or a TPU: tests and benchmarks on it, and its page in docs/devices (an hour)
+	$(BIN)/python bench/device.py
 
 methods: $(STAMP) ## write docs/compatibility.md's table of the SDK's methods from the tests that call them
 	TINSMITH_WRITE_METHODS=1 $(BIN)/python -m pytest -q -m "not slow" tests/conformance/test_sdk_*.py

@@ -66,6 +66,7 @@ class Program:
     def collectives(self) -> Counter:
         """How often each (kind, shape of the result) is executed."""
         found: Counter = Counter()
+        gathers: dict[tuple, int] = {}
         for _, i in self:
             kind = i.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES or i.opcode.endswith("-done"):
@@ -73,8 +74,17 @@ class Program:
             shapes = [s for s in i.shapes if s[1]]
             if i.opcode == "all-gather-start":  # (operands, results)
                 shapes = shapes[len(shapes) // 2 :]
+            channel = re.search(r"channel_id=(\d+)", i.text)
             for shape in shapes:
-                found[kind, shape] += i.times
+                if kind == "all-gather" and channel:
+                    # A TPU's program has one asynchronous gather in several fusions, which may lie in loops
+                    # that run beside it. They have one channel, and it runs as often as the rarest of them.
+                    key = (kind, shape), channel.group(1)
+                    gathers[key] = min(i.times, gathers.get(key, i.times))
+                else:
+                    found[kind, shape] += i.times
+        for (gather, _), times in gathers.items():
+            found[gather] += times
         return found
 
     def calls(self) -> Counter:

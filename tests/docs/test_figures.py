@@ -29,5 +29,6 @@ def test_every_picture_is_shown_and_there() -> None:
         for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())
         if "://" not in path
     }
-    pictures = {*FIGURES.glob("*.svg"), *(ROOT / "docs" / "images").iterdir()}
+    devices = ROOT / "docs" / "devices"
+    pictures = {*FIGURES.glob("*.svg"), *devices.glob("*.svg"), *(ROOT / "docs" / "images").iterdir()}
     assert shown == {picture.resolve() for picture in pictures}
