@@ -155,11 +155,12 @@ class Attention:
     sinks: bool = False
     fused: bool = False
     gated: bool = False
+    score_scale: float | None = None
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with."""
-        return self.head_dim**-0.5
+        """What scores are multiplied with: head_dim^-1/2 if `score_scale` is None."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     @property
     def cached(self) -> KeysValues:
@@ -381,7 +382,9 @@ class Latent:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(silu(gate x) * up x), with `width` hidden units (SwiGLU). `biased` names matrices with biases.
+    """down(act(gate x) * up x), with `width` hidden units. `biased` names matrices with biases.
+
+    The activation is silu, or gelu in its approximation by tanh.
 
     With `fused`, gate and up are one matrix, side by side, and have one adapter together."""
 
@@ -389,6 +392,7 @@ class GatedMlp:
     width: int
     biased: tuple[str, ...] = ()
     fused: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
 
     @property
     def active_width(self) -> int:
@@ -481,10 +485,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class Layer:
-    """A mixer and an MLP, each after an RMSNorm and added to the residual stream."""
+    """A mixer and an MLP, each after an RMSNorm and added to the residual stream.
+
+    With `sandwich`, each is also followed by one."""
 
     mixer: Attention | Latent | DeltaNet
     mlp: GatedMlp | Experts
+    sandwich: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -493,7 +500,9 @@ class Layer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         D = self.mixer.hidden
-        return Norm("input_layernorm", D), Norm("post_attention_layernorm", D), *self.mixer.norms
+        of_mlp = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if self.sandwich else ()
+        names = ("input_layernorm", "post_attention_layernorm", *of_mlp)
+        return *(Norm(name, D) for name in names), *self.mixer.norms
 
     @property
     def vectors(self) -> tuple[Vector, ...]:
@@ -551,6 +560,8 @@ class ModelConfig:
     """What the names of tensors in the files begin with, except the head's."""
     stacked_experts: bool = False
     """Whether the files hold a layer's experts in one tensor, where the family knows another layout."""
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied with, rounded to the dtype."""
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

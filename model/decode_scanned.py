@@ -100,6 +100,7 @@ class Scanned:
             return (x_S1D, cache.updated(mixer.cached, pages)), _kept(routes)
 
         x_S1D = constrain(constrain(self._table_VD, ("vocab", "embed"))[token_S[:, None]], _RESIDUAL)
+        x_S1D = self.model.embed_tokens.scaled(x_S1D)
         (x_S1D, cache), kept = scan_layers(
             self.model, lora, (x_S1D, state), layer, numbers=self.model.config.cache_numbers
         )

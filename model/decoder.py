@@ -115,8 +115,10 @@ class Embedding(nnx.Module):
     Two-byte floats may be stored as integers with the same bits; `bits_of` is then their dtype. Otherwise the
     CPU backend would convert the whole table to float32 to read a few bfloat16 rows."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs, bits_of: Any):
-        self.bits_of = bits_of
+    def __init__(
+        self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs, bits_of: Any, scale: float
+    ):
+        self.bits_of, self.scale = bits_of, scale
         init = nnx.initializers.normal(0.02)
         table = init(rngs.params(), (vocab_size, hidden_size), dtype)
         self.weight = nnx.Param(table, logical_axes=("vocab", "embed"))
@@ -126,7 +128,13 @@ class Embedding(nnx.Module):
         # vectors of its own rows afterwards (`_RESIDUAL`): the table is not gathered.
         tokens_BT = constrain(tokens_BT, ("sequences", "tokens"))
         rows_BTD = constrain(self.weight[...][tokens_BT], ("sequences", "tokens", "embed"))
-        return rows_BTD if self.bits_of is None else jax.lax.bitcast_convert_type(rows_BTD, self.bits_of)
+        if self.bits_of is not None:
+            rows_BTD = jax.lax.bitcast_convert_type(rows_BTD, self.bits_of)
+        return self.scaled(rows_BTD)
+
+    def scaled(self, rows_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return rows of the table as the layers get them."""
+        return rows_BTD if self.scale == 1 else rows_BTD * jnp.asarray(self.scale, rows_BTD.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -160,6 +168,16 @@ def gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Flo
     """
     gate32, up32 = gate_BTF.astype(jnp.float32), up_BTF.astype(jnp.float32)
     return (jax.nn.silu(gate32) * up32).astype(gate_BTF.dtype)
+
+
+@partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+def gated_by_gelu(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """gelu(gate) * up (GEGLU), with gelu's approximation by tanh; otherwise as `gated`."""
+    gate32, up32 = gate_BTF.astype(jnp.float32), up_BTF.astype(jnp.float32)
+    return (jax.nn.gelu(gate32, approximate=True) * up32).astype(gate_BTF.dtype)
+
+
+_ACTIVATIONS = {"silu": gated, "gelu_tanh": gated_by_gelu}
 
 
 class Values(nnx.Module):
@@ -213,6 +231,7 @@ class Block(nnx.Module):
             y = getattr(self, name)(x)
             return (y if lora is None else lora.add(name, x, y, self.adapters_form)).astype(x.dtype)
 
+        after_mixer, before_mlp, after_mlp = self._norms_between()
         y = self.input_layernorm(x_BTD)
         if isinstance(mixer, Latent):
             mixed = self._latent(mixer, y, at, mix, linear, cached)
@@ -220,8 +239,9 @@ class Block(nnx.Module):
             mixed = self._delta_net(mixer, y, mix, linear)
         else:
             mixed = self._attention(mixer, y, at, mix, linear)
-        x_BTD = constrain(x_BTD + linear(mixer.sites[-1].name, mixed.reshape(B, T, -1)), residual)
-        y = self.post_attention_layernorm(x_BTD)
+        y = after_mixer(linear(mixer.sites[-1].name, mixed.reshape(B, T, -1)))
+        x_BTD = constrain(x_BTD + y, residual)
+        y = before_mlp(x_BTD)
         if isinstance(mlp, Experts):
             mixed, chosen_BTk = mixture(mlp, self._expert_weights(), y, lora, gated, replayed)
             if mlp.shared:
@@ -237,8 +257,18 @@ class Block(nnx.Module):
                 gate, up = jnp.split(linear("gate_up_proj", y), 2, axis=-1)
             else:
                 gate, up = linear("gate_proj", y), linear("up_proj", y)
-            y = linear("down_proj", gated(gate, up))
-        return constrain(x_BTD + y, residual)
+            y = linear("down_proj", _ACTIVATIONS[mlp.activation](gate, up))
+        return constrain(x_BTD + after_mlp(y), residual)
+
+    def _norms_between(self) -> tuple[Callable, Callable, Callable]:
+        """Return what the mixer's output, the MLP's input and the MLP's output go through."""
+        if self.layer.sandwich:
+            return (
+                self.post_attention_layernorm,
+                self.pre_feedforward_layernorm,
+                self.post_feedforward_layernorm,
+            )
+        return _unchanged, self.post_attention_layernorm, _unchanged
 
     def _attention(
         self, mixer: Attention, y_BTD: Array, at: Rotation, mix: Mix, linear: Callable
@@ -319,6 +349,10 @@ class Block(nnx.Module):
         return Weights(router_DE, gate, up, down, None if router.bias is None else router.bias[...], biases)
 
 
+def _unchanged(x: Array) -> Array:
+    return x
+
+
 class Stacks(nnx.Module):
     """The stacks of a decoder with several, as attributes under their keys."""
 
@@ -341,7 +375,7 @@ class Decoder(nnx.Module):
         """`form` is that of all products, and `bits_of` is `Embedding`'s."""
         V, D = config.vocab_size, config.hidden_size
         head = Site("lm_head", D, V, None, ("embed", "vocab"))
-        self.embed_tokens = Embedding(V, D, dtype, rngs, bits_of)
+        self.embed_tokens = Embedding(V, D, dtype, rngs, bits_of, config.embedding_scale)
 
         def blocks(stack: Stack) -> Block:
             keys = rngs.split(len(stack.layers))

@@ -10,6 +10,7 @@ Each folder has config.json, generation_config.json, safetensors (several files 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -121,6 +122,18 @@ VARIANTS: dict[str, dict] = {
             "beta_slow": 1,
         },
         "tie_word_embeddings": False,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 16,
+        "query_pre_attn_scalar": 20,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 21,
+        "sliding_window_pattern": 2,
+        "rope_theta": 100_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },
     "gpt_oss": {
         "model_type": "gpt_oss",
@@ -258,7 +271,7 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
                 bias = 0.3 * rng.standard_normal(heads * H)
                 weights[f"{at}self_attn.{name}.bias"] = bias.astype(np.float32)
         weights[f"{at}self_attn.o_proj.weight"] = linear(D, N * H)
-        if config["model_type"].startswith("qwen3"):
+        if config["model_type"].startswith(("qwen3", "gemma3")):
             weights[f"{at}self_attn.q_norm.weight"] = norm(H)
             weights[f"{at}self_attn.k_norm.weight"] = norm(H)
         if config["model_type"] == "gpt_oss":
@@ -283,6 +296,8 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         weights["model.embed_tokens.weight"] /= np.sqrt(D).astype(np.float32)
     else:
         weights["lm_head.weight"] = linear(config["vocab_size"], D)
+    if config["model_type"] == "gemma3_text":
+        return _sandwiched(weights, norm)
     return _fused(weights) if config["model_type"] == "phi3" else weights
 
 
@@ -353,6 +368,15 @@ def _hybrid(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
             mixer[f"{norm}.weight"] = normal(D, scale=0.2)
         weights |= {at + name: array for name, array in mixer.items()}
     return weights
+
+
+def _sandwiched(weights: dict[str, np.ndarray], norm: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+    """Add the norms around the MLP. Those of Gemma are near 0, not 1, in the files."""
+    for name in [name for name in weights if name.endswith(".post_attention_layernorm.weight")]:
+        for place in ("pre", "post"):
+            added = name.replace("post_attention", f"{place}_feedforward")
+            weights[added] = norm(len(weights[name]))
+    return {name: array - 1 if "norm" in name else array for name, array in weights.items()}
 
 
 def _fused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

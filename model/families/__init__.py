@@ -21,10 +21,24 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..config import Layer, ModelConfig, Site, Stack
-from . import deepseek_v3, gpt_oss, llama, mistral, phi3, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_moe
+from . import (
+    deepseek_v3,
+    gemma3,
+    gpt_oss,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_moe,
+)
 
 FAMILIES: dict[str, ModuleType] = {
     "deepseek_v3": deepseek_v3,
+    "gemma3": gemma3,
+    "gemma3_text": gemma3,
     "gpt_oss": gpt_oss,
     "kimi_k2": deepseek_v3,
     "llama": llama,

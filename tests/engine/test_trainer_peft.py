@@ -3,16 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from adapters import parameters_with
+from adapters import by_layer, parameters_with
 from engine_training import datum, lora, make_trainer, relative, run, with_random_b
 from tinsmith.engine.messages import AdamParams
+from tinsmith.model.families import module_name
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.reference
 
-PARTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"), "self_attn"),
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "down_proj"), "mlp"),
+LINEARS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
 LENGTHS = [31, 7, 18, 3, 29]
 ADAM = AdamParams(learning_rate=3e-3, beta1=0.9, beta2=0.95, eps=1e-6, weight_decay=0.01, grad_clip_norm=5.0)
@@ -23,35 +24,32 @@ def sequences():
     return [(rng.integers(0, 320, n + 1), rng.normal(size=n).astype(np.float32)) for n in LENGTHS]
 
 
-def peft_model(folder, state):
+def peft_model(folder, state, model_config):
     """The same base and the same adapter in PEFT."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    targets = [*state.weights["layers"], "lm_head"]
+    targets = [*{site.name for _, site, _, _ in by_layer(state.weights, model_config)}, "lm_head"]
     config = LoraConfig(r=state.lora.rank, lora_alpha=state.lora.alpha, target_modules=targets)
     model = get_peft_model(base, config)
     with torch.no_grad():
-        for ours, theirs in pairs(state.weights, model, state.lora.rank):
+        for ours, theirs in pairs(state.weights, model, state.lora.rank, model_config):
             theirs.copy_(torch.tensor(ours))
     return model
 
 
-def pairs(tree, model, rank):
+def pairs(tree, model, rank, model_config):
     """(ours transposed to torch's layout and cut to the true rank, PEFT's parameter) of every matrix."""
     parameters = dict(model.named_parameters())
 
-    def both(at, pair, layer=...):
-        a = np.asarray(pair["a"])[layer][:, :rank].T
-        b = np.asarray(pair["b"])[layer][:rank].T
-        yield a.copy(), parameters[f"{at}.lora_A.default.weight"]
-        yield b.copy(), parameters[f"{at}.lora_B.default.weight"]
+    def both(at, a, b):
+        yield np.asarray(a)[:, :rank].T.copy(), parameters[f"base_model.model.{at}.lora_A.default.weight"]
+        yield np.asarray(b)[:rank].T.copy(), parameters[f"base_model.model.{at}.lora_B.default.weight"]
 
-    for name, pair in tree["layers"].items():
-        for layer in range(pair["a"].shape[0]):
-            yield from both(f"base_model.model.model.layers.{layer}.{PARTS[name]}.{name}", pair, layer)
-    yield from both("base_model.model.lm_head", tree["unembed"])
+    for layer, site, a, b in by_layer(tree, model_config):
+        yield from both(module_name(model_config, f"layers.{site.name}.weight", layer), a, b)
+    yield from both("lm_head", tree["unembed"]["a"], tree["unembed"]["b"])
 
 
 def torch_backward(model, data):
@@ -62,12 +60,12 @@ def torch_backward(model, data):
     return logprobs.detach().numpy()
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama3", "mistral", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "llama3", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"])
 def test_lora_training_equals_peft(tmp_path, variant):
     trainer = make_trainer(tmp_path / "model", variant)
     rank = 5  # padded to 8
     packed, unpacked = (with_random_b(trainer.create(lora(rank))) for _ in range(2))
-    model = peft_model(tmp_path / "model", packed)
+    model = peft_model(tmp_path / "model", packed, trainer.config)
     adam = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=ADAM.learning_rate,
@@ -85,7 +83,7 @@ def test_lora_training_equals_peft(tmp_path, variant):
         if step == 0:
             np.testing.assert_allclose(output.logprobs[-1], want, atol=1e-4)
             for state in (packed, unpacked):
-                for got, parameter in pairs(state.gradients, model, rank):
+                for got, parameter in pairs(state.gradients, model, rank, trainer.config):
                     assert relative(got, parameter.grad.numpy()) < 1e-3
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM.grad_clip_norm)
         adam.step()
@@ -94,7 +92,7 @@ def test_lora_training_equals_peft(tmp_path, variant):
             metrics = trainer.optim_step(state, ADAM)
             assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     for state in (packed, unpacked):
-        for got, parameter in pairs(state.weights, model, rank):
+        for got, parameter in pairs(state.weights, model, rank, trainer.config):
             assert relative(got, parameter.detach().numpy()) < 1e-3
     assert len(trainer.compiled) == 3  # forward_backward of one shape, accumulate, optim_step
 
@@ -155,7 +153,6 @@ def test_full_weight_training_equals_torch(tmp_path):
     theirs = {name: p.detach().numpy() for name, p in model.named_parameters()}
     assert relative(state.weights["embed_tokens"]["weight"], theirs["model.embed_tokens.weight"]) < 1e-3
     assert relative(state.weights["norm"]["weight"], theirs["model.norm.weight"]) < 1e-3
-    for name, module in PARTS.items():
-        if name in state.weights["layers"]:
-            want = np.stack([theirs[f"model.layers.{layer}.{module}.{name}.weight"].T for layer in range(3)])
-            assert relative(state.weights["layers"][name]["weight"], want) < 1e-3
+    for name, module in LINEARS.items():
+        want = np.stack([theirs[f"model.layers.{layer}.{module}.{name}.weight"].T for layer in range(3)])
+        assert relative(state.weights["layers"][name]["weight"], want) < 1e-3

@@ -192,7 +192,30 @@ def test_latent_attention_and_sigmoid_routers(tmp_path, changes):
     assert_as_transformers(folder)
 
 
-@pytest.mark.parametrize("family", [each for each in FAMILIES if each != "kimi_k2"])
+GEMMA_ROPES = {
+    FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 30_000.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "removed"),
+    [
+        ({"layer_types": [FULL, SLIDING], "attention_bias": True}, ()),
+        ({"rope_parameters": GEMMA_ROPES}, ("rope_theta", "rope_local_base_freq", "rope_scaling")),
+        ({"rope_parameters": {FULL: GEMMA_ROPES[FULL]}}, ("rope_theta", "rope_scaling")),
+        ({"rope_scaling": YARN}, ("rope_theta", "rope_local_base_freq")),
+        ({}, ("query_pre_attn_scalar", "hidden_activation", "sliding_window_pattern", "sliding_window")),
+        ({"tie_word_embeddings": False}, ("rope_scaling",)),
+    ],
+)
+def test_gemma_s_layers_and_ropes(tmp_path, changes, removed):
+    folder = changed(tmp_path, "gemma3_text", removed, **changes)
+    add_random_biases(folder)
+    assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each not in ("kimi_k2", "gemma3")])
 def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family):
     from transformers import AutoConfig
 
@@ -211,10 +234,15 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     }
     mixer = next(layer.mixer for layer in config.layers if not isinstance(layer.mixer, DeltaNet))
     assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
-    assert (mixer.heads, mixer.rope.theta) == (
-        theirs.num_attention_heads,
-        theirs.rope_parameters["rope_theta"],
-    )
+    rope = theirs.rope_parameters.get(SLIDING, theirs.rope_parameters)
+    assert (mixer.heads, mixer.rope.theta) == (theirs.num_attention_heads, rope["rope_theta"])
+    if family == "gemma3_text":
+        full = config.layers[5].mixer
+        assert [layer.mixer.window is None for layer in config.layers] == [
+            each == FULL for each in theirs.layer_types
+        ]
+        assert full.rope.theta == theirs.rope_parameters[FULL]["rope_theta"]
+        assert mixer.scale == theirs.query_pre_attn_scalar**-0.5
     if family == "deepseek_v3":
         assert_as_deepseek_s_defaults(config, theirs)
         return
@@ -315,6 +343,14 @@ PARTIAL = {"partial_rotary_factor": 0.5}
         ("deepseek_v3", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
         ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation 'silu'"),
+        ("gemma3_text", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar is None"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "an entry per layer type"),
+        ("gemma3_text", {"layer_types": [SLIDING]}, "layer_types has 1 entries"),
+        ("gemma3_text", {"sliding_window": None}, "there is no window"),
         ("kimi_k2", {"n_shared_experts": 0}, "n_shared_experts is 0"),
         ("phi3", PARTIAL, "partial_rotary_factor 0.5"),
         ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope_type 'mrope'"),

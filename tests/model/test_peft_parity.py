@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import by_layer
 from tinsmith.model import decoder, lora
+from tinsmith.model.families import module_name
 from tiny_models import VARIANTS
 
 torch = pytest.importorskip("torch")
@@ -31,7 +33,7 @@ def peft_model(tiny, adapter):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
-    targets = [*adapter["layers"], "lm_head"]
+    targets = [*{site.name for _, site, _, _ in by_layer(adapter, tiny.config)}, "lm_head"]
     model = peft.get_peft_model(
         model,
         peft.LoraConfig(
@@ -39,12 +41,9 @@ def peft_model(tiny, adapter):
         ),
     )
     modules, parameters = dict(model.named_modules()), {}
-    parts = {site.name: site.part for site in tiny.config.layers[0].sites}
-    for name, pair in adapter["layers"].items():
-        room = "self_attn" if parts[name] == "attn" else "mlp"
-        for layer in range(tiny.config.num_layers):
-            module = modules[f"base_model.model.model.layers.{layer}.{room}.{name}"]
-            parameters[name, layer] = (module, pair["a"][layer], pair["b"][layer])
+    for layer, site, a, b in by_layer(adapter, tiny.config):
+        name = module_name(tiny.config, f"layers.{site.name}.weight", layer)
+        parameters[site.name, layer] = (modules[f"base_model.model.{name}"], a, b)
     unembed = adapter["unembed"]
     parameters["unembed", 0] = (modules["base_model.model.lm_head"], unembed["a"], unembed["b"])
     with torch.no_grad():
@@ -90,13 +89,13 @@ def test_log_probs_and_gradients_equal_peft_s(tiny, packed_rows, variant):
         total = total - (torch.tensor(weights[row, at]) * log_probs).sum()
     total.backward()
 
+    gradients = {(site.name, layer): (a, b) for layer, site, a, b in by_layer(grads, model.config)}
+    gradients["unembed", 0] = grads["unembed"]["a"], grads["unembed"]["b"]
     for (name, layer), module in modules.items():
-        pair = (
-            grads["unembed"] if name == "unembed" else {k: g[layer] for k, g in grads["layers"][name].items()}
-        )
+        a, b = gradients[name, layer]
         for ours_g, theirs in (
-            (pair["a"][:, :RANK].T, module.lora_A["default"].weight.grad),
-            (pair["b"][:RANK].T, module.lora_B["default"].weight.grad),
+            (a[:, :RANK].T, module.lora_A["default"].weight.grad),
+            (b[:RANK].T, module.lora_B["default"].weight.grad),
         ):
             error = np.linalg.norm(ours_g - theirs.numpy()) / np.linalg.norm(theirs.numpy())
             assert error < 1e-3, (name, layer, error)

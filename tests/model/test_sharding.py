@@ -19,6 +19,7 @@ from tinsmith.model import sharding
         ("qwen3", ["data=2,fsdp=2,tensor=2"]),
         pytest.param("mistral", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("phi3", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
+        pytest.param("gemma3_text", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         ("qwen3_moe", ["data=2,fsdp=2,tensor=2"]),
         ("gpt_oss", ["data=2,fsdp=2,tensor=2"]),
         ("deepseek_v3", ["data=2,fsdp=2,tensor=2"]),
