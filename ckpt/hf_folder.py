@@ -70,8 +70,9 @@ def write_folder(
         files = _write_shards(writing, tensors, shard_bytes)
         _name_shards(writing, files)
         hf_config = json.loads((base_folder / "config.json").read_text())
-        for key in ("torch_dtype", "transformers_weights", "quantization_config"):
-            hf_config.pop(key, None)
+        for stated in (hf_config, hf_config.get("text_config") or {}):
+            for key in ("dtype", "torch_dtype", "transformers_weights", "quantization_config"):
+                stated.pop(key, None)
         _write_json(writing / "config.json", hf_config | config)
         _copy(COPIED, base_folder, writing)
         size = size_bytes(writing)

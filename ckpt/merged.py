@@ -66,7 +66,10 @@ def save_merged(
     hf_config: dict[str, Any] = {"dtype": str(values("norm.weight").dtype)}
     if not config.tie_embeddings or (adapter is not None and "unembed" in adapter):
         hf_config["tie_word_embeddings"] = False  # whatever the base model's config.json says
-    tensors: Tensors = chain(_tensors(values, config, adapter, scale), _copied(Path(base_folder), config))
+    tensors: Tensors = chain(
+        _tensors(values, config, adapter, scale),
+        _copied(Path(base_folder), config, values("norm.weight").dtype),
+    )
     if fp8 is not None:
         tensors = quantized(tensors, fp8, config)
         hf_config["quantization_config"] = fp8.config(config)
@@ -125,13 +128,16 @@ def _tensors(
         yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head.T, ()).T)
 
 
-def _copied(folder: Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of the base model that are not computed with, as they are."""
+def _copied(folder: Path, config: ModelConfig, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of the base model that are not computed with, as they are; packed ones in `dtype`."""
     if names := copied(folder, config):
         tensors = MappedTensors(folder)
         for name in names:
-            if (tensor := tensors.find(name)) is not None:
+            tensor = tensors.whole(name)
+            if isinstance(tensor, np.ndarray):
                 yield name, np.ascontiguousarray(tensor)
+            elif tensor is not None:
+                yield name, np.ascontiguousarray(tensor, dtype)
 
 
 def _part(value: Any, index: tuple[int, ...]) -> np.ndarray:

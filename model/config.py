@@ -560,6 +560,8 @@ class ModelConfig:
     """What the names of tensors in the files begin with, except the head's."""
     stacked_experts: bool = False
     """Whether the files hold a layer's experts in one tensor, where the family knows another layout."""
+    stacked_in_out: bool = False
+    """Whether these tensors are [experts, in, out] and not [experts, out, in]."""
     embedding_scale: float = 1.0
     """What embeddings are multiplied with, rounded to the dtype."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from . import packed
 from .config import Attention, GatedMlp, ModelConfig, UnsupportedModelError, read_json
 from .counts import Counts, counts
-from .families import FAMILIES, adapter_modules, parameter_count, tensor_shapes
+from .families import FAMILIES, adapter_modules, in_files, parameter_count, tensor_shapes
 from .weight_files import (
     EMBEDDING,
     HEAD,
@@ -50,7 +50,7 @@ __all__ = [
 _DIGEST_VERSION = 1
 _BLOCK_BYTES = 1 << 20
 _HASHED_BYTES = 512 << 20
-_NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids", "prefix", "stacked_experts")
+_NOT_ARITHMETIC = ("max_sequence_length", "eos_token_ids", "prefix", "stacked_experts", "stacked_in_out")
 _FIRST_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -89,7 +89,9 @@ def stated_config(folder: Path) -> ModelConfig:
             f"{folder} has an adapter_config.json beside its config.json: is it a model or an adapter? Serve "
             "the model from a folder without adapter files"
         )
-    _refuse_quantized(folder, hf, getattr(family, "QUANTIZED", ()))
+    for stated in (hf, hf.get("text_config")):
+        if isinstance(stated, dict):
+            _refuse_quantized(folder, stated, getattr(family, "QUANTIZED", ()))
     generation = read_json(folder / "generation_config.json") or {}
     if generation.get("eos_token_id") is not None:
         hf = hf | {"eos_token_id": generation["eos_token_id"]}
@@ -111,7 +113,9 @@ def digest(folder: Path, config: ModelConfig) -> str:
     stored = headers(folder)
     tensors = {}
     for name in sorted(tensor_shapes(config)):
-        tensors |= {each: stored[each] for each in packed_as(stored, name)} or {name: _stored(stored, name)}
+        tensors |= {each: stored[each] for each in packed_as(stored, name)} or {
+            name: _stored(stored, name, in_files(config, HEAD))
+        }
     total = sum(each.end - each.begin for each in tensors.values())
     every = max(1, -(-total // _HASHED_BYTES))
     files = {each.file: each.file.open("rb") for each in tensors.values()}
@@ -129,10 +133,10 @@ def digest(folder: Path, config: ModelConfig) -> str:
     return f"{_DIGEST_VERSION}-{hashed.hexdigest()}"
 
 
-def _stored(stored: dict[str, Stored], name: str) -> Stored:
+def _stored(stored: dict[str, Stored], name: str, head: str) -> Stored:
     found = find(stored, name)
     if found is None and name.endswith(EMBEDDING):
-        found = stored.get(HEAD)
+        found = stored.get(head)
     if found is None:
         raise WeightsError(f"the weight files have no float tensor {name!r}")
     return found

@@ -121,6 +121,15 @@ def companions(name: str) -> set[str]:
     return {name + suffix for each in _FORMATS for suffix in (*each.suffixes, *each.beside)}
 
 
+def packed_name(dtypes: Mapping[str, str], name: str) -> str:
+    """Return the name of the packed tensor of which `name` is a part, or `name` itself."""
+    for each in _FORMATS:
+        for suffix in filter(None, (*each.suffixes, *each.beside)):
+            if name.endswith(suffix) and packed_as(dtypes, whole := name.removesuffix(suffix)):
+                return whole
+    return name
+
+
 def unpacked(dtypes: Mapping[str, str], name: str, tensors: Callable[[str], np.ndarray]) -> Packed | MxFp4:
     """Return the matrix that `packed_as` has found. Raises ValueError if the parts do not fit each other."""
     found = _format(dtypes, name)

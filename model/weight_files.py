@@ -122,7 +122,7 @@ def check(folder: Path, config: ModelConfig) -> None:
     stored = headers(folder)
     for name, shape in tensor_shapes(config).items():
         if name.endswith(EMBEDDING) and config.tie_embeddings and find(stored, name) is None:
-            name = HEAD
+            name = in_files(config, HEAD)
         if parts := packed_as(stored, name):
             _check_packed(name, stored, parts, shape)
             continue
@@ -168,7 +168,7 @@ def unread(folder: Path, config: ModelConfig) -> list[str]:
     names |= {each for name in names for each in packed.companions(name)}
     names |= {name.removeprefix(_BASE_PREFIX) for name in names}
     if config.tie_embeddings:
-        names.add(HEAD)
+        names.add(in_files(config, HEAD))
     return sorted(name for name in headers(folder) if name not in names and "rotary_emb.inv_freq" not in name)
 
 
@@ -186,18 +186,28 @@ def as_stored(folder: Path, config: ModelConfig) -> ModelConfig:
     there = headers(folder)
     prefix = next((each for each in prefixes if each + EMBEDDING in there), config.prefix)
     config = replace(config, prefix=prefix)
-    names = {
-        in_files(config, name).format(layer=layer)
-        for name in stacked.values()
-        for layer in range(config.num_layers)
-    }
-    return replace(config, stacked_experts=any(name in there for name in names))
+    for layer, mlp in config.mixtures.items() if stacked else ():
+        gate_up, down = (
+            there.get(in_files(config, stacked[f"layers.expert_{name}.weight"]).format(layer=layer))
+            for name in ("gate", "down")
+        )
+        if gate_up is not None and down is not None:
+            D, F = mlp.hidden, mlp.width
+            in_out = (gate_up.shape[1:], down.shape[1:]) == ((D, 2 * F), (F, D))
+            return replace(config, stacked_experts=True, stacked_in_out=in_out)
+    return config
 
 
 def copied(folder: Path, config: ModelConfig) -> list[str]:
-    """Return the tensors that belong to the model, but not to what is computed here (`families.COPIED`)."""
+    """Return the tensors that belong to the model, but not to what is computed here (`families.COPIED`).
+
+    A packed tensor is named once."""
     starts = getattr(FAMILIES[config.family], "COPIED", ())
-    return [name for name in unread(folder, config) if name.startswith(starts)] if starts else []
+    if not starts:
+        return []
+    dtypes = {name: stored.dtype for name, stored in headers(folder).items()}
+    found = (name for name in unread(folder, config) if name.startswith(starts))
+    return list(dict.fromkeys(packed.packed_name(dtypes, name) for name in found))
 
 
 def has_another_head(folder: Path, config: ModelConfig) -> bool:
@@ -205,7 +215,7 @@ def has_another_head(folder: Path, config: ModelConfig) -> bool:
     if not has_weights(folder):
         return False
     tensors = MappedTensors(folder)
-    embedding, head = tensors.find(config.prefix + EMBEDDING), tensors.find(HEAD)
+    embedding, head = tensors.find(config.prefix + EMBEDDING), tensors.find(in_files(config, HEAD))
     if embedding is None or head is None:
         return False
     return embedding.shape != head.shape or not _equal(embedding, head)
@@ -246,15 +256,19 @@ class MappedTensors:
     def find(self, name: str) -> np.ndarray | None:
         return find(self._views, name)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray | MxFp4 | Packed:
-        """Return the view of tensor `name`. Raises WeightsError if it is missing or has another shape."""
-        view: np.ndarray | MxFp4 | Packed | None = self.find(name)
+    def whole(self, name: str) -> np.ndarray | MxFp4 | Packed | None:
+        """Return a tensor, packed or not; None if the files do not have it."""
         if parts := packed_as(self._stored, name):
             dtypes = {each: self._stored[each].dtype for each in parts}
             try:
-                view = packed.unpacked(dtypes, name, lambda each: self._view(self._stored[each]))
+                return packed.unpacked(dtypes, name, lambda each: self._view(self._stored[each]))
             except ValueError as error:
                 raise WeightsError(f"{name}: {error}") from None
+        return self.find(name)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray | MxFp4 | Packed:
+        """Return the view of tensor `name`. Raises WeightsError if it is missing or has another shape."""
+        view = self.whole(name)
         if view is None:
             if (stored := find(self._stored, name)) is not None:
                 raise WeightsError(f"{name} has dtype {stored.dtype} in the file; known: {', '.join(DTYPES)}")
@@ -276,8 +290,9 @@ class MappedTensors:
         alone."""
         found = {parameter.path: parameter for parameter in parameters(config)}
         embedding = found["embed_tokens.weight"].name
-        if config.tie_embeddings and self.find(embedding) is None and self.find(HEAD) is not None:
-            found["embed_tokens.weight"] = found["embed_tokens.weight"]._replace(name=HEAD)
+        head = in_files(config, HEAD)
+        if config.tie_embeddings and self.find(embedding) is None and self.find(head) is not None:
+            found["embed_tokens.weight"] = found["embed_tokens.weight"]._replace(name=head)
         return found
 
     def views(self, parameter: Parameter) -> list[Any]:
@@ -317,7 +332,7 @@ def _present(folder: Path, name: str, named_by: str) -> Path:
 def _missing(name: str, there: Mapping[str, Any]) -> str:
     some = ", ".join(list(there)[:3])
     hint = ""
-    if name == HEAD:
+    if name.endswith(HEAD):
         hint = " (config.json says that the head is not tied to the embedding)"
     elif some:
         hint = f" (they have {len(there)} others: {some}{', ...' if len(there) > 3 else ''})"

@@ -64,7 +64,7 @@ class BaseModel:
     def is_tied(self) -> bool:
         """Whether the embedding is the unembedding too: the files have no `lm_head`."""
         try:
-            return bool(self.tensors) and "lm_head.weight" not in self.tensors
+            return bool(self.tensors) and not any(name.endswith("lm_head.weight") for name in self.tensors)
         except (OSError, ValueError):
             return False
 

@@ -25,6 +25,7 @@ from . import (
     deepseek_v3,
     gemma3,
     gpt_oss,
+    kimi_k25,
     llama,
     mistral,
     phi3,
@@ -33,6 +34,8 @@ from . import (
     qwen3_5,
     qwen3_5_moe,
     qwen3_moe,
+    qwen3_vl,
+    qwen3_vl_moe,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -41,6 +44,7 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma3_text": gemma3,
     "gpt_oss": gpt_oss,
     "kimi_k2": deepseek_v3,
+    "kimi_k25": kimi_k25,
     "llama": llama,
     "mistral": mistral,
     "phi3": phi3,
@@ -51,6 +55,10 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_5_moe_text": qwen3_5_moe,
     "qwen3_5_text": qwen3_5,
     "qwen3_moe": qwen3_moe,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_vl_moe_text": qwen3_vl_moe,
+    "qwen3_vl_text": qwen3_vl,
 }
 """Family modules by config.json's model_type."""
 
@@ -127,7 +135,11 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 
 def in_files(config: ModelConfig, name: str) -> str:
     """Return the name that the tensor of a family's table has in the model's files."""
-    return config.prefix + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name
+    if name.startswith(PREFIX):
+        return config.prefix + name.removeprefix(PREFIX)
+    # The head lies beside the part that is called `model`.
+    parents = config.prefix.split(".")[:-1]
+    return ".".join([*parents[:-1], name]) if parents[-1:] == ["model"] else name
 
 
 def _of_stack(config: ModelConfig, stack: Stack) -> list[Parameter]:
@@ -138,7 +150,8 @@ def _of_stack(config: ModelConfig, stack: Stack) -> list[Parameter]:
         theirs = _tensor_name(names, f"layers.{name}")
         is_matrix = name.endswith(".weight") and len(shape) > 1
         shape = shape if experts is None or "{expert}" in theirs else (experts, *shape)
-        transposed = is_matrix and theirs not in getattr(family, "UNTRANSPOSED", ())
+        in_out = theirs in getattr(family, "UNTRANSPOSED", ()) or (experts and config.stacked_in_out)
+        transposed = is_matrix and not in_out
         each = Parameter(stack.path(name), theirs, shape, transposed, stack.layers, experts)
         by_tensor.setdefault(theirs, []).append(each)
     interleaved = getattr(family, "INTERLEAVED", ())

@@ -41,6 +41,7 @@ TENSORS = (
     }
 )
 
+COPIED = ("model.layers.",)  # the layers after the last one
 QUANTIZED = ("fp8", "compressed-tensors")
 
 DEFAULTS = {

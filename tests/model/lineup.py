@@ -66,9 +66,7 @@ PUBLISHED: dict[str, tuple[int, int, int]] = {
 }
 
 NOT_YET = {
-    "Qwen/Qwen3-VL": "qwen3_vl_moe",
     "deepseek-ai/DeepSeek-V4": "deepseek_v4",
-    "moonshotai/Kimi-K2.": "kimi_k25",
     "moonshotai/Kimi-K3": "kimi_k3",
     "nvidia/": "nemotron_h",
     "thinkingmachines/": "inkling",
@@ -109,6 +107,10 @@ def _qwen3_moe(layers: int, hidden: int, heads: int, width: int) -> dict[str, An
 
 def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     return {"model_type": "gpt_oss", "num_hidden_layers": layers, "num_local_experts": experts}
+
+
+def _of_sight(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
+    return {"model_type": model_type, "text_config": text}
 
 
 _KIMI_K2 = {
@@ -175,6 +177,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "deepseek-ai/DeepSeek-V3.1": {"model_type": "deepseek_v3"},
     "deepseek-ai/DeepSeek-V3.1-Base": {"model_type": "deepseek_v3"},
     "moonshotai/Kimi-K2-Thinking": _KIMI_K2,
+    "moonshotai/Kimi-K2.5": _of_sight("kimi_k25", _KIMI_K2),
+    "moonshotai/Kimi-K2.6": _of_sight("kimi_k25", _KIMI_K2),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _of_sight("qwen3_vl_moe", _QWEN3_30B),
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": _of_sight("qwen3_vl_moe", _qwen3_moe(94, 4096, 64, 1536)),
     "openai/gpt-oss-20b": _gpt_oss(24, 32),
     "openai/gpt-oss-120b": _gpt_oss(36, 128),
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _qwen3_moe(94, 4096, 64, 1536),

@@ -79,6 +79,13 @@ def change(folder, name, changed):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def copy(folder, name, into):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {into: tensors[name].clone()}, folder / "model.safetensors", {"format": "pt"})
+
+
 def merged(folder, config, base, into):
     """The tensors that an export writes, by their Hugging Face names."""
     save_merged(into, in_memory(base), config, base_folder=folder)
@@ -113,6 +120,19 @@ def test_integers_of_four_bits_are_what_their_format_says(int4, tmp_path):
     found = merged(folder, config, load.load_base(folder, config, jnp.float32), tmp_path / "out")
     for name, matrix in meant.items():
         np.testing.assert_allclose(found[name], matrix, rtol=1e-6, err_msg=name)
+
+
+def test_layers_that_are_not_computed_are_exported_unpacked(fp8, tmp_path):
+    """Those for predicting several tokens at once, after the last one."""
+    at, of_layer = "model.layers.2.", "model.layers.1.self_attn.o_proj.weight"
+    for suffix in ("", "_scale_inv"):
+        copy(fp8, of_layer + suffix, at + "eh_proj.weight" + suffix)
+    copy(fp8, "model.norm.weight", at + "enorm.weight")
+    config = read_config(fp8)
+    found = merged(fp8, config, load.load_base(fp8, config, jnp.float32), tmp_path / "out")
+    np.testing.assert_array_equal(found[at + "eh_proj.weight"], found[of_layer])
+    np.testing.assert_array_equal(found[at + "enorm.weight"], found["model.norm.weight"])
+    assert len(found) == len(tensor_shapes(config)) + 2
 
 
 def test_parts_of_a_matrix_are_those_of_the_whole(fp8, int4):
