@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import logging
 from collections.abc import Iterable
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -217,6 +218,7 @@ def _is_browser(headers: Headers) -> bool:
     return any(name in headers for name in signs) or headers.get("user-agent", "").startswith("Mozilla/")
 
 
+@lru_cache(maxsize=32)  # nearly all requests have the same few
 def _place(origin: str) -> tuple[str, int | None]:
     """Return the host and port of `SCHEME://HOST:PORT`; an empty text and None for anything else."""
     try:
