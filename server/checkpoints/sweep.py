@@ -115,7 +115,7 @@ class Sweep:
         for owner in (owner for owner, size in sizes.items() if size > share):
             through = await self._ledger.read(partial(retention.beyond, owner=owner, max_bytes=share))
             if through is not None:
-                await self._repeat(partial(retention.drop_answers_of, owner=owner, through=through))
+                await self._repeat(partial(retention.drop_answers, owner=owner, through=through))
                 await self._repeat(partial(retention.drop_operations, through=through, now=now, owner=owner))
 
     async def _repeat(self, change: Callable[[Connection], int]) -> None:

@@ -10,27 +10,23 @@ import hashlib
 import secrets
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     Connection,
     Row,
     bindparam,
-    create_engine,
     delete,
     func,
     insert,
     inspect,
     literal,
-    make_url,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 
-from .ownership import LedgerUnusable, no_driver, why_unusable
+from .ownership import connected
 from .schema import api_keys, models, sessions, usage
 from .schema import audit as audit_log
 from .tenancy import ensure_tenant
@@ -73,22 +69,10 @@ def revoke_key(connection: Connection, identifier: str) -> bool:
 
 def has_keys(url: str) -> bool:
     """Return whether the database at `url` has keys, without creating or migrating it."""
-    location = make_url(url)
-    if location.get_backend_name() == "sqlite" and not Path(location.database or "").is_file():
-        return False
-    try:
-        engine = create_engine(location)
-    except ImportError as error:
-        raise LedgerUnusable(no_driver(error)) from error
-    try:
-        with engine.connect() as connection:
-            if not inspect(connection).has_table(api_keys.name):
-                return False
-            return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
-    except SQLAlchemyError as error:
-        raise LedgerUnusable(why_unusable(engine, error)) from error
-    finally:
-        engine.dispose()
+    with connected(url) as connection:
+        if connection is None or not inspect(connection).has_table(api_keys.name):
+            return False
+        return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
 
 
 # --- usage

@@ -37,6 +37,7 @@ from .ownership import (
     LedgerUnusable,
     Ownership,
     claim,
+    connected,
     damaged,
     file_of,
     no_driver,
@@ -380,35 +381,24 @@ def check(url: str) -> None:
     Raises LedgerUnusable if it is damaged or newer than this version of Tinsmith.
     """
     file = sqlite_file(url)
-    if file is not None and not file.is_file():
-        return
-    try:
-        engine = create_engine(url)
-    except (ArgumentError, ImportError) as error:
-        raise LedgerUnusable(no_driver(error)) from error
-    try:
-        with engine.connect() as connection:
-            if file is not None and file.stat().st_size <= _CHECKED_BYTES:
-                found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-                if found != "ok":
-                    raise LedgerUnusable(damaged(file, str(found)))
-            tables = inspect(connection).get_table_names()
-            if tables and "alembic_version" not in tables:
-                where = file or engine.url.render_as_string(hide_password=True)
-                raise LedgerUnusable(
-                    f"{where} is not a ledger but another program's database, with the table {tables[0]!r}; "
-                    "choose another --data-dir, or another TINSMITH_DATABASE_URL"
-                )
-            if tables:
-                for revision in connection.exec_driver_sql(
-                    "SELECT version_num FROM alembic_version"
-                ).scalars():
-                    if revision not in migrations.REVISIONS:
-                        ScriptDirectory.from_config(_migrations()).get_revision(revision)
-    except (SQLAlchemyError, CommandError) as error:
-        raise LedgerUnusable(why_unusable(engine, error)) from error
-    finally:
-        engine.dispose()
+    with connected(url) as connection:
+        if connection is None:
+            return
+        if file is not None and file.stat().st_size <= _CHECKED_BYTES:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+            if found != "ok":
+                raise LedgerUnusable(damaged(file, str(found)))
+        tables = inspect(connection).get_table_names()
+        if tables and "alembic_version" not in tables:
+            where = file or connection.engine.url.render_as_string(hide_password=True)
+            raise LedgerUnusable(
+                f"{where} is not a ledger but another program's database, with the table {tables[0]!r}; "
+                "choose another --data-dir, or another TINSMITH_DATABASE_URL"
+            )
+        if tables:
+            for revision in connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars():
+                if revision not in migrations.REVISIONS:
+                    ScriptDirectory.from_config(_migrations()).get_revision(revision)
 
 
 _CHECKED_BYTES = 256 << 20  # larger files take too long to check

@@ -16,6 +16,7 @@ one machine, and two machines would damage the database (https://www.sqlite.org/
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -23,14 +24,15 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import orjson
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, func, make_url, select, update
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import Connection, Engine, create_engine, func, make_url, select, update
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ..files import make_directory
 from .schema import lease
@@ -204,6 +206,29 @@ def sqlite_file(url: str) -> Path | None:
     if location.get_backend_name() != "sqlite" or location.database in (None, "", ":memory:"):
         return None
     return Path(str(location.database))
+
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[Connection | None]:
+    """Connect to the ledger at `url` without creating or migrating it; None if its file is missing.
+
+    Raises LedgerUnusable.
+    """
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        yield None
+        return
+    try:
+        engine = create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise LedgerUnusable(no_driver(error)) from error
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except (SQLAlchemyError, CommandError) as error:
+        raise LedgerUnusable(why_unusable(engine, error)) from error
+    finally:
+        engine.dispose()
 
 
 class Ownership:

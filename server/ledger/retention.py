@@ -71,15 +71,17 @@ def beyond(connection: Connection, owner: str, max_bytes: int) -> float | None:
     return connection.execute(query).scalar()
 
 
-def drop_answers(connection: Connection, through: float) -> bool:
-    """Drop some answers of operations finished until then; return whether there may be more."""
-    return bool(_drop_answers(connection, operations.c.finished_at <= through))
+def drop_answers(connection: Connection, through: float, owner: str | None = None) -> int:
+    """Drop some answers of operations finished until then; return how many, 0 when none are left.
 
-
-def _drop_answers(connection: Connection, of: ColumnElement[bool]) -> int:
-    """Drop a few answers, so that other writers do not wait long; return how many, 0 when none are left."""
+    They are few, so that other writers do not wait long. `owner` None: of all. Creations of models keep
+    theirs.
+    """
     query = select(operations.c.id, operations.c.answer_bytes).where(
-        _kept_answers(), of, operations.c.kind != "create_model"
+        _kept_answers(),
+        true() if owner is None else operations.c.owner == owner,
+        operations.c.finished_at <= through,
+        operations.c.kind != "create_model",
     )
     chosen: list[str] = []
     left = _ANSWER_BYTES_AT_A_TIME
@@ -90,14 +92,6 @@ def _drop_answers(connection: Connection, of: ColumnElement[bool]) -> int:
         left -= row.answer_bytes
     dropped = update(operations).where(operations.c.id.in_(chosen)).values(answer=None, answer_bytes=0)
     return connection.execute(dropped).rowcount if chosen else 0
-
-
-def drop_answers_of(connection: Connection, owner: str, through: float) -> int:
-    """Drop some answers of the owner's operations finished until then; return how many, 0 when none are left.
-
-    Creations of models keep theirs.
-    """
-    return _drop_answers(connection, (operations.c.owner == owner) & (operations.c.finished_at <= through))
 
 
 def drop_operations(connection: Connection, through: float, now: float, owner: str | None = None) -> bool:

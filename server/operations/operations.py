@@ -400,7 +400,7 @@ class Operations:
         """Drop the answers that the owner's operations had until then; return how many."""
         dropped = 0
         while some := await self._ledger.write(
-            lambda connection: retention.drop_answers_of(connection, owner, through)
+            lambda connection: retention.drop_answers(connection, through, owner)
         ):
             dropped += some
         self._remembered.forget(owner)
