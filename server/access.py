@@ -41,7 +41,7 @@ from .settings import Settings, parse_keys
 
 @dataclass(frozen=True)
 class Quota:
-    """What a tenant may have at a time.
+    """Limits of a tenant.
 
     `models`: in the engine or on the way into it. `checkpoint_bytes`: of complete checkpoints.
     `queued_operations`: unanswered operations of training; `waiting_samples`: unanswered samples.

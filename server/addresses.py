@@ -90,7 +90,7 @@ class Allowed:
     """
 
     def __init__(self, served: Iterable[str], allowed: Iterable[str]):
-        """Raises ValueError."""
+        """Parse the entries. Raises ValueError."""
         self._places: set[tuple[str, int]] = set()
         self._hosts: set[str] = set()
         self._networks: list[Network] = []

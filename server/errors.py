@@ -83,7 +83,7 @@ class ContextTooLong(BadRequest):
 
 
 class Gone(ApiError):
-    """It no longer exists, and will not come back."""
+    """The thing no longer exists, and will not come back."""
 
     status = 410
     category = "user"

@@ -207,7 +207,7 @@ class ChatTokenizer:
         return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
 
     def token(self, token: int) -> str:
-        """What one token is written as; a part of a character as OpenAI writes it, `bytes:\\xe2\\x82`."""
+        """Return a token as text; a part of a character as OpenAI writes it, `bytes:\\xe2\\x82`."""
         written = self.token_bytes(token)
         try:
             return written.decode()

@@ -32,7 +32,7 @@ AT_A_TIME = 100  # rows in one change: less than a megabyte of small payloads
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a payload is: `data` itself, or `size` bytes from `position` of a file."""
+    """The place of a payload: `data` itself, or `size` bytes from `position` of a file."""
 
     size: int
     data: bytes | None = None

@@ -268,7 +268,7 @@ NO_PROJECT = "default"
 
 @dataclass(frozen=True)
 class SessionFilter:
-    """What sessions to search for.
+    """Conditions of a search for sessions.
 
     `before`: the session that the page before ended with. `states`: `active` and finish reasons; None: every
     state. With both `session_id` and `display_name` a session matches by either.

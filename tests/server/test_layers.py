@@ -38,6 +38,11 @@ def test_no_folder_of_the_server_imports_itself_by_way_of_others() -> None:
     graphlib.TopologicalSorter(own).prepare()
 
 
+def test_the_server_has_few_files() -> None:
+    """A module has to be worth a file: code with one caller and no meaning of its own belongs there."""
+    assert len(list(SERVER.rglob("*.py"))) <= 110
+
+
 def assigned(tree: ast.Module) -> Iterator[str]:
     """The attributes of other objects that are assigned: `run.state`, `self.engine.on_death`."""
     for node in ast.walk(tree):

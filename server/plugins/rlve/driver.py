@@ -76,7 +76,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingClient:
-    """What clients do over HTTP, for a client that lives in the server.
+    """Operations that clients start over HTTP, for a client that lives in the server.
 
     `tell(model_id, metrics)` reports metrics of a model's next step.
     """

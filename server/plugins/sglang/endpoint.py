@@ -433,7 +433,7 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server can do, as it reports it.
+    """The limits and features that a server reports.
 
     `context_length`: tokens of a sequence with its prompt; `max_input`: prompts must be shorter than that.
     None: no limit, or unknown.
