@@ -62,8 +62,7 @@ class Budget:
         return kinds
 
     def make_room(self, size: int) -> None:
-        """Let the least recently used items leave until `size` more bytes fit, or none is left that may
-        leave."""
+        """Let the least recently used items leave until `size` more bytes fit, or no more may leave."""
         while self.bytes + size > self.max_bytes and self._drop_oldest():
             pass
 

@@ -1,5 +1,4 @@
-"""Deferred exports: sampler weights that are sampled before they are on disk, and written afterwards one by
-one."""
+"""Deferred exports: sampler weights that are sampled first and written to disk afterwards, one by one."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ class DeferredExports:
         self._thread.submit(self._try, model_id, export, time.monotonic() + delay)
 
     def after(self, model_id: str, size_bytes: Future[int]) -> Future[int]:
-        """Return `size_bytes` once all earlier exports of the model are on disk too, or raise what prevented
-        one."""
+        """Return `size_bytes` once all earlier exports of the model are on disk, or raise what failed."""
 
         def wait() -> int:
             self._urgent.clear()

@@ -10,8 +10,7 @@ from . import host_memory
 
 
 def free_bytes(device: Any = None) -> int | None:
-    """Return the bytes that are free on an accelerator (by default the first); None on a CPU, or if
-    unknown."""
+    """Return the free bytes of an accelerator (by default the first); None on a CPU, or if unknown."""
     device = device or jax.local_devices()[0]
     if device.platform == "cpu":
         return None

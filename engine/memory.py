@@ -519,8 +519,7 @@ def _powers_of_two(most: int) -> Iterator[int]:
 
 
 def enough_devices(counts: Counts, work: Workload, capacity: int, most: int = 512) -> Mesh | None:
-    """Return the smallest mesh over `fsdp` on which the workload fits; None if `most` devices are not
-    enough."""
+    """Return the smallest mesh over `fsdp` on which the workload fits; None if it needs more than `most`."""
     for devices in _powers_of_two(most):
         mesh = Mesh(fsdp=devices)
         if plan(counts, work, capacity, mesh).fits:

@@ -157,8 +157,7 @@ class CustomLoss(msgspec.Struct, frozen=True):
 
 
 class CheckCustomLoss(_Request, frozen=True):
-    """Check whether `ForwardBackward`s may have that loss; answered with Nothing, or a failure that says why
-    not."""
+    """Check whether `ForwardBackward`s may have that loss; answered with Nothing, or why not."""
 
     loss: CustomLoss
 
@@ -553,8 +552,7 @@ class BaseModel(msgspec.Struct, frozen=True):
 
 
 class Devices(msgspec.Struct, frozen=True):
-    """The devices that JAX finds on this machine. `bytes_each`: free memory of one; None: unknown, as on a
-    CPU."""
+    """The devices that JAX finds on this machine. `bytes_each`: free memory of one; None: unknown."""
 
     platform: str
     count: int

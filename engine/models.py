@@ -80,8 +80,7 @@ class Models:
         return self._tenants.use(model_id)
 
     def job(self, operation: messages.ForwardBackward) -> Job | CustomJob:
-        """Check an operation against its model. Raises UserError, which a later optim_step takes into
-        account."""
+        """Check an operation against its model. Raises UserError, which counts for a later optim_step."""
         model = self.find(operation.model_id)
         try:
             return model.base.trainer.job(model.state, operation)
@@ -164,7 +163,7 @@ class Models:
         return messages.StateLoaded(state.step)
 
     def _restore(self, base: BaseModel, key: str, family: str, optimizer_state: bool) -> TrainingState:
-        """Return the state that a SaveState wrote, or one with its weights (or an adapter's) and a fresh
+        """Return the state of a SaveState, or one with its (or an adapter's) weights and a fresh
         optimizer."""
         if key in self._writing:
             self._writing[key].exception()

@@ -17,8 +17,7 @@ def instruction_sets() -> list[str]:
 
 
 def kind() -> str:
-    """Return the machine type and a hash of its instruction sets: programs compiled for another may not
-    run."""
+    """Return the machine type and a hash of its instruction sets, which decide where a program may run."""
     sets = " ".join(instruction_sets())
     return f"{platform.machine()}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
 

@@ -100,8 +100,7 @@ class Scheduler:
         return None
 
     def _begin(self, leader: str) -> Unit:
-        """Make a unit of the leader's first operation and those that may share its device batch, in ring
-        order."""
+        """Make a unit of the leader's first operation and those that may share its batch, in ring order."""
         first = self._queues[leader][0]
         operations, key, tokens = [first], self._batch_key(first), batch_tokens(first)
         if key is not None:

@@ -75,8 +75,7 @@ class Sleep:
         return False
 
     def fall_asleep(self) -> None:
-        """Fall asleep, now that nothing is running or queued; answer the Sleeps, and accept what came after
-        them."""
+        """Fall asleep, as nothing is running or queued; answer the Sleeps, and accept later requests."""
         outcome: messages.Output | Exception = messages.Slept(0, 0.0)
         try:
             if not self.asleep:

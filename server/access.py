@@ -122,8 +122,7 @@ class ApiKeys:
     """
 
     def __init__(self, entries: list[str]):
-        """Parse `entries`, each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client could
-        send."""
+        """Parse `entries`, each `KEY` or `OWNER=KEY`. Raises ValueError for a key that no client can send."""
         note = "given to the server at its start"
         self._given = [
             ApiKey(key.identifier, key.owner, key.digest, note, False) for key in parse_keys(entries)
@@ -228,8 +227,7 @@ class UrlSigner:
         return f"{quote(path, safe='/:@')}?{urlencode(list(zip(_PARAMETERS, values, strict=True)))}"
 
     def tenant_of(self, method: str, path: str, query: str) -> str:
-        """Return the tenant of a URL. Raises Forbidden if it was altered, has expired or is another
-        server's."""
+        """Return a URL's tenant. Raises Forbidden if it was altered, has expired or is another server's."""
         pairs = parse_qsl(query, keep_blank_values=True)
         given = dict(pairs)
         if sorted(name for name, _ in pairs) != sorted(_PARAMETERS):

@@ -157,15 +157,13 @@ _LOOPBACK = ("127.0.0.1", "::1")
 
 
 def _names(host: str) -> tuple[str, ...]:
-    """Return the host in the form in which places are compared; `localhost` includes the loopback
-    addresses."""
+    """Return the host as places are compared; `localhost` includes the loopback addresses."""
     plain = plain_host(host)
     return (plain, *_LOOPBACK) if plain == _LOCALHOST else (plain,)
 
 
 def plain_host(host: str) -> str:
-    """Return the host in the form in which hosts are compared: an address in its usual form, a name in lower
-    case."""
+    """Return the host as hosts are compared: an address in its usual form, a name in lower case."""
     found = address(host)
     return host.lower().rstrip(".") if found is None else str(found)
 

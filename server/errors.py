@@ -90,8 +90,7 @@ class Gone(ApiError):
 
 
 class ClientGone(ApiError):
-    """The client closed its connection, so nobody reads this answer. The status is the one that nginx
-    logs."""
+    """The client closed its connection, so nobody reads this answer. The status is nginx's."""
 
     status = 499
     category = "user"

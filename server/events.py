@@ -1,5 +1,4 @@
-"""Events: an object announces that something has happened, and others react without either knowing the
-other."""
+"""Events: an object announces that something has happened, and others react without knowing it."""
 
 from __future__ import annotations
 

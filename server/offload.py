@@ -127,7 +127,7 @@ class Offload:
 
 
 class _Worker:
-    """One worker process, which runs `main`. It ends when its standard input does, at the latest with the
+    """One worker process, which runs `main`. It ends with its standard input, at the latest with the
     server."""
 
     def __init__(self, process: asyncio.subprocess.Process):

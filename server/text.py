@@ -90,8 +90,7 @@ def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template_error(error: Exception) -> str:
-    """Return an error's text. What a template raises with `raise_exception` stands alone; others begin with
-    their names."""
+    """Return an error's text: of `raise_exception` alone, of others after their names."""
     from jinja2 import TemplateError
 
     text = str(error)[:1000].encode(errors="replace").decode()  # a template may write lone surrogates
@@ -215,8 +214,7 @@ class ChatTokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
 
     def lengths(self, tokens: Sequence[int]) -> list[int]:
-        """Return how many characters of the text each token begins; special tokens are not part of the
-        text."""
+        """Return how many characters of the text each token begins; 0 for special tokens."""
         return [0 if token in self._special else _characters(self.token_bytes(token)) for token in tokens]
 
     def conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:

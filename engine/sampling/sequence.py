@@ -75,7 +75,7 @@ class Sequence:
         return not self.logprobs
 
     def take(self, row: int, decoded: Decoded) -> StopReason | Literal["not finite"] | None:
-        """Append the tokens of a row of a decode chunk, up to the sequence's end; return why it ended, or
+        """Append the tokens of a decode chunk's row, up to the sequence's end; return why it ended, or
         None."""
         wants_top = self.generation.request.topk_sample_logprobs > 0
         for step in range(int(decoded.steps)):

@@ -61,8 +61,7 @@ class StopRule:
         self.remaining = max_tokens
 
     def after(self, token: int) -> StopReason | None:
-        """Return why the sequence ends with this token, or None if it continues. A stop wins over the
-        length."""
+        """Return why the sequence ends with this token, if it does. A stop wins over the length."""
         self.remaining -= 1
         by_text = self._token_bytes is not None and self._strings.found_in(self._token_bytes(token))
         if by_text or token in self.stop_tokens:

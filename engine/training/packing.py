@@ -86,8 +86,7 @@ def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1)
 
 
 def _ladder(first: int, last: int, ratio: float) -> set[int]:
-    """Return lengths from `first` to `last` in equal steps of at most `ratio`, rounded up to
-    ROW_MULTIPLE_OF."""
+    """Return lengths from `first` to `last`, in equal rounded steps of at most `ratio`."""
     first = min(first, last)
     steps = int(np.ceil(np.log(last / first) / np.log(ratio) - 1e-6)) if last > first else 0
     exact = [first * (last / first) ** (step / steps) for step in range(steps + 1)] if steps else [last]

@@ -1,5 +1,4 @@
-"""A run: one device batch of training jobs, packed, run a micro-batch at a time, answered in the clients'
-order."""
+"""A run: one device batch of training jobs, packed, run by micro-batches, answered in the clients' order."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """A checked forward or forward_backward of one model. `elementwise`: also return the loss of each
-    token."""
+    """A checked forward or forward_backward of one model. `elementwise`: also return each token's loss."""
 
     state: TrainingState
     data: list[TrainingDatum]

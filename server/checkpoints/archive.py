@@ -27,8 +27,7 @@ COMPLETE = "checkpoint_complete"
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """Return the plain files below a directory by their names in it, in order, without the server's hidden
-    ones."""
+    """Return the plain files below a directory by their names in it, in order, without hidden ones."""
     found = (path for path in directory.rglob("[!.]*") if path.is_file() and not path.is_symlink())
     return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
 
@@ -93,8 +92,7 @@ _PART_OF_A_LAYER = re.compile(r"\.layers\.\d+\.(\w+)\.")
 
 
 def unpack(tar: BinaryIO, directory: Path) -> None:
-    """Write the adapter's two files into a new directory. Raises BadRequest for anything but a plain
-    adapter."""
+    """Write the adapter's two files into a new directory. Raises BadRequest unless it is a plain adapter."""
     found: dict[str, PurePosixPath] = {}
     directory.mkdir(parents=True)
     for member in _members(tar):
@@ -184,7 +182,7 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 
 def described(directory: Path) -> messages.LoraSpec:
-    """Return the rank, alpha and kinds of modules that the files have. Raises BadRequest if it is not a plain
+    """Return the rank, alpha and kinds of modules of the files. Raises BadRequest unless it is a plain
     LoRA."""
     try:
         config = peft_config.read((directory / CONFIG_FILE).read_bytes())

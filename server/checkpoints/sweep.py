@@ -154,8 +154,8 @@ class Sweep:
         await self._remove(key for key in found if key not in needed and _finished_name(key) not in needed)
 
     async def remove_checkpoints(self) -> None:
-        """Remove directories of deleted, overwritten, failed and expired checkpoints, and those without a
-        row."""
+        """Remove directories of deleted, overwritten, failed and expired checkpoints, and those without
+        rows."""
         found = await asyncio.to_thread(self._directories, "checkpoints/*/*/*")
         now = time.time()
         dead = await self._ledger.read(partial(retention.dead_checkpoints, now=now))

@@ -1,5 +1,4 @@
-"""Parsing and errors of all `tinsmith` commands: mistakes are answered in one line, before anything is
-done."""
+"""Parsing and errors of all `tinsmith` commands: mistakes are answered in one line, before anything else."""
 
 from __future__ import annotations
 

@@ -99,8 +99,7 @@ def runs(
 
 
 def _console() -> Console:
-    """Return a console that shows names unchanged: `:train:` is not an emoji, and clients' names are not
-    markup."""
+    """Return a console that shows names unchanged: without emojis such as `:train:`, and without markup."""
     return Console(emoji=False, markup=False, highlight=False)
 
 

@@ -242,8 +242,8 @@ def _why_not_bound(host: str, port: int, error: OSError) -> str:
 
 
 def run(settings: Settings, base_models: list[BaseModel], listener: socket.socket, ledger: Ledger) -> bool:
-    """Serve on `listener` until SIGINT or SIGTERM; return whether it started, and stopped with everything
-    saved."""
+    """Serve on `listener` until SIGINT or SIGTERM; return whether it started, and saved everything at the
+    end."""
     without_torch()
     config = uvicorn.Config(
         create_app(settings, base_models, ledger),

@@ -37,8 +37,7 @@ def digest(key: str) -> bytes:
 
 
 def create_key(connection: Connection, tenant: str, note: str | None) -> tuple[str, str]:
-    """Create a key of the tenant. Return it, and the id by which it is listed and revoked. The key is stored
-    nowhere."""
+    """Create a key of the tenant. Return it, and the id that lists and revokes it. The key is not stored."""
     ensure_tenant(connection, tenant)
     key, identifier = f"tml-{secrets.token_urlsafe(32)}", secrets.token_hex(4)
     connection.execute(
@@ -161,7 +160,7 @@ def audit(connection: Connection, owner: str, event: str, **details: Any) -> Non
 def audit_entries(
     connection: Connection, owner: str, start: float, end: float, resource: str | None, limit: int
 ) -> Sequence[Row]:
-    """Return the newest `limit` entries of the owner in [start, end), oldest first; `resource` None: of
+    """Return the newest `limit` entries of the owner in [start, end), oldest first, of one resource or
     all."""
     query = select(audit_log).where(audit_log.c.owner == owner, audit_log.c.at >= start, audit_log.c.at < end)
     if resource is not None:

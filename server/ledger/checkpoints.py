@@ -1,5 +1,4 @@
-"""Rows of checkpoints. Only complete ones are found and listed; a name is taken as soon as a save is
-accepted."""
+"""Rows of checkpoints. Only complete ones are found and listed; an accepted save takes its name at once."""
 
 from __future__ import annotations
 
@@ -66,8 +65,7 @@ def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
 
 
 def stored_bytes(connection: Connection, owner: str) -> int:
-    """Return the size of the owner's checkpoints. One that is being written counts as the largest of the
-    others."""
+    """Return the size of the owner's checkpoints. One that is being written counts as the largest other."""
     mine = (checkpoints.c.owner == owner) & is_alive()
     size = checkpoints.c.size_bytes
     total, largest = connection.execute(select(func.sum(size), func.max(size)).where(mine)).one()
@@ -162,8 +160,7 @@ def stored_by_session(connection: Connection, session_ids: list[str]) -> dict[st
 
 
 def stored_by_project(connection: Connection, owner: str, project_id: str | None) -> Sequence[Row]:
-    """Return `project_id`, `number` and `size_bytes` of the owner's checkpoints, by their sessions'
-    projects."""
+    """Return `project_id`, `number` and `size_bytes` of the owner's checkpoints, by project."""
     project = func.coalesce(sessions.c.project_id, NO_PROJECT).label("project_id")
     query = (
         select(project, func.count().label("number"), func.sum(checkpoints.c.size_bytes).label("size_bytes"))

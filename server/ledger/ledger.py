@@ -59,8 +59,7 @@ _LOOK_SECONDS = 0.5  # between checks whether the lease has expired
 
 
 def _connect(url: str, sync_every_commit: bool, checkpoints: bool) -> Engine:
-    """Make an engine. `checkpoints`: commits also move the write-ahead log into the database from time to
-    time."""
+    """Make an engine. `checkpoints`: commits sometimes move the write-ahead log into the database."""
     engine = create_engine(url)
     if engine.dialect.name != "sqlite":
         return engine
@@ -171,8 +170,7 @@ class Ledger:
             return inspect(connection).has_table("lease")
 
     def _own(self, owner: Ownership, unlocked: bool) -> None:
-        """Acquire the lease. Waits while its holder may be dead; raises InUse if the holder renews it
-        meanwhile."""
+        """Acquire the lease. Waits while its holder may be dead; raises InUse if the holder renews it."""
         renewed_at: float | None = None
         while True:
             with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
@@ -209,8 +207,7 @@ class Ledger:
                 log.debug("the lease could not be renewed: %s", error)
 
     def _renew(self, generation: int) -> bool:
-        """Renew the lease; return whether it is still held. With a locked SQLite file, checking it is
-        enough."""
+        """Renew the lease; return whether it is still held. With a locked SQLite file, only check it."""
         is_locked = self._file is not None
         renew = leases.is_held if is_locked else leases.renew
         connecting = self._engine.connect().execution_options(writes=not is_locked)

@@ -139,8 +139,7 @@ def unanswered(connection: Connection, session_id: str, sampler_id: str) -> Sequ
 
 
 def finished_since(connection: Connection, session_id: str, sampler_id: str, since: float) -> Sequence[Row]:
-    """Return `id`, `state` and `sample_number` of the sampling session's answered samples, oldest answer
-    first."""
+    """Return `id`, `state` and `sample_number` of the sampling session's answered samples, oldest first."""
     query = select(operations.c.id, operations.c.state, operations.c.sample_number)
     mine = _of_sampler(session_id, sampler_id)
     return connection.execute(

@@ -232,8 +232,7 @@ def connected(url: str) -> Iterator[Connection | None]:
 
 
 class Ownership:
-    """This server's hold on its data directory and SQLite ledger, until `release` or the end of the
-    process."""
+    """This server's hold on its data directory and SQLite ledger, until `release` or its end."""
 
     def __init__(self, holder: Holder, locks: list[FileLock]):
         self.holder = holder

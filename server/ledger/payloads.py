@@ -87,8 +87,7 @@ def _forget(connection: Connection, of: Select) -> bool:
 
 
 def forget(connection: Connection, model_id: str, through: int) -> bool:
-    """Delete some of the model's payloads up to `through`, which no replay needs; return whether there may be
-    more."""
+    """Delete some payloads of the model up to `through`; return whether there may be more."""
     mine = (payloads.c.model_id == model_id) & (payloads.c.seq_id <= through)
     return _forget(connection, select(payloads.c.operation_id).where(mine))
 
@@ -250,8 +249,7 @@ class PayloadFiles:
             self._done(stored.file)
 
     def abandoned(self, stored: Stored) -> None:
-        """Note that no row will point to the payload. Its bytes are cut off if nothing was written after
-        them."""
+        """Note that no row will point to the payload, and cut it off if nothing was written after it."""
         if stored.file is None:
             return
         with self._lock:

@@ -60,8 +60,7 @@ def fair_share(sizes: Collection[int], total: int) -> int:
 
 
 def beyond(connection: Connection, owner: str, max_bytes: int) -> float | None:
-    """Return when the youngest answer beyond the owner's newest `max_bytes` was given; None if there is
-    none."""
+    """Return when the youngest answer beyond the owner's newest `max_bytes` was given, if there is one."""
     younger = func.sum(operations.c.answer_bytes).over(order_by=operations.c.finished_at.desc())
     ages = select(operations.c.finished_at, younger.label("bytes")).where(
         operations.c.owner == owner, operations.c.answer_bytes > 0
@@ -210,8 +209,7 @@ def directories_to_load(connection: Connection) -> set[str]:
 
 
 def directories_sampled(connection: Connection, silent_since: float) -> set[str]:
-    """Return the directories of samplers with live sessions, which stay when a checkpoint's name is
-    reused."""
+    """Return the directories of samplers with live sessions, which stay when their name is reused."""
     alive = sessions.c.finished_at.is_(None) & (sessions.c.last_heartbeat_at >= silent_since)
     query = select(samplers.c.directory).where(
         samplers.c.directory.is_not(None), samplers.c.session_id.in_(select(sessions.c.id).where(alive))

@@ -127,8 +127,7 @@ def update_model(connection: Connection, model_id: str, **values: Any) -> None:
 
 
 def settle_creation(connection: Connection, model_id: str, state: str) -> None:
-    """Record that a model was created, or could not be. One whose session has ended meanwhile stays
-    finished."""
+    """Record that a model was created, or could not be, unless its session has ended meanwhile."""
     created = update(models).where(models.c.id == model_id, models.c.state == "creating")
     connection.execute(created.values(state=state))
 

@@ -115,8 +115,7 @@ class Driver:
         self._sampler_now: Sampler | None = None
 
     async def drive(self) -> bool:
-        """Run steps until all are done (True) or it is told to stop (False). Raises BadRequest if one
-        fails."""
+        """Run steps until all are done (True) or it is told to stop (False). Raises BadRequest."""
         await self._created()
         while self.progress.step < self._config.num_rollout:
             if self.stopping.is_set() and not await self._is_training():

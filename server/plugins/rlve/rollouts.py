@@ -50,8 +50,7 @@ class Difficulty:
         return range(max(0, self.top - size + 1), self.top + 1)
 
     def counted(self, outcomes: Iterable[tuple[int, int, int]], enough: int, threshold: float) -> Difficulty:
-        """Return the difficulty after more problems, each a level, its number of samples and how many were
-        right."""
+        """Return the difficulty after more problems: each one's level, samples, and right samples."""
         at_top = [(samples, right) for level, samples, right in outcomes if level == self.top]
         samples = self.samples + sum(each for each, _ in at_top)
         right = self.right + sum(each for _, each in at_top)
@@ -117,8 +116,8 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def datums(group: Group, reward_key: str) -> list[messages.Datum]:
-    """Make the datums of a group. Position i predicts token i + 1; log-prob and advantage are 0 within the
-    prompt."""
+    """Make the datums of a group. Position i predicts token i + 1; the prompt's log-probs and advantages are
+    0."""
     each = zip(group.sequences, advantages(group.rewards(reward_key)), strict=True)
     return [_datum(group.prompt, sequence, advantage) for sequence, advantage in each]
 
@@ -142,8 +141,7 @@ def _datum(prompt: list[int], sequence: messages.SampledSequence, advantage: flo
 def of_step(
     step: int, groups: Sequence[Group], trained: int, difficulties: Mapping[str, Difficulty]
 ) -> dict[str, Any]:
-    """Return the metrics of a step: all its groups, how many of them were trained on, and the difficulties
-    after it."""
+    """Return a step's metrics: all its groups, how many were trained on, and the difficulties after it."""
     lengths = [len(sequence.tokens) // 4 for group in groups for sequence in group.sequences]
     environments = {}
     for name, difficulty in difficulties.items():

@@ -51,8 +51,7 @@ class RlveRuns:
         runs.ending.subscribe(self._end)
 
     async def difficulties(self, config: dict[str, Any], base_model: str) -> dict[str, Any]:
-        """Return the initial difficulty of each environment. Raises BadRequest if something cannot be used
-        here."""
+        """Return the initial difficulty of each environment. Raises BadRequest for an unusable one."""
         asked = RlveConfig.model_validate(config)
         tokenizer = await asyncio.to_thread(of_folder, self._base_models.named(base_model).folder)
         prompt("?", asked.custom_prompt_preprocessor, asked.answer_marker_type, tokenizer)
@@ -212,7 +211,7 @@ _NEED_REFERENCES = ("beta", "use_tis")
 def rlve_of(
     body: wire.CreateModel, optimizer: str, settings: Settings, warnings: list[str]
 ) -> dict[str, Any] | None:
-    """Check the `rlve_config` of a new model; return what the model keeps of it, None without one. Raises
+    """Check a new model's `rlve_config`; return what the model keeps of it, None without one. Raises
     BadRequest."""
     config = body.rlve_config
     if config is None or not config.enabled:

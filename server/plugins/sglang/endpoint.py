@@ -109,8 +109,7 @@ class EndpointUnflushed(EndpointBusy):
 
 
 class EndpointDied(EndpointError):
-    """The server cannot be reached, closed the connection or is silent. It may restart without its
-    adapters."""
+    """The server cannot be reached, hung up or is silent. It may restart without its adapters."""
 
 
 class EndpointSilent(EndpointDied):
@@ -196,8 +195,7 @@ class Endpoint:
     # --- samples
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the answers, as a list even for one. Has no time limit: the caller watches the server's
-        health."""
+        """Return the answers, a list even for one. No time limit: the caller watches the server's health."""
         answer = await self._ask("POST", "/generate", body, None, self._sample_bytes(body))
         return [_object(each, "/generate") for each in (answer if isinstance(answer, list) else [answer])]
 
@@ -271,8 +269,7 @@ class Endpoint:
         await self._ask("POST", "/continue_generation", {})
 
     async def flush_cache(self, patience_seconds: float) -> None:
-        """Flush the cache once no request runs; raises EndpointBusy if one still does after
-        `patience_seconds`."""
+        """Flush the cache once no request runs; raises EndpointBusy after `patience_seconds`."""
         path = f"/flush_cache?timeout={patience_seconds:g}"
         try:
             await self._ask("POST", path, seconds=_QUICK_SECONDS + patience_seconds)

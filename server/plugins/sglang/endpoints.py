@@ -179,8 +179,7 @@ class Registered:
         self._down = asyncio.Event()
 
     def check_failed(self, error: EndpointError) -> None:
-        """Note a failed check. A closed connection ejects the server at once, slowness only after a few
-        checks."""
+        """Note a failed check. A closed connection ejects at once, slowness only after a few checks."""
         self._failed_checks += 1
         is_slow = isinstance(error, (EndpointSilent, EndpointBusy))
         if not self.reachable:
@@ -215,7 +214,7 @@ class Endpoints:
         owner: str | None = None,
         pools: Iterable[str] | None = None,
     ) -> list[Registered]:
-        """Return the operator's servers and the owner's, of a base model (None: any) and some pools (None:
+        """Return the operator's and the owner's servers, of a base model (None: any) and pools (None:
         all)."""
         return [
             each
@@ -326,8 +325,7 @@ class Endpoints:
 
 
 class EndpointKeys:
-    """Encrypts the keys of tenants' servers. Without the identity's file, these keys have to be given
-    again."""
+    """Encrypts the keys of tenants' servers. Without the identity's file, they have to be given again."""
 
     def __init__(self, data_dir: Path):
         self._file = data_dir / "endpoint_identity"
@@ -444,8 +442,7 @@ class Registry:
         return f"there are {MAX_ENDPOINTS} others already"
 
     async def _try(self, owner: str, host: str, port: int, fields: dict[str, Any]) -> str | None:
-        """Register the server if it turns out to be a suitable SGLang server; return the problem
-        otherwise."""
+        """Register the server if it turns out to be a suitable one; return the problem otherwise."""
         where = f"{host}:{port}"
         if (host, port) not in self._allowed:
             return f"{where} may not be called by this server: its operator has to allow it (--sglang-allow)"

@@ -416,8 +416,7 @@ class MergedWeights:
 
 @asynccontextmanager
 async def _alone(endpoint: Registered, abort: bool) -> AsyncIterator[None]:
-    """Keep others from sampling on the server meanwhile. `abort`: running samples are ended, and drawn
-    again."""
+    """Keep others from sampling on the server. `abort`: running samples are ended, and drawn again."""
 
     async def end_all() -> None:
         with suppress(EndpointError):
@@ -437,8 +436,7 @@ async def _alone(endpoint: Registered, abort: bool) -> AsyncIterator[None]:
 
 
 class Distribution:
-    """Sends weights that are saved for sampling to the SGLang servers: as adapters, or merged
-    (`sglang_merge`)."""
+    """Sends weights saved for sampling to the SGLang servers: as adapters, or merged (`sglang_merge`)."""
 
     def __init__(
         self,

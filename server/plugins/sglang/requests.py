@@ -94,8 +94,8 @@ class Drawing:
         return self.stops.longest - len(self.tokens)
 
     def take(self, answer: dict[str, Any], vocab_size: int) -> None:
-        """Add the tokens of an answer. Raises EndpointRefused for an invalid answer, EndpointBusy for an
-        aborted one."""
+        """Add the tokens of an answer. Raises EndpointRefused if it is invalid, EndpointBusy if it was
+        aborted."""
         meta = answer.get("meta_info") or {}
         finish = meta.get("finish_reason") or {}
         if finish.get("type") == "abort":
@@ -131,8 +131,7 @@ class Drawing:
         )
 
     def drawn(self, request_id: str, index: int, meanwhile: Drawing) -> messages.Drawn | None:
-        """Return what a stream has not sent yet, including the tokens of the unfinished answer
-        `meanwhile`."""
+        """Return what a stream has not sent yet, including the tokens of the unfinished `meanwhile`."""
         tokens, begin = self.tokens + meanwhile.tokens, self.told
         if len(tokens) <= begin:
             return None
@@ -223,8 +222,7 @@ def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, se
 
 
 def _too_long(sample: messages.Sample, model: BaseModel, limits: Limits) -> str | None:
-    """Return why a sequence is too long. One that may fill the model's context may end `CUT_TOKENS`
-    earlier."""
+    """Return why a sequence is too long. One up to the context's end may end `CUT_TOKENS` earlier."""
     longest, own = limits.longest, model.max_sequence_length
     prompt = len(sample.prompt) // 4
     wanted = prompt + _longest(sample, model)

@@ -377,6 +377,5 @@ class Divergence:
 
 
 def _label(endpoint: Registered) -> str:
-    """Return the server's label. Every tenant can read the metrics, so tenants' servers are not named in
-    them."""
+    """Return the server's label. Tenants' servers are not named in metrics, which every tenant can read."""
     return endpoint.client.url if endpoint.owner is None else "a tenant's"
