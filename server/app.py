@@ -64,7 +64,7 @@ from .models.submits import RefusedSaves, SampleSubmits, Saves, Submits, UnusedN
 from .offload import Offload
 from .operations.answers import KEPT
 from .operations.dispatcher import Dispatcher
-from .operations.operation import Operation, stream_of
+from .operations.operation import stream_of
 from .operations.operations import Operations
 from .operations.payloads import Payloads
 from .operations.sample_streams import Completions, SampleStreams
@@ -202,7 +202,7 @@ class Application:
         )
 
         # Operations and models.
-        dispatcher: Dispatcher[Operation] = Dispatcher(settings.gap_grace_seconds)
+        dispatcher = Dispatcher(settings.gap_grace_seconds)
         self.operations = Operations(ledger, self.engine, disk, self.payloads, dispatcher, self.sampling)
         self.completions = Completions(ledger, self.operations)
         known = KnownRuns()

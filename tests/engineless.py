@@ -20,7 +20,7 @@ from tinsmith.server.models.runs import Runs
 from tinsmith.server.models.samplers import Samplers
 from tinsmith.server.models.sessions import Sessions
 from tinsmith.server.operations.dispatcher import Dispatcher
-from tinsmith.server.operations.operation import Operation, SampleDrawer, Submission
+from tinsmith.server.operations.operation import SampleDrawer, Submission
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
@@ -43,7 +43,7 @@ class Server:
         self.quotas = Quotas(settings)
         base_models = BaseModels()
         drawer = None if make_drawer is None else make_drawer(settings, engine)
-        dispatcher: Dispatcher[Operation] = Dispatcher(settings.gap_grace_seconds)
+        dispatcher = Dispatcher(settings.gap_grace_seconds)
         self.operations = Operations(ledger, engine, Disk(data_dir, 0), payloads, dispatcher, drawer)
         known = KnownRuns()
         snapshots = Snapshots(ledger, engine, dispatcher, payloads, settings)

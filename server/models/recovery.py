@@ -50,7 +50,7 @@ class Recovery:
         ledger: Ledger,
         engine: Supervisor,
         operations: Operations,
-        dispatcher: Dispatcher[Operation],
+        dispatcher: Dispatcher,
         runs: KnownRuns,
         settings: Settings,
     ):
@@ -259,7 +259,7 @@ class Snapshots:
         self,
         ledger: Ledger,
         engine: Supervisor,
-        dispatcher: Dispatcher[Operation],
+        dispatcher: Dispatcher,
         payloads: Payloads,
         settings: Settings,
     ):

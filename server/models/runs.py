@@ -52,7 +52,7 @@ class Runs:
         ledger: Ledger,
         engine: Supervisor,
         operations: Operations,
-        dispatcher: Dispatcher[Operation],
+        dispatcher: Dispatcher,
         known: KnownRuns,
         recovery: Recovery,
         snapshots: Snapshots,

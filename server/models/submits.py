@@ -45,7 +45,7 @@ class UnusedNumbers:
     def __init__(
         self,
         ledger: Ledger,
-        dispatcher: Dispatcher[Operation],
+        dispatcher: Dispatcher,
         numbered: Callable[[str, str, int], Awaitable[tuple[str, int]]],
     ):
         self._ledger = ledger

@@ -10,37 +10,23 @@ number that was refused at its submit is recorded, and leaves no gap.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
 
 from ..events import Event
-
-
-class Sequenced(Protocol):
-    """A numbered operation of a model. A `settled` one had its answer before its turn, and is not run."""
-
-    model_id: str
-    seq_id: int
-
-    @property
-    def settled(self) -> bool: ...
-
-
-Op = TypeVar("Op", bound=Sequenced)
+from .operation import Operation
 
 
 @dataclass
-class Lane(Generic[Op]):
+class Lane:
     """One model's place in its sequence."""
 
     next_seq: int
     reserved: int = 0  # numbers up to this are given to operations that are about to arrive
-    held: dict[int, Op] = field(default_factory=dict)
+    held: dict[int, Operation] = field(default_factory=dict)
     gap_timer: asyncio.TimerHandle | None = None
 
 
-class Dispatcher(Generic[Op]):
+class Dispatcher:
     """Releases each model's operations in order.
 
     `released(operation)`: it is the operation's turn. `gave_up(operations, missing_seq)`: the number
@@ -49,9 +35,9 @@ class Dispatcher(Generic[Op]):
 
     def __init__(self, gap_grace_seconds: float):
         self.gap_grace_seconds = gap_grace_seconds
-        self.released: Event[[Op]] = Event()
-        self.gave_up: Event[[list[Op], int]] = Event()
-        self._lanes: dict[Hashable, Lane[Op]] = {}
+        self.released: Event[[Operation]] = Event()
+        self.gave_up: Event[[list[Operation], int]] = Event()
+        self._lanes: dict[str, Lane] = {}
 
     def open(self, model_id: str, next_seq: int) -> None:
         """Begin a model's sequence at `next_seq`: the operations before it have had their turn."""
@@ -77,7 +63,7 @@ class Dispatcher(Generic[Op]):
         lane.reserved = self.last_seq(model_id) + 1
         return lane.reserved
 
-    def add(self, operation: Op) -> None:
+    def add(self, operation: Operation) -> None:
         """Take an operation that has arrived. One whose number has had its turn is not run again."""
         lane = self._lanes[operation.model_id]
         if operation.seq_id < lane.next_seq:
@@ -85,7 +71,7 @@ class Dispatcher(Generic[Op]):
         lane.held.setdefault(operation.seq_id, operation)
         self._advance(operation.model_id, lane)
 
-    def _advance(self, model_id: str, lane: Lane[Op]) -> None:
+    def _advance(self, model_id: str, lane: Lane) -> None:
         started_at = lane.next_seq
         while (operation := lane.held.pop(lane.next_seq, None)) is not None:
             lane.next_seq += 1

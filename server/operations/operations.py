@@ -78,7 +78,7 @@ class Operations:
         engine: Supervisor,
         disk: Disk,
         payloads: Payloads,
-        dispatcher: Dispatcher[Operation],
+        dispatcher: Dispatcher,
         drawer: SampleDrawer | None = None,
     ):
         self._ledger = ledger

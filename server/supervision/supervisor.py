@@ -164,7 +164,7 @@ class Supervisor:
         """Raise Unavailable when nothing can be submitted; between two engines, everything can."""
         if self._stopping:
             raise Unavailable("the server is stopping; try again later")
-        if (death := self.death) is not None:
+        if not self._process.was_ready and (death := self.death) is not None:
             raise Unavailable(f"the engine does not start ({death}); try again later")
 
     # --- messages

@@ -23,7 +23,7 @@ class Recorded:
     def __init__(self, gap_grace_seconds: float = 60):
         self.released: list[Operation] = []
         self.given_up: list[tuple[list[int], int]] = []
-        self.dispatcher: Dispatcher[Operation] = Dispatcher(gap_grace_seconds)
+        self.dispatcher = Dispatcher(gap_grace_seconds)
         self.dispatcher.released.subscribe(self.released.append)
         self.dispatcher.gave_up.subscribe(
             lambda operations, missing: self.given_up.append(([op.seq_id for op in operations], missing))
