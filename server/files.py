@@ -123,11 +123,11 @@ def tensor_entries(path: Path) -> dict[str, Entry]:
     """Read the tensors of a file, or of all files of a folder, by name. Raises ValueError and OSError."""
     found: dict[str, Entry] = {}
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        for name, said in header(file).items():
+        for name, described in header(file).items():
             if name == "__metadata__":
                 continue
             try:
-                found[name] = Entry(str(said["dtype"]), tuple(int(size) for size in said["shape"]))
+                found[name] = Entry(str(described["dtype"]), tuple(int(size) for size in described["shape"]))
             except (KeyError, TypeError, ValueError):
                 raise ValueError(f"{file.name} does not say what {name[:192]!r} is") from None
     return found

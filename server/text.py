@@ -172,8 +172,8 @@ class ChatTokenizer:
             # The batch call lets other threads run meanwhile.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except Exception as error:  # the library raises nothing narrower
-            said = str(error).encode(errors="replace").decode()
-            raise BadRequest(f"the model's tokenizer cannot encode this text: {said}") from None
+            reason = str(error).encode(errors="replace").decode()
+            raise BadRequest(f"the model's tokenizer cannot encode this text: {reason}") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of tokens at the beginning of a text."""
@@ -264,7 +264,7 @@ class SampledText:
     skip_special_tokens: bool = True
     prompt: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
-    told: str = ""
+    sent: str = ""
     _settled: int = 0  # tokens whose text is in `_text`, and ends with a whole character
     _text: str = ""
 
@@ -341,8 +341,8 @@ class SampledText:
         )
 
     def _tell(self, text: str) -> str:
-        new = text[len(self.told) :]  # sent text cannot be taken back
-        self.told += new
+        new = text[len(self.sent) :]  # sent text cannot be taken back
+        self.sent += new
         return new
 
 

@@ -62,7 +62,7 @@ class Sequence:
     slot: int = 0  # of its state, if the model keeps any
     state_goes_on: bool = False  # the device has run tokens that the sample does not have
     last_turn: int = 0  # number of the decode chunk that it was last in, or before which it came
-    told: int = 0  # of its sample's tokens, by `drawn`
+    reported: int = 0  # of its sample's tokens, by `drawn`
     experts: messages.RoutedExperts | None = None  # of its tokens, if they are recorded
 
     @property
@@ -94,10 +94,10 @@ class Sequence:
 
     def drawn(self) -> messages.Drawn:
         """Return what was drawn since the last call."""
-        begin, first = self.told, len(self.generation.prompt) + self.told
+        begin, first = self.reported, len(self.generation.prompt) + self.reported
         tokens = np.asarray(self.tokens[first:], "<i4")
         logprobs = np.asarray(self.logprobs[begin:], "<f4")
-        self.told += len(tokens)
+        self.reported += len(tokens)
         return messages.Drawn(
             self.generation.request.request_id,
             self.index,

@@ -126,8 +126,8 @@ def _parameter(section: type[BaseSettings], name: str) -> inspect.Parameter:
     names = [f"{option}/--no-{option[2:]}"] if kind is bool else [option]
     if (default := default_of(field)) is not None:
         help_ += f" [default: {default}]"
-    said = typer.Option(*names, help=help_, rich_help_panel=title_of(section))
-    annotation: Any = Annotated[kind | None, said]
+    setting_option = typer.Option(*names, help=help_, rich_help_panel=title_of(section))
+    annotation: Any = Annotated[kind | None, setting_option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

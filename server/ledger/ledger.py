@@ -431,7 +431,7 @@ def _unwritable(error: Exception) -> Exception:
         return error
     # When the disk is full SQLite ends the transaction, so that rolling back to the savepoint fails too.
     causes: BaseException | None = error
-    while causes is not None and not any(said in str(causes) for said in ("is full", "No space")):
+    while causes is not None and not any(sign in str(causes) for sign in ("is full", "No space")):
         causes = causes.__context__
     if causes is not None:
         return StorageFull("the server's disk is full; nothing was accepted, try again later")

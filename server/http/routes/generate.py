@@ -193,7 +193,7 @@ class Answers:
                     if prompt.scores_prompt or prompt.scores_tokens or not sequence.add(part, part.begin):
                         continue
                     sequence.text.add(part.begin, tokens_of(part.tokens))
-                    text, meta = sequence.text.told, self._meta(place, part.index, sequence, None)
+                    text, meta = sequence.text.sent, self._meta(place, part.index, sequence, None)
                     yield event(self._answer(place, index, sequence, text, meta, in_stream=True))
         except ApiError as error:
             yield _error_event(error.status, error.message)

@@ -206,13 +206,13 @@ class Endpoint:
             if answer.status_code != 200:
                 await self._read(answer, "/generate", _PLAIN_BYTES)
             async for line in self._lines(answer, self._sample_bytes(body)):
-                said = line.removeprefix(b"data:").strip()
-                if not line.startswith(b"data:") or said == b"[DONE]":
+                data = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:") or data == b"[DONE]":
                     beside += len(line) + 1  # comments, which keep connections alive
                     if beside > _PLAIN_BYTES:
                         raise self._too_long("/generate", _PLAIN_BYTES)
                     continue
-                part = _object(orjson.loads(said), "/generate")
+                part = _object(orjson.loads(data), "/generate")
                 if "error" in part:
                     raise self._refused("/generate", "refused", part)
                 parts += 1
@@ -336,13 +336,13 @@ class Endpoint:
                 if not self._answer_bytes.take(len(data)):
                     raise EndpointBusy(f"{self.url}{path}: too many long answers at once")
                 content += data
-            said = await _parsed(bytes(content))
+            body = await _parsed(bytes(content))
         finally:
             self._answer_bytes.give_back(len(content))
         status = answer.status_code
-        if status == 200 and not (isinstance(said, dict) and said.get("success") is False):
-            return None if isinstance(said, bytes) else said
-        raise self._refused(path, status, said)
+        if status == 200 and not (isinstance(body, dict) and body.get("success") is False):
+            return None if isinstance(body, bytes) else body
+        raise self._refused(path, status, body)
 
     def _sample_bytes(self, body: dict[str, Any]) -> int:
         """Return how long the answer may be, by the tokens and top log-probs that were requested."""
@@ -353,10 +353,10 @@ class Endpoint:
         size = _PLAIN_BYTES + _TOKEN_BYTES * (known + _most_tokens(body)) * (1 + beside)
         return min(self._most_bytes, size)
 
-    def _refused(self, path: str, status: int | str, said: Any) -> EndpointError:
+    def _refused(self, path: str, status: int | str, body: Any) -> EndpointError:
         """Return the exception for an error's status. Its message quotes nothing from a tenant's server."""
         message = f"{self.url}{path} answered {status}"
-        detail = f"{message}: {_reason(said)}"
+        detail = f"{message}: {_reason(body)}"
         shown = detail if self.is_operators else message
         if status in (429, 503):
             return EndpointBusy(shown, detail)
@@ -394,20 +394,20 @@ def _most_tokens(body: dict[str, Any]) -> int:
     return drawn
 
 
-def _object(said: Any, path: str) -> dict[str, Any]:
-    if not isinstance(said, dict):
+def _object(body: Any, path: str) -> dict[str, Any]:
+    if not isinstance(body, dict):
         raise EndpointRefused(f"{path} did not answer with an object")
-    return said
+    return body
 
 
-def _reason(said: Any) -> str:
+def _reason(body: Any) -> str:
     """Return the message of an error, whichever shape it has."""
-    if isinstance(said, dict):
-        found = said.get("error") or said.get("error_message") or said.get("message") or said
-        said = found.get("message", found) if isinstance(found, dict) else found
-    if isinstance(said, bytes):
-        said = said[:_MESSAGE_CHARACTERS].decode(errors="replace")
-    return str(said)[:_MESSAGE_CHARACTERS]
+    if isinstance(body, dict):
+        found = body.get("error") or body.get("error_message") or body.get("message") or body
+        body = found.get("message", found) if isinstance(found, dict) else found
+    if isinstance(body, bytes):
+        body = body[:_MESSAGE_CHARACTERS].decode(errors="replace")
+    return str(body)[:_MESSAGE_CHARACTERS]
 
 
 # --- limits
@@ -467,24 +467,23 @@ def limits_of(server_info: dict[str, Any], model_info: dict[str, Any]) -> Limits
     """
     if "max_total_num_tokens" not in server_info:
         raise ValueError("it does not report max_total_num_tokens")
-    said = server_info
-    targets, max_input = said.get("lora_target_modules"), _number(said, "max_req_input_len")
+    targets, max_input = server_info.get("lora_target_modules"), _number(server_info, "max_req_input_len")
     return Limits(
-        model_path=_text(model_info.get("model_path") or said.get("model_path")),
-        served_name=_text(said.get("served_model_name")),
-        context_length=_number(said, "context_length") or (max_input and max_input + _MORE_THAN_INPUT),
+        model_path=_text(model_info.get("model_path") or server_info.get("model_path")),
+        served_name=_text(server_info.get("served_model_name")),
+        context_length=_number(server_info, "context_length") or (max_input and max_input + _MORE_THAN_INPUT),
         max_input=max_input,
-        max_total_tokens=_number(said, "max_total_num_tokens"),
-        enable_lora=bool(said.get("enable_lora")),
-        max_lora_rank=_number(said, "max_lora_rank"),
-        max_loaded_loras=_number(said, "max_loaded_loras"),
-        max_loras_per_batch=_number(said, "max_loras_per_batch"),
+        max_total_tokens=_number(server_info, "max_total_num_tokens"),
+        enable_lora=bool(server_info.get("enable_lora")),
+        max_lora_rank=_number(server_info, "max_lora_rank"),
+        max_loaded_loras=_number(server_info, "max_loaded_loras"),
+        max_loras_per_batch=_number(server_info, "max_loras_per_batch"),
         lora_target_modules=None if targets is None else tuple(map(_text, targets[:_MOST_TARGETS])),
-        quantization=None if said.get("quantization") is None else _text(said["quantization"]),
-        dtype=_text(said.get("dtype")),
-        tp_size=_number(said, "tp_size") or 1,
-        deterministic=bool(said.get("enable_deterministic_inference")),
-        version=_text(said.get("version")),
+        quantization=None if server_info.get("quantization") is None else _text(server_info["quantization"]),
+        dtype=_text(server_info.get("dtype")),
+        tp_size=_number(server_info, "tp_size") or 1,
+        deterministic=bool(server_info.get("enable_deterministic_inference")),
+        version=_text(server_info.get("version")),
     )
 
 
@@ -516,8 +515,8 @@ def _text(value: Any) -> str:
     return str(value or "")[:_MOST_CHARACTERS]
 
 
-def _number(said: dict[str, Any], name: str) -> int | None:
-    return None if said.get(name) is None else int(said[name])
+def _number(info: dict[str, Any], name: str) -> int | None:
+    return None if info.get(name) is None else int(info[name])
 
 
 def base_model_of(limits: Limits, base_models: Iterable[BaseModel]) -> str | None:

@@ -77,7 +77,7 @@ class Stops:
 class Drawing:
     """One sequence that an SGLang server draws.
 
-    `topk`: how many likely tokens to return at each position. `told`: tokens that a stream has sent.
+    `topk`: how many likely tokens to return at each position. `sent`: how many tokens a stream has sent.
     """
 
     stops: Stops
@@ -87,7 +87,7 @@ class Drawing:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     reason: Literal["stop", "length"] | None = None
-    told: int = 0
+    sent: int = 0
 
     @property
     def remaining(self) -> int:
@@ -132,11 +132,11 @@ class Drawing:
 
     def drawn(self, request_id: str, index: int, meanwhile: Drawing) -> messages.Drawn | None:
         """Return what a stream has not sent yet, including the tokens of the unfinished `meanwhile`."""
-        tokens, begin = self.tokens + meanwhile.tokens, self.told
+        tokens, begin = self.tokens + meanwhile.tokens, self.sent
         if len(tokens) <= begin:
             return None
         logprobs, top = self.logprobs + meanwhile.logprobs, self.top + meanwhile.top
-        self.told = len(tokens)
+        self.sent = len(tokens)
         return messages.Drawn(
             request_id,
             index,
@@ -343,7 +343,7 @@ _aborting: set[asyncio.Task[None]] = set()
 
 
 class RemoteSample:
-    """One sample on a server. `told`: whether a stream has sent tokens, which cannot be replaced any more."""
+    """One sample on a server. `has_streamed`: a stream has sent tokens, which cannot be replaced any more."""
 
     def __init__(
         self,
@@ -354,7 +354,7 @@ class RemoteSample:
     ):
         self.request_id = request_id
         self.sample = sample
-        self.told = False
+        self.has_streamed = False
         self._model = model
         self._on_drawn = on_drawn
 
@@ -447,7 +447,7 @@ class RemoteSample:
             meanwhile.add(part, self._model.vocab_size)
             drawn = drawing.drawn(self.request_id, index, meanwhile)
             if drawn is not None:
-                self.told = True
+                self.has_streamed = True
                 self._on_drawn(drawn)
         if last is None:
             raise EndpointRefused("a stream has no parts")

@@ -187,7 +187,7 @@ class Sampling:
                 output = await self._at(endpoint, remote)
             except EndpointError as error:
                 log.debug("%s does not sample %s: %s", endpoint.client.url, remote.request_id, error.message)
-                if remote.told:
+                if remote.has_streamed:
                     raise StreamBroken(f"the stream cannot go on: {error.message}") from None
                 why = error
                 if isinstance(error, EndpointDied):
