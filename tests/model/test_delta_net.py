@@ -1,0 +1,101 @@
+"""The gated delta rule in chunks equals the rule token by token, with segments and from any state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tinsmith.model import delta_net
+from tinsmith.model.config import DeltaNet
+
+NET = DeltaNet(hidden=16, key_heads=2, value_heads=4, key_dim=8, value_dim=6, taps=4)
+G, R, K, V = 2, 2, 8, 6
+LENGTHS = (70, 1, 60, 3)  # segments over the borders of chunks, and shorter than the convolution
+
+
+def random_tokens(T, seed=0):
+    rng = np.random.default_rng(seed)
+    return delta_net.Tokens(
+        jnp.asarray(rng.standard_normal((1, T, NET.channels)), jnp.float32),
+        -jnp.asarray(rng.uniform(0, 3, (1, T, G, R)), jnp.float32),
+        jnp.asarray(rng.uniform(0, 1, (1, T, G, R)), jnp.float32),
+    )
+
+
+KERNEL = jnp.asarray(np.random.default_rng(1).standard_normal((NET.channels, 1, 4)), jnp.float32)
+
+
+def by_the_rule(qkv, decay, rate):
+    """One sequence in float64, token by token: the formulas of arXiv:2412.06464 in a loop."""
+    padded = np.concatenate([np.zeros((3, qkv.shape[1])), qkv])
+    mixed = sum(padded[i : i + len(qkv)] * np.asarray(KERNEL)[:, 0, i] for i in range(4))
+    mixed = mixed / (1 + np.exp(-mixed))
+    S, out = np.zeros((G, R, K, V)), []
+    for x, g, beta in zip(mixed, decay, rate, strict=True):
+        q, k, v = np.split(x, (G * K, 2 * G * K))
+        q, k = (
+            y.reshape(G, K) / np.sqrt((y.reshape(G, K) ** 2).sum(-1, keepdims=True) + 1e-6) for y in (q, k)
+        )
+        S = S * np.exp(g)[..., None, None]
+        u = beta[..., None] * (v.reshape(G, R, V) - np.einsum("grkv,gk->grv", S, k))
+        S = S + np.einsum("gk,grv->grkv", k, u)
+        out.append(np.einsum("grkv,gk->grv", S, q) / np.sqrt(K))
+    return np.array(out)
+
+
+def test_packed_rows_equal_the_rule_on_each_segment():
+    T = sum(LENGTHS)
+    of, start = random_tokens(T), np.repeat(np.cumsum((0, *LENGTHS[:-1])), LENGTHS)
+    found = np.asarray(delta_net.mix_rows(NET, of, KERNEL, jnp.asarray(start[None])))[0]
+    for first in np.unique(start):
+        at = start == first
+        expected = by_the_rule(*(np.asarray(x[0], np.float64)[at] for x in of))
+        np.testing.assert_allclose(found[at], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 65, 100])
+def test_rows_go_on_from_a_state_and_single_tokens_after_them(cut):
+    """A piece of a prompt with padding after it, the rest token by token."""
+    T = 110
+    of = random_tokens(T)
+    expected = by_the_rule(*(np.asarray(x[0], np.float64) for x in of))
+    state = delta_net.State(jnp.zeros((1, G, R, K, V)), jnp.zeros((1, 3, NET.channels)))
+    found = []
+    for begin, end in ((0, cut), (cut, 104)):
+        piece = delta_net.Tokens(
+            *(jnp.pad(x[:, begin:end], ((0, 0), (0, 7), *((0, 0),) * (x.ndim - 2))) for x in of)
+        )
+        real = np.arange(end - begin + 7)[None] < end - begin
+        out, state = delta_net.mix_on(NET, piece, KERNEL, state, jnp.asarray(real))
+        found.append(np.asarray(out)[0, : end - begin])
+    for t in range(104, T):
+        out, state = delta_net.mix_one(NET, delta_net.Tokens(*(x[:, t : t + 1] for x in of)), KERNEL, state)
+        found.append(np.asarray(out)[0])
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=2e-6)
+
+
+def test_training_costs_twice_as_much_for_twice_the_tokens():
+    """In multiplications and in numbers written, whatever else the machine does."""
+
+    def cost(T):
+        arguments = random_tokens(T), KERNEL, jnp.zeros((1, T), jnp.int32)
+        gradient = jax.grad(lambda *args: (delta_net.mix_rows(NET, *args) ** 2).sum(), allow_int=True)
+        return np.array(list(_costs(jax.make_jaxpr(gradient)(*arguments).jaxpr))).sum(0)
+
+    assert (cost(4096) <= 2.02 * cost(2048)).all()
+
+
+def _costs(jaxpr, times=1):
+    """Yield the multiplications of products, and the numbers written, of every operation."""
+    for equation in jaxpr.eqns:
+        written = sum(each.aval.size for each in equation.outvars)
+        multiplied = 0
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _) = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            multiplied = written * int(np.prod([shape[axis] for axis in contracted]))
+        yield times * multiplied, times * written
+        inner_times = times * equation.params.get("length", 1)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _costs(inner, inner_times)
