@@ -188,7 +188,7 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(trainer, tmp_path, f
         ("sgd", {"momentum": 1.0}, "must be at least 0 and below 1"),
         ("sgd", {"momentum": True}, "must be a finite number"),
         ("sgd", {"nesterov": True}, "needs a momentum"),
-        ("muon", {"muon_ns_steps": 6}, "must be 5, the only one"),
+        ("muon", {"muon_ns_steps": 6}, "must be 5, the only possible value"),
         ("muon", {"muon_adjust_lr_fn": "none"}, "must be one of: original, match_rms_adamw"),
         ("muon", {"muon_nesterov": 1.0}, "must be true or false"),
     ],

@@ -101,7 +101,7 @@ def test_what_kubernetes_sets_for_a_service_called_tinsmith_is_no_mistake() -> N
         "TINSMITH_PORT_8000_TCP": "tcp://10.0.0.1:8000",
         "TINSMITH_PORT_8000_TCP_ADDR": "10.0.0.1",
     }
-    assert "is no setting" not in CliRunner().invoke(app, SERVE, env=links).output
+    assert "is not a setting" not in CliRunner().invoke(app, SERVE, env=links).output
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])

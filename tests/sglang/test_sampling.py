@@ -288,7 +288,7 @@ def test_a_tenant_s_own_server(alice: Wire, tinsmith: ServerProcess, sglang: Any
         here = {"host": "127.0.0.1", "port": sglang.port}
         for wrong, why in [
             ({"host": "10.0.0.2", "port": 30000}, "--sglang-allow"),
-            ({"host": "127.0.0.1", "port": 9}, "no SGLang server"),
+            ({"host": "127.0.0.1", "port": 9}, "not a usable SGLang server"),
             (here, "already"),  # the operator's
         ]:
             refused = bob.http.post("/add_inference_endpoint", json=wrong).json()
