@@ -48,11 +48,16 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"], dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
     )
-    targets = LINEARS + (["lm_head"] if settings["train_unembed"] else [])
+    targets = settings.get("target_modules", LINEARS) + (["lm_head"] if settings["train_unembed"] else [])
     # adapters in the base's dtype: faster than PEFT's default of float32 adapters under bfloat16
     model = get_peft_model(
         model,
-        LoraConfig(r=settings["rank"], lora_alpha=32, target_modules=targets),
+        LoraConfig(
+            r=settings["rank"],
+            lora_alpha=32,
+            target_modules=targets,
+            target_parameters=settings.get("target_parameters"),
+        ),
         autocast_adapter_dtype=False,
     )
     model.config.use_cache = False

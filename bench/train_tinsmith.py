@@ -46,7 +46,8 @@ def main() -> None:
     )
     spec = LoraSpec(settings["rank"], 32.0, 0, train_unembed=settings["train_unembed"])
     state = trainer.create(spec)
-    trainer.warm_up(spec, [shape for shape in trainer.shapes.shapes if shape[0] <= 1024])
+    if settings.get("warm_up", True):
+        trainer.warm_up(spec, [shape for shape in trainer.shapes.shapes if shape[0] <= 1024])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         sequences = json.loads(line)["sequences"]

@@ -3,9 +3,9 @@
 Rows of a group lie side by side, groups in order: rows [sum of sizes before g, + sizes[g]) belong to group g.
 Rows after the last group get undefined results and no gradient.
 
-A backend's module has two functions. `product(x, w, sizes)` multiplies every row with its group's matrix;
-`outer(x, dy, sizes)` returns each group's x^T dy, summed in float32. The cost is in proportion to the rows,
-not to rows times groups.
+A backend's module has three functions. `product(x, w, sizes)` multiplies every row with its group's matrix,
+and `product_transposed(dy, w, sizes)` with its transpose; `outer(x, dy, sizes)` returns each group's x^T dy,
+summed in float32. The cost is in proportion to the rows, not to rows times groups.
 
 Letters: S rows, G groups, I inputs, O outputs.
 """
@@ -27,17 +27,19 @@ class Kernel(NamedTuple):
     """A backend's implementation.
 
     product(x [S I], w [G I O], sizes [G]) -> [S O], all in x's dtype
+    product_transposed(dy [S O], w [G I O], sizes [G]) -> [S I], all in dy's dtype
     outer(x [S I], dy [S O], sizes [G]) -> [G I O] float32
     """
 
     product: Callable[[Array, Array, Array], Array]
+    product_transposed: Callable[[Array, Array, Array], Array]
     outer: Callable[[Array, Array, Array], Array]
 
 
-_RAGGED = Kernel(ragged.product, ragged.outer)
+_RAGGED = Kernel(ragged.product, ragged.product_transposed, ragged.outer)
 _KERNELS: dict[Backend, Kernel] = {
-    "reference": Kernel(reference.product, reference.outer),
-    "cpu": Kernel(cpu.product, cpu.outer),
+    "reference": Kernel(reference.product, reference.product_transposed, reference.outer),
+    "cpu": Kernel(cpu.product, cpu.product_transposed, cpu.outer),
     "gpu": _RAGGED,
     "tpu": _RAGGED,
 }
@@ -66,7 +68,7 @@ def _forward(kernel: Kernel, x_SI: Array, w_GIO: Array, sizes_G: Array) -> tuple
 
 def _backward(kernel: Kernel, kept: tuple, dy_SO: Array) -> tuple[Array, Array, None]:
     x_SI, w_GIO, sizes_G = kept
-    dx_SI = kernel.product(dy_SO, w_GIO.astype(dy_SO.dtype).swapaxes(1, 2), sizes_G)
+    dx_SI = kernel.product_transposed(dy_SO, w_GIO.astype(dy_SO.dtype), sizes_G)
     return dx_SI, kernel.outer(x_SI, dy_SO, sizes_G).astype(w_GIO.dtype), None
 
 

@@ -3,7 +3,7 @@
 XLA's CPU backend multiplies every row with every group's matrix in `ragged_dot`. Here each group's rows are
 cut into blocks of a fixed number of rows, and a loop multiplies block after block with the group's matrix.
 The loop has as many turns as there are blocks, so an empty group costs nothing. A group's last block reaches
-over its end: `product` writes blocks in order, so that the next group's block replaces these rows, and
+over its end: products write blocks in order, so that the next group's block replaces these rows, and
 `outer` sets them to zero.
 """
 
@@ -21,7 +21,18 @@ _SMALLEST, _LARGEST = 8, 128  # rows of a block
 def product(
     x_SI: Float[Array, "S I"], w_GIO: Float[Array, "G I O"], sizes_G: Int[Array, " G"]
 ) -> Float[Array, "S O"]:
-    S, O = len(x_SI), w_GIO.shape[2]  # noqa: E741  the letters of the shapes
+    return _product(x_SI, w_GIO, sizes_G, transposed=False)
+
+
+def product_transposed(
+    dy_SO: Float[Array, "S O"], w_GIO: Float[Array, "G I O"], sizes_G: Int[Array, " G"]
+) -> Float[Array, "S I"]:
+    """Multiply with the transposes, block by block: XLA would transpose the matrices of all groups first."""
+    return _product(dy_SO, w_GIO, sizes_G, transposed=True)
+
+
+def _product(x_SI: Array, w_GIO: Array, sizes_G: Array, transposed: bool) -> Array:
+    S, O = len(x_SI), w_GIO.shape[1 if transposed else 2]  # noqa: E741  the letters of the shapes
     blocks = _Blocks.of(S, sizes_G)
     M = blocks.rows
     padded = jnp.pad(x_SI, ((0, M), (0, 0)))
@@ -30,7 +41,8 @@ def product(
         group, first = blocks.place(block)
         rows = jax.lax.dynamic_slice_in_dim(padded, first, M)
         w = jax.lax.dynamic_index_in_dim(w_GIO, group, keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(y, rows @ w, first, 0)
+        own = rows @ (w.T if transposed else w)
+        return jax.lax.dynamic_update_slice_in_dim(y, own, first, 0)
 
     y = jnp.zeros((S + M, O), x_SI.dtype)
     return jax.lax.fori_loop(0, blocks.count, multiply, y)[:S]

@@ -20,6 +20,12 @@ def product(
     return jax.lax.ragged_dot(x_SI, w_GIO, sizes_G)
 
 
+def product_transposed(
+    dy_SO: Float[Array, "S O"], w_GIO: Float[Array, "G I O"], sizes_G: Int[Array, " G"]
+) -> Float[Array, "S I"]:
+    return product(dy_SO, w_GIO.swapaxes(1, 2), sizes_G)
+
+
 def outer(
     x_SI: Float[Array, "S I"], dy_SO: Float[Array, "S O"], sizes_G: Int[Array, " G"]
 ) -> Float[Array, "G I O"]:

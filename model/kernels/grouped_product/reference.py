@@ -12,6 +12,12 @@ def product(
     return jnp.einsum("gs,si,gio->so", _member(len(x_SI), sizes_G).astype(x_SI.dtype), x_SI, w_GIO)
 
 
+def product_transposed(
+    dy_SO: Float[Array, "S O"], w_GIO: Float[Array, "G I O"], sizes_G: Int[Array, " G"]
+) -> Float[Array, "S I"]:
+    return product(dy_SO, w_GIO.swapaxes(1, 2), sizes_G)
+
+
 def outer(
     x_SI: Float[Array, "S I"], dy_SO: Float[Array, "S O"], sizes_G: Int[Array, " G"]
 ) -> Float[Array, "G I O"]:
