@@ -155,7 +155,7 @@ lint: $(STAMP) ## ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	@# mypy wants the package under its own name: the repository's root, whatever its folder is called
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/tinsmith
-	cd .cache/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --num-workers 2
+	cd .cache/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## let ruff rewrite what it can

@@ -96,6 +96,8 @@ NOT_RUN = {
     ("metrics.md", "# tokens trained"): "Prometheus is not here; test_metrics.py knows the names",
     (DEPLOY, "python3 -m venv"): "a TPU's packages and a large model; options are checked by tests/server",
     (DEPLOY, "export RAY_ADDRESS"): "`make ray` runs it with a real Ray",
+    (RL, "tinker.Datum("): "a part of a program; conformance/test_experts.py sends such datums",
+    (RL, '"routed_experts"'): "a part of an answer; conformance/test_experts.py reads it",
     ("plan.md", "tinsmith: too large"): "the answer on a smaller device (test_base_models.py)",
     ("models.md", "tinsmith: model"): "answers to models and devices that are not here (test_base_models.py)",
     (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "`make cookbook` runs these recipes in an hour",
