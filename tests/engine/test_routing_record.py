@@ -37,6 +37,7 @@ def asked(name, samples, seed):
         ("qwen3_moe", {}),
         ("qwen3_moe", {"backend": "reference"}),
         ("gpt_oss", {}),
+        ("qwen3_5_moe", {}),
     ],
 )
 def test_the_experts_of_samples_are_those_that_transformers_chooses(tmp_path, variant, options):
