@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ..ckpt import tokenizer_files
 from ..ckpt.token_bytes import TokenBytes
 from ..model import decoder
-from ..model.config import ModelConfig, UnsupportedModelError
+from ..model.config import ModelConfig
 from ..model.counts import counts
 from ..model.folder import digest, read_config
 from ..model.kernels.product import Form
@@ -112,10 +112,6 @@ def load(
         raise WeightsError(
             f"the files of model {declared.name!r} in {folder} have changed since the server started: start "
             "the server again to serve what is there now"
-        )
-    if config.has_states and mesh.size > 1:
-        raise UnsupportedModelError(
-            f"{folder}: models with delta nets run on one device so far; start the server without --mesh"
         )
     dtype = compute_dtype(engine.dtype)
     graph, _ = decoder.build(config, dtype, product_form(dtype, mesh))

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .config import DeltaNet
 
-_CHUNK = 64
+_CHUNK, _BLOCK = 64, 16
 _EPSILON = 1e-6  # inside the root of the length of q and k
 
 
@@ -144,6 +144,33 @@ def _by_head(net: DeltaNet, qkv_BTC: Array) -> tuple[Array, Array, Array]:
     return q * net.key_dim**-0.5, k, v.reshape(*v.shape[:2], G, -1, net.value_dim)
 
 
+def _solve(lower: Float[Array, "... Q Q"], right: Float[Array, "... Q M"]) -> Float[Array, "... Q M"]:
+    """Solve (I + lower) x = right for a strictly lower `lower`, by substitution in blocks of `_BLOCK` tokens.
+
+    Plain products, which meshes can cut. XLA's own solver is a call for each matrix on a CPU, and on meshes
+    of CPU devices it hung (jax 0.10.2).
+    """
+    product, Q = partial(jnp.matmul, precision="highest"), lower.shape[-1]
+    begins = range(0, Q, _BLOCK)
+    blocks = [lower[..., begin : begin + _BLOCK, begin : begin + _BLOCK] for begin in begins]
+    inverses = _inverse(jnp.stack(blocks, -3))
+    solved = jnp.zeros_like(right[..., :0, :])
+    for number, begin in enumerate(begins):
+        rows = slice(begin, begin + _BLOCK)
+        x = right[..., rows, :] - product(lower[..., rows, :begin], solved)
+        solved = jnp.concatenate([solved, product(inverses[..., number, :, :], x)], -2)
+    return solved
+
+
+def _inverse(lower: Float[Array, "... Q Q"]) -> Float[Array, "... Q Q"]:
+    """Return (I + lower)^-1, row by row."""
+    rows = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape)
+    for at in range(1, lower.shape[-1]):
+        change = (lower[..., at, :at, None] * rows[..., :at, :]).sum(-2)
+        rows = rows.at[..., at, :].add(-change)
+    return rows
+
+
 def _chunked(
     q_BTGK: Array,
     k_BTGK: Array,
@@ -159,7 +186,7 @@ def _chunked(
     token of another segment than the one before it sees zeros.
     """
     B, T, G, R, V = v_BTGRV.shape
-    Q = min(_CHUNK, T)
+    Q = min(_CHUNK, T + -T % _BLOCK)
     product = partial(jnp.einsum, precision="highest")
 
     def chunks(x: Array, mode: str = "constant") -> Array:
@@ -182,12 +209,10 @@ def _chunked(
     rates = jnp.moveaxis(rate, 2, -1)[..., None]  # [N B G R Q 1]
 
     keys = product("nbigk,nbjgk->nbgij", k, k)[:, :, :, None]
-    system = jnp.eye(Q) + jnp.tril(rates * keys * decays, -1)
+    strictly_lower = jnp.tril(rates * keys * decays, -1)
     values = rates * jnp.moveaxis(v, 2, 4)  # [N B G R Q V]
     reads = rates * jnp.moveaxis(carried, 2, -1)[..., None] * jnp.moveaxis(k, 2, 3)[:, :, :, None]
-    solved = jax.scipy.linalg.solve_triangular(
-        system, jnp.concatenate([values, reads], -1), lower=True, unit_diagonal=True
-    )
+    solved = _solve(strictly_lower, jnp.concatenate([values, reads], -1))
     own, taken = jnp.split(solved, (V,), axis=-1)
     scores = product("nbigk,nbjgk->nbgij", q, k)[:, :, :, None] * decays
     queries = jnp.moveaxis(q[..., None, :] * carried[..., None], 2, 4)  # [N B G R Q K]

@@ -29,8 +29,12 @@ def test_packed_log_probs_are_those_of_transformers_on_each_sequence_alone(tiny,
     model = tiny(variant)
     ours = log_probs(model, *map(jnp.asarray, packed_rows[:3]))
     sequences = [packed_rows.tokens[row, at] for row, at in packed_rows.segments]
+    far = []
     for (row, at), reference in zip(packed_rows.segments, reference_log_probs(model, sequences), strict=True):
-        np.testing.assert_allclose(ours[row, at], reference, atol=1e-4)
+        np.testing.assert_allclose(ours[row, at], reference, atol=1e-3 if model.config.has_states else 1e-4)
+        far += [*(np.abs(ours[row, at] - reference).max(-1) > 1e-4)]
+    # Delta nets norm each head's output, also one in which nearly everything cancels: there, rounding counts.
+    assert np.mean(far) < 0.01
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

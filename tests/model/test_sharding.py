@@ -23,6 +23,8 @@ from tinsmith.model import sharding
         ("qwen3_moe", ["data=2,fsdp=2,tensor=2"]),
         ("gpt_oss", ["data=2,fsdp=2,tensor=2"]),
         ("deepseek_v3", ["data=2,fsdp=2,tensor=2"]),
+        pytest.param("qwen3_5", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
+        pytest.param("qwen3_5_moe", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
     ],
 )
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):
