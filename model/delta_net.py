@@ -150,24 +150,28 @@ def _solve(lower: Float[Array, "... Q Q"], right: Float[Array, "... Q M"]) -> Fl
     Plain products, which meshes can cut. XLA's own solver is a call for each matrix on a CPU, and on meshes
     of CPU devices it hung (jax 0.10.2).
     """
-    product, Q = partial(jnp.matmul, precision="highest"), lower.shape[-1]
+    product, Q, batch = partial(jnp.matmul, precision="highest"), lower.shape[-1], lower.shape[:-2]
+    lower, right = lower.reshape(-1, Q, Q), right.reshape(-1, *right.shape[-2:])
     begins = range(0, Q, _BLOCK)
     blocks = [lower[..., begin : begin + _BLOCK, begin : begin + _BLOCK] for begin in begins]
     inverses = _inverse(jnp.stack(blocks, -3))
-    solved = jnp.zeros_like(right[..., :0, :])
+    solved: list[Array] = []
     for number, begin in enumerate(begins):
         rows = slice(begin, begin + _BLOCK)
-        x = right[..., rows, :] - product(lower[..., rows, :begin], solved)
-        solved = jnp.concatenate([solved, product(inverses[..., number, :, :], x)], -2)
-    return solved
+        x = right[..., rows, :]
+        if solved:
+            x = x - product(lower[..., rows, :begin], jnp.concatenate(solved, -2))
+        solved.append(product(inverses[..., number, :, :], x))
+    return jnp.concatenate(solved, -2).reshape(*batch, Q, -1)
 
 
 def _inverse(lower: Float[Array, "... Q Q"]) -> Float[Array, "... Q Q"]:
     """Return (I + lower)^-1, row by row."""
-    rows = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape)
+    identity = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape)
+    rows = identity[..., :1, :]
     for at in range(1, lower.shape[-1]):
-        change = (lower[..., at, :at, None] * rows[..., :at, :]).sum(-2)
-        rows = rows.at[..., at, :].add(-change)
+        change = (lower[..., at, :at, None] * rows).sum(-2, keepdims=True)
+        rows = jnp.concatenate([rows, identity[..., at : at + 1, :] - change], -2)
     return rows
 
 

@@ -1,6 +1,9 @@
 """Shape and dtype annotations of the array rooms are checked at run time in every test."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,16 @@ if version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 install_import_hook(["tinsmith.model", "tinsmith.losses"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_leave() -> Iterator[None]:
+    """Free the programs of a file's tests: two workers that keep them all fill a small machine."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
 
 SGLANG = "tests/sglang/"
 LONGEST = (SGLANG, "tests/demo/test_notebooks.py")

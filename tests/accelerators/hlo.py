@@ -75,14 +75,14 @@ class Program:
             if i.opcode == "all-gather-start":  # (operands, results)
                 shapes = shapes[len(shapes) // 2 :]
             channel = re.search(r"channel_id=(\d+)", i.text)
-            for shape in shapes:
+            for shape, together in Counter(shapes).items():  # one instruction may gather several
                 if kind == "all-gather" and channel:
                     # A TPU's program has one asynchronous gather in several fusions, which may lie in loops
                     # that run beside it. They have one channel, and it runs as often as the rarest of them.
-                    key = (kind, shape), channel.group(1)
-                    gathers[key] = min(i.times, gathers.get(key, i.times))
+                    key, times = ((kind, shape), channel.group(1)), together * i.times
+                    gathers[key] = min(times, gathers.get(key, times))
                 else:
-                    found[kind, shape] += i.times
+                    found[kind, shape] += together * i.times
         for (gather, _), times in gathers.items():
             found[gather] += times
         return found

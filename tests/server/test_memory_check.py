@@ -39,7 +39,9 @@ def test_the_refusal_says_what_is_needed_and_what_would_do(config: ModelConfig) 
     assert "(16 GB for 8.19 billion parameters as bfloat16, the rest for the smallest programs" in said
     assert "and 16 GB are free; two of them with --mesh fsdp=2 would do" in said
     require_memory({"m": config}, Devices("gpu", 2, 16 * GB), mesh={"fsdp": 2})
-    assert "eight of them with --mesh fsdp=8" in refusal(config, Devices("gpu", 1, 16 * GB), dtype="float32")
+    said = refusal(config, Devices("gpu", 1, 16 * GB), dtype="float32")
+    assert "four of them with --mesh fsdp=4" in said
+    require_memory({"m": config}, Devices("gpu", 4, 16 * GB), mesh={"fsdp": 4}, dtype="float32")
 
 
 def test_weights_that_fit_alone_are_not_enough(config: ModelConfig) -> None:
