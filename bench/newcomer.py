@@ -142,10 +142,13 @@ def _train_and_export(newcomer: Newcomer) -> list[str]:
         )
     *_losses, answer, path = printed.strip().splitlines()
     shown = newcomer.code(export, "tinker://").strip()
+    download = newcomer.code(export, "export TINKER_BASE_URL").replace(shown, path)
     with newcomer.step("download the adapter"):
-        newcomer.run(newcomer.code(export, "export TINKER_BASE_URL").replace(shown, path))
+        newcomer.run(download)
+    exports, _download = download.split("\n", 1)  # a terminal keeps what was exported
+    merge = newcomer.code(export, ".venv/bin/tinsmith checkpoints merge").replace(shown, path)
     with newcomer.step("merge, with the download"):
-        newcomer.run(newcomer.code(export, ".venv/bin/tinsmith checkpoints merge").replace(shown, path))
+        newcomer.run(f"{exports}\n{merge}")
     with newcomer.step("load and ask both in transformers"):
         loaded = newcomer.python(
             newcomer.code(export, "from pathlib"), newcomer.code(export, "from transformers")
