@@ -13,7 +13,9 @@ sent, all targets have weight 1. A `mask` multiplies the weights (or the advanta
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -49,6 +51,7 @@ def align(index: int, datum: Datum, loss: Loss) -> Aligned:
     """
     about_tokens = {name: tensor for name, tensor in datum.inputs.items() if name == EXPERTS}
     inputs = _renamed(index, {n: tensor for n, tensor in datum.inputs.items() if n not in about_tokens})
+    _check_spelling(index, inputs, loss)
     length = len(datum.tokens) // 4
     rows = slice(0, length)
     if "labels" in inputs:
@@ -73,6 +76,23 @@ def _renamed(index: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in inputs and usual in inputs:
             raise UserError(f"datum {index}: loss_fn_inputs has {name} and {usual}, which are the same")
     return {_NAMES.get(name, name): tensor for name, tensor in inputs.items()}
+
+
+def _check_spelling(index: int, inputs: dict[str, Tensor], loss: Loss) -> None:
+    """Raise UserError for an unknown input that is spelled almost like an optional one that is absent.
+
+    Other unknown inputs are ignored, because the same datum may be sent with several losses.
+    """
+    optional = ("mask", "weights") if loss.valid == "weights" else ("mask",)
+    absent = frozenset(optional).difference(inputs)
+    for name in inputs:
+        if (near := _nearest(name, absent)) is not None:
+            raise UserError(f"datum {index}: loss_fn_inputs[{name!r}] is unknown; did you mean {near!r}?")
+
+
+@lru_cache(1024)  # the datums of a batch have the same few names
+def _nearest(name: str, absent: frozenset[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, absent, 1, cutoff=0.75)), None)
 
 
 def _shifted(index: int, inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:

@@ -97,6 +97,11 @@ def test_a_batch_of_only_masked_tokens_steps_nowhere(trainer):
     ("loss", "inputs", "message"),
     [
         ("causallm_loss", {"labels": TOKENS, "target_tokens": TOKENS}, "target_tokens and labels"),
+        (
+            "causallm_loss",
+            {"labels": TOKENS, "wieghts": np.ones(8, np.float32)},
+            r"'wieghts'\] is unknown; did you mean 'weights'\?",
+        ),
         ("causallm_loss", {"labels": TOKENS[1:]}, r"'labels'\] has shape \[7\]; .* must be \[8\]"),
         (
             "causallm_loss",
