@@ -32,7 +32,8 @@ mesh = {data = 2, fsdp = 4}
 ```
 
 Lists are separated by commas in the environment, repeated as options, and lists in the file. An unknown name
-is refused with the nearest right one. Times are in seconds, sizes in bytes.
+is refused with the nearest right one. Times are in seconds. Sizes are bytes, or have a unit: `10GB` is
+10,000,000,000 bytes, `10GiB` is 10,737,418,240.
 
 """
 

@@ -15,10 +15,18 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
@@ -48,6 +56,19 @@ def read_mesh(text: str) -> dict[str, int]:
     return axes
 
 
+def read_size(value: Any) -> Any:
+    """Read a number of bytes, perhaps with a unit, such as `256MiB`. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is no size; write bytes, or a number with MB, GB, MiB or GiB") from None
+
+
+Size = Annotated[int, BeforeValidator(read_size)]
+
+
 class Section(BaseSettings):
     """Settings that belong together. Unknown names are errors."""
 
@@ -58,7 +79,7 @@ class LedgerSettings(Section):
     """Data and the ledger."""
 
     data_dir: Path = Path("tinsmith-data")
-    """Where the ledger, checkpoints and payloads are stored. One server owns it at a time."""
+    """The directory of the ledger, checkpoints and payloads. One server owns it at a time."""
     database_url: str | None = None
     """The ledger's database, as `postgresql://USER:PASSWORD@HOST/NAME` or `sqlite:////path/ledger.db`. The
     default is SQLite in the data directory. SQLite must not be on a network volume."""
@@ -122,7 +143,7 @@ class ServingSettings(Section):
     """Without keys, requests to other hosts than this machine, and from pages of other hosts, are refused.
     These are accepted: names, `*.example.org`, or `*` for any."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much is logged, to standard error and into `logs/` of the data directory (see `tinsmith logs`)."""
+    """The least level that is logged, to standard error and into the data directory (see `tinsmith logs`)."""
     log_format: Literal["text", "json"] = "text"
     """`json` writes one object per line, with the ids of the request, the operation and the tenant."""
     stall_seconds: float = Field(60.0, gt=0)
@@ -153,10 +174,10 @@ class ModelSettings(Section):
     `NAME=` and one of these. In the environment they are separated by commas, or given as a JSON
     list."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    """Where downloaded models and compiled programs are stored. It may be deleted."""
+    """The directory of downloaded models and compiled programs. It may be deleted."""
     mesh: Annotated[dict[str, int], NoDecode] = Field(default_factory=dict)
-    """How the devices are arranged, such as `data=2,fsdp=4`: `data` replicates, `fsdp` shards parameters and
-    batches, `tensor` shards matrices. The default is one device."""
+    """The arrangement of the devices, such as `data=2,fsdp=4`: `data` replicates, `fsdp` shards parameters
+    and batches, `tensor` shards matrices. The default is one device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The dtype of base weights and activations. `auto` is float32 on a CPU and bfloat16 elsewhere. Adapters,
     gradients and Adam's moments are always float32."""
@@ -176,7 +197,7 @@ class ModelSettings(Section):
     kv_cache_tokens: int | None = Field(None, ge=1)
     """Positions of keys and values that the sampler keeps on the device. The default follows from the free
     memory."""
-    sampler_bytes: int | None = Field(None, ge=1)
+    sampler_bytes: Size | None = Field(None, ge=1)
     """The most bytes of sampler weights on the device; others wait on the disk. Without it they share the
     engine's memory budget with models in training, and what was used least recently gives way."""
     sampler_idle_seconds: float = Field(600.0, gt=0)
@@ -202,9 +223,9 @@ class SamplingSettings(Section):
     sglang_patience_seconds: float = Field(300.0, gt=0)
     """How long `sglang` waits for a healthy server before a sample fails."""
     sglang_compared_percent: float = Field(2.0, ge=0, le=100)
-    """Of the samples that SGLang draws, this percentage is scored by the engine too (metric `sampler/kl`)."""
+    """The percentage of SGLang's samples that the engine scores too (metric `sampler/kl`)."""
     sglang_data_dir: Path | None = None
-    """Where the SGLang servers see the data directory. The default is the same path."""
+    """The data directory's path on the SGLang servers. The default is the same path."""
     sglang_adapters: int = Field(32, ge=1)
     """Adapters that are kept loaded on a server that has no limit of its own."""
     sglang_merge: bool = False
@@ -214,29 +235,29 @@ class SamplingSettings(Section):
 class LimitSettings(Section):
     """Limits. Those of a tenant can be set for one with `tinsmith keys quota`."""
 
-    max_body_bytes: int = Field(256 << 20, ge=1 << 10)
+    max_body_bytes: Size = Field(256 << 20, ge=1 << 10)
     """The largest body of a training request. Sampling requests may have 16 MiB, others 1 MiB."""
-    max_import_bytes: int = Field(4 << 30, ge=1 << 10)
+    max_import_bytes: Size = Field(4 << 30, ge=1 << 10)
     """The largest adapter that can be imported."""
     max_datums: int = Field(16_384, ge=1)
     """The most datums of one request."""
     max_samples: int = Field(1024, ge=1)
     """The most samples of one prompt in one request."""
     max_models: int = Field(256, ge=1)
-    """Of a tenant: models that the engine has at a time."""
-    max_checkpoint_bytes: int = Field(1 << 40, ge=0)
-    """Of a tenant: bytes of checkpoints."""
+    """Models of a tenant that the engine has at a time."""
+    max_checkpoint_bytes: Size = Field(1 << 40, ge=0)
+    """Bytes of a tenant's checkpoints."""
     max_queued_operations: int = Field(10_000, ge=1)
-    """Of a tenant: operations that wait for their answers."""
+    """Operations of a tenant that wait for their answers."""
     max_waiting_samples: int = Field(8192, ge=1)
-    """Of a tenant: samples that wait for their answers."""
+    """Samples of a tenant that wait for their answers."""
     max_requests_per_second: float = Field(2000.0, gt=0)
-    """Of a tenant: requests of any kind per second."""
-    max_queued_bytes: int = Field(8 << 30, ge=1)
-    """Of a tenant: bytes of operations and samples that wait for their answers. They wait on the disk."""
-    max_metadata_bytes: int = Field(64 << 20, ge=0)
-    """Of a tenant: bytes of tags, metadata and names of sessions, models and samplers in the ledger."""
-    disk_reserve_bytes: int = Field(256 << 20, ge=0)
+    """Requests of any kind that a tenant may send per second."""
+    max_queued_bytes: Size = Field(8 << 30, ge=1)
+    """Bytes of a tenant's operations and samples that wait for their answers. They wait on the disk."""
+    max_metadata_bytes: Size = Field(64 << 20, ge=0)
+    """Bytes of a tenant's tags, metadata and names of sessions, models and samplers in the ledger."""
+    disk_reserve_bytes: Size = Field(256 << 20, ge=0)
     """If less than this is free on the data directory's disk, submits are refused with 507."""
 
 
@@ -253,16 +274,16 @@ class AccountSettings(Section):
     """How long the audit log goes back."""
     usage_seconds: float = Field(400 * 24 * 3600.0, gt=0)
     """How long the hourly usage goes back."""
-    step_metrics_bytes: int = Field(64 << 20, ge=0)
-    """Of a tenant: bytes of metrics of training steps. Beyond it the largest runs keep fewer steps."""
+    step_metrics_bytes: Size = Field(64 << 20, ge=0)
+    """Bytes of metrics of a tenant's training steps. Beyond it the largest runs keep fewer steps."""
     step_metrics_seconds: float = Field(30 * 24 * 3600.0, gt=0)
     """Runs without a step for this long keep the metrics of fewer steps."""
     ended_model_seconds: float = Field(30 * 24 * 3600.0, gt=0)
     """A model that was deleted or unloaded, or whose session has finished, and that has no checkpoints,
     leaves the ledger after this long: it is no longer listed, and its id is unknown."""
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
-    """Whether a client's `wandb_config` is honoured, with the network or only into files in the data
-    directory."""
+    """How a client's `wandb_config` is honoured: over the network, with files in the data directory, or not
+    at all."""
     custom_loss_server_side: bool = True
     """Tell clients to upload their custom losses, which then run on the server. Off: they run in the
     client."""
@@ -279,7 +300,7 @@ class ReliabilitySettings(Section):
     for up to 30 s between two tries."""
     snapshot_operations: int = Field(2000, ge=1)
     """A model's state is saved after this many operations, so that a recovery replays few."""
-    snapshot_bytes: int = Field(1 << 30, ge=1)
+    snapshot_bytes: Size = Field(1 << 30, ge=1)
     """A model's state is saved after this many bytes of operations."""
     session_idle_seconds: float = Field(600.0, gt=0)
     """Models of a session without a heartbeat or an operation for this long are saved and leave the engine
@@ -293,8 +314,8 @@ class ReliabilitySettings(Section):
     it loads). It gives them while it computes and compiles."""
     answer_seconds: float = Field(24 * 3600.0, gt=0)
     """How long answers are kept; a later poll is answered 410."""
-    answer_bytes: int = Field(4 << 30, ge=0)
-    """How many bytes of answers are kept."""
+    answer_bytes: Size = Field(4 << 30, ge=0)
+    """The bytes of answers that are kept."""
     sweep_seconds: float = Field(600.0, gt=0)
     """How often expired answers, and directories that nobody needs, are removed."""
 

@@ -15,12 +15,12 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 from typer.core import TyperGroup
 
-from ..settings import Settings, default_cache_dir
+from ..settings import Settings, default_cache_dir, read_size
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -121,7 +121,7 @@ def _parameter(section: type[BaseSettings], name: str) -> inspect.Parameter:
     if get_origin(kind) is list:
         kind = list[str]
         help_ += " Repeatable."
-    elif kind not in (bool, int, float, Path):
+    elif kind not in (bool, int, float, Path) or name.endswith("_bytes"):  # sizes have units
         kind = str
     names = [f"{option}/--no-{option[2:]}"] if kind is bool else [option]
     if (default := default_of(field)) is not None:
@@ -141,6 +141,8 @@ def default_of(field: FieldInfo) -> str | None:
         return "~/.cache/tinsmith"
     if field.default_factory is not None or field.default is None:
         return None
+    if any(isinstance(each, BeforeValidator) and each.func is read_size for each in field.metadata):
+        return ByteSize(field.default).human_readable(separator="").replace(".0", "")
     return str(field.default).lower() if isinstance(field.default, bool) else f"{field.default}"
 
 

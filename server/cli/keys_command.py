@@ -42,6 +42,16 @@ refused; what was made before without a key belongs to the tenant `local`.
 """,
 )
 
+
+def _size(text: str) -> int:
+    from ..settings import read_size
+
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 DataDir = Annotated[Path | None, typer.Option(help="The server's data directory [default: ./tinsmith-data].")]
 
 
@@ -170,12 +180,12 @@ def revoke(
 def quota(
     tenant: Annotated[str, typer.Argument(help="A tenant, also one whose key was given to `serve`.")],
     models: Annotated[int | None, typer.Option(min=1, help="Models alive.")] = None,
-    checkpoint_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of checkpoints.")] = None,
+    checkpoint_bytes: Annotated[int | None, typer.Option(parser=_size, help="Bytes of checkpoints.")] = None,
     queued_operations: Annotated[int | None, typer.Option(min=1, help="Training, unanswered.")] = None,
     waiting_samples: Annotated[int | None, typer.Option(min=1, help="Samples, unanswered.")] = None,
     requests_per_second: Annotated[float | None, typer.Option(min=0.001, help="Of any kind.")] = None,
-    queued_bytes: Annotated[int | None, typer.Option(min=1, help="Bodies of unanswered ones.")] = None,
-    metadata_bytes: Annotated[int | None, typer.Option(min=0, help="Tags, metadata, names.")] = None,
+    queued_bytes: Annotated[int | None, typer.Option(parser=_size, help="Bodies of unanswered ones.")] = None,
+    metadata_bytes: Annotated[int | None, typer.Option(parser=_size, help="Tags, metadata, names.")] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Back to the server's settings first.")] = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -186,11 +196,13 @@ def quota(
     TINSMITH_MAX_QUEUED_BYTES and TINSMITH_MAX_METADATA_BYTES. A running server knows within two seconds. What
     a tenant has beyond a new quota stays; it gets no more.
 
-    Example: `tinsmith keys quota alice --models 4 --checkpoint-bytes 10000000000`
+    Example: `tinsmith keys quota alice --models 4 --checkpoint-bytes 10GB`
     """
     from ..ledger import tenancy
 
     _check_tenant(tenant)
+    if queued_bytes == 0:
+        fail("--queued-bytes: 0 would refuse every request; give at least 1")
     given = {
         "models": models,
         "checkpoint_bytes": checkpoint_bytes,

@@ -36,7 +36,7 @@ def server(make_server) -> Iterator[ServerProcess]:
     quota(made, "stored", "--checkpoint-bytes", "1")
     quota(made, "full", "--checkpoint-bytes", "0")
     quota(made, "many", "--models", "1")
-    quota(made, "described", "--metadata-bytes", "6000")
+    quota(made, "described", "--metadata-bytes", "6kB")
     made.start()
     yield made
     assert made.stop() == 0

@@ -61,6 +61,7 @@ OPTIONS = {
     ("--config", "folder"): "--config: folder cannot be read (Is a directory)",
     ("--config", "file"): "--config: file is not TOML",
     ("--max-rank", "0"): "--max-rank: 0: Input should be greater than or equal to 1",
+    ("--answer-bytes", "10XB"): "--answer-bytes: '10XB' is no size; write bytes, or a number with MB, GB,",
     ("--sglang", "nourl"): "'nourl' is not the URL of a server",
 }
 

@@ -52,6 +52,15 @@ def test_a_file_that_the_environment_names_serves_every_command(
     assert read_settings(LedgerSettings, {"data_dir": "other"}).data_dir == Path("other")
 
 
+def test_sizes_may_have_units(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text('answer_bytes = "1.5 GiB"\nsnapshot_bytes = 4096')
+    monkeypatch.setenv("TINSMITH_MAX_BODY_BYTES", "10MB")
+    settings = read_settings(Settings, {"disk_reserve_bytes": "2kib"}, config)
+    sizes = (settings.answer_bytes, settings.snapshot_bytes, settings.max_body_bytes)
+    assert sizes == (3 << 29, 4096, 10_000_000)
+    assert settings.disk_reserve_bytes == 2048
+
+
 @pytest.mark.parametrize(
     ("line", "refusal"),
     [
@@ -59,6 +68,7 @@ def test_a_file_that_the_environment_names_serves_every_command(
         ('port = "x"', "tinsmith.toml: port: 'x': Input should be a valid integer"),
         ("max_rank = 0", "tinsmith.toml: max_rank: 0: Input should be greater than or equal to 1"),
         ('mesh = "fsdp=x"', "tinsmith.toml: mesh: 'fsdp=x'; write data=2"),
+        ('answer_bytes = "10XB"', "tinsmith.toml: answer_bytes: '10XB' is no size; write bytes, or"),
         ("[", "tinsmith.toml is not TOML"),
     ],
 )
