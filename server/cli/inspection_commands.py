@@ -129,9 +129,11 @@ def _overview(server: RemoteServer, health: dict[str, Any], runs: list[dict[str,
         used = ", ".join(f"{kind} {_size(bytes_)}" for kind, bytes_ in disk["used_bytes"].items() if bytes_)
         full = "  FULL: submits are refused" if disk["full"] else ""
         facts.add_row("disk", f"{_size(disk['free_bytes'])} free; {used or 'nothing stored'}{full}")
-    memory = health.get("memory") or {}
-    for kind, size in (memory.get("bytes") or {}).items() if isinstance(memory.get("bytes"), dict) else ():
-        facts.add_row(f"memory: {kind}", _size(size))
+    if (memory := health["memory"]) is not None:
+        held = ", ".join(f"{kind} {_size(bytes_)}" for kind, bytes_ in memory["held_bytes"].items() if bytes_)
+        facts.add_row(
+            "memory", f"{_size(memory['capacity_bytes'])} for each device; {held or 'nothing held'}"
+        )
     return Group(facts, _table_of_runs(runs)) if runs else facts
 
 

@@ -44,6 +44,7 @@ def test_status_and_runs(watched: ServerProcess, model: str) -> None:
     assert seen.returncode == 0, seen.stderr
     assert re.search(r"engine +ready", seen.stdout)
     assert re.search(r"models +1 in the engine, of 1 sessions", seen.stdout)
+    assert re.search(r"memory +[0-9.]+ [kMGT]B for each device; base ", seen.stdout)
     assert model in seen.stdout
     listed = json.loads(tinsmith(watched, "runs", "--json").stdout)
     assert [each["training_run_id"] for each in listed] == [model]
