@@ -87,7 +87,7 @@ class Quotas:
 log = logging.getLogger("tinsmith.auth")
 
 READ_EVERY_SECONDS = 1.0
-"""How often the ledger is checked for new and revoked keys."""
+"""The ledger is checked for new and revoked keys this often."""
 LOCAL_OWNER = "local"
 
 
@@ -138,7 +138,7 @@ class ApiKeys:
 
     @property
     def required(self) -> bool:
-        """Whether callers need a key."""
+        """True if callers need a key."""
         return self._required
 
     @property

@@ -62,7 +62,7 @@ class BaseModel:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the embedding is the unembedding too: the files have no `lm_head`."""
+        """True if the embedding is the unembedding too: the files have no `lm_head`."""
         try:
             return bool(self.tensors) and not any(name.endswith("lm_head.weight") for name in self.tensors)
         except (OSError, ValueError):
@@ -218,7 +218,7 @@ def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What one `--model` option names."""
+    """One `--model` option."""
 
     plan: Plan
     revision: str | None = None

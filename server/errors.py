@@ -24,7 +24,7 @@ class ApiError(Exception):
 
     @property
     def final(self) -> bool:
-        """Whether the same request would be refused again."""
+        """True if the same request would be refused again."""
         return self.status < 500 and self.status != 429
 
 

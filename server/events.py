@@ -1,9 +1,10 @@
-"""Events: an object announces that something has happened, and others react without knowing it."""
+"""Events, by which objects react to others without knowing them, and tasks in the background."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, ParamSpec
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, ParamSpec
 
 P = ParamSpec("P")
 
@@ -22,3 +23,21 @@ class Event(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
         for listener in self._listeners:
             listener(*args, **kwargs)
+
+
+class Tasks:
+    """Work that an object does in the background, until it is done or the object is closed."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def close(self) -> None:
+        """Cancel what is not done, and wait until it has ended."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)

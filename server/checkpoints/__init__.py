@@ -11,7 +11,6 @@ import shutil
 import time
 import uuid
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +106,10 @@ class Checkpoints:
 
     async def find(self, owner: str, uri: paths.CheckpointUri, shared: bool = True) -> Row:
         """Return the complete checkpoint; with `shared` also another tenant's public one. Raises NotFound."""
-        row = await self._ledger.read(lambda connection: rows.find(connection, uri))
+        row = await self._ledger.read(rows.find, uri)
         if row is None or (row.owner != owner and not (shared and row.public)):
             # The run may be an alias of the owner's model.
-            row = await self._ledger.read(
-                lambda connection: rows.find_by_alias(connection, owner, uri.run, uri)
-            )
+            row = await self._ledger.read(rows.find_by_alias, owner, uri.run, uri)
         if row is None:
             raise NotFound(
                 f"unknown checkpoint {str(uri)!r}: it does not exist, has expired or is not complete yet"
@@ -171,9 +168,7 @@ class Checkpoints:
 
     async def record_read(self, owner: str, row: Row) -> None:
         """Record in the audit log that the owner's key read the checkpoint's files, or got URLs of them."""
-        await self._ledger.write(
-            lambda connection: rows.record(connection, row, "read", by=owner, purpose="download")
-        )
+        await self._ledger.write(rows.record, row, "read", by=owner, purpose="download")
 
 
 # --- copies
@@ -284,7 +279,7 @@ class Copies:
         except FileNotFoundError:
             raise NotFound("source_path: the checkpoint was deleted while it was copied") from None
         finally:
-            await self._ledger.write(partial(_end, operation_id=operation_id, size=size, source=source))
+            await self._ledger.write(_end, operation_id=operation_id, size=size, source=source)
         return uri
 
 

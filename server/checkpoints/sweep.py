@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ _RUNS_AT_A_TIME = 1000
 KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 
+@dataclass(eq=False)
 class Sweep:
     """Removes what nobody needs.
 
@@ -47,23 +49,13 @@ class Sweep:
     snapshots that the ledger does not name yet. `on_removed` gets the directories of removed checkpoints.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        engine: Supervisor,
-        payloads: Payloads,
-        settings: Settings,
-        being_written: Collection[str],
-        on_removed: Callable[[str], None],
-    ):
-        self._ledger = ledger
-        self._engine = engine
-        self._being_written = being_written
-        self._payloads = payloads
-        self._settings = settings
-        self._data_dir = settings.data_dir
-        self.used_bytes = dict.fromkeys(KINDS, 0)
-        self._on_removed = on_removed
+    ledger: Ledger
+    engine: Supervisor
+    payloads: Payloads
+    settings: Settings
+    being_written: Collection[str]
+    on_removed: Callable[[str], None]
+    used_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0), init=False)
 
     def written(self, operation: Operation) -> None:
         """Count the bytes that an answered operation has saved."""
@@ -83,7 +75,7 @@ class Sweep:
         await self._remove_snapshots()
         await self.remove_checkpoints()
         # Last, because directories of models that the ledger no longer knows are left alone.
-        before = time.time() - self._settings.ended_model_seconds
+        before = time.time() - self.settings.ended_model_seconds
         await self._repeat(partial(retention.drop_ended_models, before=before))
         self.used_bytes = await asyncio.to_thread(self._measure)
 
@@ -93,55 +85,53 @@ class Sweep:
                 await self.sweep()
             except (ApiError, SQLAlchemyError, OSError) as error:
                 log.error("the disk could not be swept: %s", error)
-            await asyncio.sleep(self._settings.sweep_seconds)
+            await asyncio.sleep(self.settings.sweep_seconds)
 
     # --- the ledger
 
     async def _drop_answers(self) -> None:
         now = time.time()
-        through = now - self._settings.answer_seconds
-        await self._payloads.forget_ended_models()
-        await self._payloads.remove_unused()
+        through = now - self.settings.answer_seconds
+        await self.payloads.forget_ended_models()
+        await self.payloads.remove_unused()
         await self._repeat(partial(retention.drop_answers, through=through))
         await self._repeat(partial(retention.drop_operations, through=through, now=now))
         await self._drop_answers_beyond_shares(now)
 
     async def _drop_answers_beyond_shares(self, now: float) -> None:
         """Drop answers of the owners with the most bytes, if all answers take too many."""
-        sizes = await self._ledger.read(retention.answer_bytes)
-        if sum(sizes.values()) <= self._settings.answer_bytes:
+        sizes = await self.ledger.read(retention.answer_bytes)
+        if sum(sizes.values()) <= self.settings.answer_bytes:
             return
-        share = retention.fair_share(sizes.values(), self._settings.answer_bytes)
+        share = retention.fair_share(sizes.values(), self.settings.answer_bytes)
         for owner in (owner for owner, size in sizes.items() if size > share):
-            through = await self._ledger.read(partial(retention.beyond, owner=owner, max_bytes=share))
+            through = await self.ledger.read(retention.beyond, owner=owner, max_bytes=share)
             if through is not None:
                 await self._repeat(partial(retention.drop_answers, owner=owner, through=through))
                 await self._repeat(partial(retention.drop_operations, through=through, now=now, owner=owner))
 
     async def _repeat(self, change: Callable[[Connection], int]) -> None:
         """Repeat a change until nothing is left of it; other writes come in between."""
-        while await self._ledger.write(change):
+        while await self.ledger.write(change):
             await asyncio.sleep(0)
 
     async def _drop_accounts(self) -> None:
         now = time.time()
-        await self._repeat(partial(accounts.drop_audit_entries, before=now - self._settings.audit_seconds))
-        for owner in await self._ledger.read(partial(accounts.owners_of_long_audit_logs, most=_MOST_AUDITED)):
+        await self._repeat(partial(accounts.drop_audit_entries, before=now - self.settings.audit_seconds))
+        for owner in await self.ledger.read(accounts.owners_of_long_audit_logs, most=_MOST_AUDITED):
             await self._repeat(partial(accounts.drop_oldest_audit_entries, owner=owner, most=_MOST_AUDITED))
-        await self._ledger.write(partial(accounts.drop_usage, before=now - self._settings.usage_seconds))
+        await self.ledger.write(accounts.drop_usage, before=now - self.settings.usage_seconds)
 
     async def _thin_step_metrics(self) -> None:
-        most = self._settings.step_metrics_bytes
-        for owner in await self._ledger.read(partial(step_metrics.crowded, most_bytes=most)):
+        most = self.settings.step_metrics_bytes
+        for owner in await self.ledger.read(step_metrics.crowded, most_bytes=most):
             await self._repeat(partial(step_metrics.thin_owner, owner=owner, most_bytes=most))
-        before = time.time() - self._settings.step_metrics_seconds
+        before = time.time() - self.settings.step_metrics_seconds
         resting = partial(
             step_metrics.resting, before=before, most_rows=_ROWS_OF_RESTING_RUNS, limit=_RUNS_AT_A_TIME
         )
-        for model_id in await self._ledger.read(resting):
-            await self._ledger.write(
-                partial(step_metrics.thin, model_id=model_id, most_rows=_ROWS_OF_RESTING_RUNS)
-            )
+        for model_id in await self.ledger.read(resting):
+            await self.ledger.write(step_metrics.thin, model_id=model_id, most_rows=_ROWS_OF_RESTING_RUNS)
 
     # --- directories
 
@@ -149,8 +139,8 @@ class Sweep:
         # In this order: a directory that is recorded in between was listed as being written.
         found = await asyncio.to_thread(self._directories, "snapshots/*/*")
         found = await self._of_known_models(found)
-        needed = set(self._being_written)
-        needed |= await self._ledger.read(retention.snapshots)
+        needed = set(self.being_written)
+        needed |= await self.ledger.read(retention.snapshots)
         await self._remove(key for key in found if key not in needed and _finished_name(key) not in needed)
 
     async def remove_checkpoints(self) -> None:
@@ -158,54 +148,56 @@ class Sweep:
         rows."""
         found = await asyncio.to_thread(self._directories, "checkpoints/*/*/*")
         now = time.time()
-        dead = await self._ledger.read(partial(retention.dead_checkpoints, now=now))
-        live = await self._ledger.read(partial(retention.live_checkpoints, now=now))
+        dead = await self.ledger.read(retention.dead_checkpoints, now=now)
+        live = await self.ledger.read(retention.live_checkpoints, now=now)
         found = await self._of_known_models(found)
         orphans = [key for key in found if key not in live and live.get(_finished_name(key), True)]
         if not dead and not orphans:
             return
-        needed = await self._ledger.read(retention.directories_to_load)
-        silent_since = now - self._settings.unnamed_sampler_seconds
-        needed |= await self._ledger.read(partial(retention.directories_sampled, silent_since=silent_since))
+        needed = await self.ledger.read(retention.directories_to_load)
+        silent_since = now - self.settings.unnamed_sampler_seconds
+        needed |= await self.ledger.read(retention.directories_sampled, silent_since=silent_since)
         await self._remove(key for key in orphans if key not in needed)
         await self._forget([key for key in dead if key not in needed])
 
     async def remove_deleted(self, directory: str) -> None:
         """Remove a checkpoint that its owner has deleted, unless a replay needs it. Samplers of it end."""
-        if directory not in await self._ledger.read(retention.directories_to_load):
+        if directory not in await self.ledger.read(retention.directories_to_load):
             await self._remove([directory])
             await self._forget([directory])
 
     async def _forget(self, directories: list[str]) -> None:
         for key in directories:
-            self._engine.send(messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key)))
-            self._on_removed(key)
-        await self._ledger.write(partial(retention.forget_checkpoints, directories=directories))
+            self.engine.send(messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key)))
+            self.on_removed(key)
+        await self.ledger.write(retention.forget_checkpoints, directories=directories)
 
     async def _of_known_models(self, keys: list[str]) -> list[str]:
-        known = await self._ledger.read(retention.known_models) if keys else set()
+        known = await self.ledger.read(retention.known_models) if keys else set()
         return [key for key in keys if key.split("/")[1].replace("@", ":") in known]
 
     def _directories(self, pattern: str) -> list[str]:
-        return [str(path.relative_to(self._data_dir)) for path in self._data_dir.glob(pattern)]
+        return [
+            str(path.relative_to(self.settings.data_dir)) for path in self.settings.data_dir.glob(pattern)
+        ]
 
     async def _remove(self, keys: Iterable[str]) -> None:
         for key in list(keys):
             log.info("removing %s", key)
-            size = await asyncio.to_thread(_bytes_below, self._data_dir / key)
-            await asyncio.to_thread(shutil.rmtree, self._data_dir / key, ignore_errors=True)
+            size = await asyncio.to_thread(_bytes_below, self.settings.data_dir / key)
+            await asyncio.to_thread(shutil.rmtree, self.settings.data_dir / key, ignore_errors=True)
             kind = key.split("/")[0]
             self.used_bytes[kind] = max(0, self.used_bytes[kind] - size)
 
     def _measure(self) -> dict[str, int]:
-        used = {kind: _bytes_below(self._data_dir / kind) for kind in KINDS}
+        used = {kind: _bytes_below(self.settings.data_dir / kind) for kind in KINDS}
         return used | {"ledger": self.ledger_bytes()}
 
     def ledger_bytes(self) -> int:
         """Return the size of the ledger's files, if it is in files, and of the payloads beside it."""
-        ledger = sqlite_file(self._settings.ledger_url)
+        ledger = sqlite_file(self.settings.ledger_url)
         files = [] if ledger is None else ledger.parent.glob(f"{ledger.name}*")
-        return sum(_size(path) for path in files) + self._payloads.used_bytes()
+        return sum(_size(path) for path in files) + self.payloads.used_bytes()
 
 
 def _finished_name(key: str) -> str:

@@ -72,7 +72,7 @@ class Report:
 
     @property
     def hint(self) -> str | None:
-        """What is needed, and what would help; None if it fits."""
+        """Memory that is missing, and what would help; None if it fits."""
         if self.plan.fits:
             return None
         larger = roofline.smallest_slice(self.counts, self.work, self.device)

@@ -128,7 +128,7 @@ class AllowedHosts:
         self._below = tuple(name[1:] for name in lowered if name.startswith("*."))
 
     def listed(self, host: str) -> bool:
-        """Whether the operator has allowed it."""
+        """Return whether the operator has allowed the host."""
         return self._any or host in self._exact or host.endswith(self._below)
 
     def __contains__(self, host: str) -> bool:
@@ -230,5 +230,5 @@ def _place(origin: str) -> tuple[str, int | None]:
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether both name the same host. All names of this machine do."""
+    """Return whether both name the same host. All names of this machine do."""
     return one == other or (is_loopback(one) and is_loopback(other))

@@ -157,7 +157,7 @@ async def _refuse(limit: int, scope: Scope, receive: Receive, send: Send) -> Non
 
 
 _TAKEN_FOR_JSON = (b"", b"application/x-www-form-urlencoded", b"text/plain")
-"""What clients send that were given a body and no content type: no route takes a form or plain text."""
+"""Content types of clients that were given none for their body: no route takes a form or plain text."""
 
 
 class JsonBodies:

@@ -1,4 +1,4 @@
-"""What routes share: how they get the objects that they use, common parameters, and parts of their answers.
+"""Tools for routes: the objects that they use, common parameters, and parts of their answers.
 
 A parameter `runs: Provided[Runs]` of a route is the application's `Runs`, which `create_app` has made.
 """

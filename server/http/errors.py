@@ -33,7 +33,7 @@ _FIELD = re.compile(r"([a-z_]\w*(?:\.\w+|\[\d+\])*): ")
 
 
 def speaks_openai(path: str) -> bool:
-    """Whether the clients of this path are OpenAI's."""
+    """Return whether the clients of this path are OpenAI's."""
     return path == _PREFIX or path.startswith(f"{_PREFIX}/")
 
 

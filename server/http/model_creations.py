@@ -109,7 +109,7 @@ def model_spec(
 
 
 def _is_xorls_full_weights(config: wire.LoraConfig | None) -> bool:
-    """Whether it is what `create_training_client` of xorl-client 0.1.0 sends.
+    """Return whether `create_training_client` of xorl-client 0.1.0 has sent this.
 
     Its `create_lora_training_client` always sends a dropout too.
     """

@@ -1,4 +1,4 @@
-"""What can be watched: ids of requests in the log, metrics for Prometheus, and the console's overview.
+"""Monitoring: ids of requests in the log, metrics for Prometheus, and the console's overview.
 
 `docs/metrics.md` lists the metrics. The engine reports its own counters about once a second, and they
 continue over its lives.

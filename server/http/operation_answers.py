@@ -27,7 +27,8 @@ from ..wire.results import tokens_of
 
 _INLINE_BYTES = 64 << 10  # of numbers; they are written as JSON in a few milliseconds
 PROMPT_END = "prompt_end"
-"""In the reply of a sample: the last tokens of its prompt, which its text goes on from. Not for clients."""
+"""The key, in a sample's reply, of the last tokens of its prompt, after which its text is decoded. Clients
+do not get it."""
 
 
 def json_response(body: dict[str, Any], status: int = 200) -> Response:

@@ -43,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What OpenAI's and SGLang's clients call a model. `version` names its weights: the last part of their
+    """A model as OpenAI's and SGLang's clients name it. `version` names its weights: the last part of their
     path, or `default` for a base model's."""
 
     name: str

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -48,6 +48,7 @@ from .ownership import (
 
 log = logging.getLogger("tinsmith.ledger")
 T = TypeVar("T")
+P = ParamSpec("P")
 BUSY_MILLISECONDS = 10_000  # how long another process may hold the database before a write fails
 _JOURNAL_BYTES = 64 << 20  # of the write-ahead log that stay on disk after many writes
 _CHECKPOINT_SECONDS = 1.0
@@ -255,27 +256,34 @@ class Ledger:
 
     # --- reading and writing
 
-    def write(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
-        """Queue `change` and return at once; the future resolves when it is committed.
+    def write(
+        self, change: Callable[Concatenate[Connection, P], T], /, *args: P.args, **named: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Queue `change` and return at once; the future resolves when it is committed. The arguments follow
+        the connection.
 
         An exception in `change` undoes only `change`. If the commit fails, the future raises StorageFull or
         Unavailable, and nothing was written.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
-        self._changes.put((change, done, loop, time.monotonic()))
+        self._changes.put((lambda db: change(db, *args, **named), done, loop, time.monotonic()))
         return done
 
-    async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run `query` in a thread, concurrently with the writer."""
-        return await asyncio.to_thread(self.read_now, query)
+    async def read(
+        self, query: Callable[Concatenate[Connection, P], T], /, *args: P.args, **named: P.kwargs
+    ) -> T:
+        """Run `query` in a thread, concurrently with the writer. The arguments follow the connection."""
+        return await asyncio.to_thread(self.read_now, query, *args, **named)
 
-    def read_now(self, query: Callable[[Connection], T]) -> T:
+    def read_now(
+        self, query: Callable[Concatenate[Connection, P], T], /, *args: P.args, **named: P.kwargs
+    ) -> T:
         """Run `query` in the caller's thread; for start-up."""
         self._require_file()
         with self._engine.connect() as connection:
             self._require_lease(connection)
-            return query(connection)
+            return query(connection, *args, **named)
 
     def close(self) -> None:
         """Write what is queued, then stop."""

@@ -71,7 +71,7 @@ def find_session(connection: Connection, session_id: str) -> Row | None:
 
 
 SAMPLING_ENGINE = "tinsmith_sampling_engine"
-"""In a session's metadata: the default sampling engine of its sampling sessions."""
+"""The key, in a session's metadata, of the default sampling engine of its sampling sessions."""
 
 
 def sampling_engine_of_session(connection: Connection, session_id: str) -> str | None:
@@ -337,7 +337,7 @@ def state_of(row: Row, active_since: float) -> dict[str, Any] | None:
 
 
 ROW_BYTES = 512
-"""What a row takes beside its values, with its place in the indexes."""
+"""The bytes of a row beside its values, with its place in the indexes."""
 SILENT_SECONDS = 7 * 24 * 3600.0
 _AT_A_TIME = 1000  # rows in one change: other writers wait for it
 

@@ -1,1 +1,1 @@
-"""What clients create and use: sessions, models, samplers and losses; their numbers, quotas and recovery."""
+"""Sessions, models, samplers and losses, which clients create; their numbers, quotas and recovery."""

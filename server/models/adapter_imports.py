@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,19 @@ from .sessions import Sessions
 from .submits import Saves, Submits, save_answer
 
 
+@dataclass(frozen=True)
 class AdapterImports:
     """Makes checkpoints of adapters that clients upload."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        ledger: Ledger,
-        disk: Disk,
-        quotas: Quotas,
-        admission: Admission,
-        sessions: Sessions,
-        runs: Runs,
-        submits: Submits,
-        saves: Saves,
-    ):
-        self._settings = settings
-        self._ledger = ledger
-        self._disk = disk
-        self._quotas = quotas
-        self._admission = admission
-        self._sessions = sessions
-        self._runs = runs
-        self._submits = submits
-        self._saves = saves
+    settings: Settings
+    ledger: Ledger
+    disk: Disk
+    quotas: Quotas
+    admission: Admission
+    sessions: Sessions
+    runs: Runs
+    submits: Submits
+    saves: Saves
 
     async def make(
         self,
@@ -71,17 +61,17 @@ class AdapterImports:
         named("imported", "weights", name)
         await self._require_quota(owner)
         # Nameless, so that nothing is left of it whatever happens.
-        with tempfile.TemporaryFile(dir=self._settings.data_dir) as tar:
+        with tempfile.TemporaryFile(dir=self.settings.data_dir) as tar:
             async for chunk in uploaded:
-                self._disk.require_room()
+                self.disk.require_room()
                 await asyncio.to_thread(tar.write, chunk)
             tar.seek(0)
             fields = {"tags": ["imported"], "user_metadata": {}, "project_id": project_id}
-            session_id = await self._sessions.create(owner, fields)
+            session_id = await self.sessions.create(owner, fields)
             run_id = model_id(session_id, 0)
             # Below the checkpoints, where the sweep finds what a crash leaves once no replay can need it.
             key = f"checkpoints/{run_id.replace(':', '@')}/imported/{uuid.uuid4().hex}"
-            directory = paths.resolve(self._settings.data_dir, key)
+            directory = paths.resolve(self.settings.data_dir, key)
             reason, detail = "errored", "the adapter could not be imported"
             try:
                 await asyncio.to_thread(unpack, tar, directory)
@@ -89,18 +79,18 @@ class AdapterImports:
                 answer = await self._save(owner, run_id, name)
                 reason, detail = "success", "it holds an imported adapter"
             finally:
-                await self._sessions.finish(owner, session_id, reason, detail)
+                await self.sessions.finish(owner, session_id, reason, detail)
                 await asyncio.to_thread(shutil.rmtree, directory.parent, ignore_errors=True)
         return answer
 
     async def _require_quota(self, owner: str) -> None:
         """Raise StorageQuotaExceeded if the owner's checkpoints have reached its quota."""
-        limit = self._quotas.of(owner).checkpoint_bytes
+        limit = self.quotas.of(owner).checkpoint_bytes
 
         def used(connection: Connection) -> int:
             return rows.stored_bytes(connection, owner)
 
-        if (stored := await self._ledger.read(used)) >= limit:
+        if (stored := await self.ledger.read(used)) >= limit:
             raise StorageQuotaExceeded(
                 f"the checkpoints of this key's tenant take {stored} bytes, its quota is {limit}; delete some"
             )
@@ -108,23 +98,23 @@ class AdapterImports:
     async def _create(self, owner: str, session_id: str, base_model: str, key: str, directory: Path) -> None:
         """Create a run with the adapter's weights. Raises BadRequest for an adapter that does not fit."""
         lora = await asyncio.to_thread(described, directory)
-        limit = self._settings.max_rank
+        limit = self.settings.max_rank
         if lora.rank > limit:
             raise BadRequest(f"the adapter's rank {lora.rank} is over this server's maximum of {limit}")
         if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
             raise BadRequest("the adapter has no matrix of this server's models: nothing would be trained")
         run_id = model_id(session_id, 0)
         message = messages.CreateModel("", run_id, base_model, lora, checkpoint=key, optimizer_state=False)
-        with self._admission.model(owner, run_id, self._runs.alive(owner)):
+        with self.admission.model(owner, run_id, self.runs.alive(owner)):
             reply = {"type": "import_weights", "model_id": run_id}
-            operation = await self._runs.create(
+            operation = await self.runs.create(
                 NewRun(owner, session_id, f"create/{session_id}/0", message, {"type": "adamw"}, {}, reply)
             )
         await _done(operation)
 
     async def _save(self, owner: str, run_id: str, name: str) -> dict[str, Any]:
         """Save the run as two checkpoints of this name, and return the answer to the import."""
-        run = await self._runs.find_trainable(owner, run_id)
+        run = await self.runs.find_trainable(owner, run_id)
         saved: dict[str, Any] = {
             "type": "import_weights",
             "training_run_id": run_id,
@@ -137,9 +127,9 @@ class AdapterImports:
         for number, (field, kind, segment, message) in enumerate(steps, 1):
             uri = named(run_id, segment, name)
             directory = paths.new_directory(uri.run, uri.segment, uri.name)
-            also = self._saves.checkpoint(run, uri, directory)
+            also = self.saves.checkpoint(run, uri, directory)
             await _done(
-                await self._submits.submit(
+                await self.submits.submit(
                     run, kind, number, message("", run_id, directory), save_answer(kind, run, uri), also
                 )
             )

@@ -1,4 +1,4 @@
-"""Admission: whether a request of a tenant is taken now, so that one tenant's crowd does not keep out others.
+"""Admission: decides whether a tenant's request is taken now, so that no tenant keeps out the others.
 
 What is refused for the moment gets 429, which clients send again; meanwhile the tenant's polls say why
 (`paused`). What waiting does not change is refused for good.
@@ -53,7 +53,7 @@ class TokenBucket:
 
 @dataclass
 class _Queue:
-    """What one tenant has waiting: accepted and not answered, or about to be accepted."""
+    """One tenant's operations that are accepted and not answered, or about to be accepted."""
 
     accepted: set[Operation] = field(default_factory=set)
     arriving: int = 0

@@ -1,4 +1,4 @@
-"""What a loss needs beside the datums: uploaded graphs, and the log-probs of sampled sequences.
+"""Inputs of losses beside the datums: uploaded graphs, and the log-probs of sampled sequences.
 
 The engine checks an uploaded loss, the ledger keeps it, and each operation that names it carries it along.
 Answers of samples stay in the ledger too, so a datum may name any sampled sequence instead of sending the
@@ -83,7 +83,7 @@ class CustomLosses:
         named = _LOSS_ID.fullmatch(loss_id)
         if named is not None and named[1] == session_id:
             key = operation_rows.custom_loss_key(session_id, int(named[2]))
-            row = await self._ledger.read(lambda connection: operation_rows.find_custom_loss(connection, key))
+            row = await self._ledger.read(operation_rows.find_custom_loss, key)
             if row is not None and row.owner == owner:
                 message = messages.decode_to_engine(row.data)
                 assert isinstance(message, messages.CheckCustomLoss)

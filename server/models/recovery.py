@@ -17,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass, field
 
 import msgspec
 from sqlalchemy import Connection
@@ -42,47 +42,41 @@ from .run import KnownRuns, Run
 log = logging.getLogger("tinsmith.recovery")
 
 
+@dataclass(eq=False)
 class Recovery:
     """Brings models back, and sends the engine what the ledger has accepted and nobody has answered."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        engine: Supervisor,
-        operations: Operations,
-        dispatcher: Dispatcher,
-        runs: KnownRuns,
-        settings: Settings,
-    ):
-        self._ledger = ledger
-        self._engine = engine
-        self._operations = operations
-        self._dispatcher = dispatcher
-        self._runs = runs
-        self._settings = settings
-        self._quarantine = Quarantine(settings.deaths_per_operation, settings.death_window_seconds)
+    ledger: Ledger
+    engine: Supervisor
+    operations: Operations
+    dispatcher: Dispatcher
+    runs: KnownRuns
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        self._quarantine = Quarantine(self.settings.deaths_per_operation, self.settings.death_window_seconds)
         self._held: set[str] = set()  # models and samples that wait for their turn in quarantine
         self._trials: asyncio.Task | None = None
         self.replayed = 0  # operations that were sent to an engine again, since the start
-        engine.died.subscribe(self.engine_died)
-        engine.started.subscribe(self.take_up)
-        engine.lost.subscribe(self.payload_lost)
+        self.engine.died.subscribe(self.engine_died)
+        self.engine.started.subscribe(self.take_up)
+        self.engine.lost.subscribe(self.payload_lost)
 
     def engine_died(self, under_way: list[Suspect]) -> None:
         """Note that the engine's states are gone, and give up what has ended engines too often."""
-        for run in list(self._runs.values()):
+        for run in list(self.runs.values()):
             run.resident = False
             if run.restoring is not None:
                 run.restoring.cancel()
         if self._trials is not None:
             self._trials.cancel()
-        waiting = {operation.request_id: operation for operation in self._operations.unanswered()}
+        waiting = {operation.request_id: operation for operation in self.operations.unanswered()}
         for request_id, model_id in self._quarantine.blame(under_way):
-            blamed = self._runs.get(model_id)
-            deaths = f"{self._settings.deaths_per_operation} engines ended while they ran it"
+            blamed = self.runs.get(model_id)
+            deaths = f"{self.settings.deaths_per_operation} engines ended while they ran it"
             log.error("%s of %s is given up: %s", request_id, model_id or "no model", deaths)
             if (operation := waiting.get(request_id)) is not None:
-                self._operations.fail([operation], f"{deaths}; it is not tried again", "server", ran=True)
+                self.operations.fail([operation], f"{deaths}; it is not tried again", "server", ran=True)
             elif blamed is not None:
                 if request_id == snapshot_request(blamed):
                     blamed.may_be_saved = False
@@ -91,10 +85,10 @@ class Recovery:
 
     def payload_lost(self, request_id: str, model_id: str, why: str) -> None:
         """Fail an operation whose payload is lost, and those after it, which would train something else."""
-        run = self._runs.get(model_id)
+        run = self.runs.get(model_id)
         if run is None:
-            lost = [each for each in self._operations.unanswered() if each.request_id == request_id]
-            self._operations.fail(lost, f"the operation cannot be run: {why}", "server")
+            lost = [each for each in self.operations.unanswered() if each.request_id == request_id]
+            self.operations.fail(lost, f"the operation cannot be run: {why}", "server")
             return
         log.error("model %s is given up until the next start: %s", model_id, why)
         run.broken, run.resident = why, False
@@ -104,27 +98,27 @@ class Recovery:
         """Send everything unanswered to the new engine, and the suspects one after the other."""
         subjects = self._quarantine.subjects()
         self._held = set(subjects)
-        for operation in self._operations.unanswered():
+        for operation in self.operations.unanswered():
             self._send_again(operation)
         self._trials = asyncio.ensure_future(self._try_each(subjects))
 
     def _send_again(self, operation: Operation) -> None:
-        run = self._runs.get(operation.model_id)
+        run = self.runs.get(operation.model_id)
         if run is not None and not self._waits_for_its_number(operation):
             self.bring_back(run)
         elif not operation.model_id and operation.request_id not in self._held:
-            self._operations.send(operation)
+            self.operations.send(operation)
             self.replayed += 1
 
     def _waits_for_its_number(self, operation: Operation) -> bool:
-        return bool(operation.seq_id) and operation.seq_id >= self._dispatcher.next_seq(operation.model_id)
+        return bool(operation.seq_id) and operation.seq_id >= self.dispatcher.next_seq(operation.model_id)
 
     async def _try_each(self, subjects: list[str]) -> None:
         for subject in subjects:
             self._held.discard(subject)
             due = [
                 operation
-                for operation in self._operations.unanswered()
+                for operation in self.operations.unanswered()
                 if subject in (operation.model_id, operation.request_id)
                 and not self._waits_for_its_number(operation)
             ]
@@ -140,7 +134,7 @@ class Recovery:
 
     def bring_back(self, run: Run) -> None:
         """Begin to bring the model back, unless the engine has it."""
-        if run.id in self._held or not self._engine.alive:
+        if run.id in self._held or not self.engine.alive:
             return  # its turn will come, or the next engine
         if not run.resident and (run.restoring is None or run.restoring.done()):
             run.restoring = asyncio.ensure_future(self._restore(run))
@@ -164,16 +158,16 @@ class Recovery:
             except (SQLAlchemyError, ApiError) as error:
                 log.error("model %s cannot be brought back yet: %s", run.id, error)
             with contextlib.suppress(Unavailable):  # what there is of it; perhaps nothing
-                await self._engine.request(messages.DeleteModel(f"delete-{run.id}", run.id))
+                await self.engine.request(messages.DeleteModel(f"delete-{run.id}", run.id))
             await asyncio.sleep(1)
         self._fail_released(run, run.broken)
 
     async def _replay(self, run: Run) -> None:
-        await self._operations.written()  # so that nothing is replayed which has failed for good
+        await self.operations.written()  # so that nothing is replayed which has failed for good
         creation = run.create_message
-        created = await self._operations.find(run.owner, creation.request_id)
+        created = await self.operations.find(run.owner, creation.request_id)
         if created is not None and created.answer is None:
-            self._operations.send(created)
+            self.operations.send(created)
             await created.finished.wait()
             sent = 0
         else:
@@ -185,12 +179,12 @@ class Recovery:
                 log.error("model %s could not be brought back: %s", run.id, answer.message)
                 self._fail_released(run, answer.message)
                 return
-        while (through := self._dispatcher.next_seq(run.id) - 1) > sent:
-            replay = await self._ledger.read(
-                partial(payload_rows.to_replay, model_id=run.id, after=sent, through=through)
+        while (through := self.dispatcher.next_seq(run.id) - 1) > sent:
+            replay = await self.ledger.read(
+                payload_rows.to_replay, model_id=run.id, after=sent, through=through
             )
             for row in replay:
-                self._engine.send_stored(Lane(run.id), row.operation_id, row.size)
+                self.engine.send_stored(Lane(run.id), row.operation_id, row.size)
                 self.replayed += 1
             sent = through
         run.resident, run.used_at = True, time.monotonic()
@@ -204,7 +198,7 @@ class Recovery:
         Unavailable, SQLAlchemyError or ApiError.
         """
         request = msgspec.structs.replace(creation, request_id=f"restore-{run.id}")
-        answer = await self._engine.request(_from_snapshot(request, run.snapshot))
+        answer = await self.engine.request(_from_snapshot(request, run.snapshot))
         if isinstance(answer, messages.Done) or run.older_snapshot_seq is None:
             return answer, run.snapshot_seq
         log.error(
@@ -213,28 +207,26 @@ class Recovery:
             run.older_snapshot_seq,
             answer.message,
         )
-        older = await self._engine.request(_from_snapshot(request, run.older_snapshot))
+        older = await self.engine.request(_from_snapshot(request, run.older_snapshot))
         if isinstance(older, messages.Failed):
             return answer, run.snapshot_seq
         snapshot, snapshot_seq = run.older_snapshot, run.older_snapshot_seq
         run.snapshot, run.snapshot_seq = snapshot, snapshot_seq
         run.older_snapshot = run.older_snapshot_seq = None
-        await self._ledger.write(
-            lambda connection: tenancy.update_model(
-                connection,
-                run.id,
-                snapshot=snapshot,
-                snapshot_seq=snapshot_seq,
-                older_snapshot=None,
-                older_snapshot_seq=None,
-            )
+        await self.ledger.write(
+            tenancy.update_model,
+            run.id,
+            snapshot=snapshot,
+            snapshot_seq=snapshot_seq,
+            older_snapshot=None,
+            older_snapshot_seq=None,
         )
         return older, snapshot_seq
 
     def _fail_released(self, run: Run, why: str) -> None:
-        through = self._dispatcher.next_seq(run.id) - 1
-        self._operations.fail(
-            [each for each in self._operations.unanswered(run.id) if each.seq_id <= through],
+        through = self.dispatcher.next_seq(run.id) - 1
+        self.operations.fail(
+            [each for each in self.operations.unanswered(run.id) if each.seq_id <= through],
             f"the model could not be brought back: {why}",
             "server",
         )
@@ -252,32 +244,25 @@ def snapshot_request(run: Run) -> str:
     return f"snapshot-{run.id}"
 
 
+@dataclass(eq=False)
 class Snapshots:
     """Saves the states of models, so that few operations are kept and replayed."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        engine: Supervisor,
-        dispatcher: Dispatcher,
-        payloads: Payloads,
-        settings: Settings,
-    ):
-        self._ledger = ledger
-        self._engine = engine
-        self._dispatcher = dispatcher
-        self._payloads = payloads
-        self._settings = settings
-        self.written: Event[[int]] = Event()  # with a snapshot's size in bytes
-        self.being_written: set[str] = set()  # directories that the ledger does not name yet
+    ledger: Ledger
+    engine: Supervisor
+    dispatcher: Dispatcher
+    payloads: Payloads
+    settings: Settings
+    written: Event[[int]] = field(default_factory=Event, init=False)  # with a snapshot's size in bytes
+    being_written: set[str] = field(default_factory=set, init=False)  # not named by the ledger yet
 
     def _released(self, run: Run) -> int:
         """Return the number of the last operation that the engine was sent."""
-        return self._dispatcher.next_seq(run.id) - 1
+        return self.dispatcher.next_seq(run.id) - 1
 
     def take_if_due(self, run: Run, released: int) -> None:
         """Begin a snapshot if enough operations, or bytes of them, up to `released` came after the last."""
-        settings = self._settings
+        settings = self.settings
         due = (
             released - run.snapshot_seq >= settings.snapshot_operations
             or run.bytes_since_snapshot >= settings.snapshot_bytes
@@ -319,7 +304,7 @@ class Snapshots:
             through = self._released(run)
             directory = f"snapshots/{run.id.replace(':', '@')}/{through}-{uuid.uuid4().hex[:16]}"
             run.bytes_since_snapshot = 0
-            self._payloads.seal(run.id)
+            self.payloads.seal(run.id)
             self.being_written.add(directory)
             try:
                 if not await self._save(run, directory):
@@ -351,21 +336,21 @@ class Snapshots:
             )
 
         try:
-            await self._ledger.write(change)
+            await self.ledger.write(change)
         except ApiError as error:
             log.error("the snapshot of model %s could not be noted: %s", run.id, error)
             return directory
         run.snapshot, run.snapshot_seq = directory, through
         run.older_snapshot, run.older_snapshot_seq = older, older_seq
         try:
-            await self._payloads.forget_through(run.id, older_seq)
+            await self.payloads.forget_through(run.id, older_seq)
         except (ApiError, SQLAlchemyError, OSError) as error:  # the next snapshot forgets these too
             log.error("payloads of model %s could not be forgotten: %s", run.id, error)
         return oldest
 
     async def _save(self, run: Run, directory: str) -> bool:
         try:
-            answer = await self._engine.request(messages.SaveState(snapshot_request(run), run.id, directory))
+            answer = await self.engine.request(messages.SaveState(snapshot_request(run), run.id, directory))
         except Unavailable as error:
             log.warning("the state of model %s was not saved: %s", run.id, error)
             return False
@@ -384,7 +369,7 @@ class Snapshots:
         run.snapshot = run.older_snapshot = None
 
     async def _remove_directory(self, directory: str) -> None:
-        path = paths.resolve(self._settings.data_dir, directory)
+        path = paths.resolve(self.settings.data_dir, directory)
         await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
 

@@ -18,12 +18,12 @@ from ...engine import messages
 from ..dialect import Dialect
 
 RLVE, WANDB = "rlve", "wandb"
-"""Keys in a run's configuration: what its client asked of RLVE, and of W&B (without the API key)."""
+"""Keys of a run's configuration: its client's settings for RLVE, and for W&B (without the API key)."""
 
 
 @dataclass(frozen=True)
 class NewRun:
-    """What a model is created with.
+    """The parameters of a new model.
 
     `message` has no request id yet. Two creations with the same `natural_key` are one.
     """
@@ -42,7 +42,7 @@ class NewRun:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a client asked for: `optimizer` as `weights_info` shows it, and the run's `configuration`."""
+    """The model that a client asks for. `optimizer`: as `weights_info` shows it."""
 
     message: messages.CreateModel
     optimizer: dict[str, Any]
@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """What its client calls it."""
+        """The name that its client has for it."""
         return self.alias or self.id
 
     @cached_property

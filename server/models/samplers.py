@@ -16,7 +16,6 @@ import uuid
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 from sqlalchemy import Connection, Row
@@ -27,6 +26,7 @@ from ...engine import messages
 from ..access import Quotas
 from ..base_models import BaseModels
 from ..errors import ApiError, BadRequest, NotFound, Unavailable
+from ..events import Tasks
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
 from ..operations.operation import Operation
@@ -134,33 +134,27 @@ def _sampler(row: Row) -> Sampler:
     )
 
 
+@dataclass(eq=False)
 class Samplers:
-    """Creates, finds and forgets samplers, and has weights made again that were lost."""
+    """Creates, finds and forgets samplers, and has weights made again that were lost.
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        engine: Supervisor,
-        operations: Operations,
-        runs: Runs,
-        settings: Settings,
-        quotas: Quotas,
-        base_models: BaseModels,
-        on_removed: Callable[[str], None],
-    ):
-        """`on_removed` is called with each directory that is removed."""
-        self._base_models = base_models
-        self._ledger = ledger
-        self._quotas = quotas
-        self._engine = engine
-        self._operations = operations
-        self._runs = runs
-        self._settings = settings
+    `on_removed` is called with each directory that is removed.
+    """
+
+    ledger: Ledger
+    engine: Supervisor
+    operations: Operations
+    runs: Runs
+    settings: Settings
+    quotas: Quotas
+    base_models: BaseModels
+    on_removed: Callable[[str], None]
+
+    def __post_init__(self) -> None:
         self._samplers: Recent[str, Sampler] = Recent(_REMEMBERED)
         self._alive: Recent[str, float] = Recent(_REMEMBERED)  # by session: when the ledger noted it last
-        self._making: set[asyncio.Task] = set()
-        self._on_removed = on_removed
-        operations.weights_missing.subscribe(self._missing)
+        self._making = Tasks()
+        self.operations.weights_missing.subscribe(self._missing)
 
     async def create(
         self,
@@ -177,7 +171,7 @@ class Samplers:
         Raises BadRequest for a number that has other weights.
         """
         identifier = sampler_id(session_id, seq_id)
-        limit = self._quotas.of(owner).metadata_bytes
+        limit = self.quotas.of(owner).metadata_bytes
 
         def change(connection: Connection) -> Row:
             if tenancy.find_sampler(connection, identifier) is None:
@@ -196,7 +190,7 @@ class Samplers:
             assert row is not None
             return row
 
-        sampler = _sampler(await self._ledger.write(change))
+        sampler = _sampler(await self.ledger.write(change))
         if (sampler.base_model, sampler.model_path) != (base_model, model_path):
             raise BadRequest(
                 f"sampling_session_seq_id {seq_id} of this session has other weights; use the next number"
@@ -217,14 +211,14 @@ class Samplers:
         """
         sampler = self._samplers.get(identifier, None)
         if sampler is None:
-            row = await self._ledger.read(lambda connection: tenancy.find_sampler(connection, identifier))
+            row = await self.ledger.read(tenancy.find_sampler, identifier)
             if row is not None:
                 sampler = _sampler(row)
                 if sampler.follows is None:  # the others' directories move
                     self._samplers[identifier] = sampler
         if sampler is None or sampler.owner != owner:
             raise NotFound(f"unknown sampling session {identifier!r}: create one first")
-        if (why := self._base_models.changed(sampler)) is not None:
+        if (why := self.base_models.changed(sampler)) is not None:
             raise BadRequest(f"sampling session {identifier!r}: {why}, or create another session")
         return sampler
 
@@ -233,78 +227,74 @@ class Samplers:
         now = time.time()
         if now - self._alive.get(sampler.session_id, 0.0) >= _SIGN_OF_LIFE_EVERY:
             self._alive[sampler.session_id] = now
-            await self._ledger.write(
-                lambda connection: tenancy.heartbeat(connection, sampler.session_id, now)
-            )
+            await self.ledger.write(tenancy.heartbeat, sampler.session_id, now)
 
     # --- weights that are not there
 
     def _missing(self, operation: Operation, message: str) -> None:
         """Have weights made again that were not on disk when the engine died."""
-        task = asyncio.ensure_future(self._make_again(operation, message))
-        self._making.add(task)
-        task.add_done_callback(self._making.discard)
+        self._making.begin(self._make_again(operation, message))
 
     async def _make_again(self, operation: Operation, message: str) -> None:
-        life = self._engine.life
+        life = self.engine.life
         try:
-            sample = await self._operations.message(operation)
+            sample = await self.operations.message(operation)
         except (ApiError, SQLAlchemyError, OSError) as error:
             log.error("a sample's weights are not made again: %s", error)
             sample = None
         run_id = run_of(sample.sampler.weights) if isinstance(sample, messages.Sample) else None
         if run_id is None or operation.weights_made_in == life:
-            self._operations.fail([operation], message)
+            self.operations.fail([operation], message)
             return
         operation.weights_made_in = life
         log.info("unnamed sampler weights of %s are not on disk: the model makes them again", run_id)
         try:
-            is_back = await self._runs.bring_back(operation.owner, run_id)
+            is_back = await self.runs.bring_back(operation.owner, run_id)
         except NotFound:
             is_back = False
         if is_back:
             operation.sent_in = 0
-            self._operations.send_to_engine(operation, behind=run_id)
-        elif self._engine.alive and self._engine.life == operation.weights_made_in:
-            self._operations.fail([operation], message)
+            self.operations.send_to_engine(operation, behind=run_id)
+        elif self.engine.alive and self.engine.life == operation.weights_made_in:
+            self.operations.fail([operation], message)
 
     # --- weights that nobody needs
 
     async def forget(self, sampler: Sampler) -> None:
         """Forget a sampler of unnamed weights."""
         of = tenancy.is_sampler(sampler.id)
-        await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
+        await self._forget(await self.ledger.write(tenancy.delete_unnamed_samplers, of=of))
 
     async def forget_unnamed(self, session_id: str) -> None:
         """Forget the samplers of unnamed weights of a session that is over."""
         of = tenancy.of_session(session_id)
-        await self._forget(await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of)))
+        await self._forget(await self.ledger.write(tenancy.delete_unnamed_samplers, of=of))
 
     async def _forget(self, gone: Sequence[Row]) -> None:
         for row in gone:
             self._samplers.discard(row.id)
             release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
-            self._engine.send(messages.encode(release))
-            self._on_removed(row.directory)
-            directory = paths.resolve(self._settings.data_dir, row.directory)
+            self.engine.send(messages.encode(release))
+            self.on_removed(row.directory)
+            directory = paths.resolve(self.settings.data_dir, row.directory)
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def sweep(self) -> None:
         """Remove the unnamed weights of long silent sessions, and directories that no sampler names."""
-        silent_since = time.time() - self._settings.unnamed_sampler_seconds
+        silent_since = time.time() - self.settings.unnamed_sampler_seconds
         of = tenancy.of_sessions_silent_since(silent_since)
-        gone = await self._ledger.write(partial(tenancy.delete_unnamed_samplers, of=of))
+        gone = await self.ledger.write(tenancy.delete_unnamed_samplers, of=of)
         if gone:
             log.info("%d unnamed samplers of silent sessions are removed", len(gone))
         await self._forget(gone)
-        named = await self._ledger.read(tenancy.sampler_directories)
+        named = await self.ledger.read(tenancy.sampler_directories)
         await asyncio.to_thread(self._remove_all_but, named)
 
     def _remove_all_but(self, named: set[str]) -> None:
         spared_since = time.time() - _SPARED_SECONDS
-        root = self._settings.data_dir / _ROOT
+        root = self.settings.data_dir / _ROOT
         for directory in root.glob("*/*"):
-            if str(directory.relative_to(self._settings.data_dir)) in named:
+            if str(directory.relative_to(self.settings.data_dir)) in named:
                 continue
             if directory.stat().st_mtime < spared_since:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -350,7 +340,7 @@ def add(
 
 
 KEPT = 4
-"""How many versions of a model stay: samples of older ones have been answered by then."""
+"""So many versions of a model stay: samples of older ones have been answered by then."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Sessions:
         try:
             return await self.require_active(owner, name)
         except NotFound:
-            if await self._ledger.read(lambda connection: tenancy.find_session(connection, name)) is not None:
+            if await self._ledger.read(tenancy.find_session, name) is not None:
                 raise
         try:
             paths.check_id(name)
@@ -159,7 +159,7 @@ class Sessions:
         known = self._active.get(session_id, None)
         if known is None or now - known[1] >= _HEARTBEAT_WRITTEN_EVERY:
             self._active[session_id] = (owner, now)
-            await self._ledger.write(lambda connection: tenancy.heartbeat(connection, session_id, now))
+            await self._ledger.write(tenancy.heartbeat, session_id, now)
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
         """End a session: its models leave the engine, unnamed samplers go, checkpoints stay."""
@@ -172,14 +172,10 @@ class Sessions:
                 accounts.audit(connection, owner, "session_finished", session_id=session_id, reason=reason)
 
         await self._ledger.write(end)
-        for row in await self._ledger.read(
-            lambda connection: tenancy.models_of_session(connection, session_id)
-        ):
+        for row in await self._ledger.read(tenancy.models_of_session, session_id):
             await self._runs.finish(await self._runs.find(owner, row.id))
         await self._samplers.forget_unnamed(session_id)
-        await self._ledger.write(
-            lambda connection: operation_rows.forget_custom_losses(connection, session_id)
-        )
+        await self._ledger.write(operation_rows.forget_custom_losses, session_id)
 
     async def assign_project(self, owner: str, session_id: str, project_id: str) -> None:
         session_id = (await self.find(owner, session_id)).id

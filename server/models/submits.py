@@ -307,7 +307,7 @@ def save_answer(kind: str, run: Run, uri: paths.CheckpointUri) -> dict[str, Any]
 
 
 Reservation = Callable[[Connection, str], messages.Failed | None]
-"""What a save does in the transaction that accepts it."""
+"""A save's own part of the transaction that accepts it."""
 
 
 class SavedWeights(Protocol):

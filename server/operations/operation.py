@@ -68,7 +68,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Submission:
-    """What a router asks for.
+    """An operation that a router submits.
 
     `message` builds the engine's message from the request id; None: `also` has the answer. `also` writes
     further rows in the same transaction, and may return what is then the answer. Sequenced operations have a

@@ -124,18 +124,18 @@ class Supervisor:
 
     @property
     def text(self) -> str:
-        """What the engine is doing, for people."""
+        """A sentence for people about what the engine is doing."""
         how = self._process.death
         return self._process.text if how is None else f"the engine is started again: {how}"
 
     @property
     def memory(self) -> messages.Memory | None:
-        """What is on the devices, by the engine's newest report; None before the first."""
+        """The contents of the devices' memory, by the engine's newest report; None before the first."""
         return self._process.memory
 
     @property
     def counters(self) -> dict[str, float]:
-        """What all engines have counted since the server's start (`engine/measurements.py`)."""
+        """Counters of all engines since the server's start (`engine/measurements.py`)."""
         return dict(self._ended + Counter(self._process.measured.counters))
 
     @property
@@ -149,12 +149,12 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether there is a process, ready or on its way to be."""
+        """True if there is a process, ready or on its way to be."""
         return self._process.alive
 
     @property
     def death(self) -> str | None:
-        """Why it seems that there will be no engine; None while there is hope."""
+        """The reason why there will probably be no engine; None while there is hope."""
         hopeless = self.refused.is_set() or self._failed_starts >= _HOPELESS_STARTS
         if not hopeless or self._process.was_ready:
             return None

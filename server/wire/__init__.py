@@ -1,4 +1,4 @@
-"""What the models of JSON bodies have in common, and how JSON is read into them.
+"""The base of the models of JSON bodies, and the reading of JSON into them.
 
 Unknown keys are ignored. Where two spellings mean the same, both are taken (`AliasChoices`).
 """
@@ -49,7 +49,7 @@ def as_json(value: Any) -> Any:
 
 
 MOST_METADATA_BYTES = 64 << 10
-"""Of one object's metadata, as JSON."""
+"""The limit for one object's metadata, as JSON."""
 
 
 def short_json(value: Any) -> Any:
@@ -68,11 +68,11 @@ Label = Annotated[str, StringConstraints(max_length=1024)]
 """A name that people read, or an id of the client's own."""
 
 DEFAULT_MODEL = "default"
-"""What xorl's clients call their model where they do not say."""
+"""The model of xorl's clients that name none."""
 
 
 def numbered(content: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the model_id and seq_id of an operation's body, whatever else is in it."""
+    """Return the model_id and seq_id of an operation's body, which need not be valid otherwise."""
     return content.get("model_id", content.get("session_id", DEFAULT_MODEL)), content.get("seq_id")
 
 
@@ -91,8 +91,7 @@ def example(**fields: Any) -> dict[str, Any]:
     return {"examples": [fields]}
 
 
-class OfModel(Body):
-    model_config = ConfigDict(json_schema_extra=example(model_id="model-abc-123"))
+class OfModel(Body, json_schema_extra=example(model_id="model-abc-123")):
     model_id: ModelId = DEFAULT_MODEL
 
 
@@ -127,12 +126,17 @@ def describe(errors: list[dict[str, Any]]) -> str:
 
 
 def is_union_tag(part: str | int) -> bool:
-    """Whether a part of an error's location names a type of a union that was tried, and not a field."""
+    """Return whether a part of an error's location names a union's type that was tried, and not a field."""
     return isinstance(part, str) and (part in _UNION_TAGS or not part.isidentifier() or part[:1].isupper())
 
 
 AsksForNothing = Callable[[Any], bool]
 Unsupported = dict[str, AsksForNothing]
+
+
+def unsupported(asks_for_nothing: AsksForNothing, names: str) -> Unsupported:
+    """Return the same rule for several fields, whose names are separated by spaces."""
+    return dict.fromkeys(names.split(), asks_for_nothing)
 
 
 def only(*values: Any) -> AsksForNothing:
@@ -285,13 +289,13 @@ class LongNumber:
 
 
 def over_python_limit(digits: str) -> bool:
-    """Whether `json.loads` raises ValueError for this number: an integer of more than 4300 digits."""
+    """Return whether `json.loads` raises ValueError for this integer, as for all of more than 4300 digits."""
     digits = digits.lstrip("-")
     return digits.isdigit() and 0 < sys.get_int_max_str_digits() < len(digits)
 
 
 def over_float64(digits: str) -> bool:
-    """Whether `orjson.loads` takes this number for infinity, which it refuses."""
+    """Return whether `orjson.loads` takes this number for infinity, which it refuses."""
     return math.isinf(float(digits))
 
 

@@ -38,6 +38,7 @@ from . import (
     no_biases,
     one_or_list,
     only,
+    unsupported,
 )
 from .responses import Numbers
 
@@ -65,10 +66,9 @@ _Prompts = Annotated[
 
 
 class StreamOptions(StrictBody):
-    UNSUPPORTED: ClassVar[Unsupported] = {
-        "include_obfuscation": only(False),
-        "continuous_usage_stats": only(False),
-    }
+    UNSUPPORTED: ClassVar[Unsupported] = unsupported(
+        only(False), "include_obfuscation continuous_usage_stats"
+    )
     include_usage: StrictBool = False
 
 
@@ -80,38 +80,21 @@ class _Completions(Penalties, StrictBody):
     """Fields of both kinds of completions. `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
     `ignore_eos`, `skip_special_tokens` and `no_stop_trim` are extensions, as SGLang has them."""
 
+    # Hints, what OpenAI's platform does with an answer afterwards, and options of SGLang and vLLM.
     UNSUPPORTED: ClassVar[Unsupported] = {
         "logit_bias": no_biases,
-        "metadata": empty,
-        # Of OpenAI's platform: hints, and what it does with an answer afterwards.
-        "store": only(False),
         "service_tier": only("auto", "default"),
         "prompt_cache_retention": only("in_memory", "in-memory"),
-        "prompt_cache_options": empty,
-        "moderation": empty,
-        # Of SGLang and vLLM, at their defaults.
         "min_tokens": only(0),
-        "use_beam_search": only(False),
         "length_penalty": only(1),
-        "early_stopping": only(False),
-        "include_stop_str_in_output": only(False),
         "spaces_between_special_tokens": only(True),
-        "allowed_token_ids": only(),
-        "bad_words": empty,
-        "stop_regex": empty,
-        "regex": empty,
-        "ebnf": empty,
-        "json_schema": empty,
-        "custom_params": empty,
-        "return_hidden_states": only(False),
-        "return_routed_experts": only(False),
-        "return_token_ids": only(False),
-        "return_tokens_as_token_ids": only(False),
-        "return_meta_info": only(False),
-        "truncate_prompt_tokens": only(),
         "priority": only(0),
-        "cache_salt": empty,
-        "extra_key": empty,
+        **unsupported(only(), "allowed_token_ids truncate_prompt_tokens"),
+        **unsupported(empty, "metadata prompt_cache_options moderation bad_words stop_regex regex ebnf"),
+        **unsupported(empty, "json_schema custom_params cache_salt extra_key"),
+        **unsupported(only(False), "store use_beam_search early_stopping include_stop_str_in_output"),
+        **unsupported(only(False), "return_hidden_states return_routed_experts return_token_ids"),
+        **unsupported(only(False), "return_tokens_as_token_ids return_meta_info"),
     }
     model: str
     max_tokens: Annotated[Int64, Field(ge=1)] | None = None
@@ -159,12 +142,11 @@ class _Completions(Penalties, StrictBody):
         )
 
 
-class Completions(_Completions):
+class Completions(_Completions, json_schema_extra=example(model="tiny", prompt="Once upon", max_tokens=16)):
     """Asks for completions of `prompt`: a text, its tokens, or several of either. With `echo` each choice
     begins with its prompt; `max_tokens` may then be 0, which only scores it. Of `best_of` samples the `n` are
     returned whose tokens are the most likely on average."""
 
-    model_config = ConfigDict(json_schema_extra=example(model="tiny", prompt="Once upon", max_tokens=16))
     UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
         "suffix": empty,
         "logprobs": only(False),
@@ -186,7 +168,7 @@ class Completions(_Completions):
 
     @property
     def num_samples(self) -> int:
-        """How many samples to draw of each prompt."""
+        """The number of samples to draw of each prompt."""
         return self.n if self.best_of is None else self.best_of
 
     @model_validator(mode="after")
@@ -247,13 +229,10 @@ class ToolCall(StrictBody):
 class ChatMessage(StrictBody):
     """Any message that OpenAI's clients send, including an earlier answer's own."""
 
+    # What answers say about themselves.
     UNSUPPORTED: ClassVar[Unsupported] = {
-        # What answers say about themselves.
-        "annotations": anything,
-        "logprobs": anything,
-        "audio": empty,
-        "function_call": empty,
-        "tool_calls": empty,
+        **unsupported(anything, "annotations logprobs"),
+        **unsupported(empty, "audio function_call tool_calls"),
     }
     role: Annotated[_Text, Field(min_length=1, max_length=64)]
     content: _Content | None = None
@@ -298,25 +277,14 @@ class ChatCompletions(_Completions):
         )
     )
     UNSUPPORTED: ClassVar[Unsupported] = _Completions.UNSUPPORTED | {
-        "tools": empty,
-        "tool_choice": only("none", "auto"),
-        "parallel_tool_calls": only(True, False),
-        "functions": empty,
-        "function_call": only("none", "auto"),
         "modalities": empty_or(["text"]),
-        "audio": empty,
-        "prediction": empty,
-        "reasoning_effort": only(),
         "verbosity": only("medium"),
-        "web_search_options": only(),
-        "chat_template": only(),
-        "documents": empty,
-        "add_special_tokens": only(False),
-        "echo": only(False),
         "best_of": only(1),
-        "separate_reasoning": only(False),
-        "stream_reasoning": only(True, False),
-        "prompt_logprobs": only(),
+        **unsupported(empty, "tools functions audio prediction documents"),
+        **unsupported(only("none", "auto"), "tool_choice function_call"),
+        **unsupported(only(True, False), "parallel_tool_calls stream_reasoning"),
+        **unsupported(only(), "reasoning_effort web_search_options chat_template prompt_logprobs"),
+        **unsupported(only(False), "add_special_tokens echo separate_reasoning"),
     }
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[Int64, Field(ge=1)] | None = None
@@ -362,14 +330,10 @@ class ChatCompletions(_Completions):
 
 
 class CachedTokens(TypedDict):
-    """Tokens of the prompts whose prefill was found in the cache."""
-
     cached_tokens: int
 
 
 class TokenUsage(TypedDict):
-    """Tokens read and drawn, over all prompts and samples."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -377,8 +341,6 @@ class TokenUsage(TypedDict):
 
 
 class WeightVersion(TypedDict):
-    """Which weights were sampled."""
-
     weight_version: str
 
 
@@ -445,16 +407,12 @@ class ChatLogprobs(TypedDict):
 
 
 class AssistantMessage(TypedDict):
-    """The model's turn."""
-
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
 class ChatChoice(TypedDict):
-    """One sample."""
-
     index: int
     message: AssistantMessage
     finish_reason: Literal["stop", "length"]

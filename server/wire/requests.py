@@ -115,7 +115,7 @@ class RlveConfig(Body):
 
     @property
     def wave(self) -> int:
-        """How many prompts are sampled at a time."""
+        """The number of prompts that are sampled at a time."""
         if not self.use_dynamic_sampling_filter:
             return self.rollout_batch_size
         return self.over_sampling_batch_size or self.rollout_batch_size
@@ -282,8 +282,7 @@ class CreateSession(Body):
         return self
 
 
-class SessionHeartbeat(Body):
-    model_config = ConfigDict(json_schema_extra=example(session_id="session-abc-123"))
+class SessionHeartbeat(Body, json_schema_extra=example(session_id="session-abc-123")):
     session_id: Id = Field(validation_alias=AliasChoices("session_id", "model_id"))
 
 
@@ -300,10 +299,9 @@ class FinishSession(Body):
     detail: Annotated[str, AfterValidator(lambda text: text[-_DETAIL_CHARACTERS:])] | None = None
 
 
-class SaveWeights(Sequenced):
+class SaveWeights(Sequenced, json_schema_extra=example(model_id="model-abc-123", name="checkpoint-step-100")):
     """A checkpoint to save. `checkpoint_path`: a path on the client's side, whose last part is the name."""
 
-    model_config = ConfigDict(json_schema_extra=example(model_id="model-abc-123", name="checkpoint-step-100"))
     path: str | None = Field(None, validation_alias=AliasChoices("path", "name"))
     checkpoint_path: str | None = None
     ttl_seconds: StrictInt | None = None
@@ -358,8 +356,7 @@ class JoinSamplingSession(Body):
     sampling_session_id: Id
 
 
-class RetrieveFuture(Body):
-    model_config = ConfigDict(json_schema_extra=example(request_id="req-xyz-789"))
+class RetrieveFuture(Body, json_schema_extra=example(request_id="req-xyz-789")):
     request_id: str = Field(max_length=192)
     allow_metadata_only: bool = False
 
@@ -383,18 +380,14 @@ class CancelFuture(Body):
     request_id: str = Field(max_length=192)
 
 
-class CleanupFutures(Body):
-    model_config = ConfigDict(json_schema_extra=example(max_age_hours=24))
+class CleanupFutures(Body, json_schema_extra=example(max_age_hours=24)):
     max_age_hours: Annotated[StrictInt, Field(ge=0, le=1 << 20)] = 24
 
 
-class WeightsInfo(Body):
+class WeightsInfo(Body, json_schema_extra=example(path="tinker://model-abc-123/weights/checkpoint-step-100")):
     """A checkpoint to describe. If it does not exist, the answer is 404, or, asked for by `path`, `exists` is
     false."""
 
-    model_config = ConfigDict(
-        json_schema_extra=example(path="tinker://model-abc-123/weights/checkpoint-step-100")
-    )
     tinker_path: str | None = Field(
         None, validation_alias=AliasChoices("tinker_path", "xorl_path", "model_path")
     )
@@ -412,7 +405,6 @@ class DeleteCheckpoint(OfModel):
     model, if it names none."""
 
     model_config = ConfigDict(json_schema_extra=example(model_id="default", checkpoint_id="weights/step-100"))
-
     checkpoint_id: str
 
 
@@ -435,10 +427,8 @@ class Ttl(Body):
     ttl_seconds: StrictInt | None = None
 
 
-class StepMetrics(Body):
+class StepMetrics(Body, json_schema_extra=example(step=12, metrics={"reward": 0.75})):
     """A client's metrics of one step: at most 64 finite numbers, with names of at most 128 characters."""
-
-    model_config = ConfigDict(json_schema_extra=example(step=12, metrics={"reward": 0.75}))
 
     step: Annotated[StrictInt, Field(ge=0, lt=1 << 53)]
     metrics: Annotated[
@@ -528,8 +518,7 @@ Host = Annotated[
 Word = Annotated[str, StringConstraints(max_length=128)]
 
 
-class Endpoint(Body):
-    model_config = ConfigDict(json_schema_extra=example(host="10.0.0.2", port=30000))
+class Endpoint(Body, json_schema_extra=example(host="10.0.0.2", port=30000)):
     host: Host
     port: Port
 
@@ -549,8 +538,7 @@ class AddEndpoint(Endpoint):
     base_model: Word | None = None
 
 
-class SyncWeights(Body):
-    model_config = ConfigDict(json_schema_extra=example(model_id="default"))
+class SyncWeights(Body, json_schema_extra=example(model_id="default")):
     model_id: Id | None = None
     master_address: Word = ""
     master_port: Annotated[StrictInt, Field(ge=0, le=65535)] = 0

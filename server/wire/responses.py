@@ -32,8 +32,6 @@ class Future(TypedDict):
 
 
 class CreateModelFuture(Future):
-    """The model is being created."""
-
     message: str
     warning_message: NotRequired[str]
 
@@ -119,8 +117,6 @@ class OptimStepResult(TypedDict):
 
 
 class AbortGradientEpochResult(TypedDict):
-    """The accumulated gradients were dropped."""
-
     type: Literal["abort_gradient_epoch"]
     model_id: str
     success: Literal[True]
@@ -224,8 +220,6 @@ class CreateModelResult(TypedDict):
 
 
 class UnloadModelResult(TypedDict):
-    """The model was unloaded."""
-
     type: Literal["unload_model"]
     model_id: str
 
@@ -284,8 +278,6 @@ Sampled = SampleResult | FailedFuture | Future
 
 
 class SampleCompletion(TypedDict):
-    """A sample that has its answer."""
-
     state: Literal["finished", "failed"]
     request_id: str
 
@@ -304,8 +296,6 @@ class CancelledFuture(TypedDict):
 
 
 class CleanedFutures(TypedDict):
-    """The answers of so many requests were dropped."""
-
     cleaned_count: int
     futures_cleaned: int
     message: str
@@ -315,8 +305,6 @@ class CleanedFutures(TypedDict):
 
 
 class CreatedSession(TypedDict):
-    """The session is open."""
-
     type: Literal["create_session"]
     session_id: str
     info_message: str | None
@@ -325,15 +313,11 @@ class CreatedSession(TypedDict):
 
 
 class SessionAlive(TypedDict):
-    """The session stays open."""
-
     type: Literal["session_heartbeat"]
     session_id: str
 
 
 class FinishedSession(TypedDict):
-    """The session is over."""
-
     type: Literal["finish_session"]
 
 
@@ -352,14 +336,10 @@ class SessionSummary(TypedDict):
 
 
 class SessionIds(TypedDict):
-    """One page of the caller's sessions."""
-
     sessions: list[str]
 
 
 class SessionDetails(TypedDict):
-    """A session: its models and its samplers."""
-
     training_run_ids: list[str]
     sampler_ids: list[str]
     user_metadata: dict[str, str] | None
@@ -367,20 +347,14 @@ class SessionDetails(TypedDict):
 
 
 class ActiveState(TypedDict):
-    """The session's client is alive."""
-
     type: Literal["active"]
 
 
 class SessionEnd(TypedDict):
-    """How a session ended, as its client says."""
-
     type: Literal["success", "errored", "interrupted"]
 
 
 class FinishedState(TypedDict):
-    """The session was finished by its client."""
-
     type: Literal["client_finished"]
     reason: SessionEnd
     detail: str | None
@@ -422,8 +396,6 @@ class TraceReady(TypedDict):
 
 
 class TraceFailed(TypedDict):
-    """There is no trace."""
-
     status: Literal["failed"]
     error: str
 
@@ -441,17 +413,11 @@ class TraceEvent(TypedDict):
     args: NotRequired[dict[str, Any]]
 
 
-class TraceSubject(TypedDict):
-    """What a trace is of."""
-
-    session_id: str
-
-
 class Trace(TypedDict):
     """A session's operations in Chrome's Trace Event Format; times are microseconds since 1970."""
 
     displayTimeUnit: Literal["ms"]
-    otherData: TraceSubject
+    otherData: dict[str, str]
     traceEvents: list[TraceEvent]
 
 
@@ -459,8 +425,6 @@ class Trace(TypedDict):
 
 
 class DeletedModel(TypedDict):
-    """The model is gone; its checkpoints stay."""
-
     status: Literal["deleted"]
     model_id: str
     message: str
@@ -476,7 +440,7 @@ class KilledSession(TypedDict):
 
 
 class ModelData(TypedDict):
-    """What the Tinker SDK asks of a model. `lora_rank` is 0 if its full weights are trained."""
+    """A model as the Tinker SDK needs to know it. `lora_rank` is 0 if its full weights are trained."""
 
     arch: Literal["transformer"]
     model_name: str
@@ -498,7 +462,7 @@ class RlveEnvironment(TypedDict):
 
 
 class RlveProgress(TypedDict):
-    """How far the server's own training of a model is. `steps`: the metrics of the newest steps."""
+    """The progress of the server's own training of a model. `steps`: the metrics of the newest steps."""
 
     state: str
     message: str | None
@@ -511,8 +475,6 @@ class RlveProgress(TypedDict):
 
 
 class RlveModel(TypedDict):
-    """A model that the server trains itself."""
-
     model_id: str
     rlve: RlveProgress
 
@@ -551,8 +513,6 @@ class TokenizerFile(TypedDict):
 
 
 class CreatedSamplingSession(_SamplingSession):
-    """The weights can be sampled under `sampling_session_id`."""
-
     type: Literal["create_sampling_session"]
     success: Literal[True]
 
@@ -600,7 +560,7 @@ class Checkpoint(TypedDict):
 
 
 class PageCursor(TypedDict):
-    """Where a page lies in the whole listing."""
+    """The place of a page in the whole listing."""
 
     offset: int
     limit: int
@@ -608,27 +568,21 @@ class PageCursor(TypedDict):
 
 
 class Checkpoints(TypedDict):
-    """The checkpoints of one model."""
-
     checkpoints: list[Checkpoint]
 
 
 class CheckpointPage(Checkpoints):
-    """One page of the caller's checkpoints."""
-
     cursor: PageCursor
 
 
 class DeletedCheckpoint(TypedDict):
-    """The checkpoint is gone."""
-
     success: Literal[True]
     deleted_path: str
     error: None
 
 
 class CheckpointInfo(TypedDict):
-    """What a model needs in order to load the checkpoint. `lora_rank` is 0 for full weights."""
+    """The properties of a model that can load the checkpoint. `lora_rank` is 0 for full weights."""
 
     exists: Literal[True]
     base_model: str
@@ -645,25 +599,19 @@ class CheckpointInfo(TypedDict):
 
 
 class NoCheckpoint(TypedDict):
-    """There is no checkpoint at this `path`."""
-
     exists: Literal[False]
 
 
 class CopiedWeights(TypedDict):
-    """Where the copy is."""
-
     tinker_path: str
 
 
 class Acknowledged(TypedDict):
-    """The request was carried out."""
-
     status: Literal["accepted", "changed", "deleted", "published", "unpublished", "revoked"]
 
 
 class FileUrls(TypedDict):
-    """By file name, URLs that need no key until they expire."""
+    """URLs by file name, which need no key until they expire."""
 
     urls: dict[str, str]
     expires: str
@@ -696,8 +644,6 @@ class TrainingRun(TypedDict):
 
 
 class TrainingRuns(TypedDict):
-    """One page of training runs."""
-
     training_runs: list[TrainingRun]
     cursor: PageCursor
 
@@ -729,10 +675,6 @@ class EngineHealth(TypedDict):
     text: str
     ready: bool
     lives: int
-
-
-class OverviewEngine(EngineHealth):
-    """What the engine is doing. `lives`: how many engine processes there have been."""
 
 
 class QueuedModel(TypedDict):
@@ -773,7 +715,7 @@ class Overview(TypedDict):
 
     owner: str
     version: str
-    engine: OverviewEngine
+    engine: EngineHealth
     memory: OverviewMemory | None
     compilations: Compilations
     queue: OverviewQueue
@@ -799,15 +741,11 @@ class ConsoleRun(TypedDict):
 
 
 class ConsoleRuns(TypedDict):
-    """One page of runs."""
-
     runs: list[ConsoleRun]
     total: int
 
 
 class ConsoleSession(TypedDict):
-    """A session as its client described it."""
-
     id: str
     name: str
     tags: list[str]
@@ -821,8 +759,6 @@ class ConsoleSession(TypedDict):
 
 
 class ConsoleSessions(TypedDict):
-    """One page of sessions."""
-
     sessions: list[ConsoleSession]
 
 
@@ -838,8 +774,6 @@ class ConsoleSampler(TypedDict):
 
 
 class ConsoleSamplers(TypedDict):
-    """The caller's newest sampling sessions."""
-
     samplers: list[ConsoleSampler]
 
 
@@ -854,7 +788,7 @@ class DownloadUrl(TypedDict):
 
 
 class ClientConfig(TypedDict):
-    """Which parts of its protocol the Tinker SDK uses with this server."""
+    """The parts of its protocol that the Tinker SDK uses with this server."""
 
     parallel_fwdbwd_chunks: bool
     proto_compress_fwdbwd: bool
@@ -876,8 +810,6 @@ class DynamicClientConfig(TypedDict):
 
 
 class SupportedModel(TypedDict):
-    """A base model."""
-
     model_name: str
     max_context_length: int
     trainable: bool
@@ -886,7 +818,7 @@ class SupportedModel(TypedDict):
 
 
 class Capabilities(TypedDict):
-    """What the server can do. `max_batch_size`: datums of one request, at most."""
+    """The features of the server. `max_batch_size`: datums of one request, at most."""
 
     supported_models: list[SupportedModel]
     model_names: list[str]
@@ -896,14 +828,10 @@ class Capabilities(TypedDict):
 
 
 class Healthz(TypedDict):
-    """The server answers."""
-
     status: Literal["ok"]
 
 
 class Directory(TypedDict):
-    """The server, and where to go on."""
-
     name: str
     version: str
     architecture: str
@@ -930,13 +858,11 @@ class DiskHealth(TypedDict):
 
 
 class DiskUnknown(TypedDict):
-    """The data directory's file system cannot be measured."""
-
     error: str
 
 
 class Health(TypedDict):
-    """How the server and its engine are. `model_ids`: the caller's models, if a key was sent."""
+    """The state of the server and of its engine. `model_ids`: the caller's models, if a key was sent."""
 
     status: Literal["healthy", "unhealthy"]
     version: str
@@ -957,7 +883,7 @@ class Health(TypedDict):
 
 
 class SleepState(TypedDict):
-    """What the engine moved off its device or back, and how long it took in seconds."""
+    """The bytes that the engine moved off its device or back, and the seconds that it took."""
 
     status: Literal["sleeping", "awake"]
     offload_time: NotRequired[float]
@@ -968,8 +894,6 @@ class SleepState(TypedDict):
 
 
 class SleepAnswer(TypedDict):
-    """The engine sleeps, or is awake."""
-
     success: Literal[True]
     result: SleepState
 
@@ -995,8 +919,6 @@ class AuditLog(TypedDict):
 
 
 class UsageKind(TypedDict):
-    """What was used, and how much of it."""
-
     type: Literal["training", "sampling_prefill", "sampling_sample", "checkpoint"]
     cached: NotRequired[bool]
     token_count: NotRequired[int]
@@ -1018,8 +940,6 @@ class UsageEvent(TypedDict):
 
 
 class UsageSession(TypedDict):
-    """A session that the events name."""
-
     user_metadata: dict[str, str] | None
 
 
@@ -1031,8 +951,6 @@ class Usage(TypedDict):
 
 
 class StoredCheckpoints(TypedDict):
-    """One project's checkpoints."""
-
     project_id: str
     org_user_urn: str
     user_name: str
@@ -1054,8 +972,6 @@ class Token(TypedDict):
 
 
 class KeyOrganization(TypedDict):
-    """The tenant, by name."""
-
     name: str
 
 
@@ -1066,8 +982,6 @@ class KeyUser(TypedDict):
 
 
 class KeyDetails(TypedDict):
-    """Whose key it is."""
-
     org_details: KeyOrganization
     user_details: KeyUser
 
@@ -1097,8 +1011,6 @@ class ServedModel(TypedDict):
 
 
 class ServedModels(TypedDict):
-    """The base models, and the caller's named weights."""
-
     object: Literal["list"]
     data: list[ServedModel]
 
@@ -1131,7 +1043,7 @@ class ServerInfo(TypedDict):
 
 
 class RemoteServerInfo(TypedDict):
-    """What an inference server says of itself."""
+    """An inference server as it describes itself."""
 
     model_path: str | None
     served_model_name: str | None
@@ -1160,25 +1072,21 @@ class InferenceEndpoint(TypedDict):
     running: NotRequired[int]
 
 
-class _Outcome(TypedDict):
+class Outcome(TypedDict):
     success: bool
     message: str
 
 
-class AddedEndpoint(_Outcome):
-    """Whether the server was registered; if not, `message` says why."""
+class AddedEndpoint(Outcome):
+    """The registration of a server; without `success`, `message` says why it was refused."""
 
     endpoint: InferenceEndpoint
     weights_synced: bool
     sync_message: str | None
 
 
-class RemovedEndpoint(_Outcome):
-    """Whether the server was registered before."""
-
-
 class OperatorEndpoints(TypedDict):
-    """How many inference servers the operator has named for every tenant."""
+    """The number of inference servers that the operator has named for every tenant."""
 
     count: int
     healthy: int
@@ -1192,16 +1100,14 @@ class InferenceEndpoints(TypedDict):
     of_operator: OperatorEndpoints
 
 
-class SyncedEndpoint(_Outcome):
-    """One server's part of a sync."""
-
+class SyncedEndpoint(Outcome):
     host: str
     port: int
     seconds: dict[str, float]
 
 
-class SyncedWeights(_Outcome):
-    """Whether every server has the weights. Times are in seconds."""
+class SyncedWeights(Outcome):
+    """A sync: `success` if every server has the weights. Times are in seconds."""
 
     transfer_time: float
     total_bytes: int

@@ -46,6 +46,7 @@ from . import (
     no_biases,
     one_or_list,
     only,
+    unsupported,
 )
 from .forward_backward import check_csr
 
@@ -105,7 +106,7 @@ def prompt_tokens(prompt: ModelInput, vocab_size: int, max_length: int, where: s
 
 
 class SamplingParams(Penalties):
-    """How to sample. Fields that are left out have the defaults of the request's dialect."""
+    """Parameters of sampling. Fields that are left out have the defaults of the request's dialect."""
 
     model_config = ConfigDict(
         json_schema_extra=example(max_tokens=100, temperature=0.7, top_p=0.9, stop=["<|endoftext|>"])
@@ -251,7 +252,6 @@ class CreateSamplingClient(CreateSamplingSession):
     sampling_params: SamplingParams | None = None
 
 
-MAX_PROMPTS = 256
 _Strings = Annotated[str | list[str] | None, AfterValidator(as_json)]
 _Rid = Annotated[str, Field(min_length=1, max_length=192)]
 _TopCount = Annotated[StrictInt, Field(ge=0, le=messages.TOPK_LIMIT)]
@@ -266,17 +266,12 @@ class GenerateParams(Penalties, StrictBody):
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         "min_new_tokens": only(0),
-        "stop_regex": empty,
-        "json_schema": empty,
-        "regex": empty,
-        "ebnf": empty,
-        "structural_tag": empty,
         "beam_width": only(1),
         "spaces_between_special_tokens": only(True),
         "stream_interval": anything,  # a hint: how many tokens an event has
         "logit_bias": no_biases,
-        "custom_params": empty,
         "watermark": empty_or(False),
+        **unsupported(empty, "stop_regex json_schema regex ebnf structural_tag custom_params"),
     }
     NULLABLE: ClassVar[frozenset[str]] = frozenset({"max_new_tokens"})
     max_new_tokens: Annotated[Int64, Field(ge=0)] | None = 128
@@ -314,7 +309,7 @@ class GenerateParams(Penalties, StrictBody):
 
     @property
     def untempered(self) -> bool:
-        """Whether log-probs are those of the model's own distribution."""
+        """True if log-probs are those of the model's own distribution."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return self.temperature in (0.0, 1.0) and penalties == (1.0, 0.0, 0.0)
 
@@ -353,39 +348,16 @@ class Generate(StrictBody):
     )
     UNSUPPORTED: ClassVar[Unsupported] = {
         # Labels and hints, which change no answer.
-        "log_metrics": anything,
-        "no_logs": anything,
-        "custom_labels": anything,
-        "conversation_id": anything,
-        "routing_key": anything,
+        **unsupported(anything, "log_metrics no_logs custom_labels conversation_id routing_key"),
         "routed_experts_start_len": only(0),
-        "session_id": only(),
-        "session_params": empty,
-        "input_embeds": empty,
-        "image_data": empty,
-        "video_data": empty,
-        "audio_data": empty,
-        "modalities": empty,
-        "use_audio_in_video": only(False),
-        "lora_id": only(),
-        "custom_logit_processor": empty,
-        "return_hidden_states": only(False),
-        "return_routed_experts": only(False),
-        "return_indexer_topk": only(False),
-        "return_sampling_mask": only(False),
-        "return_flat_raw_top_logprobs": only(False),
-        "return_flat_raw_output_top_logprobs": only(False),
-        "return_flat_raw_top_logprobs_b64": only(False),
-        "return_entropy": only(False),
-        "return_bytes": only(False),
-        "background": only(False),
-        "require_reasoning": only(False),
-        "priority": only(),
-        "extra_key": empty,
-        "cache_salt": empty,
         "watermark": empty_or(False),
-        "data_parallel_rank": only(),
-        "routed_dp_rank": only(),
+        **unsupported(only(), "session_id lora_id priority data_parallel_rank routed_dp_rank"),
+        **unsupported(empty, "session_params input_embeds image_data video_data audio_data modalities"),
+        **unsupported(empty, "custom_logit_processor extra_key cache_salt"),
+        **unsupported(only(False), "use_audio_in_video return_hidden_states return_routed_experts"),
+        **unsupported(only(False), "return_indexer_topk return_sampling_mask return_flat_raw_top_logprobs"),
+        **unsupported(only(False), "return_flat_raw_output_top_logprobs return_flat_raw_top_logprobs_b64"),
+        **unsupported(only(False), "return_entropy return_bytes background require_reasoning"),
     }
     text: str | list[str] | None = None
     input_ids: list[Int64] | list[list[Int64]] | None = None
@@ -470,7 +442,7 @@ def _for_each(value: Any, count: int) -> list[Any]:
 
 
 def _is_per_prompt(wanted: Any) -> bool:
-    """Whether `token_ids_logprob` has a list for each prompt."""
+    """Return whether `token_ids_logprob` has a list for each prompt."""
     return isinstance(wanted, list) and any(each is None or isinstance(each, list) for each in wanted)
 
 

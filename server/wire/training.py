@@ -39,7 +39,7 @@ from .forward_backward import ForwardBackwardBody, checked, decompress
 from .sample_requests import ModelInput
 
 PER_TOKEN = "return_per_token"
-"""Of any loss: whether the answer has each token's. The server's business, not the engine's."""
+"""The key, in any loss's config, that asks for each token's loss. The server reads it, not the engine."""
 _POLICY = (
     *("eps_clip", "eps_clip_high", "eps_clip_c", "icepop_beta", "use_tis", "tis_clip_low", "tis_clip_high"),
     "compute_kl_stats",
@@ -443,7 +443,7 @@ def peek_head(head: bytes, encoding: str) -> tuple[Any, Any]:
 
 
 def is_json(head: bytes) -> bool:
-    """Whether a body that starts like this can be a JSON object."""
+    """Return whether a body that starts like this can be a JSON object."""
     return head.lstrip()[:1] == b"{"
 
 

@@ -52,7 +52,7 @@ async def make(samplers: Samplers, tmp_path: Path):
             samplers_module.add(connection, 1 << 20, "me", name, f"{name}:sample:1", "tiny", path, named)
             samplers_module.add(connection, 1 << 20, "me", name, f"{name}:sample:2", "tiny", None, None)
 
-        await samplers._ledger.write(change)
+        await samplers.ledger.write(change)
         return tmp_path / directory
 
     return make
@@ -128,7 +128,7 @@ async def test_publishing_moves_the_followers_of_one_model(samplers: Samplers) -
         tenancy.publish_inflight(connection, "second")
         tenancy.publish_inflight(connection, "still")
 
-    await samplers._ledger.write(change)
+    await samplers.ledger.write(change)
     found = {
         name: (await samplers.find("me", name)).directory for name in ("first", "second", "other", "still")
     }

@@ -85,7 +85,7 @@ async def _training_run(ledger: Ledger, owner: str, row: Row, requested: Dialect
 
 async def _checkpoints_of(ledger: Ledger, owner: str, run: Row) -> Sequence[Row]:
     others = run.owner != owner
-    return await ledger.read(lambda connection: rows.of_run(connection, run.id, published_only=others))
+    return await ledger.read(rows.of_run, run.id, published_only=others)
 
 
 @run_router.get("/training_runs", responses=described_as(responses.TrainingRuns))
@@ -104,7 +104,7 @@ async def training_runs(
     if project_id is not None:
         # The names of projects are each tenant's own.
         of &= tenancy.models_of_project(project_id) & tenancy.models_of(owner)
-    page, total = await ledger.read(lambda connection: tenancy.list_models(connection, of, limit, offset))
+    page, total = await ledger.read(tenancy.list_models, of, limit, offset)
     return {
         "training_runs": [await _training_run(ledger, owner, row, requested) for row in page],
         "cursor": {"offset": offset, "limit": limit, "total_count": total},
@@ -114,10 +114,10 @@ async def training_runs(
 async def _find_run(ledger: Ledger, owner: str, run_id: str, access_scope: AccessScope) -> Row:
     """Find a run of the caller's, or, if it is accessible, one with a published checkpoint. Raises
     NotFound."""
-    row = await ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+    row = await ledger.read(tenancy.find_owned, owner, run_id)
     if row is not None:
         return row
-    row = await ledger.read(lambda connection: tenancy.find_model(connection, run_id))
+    row = await ledger.read(tenancy.find_model, run_id)
     if row is not None and access_scope == "accessible" and await _checkpoints_of(ledger, owner, row):
         return row
     raise NotFound(f"unknown training run {run_id!r}")
@@ -158,10 +158,8 @@ async def list_checkpoints(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> dict[str, Any]:
-    page, total = await ledger.read(lambda connection: rows.of_owner(connection, owner, limit, offset))
-    runs = await ledger.read(
-        lambda connection: tenancy.models_by_id(connection, {row.run_id for row in page})
-    )
+    page, total = await ledger.read(rows.of_owner, owner, limit, offset)
+    runs = await ledger.read(tenancy.models_by_id, {row.run_id for row in page})
     return {
         "checkpoints": [
             shown(row, xorl_name(runs[row.run_id], requested) if row.run_id in runs else None) for row in page
@@ -173,7 +171,7 @@ async def list_checkpoints(
 @router.post("/list_checkpoints", responses=described_as(responses.Checkpoints))
 async def list_checkpoints_of_model(body: OfModel, ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
     """List the checkpoints of all the caller's models of a name, newest first; none for an unknown name."""
-    found = await ledger.read(lambda connection: rows.of_name(connection, owner, body.model_id, LISTED))
+    found = await ledger.read(rows.of_name, owner, body.model_id, LISTED)
     model = body.model_id  # as the client names it
     return {
         "checkpoints": [

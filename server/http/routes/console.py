@@ -47,9 +47,7 @@ async def run_metrics(
     except ValueError:
         raise BadRequest(f"cursor: {cursor[:64]!r} is none of this route's; leave it out to begin") from None
     run = await _run(ledger, owner, run_id)
-    found = await ledger.read(
-        lambda connection: step_metrics.since(connection, run.id, number=since[0], reported_at=since[1])
-    )
+    found = await ledger.read(step_metrics.since, run.id, number=since[0], reported_at=since[1])
     read = curve(found, since)
     return {"run_id": run.id, "points": [asdict(point) for point in read.points], "cursor": read.cursor}
 
@@ -64,13 +62,13 @@ async def report_metrics(
 ) -> dict[str, str]:
     """Add a client's own metrics, such as rewards, to a step of its run. The newest value of each counts."""
     run = await _run(ledger, owner, run_id)
-    await ledger.write(lambda connection: step_metrics.report(connection, run.id, body.step, body.metrics))
+    await ledger.write(step_metrics.report, run.id, body.step, body.metrics)
     overview.activity.reported(owner, run.id)
     return {"status": "accepted"}
 
 
 async def _run(ledger: Ledger, owner: str, run_id: str) -> Row:
-    row = await ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+    row = await ledger.read(tenancy.find_owned, owner, run_id)
     if row is None:
         raise NotFound(f"unknown training run {run_id!r}")
     return row
@@ -140,7 +138,7 @@ async def sessions(
     ledger: Provided[Ledger], owner: Owner, limit: Limit = 50, offset: Offset = 0
 ) -> dict[str, Any]:
     """List one page of the caller's sessions, newest first."""
-    found = await ledger.read(lambda connection: tenancy.list_sessions(connection, owner, limit, offset))
+    found = await ledger.read(tenancy.list_sessions, owner, limit, offset)
     return {
         "sessions": [
             {
@@ -163,7 +161,7 @@ async def sessions(
 @router.get("/console/samplers", responses=described_as(responses.ConsoleSamplers))
 async def samplers(ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
     """List the caller's newest sampling sessions."""
-    found = await ledger.read(lambda connection: tenancy.samplers_of_owner(connection, owner, _MOST_SAMPLERS))
+    found = await ledger.read(tenancy.samplers_of_owner, owner, _MOST_SAMPLERS)
     return {
         "samplers": [
             {
@@ -246,7 +244,7 @@ async def trace_export(
 ) -> dict[str, Any]:
     """Return a URL of the session's trace that needs no key. Clients poll this; here it is ready at once."""
     session_id = (await sessions.find(owner, session_id)).id
-    if not await ledger.read(lambda connection: operations.has_operations(connection, session_id)):
+    if not await ledger.read(operations.has_operations, session_id):
         return {"status": "failed", "error": "the ledger has no operations of this session, or no more"}
     path = f"/api/v1/sessions/{session_id}/trace"
     signed = signer.sign(path, owner, "", signer.expiry())
@@ -295,9 +293,7 @@ async def audit_log(
     newest."""
     midnight = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC).timestamp()
     found = await ledger.read(
-        lambda connection: accounts.audit_entries(
-            connection, owner, midnight, midnight + 86400, _RESOURCES[event_type], _MOST_ENTRIES
-        )
+        accounts.audit_entries, owner, midnight, midnight + 86400, _RESOURCES[event_type], _MOST_ENTRIES
     )
     return {"entries": [_entry(row) for row in found]}
 
@@ -324,7 +320,7 @@ async def usage_events(
         raise BadRequest(f"ending_before: choose one to {_MOST_DAYS * 24} hours after starting_on")
     if first * accounts.HOUR > time.time():
         raise BadRequest("starting_on: it is in the future")
-    used = await ledger.read(lambda connection: accounts.usage_between(connection, owner, first, end))
+    used = await ledger.read(accounts.usage_between, owner, first, end)
     events = [event for row in used for event in _events(row)]
     events.sort(key=lambda event: (event["bucket_start"], -event["event_info"].get("token_count", 0)))
     sessions = {row.session_id: {"user_metadata": as_strings(row.user_metadata)} for row in used}
@@ -370,9 +366,7 @@ async def checkpoint_storage(
     ledger: Provided[Ledger], owner: Owner, project_id: str | None = None
 ) -> dict[str, Any]:
     """Sum up the tenant's checkpoints as they are now, by the projects of their sessions."""
-    stored = await ledger.read(
-        lambda connection: checkpoint_rows.stored_by_project(connection, owner, project_id)
-    )
+    stored = await ledger.read(checkpoint_rows.stored_by_project, owner, project_id)
     return {
         "data": [
             {
@@ -425,6 +419,6 @@ async def revoke_api_key(
         raise Forbidden("a token cannot revoke its key; send the key itself")
     if key is None or not key.in_ledger:
         raise Forbidden("this key was given to the server at its start, and is taken away there")
-    await ledger.write(lambda connection: accounts.revoke_key(connection, key.id))
+    await ledger.write(accounts.revoke_key, key.id)
     await keys.read(ledger)
     return {"status": "revoked"}

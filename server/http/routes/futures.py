@@ -34,7 +34,7 @@ async def retrieve_future(
     owner: Owner,
     requested: RequestedDialect,
 ) -> Response:
-    """Waits until the operation has its answer, at most `long_poll_seconds`, then says to ask again."""
+    """Wait for the operation's answer, at most `long_poll_seconds`; then tell the client to ask again."""
     wants_protobuf = results.PROTOBUF in request.headers.get("accept", "")
     answer = await answers.poll(owner, body.request_id, requested, wants_protobuf)
     if body.allow_metadata_only and len(answer.body) > METADATA_FIRST_BYTES:
@@ -46,7 +46,7 @@ async def retrieve_future(
 async def retrieve_future_of_path(
     request_id: str, answers: Provided[OperationAnswers], owner: Owner, requested: RequestedDialect
 ) -> Response:
-    """As the other one, at once; the result is also under `result`."""
+    """Answer as `retrieve_future` does, but at once, and with the result also under `result`."""
     return await answers.poll(owner, request_id, requested, most_seconds=AT_ONCE_SECONDS, wrapped=True)
 
 
@@ -54,7 +54,7 @@ async def retrieve_future_of_path(
 async def cleanup_futures(
     body: requests.CleanupFutures, operations: Provided[Operations], owner: Owner
 ) -> dict[str, Any]:
-    """Forgets the answers that the caller was given so long ago. What is pending stays."""
+    """Drop the answers that the caller was given so long ago. Pending operations stay."""
     before = time.time() - 3600 * body.max_age_hours
     cleaned = await operations.forget_answers(owner, before)
     return {
@@ -73,7 +73,7 @@ async def retrieve_futures(
     samplers: Provided[Samplers],
     owner: Owner,
 ) -> dict[str, Any]:
-    """Waits for the first answer to a sample of the sampling session, as `retrieve_future` for one request.
+    """Wait for the first answer to a sample of the sampling session, as `retrieve_future` for one request.
 
     What the client says it has retrieved may be forgotten; here answers stay as long as all others.
     """
@@ -99,7 +99,7 @@ async def retrieve_futures(
 async def cancel_future(
     body: requests.CancelFuture, operations: Provided[Operations], owner: Owner
 ) -> dict[str, str]:
-    """Samples can be cancelled; training operations, whose successors count on them, cannot."""
+    """Cancel a sample. Training operations stay, because those after them build on them."""
     operation = await operations.find(owner, body.request_id)
     if operation is not None and operation.kind == "sample" and operation.answer is None:
         operations.cancel(operation)

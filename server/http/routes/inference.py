@@ -33,7 +33,7 @@ router = APIRouter(tags=["inference servers"], route_class=BodyRoute)
 
 
 def _is_this_server(request: Request, host: str, port: int) -> bool:
-    """Whether it is the address that the request came to, by whatever name of this machine."""
+    """Return whether the request came to this address, by whatever name of this machine."""
     own = request.url.port or (443 if request.url.scheme == "https" else 80)
     return port == own and (host == request.url.hostname or is_loopback(host))
 
@@ -97,7 +97,7 @@ async def add_inference_endpoint(
     }
 
 
-@router.post("/remove_inference_endpoint", responses=described_as(responses.RemovedEndpoint))
+@router.post("/remove_inference_endpoint", responses=described_as(responses.Outcome))
 async def remove_inference_endpoint(
     body: requests.Endpoint, registry: Provided[Registry], owner: Owner
 ) -> dict[str, Any]:
@@ -111,7 +111,7 @@ async def list_inference_endpoints(
     request: Request, ledger: Provided[Ledger], endpoints: Provided[Endpoints], owner: Owner
 ) -> dict[str, Any]:
     """List the caller's servers. Of the operator's, which serve everybody, only the numbers are shown."""
-    known = await ledger.read(lambda connection: plugin_rows.endpoints(connection, owner))
+    known = await ledger.read(plugin_rows.endpoints, owner)
     shown = [_shown(request, owner, row.host, row.port, row.fields) for row in known]
     shared = [each for each in endpoints.all(None, owner) if each.owner is None]
     return {
@@ -161,7 +161,7 @@ async def sync_inference_weights(
     began = time.perf_counter()
     if body.model_id is not None:
         await runs.find(owner, body.model_id)
-    known = await ledger.read(lambda connection: plugin_rows.endpoints(connection, owner))
+    known = await ledger.read(plugin_rows.endpoints, owner)
     own = [
         _synced(row.host, row.port, None, "it samples what is trained here")
         for row in known
@@ -176,7 +176,7 @@ async def sync_inference_weights(
     sampler = await _sampler(body, targets, owner)
     chosen = body.quantization
     if chosen is None:
-        chosen = await ledger.read(lambda connection: plugin_rows.quantization(connection, owner))
+        chosen = await ledger.read(plugin_rows.quantization, owner)
     fp8 = _fp8(chosen)
     of_model = [each for each in servers if each.base_model == sampler.base_model]
     saved = time.perf_counter()
@@ -200,7 +200,7 @@ async def set_sync_quantization(
 ) -> dict[str, Any]:
     """Set the format for all later syncs that do not name one."""
     chosen = _normalised(body.quantization) if body.quantization else None
-    await ledger.write(lambda connection: plugin_rows.set_quantization(connection, owner, chosen))
+    await ledger.write(plugin_rows.set_quantization, owner, chosen)
     message = "weights go out as they are" if chosen is None else f"weights go out as {chosen['fmt']}"
     return {"quantization": chosen, "message": message}
 

@@ -140,7 +140,7 @@ async def _session_of(ledger: Ledger, sessions: Sessions, owner: str, found: Wei
     """Return the session of the caller's model that the weights belong to, or a new one."""
     if found.run_id is not None:
         run_id = found.run_id
-        row = await ledger.read(lambda connection: tenancy.find_model(connection, run_id))
+        row = await ledger.read(tenancy.find_model, run_id)
         if row is not None and row.owner == owner:
             return row.session_id
     return await sessions.create(owner, {"tags": [], "user_metadata": {}})
@@ -152,7 +152,7 @@ async def join_sampling_session(
 ) -> dict[str, Any]:
     """Return a number for a copy of a sampling client that was pickled, or made from a handle."""
     sampler = await samplers.find(owner, body.sampling_session_id)
-    number = await ledger.write(lambda connection: tenancy.add_copy(connection, sampler.id))
+    number = await ledger.write(tenancy.add_copy, sampler.id)
     return {"type": "join_sampling_session", "client_counter": number}
 
 

@@ -110,7 +110,7 @@ async def session_info(
     owner: Owner,
 ) -> dict[str, Any]:
     """Summarize the caller's models that are not finished."""
-    rows = await ledger.read(lambda connection: tenancy.active_models(connection, owner))
+    rows = await ledger.read(tenancy.active_models, owner)
     resident = {run.id for run in runs.resident()}
     names = {row.id: row.alias or row.id for row in rows}
     return {
@@ -141,7 +141,7 @@ async def list_sessions(
     offset: Offset = 0,
     access_scope: AccessScope = "owned",
 ) -> dict[str, Any]:
-    found = await ledger.read(lambda connection: tenancy.list_sessions(connection, owner, limit, offset))
+    found = await ledger.read(tenancy.list_sessions, owner, limit, offset)
     return {"sessions": [shown_id(row) for row in found]}
 
 
@@ -163,8 +163,8 @@ async def get_session(
 ) -> dict[str, Any]:
     session = await sessions.find(owner, session_id)
     session_id = session.id
-    runs = await ledger.read(lambda connection: tenancy.models_of_session(connection, session_id))
-    samplers = await ledger.read(lambda connection: tenancy.samplers_of_session(connection, session_id))
+    runs = await ledger.read(tenancy.models_of_session, session_id)
+    samplers = await ledger.read(tenancy.samplers_of_session, session_id)
     return {
         "training_run_ids": [run.id for run in runs],
         "sampler_ids": [sampler.id for sampler in samplers],
@@ -191,10 +191,8 @@ async def search_sessions(
         since,
         None if body.cursor is None else body.cursor.last_session_id,
     )
-    page, more = await ledger.read(lambda connection: tenancy.search(connection, wanted, body.limit))
-    stored = await ledger.read(
-        lambda connection: checkpoint_rows.stored_by_session(connection, [row.id for row in page])
-    )
+    page, more = await ledger.read(tenancy.search, wanted, body.limit)
+    stored = await ledger.read(checkpoint_rows.stored_by_session, [row.id for row in page])
     found = [
         {
             "session_id": row.id,

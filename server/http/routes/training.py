@@ -111,13 +111,13 @@ class Passes:
 
 @router.post("/forward_backward", response_model=dict[str, Any], responses=described_as(responses.Future))
 async def forward_backward(request: Request, passes: Provided[Passes], owner: Owner) -> Response:
-    """JSON; or a protobuf ForwardBackwardRequest, also compressed with zstd."""
+    """Add a batch's gradients. The body is JSON, or a protobuf ForwardBackwardRequest, perhaps with zstd."""
     return await passes.submit(request, owner, forward_only=False)
 
 
 @router.post("/forward", response_model=dict[str, Any], responses=described_as(responses.Future))
 async def forward(request: Request, passes: Provided[Passes], owner: Owner) -> Response:
-    """As forward_backward, without gradients."""
+    """Compute as forward_backward does, without gradients."""
     return await passes.submit(request, owner, forward_only=True)
 
 
@@ -167,7 +167,7 @@ def _learning_rate(message: messages.OptimStep) -> float:
 async def abort_gradient_epoch(
     body: Sequenced, runs: Provided[Runs], submits: Provided[Submits], owner: Owner
 ) -> dict[str, Any]:
-    """Forgets the gradients that were accumulated since the last step."""
+    """Drop the gradients that were accumulated since the last step."""
     try:
         run = await runs.find_trainable(owner, body.model_id)
         message = messages.DropGradients("", run.id)
@@ -199,7 +199,7 @@ async def create_custom_loss(
 async def stop_rlve(
     body: OfModel, runs: Provided[Runs], rlve: Provided[RlveRuns], owner: Owner
 ) -> dict[str, Any]:
-    """A step that has begun to train is ended first; the client then has the model to itself."""
+    """Stop the server's training of a model, after the step that has begun. The client may then train it."""
     run = await runs.find_trainable(owner, body.model_id)
     await rlve.stop(run)
     return {"model_id": run.name, "rlve": await rlve.described(run)}
@@ -209,7 +209,7 @@ async def stop_rlve(
 async def resume_rlve(
     body: OfModel, runs: Provided[Runs], rlve: Provided[RlveRuns], owner: Owner
 ) -> dict[str, Any]:
-    """Goes on after the last step that was counted, without gradients that were accumulated since."""
+    """Resume the training after the last recorded step, without gradients that were accumulated since."""
     run = await runs.find_trainable(owner, body.model_id)
     await rlve.resume(run)
     return {"model_id": run.name, "rlve": await rlve.described(run)}

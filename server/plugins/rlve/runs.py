@@ -75,7 +75,7 @@ class RlveRuns:
         """Continue, at the server's start, what was being trained."""
         for active in await self._ledger.read(plugin_rows.active_runs):
             run = await self._runs.find(active.owner, active.id)
-            row = await self._ledger.read(partial(plugin_rows.find_run, model_id=run.id))
+            row = await self._ledger.read(plugin_rows.find_run, model_id=run.id)
             assert row is not None
             stale = time.time() - row.updated_at > _STALE_SECONDS
             progress = Progress(row.step, row.attempt + stale, _difficulties(row.difficulties))
@@ -105,7 +105,7 @@ class RlveRuns:
     async def resume(self, run: Run) -> None:
         """Continue after the last recorded step. Raises BadRequest."""
         asked = RlveConfig.model_validate(self._asked(run)["config"])
-        row = await self._ledger.read(partial(plugin_rows.find_run, model_id=run.id))
+        row = await self._ledger.read(plugin_rows.find_run, model_id=run.id)
         assert row is not None
         if run.id in self._drivers:
             if row.state == "stopping":

@@ -26,13 +26,14 @@ from typing import Any
 from ....ckpt import paths
 from ....engine import messages
 from ...base_models import BaseModel
+from ...events import Tasks
 from ...files import Entry, tensor_entries
 from ...settings import Settings
 from .endpoint import CannotServe, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
 
 WAIT_SECONDS = 60.0
-"""How long to wait for a folder whose save was answered before it was written.
+"""The longest wait for a folder whose save was answered before it was written.
 
 If the engine died with it, sampling from the engine makes it again.
 """
@@ -133,7 +134,7 @@ def _torn(modules: set[str]) -> str | None:
 log = logging.getLogger("tinsmith.inference")
 
 RECENT = 8
-"""How many adapters a server gets when it starts: those it used last, and those saved last."""
+"""So many adapters are loaded on a server when it starts: those it used last, and those saved last."""
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Adapters:
         self._saved: OrderedDict[messages.SamplerRef, str] = (
             OrderedDict()
         )  # with their owners, the newest last
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         endpoints.revived.subscribe(self._new_life)
 
     async def ensure(self, endpoint: Registered, sampler: messages.SamplerRef) -> str:
@@ -208,9 +209,7 @@ class Adapters:
                 self._begin(self._unload(endpoint, name))
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     # --- one server
 
@@ -272,14 +271,16 @@ class Adapters:
         self._bring(endpoint, list(wanted)[-RECENT:])
 
     def _bring(self, endpoint: Registered, samplers: Iterable[messages.SamplerRef]) -> None:
-        self._begin(self._bring_each(endpoint, list(samplers)))
+        async def bring() -> None:
+            for sampler in samplers if endpoint.weights is None else ():
+                try:
+                    await self.ensure(endpoint, sampler)
+                except CannotServe as error:
+                    log.info(
+                        "%s is not loaded on %s: %s", sampler.weights, endpoint.client.url, error.message
+                    )
 
-    async def _bring_each(self, endpoint: Registered, samplers: list[messages.SamplerRef]) -> None:
-        for sampler in samplers if endpoint.weights is None else ():
-            try:
-                await self.ensure(endpoint, sampler)
-            except CannotServe as error:
-                log.info("%s is not loaded on %s: %s", sampler.weights, endpoint.client.url, error.message)
+        self._begin(bring())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         async def quietly() -> None:
@@ -288,6 +289,4 @@ class Adapters:
             except EndpointError as error:  # tried again at the next sample, or when the server is back
                 log.info("%s", error.message)
 
-        task = asyncio.ensure_future(quietly())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.begin(quietly())

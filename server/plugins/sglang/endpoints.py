@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -352,7 +352,7 @@ class EndpointKeys:
 
 MAX_ENDPOINTS = 64  # of a tenant
 TENANT_BYTES = 64 << 20
-"""How many bytes of answers of a tenant's servers are held at once."""
+"""The most bytes of answers of a tenant's servers that are held at once."""
 _ANSWER_SECONDS = 10.0  # for the first check of a new server
 
 _PLAIN, _SEALED = "api_key", "sealed_key"  # fields of a key: as given, and encrypted
@@ -400,13 +400,11 @@ class Registry:
             if _PLAIN in row.fields:
                 fields = self._sealed(row.fields)
                 await self._ledger.write(
-                    partial(
-                        plugin_rows.replace_endpoint_secret,
-                        owner=row.owner,
-                        host=row.host,
-                        port=row.port,
-                        fields=fields,
-                    )
+                    plugin_rows.replace_endpoint_secret,
+                    owner=row.owner,
+                    host=row.host,
+                    port=row.port,
+                    fields=fields,
                 )
 
     def _sealed(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -432,9 +430,7 @@ class Registry:
             if problem is not None:
                 return problem
         kept = self._sealed(fields)
-        added = await self._ledger.write(
-            lambda connection: plugin_rows.add_endpoint(connection, owner, host, port, kept, MAX_ENDPOINTS)
-        )
+        added = await self._ledger.write(plugin_rows.add_endpoint, owner, host, port, kept, MAX_ENDPOINTS)
         if added:
             return None
         if not fields["is_this"] and (endpoint := self._endpoints.find(owner, host, port)) is not None:
@@ -464,9 +460,7 @@ class Registry:
 
     async def remove(self, owner: str, host: str, port: int) -> bool:
         """Remove a tenant's server; return whether it was there. Its samples are drawn elsewhere."""
-        gone = await self._ledger.write(
-            lambda connection: plugin_rows.remove_endpoint(connection, owner, host, port)
-        )
+        gone = await self._ledger.write(plugin_rows.remove_endpoint, owner, host, port)
         self.problems.pop((owner, host, port), None)
         endpoint = self._endpoints.find(owner, host, port)
         if endpoint is not None:

@@ -22,7 +22,7 @@ import time
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -37,6 +37,7 @@ from ....engine import messages
 from ...access import ApiKeys
 from ...base_models import BaseModel
 from ...errors import ApiError, BadRequest, Unavailable
+from ...events import Tasks
 from ...files import Disk, Entry, tensor_entries
 from ...operations.operation import Operation
 from ...settings import Settings
@@ -261,7 +262,7 @@ class MergedWeights:
         self._base_models = base_models
         self._wanted: weakref.WeakKeyDictionary[Registered, Wanted] = weakref.WeakKeyDictionary()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by URL
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._names: defaultdict[int, dict[str, str | None]] = defaultdict(lambda: {DEFAULT_VERSION: None})
         endpoints.other_weights.subscribe(self._other_weights)
 
@@ -299,9 +300,7 @@ class MergedWeights:
         return Synced(export, name, pushed, dict(zip(("export", "check", "push"), spent, strict=True)))
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def _name(self, export: Export, asked: str | None, ports: set[int]) -> str:
         """Return the version name: the requested one, with a number if other weights have or had that name.
@@ -384,9 +383,9 @@ class MergedWeights:
         if (
             wanted is None or was_given_others
         ):  # through another name of the same server, for example: the newest weights count
-            self._begin(self._recognise(endpoint, info))
+            self._tasks.begin(self._recognise(endpoint, info))
         elif time.monotonic() >= wanted.again_at:
-            self._begin(self._again(endpoint, wanted))
+            self._tasks.begin(self._again(endpoint, wanted))
 
     async def _again(self, endpoint: Registered, wanted: Wanted) -> None:
         """Send the weights again, after checking whether the server still fits."""
@@ -407,11 +406,6 @@ class MergedWeights:
                 wanted = Wanted(export, str(info.get("weight_version")))
                 self._wanted[endpoint] = wanted
                 endpoint.holds(export.weights, wanted.version)
-
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 @asynccontextmanager
@@ -455,7 +449,7 @@ class Distribution:
         self._keys = keys
         self._endpoints = endpoints
         self._merges = settings.sglang_merge
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     def is_awaited(self, base_model: str, owner: str) -> bool:
         """Return whether an SGLang server will sample weights that the owner saves."""
@@ -476,14 +470,10 @@ class Distribution:
             return
         assert isinstance(save, messages.SaveSampler)
         sampler = messages.SamplerRef(base_model, save.directory)
-        task = asyncio.ensure_future(self._send(operation, sampler))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.begin(self._send(operation, sampler))
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self.adapters.close()
         await self.merged.close()
 

@@ -30,6 +30,7 @@ from ....ckpt.tokenizer_files import end_tokens, has_tokenizer
 from ....engine import messages
 from ...base_models import BaseModel
 from ...errors import BadRequest
+from ...events import Tasks
 from ...text import of_folder
 from ...wire.results import tokens_of
 from .endpoint import CUT_TOKENS, CannotServe, EndpointBusy, EndpointError, EndpointRefused, Limits
@@ -339,24 +340,18 @@ def output(
 
 Answer = dict[str, Any]
 _attempts = itertools.count()  # a server refuses a request id that it already has
-_aborting: set[asyncio.Task[None]] = set()
+_aborting = Tasks()
 
 
+@dataclass(eq=False)
 class RemoteSample:
     """One sample on a server. `has_streamed`: a stream has sent tokens, which cannot be replaced any more."""
 
-    def __init__(
-        self,
-        request_id: str,
-        sample: messages.Sample,
-        model: BaseModel,
-        on_drawn: Callable[[messages.Drawn], None],
-    ):
-        self.request_id = request_id
-        self.sample = sample
-        self.has_streamed = False
-        self._model = model
-        self._on_drawn = on_drawn
+    request_id: str
+    sample: messages.Sample
+    model: BaseModel
+    on_drawn: Callable[[messages.Drawn], None]
+    has_streamed: bool = False
 
     async def draw(
         self, endpoint: Registered, lora: str | None, weight_version: str
@@ -371,9 +366,7 @@ class RemoteSample:
             return await self._draw(endpoint, lora, weight_version, rid, under_way)
         except asyncio.CancelledError:
             if under_way:
-                task = asyncio.ensure_future(_abort(endpoint, sorted(under_way)))
-                _aborting.add(task)
-                task.add_done_callback(_aborting.discard)
+                _aborting.begin(_abort(endpoint, sorted(under_way)))
             raise
 
     async def _draw(
@@ -382,7 +375,7 @@ class RemoteSample:
         assert endpoint.limits is not None
         sample, scores = self.sample, {}
         try:  # in a thread, because stop strings may need the tokenizer
-            drawings = await asyncio.to_thread(new_drawings, sample, self._model, endpoint.limits)
+            drawings = await asyncio.to_thread(new_drawings, sample, self.model, endpoint.limits)
         except BadRequest as error:
             raise CannotServe(f"stop: {error.message}") from None
         bodies: dict[Any, dict[str, Any]] = {}
@@ -403,7 +396,7 @@ class RemoteSample:
                 scores = prompt_scores(sample, answers.pop(None))
             first = first or list(answers.values())
             for index, answer in answers.items():
-                drawings[index].take(answer, self._model.vocab_size)
+                drawings[index].take(answer, self.model.vocab_size)
             bodies = {}
         return output(drawings, first, scores)
 
@@ -444,11 +437,11 @@ class RemoteSample:
             if drawing is None:
                 continue
             meanwhile = Drawing(drawing.stops, [], drawing.topk)
-            meanwhile.add(part, self._model.vocab_size)
+            meanwhile.add(part, self.model.vocab_size)
             drawn = drawing.drawn(self.request_id, index, meanwhile)
             if drawn is not None:
                 self.has_streamed = True
-                self._on_drawn(drawn)
+                self.on_drawn(drawn)
         if last is None:
             raise EndpointRefused("a stream has no parts")
         return last

@@ -1,4 +1,4 @@
-"""Who draws a sample: the engine, or an SGLang server that has its weights.
+"""Decides who draws a sample: the engine, or an SGLang server that has its weights.
 
 This is the only place where that is decided, for every route: `Operations.send` asks here before it sends
 a sample to the engine, and what an SGLang server draws comes back like the engine's answers. The ledger
@@ -23,7 +23,7 @@ import time
 import uuid
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import msgspec
@@ -55,6 +55,7 @@ class Adapters(Protocol):
         """Note that the server does not have the adapter."""
 
 
+@dataclass(eq=False)
 class Sampling:
     """Chooses who draws each sample.
 
@@ -62,25 +63,15 @@ class Sampling:
     alone wait for a server. `on_drawn` gets tokens of streams, `on_answered` the answers of servers.
     """
 
-    def __init__(
-        self,
-        endpoints: Endpoints,
-        adapters: Adapters,
-        base_models: dict[str, BaseModel],
-        default: messages.SamplingEngine,
-        patience_seconds: float,
-        on_drawn: Callable[[messages.Drawn], None],
-        on_answered: Callable[[Registered, messages.Sample, messages.SampleOutput], None],
-    ):
-        self._endpoints = endpoints
-        self._adapters = adapters
-        self._base_models = base_models
-        self._default = default
-        self._patience = patience_seconds
-        self._on_drawn = on_drawn
-        self._on_answered = on_answered
-        self._tasks: dict[str, asyncio.Task[None]] = {}  # by request id
-        self._drawing: set[str] = set()  # samples that a server is drawing
+    endpoints: Endpoints
+    adapters: Adapters
+    base_models: dict[str, BaseModel]
+    default: messages.SamplingEngine
+    patience_seconds: float
+    on_drawn: Callable[[messages.Drawn], None]
+    on_answered: Callable[[Registered, messages.Sample, messages.SampleOutput], None]
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)  # by request id
+    _drawing: set[str] = field(default_factory=set, init=False)  # samples that a server is drawing
 
     # --- what is decided
 
@@ -88,9 +79,9 @@ class Sampling:
         """Raise BadRequest, naming the field, for a sample that only SGLang may draw and never will."""
         if self._engine_of(sample) != "sglang":
             return
-        model = self._base_models[sample.sampler.base_model]
-        there = self._endpoints.all(model.name, owner)
-        if not there and not self._endpoints.unchecked(owner):
+        model = self.base_models[sample.sampler.base_model]
+        there = self.endpoints.all(model.name, owner)
+        if not there and not self.endpoints.unchecked(owner):
             raise BadRequest(f"sampling_engine: no SGLang server is registered for {model.name!r}")
         known = [each.limits for each in there] or [None]
         reasons = [why_not(sample, model, limits, True) for limits in known]
@@ -105,9 +96,9 @@ class Sampling:
         if operation.request_id in self._tasks:
             return True
         engine = self._engine_of(sample)
-        model = self._base_models.get(sample.sampler.base_model)
+        model = self.base_models.get(sample.sampler.base_model)
         there = model is not None and (
-            self._endpoints.all(model.name, operation.owner) or self._endpoints.unchecked(operation.owner)
+            self.endpoints.all(model.name, operation.owner) or self.endpoints.unchecked(operation.owner)
         )
         if operation.sent_in or model is None or engine == "embedded" or (engine == "auto" and not there):
             _give_seed(operation, sample)
@@ -136,7 +127,7 @@ class Sampling:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _engine_of(self, sample: messages.Sample) -> messages.SamplingEngine:
-        return sample.sampler.engine or self._default
+        return sample.sampler.engine or self.default
 
     # --- one sample
 
@@ -169,17 +160,17 @@ class Sampling:
         self, operation: Operation, sample: messages.Sample, model: BaseModel, only: bool
     ) -> messages.SampleOutput:
         """Draw the sample, on several servers if necessary. Raises EndpointError if none can."""
-        until = time.monotonic() + self._patience
+        until = time.monotonic() + self.patience_seconds
         refused: dict[Registered, tuple[int, EndpointError]] = {}  # the server's life, and the reason
         deaths = 0
         why: EndpointError = EndpointBusy(f"no SGLang server of {model.name!r} is in use")
-        remote = RemoteSample(operation.request_id, sample, model, self._on_drawn)
+        remote = RemoteSample(operation.request_id, sample, model, self.on_drawn)
         while True:
             endpoint = await self._pick(operation.owner, sample, model, refused, only)
             if endpoint is None:
                 if not only or time.monotonic() >= until:
                     raise why
-                await self._endpoints.change(_WAIT_SECONDS)
+                await self.endpoints.change(_WAIT_SECONDS)
                 continue
             life = endpoint.life
             self._drawing.add(remote.request_id)
@@ -192,8 +183,8 @@ class Sampling:
                 why = error
                 if isinstance(error, EndpointDied):
                     if endpoint.life == life:
-                        self._endpoints.failed(endpoint, error)
-                    deaths, until = deaths + 1, time.monotonic() + self._patience
+                        self.endpoints.failed(endpoint, error)
+                    deaths, until = deaths + 1, time.monotonic() + self.patience_seconds
                     if deaths >= _DEATHS:
                         raise
                 elif isinstance(error, EndpointBusy) and only and time.monotonic() < until:
@@ -202,7 +193,7 @@ class Sampling:
                     refused[endpoint] = life, error
             else:
                 endpoint.answered += 1
-                self._on_answered(endpoint, sample, output)
+                self.on_answered(endpoint, sample, output)
                 return output
             finally:
                 self._drawing.discard(remote.request_id)
@@ -216,10 +207,10 @@ class Sampling:
         only: bool,
     ) -> Registered | None:
         """Return a healthy server that has, or can get, the weights. Raises the reason why others cannot."""
-        for endpoint in self._endpoints.unchecked(owner):
+        for endpoint in self.endpoints.unchecked(owner):
             await endpoint.checked.wait()
         reasons: list[EndpointError] = []
-        for endpoint in self._endpoints.of(model.name, owner):
+        for endpoint in self.endpoints.of(model.name, owner):
             if endpoint.weights not in (None, sample.sampler.weights):
                 continue
             life, error = refused.get(endpoint, (0, None))
@@ -243,13 +234,13 @@ class Sampling:
             if endpoint.weights == sampler.weights:
                 return await endpoint.while_up(remote.draw(endpoint, None, version))
             for is_last in (False, True):
-                name = await endpoint.while_up(self._adapters.ensure(endpoint, sampler))
+                name = await endpoint.while_up(self.adapters.ensure(endpoint, sampler))
                 try:
                     return await endpoint.while_up(remote.draw(endpoint, name, version))
                 except EndpointRefused as error:
                     if is_last or name not in error.detail:
                         raise
-                    self._adapters.lost(endpoint, sampler)
+                    self.adapters.lost(endpoint, sampler)
             raise AssertionError
 
 
