@@ -14,7 +14,7 @@ from typing import Any
 from . import packed
 from .config import Attention, GatedMlp, ModelConfig, UnsupportedModelError, read_json
 from .counts import Counts, counts
-from .families import FAMILIES, adapter_modules, in_files, parameter_count, tensor_shapes
+from .families import FAMILIES, adapter_modules, in_files, merged_modules, parameter_count, tensor_shapes
 from .weight_files import (
     EMBEDDING,
     HEAD,
@@ -40,7 +40,9 @@ __all__ = [
     "check",
     "counts",
     "digest",
+    "head_name",
     "headers",
+    "merged_modules",
     "parameter_count",
     "read_config",
     "stated_config",
@@ -101,6 +103,11 @@ def stated_config(folder: Path) -> ModelConfig:
         raise UnsupportedModelError(f"{folder}/config.json: {error}") from None
 
 
+def head_name(config: ModelConfig) -> str:
+    """Return the name that the unembedding has in the model's files, if it is not tied to the embedding."""
+    return in_files(config, HEAD)
+
+
 def digest(folder: Path, config: ModelConfig) -> str:
     """Return a hash of the model's arithmetic (`config`) and weights, which identifies the model.
 
@@ -114,7 +121,7 @@ def digest(folder: Path, config: ModelConfig) -> str:
     tensors = {}
     for name in sorted(tensor_shapes(config)):
         tensors |= {each: stored[each] for each in packed_as(stored, name)} or {
-            name: _stored(stored, name, in_files(config, HEAD))
+            name: _stored(stored, name, head_name(config))
         }
     total = sum(each.end - each.begin for each in tensors.values())
     every = max(1, -(-total // _HASHED_BYTES))

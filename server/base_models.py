@@ -62,19 +62,34 @@ class BaseModel:
 
     @property
     def is_tied(self) -> bool:
-        """True if the embedding is the unembedding too: the files have no `lm_head`."""
+        """True if the embedding is the unembedding too: the files have no separate one."""
         try:
-            return bool(self.tensors) and not any(name.endswith("lm_head.weight") for name in self.tensors)
+            return bool(self.tensors) and self.head_name not in self.tensors
         except (OSError, ValueError):
             return False
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The description of the model. Read at the first use. Raises OSError and ValueError."""
+        return folders.read_config(self.folder)
+
+    @property
+    def head_name(self) -> str:
+        """The name of the unembedding in the weight files. Raises OSError and ValueError."""
+        return folders.head_name(self.config)
 
     @cached_property
     def adapter_modules(self) -> dict[str, frozenset[str]]:
         """The names of the modules that adapters may have, by part of the model. Read at the first use."""
         try:
-            return folders.adapter_modules(folders.read_config(self.folder))
+            return folders.adapter_modules(self.config)
         except (OSError, ValueError):
             return {}
+
+    @cached_property
+    def merged_modules(self) -> frozenset[frozenset[str]]:
+        """The groups of modules that SGLang reads as one matrix. Raises OSError and ValueError."""
+        return folders.merged_modules(self.config)
 
     @cached_property
     def tensors(self) -> dict[str, Entry]:
@@ -280,7 +295,7 @@ def _is_path(source: str) -> bool:
 def _checked(planned: Plan, revision: str | None) -> Plan:
     """Return the plan with its config. Raises ValueError for a model that cannot be served."""
     if planned.folder is not None:
-        config = _of_model(planned.name, folders.stated_config, planned.folder)
+        config = _of_model(planned.name, folders.read_config, planned.folder)
         _of_model(planned.name, folders.check, planned.folder, config)
         return replace(planned, config=config)
     if planned.hub_id is None:

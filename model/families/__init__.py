@@ -8,8 +8,9 @@ number if the tensor is in the family's `INTERLEAVED`. Matrices are [out, in] in
 tensors are in its `UNTRANSPOSED`. `QUANTIZED` lists the quantisation methods whose files are read.
 
 Files may differ from the table: names may begin with one of the family's `PREFIXES` instead of `model.`, and
-the experts may lie as in its table `STACKED`. Other tensors whose names begin as in `COPIED` belong to the
-model too, but not to what is computed here: they are copied on export.
+the experts may lie as in its table `STACKED`. `NESTED` says that transformers has no class for the text half
+alone of such files: its modules are below `model.language_model`. Other tensors whose names begin as in
+`COPIED` belong to the model too, but not to what is computed here: they are copied on export.
 """
 
 from __future__ import annotations
@@ -142,6 +143,11 @@ def in_files(config: ModelConfig, name: str) -> str:
     return ".".join([*parents[:-1], name]) if parents[-1:] == ["model"] else name
 
 
+def is_nested(config: ModelConfig) -> bool:
+    """Return whether the decoder's modules are below `model.language_model` in transformers, not `model`."""
+    return config.prefix != PREFIX and getattr(FAMILIES[config.family], "NESTED", False)
+
+
 def _of_stack(config: ModelConfig, stack: Stack) -> list[Parameter]:
     family = FAMILIES[config.family]
     names = family.TENSORS | (family.STACKED if config.stacked_experts else {})
@@ -211,6 +217,18 @@ def adapter_modules(config: ModelConfig) -> dict[str, frozenset[str]]:
                 ):
                     found.setdefault(site.part, set()).add(module.rpartition(".")[2])
     return {part: frozenset(names) for part, names in found.items()}
+
+
+def merged_modules(config: ModelConfig) -> frozenset[frozenset[str]]:
+    """Return the groups of sibling modules that SGLang and vLLM merge into one matrix (`Site.merged`), by the
+    last parts of their names. An adapter must have all modules of a group or none."""
+    groups: dict[tuple[int, str], set[str]] = {}
+    for number, layer in enumerate(config.layers):
+        for site in layer.sites:
+            if site.merged is not None:
+                name = adapter_module(config, site, number).rpartition(".")[2]
+                groups.setdefault((number, site.merged), set()).add(name)
+    return frozenset(map(frozenset, groups.values()))
 
 
 def adapter_module(config: ModelConfig, site: Site, layer: int) -> str:

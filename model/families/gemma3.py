@@ -13,8 +13,8 @@ from typing import Any
 from ..config import Attention, GatedMlp, Layer, ModelConfig, Rope, UnsupportedModelError, fold
 from . import llama, qwen3
 from .options import flag, number, whole
-from .qwen3_5 import text_half
 from .rotary import longest_sequence, read_rope
+from .text_half import text_half
 from .windows import FULL, SLIDING, windows_of_layer_types
 
 TENSORS = qwen3.TENSORS | {
@@ -22,6 +22,7 @@ TENSORS = qwen3.TENSORS | {
     for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 }
 PREFIXES = ("language_model.model.", "model.language_model.")
+NESTED = True
 COPIED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 DEFAULTS = llama.DEFAULTS | {

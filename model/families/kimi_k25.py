@@ -8,10 +8,11 @@ from typing import Any
 
 from ..config import ModelConfig
 from . import deepseek_v3
-from .qwen3_5 import text_half
+from .text_half import text_half
 
 TENSORS, QUANTIZED = deepseek_v3.TENSORS, deepseek_v3.QUANTIZED
 PREFIXES = ("language_model.model.", "model.language_model.")
+NESTED = True
 COPIED = ("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector.")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..config import Attention, DeltaNet, Experts, Layer, ModelConfig, Rope, UnsupportedModelError, fold
 from . import llama, qwen3
 from .options import flag, number, whole
+from .text_half import text_half
 from .windows import FULL
 
 _DELTA = "model.layers.{layer}.linear_attn."
@@ -51,21 +52,6 @@ _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 def read(hf: dict[str, Any]) -> ModelConfig:
     """Convert a Qwen3.5 config.json, of the text half alone or with a `text_config`."""
     return read_hybrid(text_half(hf), DEFAULTS)
-
-
-def text_half(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the text half. Whether embeddings are tied is said at the top level."""
-    text = hf.get("text_config")
-    if text is None:
-        return hf
-    if not isinstance(text, dict):
-        raise UnsupportedModelError(f"text_config is {text!r}; it must be an object")
-    above = {key: hf[key] for key in ("eos_token_id",) if hf.get(key) is not None}
-    return (
-        text
-        | above
-        | {"model_type": hf["model_type"], "tie_word_embeddings": hf.get("tie_word_embeddings", False)}
-    )
 
 
 def read_hybrid(hf: dict[str, Any], defaults: dict[str, Any], experts: Experts | None = None) -> ModelConfig:

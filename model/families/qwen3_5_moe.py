@@ -12,6 +12,7 @@ from ..config import Experts, ModelConfig, UnsupportedModelError
 from . import qwen3_5, qwen3_moe
 from .options import whole
 from .qwen3_5 import COPIED, PREFIXES, UNTRANSPOSED
+from .text_half import text_half
 
 __all__ = ["COPIED", "DEFAULTS", "PREFIXES", "STACKED", "TENSORS", "UNTRANSPOSED", "read"]
 
@@ -38,7 +39,7 @@ DEFAULTS = qwen3_5.DEFAULTS | {"hidden_size": 2048, "num_hidden_layers": 40, "nu
 
 def read(hf: dict[str, Any]) -> ModelConfig:
     """Convert a Qwen3.5-MoE config.json, of the text half alone or with a `text_config`."""
-    hf = qwen3_5.text_half(hf)
+    hf = text_half(hf)
     # transformers has both names for it
     count = whole(hf, "num_experts" if "num_experts" in hf else "num_local_experts", 256)
     experts = Experts(

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..config import ModelConfig
 from . import qwen3
-from .qwen3_5 import text_half
+from .text_half import text_half
 
 TENSORS = qwen3.TENSORS
 PREFIXES = ("model.language_model.",)
+NESTED = True
 COPIED = ("model.visual.",)
 
 DEFAULTS = {

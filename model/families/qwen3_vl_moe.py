@@ -11,10 +11,10 @@ from typing import Any
 
 from ..config import ModelConfig, UnsupportedModelError
 from . import qwen3_5_moe, qwen3_moe
-from .qwen3_5 import text_half
-from .qwen3_vl import COPIED, PREFIXES, without_windows
+from .qwen3_vl import COPIED, NESTED, PREFIXES, without_windows
+from .text_half import text_half
 
-__all__ = ["COPIED", "DEFAULTS", "PREFIXES", "STACKED", "TENSORS", "read"]
+__all__ = ["COPIED", "DEFAULTS", "NESTED", "PREFIXES", "STACKED", "TENSORS", "read"]
 
 TENSORS = qwen3_moe.TENSORS
 STACKED = qwen3_5_moe.STACKED

@@ -139,6 +139,15 @@ def test_a_model_that_cannot_be_computed_is_refused_in_one_line(
     assert message in serve("--model", str(folder), folder=tmp_path)
 
 
+def test_the_text_half_of_a_model_that_sees_can_be_served(tmp_path: Path) -> None:
+    """Its tensors have names that config.json does not tell."""
+    folder = write_model(tmp_path / "sees", "qwen3_5")
+    (planned,) = base_models.plan([str(folder)])
+    assert planned.config == folders.read_config(folder)
+    assert planned.config.prefix == "model.language_model."
+    assert not planned.obtain(tmp_path, None).is_tied
+
+
 def test_a_model_larger_than_the_memory_is_refused_by_an_estimate(tmp_path: Path, model: Path) -> None:
     """As many parameters as transformers counts; the files are as long as they would be, and empty."""
     torch = pytest.importorskip("torch")

@@ -27,7 +27,7 @@ from ....ckpt import paths
 from ....engine import messages
 from ...base_models import BaseModel
 from ...events import Tasks
-from ...files import Entry, tensor_entries
+from ...files import tensor_entries
 from ...settings import Settings
 from .endpoint import CannotServe, EndpointError, EndpointRefused
 from .endpoints import Endpoints, Registered
@@ -80,7 +80,6 @@ def server_name(key: str) -> str:
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 _CHANGES_THE_FUNCTION = (
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
     "trainable_token_indices",
@@ -91,8 +90,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str | None:
-    """Return why an adapter cannot be loaded on a base model with these tensors; None if it can.
+def problem(folder: Path, base: BaseModel, max_rank: int | None) -> str | None:
+    """Return why a server with this base model cannot load an adapter; None if it can.
 
     Raises OSError or ValueError for missing or damaged files.
     """
@@ -108,24 +107,24 @@ def problem(folder: Path, base: dict[str, Entry], max_rank: int | None) -> str |
         module, _, side = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         sides[module][side] = entry.shape
     for module, shapes in sides.items():
-        matrix = base.get(f"{module}.weight")
+        matrix = base.tensors.get(f"{module}.weight")
         if matrix is None and module == "lm_head":
-            matrix = base.get("model.embed_tokens.weight")  # the embedding is tied
+            matrix = base.tensors.get("model.embed_tokens.weight")  # the embedding is tied
         if matrix is None:
             return f"the adapter has {module}, which the base model does not have"
         out, into = matrix.shape
         if shapes != {"lora_A": (rank, into), "lora_B": (out, rank)}:
             return f"the adapter's {module} has shapes {shapes}; the base model's matrix is {matrix.shape}"
-    return _torn(set(sides))
+    return _torn(set(sides), base.merged_modules)
 
 
-def _torn(modules: set[str]) -> str | None:
+def _torn(modules: set[str], groups: Iterable[frozenset[str]]) -> str | None:
     layers: defaultdict[str, set[str]] = defaultdict(set)
     for module in modules:
         parent, _, name = module.rpartition(".")
         layers[parent].add(name)
     for parent, names in layers.items():
-        for group in _FUSED:
+        for group in groups:
             if names & group and not group <= names:
                 return f"the adapter has {sorted(names & group)} of {parent}, but not {sorted(group - names)}"
     return None
@@ -249,7 +248,7 @@ class Adapters:
         base = self._base_models[sampler.base_model]
         max_rank = None if limits is None else limits.max_lora_rank
         try:
-            found = await asyncio.to_thread(lambda: problem(folder, base.tensors, max_rank))
+            found = await asyncio.to_thread(lambda: problem(folder, base, max_rank))
         except (OSError, ValueError, KeyError) as error:
             found = f"the adapter's files cannot be read: {error!r}"
         if found is not None:

@@ -156,11 +156,8 @@ def _export_key(sampler: messages.SamplerRef, base_digest: str | None, fp8: mess
     return paths.check_key(f"{EXPORTS}/{of}/{version}")
 
 
-_HEAD = "lm_head.weight"
-
-
-def misfit(export: Export, endpoint: Registered, base: dict[str, Entry], folders: Folders) -> str | None:
-    """Return why the server must not be sent the weights; None if it may. `base`: the base model's tensors.
+def misfit(export: Export, endpoint: Registered, base: BaseModel, folders: Folders) -> str | None:
+    """Return why the server must not be sent the weights; None if it may.
 
     Raises OSError and ValueError.
     """
@@ -173,7 +170,7 @@ def misfit(export: Export, endpoint: Registered, base: dict[str, Entry], folders
         is_in = "fp8" if quantization else endpoint.limits.dtype or "its model's dtype"
         return f"it was started in {is_in}: change set_sync_quantization, or start the server otherwise"
     if quantization is None:
-        return _differ(export.tensors, base)
+        return _differ(export.tensors, base.tensors, base.head_name)
     theirs = Path(endpoint.limits.model_path)
     key = folders.key_of(endpoint.limits.model_path)
     if key is not None:
@@ -183,13 +180,13 @@ def misfit(export: Export, endpoint: Registered, base: dict[str, Entry], folders
             "which of its matrices are in fp8, and in which blocks, cannot be seen from here: its model's "
             "folder has to be on a volume that both have, and the server be one of --sglang"
         )
-    return _differ(export.tensors, tensor_entries(theirs))
+    return _differ(export.tensors, tensor_entries(theirs), base.head_name)
 
 
-def _differ(ours: dict[str, Entry], theirs: dict[str, Entry]) -> str | None:
+def _differ(ours: dict[str, Entry], theirs: dict[str, Entry], head: str) -> str | None:
     for name, entry in ours.items():
         if name not in theirs:
-            if name == _HEAD:
+            if name == head:
                 return (
                     "the adapter has trained the unembedding, which the server shares with the embedding: "
                     "sample it as an adapter (LoRA), or train without it (train_unembed=False)"
@@ -199,7 +196,7 @@ def _differ(ours: dict[str, Entry], theirs: dict[str, Entry]) -> str | None:
             return f"{name} has shape {entry.shape}; there it is {theirs[name].shape}"
         if _is_fp8(entry) != _is_fp8(theirs[name]):
             return f"{name} is {entry.dtype}; there it is {theirs[name].dtype}"
-    missing = [name for name in theirs.keys() - ours.keys() if name != _HEAD and "inv_freq" not in name]
+    missing = [name for name in theirs.keys() - ours.keys() if name != head and "inv_freq" not in name]
     return f"{min(missing)} is not among the weights, and would keep its old values" if missing else None
 
 
@@ -327,7 +324,7 @@ class MergedWeights:
 
         def check(endpoint: Registered) -> str | None:
             try:
-                return misfit(export, endpoint, base.tensors, self._folders)
+                return misfit(export, endpoint, base, self._folders)
             except (OSError, ValueError) as error:
                 return f"its model's files cannot be read: {error}"
 
