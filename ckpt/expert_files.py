@@ -10,7 +10,10 @@
                        [E, in, out] with rank q has A [E q, in], expert by expert, and B [out, q E], where the
                        expert is the faster index. Gate and up are one parameter. Its rank is 2 r: A holds
                        those of gate and up, and B is block-diagonal. The wrapper of `down_proj` is called
-                       `experts`, that of `gate_up_proj`, inside it, `experts.base_layer`
+                       `experts`, that of `gate_up_proj`, inside it, `experts.base_layer`. The model's other
+                       MLPs are targeted by their weights (`mlp.up_proj.weight`), because PEFT takes the names
+                       of their modules for those that experts have in earlier transformers
+                       (`transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING`)
 
 All are read. Files in which the experts differ in the factor that they share here are refused, because an
 adapter has no place for them.
@@ -34,11 +37,6 @@ Factors = dict[str, np.ndarray]
 _SHARED_NAMES = {"expert_gate": "w1", "expert_down": "w2", "expert_up": "w3"}
 _PARAMETERS = (("gate_up_proj", ("expert_gate", "expert_up")), ("down_proj", ("expert_down",)))
 """transformers' names of the stacked parameters of experts, in their order in the module."""
-
-
-_RENAMED_BY_PEFT = frozenset({"qwen3_moe", "deepseek_v3", "kimi_k2"})
-"""Families for which PEFT takes `gate_proj`, `up_proj` and `down_proj` among the targets for the names that
-experts have in earlier transformers (`transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING`)."""
 
 
 def shared_module(module: str, site: Site) -> str:
@@ -65,17 +63,11 @@ def require_form(config: ModelConfig, form: ExpertForm) -> None:
             f"experts: the experts of {config.family} have no modules of their own; choose 'shared' or "
             "'target_parameters'"
         )
-    others = {
-        site.name
-        for layer in config.layers
-        for site in layer.sites
-        if site.part == "mlp" and not site.experts
-    }
-    if form == "target_parameters" and experts and others and config.family in _RENAMED_BY_PEFT:
-        raise ValueError(
-            "experts: PEFT cannot give adapters to the experts of this model and to its other MLPs at once; "
-            "choose 'shared', or 'per_expert' for readers other than PEFT"
-        )
+
+
+def is_targeted_by_weight(config: ModelConfig, site: Site, form: ExpertForm) -> bool:
+    """Return whether PEFT's config names a matrix by its weight, not by its module."""
+    return form == "target_parameters" and bool(config.mixtures) and site.part == "mlp"
 
 
 def written(

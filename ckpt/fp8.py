@@ -55,7 +55,7 @@ class Fp8:
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": None if self.block is None else list(self.block),
-            "modules_to_not_convert": ["lm_head", *kept],
+            "modules_to_not_convert": [in_files(config, "lm_head"), *kept],
         }
 
     def quantized_modules(self, config: ModelConfig) -> frozenset[str]:

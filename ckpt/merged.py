@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..model.config import ModelConfig
-from ..model.families import module_name, parameters
+from ..model.families import in_files, parameters
 from ..model.lora import Adapter, pairs
 from ..model.weight_files import MappedTensors, copied
 from .fp8 import Fp8, quantized
@@ -125,7 +125,7 @@ def _tensors(
         del held
     if config.tie_embeddings and _HEAD in deltas:
         head = np.asarray(values("embed_tokens.weight"))
-        yield f"{module_name(config, _HEAD)}.weight", np.ascontiguousarray(deltas[_HEAD].added(head.T, ()).T)
+        yield in_files(config, _HEAD), np.ascontiguousarray(deltas[_HEAD].added(head.T, ()).T)
 
 
 def _copied(folder: Path, config: ModelConfig, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

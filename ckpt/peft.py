@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..model.config import ModelConfig, Site, Stack
-from ..model.families import FAMILIES, adapter_module, module_name
+from ..model.families import FAMILIES, adapter_module, is_nested, module_name
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank, pair_shapes, pairs, trainable
 from . import digests, expert_files, peft_config
 from .atomic import atomic_directory, size_bytes
@@ -36,6 +36,10 @@ from .peft_config import AdapterConfig, AdapterError
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's prefix to the names of the base model's modules
+_TEXT, _NESTED_TEXT = _PREFIX + "model.", _PREFIX + "model.language_model."
+"""What the names of a decoder's modules begin with, and those of one that is nested (`families.is_nested`).
+
+The hosted service leaves `language_model` out; PEFT and vLLM need it."""
 
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
@@ -83,6 +87,7 @@ def save_adapter(
     adapter = _whole(adapter, config)
     tensors: dict[str, np.ndarray] = {}
     targets: set[str] = set()
+    parameters: dict[str, int] = {}  # PEFT's `target_parameters`, and the number of sites in each
     stacked: dict[int, dict[str, dict[str, np.ndarray]]] = {}  # by layer and site
     fused = {
         part: each
@@ -107,14 +112,16 @@ def save_adapter(
             continue
         for module, a, b in expert_files.written(place.module, place.site, pair, experts):
             add(module, a.swapaxes(-1, -2), b.swapaxes(-1, -2))
-            targets.add(module.rsplit(".", 1)[-1])
+            if expert_files.is_targeted_by_weight(config, place.site, experts):
+                parameters[".".join([*module.split(".")[-2:], "weight"])] = 1
+            else:
+                targets.add(module.rpartition(".")[2])
     several: dict[str, int] = {}  # the sites of modules and parameters that have several
     for module_of, given in of_parts.items():
         a, b = module_of.written(given)
         add(module_of.module, a.T, b.T)
         targets.add(module_of.name)
         several[module_of.name] = len(given)
-    parameters: dict[str, int] = {}
     for layer, pairs_of in sorted(stacked.items()):
         for wrapper in expert_files.wrappers(config, _PREFIX, layer):
             names = [site.name for site in wrapper.sites]
@@ -148,6 +155,8 @@ def save_adapter(
             "rank_pattern": {name: sites * rank for name, sites in several.items()},
             "alpha_pattern": {name: sites * alpha for name, sites in several.items()},
         }
+    if experts != "shared" and is_nested(config):
+        tensors = {name.replace(_TEXT, _NESTED_TEXT, 1): tensor for name, tensor in tensors.items()}
     with atomic_directory(directory) as writing:
         save_file(tensors, writing / ADAPTER_FILE, metadata={"format": "pt"})
         (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
@@ -197,7 +206,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
     adapter_config = _read_config(directory)
     tensors = _read_tensors(directory)
     if getattr(FAMILIES[config.family], "PREFIXES", ()):  # as PEFT names them in models that see
-        tensors = {name.replace(".model.language_model.", ".model.", 1): x for name, x in tensors.items()}
+        tensors = {name.replace(_NESTED_TEXT, _TEXT, 1): x for name, x in tensors.items()}
     wrapped: dict[str, expert_files.Wrapper] = {}
     in_blocks = frozenset(
         fused.module
@@ -229,13 +238,16 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
         if whole is not None:
             of_base = whole.module.removeprefix(_PREFIX)
             shares = len(whole.sites) if whole.module in in_blocks else 1
+        is_parameter = wrapper is not None
+        if not is_parameter and adapter_config.targets_weight_of(of_base):
+            of_base, is_parameter = f"{of_base}.weight", True
         true_rank = adapter_config.rank_of(of_base) // shares
         factor = np.float32(adapter_config.scale_of(of_base) / (alpha / rank))
         for side, shape in place.site.factors(true_rank).items():
             tensor = found.get(side)
             if tensor is None:
                 continue
-            if (field := adapter_config.leaves_out(of_base, is_parameter=wrapper is not None)) is not None:
+            if (field := adapter_config.leaves_out(of_base, is_parameter=is_parameter)) is not None:
                 raise AdapterError(
                     f"{where}: {field} leaves out {of_base}, for which there are tensors; PEFT would not "
                     "load them"

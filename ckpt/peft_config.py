@@ -119,10 +119,16 @@ class AdapterConfig:
             return rank, self.alpha * (math.sqrt(rank) if self.rslora else 1.0)
         return rank, self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank) * rank
 
+    def targets_weight_of(self, module: str) -> bool:
+        """Return whether a module has its adapter because `target_parameters` names its weight.
+
+        PEFT then knows it by the name of the weight, also in patterns. It computes the same."""
+        return _is_named(f"{module}.weight", self.parameters)
+
     def leaves_out(self, module: str, *, is_parameter: bool = False) -> str | None:
         """Return the name of the field that keeps PEFT from giving the module an adapter, or None.
 
-        A stacked parameter of experts is named like a module, with `is_parameter`.
+        A parameter (stacked experts, or the weight of a module) is named like a module, with `is_parameter`.
 
         Follows `peft.tuners.tuners_utils.check_target_module_exists`. A regular expression is not evaluated,
         because a client could write one that takes for ever; the tensors in the file then decide.
@@ -256,10 +262,10 @@ def _parameters(value: Any) -> frozenset[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterError("target_parameters is not a list of strings")
     for name in names:
-        if name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+        if name.rpartition(".")[2] not in ("gate_up_proj", "down_proj", "weight"):
             raise AdapterError(
                 f"target_parameters is not supported for {_shown(name)}; only the experts' gate_up_proj and "
-                "down_proj are read"
+                "down_proj, and the weights of linear modules ('mlp.up_proj.weight') are read"
             )
     return frozenset(names)
 

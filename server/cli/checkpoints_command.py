@@ -141,14 +141,14 @@ class Experts(enum.StrEnum):
 
 _EXPORT_HELP = """Download a training state's adapter, in PEFT's format.
 
-Readers differ in how they want the adapters of a mixture's experts; `--experts` chooses the form. Adapters of
-other models are the same in all three.
+Readers differ in how they want the adapters of a mixture's experts, of delta nets, and of a model that sees;
+`--experts` chooses the form. Adapters of other models are the same in all three.
 
 | form | read by |
 |---|---|
 | `shared` | tinker-cookbook, SGLang: one 3-D tensor for each factor, as in the hosted service's files |
 | `per-expert` | vLLM, and PEFT for Qwen3-MoE: tensors for every expert |
-| `target-parameters` | PEFT, for all mixtures: stacked parameters (`target_parameters` in its config) |
+| `target-parameters` | PEFT, for all models: stacked experts (`target_parameters` in its config) |
 
 Example:
 

@@ -105,13 +105,9 @@ def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path):
 def forms_of(variant):
     """The forms in which PEFT reads adapters of experts and delta nets."""
     mixture = VARIANTS[variant].keys() & {"num_experts", "num_local_experts", "n_routed_experts"}
-    if variant == "deepseek_v3":
-        return []  # not beside adapters of its other MLPs (`expert_files.require_form`)
-    if variant.startswith("qwen3_5"):
-        return ["target_parameters"]
-    if not mixture:
-        return ["shared"]
-    return ["target_parameters"] if variant == "gpt_oss" else ["per_expert", "target_parameters"]
+    if variant == "qwen3_moe":
+        return ["per_expert", "target_parameters"]
+    return ["target_parameters"] if mixture or variant.startswith("qwen3_5") else ["shared"]
 
 
 @pytest.mark.reference
@@ -190,13 +186,16 @@ def test_experts_in_the_form_of_the_hosted_service(tmp_path):
         ("qwen3_moe", "per_expert", {"mlp_only_layers": [1]}),
         ("qwen3_moe", "shared", {"mlp_only_layers": [1]}),
         ("qwen3_moe", "target_parameters", {}),
+        ("qwen3_moe", "target_parameters", {"mlp_only_layers": [1]}),
         ("gpt_oss", "shared", {}),
         ("deepseek_v3", "shared", {}),
         ("deepseek_v3", "per_expert", {}),
+        ("deepseek_v3", "target_parameters", {}),
         ("gpt_oss", "target_parameters", {}),
         ("qwen3_5", "shared", {}),
         ("qwen3_5_moe", "shared", {}),
         ("qwen3_5_moe", "per_expert", {}),
+        ("qwen3_5_moe", "target_parameters", {}),
     ],
 )
 def test_adapters_of_experts_survive_every_form(tmp_path, variant, form, overrides):
@@ -231,17 +230,10 @@ def test_experts_that_share_nothing_are_refused(tmp_path, form, module, side, re
         peft.load_adapter(tmp_path / "a", config)
 
 
-@pytest.mark.parametrize(
-    ("variant", "form", "overrides", "reason"),
-    [
-        ("gpt_oss", "per_expert", {}, "gpt_oss have no modules of their own"),
-        ("qwen3_moe", "target_parameters", {"mlp_only_layers": [1]}, "choose 'shared', or 'per_expert'"),
-    ],
-)
-def test_a_form_that_no_reader_has_for_the_model_is_refused(tmp_path, variant, form, overrides, reason):
-    config = read_config(write_model(tmp_path / "base", variant, tokenizer=False, **overrides))
-    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
-    with pytest.raises(ValueError, match=reason):
+def test_a_form_that_no_reader_has_for_the_model_is_refused(tmp_path):
+    config = read_config(write_model(tmp_path / "base", "gpt_oss", tokenizer=False))
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": "per_expert"}
+    with pytest.raises(ValueError, match="gpt_oss have no modules of their own"):
         peft.save_adapter(tmp_path / "a", random_adapter(config), config, **names)
 
 

@@ -56,6 +56,11 @@ COMPUTED: dict[str, list[dict[str, Any]]] = {
         {"rank_pattern": {"^model.layers.0.self_attn.v_proj": 1}, "use_rslora": True},
         {"rank_pattern": dict.fromkeys(TARGETS, 9)},
     ],
+    "target_parameters": [
+        {"target_parameters": ["mlp.up_proj.weight"]},
+        {"target_parameters": ["mlp.up_proj.weight"], "rank_pattern": {"up_proj": 2, "gate_proj.weight": 3}},
+        {"target_parameters": ["gate_proj.weight"], "alpha_pattern": {"mlp.gate_proj.weight": 20}},
+    ],
     "alpha_pattern": [
         {"alpha_pattern": {"v_proj": 1.5, r"model\.layers\.2\.mlp\.down_proj": 20}},
         {"alpha_pattern": {"lm_head": 3}, "rank_pattern": {"lm_head": 2, "q_proj": 8}, "use_rslora": True},
@@ -76,7 +81,6 @@ WRITTEN: dict[str, list[dict[str, Any]]] = {
     "trainable_token_indices": [{"trainable_token_indices": [5, 6]}],
     "layer_replication": [{"layer_replication": [[0, 2], [1, 3]]}],
     "alora_invocation_tokens": [{"alora_invocation_tokens": [5, 6]}],
-    "target_parameters": [{"target_parameters": ["mlp.up_proj.weight"]}],
     "init_lora_weights": [
         {"init_lora_weights": init, "target_modules": ["q_proj"]}
         for init in ("pissa", "pissa_niter_4", "olora")
@@ -93,6 +97,7 @@ EDITED: dict[str, list[dict[str, Any]]] = {
     "arrow_config": [{"arrow_config": {"top_k": 2}}],
     "monteclora_config": [{"monteclora_config": {"num_samples": 4}}],
     "ensure_weight_tying": [{"ensure_weight_tying": True}],
+    "target_parameters": [{"target_parameters": ["self_attn.sinks"]}, {"target_parameters": "up_proj"}],
     "a_field_of_later": [{"a_field_of_later": 1}],
     "rank_pattern": [
         {"rank_pattern": {r"layers\.\d+\.mlp": 2}},

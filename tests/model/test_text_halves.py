@@ -6,72 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import random_adapter
+from models_that_see import WHOLES, write_model_that_sees
 from safetensors.numpy import load_file, save_file
 from tinsmith.ckpt.merged import in_memory, save_merged
+from tinsmith.ckpt.peft import save_adapter
 from tinsmith.model import decoder, load, weight_files
-from tinsmith.model.folder import read_config
-from tiny_models import hf_config
+from tinsmith.model.folder import head_name, read_config
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.reference
 
 TOKENS = np.random.default_rng(0).integers(3, 300, 40).astype(np.int32)
-TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-QWEN_TOWER = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4}
-QWEN_TOWER |= {"num_position_embeddings": 16, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
-ROPE = {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-LEFT_OUT = ("model_type", "architectures", "rope_theta", "rope_scaling", "torch_dtype")
-
-
-def text(variant, **changes):
-    return {key: value for key, value in hf_config(variant).items() if key not in LEFT_OUT} | changes
-
-
-WHOLES = {
-    "gemma3": {
-        "text_config": text("gemma3_text"),
-        "vision_config": TOWER | {"image_size": 28, "patch_size": 14},
-        "tie_word_embeddings": True,
-    },
-    "kimi_k25": {
-        "text_config": text("deepseek_v3", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
-        "vision_config": TOWER,
-        "tie_word_embeddings": False,
-    },
-    "qwen3_vl": {
-        "text_config": text("qwen3", rope_parameters=ROPE),
-        "vision_config": QWEN_TOWER,
-        "tie_word_embeddings": False,
-    },
-    "qwen3_vl_moe": {
-        "text_config": text("qwen3_moe", rope_parameters=ROPE),
-        "vision_config": QWEN_TOWER,
-        "tie_word_embeddings": False,
-    },
-}
 
 
 @pytest.fixture
 def whole(tmp_path, request):
-    """A tiny random model that sees, as transformers saves it, and its model."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **WHOLES[request.param])
-    model = AutoModelForImageTextToText.from_config(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # norms are not all alike, and experts not all zero
-            parameter.copy_(parameter + 0.15 * torch.randn(parameter.shape) / (2 if "norm" in name else 1))
+    """A tiny random model that sees, in its folder and in memory."""
     folder = tmp_path / "whole"
-    model.save_pretrained(folder)
-    if request.param == "kimi_k25":
-        # transformers takes the layers of the text half for those of the tower when it names them
-        tensors = load_file(folder / "model.safetensors")
-        of_text = "language_model.model.blocks.", "language_model.model.layers."
-        renamed = {name.replace(*of_text): array for name, array in tensors.items()}
-        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    return folder, model
+    return folder, write_model_that_sees(folder, request.param)
 
 
 def log_probs(model):
@@ -103,6 +56,29 @@ def test_log_probs_are_those_of_the_whole_model_and_exports_have_its_files(tmp_p
     assert after.keys() == before.keys()
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)
+    assert config.tie_embeddings or head_name(config) in before
+
+
+@pytest.mark.parametrize("whole", WHOLES, indirect=True)
+def test_an_adapter_is_merged_into_the_whole_model_and_read_by_peft_beside_it(tmp_path, whole):
+    """Also one of the unembedding, which then is no longer tied."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    folder, _ = whole
+    config, base, without = ours(folder)
+    adapter = random_adapter(config, 3, 5, size=0.3)
+    out = tmp_path / "out"
+    save_merged(out, in_memory(base), config, base_folder=folder, adapter=adapter, scale=2.0)
+    names = {"rank": 5, "alpha": 10, "base_model": "tiny", "experts": "target_parameters"}
+    save_adapter(tmp_path / "adapter", adapter, config, **names)
+    whole_again = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    beside = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    beside = PeftModel.from_pretrained(beside, tmp_path / "adapter").eval()
+    _, _, found = ours(out)
+    assert np.abs(found - without).max() > 0.1
+    np.testing.assert_allclose(found, log_probs(whole_again), atol=1e-4)
+    np.testing.assert_allclose(found, log_probs(beside), atol=1e-4)
 
 
 @pytest.mark.parametrize("whole", ["qwen3_vl_moe"], indirect=True)
