@@ -5,6 +5,7 @@ The caller writes the model; the sampler is small enough that requests fight for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -78,14 +79,19 @@ def sample(sampler: Sampler, asked: messages.Sample, key=None) -> messages.Sampl
     return run_all(sampler)[asked.request_id]
 
 
-def alone_and_together(sampler: Sampler, asked: list[messages.Sample]) -> tuple[list, list, list]:
-    """Each request's sequences when it runs alone, and when all run together, and who lost its pages then."""
-    alone = [sequences(sample(sampler, one)) for one in asked]
+def alone_and_together(
+    sampler: Sampler, asked: list[messages.Sample], keys: Sequence[str | None] = ()
+) -> tuple[list, list, list]:
+    """Each request's sequences when it runs alone, and when all run together, and who lost its pages then.
+
+    `keys` are the weights of each; by default all use the base model."""
+    pairs = list(zip(asked, keys or [None] * len(asked), strict=True))
+    alone = [sequences(sample(sampler, *pair)) for pair in pairs]
     lost: list = []
     original = sampler._queue.preempt_newest
     sampler._queue.preempt_newest = lambda: lost.append(original()) or lost[-1]
-    for one in asked:
-        sampler.add(one)
+    for pair in pairs:
+        sampler.add(*pair)
     answers = run_all(sampler)
     return alone, [sequences(answers[one.request_id]) for one in asked], lost
 

@@ -1,8 +1,17 @@
-"""What the sampler says that a token's log-prob is, the trainer says too: every family, after training."""
+"""For every family, the sampler's log-probs are the trainer's."""
 
 import numpy as np
 import pytest
-from engine_sampling import load_tiny, make_sampler, random_adapter, request, sample, sequences
+from engine_sampling import (
+    alone_and_together,
+    full_forward_logprobs,
+    load_tiny,
+    make_sampler,
+    random_adapter,
+    request,
+    sample,
+    sequences,
+)
 from engine_training import datum, lora, operation, random_data, run, with_random_b
 from tinsmith.engine.messages import AdamParams
 from tinsmith.engine.training.trainer import Trainer
@@ -115,3 +124,50 @@ def test_512_sampled_tokens_after_three_steps(tmp_path, variant, spec):
             np.testing.assert_allclose(of_prompt, logprobs[: len(PROMPT) - 1], atol=1e-4, err_msg=how)
     (untrained,) = forward(trainer, (trainer.create(spec), [datum_of(tokens)]))
     assert np.abs(untrained - by_itself).max() > 0.5, "three steps have moved the weights"
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "deepseek_v3",
+        "gemma3_text",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("mistral", "phi3", "qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_5_moe")
+        ),
+    ],
+)
+def test_prefixes_preemption_and_company_change_no_log_prob(tmp_path, variant):
+    """Each log-prob is that of one pass of the trainer's trunk over the whole sequence."""
+    model = load_tiny(tmp_path, variant)
+    adapters = {None: None, "a": random_adapter(model.config, 1)}
+    sampler = make_sampler(model, kv_cache_tokens=256)
+    sampler.register("a", adapters["a"], scale=2.0)
+    rng = np.random.default_rng(2)
+
+    def check(prompt, sampled, key):
+        reference = full_forward_logprobs(model, [*prompt, *sampled.tokens], 1.0, adapters[key], 2.0)
+        rows = len(prompt) - 1 + np.arange(len(sampled.tokens))
+        np.testing.assert_allclose(sampled.logprobs, reference[rows, sampled.tokens], atol=1e-4)
+
+    for key in adapters:
+        prompt = rng.integers(3, 320, 75)
+        (drawn,) = sequences(sample(sampler, request("first", prompt, max_tokens=21, stop_tokens=[]), key))
+        longer = [*prompt, *drawn.tokens, *rng.integers(3, 320, 30)]
+        answer = sample(sampler, request("longer", longer, max_tokens=21, stop_tokens=[]), key)
+        assert answer.prompt_cache_hit_tokens >= 64, "at least the prompt's whole pages"
+        check(prompt, drawn, key)
+        check(longer, sequences(answer)[0], key)
+
+    prompts = [rng.integers(3, 320, n) for n in (60, 21, 90, 33, 5)]
+    asked = [
+        request(i, prompt, 1 + i % 2, max_tokens=most, stop_tokens=[], seed=i)
+        for i, (prompt, most) in enumerate(zip(prompts, (30, 90, 20, 60, 40), strict=True))
+    ]
+    keys = [None, "a", None, None, "a"]
+    alone, together, lost = alone_and_together(sampler, asked, keys)
+    assert lost, "seven sequences need more than 256 positions"
+    for prompt, key, by_itself, in_company in zip(prompts, keys, alone, together, strict=True):
+        assert [each.tokens for each in in_company] == [each.tokens for each in by_itself]
+        for sampled in in_company:
+            check(prompt, sampled, key)

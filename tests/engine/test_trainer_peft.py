@@ -103,9 +103,9 @@ def test_lora_training_of_what_peft_has_no_adapters_for_equals_torch(tmp_path, v
     from transformers import AutoModelForCausalLM
 
     trainer = make_trainer(tmp_path / "model", variant)
-    state = with_random_b(trainer.create(lora(5)))
+    packed, unpacked = (with_random_b(trainer.create(lora(5))) for _ in range(2))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    leaves = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf), requires_grad=True), state.weights)
+    leaves = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf), requires_grad=True), packed.weights)
     adam = torch.optim.AdamW(
         jax.tree.leaves(leaves),
         lr=ADAM.learning_rate,
@@ -116,23 +116,28 @@ def test_lora_training_of_what_peft_has_no_adapters_for_equals_torch(tmp_path, v
     data = sequences()
     ours = [datum(tokens[:-1], target_tokens=tokens[1:], weights=weights) for tokens, weights in data]
     for step in range(5):
-        output = run(trainer, state, ours)
+        output = run(trainer, packed, ours)
+        for one in ours:
+            run(trainer, unpacked, [one])
 
         def changed(tokens):
-            parameters = parameters_with(model, leaves, trainer.config, state.scale)
+            parameters = parameters_with(model, leaves, trainer.config, packed.scale)
             return torch.func.functional_call(model, parameters, (tokens,))
 
         want = torch_backward(changed, data)
         if step == 0:
             np.testing.assert_allclose(output.logprobs[-1], want, atol=1e-4)
-            for got, leaf in zip(jax.tree.leaves(state.gradients), jax.tree.leaves(leaves), strict=True):
-                assert relative(got, leaf.grad.numpy()) < 1e-3
+            for state in (packed, unpacked):
+                for got, leaf in zip(jax.tree.leaves(state.gradients), jax.tree.leaves(leaves), strict=True):
+                    assert relative(got, leaf.grad.numpy()) < 1e-3
         torch.nn.utils.clip_grad_norm_(jax.tree.leaves(leaves), ADAM.grad_clip_norm)
         adam.step()
         adam.zero_grad()
-        trainer.optim_step(state, ADAM)
-    for got, leaf in zip(jax.tree.leaves(state.weights), jax.tree.leaves(leaves), strict=True):
-        assert relative(got, leaf.detach().numpy()) < 1e-3
+        for state in (packed, unpacked):
+            trainer.optim_step(state, ADAM)
+    for state in (packed, unpacked):
+        for got, leaf in zip(jax.tree.leaves(state.weights), jax.tree.leaves(leaves), strict=True):
+            assert relative(got, leaf.detach().numpy()) < 1e-3
 
 
 def test_full_weight_training_equals_torch(tmp_path):

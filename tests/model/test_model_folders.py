@@ -135,6 +135,20 @@ def test_rotary_embeddings(tmp_path, changes):
     assert_as_transformers(changed(tmp_path, "qwen3", removed=["rope_theta"], **changes))
 
 
+@pytest.mark.parametrize(
+    ("variant", "others"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("qwen3_moe", {}),
+        ("qwen3_5_moe", {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}),
+    ],
+)
+def test_yarn_in_other_families(tmp_path, variant, others):
+    removed = ["rope_theta", "rope_scaling"]
+    assert_as_transformers(changed(tmp_path, variant, removed, rope_parameters=YARN | others))
+
+
 KIMI_YARN = {"type": "yarn", "factor": 8.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0}
 KIMI_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [9.0] * 4}

@@ -5,7 +5,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import parameters_with, random_adapter
 from safetensors.numpy import load_file, save_file
+from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.model import load, weight_files
 from tinsmith.model.folder import digest, read_config
 from tiny_models import write_model
@@ -52,6 +54,26 @@ def test_the_values_are_those_of_transformers(folder):
         np.testing.assert_array_equal(found["expert_up"]["weight"][at], both[..., 1::2])
         down = converted(tensors, experts + "down_proj")
         np.testing.assert_array_equal(found["expert_down"]["weight"][at], down)
+
+
+def test_an_adapter_is_merged_into_the_unpacked_model(folder, tmp_path):
+    """Under the names and in the layout that transformers has for it; the files are no longer packed."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    base, adapter = load.load_base(folder, config, jnp.float32), random_adapter(config, 3, size=0.3)
+    out = tmp_path / "plain", tmp_path / "merged"
+    for each, given in zip(out, (None, adapter), strict=True):
+        save_merged(each, in_memory(base), config, base_folder=folder, adapter=given, scale=2.0)
+        assert "quantization_config" not in json.loads((each / "config.json").read_text())
+    plain, merged = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in out)
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, 320, (2, 24)))
+    with torch.no_grad():
+        changed = parameters_with(plain, adapter, config, 2.0)
+        beside = torch.func.functional_call(plain, changed, (tokens,)).logits
+        found = torch.log_softmax(merged(tokens).logits, -1)
+        np.testing.assert_allclose(found, torch.log_softmax(beside, -1), atol=1e-4)
+        assert (plain(tokens).logits - beside).abs().max() > 0.1
 
 
 def test_a_changed_exponent_is_another_model(folder):

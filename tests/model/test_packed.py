@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from adapters import parameters_with, random_adapter
 from safetensors.numpy import load_file, save_file
-from tinsmith.ckpt.fp8 import quantize
+from tinsmith.ckpt.fp8 import Fp8, quantize
 from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.model import load, weight_files
 from tinsmith.model.config import UnsupportedModelError
@@ -120,6 +121,54 @@ def test_integers_of_four_bits_are_what_their_format_says(int4, tmp_path):
     found = merged(folder, config, load.load_base(folder, config, jnp.float32), tmp_path / "out")
     for name, matrix in meant.items():
         np.testing.assert_allclose(found[name], matrix, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_an_adapter_is_merged_in_float32_and_written_in_the_server_s_dtype_or_in_float8(
+    request, tmp_path, kind
+):
+    """transformers computes what it computes with the adapter beside the unpacked model."""
+    from safetensors.torch import load_file as load_torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+    folder = request.getfixturevalue(kind)
+    folder = folder[0] if kind == "int4" else folder
+    config = read_config(folder)
+    adapter = random_adapter(config, 3, size=0.3)
+
+    def write(name, dtype=jnp.float32, **options):
+        base = load.load_base(folder, config, dtype)
+        save_merged(tmp_path / name, in_memory(base), config, base_folder=folder, **options)
+        return tmp_path / name
+
+    def loaded(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    with_adapter = {"adapter": adapter, "scale": 2.0}
+    plain, merged = loaded(write("plain")), write("merged", **with_adapter)
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, 64, (2, 24)))
+    with torch.no_grad():
+        changed = parameters_with(plain, adapter, config, 2.0)
+        beside = torch.func.functional_call(plain, changed, (tokens,)).logits
+        found = torch.log_softmax(loaded(merged)(tokens).logits, -1)
+        np.testing.assert_allclose(found, torch.log_softmax(beside, -1), atol=1e-4)
+        assert (plain(tokens).logits - beside).abs().max() > 0.1
+
+    exact = load_torch(merged / "model.safetensors")
+    rounded = load_torch(write("rounded", jnp.bfloat16, **with_adapter) / "model.safetensors")
+    in_fp8 = write("in_fp8", fp8=Fp8(), **with_adapter)
+    packed = load_torch(in_fp8 / "model.safetensors")
+    assert rounded.keys() == exact.keys() < packed.keys()
+    assert read_config(in_fp8) == config
+    weight_files.check(in_fp8, config)
+    for name, weight in exact.items():
+        assert rounded[name].dtype == (torch.float32 if "correction" in name else torch.bfloat16)
+        torch.testing.assert_close(rounded[name].float(), weight, rtol=2**-7, atol=1e-2)
+        if (scale := packed.get(f"{name}_scale_inv")) is not None:
+            unpacked = _dequantize_fp8_weight(packed[name], scale, [128, 128], torch.float32)
+            largest = float(weight.abs().max())
+            torch.testing.assert_close(unpacked, weight, rtol=2**-4, atol=largest / 448)
 
 
 def test_layers_that_are_not_computed_are_exported_unpacked(fp8, tmp_path):
