@@ -16,7 +16,7 @@ class Holder(Protocol):
 
     kind: str
     may_leave: bool
-    """Whether its items may ever leave. Items that never do are reported, but do not use up the budget."""
+    """True if its items may leave. Items that never do are reported, but do not use up the budget."""
 
     @property
     def bytes(self) -> int:

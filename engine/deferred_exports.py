@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 Export = Callable[[], None]
 
 DELAY_SECONDS = 1.0
-"""How long an export waits: on a CPU, exporting during the first token would double its time."""
+"""The time for which an export waits: on a CPU, exporting during the first token would double its time."""
 
 
 class DeferredExports:

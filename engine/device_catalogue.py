@@ -42,7 +42,7 @@ class Device:
 
     @property
     def has_compiler(self) -> bool:
-        """Whether the compiler for this device is installed. Imports nothing."""
+        """True if the compiler for this device is installed. Imports nothing."""
         return importlib.util.find_spec(_COMPILERS[self.platform]) is not None
 
 

@@ -91,7 +91,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How the memory of each device is used. `rows` are those of one micro-batch on one device."""
+    """The use of each device's memory. `rows` are those of one micro-batch on one device."""
 
     capacity: int
     mesh: Mesh

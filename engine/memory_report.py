@@ -1,4 +1,4 @@
-"""Reports to the server of what is on the devices, sent when that has changed."""
+"""Reports to the server about the memory of the devices, sent when it has changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS = 2.0  # between two reports while the engine works
 
 
 class MemoryReport:
-    """Sends `messages.Memory`."""
+    """Sends the reports (`messages.Memory`)."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ DType = Literal["float32", "int64", "int32"]
 
 GradNormalization = Literal["sum", "token_mean"]
 TargetAlignment = Literal["shifted", "by_shape"]
-"""How a datum of N tokens states what its positions predict.
+"""The form in which a datum of N tokens states what its positions predict.
 
 `shifted`: inputs have N rows, position i predicts `target_tokens[i]`. `by_shape`: the same if the inputs have
 that shape; or `target_tokens` of k < N rows are the last k of the tokens themselves, and all inputs and
@@ -83,7 +83,7 @@ class DimuonParams(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How to draw tokens.
+    """Parameters of drawing tokens.
 
     `stop_tokens` None means the model's own end-of-sequence tokens; an empty list means none at all.
     `max_tokens` None means up to the model's context length. `temperature` 0 is greedy. `top_k` -1 is off.
@@ -211,7 +211,7 @@ class LoadState(_Request, frozen=True):
 
 
 ExpertForm = Literal["shared", "per_expert", "target_parameters"]
-"""How files hold the adapters of experts, see `ckpt.expert_files`."""
+"""The form in which files hold the adapters of experts, see `ckpt.expert_files`."""
 
 
 class SaveSampler(_Request, frozen=True):
@@ -240,7 +240,7 @@ class SaveSampler(_Request, frozen=True):
 
 
 class Fp8(msgspec.Struct, frozen=True):
-    """How matrices become float8, see `ckpt.fp8`."""
+    """The way in which matrices become float8, see `ckpt.fp8`."""
 
     block: tuple[int, int] | None = (128, 128)
     kept: list[str] = []

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from .compilation import compiling
 
 OnCompile = Callable[[str, float], None]
-"""Called with a program's name and the seconds its compilation took, after it."""
+"""A function that gets the name of a compiled program, and the seconds that its compilation took."""
 
 
 class Programs:

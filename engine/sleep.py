@@ -44,7 +44,7 @@ class Sleep:
 
     @property
     def under_way(self) -> bool:
-        """Whether the engine falls asleep as soon as nothing is running or queued."""
+        """True if the engine falls asleep as soon as nothing is running or queued."""
         return bool(self._wanted)
 
     def takes(self, request: messages.ToEngine) -> bool:

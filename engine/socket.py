@@ -25,7 +25,7 @@ from . import messages
 log = logging.getLogger(__name__)
 
 PARENT_CHECK_SECONDS = 1.0
-"""How often to look for the parent if the system cannot wait for a process by descriptor."""
+"""The seconds between two looks for the parent, if the system cannot wait for a process by descriptor."""
 
 
 class Socket:

@@ -76,7 +76,7 @@ class Quotas:
         return self._own.get(tenant, self._usual)
 
     def set_own(self, own: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set what differs from the settings, by tenant."""
+        """Set the quotas that differ from the settings, by tenant."""
         self._own = {tenant: replace(self._usual, **fields) for tenant, fields in own.items()}
 
     async def read(self, ledger: Ledger) -> None:
@@ -173,7 +173,7 @@ class ApiKeys:
 
 
 async def read_forever(ledger: Ledger, keys: ApiKeys, quotas: Quotas) -> None:
-    """Read regularly what `tinsmith keys` changes while the server runs."""
+    """Read keys and quotas regularly, which `tinsmith keys` may change while the server runs."""
     while True:
         await asyncio.sleep(READ_EVERY_SECONDS)
         try:

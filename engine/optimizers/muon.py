@@ -42,7 +42,7 @@ RMS = 0.2  # the root mean square of a typical update of AdamW
 
 
 class MuonState(NamedTuple):
-    """`momentum` is a tree like the weights; `squares` has the second moments for AdamW, by path."""
+    """Muon's state. `momentum`: a tree like the weights; `squares`: AdamW's second moments, by path."""
 
     count: Int[Array, ""]
     momentum: Any
@@ -50,7 +50,7 @@ class MuonState(NamedTuple):
 
 
 class MuonHyperparameters(NamedTuple):
-    """Float32 scalars.
+    """Muon's hyper-parameters, float32 scalars.
 
     `matrix_learning_rate` is Muon's; `learning_rate`, `beta1`, `beta2` and `eps` are AdamW's. `nesterov` and
     `match_rms` are 0 or 1. `rank` is an adapter's true rank; its arrays may be padded to a larger one.
@@ -144,7 +144,7 @@ def _is_factor(path: Any) -> bool:
 
 
 def _matrix(path: Any, leaf: Any) -> bool:
-    """Whether a leaf is a matrix, or one per layer: a factor of an adapter, or a linear's weight."""
+    """Return whether a leaf is a matrix, or one per layer: a factor of an adapter, or a linear's weight."""
     return _is_factor(path) or (
         _keys(path)[0] == "layers" and _keys(path)[-1] == "weight" and len(leaf.shape) > 2
     )

@@ -18,7 +18,8 @@ AdamState: TypeAlias = optax.ScaleByAdamState
 
 
 class AdamHyperparameters(NamedTuple):
-    """Float32 scalars. `grad_scale` multiplies the gradients first; `grad_clip_norm` 0 is off."""
+    """AdamW's hyper-parameters, float32. `grad_scale` multiplies the gradients first; a
+    `grad_clip_norm` of 0 is off."""
 
     learning_rate: Float[Array, ""]
     beta1: Float[Array, ""]
@@ -38,7 +39,7 @@ class StepNorms(NamedTuple):
 
 
 def transformed(transform: optax.GradientTransformation, updates: Any, weights: Any = None) -> Any:
-    """Updates after a transform that keeps no state."""
+    """Return updates after a transform that keeps no state."""
     return transform.update(updates, transform.init(weights), weights)[0]
 
 

@@ -28,7 +28,7 @@ class SignState(NamedTuple):
 
 
 class SgdHyperparameters(NamedTuple):
-    """Float32 scalars. `nesterov` is 0 or 1; `sign_step` uses neither it nor `momentum`."""
+    """Hyper-parameters, float32. `nesterov` is 0 or 1; `sign_step` uses neither it nor `momentum`."""
 
     learning_rate: Float[Array, ""]
     weight_decay: Float[Array, ""]
@@ -71,7 +71,7 @@ def step(
 def sign_step(
     weights: Any, state: SignState, gradients: Any, hyper: SgdHyperparameters
 ) -> tuple[Any, SignState, Any, StepNorms]:
-    """As `step`, by w <- w - lr · (sign(g) + decay · w).
+    """Step as `step` does, by w <- w - lr · (sign(g) + decay · w).
 
     Source: Bernstein et al. 2018 (arXiv:1802.04434), alg. 1, with decoupled decay as in xorl's `signsgd`.
     """

@@ -81,7 +81,7 @@ class SamplerPrograms:
 
     @contextlib.contextmanager
     def ready(self) -> Any:
-        """A context under the mesh, with pages."""
+        """Return a context under the mesh, in which there are pages."""
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             if self._cache is None:
                 self._cache = kv_cache.make_cache(

@@ -210,7 +210,7 @@ class SamplingQueue:
         return prompt.digests if self._states is None else [prompt.tokens[: prompt.target].tobytes()]
 
     def _waits(self, prompt: Prompt, coming: set[bytes]) -> bool:
-        """Whether more of a prompt will come from the cache when those `coming` are cached."""
+        """Return whether more of a prompt will come from the cache when those `coming` are cached."""
         if self._states is not None:
             return prompt.reusable == prompt.target and self._coming(prompt)[0] in coming
         next_page = prompt.num_cached // self.pool.page_size

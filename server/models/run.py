@@ -114,7 +114,7 @@ class KnownRuns(dict[str, Run]):
         return list(self._of_owner.get(owner, {}).values())
 
     def add(self, run: Run) -> Run:
-        """Return the one object of this model: `run`, unless there is one."""
+        """Add a model, unless it is known already; return its one object."""
         run = self.setdefault(run.id, run)
         self._of_owner[run.owner][run.id] = run
         return run

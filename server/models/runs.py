@@ -78,7 +78,7 @@ class Runs:
     # --- finding and creating
 
     async def find(self, owner: str, run_id: str) -> Run:
-        """Find a model by its id, or the newest one that its client calls so.
+        """Find a model by its id, or the newest one of that name.
 
         Raises NotFound for what does not exist or is not the owner's.
         """
@@ -117,7 +117,7 @@ class Runs:
             )
 
     async def find_live(self, owner: str, run_id: str) -> Run:
-        """Find a model that is not over, as `find` does.
+        """Find a model that has not ended, as `find` does.
 
         For a model that was deleted, or whose session has finished, raises what its dialect says of
         what is gone: Gone or NotFound.
@@ -343,7 +343,7 @@ class Runs:
 
 
 def _gone(run: Run, run_id: str) -> ApiError:
-    """Make the error with which the model's dialect answers what is over."""
+    """Return the error for a model that has ended, as its dialect reports it."""
     kind = Gone if DIALECT_RULES[run.dialect].unknown_status == Gone.status else NotFound
     return kind(
         f"model {run_id!r} was deleted, or its session has finished; create another with create_model"

@@ -53,7 +53,7 @@ D = TypeVar("D")
 
 
 class Recent(Generic[K, V]):
-    """At most `limit` entries."""
+    """A dictionary of at most `limit` entries; the least recently used one gives way."""
 
     def __init__(self, limit: int):
         self._limit = limit
@@ -136,7 +136,7 @@ def _sampler(row: Row) -> Sampler:
 
 @dataclass(eq=False)
 class Samplers:
-    """Creates, finds and forgets samplers, and has weights made again that were lost.
+    """Creates, finds and forgets samplers, and recreates lost weights.
 
     `on_removed` is called with each directory that is removed.
     """
@@ -232,7 +232,7 @@ class Samplers:
     # --- weights that are not there
 
     def _missing(self, operation: Operation, message: str) -> None:
-        """Have weights made again that were not on disk when the engine died."""
+        """Recreate weights that were not on disk when the engine died."""
         self._making.begin(self._make_again(operation, message))
 
     async def _make_again(self, operation: Operation, message: str) -> None:
@@ -340,7 +340,7 @@ def add(
 
 
 KEPT = 4
-"""So many versions of a model stay: samples of older ones have been answered by then."""
+"""The number of a model's versions that stay: samples of older ones have been answered by then."""
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ class Operations:
             self.fail([sample], _CANCELLED)
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
-        """Return what the ledger has accepted and nobody has answered, of a model or of all, oldest first."""
+        """Return the accepted operations without an answer, of a model or of all, oldest first."""
         found = self._pending.values() if model_id is None else self._pending.of_model(model_id)
         return [each for each in found if each.committed and not each.answering]
 

@@ -77,7 +77,7 @@ class Payloads:
             ) from error
 
     async def settled(self, stored: Stored, is_committed: bool) -> None:
-        """Note whether the row of a payload was committed; it is not if the operation had been before."""
+        """Note whether a payload's row was committed; it is not if the operation was accepted before."""
         if stored.file is None:
             return
         if is_committed:
@@ -108,14 +108,14 @@ class Payloads:
         return self._remembered.get(request_id)
 
     def forget(self, request_id: str) -> None:
-        """Drop a payload from memory: it is not needed any more, or is another one now."""
+        """Drop a payload from memory, because it is not needed any more or was replaced."""
         known = self._remembered.pop(request_id, None)
         self._remembered_bytes -= len(known or b"")
 
     # --- the end of payloads
 
     def seal(self, stream: str) -> None:
-        """Begin a new file, so that what the stream has had can be removed apart from what follows."""
+        """Begin a new file for the stream, so that the old one can be removed by itself."""
         self._files.seal(stream)
 
     async def forget_through(self, model_id: str, seq_id: int) -> None:

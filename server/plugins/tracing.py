@@ -67,6 +67,6 @@ class OperationSpans:
         span.end(end)
 
     async def close(self) -> None:
-        """Send what is left, for a while."""
+        """Send the remaining spans, for at most a few seconds."""
         await asyncio.to_thread(self._provider.force_flush, int(_LAST_SECONDS * 1000))
         await asyncio.to_thread(self._provider.shutdown)

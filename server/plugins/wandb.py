@@ -32,7 +32,7 @@ _LAST_SECONDS = 20.0  # for what is left when the server stops
 
 
 class WandbRuns:
-    """The runs. One thread talks to the library, and only `close` waits for it."""
+    """Writes the metrics of models to W&B. One thread talks to the library, and only `close` waits for it."""
 
     def __init__(self, directory: Path, mode: Mode, find: Callable[[str], Run | None]):
         self._directory, self._mode, self._find = directory, mode, find

@@ -68,7 +68,7 @@ def engine_environment() -> dict[str, str]:
 
 
 class Silence:
-    """Counts for how long something has been silent, as its listener has lived through it.
+    """Measures how long something has been silent, by the time in which its listener was awake.
 
     A listener that was stopped, or whose machine was suspended, has heard nothing and must not conclude that
     there was nothing to hear. So time counts only as far as the listener looks at the clock, which it should
@@ -91,7 +91,7 @@ class Silence:
 
 
 async def nothing_stored(_request_id: str) -> None:
-    """Load no payload: none is needed."""
+    """Return no payload, for an engine that needs none."""
 
 
 _COPIED_BYTES = 64 << 10  # copying a smaller message is faster than sharing it with ZeroMQ
@@ -185,7 +185,7 @@ class EngineProcess:
         return None if self._process is None else self._process.pid
 
     def under_way(self) -> list[tuple[str, str]]:
-        """Return what it computes, or computed when it died: request ids, each with its model's or ''."""
+        """Return what it computes, or did when it died: ids of requests, each with its model's or ''."""
         try:
             noted = (Path(self._directory) / "under_way").read_bytes()
         except FileNotFoundError:

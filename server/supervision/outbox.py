@@ -1,4 +1,4 @@
-"""The outbox to one engine: in order within a lane, lanes by turns, few bytes at a time.
+"""The outbox: messages that wait for the engine, in order within a lane, lanes by turns, few bytes at a time.
 
 A lane is a model, or a tenant's samples. Operations wait here by their ids alone; a payload is read when it
 is sent, and it is sent when few bytes are unanswered. So neither process holds the payloads of a long queue,
@@ -88,7 +88,7 @@ class Outbox:
         return was_waiting
 
     def answered(self, request_id: str) -> None:
-        """Make room for others: the request's answer is dealt with."""
+        """Note that a request was answered, which makes room for others."""
         lane, size = self._unanswered.pop(request_id, (None, 0))
         if lane is not None:
             self._bytes[bool(lane.model_id)] -= size

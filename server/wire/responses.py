@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from ...engine.messages import GradNormalization, SamplingEngine, TargetAlignment
 
 Numbers = list[float | None]
-"""JSON has no NaN and no infinity: null stands for them."""
+"""Numbers of a tensor. JSON has no NaN and no infinity: null stands for them."""
 Metrics = dict[str, float | None]
 TokenLogprobs = list[list[tuple[int, float]] | None]
 """The most likely tokens at each position, as pairs of a token and its log-prob; null if there are none."""
@@ -375,7 +375,7 @@ class FoundSession(TypedDict):
 
 
 class NextPage(TypedDict):
-    """Send it as `cursor` for the next page."""
+    """The `cursor` to send for the next page."""
 
     last_created_at: str
     last_session_id: str
@@ -966,7 +966,7 @@ class CheckpointStorage(TypedDict):
 
 
 class Token(TypedDict):
-    """Send it in place of the key."""
+    """A token, to be sent in place of the key."""
 
     jwt: str
 

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, delete, func, select, update
 from tinsmith.engine import messages
 from tinsmith.server.ledger import step_metrics as rows
 from tinsmith.server.ledger.schema import models, operations, payloads, step_metrics
+from tinsmith.server.operations.curves import Curve, curve, parse_cursor
 from tinsmith.server.operations.operation import Submission, natural_key
-from tinsmith.server.operations.step_metrics import Curve, curve, parse_cursor
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ...ledger import checkpoints as checkpoint_rows
 from ...ledger.ledger import Ledger
 from ...ledger.tenancy import NO_PROJECT
 from ...models.sessions import Sessions, shown_id
-from ...operations.step_metrics import curve, parse_cursor
+from ...operations.curves import curve, parse_cursor
 from ...wire import requests, responses
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, CallerOf, Limit, Offset, Owner, Provided, described_as

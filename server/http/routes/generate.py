@@ -42,7 +42,7 @@ _MOST_SCORES = 1 << 20  # of one prompt, for token_ids_logprob
 Row = list[tuple[int, float]]
 """Tokens at one position, and their log-probs."""
 Entry = list[Any]
-"""[log-prob, token, its text or null]"""
+"""A token as a list: its log-prob, its id, and its text or null."""
 
 
 @router.post("/generate", response_model=None, responses=described_as(wire.Generated, events=wire.Generation))

@@ -26,7 +26,7 @@ from ...base_models import BaseModel
 from ...errors import ApiError, BadRequest, NotFound
 from ...ledger import operations as operation_rows
 from ...ledger import plugins as plugin_rows
-from ...ledger import step_metrics as reported
+from ...ledger import step_metrics
 from ...ledger.ledger import Ledger
 from ...ledger.operations import SampleNumber
 from ...models.run import Run
@@ -36,9 +36,8 @@ from ...operations.operation import Operation
 from ...operations.operations import Operations
 from ...wire.requests import RlveConfig
 from ...wire.training import OptimStep
-from . import rollouts as step_metrics
 from .environments import Environments
-from .rollouts import Difficulty, Draw, Group, Problems, answer, datums, differ
+from .rollouts import Difficulty, Draw, Group, Problems, answer, datums, differ, flat, of_step
 
 T = TypeVar("T")
 _UNREADABLE_SECONDS = 5.0
@@ -147,7 +146,7 @@ class Driver:
             return False
         kept = [group for group in groups if self._is_wanted(group)][: self._config.rollout_batch_size]
         after = self._difficulties_after(groups)
-        metrics = step_metrics.of_step(step, groups, len(kept), after)
+        metrics = of_step(step, groups, len(kept), after)
 
         def count(connection: Connection) -> None:
             stored = {name: each.as_json() for name, each in after.items()}
@@ -158,7 +157,7 @@ class Driver:
 
             def write(db: Connection) -> None:
                 plugin_rows.set_step_metrics(db, self.run.id, step, metrics)
-                reported.report(db, self.run.id, step, step_metrics.flat(metrics))
+                step_metrics.report(db, self.run.id, step, flat(metrics))
 
             await self._write(write)
         else:
@@ -288,7 +287,7 @@ class Driver:
         )
         trained = await self._output(await self._operation("forward_backward", gradients))
         assert isinstance(trained, messages.ForwardBackwardOutput)
-        self._client.tell(self.run.id, step_metrics.flat(metrics))
+        self._client.tell(self.run.id, flat(metrics))
         step = OptimStep(model_id=self.run.id, learning_rate=self._config.learning_rate)
         message = step.message(self.run.id, self.run.configuration.get("steps"))
         reply = {"learning_rates": [message.params.learning_rate], "success": True, "info": {}}

@@ -45,7 +45,7 @@ class NotMadeError(ApiError):
 
 
 class Problem(NamedTuple):
-    """A problem, as the numbers that it is made of."""
+    """The environment, level and seed from which a problem can be made again."""
 
     environment: str
     level: int
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
 
 class Environments:
-    """The process with the library, and the questions to it."""
+    """Asks the library, in a process that is started when it is needed."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None

@@ -39,7 +39,7 @@ from .endpoints import Registered
 
 @dataclass(frozen=True)
 class Stops:
-    """Our rule for the end of a sequence.
+    """The rule by which a sequence ends.
 
     `decode` returns the text of tokens, including special ones; needed with `strings`.
     """
