@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from ..ckpt import tokenizer_files
 from ..ckpt.token_bytes import TokenBytes
 from ..model import decoder
-from ..model.config import ModelConfig
+from ..model.config import Attention, Latent, ModelConfig
 from ..model.counts import counts
 from ..model.folder import digest, read_config
+from ..model.kernels.attention import why_reference
 from ..model.kernels.product import Form
 from ..model.load import find_model, load_base
 from ..model.weight_files import WeightsError
@@ -90,6 +91,15 @@ def product_form(dtype: Any, mesh: Mesh) -> Form:
     """Return the form of a decoder's products that suits the devices."""
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     return Form.WIDE_SUMS if is_cpu and dtype == jnp.bfloat16 and processor.has_amx() else Form.PLAIN
+
+
+def _log_missing_kernels(name: str, config: ModelConfig, dtype: Any, mesh: Mesh) -> None:
+    """Warn if attention runs the reference instead of the devices' kernel, and say why."""
+    mixers = {layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention | Latent)}
+    with jax.set_mesh(mesh):
+        reasons = {why_reference(mixer.width // mixer.heads, dtype) for mixer in mixers}
+    for reason in sorted(filter(None, reasons)):
+        log.warning("%s: attention in plain XLA, which is right but slower: %s", name, reason)
 
 
 def load(
@@ -167,6 +177,7 @@ def load(
         limit,
         time.perf_counter() - began,
     )
+    _log_missing_kernels(declared.name, config, dtype, mesh)
     return BaseModel(
         declared.name,
         folder,

@@ -1,13 +1,15 @@
 """Attention against a loop over queries in numpy, the mask being `start <= key <= query`."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from tinsmith.model.decoder import REMAT_POLICIES
-from tinsmith.model.kernels.attention import Kernel, attention, reference, tpu
+from tinsmith.model.kernels.attention import KERNELS, attention, reference, tpu, why_reference
 
 BACKENDS = ["cpu", "reference"]
 
@@ -139,15 +141,15 @@ def test_the_backward_of_rematerialised_layers_does_not_repeat_the_forward(backe
     assert ours < exponentials(jax.checkpoint_policies.nothing_saveable)
 
 
-SPLASH = Kernel(
-    partial(tpu.forward, interpret=True), partial(tpu.backward, interpret=True), 128, masks_windows=True
+SPLASH = KERNELS["tpu"]._replace(
+    forward=partial(tpu.forward, interpret=True), backward=partial(tpu.backward, interpret=True)
 )
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_the_kernel_of_tpus_equals_a_dense_softmax_when_it_is_interpreted(window):
-    """Also at a length that has to be padded, and with sinks."""
-    q, k, v = map(jnp.asarray, arrays(2, 200, 4, 2, 64))
+@pytest.mark.parametrize(("window", "head_dim"), [(None, 64), (40, 48)])
+def test_the_kernel_of_tpus_equals_a_dense_softmax_when_it_is_interpreted(window, head_dim):
+    """Also at a length and a head size that have to be padded, and with sinks."""
+    q, k, v = map(jnp.asarray, arrays(2, 200, 4, 2, head_dim))
     sinks = jnp.asarray([-1.0, 0.0, 2.0, 5.0])
     start = jnp.asarray(packed(2, 200, 30, 140))
     first = start if window is None else jnp.maximum(start, jnp.arange(200) - window + 1)
@@ -166,3 +168,27 @@ def test_the_kernel_of_tpus_equals_a_dense_softmax_when_it_is_interpreted(window
 
     for a, b in zip(*both(q, k, v, sinks), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "dtype", "reason"),
+    [
+        ("cpu", 300, jnp.float32, None),
+        ("TPU v5p", 192, jnp.bfloat16, None),
+        ("TPU v5p", 512, jnp.bfloat16, "at most 256, and these have 512"),
+        ("NVIDIA A100-SXM4-80GB", 128, jnp.bfloat16, "Hopper generation"),
+        ("NVIDIA H200", 128, jnp.float32, "16-bit floats, and these are float32"),
+        pytest.param(
+            "NVIDIA H200",
+            128,
+            jnp.bfloat16,
+            "tinsmith[flash]",
+            marks=pytest.mark.skipif(find_spec("tokamax") is not None, reason="tokamax is installed"),
+        ),
+    ],
+)
+def test_it_says_why_a_kernel_cannot_be_used(kind, head_dim, dtype, reason):
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        found = why_reference(head_dim, dtype)
+    assert found is None if reason is None else reason in found

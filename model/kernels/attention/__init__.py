@@ -52,23 +52,38 @@ class Kernel(NamedTuple):
     partition it."""
     masks_windows: bool = False
     head_dims: tuple[int, ...] | None = None
-    """The head sizes for which it is used; None: all. Others run the reference."""
+    """The head sizes that it takes, in increasing order; None: all. Smaller heads are padded with zeros."""
+
+    why_not: Callable[[Any], str | None] = lambda dtype: None
+    """Returns why it cannot be used for inputs of a dtype on the current mesh, or None."""
 
 
 KERNELS: dict[Backend, Kernel] = {
     "reference": Kernel(reference.forward, reference.backward),
     "cpu": Kernel(cpu.forward, cpu.backward, per_device=False),
-    "gpu": Kernel(gpu.forward, gpu.backward, length_multiple=128, head_dims=(64, 128, 256)),
+    "gpu": Kernel(
+        gpu.forward, gpu.backward, length_multiple=128, head_dims=(64, 128, 256), why_not=gpu.why_not
+    ),
     "tpu": Kernel(
         tpu.forward, tpu.backward, length_multiple=128, masks_windows=True, head_dims=(64, 128, 256)
     ),
 }
 
 
-def _kernel(backend: Backend | None, head_dim: int) -> Kernel:
+def why_reference(head_dim: int, dtype: Any, backend: Backend | None = None) -> str | None:
+    """Return why the reference is used instead of the kernel of `backend`, or None if that kernel is used.
+
+    The backend is by default that of the current mesh."""
     kernel = KERNELS[backend or current_backend()]
-    is_for_it = kernel.head_dims is None or head_dim in kernel.head_dims
-    return kernel if is_for_it else KERNELS["reference"]
+    if kernel.head_dims is not None and head_dim > kernel.head_dims[-1]:
+        return f"its kernel takes heads of at most {kernel.head_dims[-1]}, and these have {head_dim}"
+    return kernel.why_not(dtype)
+
+
+def _kernel(backend: Backend | None, q_BTNH: Array) -> Kernel:
+    if why_reference(q_BTNH.shape[-1], q_BTNH.dtype, backend) is not None:
+        return KERNELS["reference"]
+    return KERNELS[backend or current_backend()]
 
 
 def attention(
@@ -91,9 +106,9 @@ def attention(
     Differentiable in q, k, v and `sinks_N`. A query that sees no key gives finite values and gradients on the
     CPU and with the reference; the flash kernels of accelerators expect every query to see itself.
     """
-    kernel = kernel or _kernel(backend, q_BTNH.shape[-1])
+    kernel = kernel or _kernel(backend, q_BTNH)
     call, *arguments = _prepared(kernel, q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
-    return _attend(call, *arguments, sinks_N)[:, : start_BT.shape[1]]
+    return _unpadded(_attend(call, *arguments, sinks_N), q_BTNH)
 
 
 def attention_to_merge(
@@ -109,20 +124,23 @@ def attention_to_merge(
     """Return `attention` and the log-sum-exp of each query's scores, to merge it with that to other keys.
 
     Not differentiable."""
-    kernel, T = _kernel(backend, q_BTNH.shape[-1]), start_BT.shape[1]
-    call, *arguments = _prepared(kernel, q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
+    call, *arguments = _prepared(_kernel(backend, q_BTNH), q_BTNH, k_BTKH, v_BTKH, start_BT, scale, window)
     out_BTNH, lse_BNT = call.forward(*arguments)
-    return out_BTNH[:, :T], lse_BNT[..., :T].swapaxes(1, 2)
+    return _unpadded(out_BTNH, q_BTNH), lse_BNT[..., : start_BT.shape[1]].swapaxes(1, 2)
 
 
 def _prepared(
     kernel: Kernel, q: Array, k: Array, v: Array, start_BT: Array, scale: float, window: int | None
 ) -> tuple[_Call, Array, Array, Array, Array]:
     """Return the call, and q, k, v and `start` as the kernel takes them: padded to its multiple, where padded
-    queries see themselves, and with the window in `start` unless the kernel masks it."""
-    T = start_BT.shape[1]
-    if padding := -T % kernel.length_multiple:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+    queries see themselves, and to one of its head sizes, and with the window in `start` unless the kernel
+    masks it."""
+    T, H = start_BT.shape[1], q.shape[-1]
+    padding = -T % kernel.length_multiple
+    wider = next(size for size in kernel.head_dims if size >= H) - H if kernel.head_dims else 0
+    if padding or wider:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, wider))) for x in (q, k, v))
+    if padding:
         own_BP = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BT.dtype), (len(start_BT), padding))
         start_BT = jnp.concatenate([start_BT, own_BP], axis=1)
     if window is not None and not kernel.masks_windows:
@@ -131,6 +149,10 @@ def _prepared(
     if kernel.per_device:
         k, v = _divisible_heads(k, q), _divisible_heads(v, q)
     return _Call(kernel, scale, window), q, k, v, start_BT
+
+
+def _unpadded(out: Array, q_BTNH: Array) -> Array:
+    return out[:, : q_BTNH.shape[1], :, : q_BTNH.shape[-1]]
 
 
 class _Call(NamedTuple):

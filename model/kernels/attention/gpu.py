@@ -2,8 +2,8 @@
 
 On Hopper (H100, H200, GH200), with 16-bit floats, it is tokamax's Mosaic kernel, whose mask is exactly ours:
 the first visible key of each query, and the diagonal. Key blocks before the smallest start of a block of
-queries are skipped in the forward. Everything else runs the reference: other GPUs, float32, and JAX before
-0.11.1, for which there is no tokamax.
+queries are skipped in the forward. Everything else (`why_not`) runs the reference: other GPUs, float32, and
+JAX before 0.11.1, for which there is no tokamax.
 
 The kernels are called below tokamax's public operation, which asks the default device what it is: a program
 that is compiled for a GPU elsewhere would be refused.
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..backends import device_kind
-from . import reference
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _SHARED_MEMORY = 227 * 1024
@@ -45,10 +44,18 @@ def _mosaic() -> _Mosaic | None:
     )
 
 
-def has_flash_kernel(dtype: Any) -> bool:
-    """Return whether programs for the current mesh use the Mosaic kernel with inputs of this dtype."""
+def why_not(dtype: Any) -> str | None:
+    """Return why programs for the current mesh do not use the Mosaic kernel with inputs of this dtype.
+
+    None: they do."""
     kind = device_kind() or ""
-    return kind_is_hopper(kind) and jnp.dtype(dtype).itemsize == 2 and _mosaic() is not None
+    if not kind_is_hopper(kind):
+        return f"the flash kernel is for the Hopper generation ({', '.join(_HOPPER)}), and this is {kind}"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"the flash kernel takes 16-bit floats, and these are {jnp.dtype(dtype).name}"
+    if _mosaic() is None:
+        return "tokamax is not installed: install the extra tinsmith[flash], with Python 3.12 or newer"
+    return None
 
 
 def kind_is_hopper(kind: str) -> bool:
@@ -63,10 +70,9 @@ def forward(
     start_BT: Int[Array, "B T"],
     scale: float,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Return the output and the log-sum-exp of each query's scores. T is a multiple of `MULTIPLE`."""
+    """Return the output and the log-sum-exp of each query's scores. T is a multiple of 128."""
     mosaic = _mosaic()
-    if mosaic is None or not has_flash_kernel(q_BTNH.dtype):
-        return reference.forward(q_BTNH, k_BTKH, v_BTKH, start_BT, scale)
+    assert mosaic is not None
     wide = q_BTNH.shape[-1] > 128
     config = mosaic.forward_config(block_q=64, block_kv=64 if wide else 128, num_stages=2)
 
@@ -104,10 +110,9 @@ def backward(
     lse_BNT: Float[Array, "B N T"],
     d_out_BTNH: Float[Array, "B T N H"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Return the gradients of q, k and v. T is a multiple of `MULTIPLE`."""
+    """Return the gradients of q, k and v. T is a multiple of 128."""
     mosaic = _mosaic()
-    if mosaic is None or not has_flash_kernel(q_BTNH.dtype):
-        return reference.backward(q_BTNH, k_BTKH, v_BTKH, start_BT, scale, out_BTNH, lse_BNT, d_out_BTNH)
+    assert mosaic is not None
     config = mosaic.backward_config(
         block_q_dkv=64,
         block_kv_dkv=64,
