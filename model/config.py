@@ -272,7 +272,7 @@ class DeltaNet:
             Site("in_proj_z", D, V, "attn", ("embed", "heads"), merged="in_proj_qkvz"),
             Site("in_proj_b", D, self.value_heads, None, ("embed", "heads")),
             Site("in_proj_a", D, self.value_heads, None, ("embed", "heads")),
-            Site("out_proj", V, D, "attn", ("heads", "embed")),
+            Site("out_proj", V, D, "attn", ("summed_heads", "hidden")),
         )
 
     @property
@@ -474,7 +474,7 @@ class Experts:
             *(of_all if S else ()),
             Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
             Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
-            Site("expert_down", F, D, "mlp", ("ff", "embed"), bias, E, "b"),
+            Site("expert_down", F, D, "mlp", ("summed_ff", "hidden"), bias, E, "b"),
         )
 
     @property

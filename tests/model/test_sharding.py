@@ -9,6 +9,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from tinsmith.model import sharding
+from tinsmith.model.folder import read_config
+from tiny_models import write_model
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,17 @@ def test_axes_that_do_not_divide_a_dimension_stay_whole():
     spec = sharding.partition_spec((320, 33), ("vocab", "embed"), mesh)
     assert spec == PartitionSpec(("tensor",), None)
     assert sharding.partition_spec((6, 10), ("rows", "tokens"), mesh) == PartitionSpec(("data",), None)
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi3", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_5_moe"])
+def test_fsdp_cuts_stacks_of_matrices_along_their_first_axis(tmp_path, variant):
+    """Along another one, XLA would lay a stack of layers out anew to gather it."""
+    config = read_config(write_model(tmp_path, variant))
+    mesh = AbstractMesh((1, 2, 1), sharding.MESH_AXES)
+    for site in (site for layer in config.layers for site in layer.sites):
+        first, *others = sharding.partition_spec((site.into, site.out), site.axes, mesh)
+        assert first is not None, site.name
+        assert others == [None], site.name
 
 
 def test_every_mesh_axis_of_the_rules_is_known():
