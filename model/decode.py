@@ -3,7 +3,7 @@
 It runs the same blocks as the trainer (`decoder.Block`), with a `mix` that reads the cache, so that sampler
 and trainer compute the same log-probs. Shapes depend only on the buckets of sequences and
 context pages; everything else is traced. How the layers are run for one token depends on the backend of
-the cache: `decode_unrolled` is for CPUs, `decode_scanned` for accelerators.
+the cache: `cpu.decode` is for CPUs, `decode_scanned` for accelerators.
 
 Axis letters: S sequences, D hidden, V vocabulary, M tokens decoded by one call.
 """
@@ -19,14 +19,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import penalties, token_sampling
+from .cpu.decode import Unrolled
+from .cpu.weights import BaseByLayer
 from .decode_rows import DecodeRows
 from .decode_scanned import Scanned
-from .decode_unrolled import Unrolled
 from .decoder import Base, Decoder, logits
 from .kv_cache import Cache
 from .lora import LoraStack
 from .token_sampling import Drawing
-from .weights_by_layer import BaseByLayer
 
 
 class Decoded(NamedTuple):
@@ -80,7 +80,7 @@ def decode(
     """Draw up to M tokens for every row, or fewer if all rows end earlier.
 
     A row ends when its budget is spent or one of its `stop_tokens` is drawn (-1 is no token). The backend is
-    that of `cache`. `base` and `lora` may come from `weights_by_layer`. `drawing` is what is known of all
+    that of `cache`. `base` and `lora` may come from `cpu.weights`. `drawing` is what is known of all
     rows when the program is compiled.
     """
     steps: Steps

@@ -31,7 +31,8 @@ from . import delta_net
 from .config import Attention, DeltaNet, Experts, Latent, Layer, ModelConfig, Norm, Site, Stack, Vector
 from .experts import EXPERT_SITES, Biases, Weights, mixture
 from .kernels.attention import SAVED, attention
-from .kernels.product import Form, by_output, product
+from .kernels.product import Form, by_output, linear, matrix
+from .kernels.two_byte_floats import restored
 from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
 from .sharding import LogicalAxes, constrain
@@ -84,9 +85,7 @@ rounded.defvjp(lambda x, dtype: (rounded(x, dtype), None), lambda dtype, kept, g
 
 
 class Linear(nnx.Module):
-    """x W + b in x's dtype, with W [in, out].
-
-    In the form BY_OUTPUT, W is [out, in] and the result float32."""
+    """x W + b, with W stored and the product computed as `form` says (`kernels.product`)."""
 
     def __init__(self, site: Site, dtype: Any, rngs: nnx.Rngs, form: Form):
         init = nnx.initializers.lecun_normal(batch_axis=() if site.experts is None else (0,))
@@ -97,23 +96,19 @@ class Linear(nnx.Module):
         self.form = form
 
     @property
-    def is_by_output(self) -> bool:
-        return self.form is Form.BY_OUTPUT
+    def matrix(self) -> Float[Array, "I O"]:
+        """W as [in, out], however it is stored."""
+        return matrix(self.weight[...], self.form)
 
     def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        weight = self.weight[...]
-        if self.form is Form.PLAIN:
-            y_BTO = x_BTI @ weight
-        else:
-            y_BTO = by_output(x_BTI, weight) if self.is_by_output else product(x_BTI, weight, self.form)
+        y_BTO = linear(x_BTI, self.weight[...], self.form)
         return y_BTO if self.bias is None else by_vector(jnp.add, y_BTO, self.bias[...])
 
 
 class Embedding(nnx.Module):
     """A table of token vectors, [V, D].
 
-    Two-byte floats may be stored as integers with the same bits; `bits_of` is then their dtype. Otherwise the
-    CPU backend would convert the whole table to float32 to read a few bfloat16 rows."""
+    Its values may be stored as integers (`kernels.two_byte_floats`); `bits_of` is then their dtype."""
 
     def __init__(
         self, vocab_size: int, hidden_size: int, dtype: Any, rngs: nnx.Rngs, bits_of: Any, scale: float
@@ -129,7 +124,7 @@ class Embedding(nnx.Module):
         tokens_BT = constrain(tokens_BT, ("sequences", "tokens"))
         rows_BTD = constrain(self.weight[...][tokens_BT], ("sequences", "tokens", "embed"))
         if self.bits_of is not None:
-            rows_BTD = jax.lax.bitcast_convert_type(rows_BTD, self.bits_of)
+            rows_BTD = restored(rows_BTD, self.bits_of)
         return self.scaled(rows_BTD)
 
     def scaled(self, rows_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -322,8 +317,7 @@ class Block(nnx.Module):
             H = max(mixer.key_dim, mixer.value_dim)
             q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, H - x.shape[-1]),)) for x in (q, k, v))
             return mix(q, k, v)[..., : mixer.value_dim]
-        expand = self.kv_b_proj.weight[...]
-        expand_RNH = (expand.T if self.kv_b_proj.is_by_output else expand).reshape(R, N, -1)
+        expand_RNH = self.kv_b_proj.matrix.reshape(R, N, -1)
         Wk, Wv = jnp.split(expand_RNH.astype(y_BTD.dtype), (mixer.plain_dim,), axis=-1)
         q = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", q_plain, Wk), q_rope], axis=-1)
         k = jnp.concatenate([c_BTR[:, :, None], k_rope], axis=-1)
@@ -343,10 +337,11 @@ class Block(nnx.Module):
 
     def _expert_weights(self) -> Weights:
         router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
-        router_DE = router.weight[...].T if router.is_by_output else router.weight[...]
         gate, up, down = (site.weight[...] for site in experts)
         biases = Biases(*(site.bias[...] for site in experts)) if self.layer.mlp.biased else None
-        return Weights(router_DE, gate, up, down, None if router.bias is None else router.bias[...], biases)
+        return Weights(
+            router.matrix, gate, up, down, None if router.bias is None else router.bias[...], biases
+        )
 
 
 def _unchanged(x: Array) -> Array:

@@ -31,6 +31,7 @@ from .kernels import paged_attention
 from .kernels.backends import Backend
 from .kernels.paged_attention import cpu
 from .kernels.paged_attention.pages import LAYOUTS, Pages
+from .kernels.two_byte_floats import stored_dtype
 from .sharding import LogicalAxes, constrain, partition_spec, replicated
 
 _EXPERTS: LogicalAxes = ("pages", "positions", "layers", "hidden")
@@ -133,7 +134,7 @@ def make_cache(
                 empty((*before, *kind.matrix), _MATRIX, jnp.float32),
                 empty((*before, *kind.tail), _TAIL, jnp.float32),
             )
-        stored = cpu.stored_dtype(dtype) if backend == "cpu" else dtype
+        stored = stored_dtype(dtype) if backend == "cpu" else dtype
         shapes = page_shapes(config, kind, num_pages, page_size, backend)
         keys, values = map(partial(empty, dtype=stored), shapes, LAYOUTS[backend])
         return Pages(keys, values, backend)

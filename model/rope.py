@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .config import Rope, RopeScaling
+from .kernels.rotation import rotated
 
 
 class Rotation(NamedTuple):
@@ -88,14 +89,4 @@ def rotate(
         return jnp.concatenate([rotate(x_BTNH[..., :turned], at, interleaved), rest], axis=-1)
     if interleaved:
         x_BTNH = jnp.concatenate([x_BTNH[..., 0::2], x_BTNH[..., 1::2]], axis=-1)
-    x32 = x_BTNH.astype(jnp.float32)
-    if x_BTNH.shape[1] > 1:
-        a, b = jnp.split(x32, 2, axis=-1)
-        turned = jnp.concatenate([a * at.cos_BTH - b * at.sin_BTH, b * at.cos_BTH + a * at.sin_BTH], axis=-1)
-        return turned.astype(x_BTNH.dtype)
-    # The same result for one token per row. The CPU backend concatenates element by element, but reverses the
-    # halves with vector instructions. For many tokens this form is slower.
-    halves = x32.reshape(*x32.shape[:-1], 2, -1)
-    signs = jnp.array([[-1.0], [1.0]])
-    turned = halves * at.cos_BTH[..., None, :] + halves[..., ::-1, :] * (signs * at.sin_BTH[..., None, :])
-    return turned.reshape(x32.shape).astype(x_BTNH.dtype)
+    return rotated(x_BTNH.astype(jnp.float32), at.cos_BTH, at.sin_BTH).astype(x_BTNH.dtype)

@@ -26,9 +26,9 @@ from ...ckpt.token_bytes import TokenBytes
 from ...ckpt.tokenizer_files import TokenizerError
 from ...model import kv_cache
 from ...model.config import ModelConfig
+from ...model.cpu.weights import base_by_layer
 from ...model.kernels.backends import Backend, current_backend
 from ...model.sharding import replicated
-from ...model.weights_by_layer import base_by_layer
 from .. import messages, processor
 from ..budget import Budget
 from ..errors import UserError, is_out_of_memory

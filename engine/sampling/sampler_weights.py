@@ -13,7 +13,7 @@ import numpy as np
 
 from ...model import lora
 from ...model.config import ModelConfig
-from ...model.weights_by_layer import adapters_by_layer
+from ...model.cpu.weights import adapters_by_layer
 from ..budget import Budget
 
 PyTree = Any
@@ -26,7 +26,7 @@ _numbers = itertools.count()
 class Weights:
     """What a request samples from: base weights, shared or its own, and an adapter on them.
 
-    `base_by_layer` is for decoding (`model.weights_by_layer`).
+    `base_by_layer` is for decoding (on a CPU `model.cpu.weights`).
     """
 
     base: PyTree

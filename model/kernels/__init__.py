@@ -6,4 +6,6 @@ in that backend's file of a kernel. Callers see only the interface, the folder's
 `attention/`: causal attention over packed rows, with its gradient.
 `paged_attention/`: attention of new tokens to the paged cache of keys and values.
 `product/`: products with a decoder's matrices and adapters.
+`grouped_product/`: products of sorted rows with one matrix per group, for mixtures of experts.
+`rotation/`: rotary position embedding.
 """

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..attention.cpu import MASKED
+from ..two_byte_floats import restored, stored
 from .pages import Pages
-
-
-def stored_dtype(dtype: Any) -> Any:
-    """Return the dtype in which the pages hold values of `dtype` (`Pages`)."""
-    return jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
 
 def read_layer(
@@ -31,8 +26,7 @@ def read_layer(
     K, Z, V = pages.v.shape[2:]
     H = pages.k.shape[3]
     k_SPKHZ, v_SPKZH = pages.k[layer, table_SP], pages.v[layer, table_SP]
-    if k_SPKHZ.dtype != dtype:
-        k_SPKHZ, v_SPKZH = (jax.lax.bitcast_convert_type(x, dtype) for x in (k_SPKHZ, v_SPKZH))
+    k_SPKHZ, v_SPKZH = (restored(x, dtype) for x in (k_SPKHZ, v_SPKZH))
     return (
         k_SPKHZ.transpose(0, 2, 3, 1, 4).reshape(S, K, H, P * Z),
         v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, V),
@@ -47,10 +41,8 @@ def write(
     offset_W: Int[Array, " W"],
 ) -> tuple[Array, Array]:
     """Return the arrays of `pages` with the keys and values of W tokens, in all layers, at (page, offset)."""
-    k, v = (
-        jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x for x in (k_WLKH, v_WLKV)
-    )
-    return pages.k.at[:, page_W, :, :, offset_W].set(k), pages.v.at[:, page_W, :, offset_W].set(v)
+    k = pages.k.at[:, page_W, :, :, offset_W].set(stored(k_WLKH))
+    return k, pages.v.at[:, page_W, :, offset_W].set(stored(v_WLKV))
 
 
 def attend_parts(

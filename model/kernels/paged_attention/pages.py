@@ -31,8 +31,7 @@ LAYOUTS: dict[Backend, tuple[LogicalAxes, LogicalAxes]] = {
 class Pages:
     """The keys and values of all sequences, in the layout of `backend` (LAYOUTS).
 
-    On a CPU, two-byte floats are stored as integers with the same bits: the CPU backend would convert the
-    whole array to float32 and back to write a few bfloat16 values."""
+    On a CPU, two-byte floats are stored as integers (`kernels.two_byte_floats`)."""
 
     k: Any  # an array, or what JAX puts in its place in a tree
     v: Any

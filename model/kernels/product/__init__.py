@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..backends import current_backend
+from . import cpu
 from .cpu import by_output
 
-__all__ = ["Form", "by_output", "product"]
+__all__ = ["Form", "by_output", "linear", "matrix", "product"]
 
 
 class Form(Enum):
@@ -24,6 +26,18 @@ class Form(Enum):
     XLA's kernels for such products are several times as fast as those for plain ones."""
     BY_OUTPUT = "by output"
     """x W^T with W stored as [out, in] and float32 sums, for a few rows on a CPU (`cpu.by_output`)."""
+
+
+def linear(x_BTI: Float[Array, "B T I"], w: Float[Array, "*matrix"], form: Form) -> Float[Array, "B T O"]:
+    """Return x W for a matrix stored as `form` requires: in x's dtype, or float32 with BY_OUTPUT."""
+    if form is Form.PLAIN:
+        return x_BTI @ w
+    return by_output(x_BTI, w) if form is Form.BY_OUTPUT else product(x_BTI, w, form)
+
+
+def matrix(w: Float[Array, "*matrix"], form: Form) -> Float[Array, "I O"]:
+    """Return W as [in, out], from a matrix stored as `form` requires."""
+    return w.T if form is Form.BY_OUTPUT else w
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -51,14 +65,10 @@ def _backward(form: Form, saved: tuple[Array, Array], dy_BTO: Array) -> tuple[Ar
     x_BTI, w = saved
     dx_BTI = _times(dy_BTO, w.swapaxes(-1, -2), form)
     rows = "b" if w.ndim == 3 else ""
-    # The CPU backend transposes the left operand of a sum over tokens in memory, so the narrow one goes left.
-    # Autodiff would transpose the wide one, and recompute its producer in that order.
-    if x_BTI.shape[-1] <= dy_BTO.shape[-1]:
-        dw = jnp.einsum(f"bti,bto->{rows}io", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
+    if current_backend() == "cpu":
+        dw = cpu.weight_gradient(x_BTI, dy_BTO, rows)
     else:
-        dw = jnp.einsum(f"bto,bti->{rows}oi", dy_BTO, x_BTI, preferred_element_type=jnp.float32)
-        # Kept separate from the product: the CPU has no bfloat16 kernel for the product that includes it.
-        dw = jax.lax.optimization_barrier(dw).swapaxes(-1, -2)
+        dw = jnp.einsum(f"bti,bto->{rows}io", x_BTI, dy_BTO, preferred_element_type=jnp.float32)
     return dx_BTI, dw.astype(w.dtype)
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .config import ModelConfig
-from .decoder import Base, Block, Decoder, build, unembed
-from .kernels.product import Form
-from .lora import LoraStack
+from ..config import ModelConfig
+from ..decoder import Base, Block, Decoder, build, unembed
+from ..kernels.product import Form
+from ..kernels.two_byte_floats import stored_view
+from ..lora import LoraStack
 
 PyTree = Any
 
@@ -24,7 +25,8 @@ PyTree = Any
 class BaseByLayer:
     """A base with "layers" as one tree per layer.
 
-    `rest` holds its other parts; an embedding of two-byte floats is stored as integers (`decoder.Embedding`).
+    `rest` holds its other parts; an embedding of two-byte floats is stored as integers
+    (`kernels.two_byte_floats`).
     If the embedding is also the head, `tied_VD` holds it unchanged. With `by_output`, the matrices of the
     linears and the head are [out, in], which the CPU's kernels read without a conversion, also as two-byte
     floats."""
@@ -54,7 +56,7 @@ def base_by_layer(base: Base, config: ModelConfig, by_output: bool = False) -> B
         return base
     rest = {name: part for name, part in base.items() if name != "layers"}
     table_VD = base["embed_tokens"]["weight"]
-    rest["embed_tokens"] = {"weight": _bits(table_VD)}
+    rest["embed_tokens"] = {"weight": stored_view(table_VD)}
     tied_VD = None if "lm_head" in rest else table_VD
     if by_output and "lm_head" in rest:
         rest["lm_head"] = {"weight": rest["lm_head"]["weight"].T}
@@ -63,13 +65,6 @@ def base_by_layer(base: Base, config: ModelConfig, by_output: bool = False) -> B
     form = Form.BY_OUTPUT if by_output else Form.PLAIN
     graph, _ = build(config, dtype, form, dtype if dtype.itemsize == 2 else None)
     return BaseByLayer(rest, tied_VD, layers, graph, config, by_output)
-
-
-def _bits(table_VD: Float[Array, "V D"]) -> Array:
-    """Return a view of two-byte floats as integers; other dtypes are returned unchanged."""
-    if table_VD.dtype.itemsize != 2:
-        return table_VD
-    return jax.device_put(np.asarray(table_VD).view(np.uint16), table_VD.device, may_alias=True)
 
 
 def adapters_by_layer(stack: LoraStack, config: ModelConfig) -> LoraStack:

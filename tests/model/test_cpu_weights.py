@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tinsmith.model import decoder, weights_by_layer
+from tinsmith.model import decoder
+from tinsmith.model.cpu import weights
 from tinsmith.model.folder import read_config
 from tinsmith.model.kernels.product import by_output as product_by_output
 from tiny_models import write_model
@@ -28,12 +29,12 @@ def test_opened_layers_compute_what_the_stack_does(tmp_path, by_output, tied):
     config = read_config(tmp_path)
     graph, _ = decoder.build(config, jnp.float32)
     base = decoder.random_base(config, jnp.float32)
-    by_layer = weights_by_layer.base_by_layer(base, config, by_output)
+    by_layer = weights.base_by_layer(base, config, by_output)
     x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, config.hidden_size)), jnp.float32)
 
     @jax.jit
     def run(base):
-        opened = weights_by_layer.open_layers(graph, base)
+        opened = weights.open_layers(graph, base)
         at = opened.model.rotations(jnp.arange(3)[None].repeat(2, axis=0))
         x = x_BTD
         for block in opened.blocks:

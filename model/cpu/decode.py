@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from . import kv_cache
-from .config import DeltaNet, KeysValues, States
-from .decode_rows import DecodeRows
-from .decoder import Base
-from .delta_net import Tokens, mix_one, where_alive
-from .kernels.paged_attention.cpu import attend_parts, read_layer
-from .kv_cache import Cache
-from .lora import LayerLora, LoraStack
-from .weights_by_layer import BaseByLayer, open_layers, open_stack
+from .. import kv_cache
+from ..config import DeltaNet, KeysValues, States
+from ..decode_rows import DecodeRows
+from ..decoder import Base
+from ..delta_net import Tokens, mix_one, where_alive
+from ..kernels.paged_attention.cpu import attend_parts, read_layer
+from ..kv_cache import Cache
+from ..lora import LayerLora, LoraStack
+from .weights import BaseByLayer, open_layers, open_stack
 
 
 class Unrolled:
@@ -63,8 +63,7 @@ class Unrolled:
         return self._rows.u.shape[0]
 
     def first_state(self) -> Any:
-        # In float32: to write one bfloat16 into an array, the CPU backend converts the whole array to float32
-        # and back.
+        # In float32: writing one bfloat16 would convert the whole array (`kernels.two_byte_floats`).
         S, M = self._rows.last_token.shape[0], self._tokens
         kinds = (layer.mixer.cached for layer in self.model.config.layers)
         recent = tuple(
