@@ -303,12 +303,7 @@ def _checked(planned: Plan, revision: str | None) -> Plan:
     config_file = Path(_from_hub(planned.hub_id, revision, "config.json"))
     config = _of_model(planned.name, folders.stated_config, config_file.parent)
     commit = config_file.parent.name
-    return replace(
-        planned,
-        commit=commit,
-        weight_files=_weight_files(planned.hub_id, commit),
-        config=config,
-    )
+    return replace(planned, commit=commit, weight_files=_weight_files(planned.hub_id, commit), config=config)
 
 
 def _of_model(name: str, function: Callable[..., T], *arguments: Any) -> T:

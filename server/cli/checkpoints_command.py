@@ -12,13 +12,9 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from ..checkpoints.archive import CONFIG_FILE, TENSORS_FILE
+from .command_line import fail
 
 OPTION = typer.Option(help="The server [default: TINKER_BASE_URL, or http://127.0.0.1:8000].")
-
-
-def fail(message: str) -> typer.Exit:
-    typer.echo(f"tinsmith: {message}", err=True)
-    return typer.Exit(2)
 
 
 class RemoteServer:
@@ -46,14 +42,14 @@ class RemoteServer:
             while answer.status_code == 408 and path == "retrieve_future":
                 answer = self._http.request(method, path, **request)
         except httpx.HTTPError as error:
-            raise fail(f"{self.url} cannot be reached: {error}") from None
+            fail(f"{self.url} cannot be reached: {error}")
         try:
             body = answer.json()
         except ValueError:
             body = {"error": answer.text[:500]}
         if answer.status_code not in accepted or "error" in body:
             reason = body.get("error") if isinstance(body, dict) else body
-            raise fail(f"{failed} ({answer.status_code}): {reason}")
+            fail(f"{failed} ({answer.status_code}): {reason}")
         return body
 
     def run(self, path: str, failed: str, /, **body: Any) -> dict[str, Any]:
@@ -71,7 +67,7 @@ class RemoteServer:
                 for chunk in answer.iter_bytes():
                     written.write(chunk)
         except httpx.HTTPError as error:
-            raise fail(f"{file.name} was not downloaded: {error}") from None
+            fail(f"{file.name} was not downloaded: {error}")
 
 
 checkpoints = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of a server.")
@@ -102,12 +98,7 @@ def import_adapter(
         headers = {"Content-Type": "application/x-tar", "Content-Length": str(tar.seek(0, os.SEEK_END))}
         tar.seek(0)
         imported = RemoteServer(url).ask(
-            "POST",
-            "import_weights",
-            f"{source} was not imported",
-            params=query,
-            headers=headers,
-            content=tar,
+            "POST", "import_weights", f"{source} was not imported", params=query, headers=headers, content=tar
         )
     typer.echo(imported["path"])
     typer.echo(imported["sampler_path"])
@@ -171,7 +162,7 @@ def export(
 def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) -> None:
     """Write the files that `save_weights_external` makes of a training state. `form` are its fields."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise fail(f"{folder} is not empty")
+        fail(f"{folder} is not empty")
     server, failed = RemoteServer(url), f"{path} was not {done}"
     session = server.ask("POST", "create_session", failed, json={"tags": [done]})["session_id"]
     try:
@@ -198,7 +189,7 @@ def _tar(source: Path) -> BinaryIO:
         return source.open("rb")
     missing = [name for name in (CONFIG_FILE, TENSORS_FILE) if not (source / name).is_file()]
     if missing:
-        raise fail(f"{source} has no {' and no '.join(missing)}; give a folder that save_pretrained wrote")
+        fail(f"{source} has no {' and no '.join(missing)}; give a folder that save_pretrained wrote")
     file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name in (CONFIG_FILE, TENSORS_FILE):

@@ -63,8 +63,7 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
 
 
 def top(
-    url: Url = None,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates.")] = 2.0,
+    url: Url = None, every: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates.")] = 2.0
 ) -> None:
     server = RemoteServer(url)
     console = _console()
@@ -433,11 +432,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
     for entry in settings.model:
         try:
             planned = plan(
-                [entry],
-                settings.dtype,
-                settings.mesh,
-                settings.max_sequence_length,
-                settings.kv_cache_tokens,
+                [entry], settings.dtype, settings.mesh, settings.max_sequence_length, settings.kv_cache_tokens
             )
         except (ValueError, OSError, RuntimeError) as error:
             yield Finding("model", "problem", str(error))

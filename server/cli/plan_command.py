@@ -51,10 +51,7 @@ _KINDS = {
     "kv_pages": "KV cache",
     "margin": "margin",
 }
-_SOURCES = {
-    True: "The training step was compiled; other sizes are estimated.",
-    False: "Sizes are estimated.",
-}
+_SOURCES = {True: "The training step was compiled; other sizes are estimated.", False: "Sizes are estimated."}
 _COMPILE_SECONDS = 3600.0
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 

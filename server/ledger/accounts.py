@@ -12,18 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    Row,
-    bindparam,
-    delete,
-    func,
-    insert,
-    inspect,
-    literal,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, inspect, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .ownership import connected
@@ -113,12 +102,7 @@ def add_model_usage(connection: Connection, model_id: str, counts: dict[str, int
 
 
 def add_usage(
-    connection: Connection,
-    owner: str,
-    session_id: str,
-    run_id: str,
-    base_model: str,
-    counts: dict[str, int],
+    connection: Connection, owner: str, session_id: str, run_id: str, base_model: str, counts: dict[str, int]
 ) -> None:
     """Count what was used in this hour by an operation without a model."""
     key = {"owner": owner, "session_id": session_id, "run_id": run_id, "base_model": base_model}

@@ -15,16 +15,7 @@ from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, sel
 
 from ...engine import messages
 from . import tenancy
-from .schema import (
-    checkpoints,
-    models,
-    operations,
-    payloads,
-    rlve_runs,
-    rlve_steps,
-    samplers,
-    sessions,
-)
+from .schema import checkpoints, models, operations, payloads, rlve_runs, rlve_steps, samplers, sessions
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
 _AT_A_TIME = 1000  # rows deleted in one change, which other writers wait for

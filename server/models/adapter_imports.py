@@ -47,12 +47,7 @@ class AdapterImports:
     saves: Saves
 
     async def make(
-        self,
-        owner: str,
-        base_model: str,
-        name: str,
-        project_id: str | None,
-        uploaded: AsyncIterator[bytes],
+        self, owner: str, base_model: str, name: str, project_id: str | None, uploaded: AsyncIterator[bytes]
     ) -> dict[str, Any]:
         """Make a training run with two checkpoints called `name` of an uploaded tar, and describe them.
 

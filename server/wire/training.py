@@ -51,10 +51,7 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "ppo": _THRESHOLDS,
     "cispo": (*_THRESHOLDS, "compute_kl_stats"),
     "dro": ("beta",),
-    "stable_reinforce": (
-        *("mask_low_threshold", "mask_high_threshold", "truncation_threshold"),
-        "kl_coeff",
-    ),
+    "stable_reinforce": (*("mask_low_threshold", "mask_high_threshold", "truncation_threshold"), "kl_coeff"),
     "gspo": _THRESHOLDS,
     "causallm_loss": (PER_TOKEN,),
     "policy_loss": _POLICY,

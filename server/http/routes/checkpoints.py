@@ -17,17 +17,7 @@ from sqlalchemy import Row
 from ....ckpt import paths
 from ....engine import messages
 from ...access import Caller, UrlSigner
-from ...checkpoints import (
-    Checkpoints,
-    Copies,
-    as_strings,
-    iso,
-    named,
-    parse,
-    parse_short,
-    session_of,
-    shown,
-)
+from ...checkpoints import Checkpoints, Copies, as_strings, iso, named, parse, parse_short, session_of, shown
 from ...checkpoints.archive import Archive, files
 from ...dialect import Dialect
 from ...errors import BadRequest, NotFound, Unavailable
@@ -322,11 +312,7 @@ def _save(row: Row) -> str:
 
 @download_router.get(_ONE + "/archive", status_code=302, response_class=Response)
 async def archive_url(
-    uri: Uri,
-    base: BaseUrl,
-    signer: Provided[UrlSigner],
-    checkpoints: Provided[Checkpoints],
-    caller: CallerOf,
+    uri: Uri, base: BaseUrl, signer: Provided[UrlSigner], checkpoints: Provided[Checkpoints], caller: CallerOf
 ) -> Response:
     """Redirect to a signed URL of a checkpoint's archive."""
     row = await _find_saved(checkpoints, caller, uri)
@@ -410,9 +396,7 @@ async def external_weights_urls(
 
 
 @download_router.get(
-    _ONE + "/files/{file:path}",
-    response_class=Response,
-    responses=_file_of("application/octet-stream"),
+    _ONE + "/files/{file:path}", response_class=Response, responses=_file_of("application/octet-stream")
 )
 async def file(
     uri: Uri,

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Query
@@ -118,15 +117,10 @@ async def runs(
 def _shown(row: Row, newest: list[Row]) -> dict[str, Any]:
     points = [point for point in curve(newest, (0, 0.0)).points if point.metrics]
     last = max(points, key=lambda point: (point.complete, point.time), default=None)
-    return {
-        "id": row.id,
+    fields = _fields(row, ("id", "base_model", "state", "session_id"), ("created_at", "last_request_at"))
+    return fields | {
         "name": row.alias or row.id,
-        "base_model": row.base_model,
         "lora_rank": None if row.lora is None else row.lora["rank"],
-        "state": row.state,
-        "session_id": row.session_id,
-        "created_at": iso(row.created_at),
-        "last_request_at": iso(row.last_request_at),
         "user_metadata": as_strings(row.user_metadata),
         "step": last.step if last is not None and last.complete else None,
         "metrics": {} if last is None else last.metrics,
@@ -139,42 +133,28 @@ async def sessions(
 ) -> dict[str, Any]:
     """List one page of the caller's sessions, newest first."""
     found = await ledger.read(tenancy.list_sessions, owner, limit, offset)
+    fields = ("id", "tags", "sdk_version", "project_id", "finish_reason")
+    times = ("created_at", "last_heartbeat_at", "finished_at")
     return {
         "sessions": [
-            {
-                "id": row.id,
-                "name": shown_id(row),
-                "tags": row.tags,
-                "user_metadata": as_strings(row.user_metadata),
-                "sdk_version": row.sdk_version,
-                "project_id": row.project_id,
-                "created_at": iso(row.created_at),
-                "last_heartbeat_at": iso(row.last_heartbeat_at),
-                "finished_at": iso(row.finished_at),
-                "finish_reason": row.finish_reason,
-            }
+            _fields(row, fields, times)
+            | {"name": shown_id(row), "user_metadata": as_strings(row.user_metadata)}
             for row in found
         ]
     }
+
+
+def _fields(row: Row, names: Sequence[str], times: Sequence[str]) -> dict[str, Any]:
+    """Return columns of a row, those of `times` as ISO dates."""
+    return {name: getattr(row, name) for name in names} | {name: iso(getattr(row, name)) for name in times}
 
 
 @router.get("/console/samplers", responses=described_as(responses.ConsoleSamplers))
 async def samplers(ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
     """List the caller's newest sampling sessions."""
     found = await ledger.read(tenancy.samplers_of_owner, owner, _MOST_SAMPLERS)
-    return {
-        "samplers": [
-            {
-                "id": row.id,
-                "session_id": row.session_id,
-                "base_model": row.base_model,
-                "model_path": row.model_path,
-                "follows": row.follows,
-                "created_at": iso(row.created_at),
-            }
-            for row in found
-        ]
-    }
+    fields = ("id", "session_id", "base_model", "model_path", "follows")
+    return {"samplers": [_fields(row, fields, ("created_at",)) for row in found]}
 
 
 @router.get("/console/download", responses=described_as(responses.DownloadUrl))
@@ -186,13 +166,9 @@ async def download(
     row = await checkpoints.find(owner, uri)
     await checkpoints.record_read(owner, row)
     expires = signer.expiry()
-    parts = "/".join(quote(part, safe=":") for part in ("checkpoints", uri.segment, uri.name))
-    archive = f"/api/v1/training_runs/{quote(row.run_id, safe=':')}/{parts}/archive.tar"
+    archive = f"/api/v1/training_runs/{row.run_id}/checkpoints/{uri.checkpoint_id}/archive.tar"
     save = row.directory.rpartition("-")[2]
-    return {
-        "url": base + signer.sign(archive, owner, save, expires),
-        "expires": iso(expires),
-    }
+    return {"url": base + signer.sign(archive, owner, save, expires), "expires": iso(expires)}
 
 
 def chrome_trace(session_id: str, timeline: Sequence[Row]) -> dict[str, Any]:
@@ -206,11 +182,7 @@ def chrome_trace(session_id: str, timeline: Sequence[Row]) -> dict[str, Any]:
         if process == len(processes):
             events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}})
         events += _slices(row, process, now)
-    return {
-        "displayTimeUnit": "ms",
-        "otherData": {"session_id": session_id},
-        "traceEvents": events,
-    }
+    return {"displayTimeUnit": "ms", "otherData": {"session_id": session_id}, "traceEvents": events}
 
 
 def _slices(row: Row, process: int, now: float) -> Iterator[dict[str, Any]]:

@@ -53,11 +53,13 @@ class Answers:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choice(self, index: int, text: str, reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return a sample as a part of a whole answer: unless the kind says otherwise, as in a stream."""
+        return self.delta(index, text, reason, logprobs, True)
 
     def delta(
         self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None, first: bool
     ) -> dict[str, Any]:
+        """Return new text of a sample as a part of a stream."""
         raise NotImplementedError
 
     def logprobs(self, scored: list[Scored], offset: int) -> dict[str, Any]:
@@ -139,9 +141,6 @@ class CompletionAnswers(Answers):
     prefix: str = "cmpl-"
     kind: str = "text_completion"
     chunk_kind: str = "text_completion"
-
-    def choice(self, index: int, text: str, reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
     def delta(
         self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None, first: bool
@@ -240,10 +239,7 @@ class _Choice:
         return echo
 
     def _logprobs(
-        self,
-        part: messages.SampledSequence | messages.Drawn,
-        begin: int,
-        prompt: Sequence[Scored] = (),
+        self, part: messages.SampledSequence | messages.Drawn, begin: int, prompt: Sequence[Scored] = ()
     ) -> dict[str, Any] | None:
         """Return the log-probs of tokens that were not sent yet. `part` starts with the `begin`-th token."""
         new = self._tokens - begin

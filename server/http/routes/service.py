@@ -190,8 +190,7 @@ async def telemetry(_owner: Owner) -> dict[str, str]:
 @router.get(METRICS_PATH, response_class=PlainTextResponse)
 async def metrics(metrics: Provided[Metrics]) -> Response:
     return Response(
-        prometheus_client.generate_latest(metrics.registry),
-        media_type=prometheus_client.CONTENT_TYPE_LATEST,
+        prometheus_client.generate_latest(metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST
     )
 
 

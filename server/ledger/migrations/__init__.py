@@ -64,7 +64,7 @@ _FILL: dict[tuple[str, str], Callable[[Connection], None]] = {
     ),
     ("sessions", "size_bytes"): _statements(
         "UPDATE sessions SET size_bytes = 512"
-        " + length(CAST(tags AS TEXT)) + length(CAST(user_metadata AS TEXT))",
+        " + length(CAST(tags AS TEXT)) + length(CAST(user_metadata AS TEXT))"
     ),
 }
 """Functions that fill a column, by table and column, once it and those before it were added."""

@@ -167,12 +167,7 @@ class RlveRuns:
     def _begin(self, run: Run, progress: Progress) -> None:
         config = RlveConfig.model_validate(self._asked(run)["config"])
         self._drivers[run.id] = Driver(
-            self._client,
-            self._environments,
-            self._base_models.named(run.base_model),
-            run,
-            config,
-            progress,
+            self._client, self._environments, self._base_models.named(run.base_model), run, config, progress
         )
         run.driven = True
         self._tasks[run.id] = asyncio.ensure_future(self._drive(run, self._drivers[run.id]))

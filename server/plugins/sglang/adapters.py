@@ -150,11 +150,7 @@ class Adapters:
     """The adapters on all servers. A server that starts again is given its recent ones."""
 
     def __init__(
-        self,
-        settings: Settings,
-        folders: Folders,
-        endpoints: Endpoints,
-        base_models: dict[str, BaseModel],
+        self, settings: Settings, folders: Folders, endpoints: Endpoints, base_models: dict[str, BaseModel]
     ):
         self._limit = settings.sglang_adapters
         self._folders = folders

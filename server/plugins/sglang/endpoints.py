@@ -209,10 +209,7 @@ class Endpoints:
     # --- which there are
 
     def all(
-        self,
-        base_model: str | None = None,
-        owner: str | None = None,
-        pools: Iterable[str] | None = None,
+        self, base_model: str | None = None, owner: str | None = None, pools: Iterable[str] | None = None
     ) -> list[Registered]:
         """Return the operator's and the owner's servers, of a base model (None: any) and pools (None:
         all)."""

@@ -132,12 +132,7 @@ class Sampling:
     # --- one sample
 
     async def _answer(
-        self,
-        operation: Operation,
-        sample: messages.Sample,
-        model: BaseModel,
-        only: bool,
-        outcome: Outcome,
+        self, operation: Operation, sample: messages.Sample, model: BaseModel, only: bool, outcome: Outcome
     ) -> None:
         """Draw one sample and answer it. `only`: never leave it to the engine."""
         try:
