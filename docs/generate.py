@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 from tinsmith.server.cli import app
-from tinsmith.server.cli.command_line import default_of
+from tinsmith.server.cli.command_line import default_of, title_and_note
 from tinsmith.server.settings import Settings
 
 HERE = Path(__file__).parent
@@ -39,7 +39,8 @@ is refused with the nearest right one. Times are in seconds. Sizes are bytes, or
 
 _CLI = """# Commands
 
-What `--help` says. The options of `tinsmith serve` are on a page of their own: [settings.md](settings.md).
+What `--help` says. Every setting of [settings.md](settings.md) is an option of `tinsmith serve` and of
+`tinsmith doctor`; they are left out here.
 
 """
 
@@ -50,18 +51,17 @@ def settings_page() -> str:
 
 def _sections() -> Iterator[str]:
     for section in Settings.__bases__:
-        title, _, rest = (inspect.getdoc(section) or "").partition(".")
-        head = f"## {title.partition(' (')[0]}"
-        note = (title.partition(" (")[2].rstrip(")") or rest).strip()
-        yield head + "\n"
+        title, note = title_and_note(section)
+        yield f"## {title}\n"
         if note:
-            yield f"{note[0].upper()}{note[1:].rstrip('.')}.\n"
+            yield f"{note}\n"
         yield "| setting | default | meaning |\n|---|---|---|"
         for name in section.__annotations__:
             field = section.model_fields[name]
-            default = default_of(field)
+            value, _, readable = (default_of(name, field) or "").partition(" ")
+            default = " ".join(filter(None, (value and f"`{value}`", readable)))
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            yield f"| `{name}` | {'' if default is None else f'`{default}`'} | {meaning} |"
+            yield f"| `{name}` | {default} | {meaning} |"
         yield ""
 
 
@@ -73,10 +73,11 @@ def commands_page() -> str:
 def _commands(command: object, path: str) -> Iterator[str]:
     help_ = inspect.cleandoc(getattr(command, "help", None) or "").strip()
     yield f"## {path}\n\n{help_}\n"
-    options = [
-        each for each in command.params if each.name not in ("help", "install_completion", "show_completion")
-    ]
-    if path != "tinsmith serve" and options:
+    left_out = {"help", "install_completion", "show_completion"}
+    if path in ("tinsmith serve", "tinsmith doctor"):
+        left_out |= set(Settings.model_fields)
+    options = [each for each in command.params if each.name not in left_out]
+    if options:
         yield "| argument or option | meaning |\n|---|---|"
         for each in options:
             is_argument = each.param_type_name == "argument"

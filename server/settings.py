@@ -127,34 +127,34 @@ class ServingSettings(Section):
     port: int = Field(8000, ge=0, le=65535)
     """The port to listen on; 0 chooses a free one."""
     api_key: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    """Keys that clients must send, as `KEY` or `OWNER=KEY`. Keys begin with `tml-`. Better: `tinsmith keys
-    create`, which stores them in the ledger."""
+    """A key that clients may send, as `KEY` or `OWNER=KEY`. Keys begin with `tml-`. `tinsmith keys create` is
+    better: it stores keys in the ledger, where they can be revoked."""
     api_key_file: Path | None = None
     """A file with keys, one per line, as above. `#` begins a comment."""
     metrics_token: SecretStr | None = None
-    """A token for Prometheus. It opens `/metrics`, as a bearer token, and nothing else does then; it opens
-    nothing else. Without it every key opens `/metrics`."""
+    """A bearer token for Prometheus, which opens `/metrics` and nothing else. If it is set, keys no
+    longer open `/metrics`; if not, every key does."""
     otlp_endpoint: str | None = None
-    """An OpenTelemetry collector, such as `http://collector:4318`, that gets a trace of every operation (OTLP
-    over HTTP). Needs the extra `otel`."""
+    """An OpenTelemetry collector, such as `http://collector:4318`, which receives a trace of every operation
+    (OTLP over HTTP). Needs the extra `otel`."""
     public_url: str | None = None
-    """The address with which URLs for downloads begin, if clients reach the server through a proxy."""
+    """The address at which clients reach the server through a proxy. Download URLs begin with it."""
     allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    """Without keys, requests to other hosts than this machine, and from pages of other hosts, are refused.
-    These are accepted: names, `*.example.org`, or `*` for any."""
+    """Host names under which a server without keys may be reached, besides this machine's: a name,
+    `*.example.org`, or `*` for any. Requests to other hosts, and from their web pages, are refused."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least level that is logged, to standard error and into the data directory (see `tinsmith logs`)."""
+    """How much is logged, to standard error and to `logs/` in the data directory (see `tinsmith logs`)."""
     log_format: Literal["text", "json"] = "text"
     """`json` writes one object per line, with the ids of the request, the operation and the tenant."""
     stall_seconds: float = Field(60.0, gt=0)
     """A connection is closed if a request's body or an answer has not moved for this long."""
     long_poll_seconds: float = Field(25.0, ge=0, le=30)
-    """How long a poll waits for an answer before it is told to try again."""
+    """How long a poll waits for an answer before the client is told to poll again."""
     stop_patience_seconds: float = Field(600.0, gt=0)
-    """How long a stop waits for running operations before it ends the engine."""
+    """How long a stopping server waits for running operations before it ends the engine."""
     stream_keep_alive_seconds: float = Field(15.0, gt=0)
-    """A stream of samples that has had nothing to say for this long sends a comment, so that no proxy or
-    client takes it for dead."""
+    """A stream of samples that has had nothing to send for this long sends a comment, so that no proxy or
+    client closes it."""
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -162,7 +162,7 @@ class ServingSettings(Section):
         if url is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
             raise ValueError("write the collector's address, such as http://collector:4318")
         if url is not None and importlib.util.find_spec("opentelemetry.exporter") is None:
-            raise ValueError("the exporter is missing: pip install 'tinsmith[otel]'")
+            raise ValueError("the exporter is missing: install Tinsmith with the extra otel")
         return url
 
 
@@ -182,33 +182,32 @@ class ModelSettings(Section):
     """The dtype of base weights and activations. `auto` is float32 on a CPU and bfloat16 elsewhere. Adapters,
     gradients and Adam's moments are always float32."""
     max_rank: int = Field(128, ge=1)
-    """The largest LoRA rank that a client may ask for."""
+    """The largest LoRA rank that a client may request."""
     lora_alpha: float = Field(32.0, gt=0)
-    """LoRA's alpha, unless the client says another: an adapter's product is scaled by alpha / rank."""
+    """LoRA's alpha for models whose client sets none: an adapter's product is scaled by alpha / rank."""
     full_weight: bool = False
-    """Also train full weights (rank 0)."""
+    """Allow clients to train full weights (rank 0)."""
     warm_up: bool = False
-    """Compile the programs of ordinary requests at the start, before a client waits for them: an adapter of
-    `warm_up_rank` that trains and samples up to 2,048 tokens."""
+    """Compile the programs of common requests at the start, so that no client waits for them: training and
+    sampling up to 2,048 tokens with an adapter of rank `warm_up_rank`."""
     warm_up_rank: int = Field(32, ge=1)
-    """The LoRA rank of the warm-up."""
+    """The LoRA rank for which the warm-up compiles."""
     max_sequence_length: int | None = Field(None, ge=2)
     """The longest sequence, in tokens. The default is the model's own limit."""
     kv_cache_tokens: int | None = Field(None, ge=1)
     """Positions of keys and values that the sampler keeps on the device. The default follows from the free
     memory."""
     sampler_bytes: Size | None = Field(None, ge=1)
-    """The most bytes of sampler weights on the device; others wait on the disk. Without it they share the
-    engine's memory budget with models in training, and what was used least recently gives way."""
+    """The most bytes of sampler weights on the device; others wait on the disk. Without a limit, sampler
+    weights share the engine's memory budget with models in training; the least recently used give way."""
     sampler_idle_seconds: float = Field(600.0, gt=0)
-    """Sampler weights leave the device this long after they were last sampled."""
+    """Sampler weights leave the device when they have not been sampled for this long."""
     unnamed_sampler_seconds: float = Field(24 * 3600.0, gt=0)
-    """Weights that only a sampling session names are deleted this long after the session's last sign of
-    life."""
+    """Unnamed sampler weights are deleted this long after their session's last sign of life."""
 
 
 class SamplingSettings(Section):
-    """Sampling on SGLang servers (see [sglang.md](sglang.md))."""
+    """Sampling on SGLang servers. See [sglang.md](sglang.md)."""
 
     sglang: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """SGLang servers that draw samples for every tenant: a URL, or `BASE_MODEL=URL`."""
@@ -218,45 +217,46 @@ class SamplingSettings(Section):
     """Servers that clients may register: `HOST`, `HOST:PORT` or a network such as `10.0.0.0/8`. The default
     is none."""
     sampling_engine: messages.SamplingEngine = "auto"
-    """Who draws a sample whose request does not say: `auto` is SGLang where it draws exactly what was asked,
-    and else the engine; `embedded` is always the engine; `sglang` waits for SGLang."""
+    """What draws a sample whose request names no engine. `auto`: SGLang if it can draw exactly what was
+    requested, else this server's engine. `embedded`: always this server's engine. `sglang`: only SGLang."""
     sglang_patience_seconds: float = Field(300.0, gt=0)
     """How long `sglang` waits for a healthy server before a sample fails."""
     sglang_compared_percent: float = Field(2.0, ge=0, le=100)
-    """The percentage of SGLang's samples that the engine scores too (metric `sampler/kl`)."""
+    """The percentage of SGLang's samples that the engine scores too, for comparison (metric `sampler/kl`)."""
     sglang_data_dir: Path | None = None
-    """The data directory's path on the SGLang servers. The default is the same path."""
+    """The data directory's path on the SGLang servers. The default is the same path as here."""
     sglang_adapters: int = Field(32, ge=1)
-    """Adapters that are kept loaded on a server that has no limit of its own."""
+    """How many adapters stay loaded on an SGLang server that has no limit of its own."""
     sglang_merge: bool = False
-    """Send what is saved as a whole merged model, not as an adapter."""
+    """Send saved weights to SGLang as a whole merged model, not as an adapter."""
 
 
 class LimitSettings(Section):
-    """Limits. Those of a tenant can be set for one with `tinsmith keys quota`."""
+    """Limits. `tinsmith keys quota` changes the limits of a single tenant."""
 
     max_body_bytes: Size = Field(256 << 20, ge=1 << 10)
     """The largest body of a training request. Sampling requests may have 16 MiB, others 1 MiB."""
     max_import_bytes: Size = Field(4 << 30, ge=1 << 10)
     """The largest adapter that can be imported."""
     max_datums: int = Field(16_384, ge=1)
-    """The most datums of one request."""
+    """The most datums in one request."""
     max_samples: int = Field(1024, ge=1)
     """The most samples of one prompt in one request."""
     max_models: int = Field(256, ge=1)
-    """Models of a tenant that the engine has at a time."""
+    """The most models of one tenant that the engine holds at a time."""
     max_checkpoint_bytes: Size = Field(1 << 40, ge=0)
-    """Bytes of a tenant's checkpoints."""
+    """The most bytes of checkpoints of one tenant."""
     max_queued_operations: int = Field(10_000, ge=1)
-    """Operations of a tenant that wait for their answers."""
+    """The most unanswered training operations of one tenant."""
     max_waiting_samples: int = Field(8192, ge=1)
-    """Samples of a tenant that wait for their answers."""
+    """The most unanswered samples of one tenant."""
     max_requests_per_second: float = Field(2000.0, gt=0)
-    """Requests of any kind that a tenant may send per second."""
+    """The most requests of any kind that one tenant may send per second."""
     max_queued_bytes: Size = Field(8 << 30, ge=1)
-    """Bytes of a tenant's operations and samples that wait for their answers. They wait on the disk."""
+    """The most bytes of one tenant's unanswered operations and samples, which wait on the disk."""
     max_metadata_bytes: Size = Field(64 << 20, ge=0)
-    """Bytes of a tenant's tags, metadata and names of sessions, models and samplers in the ledger."""
+    """The most bytes of one tenant's tags, metadata and names (of sessions, models and samplers) in the
+    ledger."""
     disk_reserve_bytes: Size = Field(256 << 20, ge=0)
     """If less than this is free on the data directory's disk, submits are refused with 507."""
 
@@ -265,7 +265,7 @@ class AccountSettings(Section):
     """Tokens, signed URLs, and what is recorded."""
 
     signed_url_seconds: float = Field(3600.0, gt=0)
-    """How long a URL of a checkpoint's file is valid; it needs no key."""
+    """How long the signed URL of a checkpoint's file is valid. It needs no key."""
     token_exchange: bool = False
     """Tell clients to exchange their key for JSON Web Tokens."""
     token_seconds: float = Field(3600.0, ge=1)
@@ -275,49 +275,49 @@ class AccountSettings(Section):
     usage_seconds: float = Field(400 * 24 * 3600.0, gt=0)
     """How long the hourly usage goes back."""
     step_metrics_bytes: Size = Field(64 << 20, ge=0)
-    """Bytes of metrics of a tenant's training steps. Beyond it the largest runs keep fewer steps."""
+    """The most bytes of step metrics of one tenant. Beyond it, the largest runs keep fewer steps."""
     step_metrics_seconds: float = Field(30 * 24 * 3600.0, gt=0)
-    """Runs without a step for this long keep the metrics of fewer steps."""
+    """Runs that have made no step for this long keep the metrics of fewer steps."""
     ended_model_seconds: float = Field(30 * 24 * 3600.0, gt=0)
-    """A model that was deleted or unloaded, or whose session has finished, and that has no checkpoints,
-    leaves the ledger after this long: it is no longer listed, and its id is unknown."""
+    """A model without checkpoints leaves the ledger this long after it was deleted or unloaded, or after its
+    session finished. It is then no longer listed, and its id is unknown."""
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
-    """How a client's `wandb_config` is honoured: over the network, with files in the data directory, or not
-    at all."""
+    """What a client's `wandb_config` does: `online` sends metrics to Weights & Biases, `offline` writes them
+    to files in the data directory, `disabled` refuses the request."""
     custom_loss_server_side: bool = True
-    """Tell clients to upload their custom losses, which then run on the server. Off: they run in the
-    client."""
+    """Tell clients to upload custom losses, which then run on the server. If off, they run in the client."""
 
 
 class ReliabilitySettings(Section):
-    """Waiting, saving and recovery (see [reliability.md](reliability.md))."""
+    """Waiting, saving and recovery. See [reliability.md](reliability.md)."""
 
     gap_grace_seconds: float = Field(400.0, gt=0)
-    """How long operations wait for a missing `seq_id` before they fail. Longer than the SDK resends a submit
-    (six minutes)."""
+    """How long operations wait for a missing `seq_id` before they fail. It should be longer than the SDK
+    resends a request (six minutes)."""
     refused_save_seconds: float = Field(60.0, gt=0)
-    """A save that was refused for lack of room, and not sent again for this long, is given up. The SDK waits
-    for up to 30 s between two tries."""
+    """A save that was refused for lack of disk space is given up if the client does not send it again within
+    this time. The SDK waits up to 30 s between two tries."""
     snapshot_operations: int = Field(2000, ge=1)
-    """A model's state is saved after this many operations, so that a recovery replays few."""
+    """A model's state is saved after this many operations, so that a recovery has few to replay."""
     snapshot_bytes: Size = Field(1 << 30, ge=1)
     """A model's state is saved after this many bytes of operations."""
     session_idle_seconds: float = Field(600.0, gt=0)
-    """Models of a session without a heartbeat or an operation for this long are saved and leave the engine
-    until they are needed."""
+    """When a session has sent no heartbeat and no operation for this long, its models are saved and leave the
+    engine until they are needed."""
     deaths_per_operation: int = Field(3, ge=1)
-    """An operation of which the engine dies is tried again, until it has died of it this many times."""
+    """An operation fails after the engine has died while running it this many times. Until then it is tried
+    again."""
     death_window_seconds: float = Field(600.0, gt=0)
-    """Deaths count together if they happen within this time."""
+    """Deaths of the engine count together (`deaths_per_operation`) if they happen within this time."""
     engine_silence_seconds: float = Field(60.0, gt=0)
-    """An engine that gives no sign of life for this long is killed and started again (five times this while
-    it loads). It gives them while it computes and compiles."""
+    """An engine that shows no sign of life for this long is killed and started again; while it loads models,
+    five times as long. It shows them while it computes and compiles, too."""
     answer_seconds: float = Field(24 * 3600.0, gt=0)
-    """How long answers are kept; a later poll is answered 410."""
+    """How long answers are kept. A later poll is answered 410."""
     answer_bytes: Size = Field(4 << 30, ge=0)
-    """The bytes of answers that are kept."""
+    """The most bytes of answers that are kept."""
     sweep_seconds: float = Field(600.0, gt=0)
-    """How often expired answers, and directories that nobody needs, are removed."""
+    """How often expired answers and unused directories are removed."""
 
 
 class Settings(

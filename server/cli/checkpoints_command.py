@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ..checkpoints.archive import CONFIG_FILE, TENSORS_FILE
 from .command_line import fail
@@ -37,9 +39,13 @@ class RemoteServer:
         """Return the JSON answer; `failed` begins the error if its status is not accepted."""
         import httpx
 
+        shown = None
         try:
             answer = self._http.request(method, path, **request)
             while answer.status_code == 408 and path == "retrieve_future":
+                if (reason := answer.json().get("queue_state_reason")) != shown:
+                    typer.echo(f"waiting; the engine: {reason}", err=True)
+                    shown = reason
                 answer = self._http.request(method, path, **request)
         except httpx.HTTPError as error:
             fail(f"{self.url} cannot be reached: {error}")
@@ -58,27 +64,37 @@ class RemoteServer:
         return self.ask("POST", "retrieve_future", failed, json={"request_id": submitted["request_id"]})
 
     def download(self, url: str, file: Path) -> None:
-        """Download a signed URL, without the key."""
+        """Download a signed URL, without the key. A terminal shows the progress."""
         import httpx
 
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         try:
-            with httpx.stream("GET", url, timeout=None) as answer, file.open("wb") as written:
+            with progress, httpx.stream("GET", url, timeout=None) as answer, file.open("wb") as written:
                 answer.raise_for_status()
+                size = answer.headers.get("content-length")
+                task = progress.add_task(file.name, total=None if size is None else int(size))
                 for chunk in answer.iter_bytes():
                     written.write(chunk)
+                    progress.advance(task, len(chunk))
         except httpx.HTTPError as error:
             fail(f"{file.name} was not downloaded: {error}")
 
 
-checkpoints = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Checkpoints of a server.")
+checkpoints = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Import, export and merge checkpoints on a running server.",
+)
 
-_IMPORT_HELP = """Make a checkpoint of an adapter that PEFT has saved, to sample from and to train on.
+_IMPORT_HELP = """Import an adapter that PEFT has saved as a checkpoint, to sample from and to train further.
 
 Examples:
 
-- `tinsmith checkpoints import ./my-adapter --model qwen3-0.6b`, where the server runs on this machine
+- A server on this machine: `tinsmith checkpoints import ./my-adapter --model qwen3-0.6b`
 
-- `export TINKER_BASE_URL=https://train.example.org TINKER_API_KEY=tml-...`, then
+- Another server: `export TINKER_BASE_URL=https://train.example.org TINKER_API_KEY=tml-...`, then
   `tinsmith checkpoints import adapter.tar --model qwen3-0.6b --name from-peft`
 
 Prints two paths: the first is for create_training_client_from_state, the second for create_sampling_client.
@@ -87,10 +103,12 @@ Prints two paths: the first is for create_training_client_from_state, the second
 
 @checkpoints.command("import", help=_IMPORT_HELP)
 def import_adapter(
-    source: Annotated[Path, typer.Argument(help="PEFT's folder, or an uncompressed tar of it.", exists=True)],
-    model: Annotated[str, typer.Option(help="The base model, by its name on the server.")],
-    name: Annotated[str, typer.Option(help="The checkpoints' name.")] = "imported",
-    project: Annotated[str | None, typer.Option(help="The project that they go into.")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="A folder that PEFT saved, or an uncompressed tar of it.", exists=True)
+    ],
+    model: Annotated[str, typer.Option(help="The base model's name on the server.")],
+    name: Annotated[str, typer.Option(help="The name of the new checkpoints.")] = "imported",
+    project: Annotated[str | None, typer.Option(help="The project of the new checkpoints.")] = None,
     url: Annotated[str | None, OPTION] = None,
 ) -> None:
     query = {"base_model": model, "name": name} | ({} if project is None else {"project_id": project})
@@ -104,10 +122,11 @@ def import_adapter(
     typer.echo(imported["sampler_path"])
 
 
-_MERGE_HELP = """Download full weights: a training state's adapter inside its base model.
+_MERGE_HELP = """Download a whole model: a training state's adapter merged into its base model.
 
-An adapter of the unembedding cannot be merged into a model whose embeddings are tied without changing what
-it reads; the folder that this makes is untied. Example:
+If the base model's embeddings are tied and the adapter changes the unembedding, the merged model is untied.
+
+Example:
 
 - `tinsmith checkpoints merge tinker://RUN/weights/final ./merged`
 """
@@ -116,7 +135,7 @@ it reads; the folder that this makes is untied. Example:
 @checkpoints.command("merge", help=_MERGE_HELP)
 def merge(
     path: Annotated[str, typer.Argument(help="A training state, tinker://RUN/weights/NAME.")],
-    folder: Annotated[Path, typer.Argument(help="Where the files go; new, or empty.")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder for the files.")],
     url: Annotated[str | None, OPTION] = None,
 ) -> None:
     _download(path, folder, url, "merged", merged=True)
@@ -132,8 +151,8 @@ class Experts(enum.StrEnum):
 
 _EXPORT_HELP = """Download a training state's adapter, in PEFT's format.
 
-Readers differ in how they want the adapters of a mixture's experts, of delta nets, and of a model that sees;
-`--experts` chooses the form. Adapters of other models are the same in all three.
+Programs read the adapters of mixtures, of delta nets and of vision-language models in different forms;
+`--experts` chooses one. For other models, the forms are the same.
 
 | form | read by |
 |---|---|
@@ -150,9 +169,9 @@ Example:
 @checkpoints.command("export", help=_EXPORT_HELP)
 def export(
     path: Annotated[str, typer.Argument(help="A training state, tinker://RUN/weights/NAME.")],
-    folder: Annotated[Path, typer.Argument(help="Where the files go; new, or empty.")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder for the files.")],
     experts: Annotated[
-        Experts, typer.Option(help="The form of the adapters of experts: see above.")
+        Experts, typer.Option(help="The form of experts' adapters: see above.")
     ] = Experts.SHARED,
     url: Annotated[str | None, OPTION] = None,
 ) -> None:
@@ -166,9 +185,11 @@ def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) 
     server, failed = RemoteServer(url), f"{path} was not {done}"
     session = server.ask("POST", "create_session", failed, json={"tags": [done]})["session_id"]
     try:
+        typer.echo(f"loading {path} on {server.url}", err=True)
         model = server.run(
             "load_weights", failed, session_id=session, model_seq_id=0, path=path, optimizer=False
         )["model_id"]
+        typer.echo(f"writing the {done} files there", err=True)
         fields = {"model_id": model, "seq_id": 1, "path": done, "ttl_seconds": 24 * 3600}
         server.run("save_weights_external", failed, **fields | form)
         checkpoint = f"training_runs/{model}/checkpoints/external_weights/{done}"

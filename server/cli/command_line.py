@@ -32,6 +32,7 @@ _OTHERS = re.compile(
     r"WANDB_MODE|(TEST|FUZZ|REST|NOTEBOOK|WRITE)_.*|SGLANG_(VENV|ADAPTERS|COMPARED_PERCENT)"
     r"|(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?"
 )
+_UNITS = {"days": 86_400, "hours": 3600, "minutes": 60}  # in seconds
 _SECRET = ("api_key", "sglang_api_key", "database_url")
 
 
@@ -78,7 +79,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.toml",
-        help="A file with settings, such as `port = 9000`. Options and the environment win over it.",
+        help="A file with settings, such as `port = 9000`. Options and the environment override it.",
     ),
 ]
 
@@ -124,26 +125,40 @@ def _parameter(section: type[BaseSettings], name: str) -> inspect.Parameter:
     elif kind not in (bool, int, float, Path) or name.endswith("_bytes"):  # sizes have units
         kind = str
     names = [f"{option}/--no-{option[2:]}"] if kind is bool else [option]
-    if (default := default_of(field)) is not None:
+    if (default := default_of(name, field)) is not None:
         help_ += f" [default: {default}]"
-    setting_option = typer.Option(*names, help=help_, rich_help_panel=title_of(section))
+    setting_option = typer.Option(*names, help=help_, rich_help_panel=title_and_note(section)[0])
     annotation: Any = Annotated[kind | None, setting_option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def title_of(section: type[BaseSettings]) -> str:
-    return re.split(r"\.| \(", section.__doc__ or "")[0]
+def title_and_note(section: type[BaseSettings]) -> tuple[str, str]:
+    """Return the first sentence of a section's docstring, without its full stop, and the others."""
+    title, _, note = " ".join((section.__doc__ or "").split()).partition(". ")
+    return title.rstrip("."), note
 
 
-def default_of(field: FieldInfo) -> str | None:
-    """Return a setting's default as it would be written; None if it has none."""
+def default_of(name: str, field: FieldInfo) -> str | None:
+    """Return a setting's default as it would be written, with a readable form of long times in brackets.
+
+    Returns None if it has no default.
+    """
     if field.default_factory is default_cache_dir:
         return "~/.cache/tinsmith"
-    if field.default_factory is not None or field.default is None:
+    default = field.default
+    if field.default_factory is not None or default is None:
         return None
     if any(isinstance(each, BeforeValidator) and each.func is read_size for each in field.metadata):
-        return ByteSize(field.default).human_readable(separator="").replace(".0", "")
-    return str(field.default).lower() if isinstance(field.default, bool) else f"{field.default}"
+        return ByteSize(default).human_readable(separator="").replace(".0", "")
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, float) and default.is_integer():
+        default = int(default)
+    if name.endswith("_seconds"):
+        for unit, seconds in _UNITS.items():
+            if default >= 2 * seconds and default % seconds == 0:
+                return f"{default} ({default // seconds} {unit})"
+    return f"{default}"
 
 
 def read_settings(kind: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:

@@ -32,16 +32,17 @@ from .command_line import fail, read_settings, require_writable, takes_settings
 # --- status, top and runs
 
 Url = Annotated[str | None, OPTION]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _MOST_RUNS = 1000
 
-STATUS_HELP = """Show how a server is: its engine, what waits, its disk and the newest training runs.
+STATUS_HELP = """Show the state of a server: engine, queue, memory, disk, and the newest training runs.
 
-Example: `tinsmith status --url http://gpu-1:8000`. The key is TINKER_API_KEY's. The exit status is 1 if the
-engine cannot start.
+Example: `tinsmith status --url http://gpu-1:8000`
+
+The server's key is read from TINKER_API_KEY. The exit status is 1 if the engine cannot start.
 """
-TOP_HELP = """As `tinsmith status`, again and again until Ctrl-C."""
-RUNS_HELP = """List training runs, the newest first; with an id, show that run and its checkpoints.
+TOP_HELP = """Show what `tinsmith status` shows, and update it until Ctrl-C."""
+RUNS_HELP = """List training runs, newest first. With an id, show that run and its checkpoints.
 
 Examples:
 
@@ -78,9 +79,9 @@ def top(
 
 
 def runs(
-    run: Annotated[str | None, typer.Argument(help="A run's id, as the list shows it.")] = None,
+    run: Annotated[str | None, typer.Argument(help="The id of a run in the list.")] = None,
     url: Url = None,
-    limit: Annotated[int, typer.Option(min=1, max=_MOST_RUNS, help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=_MOST_RUNS, help="The most runs to list.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     server = RemoteServer(url)
@@ -118,21 +119,20 @@ def _overview(server: RemoteServer, health: dict[str, Any], runs: list[dict[str,
         engine["phase"], "green" if engine["ready"] else "yellow" if health["engine_running"] else "red"
     )
     facts.add_row("server", f"Tinsmith {health['version']} on {server.url}")
-    facts.add_row("engine", Text.assemble(state, f"  {engine['text']}", f"  (life {engine['lives']})"))
+    restarts = f"  (started {engine['lives']} times)" if engine["lives"] > 1 else ""
+    facts.add_row("engine", Text.assemble(state, f"  {engine['text']}", restarts))
     waiting = health["active_requests"]
     facts.add_row("operations", f"{waiting} waiting, {health['total_requests']} since the start")
     facts.add_row(
         "models", f"{health['active_models']} in the engine, of {health['active_sessions']} sessions"
     )
+    if (memory := health["memory"]) is not None:
+        held = _by_kind(memory["held_bytes"]) or "nothing held"
+        facts.add_row("memory", f"{_size(memory['capacity_bytes'])} for each device; {held}")
     if "error" not in disk:
-        used = ", ".join(f"{kind} {_size(bytes_)}" for kind, bytes_ in disk["used_bytes"].items() if bytes_)
+        used = _by_kind(disk["used_bytes"])
         full = "  FULL: submits are refused" if disk["full"] else ""
         facts.add_row("disk", f"{_size(disk['free_bytes'])} free; {used or 'nothing stored'}{full}")
-    if (memory := health["memory"]) is not None:
-        held = ", ".join(f"{kind} {_size(bytes_)}" for kind, bytes_ in memory["held_bytes"].items() if bytes_)
-        facts.add_row(
-            "memory", f"{_size(memory['capacity_bytes'])} for each device; {held or 'nothing held'}"
-        )
     return Group(facts, _table_of_runs(runs)) if runs else facts
 
 
@@ -166,6 +166,10 @@ def _table_of_checkpoints(checkpoints: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _by_kind(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in sizes.items() if size)
+
+
 def _size(size: float) -> str:
     """Format bytes in decimal units: `31.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -185,15 +189,15 @@ def _ago(when: str) -> str:
 
 # --- logs: what the server and the engine have logged, in order of time
 
-LOGS_HELP = """Show the log of a server, running or not: what it and its engine wrote, in order of time.
+LOGS_HELP = """Print the logs of a server and its engine, merged by time. The server need not be running.
 
 Examples, in the folder where the server was started (or with the same `--data-dir`):
 
 - `tinsmith logs` prints the last 100 lines
 
-- `tinsmith logs -f` goes on printing what is logged, until Ctrl-C
+- `tinsmith logs -f` keeps printing new lines until Ctrl-C
 
-- `tinsmith logs --of engine -n 1000` prints the engine's lines alone
+- `tinsmith logs --of engine -n 1000` prints only the engine's lines
 """
 
 # A line begins with a time: local in text, UTC in JSON. Other lines belong to the one before them.
@@ -203,9 +207,16 @@ Line = tuple[str, str]  # its time, and its text with the lines that belong to i
 
 
 def logs(
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")] = 100,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
-    of: Annotated[Literal["server", "engine"] | None, typer.Option(help="Of one process alone.")] = None,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, help="How many lines to print, counted from the end.")
+    ] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Keep printing new lines until Ctrl-C.")
+    ] = False,
+    of: Annotated[
+        Literal["server", "engine"] | None,
+        typer.Option(help="Print only this process's lines: server or engine."),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="The server's data directory [default: ./tinsmith-data].")
     ] = None,
@@ -268,8 +279,8 @@ def _lines(text: str) -> Iterator[Line]:
 
 DOCTOR_HELP = """Check what `tinsmith serve` needs, and say what to do if something is wrong.
 
-It looks at Python and the packages, the devices, the data directory and its ledger, the port, the disk, the
-models and the SGLang servers. It takes the options of `serve`, and starts and changes nothing.
+It checks Python and the packages, the devices, the data directory and its ledger, the disk, the port, the
+models and the SGLang servers. It takes the options of `serve`, and neither starts nor changes anything.
 
 Example: `tinsmith doctor --model Qwen/Qwen3-8B --mesh fsdp=2`
 
@@ -351,7 +362,10 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
         yield Finding(
-            "devices", "problem", last, "does the jaxlib fit the driver? `pip install 'tinsmith[cuda12]'`"
+            "devices",
+            "problem",
+            last,
+            "does jaxlib fit the driver? The extras cuda12 and cuda13 install one that does (README.md)",
         )
         return
     version, platform, kind, count, limit = json.loads(ended.stdout.splitlines()[-1])
@@ -362,15 +376,17 @@ def _devices(settings: Settings) -> Iterator[Finding]:
             "devices",
             "warning",
             "this machine has an accelerator, and JAX uses the CPU",
-            "install the extra for it: `pip install 'tinsmith[cuda12]'`, `[cuda13]` or `[tpu]`",
+            "install Tinsmith with the extra cuda12, cuda13 or tpu (README.md, Requirements)",
         )
     wanted = 1
     for size in settings.mesh.values():
         wanted *= size
     if wanted > count:
-        yield Finding(
-            "devices", "problem", f"--mesh is of {wanted} devices, and there are {count}", "a smaller mesh"
-        )
+        text = f"--mesh is of {wanted} devices, and there are {count}"
+        yield Finding("devices", "problem", text, f"choose a mesh of {count} or fewer devices")
+    elif wanted < count:
+        text = f"the server would use {wanted} of {count} devices"
+        yield Finding("devices", "warning", text, f"to use all of them, add --mesh fsdp={count}")
 
 
 def _data(settings: Settings) -> Iterator[Finding]:
@@ -387,9 +403,13 @@ def _data(settings: Settings) -> Iterator[Finding]:
             yield Finding("folders", "ok", f"{folder.expanduser().absolute()} can be written to")
     try:
         check(settings.ledger_url)
-        if (file := sqlite_file(settings.ledger_url)) is not None and not file.is_file():
-            yield Finding("ledger", "ok", f"{file} will be made")
-            return
+    except (ValueError, OSError) as error:
+        yield Finding("ledger", "problem", str(error), "choose another --data-dir, or restore a backup")
+        return
+    if (file := sqlite_file(settings.ledger_url)) is not None and not file.is_file():
+        yield Finding("ledger", "ok", f"{file} will be created")
+        return
+    try:
         owner = claim(settings.data_dir, settings.ledger_url) if settings.data_dir.is_dir() else None
     except (ValueError, OSError) as error:
         yield Finding("ledger", "problem", str(error), "stop that server, or choose another --data-dir")

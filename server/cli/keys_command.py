@@ -20,25 +20,25 @@ T = TypeVar("T")
 keys = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""API keys: who may use the server, and whose things are whose.
+    help="""Create, list and revoke API keys, and limit what each tenant may use.
 
-A key belongs to a tenant. Models, checkpoints and samplers belong to the tenant whose key made them, and to
-other tenants they do not exist. A tenant may have several keys.
+A key belongs to a tenant; a tenant may have several keys. Models, checkpoints and samplers belong to the
+tenant whose key created them. Other tenants cannot see them.
 
 Examples, in the folder where the server was started (or with the same `--data-dir`):
 
-- `tinsmith keys create alice` prints a new key, once; clients set it as TINKER_API_KEY
+- `tinsmith keys create alice` prints a new key, this once; clients set it as TINKER_API_KEY
 
-- `tinsmith keys list` shows all keys by id, never the keys themselves
+- `tinsmith keys list` lists the ids of all keys, never the keys themselves
 
-- `tinsmith keys revoke 1f0c9a2b` shuts one out
+- `tinsmith keys revoke 1f0c9a2b` revokes a key
 
 - `tinsmith keys usage --days 7` shows what each tenant has used
 
-- `tinsmith keys quota alice --models 4` bounds what a tenant may have
+- `tinsmith keys quota alice --models 4` limits a tenant
 
-A running server knows of both within two seconds. As soon as there is a key, requests without one are
-refused; what was made before without a key belongs to the tenant `local`.
+A running server notices changes within two seconds. Once there is a key, requests without one are refused;
+what was created before that, without a key, belongs to the tenant `local`.
 """,
 )
 
@@ -98,11 +98,13 @@ def _check_tenant(tenant: str) -> None:
 
 @keys.command()
 def create(
-    tenant: Annotated[str, typer.Argument(help="Whose key it is: letters, digits and . _ - @")],
-    note: Annotated[str | None, typer.Option(help="For the list: what the key is for.")] = None,
+    tenant: Annotated[str, typer.Argument(help="The key's owner: letters, digits and . _ - @")],
+    note: Annotated[
+        str | None, typer.Option(help="What the key is for, as a reminder in `tinsmith keys list`.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Make a key for a tenant and print it. It is shown this once: the server keeps only its hash.
+    """Create a key for a tenant and print it. It is not shown again: the server stores only its hash.
 
     Example: `export TINKER_API_KEY=$(tinsmith keys create alice --note laptop)`
     """
@@ -118,14 +120,17 @@ def create(
 
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
-    """List every key by id: tenant, note, when it was made and revoked. Not those given to `serve`."""
+    """List every key in the ledger: its id, tenant, note, and when it was created and revoked.
+
+    Keys that were given to `serve` with --api-key are not in the list.
+    """
     from ..ledger import accounts
 
     def day(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
     for row in _in_ledger(data_dir, accounts.all_keys):
-        state = f"made {day(row.created_at)}"
+        state = f"created {day(row.created_at)}"
         if row.revoked_at is not None:
             state += f", revoked {day(row.revoked_at)}"
         typer.echo("  ".join(filter(None, (row.id, row.tenant, state, row.note))))
@@ -133,14 +138,14 @@ def list_keys(data_dir: DataDir = None) -> None:
 
 @keys.command("usage")
 def show_usage(
-    days: Annotated[int, typer.Option(min=1, help="How far back.")] = 30,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, by tenant.")] = False,
+    days: Annotated[int, typer.Option(min=1, help="How many days back.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, by tenant.")] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Show what each tenant has used: tokens trained, prefilled and sampled, and checkpoints saved.
 
-    "cached" counts the tokens of prompts whose keys and values were still in the cache. Hours older than
-    TINSMITH_USAGE_SECONDS are forgotten.
+    "cached" counts tokens of prompts that did not have to be prefilled, because they were in the cache.
+    Usage is kept for TINSMITH_USAGE_SECONDS.
 
     Example: `tinsmith keys usage --days 7`
     """
@@ -162,10 +167,10 @@ def show_usage(
 
 @keys.command()
 def revoke(
-    identifier: Annotated[str, typer.Argument(metavar="ID", help="As `tinsmith keys list` shows it.")],
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="The key's id, from `tinsmith keys list`.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Shut a key out, for good. What its tenant has stays, for the tenant's other keys.
+    """Revoke a key for good. What its tenant has created stays, for the tenant's other keys.
 
     Example: `tinsmith keys revoke 1f0c9a2b`
     """
@@ -178,23 +183,31 @@ def revoke(
 
 @keys.command()
 def quota(
-    tenant: Annotated[str, typer.Argument(help="A tenant, also one whose key was given to `serve`.")],
-    models: Annotated[int | None, typer.Option(min=1, help="Models alive.")] = None,
+    tenant: Annotated[str, typer.Argument(help="The tenant. Its key may also have been given to `serve`.")],
+    models: Annotated[int | None, typer.Option(min=1, help="Live models.")] = None,
     checkpoint_bytes: Annotated[int | None, typer.Option(parser=_size, help="Bytes of checkpoints.")] = None,
-    queued_operations: Annotated[int | None, typer.Option(min=1, help="Training, unanswered.")] = None,
-    waiting_samples: Annotated[int | None, typer.Option(min=1, help="Samples, unanswered.")] = None,
-    requests_per_second: Annotated[float | None, typer.Option(min=0.001, help="Of any kind.")] = None,
-    queued_bytes: Annotated[int | None, typer.Option(parser=_size, help="Bodies of unanswered ones.")] = None,
-    metadata_bytes: Annotated[int | None, typer.Option(parser=_size, help="Tags, metadata, names.")] = None,
-    reset: Annotated[bool, typer.Option("--reset", help="Back to the server's settings first.")] = False,
+    queued_operations: Annotated[
+        int | None, typer.Option(min=1, help="Unanswered training operations.")
+    ] = None,
+    waiting_samples: Annotated[int | None, typer.Option(min=1, help="Unanswered samples.")] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests of any kind per second.")
+    ] = None,
+    queued_bytes: Annotated[
+        int | None, typer.Option(parser=_size, help="Bytes of unanswered requests.")
+    ] = None,
+    metadata_bytes: Annotated[
+        int | None, typer.Option(parser=_size, help="Bytes of tags, metadata and names.")
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Start from the server's settings.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Bound what a tenant may have and ask for, other than the server's settings do; print what is set.
+    """Set limits for one tenant, in place of the server's settings for all, and print them.
 
-    The settings are for every tenant: TINSMITH_MAX_MODELS, TINSMITH_MAX_CHECKPOINT_BYTES,
-    TINSMITH_MAX_QUEUED_OPERATIONS, TINSMITH_MAX_WAITING_SAMPLES, TINSMITH_MAX_REQUESTS_PER_SECOND,
-    TINSMITH_MAX_QUEUED_BYTES and TINSMITH_MAX_METADATA_BYTES. A running server knows within two seconds. What
-    a tenant has beyond a new quota stays; it gets no more.
+    The settings are TINSMITH_MAX_MODELS, TINSMITH_MAX_CHECKPOINT_BYTES, TINSMITH_MAX_QUEUED_OPERATIONS,
+    TINSMITH_MAX_WAITING_SAMPLES, TINSMITH_MAX_REQUESTS_PER_SECOND, TINSMITH_MAX_QUEUED_BYTES and
+    TINSMITH_MAX_METADATA_BYTES. A running server notices within two seconds. A tenant that already has more
+    than a new limit keeps it, but gets no more.
 
     Example: `tinsmith keys quota alice --models 4 --checkpoint-bytes 10GB`
     """
@@ -224,4 +237,4 @@ def quota(
     for name, value in wanted.items():
         typer.echo(f"{name}  {value}")
     if not wanted:
-        typer.echo(f"{tenant} has the quota of the server's settings")
+        typer.echo(f"{tenant} has no limits of its own; the server's settings apply")

@@ -20,26 +20,27 @@ from ...engine.memory import MemoryPlan, Workload
 from ...model.folder import Counts, counts
 from .command_line import fail
 
-PLAN_HELP = f"""Say whether a model fits on devices that need not be here, and how fast it could be at most.
+PLAN_HELP = f"""Say whether a model fits on given devices, and the highest speed that it could reach there.
 
-Only config.json is read; of a model on the hub, only that file is downloaded. Examples:
+Neither the devices nor the weights have to be here: only config.json is read, and downloaded if the model is
+on the hub. Examples:
 
 - Twenty adapters of rank 32 over a model from the hub, rows of up to 32,768 tokens:
   `tinsmith plan --model Qwen/Qwen3-8B --device v5p-8 --seq 32k --rank 32 --tenants 20`
 
-- A folder, all weights trained, on eight GPUs, for a program to read:
+- A folder, training all weights on eight GPUs, with the result as JSON:
   `tinsmith plan --model ./my-model --device h200x8 --train full --json`
 
-- Will it do with a mesh of your own?
+- A mesh of your own:
   `tinsmith plan --model Qwen/Qwen3-8B --device h100x8 --mesh data=2,fsdp=4`
 
 Devices: {device_catalogue.known()}.
-A TPU slice has Cloud's name: v5p-8 is four chips, v5e-16 and v6e-16 are sixteen.
+TPU slices have Google Cloud's names: v5p-8 is four chips, v5e-16 and v6e-16 are sixteen.
 
-Sizes are estimates, as close as 15 % to what the compilers say. Where the device's compiler is installed (the
-extra `plan`: `pip install "tinsmith[plan]"`), the training step is compiled for it, which takes minutes.
-Speeds are upper bounds from FLOPs and bandwidth (a roofline): no program is faster, and real ones are slower.
-The exit status is 1 if it does not fit.
+Sizes are estimates, within 15 % of what the compilers report. If the device's compiler is installed (the
+extra `plan`), the training step is compiled for it, which takes minutes and is more exact. Speeds are upper
+bounds from FLOPs and bandwidth (a roofline); real programs are slower. The exit status is 1 if the model does
+not fit.
 """
 
 _KINDS = {
@@ -196,18 +197,20 @@ def plan(
     ] = None,
     train: Annotated[str, typer.Option(help="What is trained: lora or full.")] = "lora",
     rank: Annotated[int, typer.Option(help="LoRA's rank, 1 to 512.")] = 32,
-    tenants: Annotated[int, typer.Option(help="Models in training at once, each with a sampler.")] = 1,
+    tenants: Annotated[
+        int, typer.Option(help="Models that train at the same time, each with a sampler.")
+    ] = 1,
     optimizer: Annotated[str, typer.Option(help=f"{', '.join(memory.OPTIMIZERS)}.")] = "adamw",
-    dtype: Annotated[str, typer.Option(help="Of the base model: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="The base model's dtype: bfloat16 or float32.")] = "bfloat16",
     mesh: Annotated[
         str | None, typer.Option(help="data=2,fsdp=4,tensor=1 [default: the fastest that fits].")
     ] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Estimate, also where the device's compiler is installed.")
+        bool, typer.Option("--estimate", help="Do not compile, even if the device's compiler is installed.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and tokens.")] = False,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where models are fetched to [default: ~/.cache/tinsmith].")
+        Path | None, typer.Option(help="Where downloads are stored [default: ~/.cache/tinsmith].")
     ] = None,
 ) -> None:
     from ..base_models import config_alone

@@ -1,6 +1,6 @@
 """Traces of operations for OpenTelemetry: one span from an operation's acceptance to its answer.
 
-The exporter is optional (`pip install "tinsmith[otel]"`). A thread of the library sends spans in batches with
+The exporter is optional (the extra `otel`). A thread of the library sends spans in batches with
 OTLP over HTTP; while the collector does not keep up or cannot be reached, spans are lost and nothing else
 happens.
 """

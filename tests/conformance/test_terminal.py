@@ -44,7 +44,8 @@ def test_status_and_runs(watched: ServerProcess, model: str) -> None:
     assert seen.returncode == 0, seen.stderr
     assert re.search(r"engine +ready", seen.stdout)
     assert re.search(r"models +1 in the engine, of 1 sessions", seen.stdout)
-    assert re.search(r"memory +[0-9.]+ [kMGT]B for each device; base ", seen.stdout)
+    assert re.search(r"memory +[\d.]+ [kMGT]B for each device; base ", seen.stdout)
+    assert re.search(r"disk +[\d.]+ GB free; .*ledger [\d.]+ \w+", seen.stdout)
     assert model in seen.stdout
     listed = json.loads(tinsmith(watched, "runs", "--json").stdout)
     assert [each["training_run_id"] for each in listed] == [model]
@@ -126,7 +127,22 @@ def test_doctor_tells_what_is_wrong_and_what_to_do(watched: ServerProcess) -> No
     assert "64 devices" in wrong["devices"]["text"]
     assert "/nowhere" in wrong["model"]["text"]
     assert "127.0.0.1:1" in wrong["sglang"]["text"]
-    assert all(each["advice"] for each in wrong.values() if each["what"] in ("ledger", "devices", "sglang"))
+    advised = ("ledger", "devices", "sglang")
+    assert all(wrong[what]["advice"] for what in advised)
+
+
+def test_doctor_tells_that_devices_would_be_idle(
+    watched: ServerProcess, tiny_model, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    options = ("--data-dir", str(tmp_path), "--port", "0", "--model", f"tiny={tiny_model}")
+    found = tinsmith(watched, "doctor", *options)
+    assert found.returncode == 0, found.stdout
+    assert (
+        "! devices: the server would use 1 of 2 devices\n    to use all of them, add --mesh fsdp=2"
+        in found.stdout
+    )
+    assert "would use" not in tinsmith(watched, "doctor", *options, "--mesh", "data=2").stdout
 
 
 def test_doctor_finds_nothing_wrong(watched: ServerProcess, tiny_model, tmp_path) -> None:
