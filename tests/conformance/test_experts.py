@@ -18,6 +18,7 @@ from conformance.server_process import ServerProcess, Wire
 from conformance.test_downloads import by_peft, by_torch
 from conformance.test_sdk_checkpoints import PROMPT, forward
 from conformance.test_sdk_training import step
+from docs.pages import block
 from safetensors.numpy import load_file
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
@@ -126,6 +127,9 @@ def test_the_experts_of_a_sample_are_replayed_in_training(server: ServerProcess)
     found = sequence["routed_experts"]
     experts = np.frombuffer(base64.b64decode(found["data"]), found["dtype"]).reshape(found["shape"])
     assert len(experts) == len(tokens) - 1
+    shown = json.loads("{" + block("rl.md", '"routed_experts"') + "}")["routed_experts"]
+    assert found.keys() == shown.keys()
+    assert (found["dtype"], len(found["shape"])) == (shown["dtype"], len(shown["shape"]))
 
     def datum(**inputs: tinker.TensorData) -> tinker.Datum:
         targets = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
@@ -137,6 +141,9 @@ def test_the_experts_of_a_sample_are_replayed_in_training(server: ServerProcess)
 
     free, replayed = (forward(training, [each]) for each in (datum(), datum(routed_experts=given(experts))))
     np.testing.assert_allclose(replayed, free, atol=1e-5)
+    names = {"tinker": tinker, "tokens": tokens, "weights": [1.0] * (len(tokens) - 1)}
+    of_the_page = eval(block("rl.md", "tinker.Datum("), names | {"experts": given(experts)})
+    np.testing.assert_array_equal(forward(training, [of_the_page]), replayed)
     np.testing.assert_allclose(replayed[-len(sequence["tokens"]) :], sequence["logprobs"], atol=1e-4)
     config = json.loads((server.data_dir.parent / "model" / "config.json").read_text())
     keys = ("num_experts", "num_local_experts", "n_routed_experts")

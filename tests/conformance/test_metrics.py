@@ -13,8 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from conformance.conftest import ALICE
 from conformance.server_process import ServerProcess, Wire, datum
+from docs.pages import block
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
@@ -174,5 +176,26 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     named = {base_of(name) for query in queries for name in re.findall(r"tinsmith_\w+", query)}
     assert named <= documented()
     assert len(named) > 15
-    examples = "".join(re.findall(r"^```promql\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+    examples = block("metrics.md", "# tokens trained")
     assert {base_of(name) for name in re.findall(r"tinsmith_\w+", examples)} <= documented()
+    promql = pytest.importorskip("promql_parser")
+    variables = re.compile(r"\$__?\w+")  # Grafana fills them in
+    for query in [*queries, *re.findall("^[^#].*", examples, re.MULTILINE)]:
+        promql.parse(variables.sub("5m", query))
+
+
+def test_prometheus_scrapes_with_the_configuration_of_the_page(
+    measured: ServerProcess, tmp_path: Path
+) -> None:
+    """The address, the path and the header that Prometheus makes of it."""
+    (job,) = yaml.safe_load(block("metrics.md", "scrape_configs:"))["scrape_configs"]
+    (target,) = (each for group in job["static_configs"] for each in group["targets"])
+    host, _, port = target.partition(":")
+    assert (host, port) == ("tinsmith.example.org", "8000")
+    file = tmp_path / Path(job["authorization"]["credentials_file"]).name
+    file.write_text(f"{TOKEN}\n")
+    url = f"{job.get('scheme', 'http')}://127.0.0.1:{measured.port}{job.get('metrics_path', '/metrics')}"
+    kind = job["authorization"].get("type", "Bearer")
+    answer = httpx.get(url, headers={"Authorization": f"{kind} {file.read_text().strip()}"})
+    assert answer.status_code == 200
+    assert "tinsmith_engine_ready" in answer.text

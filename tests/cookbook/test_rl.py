@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 
 import pytest
-from cookbook.programs import Cookbook
+from cookbook.programs import Cookbook, Run
 from cookbook.workplace import CHAT
+from docs.pages import block
 
 pytestmark = pytest.mark.slow
 MODEL = (f"model_name={CHAT}", "learning_rate=2e-3")
@@ -71,3 +74,25 @@ def test_shorter(cookbook: Cookbook, seen: Callable[[str, str], None]) -> None:
     tokens = run.column("env/all/ac_tokens_per_turn")
     seen("`shorter`", f"answers of {tokens[0]:.1f} tokens, and of {tokens[-1]:.1f} after {len(tokens)} steps")
     assert tokens[-1] < 0.5 * tokens[0]
+
+
+RECIPES = {
+    "python -m tinker_cookbook.recipes.math_rl.train": ("importance_sampling", "ppo"),
+    "python -m tinker_cookbook.recipes.rl_loop": ("",),
+}
+
+
+@pytest.mark.parametrize("begins", RECIPES)
+def test_the_page_s_commands_run_to_their_end(cookbook: Cookbook, begins: str) -> None:
+    """docs/rl.md's, with this folder's model; the losses are `LOSS` in the first of them."""
+    for loss in RECIPES[begins]:
+        command = block("rl.md", begins).replace("LOSS", loss)
+        _python, *arguments = shlex.split(command, comments=True)
+        names = {"$M": CHAT, "$U": cookbook.environment["TINKER_BASE_URL"], "meta-llama/Llama-3.2-1B": CHAT}
+        for name, value in names.items():
+            arguments = [each.replace(name, value) for each in arguments]
+        (log,) = (each.partition("=")[2] for each in arguments if each.startswith("log_path="))
+        cookbook.execute(Path(log).name, *arguments)
+        run = Run(cookbook.folder / log)
+        assert len(run.metrics) == 6
+        assert all(abs(kl) < 1e-3 for kl in run.column("optim/kl_sample_train_v1"))

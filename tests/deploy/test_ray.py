@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("tinker")
 
 import tinker
-from docs.pages import ROOT, blocks
+from docs.pages import ROOT, block
 from tinker import types
 from tiny_models import write_model
 
@@ -78,7 +78,7 @@ def _step(url: str, path: str | None) -> tuple[float, str]:
 
 
 def test_a_job_serves_stops_with_all_saved_and_the_next_one_goes_on(ray: Ray, tmp_path: Path) -> None:
-    (shown,) = [each.text for each in blocks() if each.text.startswith("export RAY_ADDRESS")]
+    shown = block("deploy.md", "export RAY_ADDRESS")
     model, port, data_dir = write_model(tmp_path / "tiny", "llama"), _free_port(), tmp_path / "data"
     command = shown.partition("\n")[2].replace(".venv/bin/", f"{ROOT}/.venv/bin/")
     command = command.replace("Qwen/Qwen3-8B --host 0.0.0.0", f"tiny={model}")

@@ -36,6 +36,13 @@ def blocks() -> list[Block]:
     ]
 
 
+def block(page: str, begins: str) -> str:
+    """The code of the shortest of a page's blocks that begins so."""
+    found = [each.text for each in blocks() if each.page == page and each.text.startswith(begins)]
+    assert found, f"{page} has no block that begins with {begins!r}"
+    return min(found, key=len)
+
+
 def inline_commands(begins: str) -> list[str]:
     """Code within text that begins so and goes on, such as `make slow`."""
     found: list[str] = []

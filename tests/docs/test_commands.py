@@ -1,8 +1,8 @@
 """The documentation's commands are run as they stand: those of README.md and of docs/.
 
 `smollm2-135m` is a tiny model here, which lies where that one is cached, and so are `MODEL` and
-`/models/qwen3-8b`. Ports, folders of other machines and ids are replaced. What cannot be run is in `NOT_RUN`,
-with the reason, and checked in another way where there is one.
+`/models/qwen3-8b`. Ports, folders of other machines and ids are replaced. `ELSEWHERE` names tests of other
+folders, which run a block because they have the server, the cluster or the programs that it needs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 pytest.importorskip("tinker")
@@ -29,7 +30,7 @@ from tinsmith.ckpt import smollm2
 from tinsmith.server.settings import Settings
 from tiny_models import hf_config, write_model
 
-from .pages import ROOT, Block, blocks, inline_commands
+from .pages import ROOT, Block, block, blocks, inline_commands
 from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
@@ -41,6 +42,9 @@ SERVE = f"{TINSMITH} serve --model smollm2-135m"
 PYTEST = ".venv/bin/python -m pytest -q tests/losses"
 
 RUN = {
+    ("README.md", ".venv/bin/python -m pip install"),
+    (DEPLOY, "python3 -m venv"),
+    ("models.md", "tinsmith: model"),
     ("README.md", "make demo"),
     ("README.md", SERVE),
     ("README.md", "import tinker"),
@@ -86,39 +90,29 @@ RUN = {
     ("settings.md", "model = "),
     ("sglang.md", "python -m sglang.launch_server"),
 }
-NOT_RUN = {
-    (
-        "README.md",
-        ".venv/bin/python -m pip install",
-    ): "gigabytes for a GPU; the extra and the file are checked",
-    ("architecture.md", "client "): "a picture",
-    ("metrics.md", "scrape_configs:"): "Prometheus is not here; test_metrics.py scrapes as this says",
-    ("metrics.md", "# tokens trained"): "Prometheus is not here; test_metrics.py knows the names",
-    (DEPLOY, "python3 -m venv"): "a TPU's packages and a large model; options are checked by tests/server",
-    (DEPLOY, "export RAY_ADDRESS"): "`make ray` runs it with a real Ray",
-    (RL, "tinker.Datum("): "a part of a program; conformance/test_experts.py sends such datums",
-    (RL, '"routed_experts"'): "a part of an answer; conformance/test_experts.py reads it",
-    ("plan.md", "tinsmith: too large"): "the answer on a smaller device (test_base_models.py)",
-    ("models.md", "tinsmith: model"): "answers to models and devices that are not here (test_base_models.py)",
-    (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "`make cookbook` runs these recipes in an hour",
-    (RL, "python -m tinker_cookbook.recipes.rl_loop"): "`make cookbook` runs these recipes in an hour",
+ELSEWHERE = {
+    ("metrics.md", "scrape_configs:"): "conformance/test_metrics.py",
+    ("metrics.md", "# tokens trained"): "conformance/test_metrics.py",
+    ("plan.md", "tinsmith: too large"): "server/test_memory_check.py",
+    (DEPLOY, "export RAY_ADDRESS"): "deploy/test_ray.py",
+    (RL, "tinker.Datum("): "conformance/test_experts.py",
+    (RL, '"routed_experts"'): "conformance/test_experts.py",
+    (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "cookbook/test_rl.py",
+    (RL, "python -m tinker_cookbook.recipes.rl_loop"): "cookbook/test_rl.py",
 }
 
 
-def block(page: str, begins: str) -> str:
-    """The code of the shortest of a page's blocks that begins so."""
-    found = [each.text for each in BLOCKS.values() if each.page == page and each.text.startswith(begins)]
-    assert found, f"{page} has no block that begins with {begins!r}"
-    return min(found, key=len)
-
-
-def test_every_block_is_run_or_says_why_not() -> None:
+def test_every_block_is_run() -> None:
     def covers(name: tuple[str, str], each: Block) -> bool:
         return each.page == name[0] and each.text.startswith(name[1])
 
-    listed = [*RUN, *NOT_RUN]
+    listed = [*RUN, *ELSEWHERE]
     assert not [each.name for each in BLOCKS.values() if not any(covers(name, each) for name in listed)]
     assert not [name for name in listed if not any(covers(name, each) for each in BLOCKS.values())]
+    for (page, begins), test in ELSEWHERE.items():
+        text = (ROOT / "tests" / test).read_text()
+        assert f'"{page}"' in text, f"{test} does not read {page}"
+        assert begins in text, f"{test} does not look for the block {begins!r}"
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +125,7 @@ def terminal(tmp_path_factory: pytest.TempPathFactory) -> Terminal:
     own = {
         "MODEL": str(model),
         "/models/qwen3-8b": str(model),
+        "/mnt/disk": str(home / "disk"),
         "http://sampler-1:30000": "http://127.0.0.1:9",
     }
     own |= {
@@ -344,6 +339,60 @@ def test_servers_of_other_pages(terminal: Terminal, serve) -> None:
     assert (terminal.home / "disk/tinsmith/ledger.db").exists()
 
 
+def test_a_server_on_a_tpu_vm(terminal: Terminal, serve) -> None:
+    """deploy.md's, with eight devices of a CPU. `test_accelerators_are_installed` runs pip's line."""
+    made, _installed, examined, served = block(DEPLOY, "python3 -m venv").splitlines()
+    terminal.run(f"{made} --without-pip")
+    (terminal.home / "tinsmith/bin/tinsmith").symlink_to(Path(sys.executable).with_name("tinsmith"))
+    eight = "--xla_force_host_platform_device_count=8"
+    found = terminal.run(examined.replace("Qwen/Qwen3-8B", "MODEL"), XLA_FLAGS=eight)
+    assert "finds 8 x cpu" in found
+    server = serve(f"exec {served.replace('Qwen/Qwen3-8B', 'MODEL')}", XLA_FLAGS=eight)
+    assert httpx.get(f"{server.url}/health", timeout=60).json()["engine_running"]
+
+
+@pytest.mark.slow
+def test_accelerators_are_installed(terminal: Terminal) -> None:
+    """pip finds a version of everything and installs nothing; it needs a package index."""
+    _made, of_tpu, *_rest = block(DEPLOY, "python3 -m venv").splitlines()
+    for command in (block("README.md", ".venv/bin/python -m pip install"), of_tpu):
+        options = command.partition(" install ")[2].strip()
+        printed = terminal.run(f"{sys.executable} -m pip install --dry-run {options}", folder=ROOT)
+        assert "Would install" in printed
+
+
+def test_what_cannot_be_served_is_refused_as_models_md_shows(terminal: Terminal) -> None:
+    rope, mesh, size = block("models.md", "tinsmith: model").splitlines()
+
+    def refusal(command: str, **environment: str) -> str:
+        refused = terminal.attempt(command, **environment)
+        assert refused.returncode == 2, refused.stdout
+        return refused.stderr.strip()
+
+    folder = write_model(terminal.home / "m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 0.25}))
+    assert refusal(f"{TINSMITH} serve --model m={folder}") == rope.replace("/models/m", str(folder))
+    assert refusal(f"{SERVE} --mesh fsdp=8") == mesh
+
+    if psutil.virtual_memory().total > 300e9:
+        pytest.skip("this machine has room for it")
+    large = terminal.home / "large"
+    large.mkdir()
+    sizes = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "vocab_size": 128_256}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+    config = hf_config("llama") | sizes | heads | {"tie_word_embeddings": False}
+    (large / "config.json").write_text(json.dumps(config))
+    (large / "model.safetensors").touch()  # it is listed, and never downloaded
+    hub = Hub({("org/large", "main"): large})
+    refused = refusal(
+        f"{TINSMITH} serve --model m=org/large", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0"
+    ).splitlines()[-1]
+    hub.close()
+    free = r"\d+ GB are free"  # depends on the machine
+    assert re.sub(free, "", refused) == re.sub(free, "", size)
+
+
 def test_sglang_takes_the_options_that_it_is_given() -> None:
     """It is started for real, on the CPU, by tests/sglang."""
     venv = Path(os.environ.get("TINSMITH_SGLANG_VENV") or ROOT / ".cache" / "sglang" / "venv")
@@ -395,9 +444,6 @@ def test_targets_of_make_and_files_of_tests(terminal: Terminal) -> None:
     assert "test_losses.py::" in terminal.run(f"{first} --collect-only", folder=ROOT)
     for line in others:
         assert all((ROOT / path).exists() for path in line.split()[4:])
-    installs = block("README.md", ".venv/bin/python -m pip install")
-    (extra,) = re.findall(r"\.\[(\w+)\]", installs)
-    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_configuration_of_a_training_run_is_taken(terminal: Terminal) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from docs.pages import block
 from tinsmith.engine.messages import Devices
 from tinsmith.model.folder import ModelConfig, stated_config
 from tinsmith.server.base_models import require_memory
@@ -35,7 +36,7 @@ def refusal(config: ModelConfig, devices: Devices, **settings: object) -> str:
 
 def test_the_refusal_says_what_is_needed_and_what_would_do(config: ModelConfig) -> None:
     said = refusal(config, Devices("gpu", 1, 16 * GB))
-    assert "too large: m needs 2" in said
+    assert f"tinsmith: {said}\n" == block("plan.md", "tinsmith: too large")
     assert "(16 GB for 8.19 billion parameters as bfloat16, the rest for the smallest programs" in said
     assert "and 16 GB are free; two of them with --mesh fsdp=2 would do" in said
     require_memory({"m": config}, Devices("gpu", 2, 16 * GB), mesh={"fsdp": 2})
