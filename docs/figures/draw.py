@@ -2,7 +2,7 @@
 
 The data are beside it (`speed.json` from docs/performance.md, `recovery.json` of bench/recovery.py,
 `tenants.json` of bench/tenants.py) and in docs/accelerators.json. Each plot becomes an SVG file, here or in
-the folder that is given.
+the folder that is given. The drawing of the architecture is made here too.
 """
 
 from __future__ import annotations
@@ -110,6 +110,69 @@ def tenants(folder: Path) -> None:
     save(folder, "tenants")
 
 
+def architecture(folder: Path) -> None:
+    """The two processes, their parts, and what they exchange."""
+    _, made = plt.subplots(figsize=(9.2, 5.2), layout="constrained")
+    made.set(xlim=(-0.5, 92.5), ylim=(-0.5, 50.5))
+    made.axis("off")
+
+    def box(x: float, y: float, width: float, height: float, text: str, outer: bool = False) -> None:
+        """A box with its text in the middle; an outer one has it as a title above its contents."""
+        kind = {"facecolor": "#f4f1ee", "edgecolor": COLOURS[0]} if outer else {"facecolor": "white"}
+        made.add_patch(
+            plt.Rectangle((x, y), width, height, linewidth=1, **({"edgecolor": COLOURS[1]} | kind))
+        )
+        place = (x + 1, y + height - 1) if outer else (x + width / 2, y + height / 2)
+        made.text(
+            *place,
+            text,
+            fontsize=9,
+            weight="bold" if outer else "normal",
+            ha="left" if outer else "center",
+            va="top" if outer else "center",
+        )
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
+        style = {"arrowstyle": "<|-|>", "color": "#333333", "shrinkA": 0, "shrinkB": 0, "linewidth": 1}
+        made.annotate("", end, start, arrowprops=style)
+        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+        made.text(*middle, text, fontsize=8, ha="center", va="bottom", color="#333333")
+
+    box(0, 34, 14, 10, "clients:\nTinker SDK, xorl,\nOpenAI, browsers")
+    box(22, 0, 34, 50, "server process (no JAX)", outer=True)
+    box(24, 37, 30, 8, "http, wire\nroutes, bodies and answers, keys")
+    box(24, 26, 18, 8, "models\nsessions, runs, samplers")
+    box(44, 26, 10, 8, "plugins\nSGLang, RLVE")
+    box(24, 14, 18, 9, "operations\ndispatcher: order\nof seq_id")
+    box(44, 14, 10, 9, "supervision\noutbox,\nrestarts")
+    box(24, 3, 30, 7, "ledger\nSQLite or PostgreSQL")
+    box(66, 6, 26, 44, "engine process (owns the devices)", outer=True)
+    box(68, 37, 22, 7, "loop, scheduler\nturns of models and samples")
+    box(68, 26, 10, 8, "training\npacking,\ngradients")
+    box(80, 26, 10, 8, "sampling\nprefill,\ndecode")
+    box(68, 16, 22, 7, "model, losses\ncompiled JAX programs")
+    box(68, 8, 22, 5, "CPU, GPUs or TPUs")
+    box(0, 14, 14, 8, "SGLang servers\n(optional)")
+    box(66, 0, 26, 4, "data directory: checkpoints")
+    arrow((14, 41), (24, 41), "HTTP")
+    arrow((33, 37), (33, 34))
+    arrow((42, 30), (44, 30))
+    arrow((33, 26), (33, 23))
+    arrow((42, 18.5), (44, 18.5))
+    arrow((33, 14), (33, 10))
+    arrow((54, 18.5), (68, 39), "")
+    made.text(60.5, 37, "ZeroMQ,\nengine/\nmessages.py", fontsize=8, ha="center", color="#333333")
+    arrow((14, 18), (22, 18), "HTTP")
+    arrow((73, 37), (73, 34))
+    arrow((85, 37), (85, 34))
+    arrow((73, 26), (73, 23))
+    arrow((85, 26), (85, 23))
+    arrow((79, 16), (79, 13))
+    arrow((56, 2), (66, 2))
+    arrow((79, 6), (79, 4))
+    save(folder, "architecture")
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     bars(folder, "training", "LoRA training beside transformers + PEFT")
@@ -117,6 +180,7 @@ def main() -> None:
     memory(folder)
     recovery(folder)
     tenants(folder)
+    architecture(folder)
 
 
 if __name__ == "__main__":
