@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Nothing is compiled at the installation but what is imported, once: the tests start a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-quick docs docs-serve slow fuzz fuzzrest sdks cookbook sglang ray laboratory accelerators gpu tpu rlve methods lint format bench lock clean
+.PHONY: help install demo test test-quick docs docs-serve screenshots notebooks slow fuzz fuzzrest sdks cookbook sglang ray laboratory accelerators gpu tpu rlve methods lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,13 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
 docs: $(STAMP) $(DOCS)/.installed ## write the generated pages, and build the site into .cache/docs/site
 	$(BIN)/python docs/generate.py
 	$(MKDOCS) build --strict --quiet
+
+screenshots: $(STAMP) ## take the console's pictures in docs/images again (minutes; needs Chromium)
+	$(BIN)/python docs/screenshots.py
+
+notebooks: $(STAMP) ## run the notebooks with their real model and store the outputs (half an hour)
+	$(BIN)/jupyter execute --inplace $(wildcard notebooks/*.ipynb)
+	sed -i 's|$(HOME)/|~/|g' $(wildcard notebooks/*.ipynb)
 
 docs-serve: docs ## the site on http://127.0.0.1:8001
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8001

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import tarfile
@@ -24,8 +23,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium h
 
 PAGES = ("/", "/training_runs", "/checkpoints", "/samplers", "/sessions", "/usage", "/playground")
 HOSTILE = '<img src=x onerror="alert(1)">'
-# `TINSMITH_WRITE_SCREENSHOTS=1` renews those of the documents.
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 @dataclass
@@ -106,12 +103,6 @@ def console(page: sync_api.Page) -> sync_api.Page:
     page.keyboard.press("Enter")
     page.wait_for_selector("#state.good")
     return page
-
-
-def picture(page: sync_api.Page, name: str) -> None:
-    if os.environ.get("TINSMITH_WRITE_SCREENSHOTS") == "1":
-        IMAGES.mkdir(exist_ok=True)
-        page.screenshot(path=IMAGES / f"console-{name}.png")
 
 
 def test_nothing_is_shown_without_a_key(page: sync_api.Page, trained: Trained) -> None:
@@ -198,7 +189,6 @@ def test_curves_grow_while_a_run_trains(console: sync_api.Page, trained: Trained
     console.get_by_label("by time").check()
     console.get_by_label("logarithmic").check()
     assert console.locator(".chart canvas").count() == before + 1
-    picture(console, "run")
 
 
 def test_reports_that_are_wrong_are_refused_by_the_name_of_their_field(trained: Trained) -> None:
@@ -223,7 +213,6 @@ def test_text_of_clients_is_never_markup(console: sync_api.Page, trained: Traine
         console.wait_for_selector(f"main :text('{HOSTILE}')")
         assert console.locator("main img").count() == 0
     assert console.locator("svg.timeline rect").count() >= 6
-    picture(console, "session")
 
 
 def test_a_checkpoint_is_downloaded_kept_published_and_deleted(
@@ -246,7 +235,6 @@ def test_a_checkpoint_is_downloaded_kept_published_and_deleted(
     (found,) = [each for each in listed if each["tinker_path"] == doomed]
     assert found["public"]
     assert found["expires_at"] is not None
-    picture(console, "checkpoints")
     console.once("dialog", lambda dialog: dialog.dismiss())
     row.get_by_text("Delete").click()
     console.once("dialog", lambda dialog: dialog.accept())
@@ -279,7 +267,6 @@ def test_the_playground_compares_two_models_token_by_token(console: sync_api.Pag
         assert console.locator(".text span.differs").count() > 0
     console.get_by_label("Colour").select_option("difference")
     assert "color-mix" in console.locator(".text span").first.evaluate("(span) => span.style.background")
-    picture(console, "playground")
 
 
 def test_links_that_the_sdk_prints_lead_to_their_pages(console: sync_api.Page, trained: Trained) -> None:
@@ -301,19 +288,16 @@ def test_every_page_fits_a_phone_and_is_reached_by_keyboard(console: sync_api.Pa
         console.wait_for_selector("main h1")
     console.keyboard.press("1")
     console.wait_for_selector(f"main section a:has-text('{trained.model}')")
-    picture(console, "overview")
     console.keyboard.press("t")
     assert console.evaluate("document.documentElement.dataset.theme") == "dark"
     console.goto(f"/training_runs/{trained.model}")
     console.wait_for_selector(".chart canvas")
-    picture(console, "run-dark")
     console.set_viewport_size({"width": 390, "height": 800})
     for path in (*PAGES, f"/training_runs/{trained.model}", f"/sessions/{trained.session}"):
         console.goto(path)
         console.wait_for_selector("main h1")
         wide = console.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, path
-    picture(console, "phone")
 
 
 def test_the_api_is_documented_offline(console: sync_api.Page) -> None:

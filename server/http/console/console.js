@@ -209,7 +209,7 @@ function waiting() {
       ...queue.models.map((each) => [runLink(each.id, each.name), each.waiting]),
       ...(queue.samples ? [["samples", queue.samples]] : []),
     ], "No operation of yours is waiting."),
-    h("p", { class: "quiet" }, `${queue.all_tenants} of all tenants`),
+    h("p", { class: "quiet" }, `All tenants: ${queue.all_tenants} waiting`),
   ];
 }
 
@@ -224,9 +224,12 @@ const RUN_HEADS = ["Run", "Base model", "Rank#", "State", "Step#", "Loss per tok
 
 function status(run) {
   const isHere = overview?.resident_models.includes(run.id);
-  const text = run.state === "ready" ? (isHere ? "in memory" : "resting") : run.state;
+  const text = run.state === "ready" ? (isHere ? "in the engine" : "saved") : run.state;
   return h("span", { class: run.state === "failed" ? "bad" : isHere ? "good" : "quiet" }, text);
 }
+
+const MEMORY = { base: "base models", programs: "programs", tenants: "models in training", zeros: "gradients under way",
+  sampler_adapters: "samplers' weights", sampler_stacks: "samplers' weights, side by side", kv_pages: "KV cache" };
 
 function memoryCard(news) {
   if (!news.memory) return null;
@@ -234,7 +237,7 @@ function memoryCard(news) {
   const kinds = Object.entries(held).sort((a, b) => b[1] - a[1]);
   const total = capacity || kinds.reduce((sum, [, size]) => sum + size, 0);
   return card("Device memory", table(["Kind", "Bytes#", ""], kinds.map(([kind, size]) =>
-    [kind.replaceAll("_", " "), bytes(size), h("meter", { min: 0, max: total || 1, value: size, title: kind })])));
+    [MEMORY[kind] ?? kind.replaceAll("_", " "), bytes(size), h("meter", { min: 0, max: total || 1, value: size, title: kind })])));
 }
 
 function compilationCard(news) {
@@ -252,7 +255,7 @@ async function overviewPage(signal) {
     const kinds = Object.entries(disk ?? {}).filter(([kind]) => !kind.endsWith("_bytes"));
     cards.replaceChildren(...[
       card("Engine", h("div", { class: `number ${engine.ready ? "good" : "warn"}` }, engine.phase),
-        h("p", { class: "quiet" }, engine.text), h("p", { class: "quiet" }, `life ${engine.lives}; Tinsmith ${news.version}; you are ${news.owner}`)),
+        h("p", { class: "quiet" }, engine.text), h("p", { class: "quiet" }, `${engine.lives > 1 ? `started ${engine.lives} times; ` : ""}Tinsmith ${news.version}; tenant ${news.owner}`)),
       card("Queue", ...waiting()),
       memoryCard(news), compilationCard(news),
       disk && card("Disk", h("div", { class: "number" }, `${bytes(disk.free_bytes)} free`),
@@ -314,7 +317,7 @@ async function runPage(signal, id) {
     const x = points.map((point) => (byTime.checked ? point.time : point.step));
     for (const [name, plot] of drawn) plot.set(x, points.map((point) => point.metrics[name] ?? null));
     const last = points.findLast((point) => point.complete);
-    now.textContent = points.length ? `step ${last?.step ?? 0}, ${points.length} points` : "No step has been answered yet.";
+    now.textContent = points.length ? `step ${last?.step ?? 0}, ${points.length} points` : "No step is finished yet.";
   };
   const refresh = async () => {
     const found = await api(`/api/v1/training_runs/${part(id)}/metrics?cursor=${encodeURIComponent(cursor)}`, { signal });
@@ -347,7 +350,7 @@ function checkpointTable(found, changed) {
     const [run, ...rest] = each.tinker_path.replace("tinker://", "").split("/");
     const base = `/api/v1/training_runs/${part(run)}/checkpoints/${rest.map(part).join("/")}`;
     const keep = async () => {
-      const answer = prompt("Keep it for how many hours from now? Empty: for ever", "");
+      const answer = prompt("Delete it after how many hours? Leave empty to keep it.", "");
       if (answer === null) return;
       const hours = answer.trim() === "" ? null : Number(answer);
       if (hours !== null && !(hours > 0)) return say(`${answer}: write a number of hours`);
@@ -394,15 +397,15 @@ async function samplersPage(signal) {
   main.replaceChildren(h("h1", {}, "Samplers"),
     card("SGLang endpoints", table(["Address", "State", "Base model", "Weights", "Running#"],
       endpoints.map((each) => [`${each.host}:${each.port}`, health(each), each.base_model, each.weight_version, each.running]),
-      "None of yours."), h("p", { class: "quiet" }, `The operator has ${shared.count}, of which ${shared.healthy} are healthy.`)),
-    card("Sampling sessions", table(["Sampler", "Weights", "Base model", "Session", "Made"], samplers.map((each) => [
+      "You have registered none."), h("p", { class: "quiet" }, `The operator has registered ${shared.count}; ${shared.healthy} of them are healthy.`)),
+    card("Sampling sessions", table(["Sampler", "Weights", "Base model", "Session", "Created"], samplers.map((each) => [
       h("code", {}, each.id), each.model_path ? h("code", {}, each.model_path) : each.follows ? `newest of ${each.follows}` : "unnamed, or the base model",
       each.base_model, link(`/sessions/${part(each.session_id)}`, each.session_id.slice(0, 12)), ago(each.created_at)]))));
 }
 
 async function sessionsPage(signal) {
   const { sessions } = await api("/api/v1/console/sessions?limit=200", { signal });
-  main.replaceChildren(h("h1", {}, "Sessions"), card(null, table(["Session", "Tags", "SDK", "Project", "Begun", "Last heard", "End"],
+  main.replaceChildren(h("h1", {}, "Sessions"), card(null, table(["Session", "Tags", "SDK", "Project", "Opened", "Last heartbeat", "Closed"],
     sessions.map((each) => [link(`/sessions/${part(each.id)}`, each.name),
       h("span", {}, each.tags.map((tag) => h("span", { class: "tag" }, tag))), each.sdk_version, each.project_id,
       ago(each.created_at), ago(each.last_heartbeat_at), each.finished_at ? [ago(each.finished_at), ` (${each.finish_reason ?? "finished"})`] : "open"]))));
@@ -426,7 +429,7 @@ function timeline(trace) {
     else if (open.has(event.id + event.name)) slices.push([open.get(event.id + event.name), event.ts]);
   }
   const newest = slices.slice(-2000);
-  if (!newest.length) return h("p", { class: "quiet" }, "No operations, or none any more.");
+  if (!newest.length) return h("p", { class: "quiet" }, "The ledger has no operations of this session.");
   const begin = Math.min(...newest.map(([first]) => first.ts)), end = Math.max(...newest.map(([, last]) => last));
   const WIDTH = 1000, LANE = 34, lanes = [...names.keys()], scale = WIDTH / Math.max(1, end - begin);
   const drawn = svg("svg", { class: "timeline", viewBox: `0 0 ${WIDTH} ${lanes.length * LANE + 20}`, role: "img", "aria-label": "Timeline of the session" });
@@ -487,7 +490,7 @@ async function playgroundPage(signal, query) {
   const stop = h("button", { type: "button", disabled: true }, "Stop");
   const sides = h("div", { class: "two" });
   main.replaceChildren(h("h1", {}, "Playground"), card(null, names,
-    h("div", { class: "row" }, h("label", {}, "A", one), h("label", {}, "B", other)), text,
+    h("div", { class: "row models" }, h("label", {}, "A", one), h("label", {}, "B", other)), text,
     h("div", { class: "row" }, value("tokens", "tokens", 48, 1, 1), value("temperature", "temperature", 0, 0.1, 0), value("seed", "seed", 1, 1, 0), colours, run, stop)), sides);
   const settings = () => Object.fromEntries(["tokens", "temperature", "seed"].map((id) => [id, Number(document.getElementById(id).value)]));
   let results = null, controller = null;
@@ -558,7 +561,7 @@ function locked(why) {
   state.textContent = "";
   const input = h("input", { type: "password", name: "key", autocomplete: "off", placeholder: "tml-…", ariaLabel: "API key", required: true });
   const form = h("form", { class: "card login" }, h("h2", {}, "This server needs a key"), h("p", { class: "quiet" },
-    "It stays in this tab, until the tab is closed. tinsmith keys create makes one."), input,
+    "It is kept in this tab until you close it. tinsmith keys create NAME makes a key."), input,
   h("button", { class: "main" }, "Open"), h("p", { class: "bad", role: "alert" }, why));
   form.onsubmit = (event) => {
     event.preventDefault();
