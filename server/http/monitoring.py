@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -156,22 +157,19 @@ class OperationMetrics:
             self._tokens.labels(kind).inc(count)
 
 
+@dataclass(eq=False)
 class ServerMetrics:
     """Collects the state of the server's objects whenever Prometheus asks for the metrics."""
 
-    def __init__(
-        self,
-        engine: Supervisor,
-        operations: Operations,
-        runs: Runs,
-        recovery: Recovery,
-        ledger: Ledger,
-        disk: Disk,
-        sweep: Sweep,
-    ):
-        self._engine, self._operations, self._runs, self._recovery = engine, operations, runs, recovery
-        self._ledger, self._disk, self._sweep = ledger, disk, sweep
-        self._kinds = {"forward_backward", "optim_step", "sample"}  # that have waited; they go on at 0
+    engine: Supervisor
+    operations: Operations
+    runs: Runs
+    recovery: Recovery
+    ledger: Ledger
+    disk: Disk
+    sweep: Sweep
+    _kinds: set[str] = field(default_factory=lambda: {"forward_backward", "optim_step", "sample"}, init=False)
+    """Kinds of operations that have waited, which are shown at 0 from then on."""
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: a registry would otherwise collect when it registers this, before there is a
@@ -180,40 +178,32 @@ class ServerMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics but those that `Metrics` and `OperationMetrics` count."""
-        counted = Counter(operation.kind for operation in self._operations.unanswered())
+        counted = Counter(operation.kind for operation in self.operations.unanswered())
         self._kinds |= counted.keys()
         waiting = {kind: counted[kind] for kind in sorted(self._kinds)}
         yield _gauges("tinsmith_operations_waiting", "Operations without an answer yet", "kind", waiting)
-        resident = len(self._runs.resident())
+        resident = len(self.runs.resident())
         yield Gauge("tinsmith_models_resident", "Models whose training state the engine has", resident)
         yield from self._of_engine()
-        if self._engine.memory is not None:
-            yield from _of_memory(self._engine.memory)
-        ledger, text = self._ledger, "Time that the oldest change of the newest commit waited"
+        if self.engine.memory is not None:
+            yield from _of_memory(self.engine.memory)
+        ledger, text = self.ledger, "Time that the oldest change of the newest commit waited"
         yield Gauge("tinsmith_ledger_lag_seconds", text, ledger.lag_seconds)
         yield Total("tinsmith_ledger_commits", "Commits", ledger.commits)
         yield Total("tinsmith_ledger_commit_seconds", "Time spent in commits", ledger.commit_seconds)
         yield from self._of_disk()
 
     def _of_engine(self) -> Iterator[Metric]:
-        engine, counters = self._engine, self._engine.counters
+        engine, counters = self.engine, self.engine.counters
         yield Gauge("tinsmith_engine_ready", "1 if the engine is ready", engine.ready.is_set())
         yield Total("tinsmith_engine_lives", "Engine processes since the start", engine.life)
-        replayed = self._recovery.replayed
+        replayed = self.recovery.replayed
         yield Total("tinsmith_replayed_operations", "Operations sent to an engine again", replayed)
-        text, seconds = (
-            "Time spent on compiling and reading programs",
-            counters.get("compilation_seconds", 0.0),
-        )
-        yield Total("tinsmith_compilation_seconds", text, seconds)
+        text = "Time spent on compiling and reading programs"
+        yield Total("tinsmith_compilation_seconds", text, counters.get("compilation_seconds", 0.0))
         for family, text, label, always in (
             ("compilations", "Programs compiled, or read from the cache", "source", ("compiled", "cache")),
-            (
-                "training_positions",
-                "Positions of micro-batches that were computed",
-                "kind",
-                ("token", "padding"),
-            ),
+            ("training_positions", "Positions of micro-batches computed", "kind", ("token", "padding")),
             ("decode_slots", "Slots of the decode batches that were computed", "state", ("used", "empty")),
         ):
             total = Total(f"tinsmith_{family}", text, labels=[label])
@@ -224,10 +214,10 @@ class ServerMetrics:
         yield _gauges("tinsmith_kv_pages", "Pages of keys and values", "state", pages)
 
     def _of_disk(self) -> Iterator[Metric]:
-        used = self._sweep.used_bytes | {"ledger": self._sweep.ledger_bytes()}
+        used = self.sweep.used_bytes | {"ledger": self.sweep.ledger_bytes()}
         yield _gauges("tinsmith_disk_used_bytes", "Bytes in the data directory, by kind", "kind", used)
         try:
-            total, free = self._disk.usage()
+            total, free = self.disk.usage()
         except OSError:
             return
         yield Gauge("tinsmith_disk_free_bytes", "Free bytes on the data directory's disk", free)
@@ -296,16 +286,17 @@ class Activity:
         return dict(self._of_owner.get(owner, {}))
 
 
+@dataclass(eq=False)
 class Overview:
     """The server as one tenant may see it, now and as it changes."""
 
-    def __init__(
-        self, engine: Supervisor, operations: Operations, runs: Runs, disk: Disk, sweep: Sweep
-    ) -> None:
-        self._engine, self._operations, self._runs = engine, operations, runs
-        self._disk, self._sweep = disk, sweep
-        self._streams: Counter[str] = Counter()  # open ones, by owner
-        self.activity = Activity()
+    engine: Supervisor
+    operations: Operations
+    runs: Runs
+    disk: Disk
+    sweep: Sweep
+    activity: Activity = field(default_factory=Activity, init=False)
+    _streams: Counter[str] = field(default_factory=Counter, init=False)  # open ones, by owner
 
     def require_stream(self, owner: str) -> None:
         """Raise TooManyRequests if the owner has too many streams open."""
@@ -325,7 +316,7 @@ class Overview:
                     sent, quiet = event, 0
                 elif (quiet := quiet + 1) % _QUIET_LOOKS == 0:
                     yield b": nothing new\n\n"
-                if look == looks or self._operations.stopped:
+                if look == looks or self.operations.stopped:
                     return
                 await asyncio.sleep(_LOOK_SECONDS)
         finally:
@@ -333,11 +324,11 @@ class Overview:
 
     def of(self, owner: str) -> dict[str, Any]:
         """Return the engine, the queue of the owner's operations, and the disk, as they are now."""
-        engine, unanswered = self._engine, self._operations.unanswered()
+        engine, unanswered = self.engine, self.operations.unanswered()
         counters = engine.counters
         waiting = Counter(operation.model_id for operation in unanswered if operation.owner == owner)
         samples = waiting.pop("", 0)
-        names = {run.id: run.name for run in self._runs.resident() if run.owner == owner}
+        names = {run.id: run.name for run in self.runs.resident() if run.owner == owner}
         return {
             "owner": owner,
             "version": __version__,
@@ -368,11 +359,11 @@ class Overview:
 
     def _disk_usage(self) -> dict[str, int] | None:
         try:
-            total, free = self._disk.usage()
+            total, free = self.disk.usage()
         except OSError:
             return None
         rounded = free >> _DISK_STEP << _DISK_STEP
-        return {"total_bytes": total, "free_bytes": rounded, **self._sweep.used_bytes}
+        return {"total_bytes": total, "free_bytes": rounded, **self.sweep.used_bytes}
 
 
 def _memory(memory: messages.Memory) -> dict[str, Any]:
