@@ -354,10 +354,13 @@ def _download(hub_id: str, commit: str | None, weight_files: tuple[str, ...]) ->
 
 
 def _not_on_hub(hub_id: str, revision: str | None, error: Exception) -> ValueError:
+    from huggingface_hub import constants
+
     which = f"{hub_id}@{revision}" if revision else hub_id
     reason = " ".join(str(error).split())[:300]
+    offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     return ValueError(
-        f"model {which!r} is not a folder here, and cannot be loaded from the Hugging Face hub: "
+        f"model {which!r} is not a folder here, and cannot be loaded from the Hugging Face hub{offline}: "
         f"{type(error).__name__}: {reason}"
     )
 

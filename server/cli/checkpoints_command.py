@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ..checkpoints.archive import CONFIG_FILE, TENSORS_FILE
-from .command_line import fail
+from .command_line import fail, unknown_names
 
+_CONNECT_SECONDS = 10.0
 OPTION = typer.Option(help="The server [default: TINKER_BASE_URL, or http://127.0.0.1:8000].")
 
 
@@ -28,10 +29,13 @@ class RemoteServer:
     def __init__(self, url: str | None):
         import httpx
 
+        if unknown := unknown_names(os.environ):
+            fail("; ".join(unknown))
         self.url = (url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
         key = os.environ.get("TINKER_API_KEY")
         headers = {} if key is None else {"X-API-Key": key}
-        self._http = httpx.Client(base_url=f"{self.url}/api/v1/", headers=headers, timeout=None)
+        patience = httpx.Timeout(None, connect=_CONNECT_SECONDS)
+        self._http = httpx.Client(base_url=f"{self.url}/api/v1/", headers=headers, timeout=patience)
 
     def ask(
         self, method: str, path: str, failed: str, /, accepted: tuple[int, ...] = (200,), **request: Any
@@ -48,7 +52,10 @@ class RemoteServer:
                     shown = reason
                 answer = self._http.request(method, path, **request)
         except httpx.HTTPError as error:
-            fail(f"{self.url} cannot be reached: {error}")
+            fail(
+                f"{self.url} cannot be reached: {error}. Is the server running, and is its address right? "
+                "--url or TINKER_BASE_URL names another one"
+            )
         try:
             body = answer.json()
         except ValueError:

@@ -441,7 +441,8 @@ def _port(settings: Settings) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("port", "problem", str(error))
     else:
-        yield Finding("port", "ok", f"{settings.host}, port {settings.port}, is free")
+        text = f"{settings.host}, port {settings.port}, is free" if settings.port else "a free one is chosen"
+        yield Finding("port", "ok", text)
 
 
 def _models(settings: Settings) -> Iterator[Finding]:
@@ -459,7 +460,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
             continue
         for each in planned:
             where = each.folder or each.hub_id or "the package index"
-            size = f", {each.parameters / 1e9:.2f} billion parameters" if each.parameters else ""
+            size = f", {each.parameters / 1e6:,.1f} million parameters" if each.parameters else ""
             yield Finding("model", "ok", f"{each.name}: {where}{size}")
 
 

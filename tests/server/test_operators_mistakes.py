@@ -185,6 +185,14 @@ def test_the_first_key_says_which_ledger_it_is_in() -> None:
     assert [line.split()[1] for line in listed.splitlines()] == ["alice", "bob"]
 
 
+@pytest.mark.parametrize("command", [["status"], ["top"], ["runs"], ["checkpoints", "merge", "a", "b"]])
+def test_commands_for_a_running_server_name_a_wrong_variable_and_an_address_without_one(command) -> None:
+    assert "did you mean TINSMITH_PORT?" in refusal(command, TINSMITH_PROT="9000")
+    answered = refusal([*command, "--url", "http://127.0.0.1:9"])
+    assert answered.startswith("http://127.0.0.1:9 cannot be reached: ")
+    assert "--url or TINKER_BASE_URL names another one" in answered
+
+
 @pytest.mark.parametrize(
     "arguments", [["nonsense"], ["models", "get"], ["keys", "create"], ["models", "get", "x"]]
 )
