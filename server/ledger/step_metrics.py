@@ -24,6 +24,7 @@ _MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
 _LARGEST_ROW = 16_384  # bytes, at most
 _REPORTED = "reported"
 _BLOCK = 16
+_NEWEST = 8  # rows of each kind
 # Built once: they are part of every operation.
 _ADD: dict[str, Any] = {
     "sqlite": sqlite.insert(step_metrics).on_conflict_do_nothing(),
@@ -85,7 +86,7 @@ def since(connection: Connection, model_id: str, number: int, reported_at: float
     return connection.execute(query.order_by(step_metrics.c.at, step_metrics.c.number)).all()
 
 
-def newest(connection: Connection, model_ids: Sequence[str], operations: int = 8) -> Sequence[Row]:
+def newest(connection: Connection, model_ids: Sequence[str]) -> Sequence[Row]:
     """Return the last few rows of each model up to its newest step (or pass, if it has no step)."""
     other = step_metrics.alias()
     last = (
@@ -95,7 +96,7 @@ def newest(connection: Connection, model_ids: Sequence[str], operations: int = 8
     )
     query = select(step_metrics).where(
         step_metrics.c.model_id.in_(model_ids),
-        step_metrics.c.number > last - operations,
+        step_metrics.c.number > last - _NEWEST,
         (step_metrics.c.kind != _REPORTED) | (step_metrics.c.number == last),
     )
     return connection.execute(query.order_by(step_metrics.c.at, step_metrics.c.number)).all()
@@ -104,14 +105,12 @@ def newest(connection: Connection, model_ids: Sequence[str], operations: int = 8
 # --- bounds
 
 
-def thin(
-    connection: Connection, model_id: str, most_rows: int = MOST_ROWS, most_bytes: int = MOST_BYTES
-) -> None:
+def thin(connection: Connection, model_id: str, most_rows: int = MOST_ROWS) -> None:
     """Drop rows of the model, the more the older they are, until the rest is within the bounds."""
 
     def is_within() -> bool:
         count, size = _extent(connection, model_id)
-        return count <= most_rows and size <= most_bytes
+        return count <= most_rows and size <= MOST_BYTES
 
     whole = max(1, most_rows // 4)
     while whole and not is_within():
@@ -120,7 +119,7 @@ def thin(
     if not is_within():  # a client's own numbers may all be kept by thinning: keep its newest reports
         of_model = step_metrics.c.model_id == model_id
         newest = select(step_metrics.c.at).where(of_model).order_by(step_metrics.c.at.desc())
-        last_kept = newest.offset(max(0, min(most_rows, most_bytes // _LARGEST_ROW) // 2)).limit(1)
+        last_kept = newest.offset(max(0, min(most_rows, MOST_BYTES // _LARGEST_ROW) // 2)).limit(1)
         connection.execute(
             delete(step_metrics).where(of_model, step_metrics.c.at <= last_kept.scalar_subquery())
         )

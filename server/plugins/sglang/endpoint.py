@@ -226,9 +226,9 @@ class Endpoint:
 
     # --- weights
 
-    async def load_lora_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, str]:
+    async def load_lora_adapter(self, name: str, path: str) -> dict[str, str]:
         """Load an adapter; return all loaded ones by name, with their folders."""
-        body = {"lora_name": name, "lora_path": path, "pinned": pinned}
+        body = {"lora_name": name, "lora_path": path}
         answer = await self._ask("POST", "/load_lora_adapter", body, _LOAD_SECONDS)
         return _object(answer, "/load_lora_adapter").get("loaded_adapters") or {}
 
