@@ -120,16 +120,24 @@ class Rope:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What the sampler caches of every token for a layer: a key and a value of each of `heads` heads."""
+    """What the sampler caches of every token for a layer: a key and a value of each of `heads` heads.
+
+    With `value_in_key`, the value is the first numbers of the key and is not stored again."""
 
     heads: int
     key_dim: int
     value_dim: int
+    value_in_key: bool = False
 
     @property
     def per_token(self) -> int:
         """The numbers cached of one token."""
-        return self.heads * (self.key_dim + self.value_dim)
+        return self.heads * (self.key_dim + (0 if self.value_in_key else self.value_dim))
+
+    @property
+    def stored_dims(self) -> tuple[int, ...]:
+        """The sizes of the vectors that are stored for each head: a key, and a value of its own if any."""
+        return (self.key_dim,) if self.value_in_key else (self.key_dim, self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -297,8 +305,9 @@ class Latent:
     Of each head's key, `plain_dim` numbers are not rotated; its value has `value_dim`. `score_factor` is
     multiplied into the scores (YaRN's `mscale_all_dim`, squared).
 
-    In training, keys and values are expanded for every head. The sampler stores the latents, and multiplies
-    the queries and the outputs with the matrix that would expand them: one key for all heads.
+    In training, and where the sampler begins a prompt, keys and values are expanded for every head. The
+    sampler stores the latents; to attend to stored ones, it multiplies the queries and the outputs with the
+    matrix that would expand them: one key for all heads, whose first numbers are the value.
     """
 
     hidden: int
@@ -322,7 +331,7 @@ class Latent:
 
     @property
     def cached(self) -> KeysValues:
-        return KeysValues(1, self.head_dim, self.head_dim)
+        return KeysValues(1, self.head_dim, self.kv_rank, value_in_key=True)
 
     @property
     def head_dim(self) -> int:

@@ -213,12 +213,14 @@ class Block(nnx.Module):
         routes: list[Array] | None = None,
         cached: bool = False,
         replayed: Int[Array, "B T k"] | None = None,
+        latents: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
         """Apply the layer to the residual stream. `mix` combines tokens with those before them.
 
         `residual` are the axes by which the stream is sharded. A mixture appends the experts that it has
         chosen, [B T k], to `routes`; `replayed` are the experts to use instead (`experts.route`). With
-        `cached`, k and v are what the sampler stores of the tokens (`config.Latent`)."""
+        `cached`, k and v are what the sampler stores of the tokens; otherwise latent attention appends that,
+        [B T 1 H], to `latents` (`config.Latent`)."""
         B, T, _ = x_BTD.shape
         mixer, mlp, at = self.layer.mixer, self.layer.mlp, rotations[self.rope]
 
@@ -229,7 +231,7 @@ class Block(nnx.Module):
         after_mixer, before_mlp, after_mlp = self._norms_between()
         y = self.input_layernorm(x_BTD)
         if isinstance(mixer, Latent):
-            mixed = self._latent(mixer, y, at, mix, linear, cached)
+            mixed = self._latent(mixer, y, at, mix, linear, cached, latents)
         elif isinstance(mixer, DeltaNet):
             mixed = self._delta_net(mixer, y, mix, linear)
         else:
@@ -291,6 +293,7 @@ class Block(nnx.Module):
         mix: Mix,
         linear: Callable,
         cached: bool,
+        latents: list[Array] | None,
     ) -> Float[Array, "B T N V"]:
         """Return the heads' outputs of latent attention, from expanded or from `cached` keys and values.
 
@@ -307,8 +310,11 @@ class Block(nnx.Module):
         c_BTR = self.kv_a_layernorm(c_BTR)
         interleaved = mixer.rope.interleaved
         q_rope, k_rope = (rotate(x, at, interleaved) for x in (q_rope, k_rope[:, :, None]))
+        stored_BT1H = jnp.concatenate([c_BTR[:, :, None], k_rope], axis=-1)
 
         if not cached:
+            if latents is not None:
+                latents.append(stored_BT1H)
             kv_BTNH = linear("kv_b_proj", c_BTR).reshape(B, T, N, -1)
             k_plain, v = jnp.split(kv_BTNH, (mixer.plain_dim,), axis=-1)
             k_rope = jnp.broadcast_to(k_rope, (B, T, N, mixer.rope_dim))
@@ -320,8 +326,7 @@ class Block(nnx.Module):
         expand_RNH = self.kv_b_proj.matrix.reshape(R, N, -1)
         Wk, Wv = jnp.split(expand_RNH.astype(y_BTD.dtype), (mixer.plain_dim,), axis=-1)
         q = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", q_plain, Wk), q_rope], axis=-1)
-        k = jnp.concatenate([c_BTR[:, :, None], k_rope], axis=-1)
-        mixed_BTNR = mix(q, k, k)[..., :R].astype(y_BTD.dtype)
+        mixed_BTNR = mix(q, stored_BT1H, stored_BT1H)[..., :R].astype(y_BTD.dtype)
         return jnp.einsum("btnr,rnv->btnv", mixed_BTNR, Wv)
 
     def _delta_net(

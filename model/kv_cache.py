@@ -16,6 +16,7 @@ dim of values, W tokens written at once, S sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -136,8 +137,7 @@ def make_cache(
             )
         stored = stored_dtype(dtype) if backend == "cpu" else dtype
         shapes = page_shapes(config, kind, num_pages, page_size, backend)
-        keys, values = map(partial(empty, dtype=stored), shapes, LAYOUTS[backend])
-        return Pages(keys, values, backend)
+        return Pages.of(map(partial(empty, dtype=stored), shapes, LAYOUTS[backend]), backend)
 
     experts = None
     if config.routing is not None:
@@ -155,7 +155,7 @@ def _number_of(config: ModelConfig, kind: CacheKind) -> int:
 def page_shapes(
     config: ModelConfig, kind: KeysValues, num_pages: int, page_size: int, backend: Backend
 ) -> list[tuple[int, ...]]:
-    """Return the shapes of the keys and the values of all layers of a kind."""
+    """Return the shapes of the keys, and of values of their own, of all layers of a kind."""
     sizes = {
         "layers": _number_of(config, kind),
         "pages": num_pages,
@@ -163,22 +163,21 @@ def page_shapes(
         "cached_heads": kind.heads,
         "positions": page_size,
     }
-    dims = kind.key_dim, kind.value_dim
     return [
         tuple((sizes | {"head_dim": dim})[axis] for axis in axes)
-        for dim, axes in zip(dims, LAYOUTS[backend], strict=True)
+        for dim, axes in zip(kind.stored_dims, LAYOUTS[backend], strict=False)
     ]
 
 
 def write(
     pages: Pages,
-    k_WLKH: Float[Array, "W L K H"],
-    v_WLKV: Float[Array, "W L K V"],
+    new: Sequence[Float[Array, "W L K _"]],
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
 ) -> Pages:
-    """Write the keys and values of W tokens, in all layers of a kind, at (page, offset). On a CPU only."""
-    return _pinned(pages, *cpu.write(pages, _finite(k_WLKH), _finite(v_WLKV), page_W, offset_W))
+    """Write the keys of W tokens, and their values if they are stored, in all layers of a kind, at (page,
+    offset). On a CPU only."""
+    return _pinned(pages, cpu.write(pages, [*map(_finite, new)], page_W, offset_W))
 
 
 def write_layer(
@@ -189,9 +188,10 @@ def write_layer(
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
 ) -> Pages:
-    """Write one layer's keys and values of W tokens at (page, offset). Not on a CPU."""
-    new = _finite(k_WKH), _finite(v_WKH)
-    return _pinned(pages, *paged_attention.write_layer(pages, layer, *new, page_W, offset_W))
+    """Write one layer's keys of W tokens, and their values if they are stored, at (page, offset). Not on a
+    CPU."""
+    new = [_finite(x) for x, _ in zip((k_WKH, v_WKH), pages.stored, strict=False)]
+    return _pinned(pages, paged_attention.write_layer(pages, layer, new, page_W, offset_W))
 
 
 def with_experts(
@@ -222,8 +222,7 @@ def copy_pages(cache: Cache, source_W: Int[Array, " W"], target_W: Int[Array, " 
     def copied(part: Pages | StateSlots) -> Pages | StateSlots:
         if isinstance(part, StateSlots):
             return part
-        new = (x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in (part.k, part.v))
-        return _pinned(part, *new)
+        return _pinned(part, [x.at[(*before, target_W)].set(x[(*before, source_W)]) for x in part.stored])
 
     copies = replace(cache, parts=tuple(map(copied, cache.parts)))
     if cache.experts is None:
@@ -253,7 +252,6 @@ def _finite(x: Array) -> Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def _pinned(pages: Pages, k: Array, v: Array) -> Pages:
+def _pinned(pages: Pages, stored: Sequence[Array]) -> Pages:
     """Keep the sharding of the input, so that the next call does not compile another program."""
-    keys, values = LAYOUTS[pages.backend]
-    return Pages(constrain(k, keys), constrain(v, values), pages.backend)
+    return Pages.of(map(constrain, stored, LAYOUTS[pages.backend]), pages.backend)

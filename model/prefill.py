@@ -20,12 +20,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
-from .config import DeltaNet, KeysValues, States
+from .config import Attention, DeltaNet, KeysValues, Latent, States
 from .decoder import Base, Block, Decoder, logits, scan_layers, unembed
 from .delta_net import State, Tokens, mix_on
 from .kernels.attention import attention, attention_to_merge
 from .kernels.paged_attention import context_attention, merge, with_sinks
 from .kernels.paged_attention.cpu import attend_parts, read_layer
+from .kernels.paged_attention.pages import Pages
 from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
 
@@ -83,9 +84,11 @@ def _with_contexts_read(
             x_BTD = block(x_BTD, rotations, delta, block_lora, routes=routes)
             return x_BTD, delta.kept | _by_token(routes)
         kept: list[Array] = []
+        expanded = _is_expanded(mixer, rows)
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
-            kept.extend((k, v))
+            if not expanded:
+                kept.extend((k, v)[: len(mixer.cached.stored_dims)])
             if not rows.table.shape[1]:
                 return attention(q, k, v, rows.start, mixer.scale, window=mixer.window, sinks_N=sinks)
             context_visible, own_visible = visible(mixer.window)
@@ -94,7 +97,7 @@ def _with_contexts_read(
             parts = [(*context, context_visible), own]
             return attend_parts(q, parts, mixer.scale, sinks)
 
-        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, cached=True)
+        x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, cached=not expanded, latents=kept)
         return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)} | _by_token(routes)
 
     x_STD, kept = scan_layers(
@@ -103,8 +106,8 @@ def _with_contexts_read(
     page, offset = rows.page.reshape(-1), rows.offset.reshape(-1)
     for at, kind in enumerate(cache.kinds):
         if isinstance(kind, KeysValues):
-            keys, values = (x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at])
-            cache = cache.updated(kind, kv_cache.write(cache.pages(kind), keys, values, page, offset))
+            new = [x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at]]
+            cache = cache.updated(kind, kv_cache.write(cache.pages(kind), new, page, offset))
     cache = kv_cache.with_experts(cache, kept.get(_EXPERTS), page, offset)
     return _with_states(cache, rows, kept), x_STD
 
@@ -152,11 +155,16 @@ def _in_place(
             x_STD = block(x_STD, rotations, delta, block_lora, routes=routes)
             return (x_STD, cache), delta.kept | _by_token(routes)
         pages = cache.pages(mixer.cached)
+        expanded, latents = _is_expanded(mixer, rows), []
+
+        def written(k: Array, v: Array) -> Pages:
+            k_WKH, v_WKH = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+            return kv_cache.write_layer(pages, number, k_WKH, v_WKH, page_W, offset_W)
 
         def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
             nonlocal pages
-            k_WKH, v_WKH = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-            pages = kv_cache.write_layer(pages, number, k_WKH, v_WKH, page_W, offset_W)
+            if not expanded:
+                pages = written(k, v)
             if not rows.table.shape[1]:
                 return attention(q, k, v, rows.start, mixer.scale, window=mixer.window, sinks_N=sinks)
             own = with_sinks(attention_to_merge(q, k, v, rows.start, mixer.scale, window=mixer.window), sinks)
@@ -166,13 +174,25 @@ def _in_place(
             context = context_attention(q, pages, number, rows.table, first, rows.context, mixer.scale)
             return merge(own, context).astype(q.dtype)
 
-        x_STD = block(x_STD, rotations, attend, block_lora, routes=routes, cached=True)
+        x_STD = block(
+            x_STD, rotations, attend, block_lora, routes=routes, cached=not expanded, latents=latents
+        )
+        if expanded:
+            pages = written(latents[0], latents[0])
         return (x_STD, cache.updated(mixer.cached, pages)), _by_token(routes)
 
     x_STD = model.embed_tokens(rows.tokens)
     (x_STD, cache), kept = scan_layers(model, lora, (x_STD, cache), run, numbers=model.config.cache_numbers)
     cache = kv_cache.with_experts(cache, kept.get(_EXPERTS), page_W, offset_W)
     return _with_states(cache, rows, kept), x_STD
+
+
+def _is_expanded(mixer: Attention | Latent, rows: PrefillRows) -> bool:
+    """Return whether latent attention expands the keys and values of these rows.
+
+    It takes fewer operations where no stored position is read: keys and values have fewer numbers expanded
+    than latents have, and the matrix is multiplied with as many vectors either way."""
+    return isinstance(mixer, Latent) and not rows.table.shape[1]
 
 
 def _by_token(routes: list[Array]) -> dict[Any, Array]:

@@ -67,7 +67,7 @@ class Unrolled:
         S, M = self._rows.last_token.shape[0], self._tokens
         kinds = (layer.mixer.cached for layer in self.model.config.layers)
         recent = tuple(
-            tuple(jnp.zeros((S, kind.heads, M, dim)) for dim in (kind.key_dim, kind.value_dim))
+            tuple(jnp.zeros((S, kind.heads, M, dim)) for dim in kind.stored_dims)
             if isinstance(kind, KeysValues)
             else context
             for kind, context in zip(kinds, self._contexts, strict=True)
@@ -100,8 +100,9 @@ class Unrolled:
                 context_visible, recent_visible = visible[mixer.window]
                 new = (x.swapaxes(1, 2).astype(jnp.float32) for x in (k, v))
                 put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, step, 0))
-                keys, values = now = tuple(map(put, recent, new))
+                now = tuple(map(put, recent, new))
                 kept.append(now)
+                keys, values = now[0], now[-1]
                 parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
                 return attend_parts(q, parts, mixer.scale, *sinks)
 
@@ -134,8 +135,8 @@ class Unrolled:
                 of_all = jax.tree.map(lambda *x: jnp.stack(x), *of_kind)
                 cache = cache.updated(kind, cache.states(kind).written(slice(None), self._rows.slot, of_all))
                 continue
-            keys, values = (_by_token(x, self._dtype) for x in zip(*of_kind, strict=True))
-            cache = cache.updated(kind, kv_cache.write(cache.pages(kind), keys, values, page, offset))
+            new = [_by_token(x, self._dtype) for x in zip(*of_kind, strict=True)]
+            cache = cache.updated(kind, kv_cache.write(cache.pages(kind), new, page, offset))
         return cache
 
 

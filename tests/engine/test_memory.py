@@ -18,9 +18,11 @@ from tinsmith.model import decoder, kv_cache
 from tinsmith.model.config import ModelConfig
 from tinsmith.model.counts import counts
 from tinsmith.model.families import FAMILIES
+from tinsmith.model.folder import read_config
 from tinsmith.model.kernels.paged_attention.pages import LAYOUTS
 from tinsmith.model.lora import RANK_BUCKETS, init_lora, pad_rank
 from tinsmith.model.sharding import make_mesh, partition_spec
+from tiny_models import write_model
 
 GIB = 2**30
 
@@ -332,6 +334,16 @@ def test_positions_that_the_operator_wants_are_planned_for():
 def test_shards_of_a_mesh_make_a_model_fit():
     assert not memory.plan_engine([served(C70)], 80 * GIB).fits
     assert memory.plan_engine([served(C70)], 80 * GIB, Mesh(fsdp=4)).fits
+
+
+def test_latent_attention_stores_one_key_for_all_heads_and_no_value(tmp_path):
+    """DeepSeek-V2's paper, arXiv:2405.04434: (kv_lora_rank + qk_rope_head_dim) numbers in each layer."""
+    of = read_config(write_model(tmp_path, "deepseek_v3", kv_lora_rank=24, qk_rope_head_dim=8))
+    assert counts(of).kv_per_position == 32 * of.num_layers
+    for backend in LAYOUTS:
+        cache = jax.eval_shape(lambda b=backend: kv_cache.make_cache(of, 5, 16, "bfloat16", backend=b))
+        stored = sum(math.prod(x.shape) for x in jax.tree.leaves(cache.parts))
+        assert stored == 5 * 16 * 32 * of.num_layers
 
 
 def test_a_mixture_of_experts_is_stored_whole_and_computed_in_part():

@@ -87,7 +87,7 @@ def test_a_layer_is_written_at_its_places(backend):
     new_k, new_v = (jnp.asarray(rng.normal(size=(3, K, H)), jnp.float32) for _ in "kv")
     page, offset = np.array([4, 7, 4], np.int32), np.array([0, 15, 3], np.int32)
     written = paged_attention.write_layer(
-        pages_of(k, v, backend), jnp.int32(1), new_k, new_v, jnp.asarray(page), jnp.asarray(offset)
+        pages_of(k, v, backend), jnp.int32(1), [new_k, new_v], jnp.asarray(page), jnp.asarray(offset)
     )
     want_k, want_v = np.array(k), np.array(v)
     want_k[1, page, :, offset], want_v[1, page, :, offset] = new_k, new_v

@@ -12,6 +12,7 @@ table, Z positions of a page, X = pages of all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -43,7 +44,7 @@ def decode_attention(
     No copy of the pages is made. `first_S` is None in layers without a sliding window; `length_S` is at
     least 1. `sinks_N` are `with_sinks`'.
     """
-    k_pages, v_pages = (_of_all_layers(x, pages.backend) for x in (pages.k, pages.v))
+    k_pages, v_pages = _keys_values(pages)
     table_SP = table_SP + layer * pages.num_pages
     # With float32 inputs the TPU's kernel computes in bfloat16.
     has_tpu_kernel = q_SNH.dtype == jnp.bfloat16 and q_SNH.shape[-1] % _TPU_LANES == 0
@@ -76,7 +77,7 @@ def context_attention(
 ) -> tuple[Float[Array, "S T N H"], Float[Array, "S T N"]]:
     """Return what T tokens of a sequence read from its cached positions, in float32, and the log-sum-exp of
     their scores (`reference.attend`)."""
-    k_pages, v_pages = (_of_all_layers(x, pages.backend) for x in (pages.k, pages.v))
+    k_pages, v_pages = _keys_values(pages)
     table_SP = table_SP + layer * pages.num_pages
     return _reference(q_STNH, pages, k_pages, v_pages, table_SP, first_ST, length_S, scale)
 
@@ -105,25 +106,23 @@ def with_sinks(
 def write_layer(
     pages: Pages,
     layer: Int[Array, ""],
-    k_WKH: Float[Array, "W K H"],
-    v_WKH: Float[Array, "W K H"],
+    new: Sequence[Float[Array, "W K H"]],
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
-) -> tuple[Array, Array]:
-    """Return the arrays of `pages` with one layer's keys and values of W tokens at (page, offset)."""
-    new = tuple(x.astype(pages.k.dtype) for x in (k_WKH, v_WKH))
+) -> list[Array]:
+    """Return the arrays that `pages` stores with one layer's keys, and values if they are stored, of W tokens
+    at (page, offset)."""
+    new = [x.astype(pages.k.dtype) for x in new]
     if pages.backend != "tpu":
-        k, v = (
+        return [
             x.at[layer, page_W, :, offset_W].set(of_tokens)
-            for x, of_tokens in zip((pages.k, pages.v), new, strict=True)
-        )
-        return k, v
+            for x, of_tokens in zip(pages.stored, new, strict=True)
+        ]
     from . import tpu
 
-    def write(k_pages: Array, v_pages: Array, k_WKH: Array, v_WKH: Array, *where: Array) -> tuple[Array, ...]:
+    def write(stored: list[Array], new: list[Array], *where: Array) -> list[Array]:
         layer, *places = where
-        both = ((k_pages, k_WKH), (v_pages, v_WKH))
-        return tuple(tpu.write(x, layer, of_tokens, *places) for x, of_tokens in both)
+        return [tpu.write(x, layer, of_tokens, *places) for x, of_tokens in zip(stored, new, strict=True)]
 
     where = (layer, page_W, offset_W)
     mesh = jax.sharding.get_abstract_mesh()
@@ -132,17 +131,23 @@ def write_layer(
         of_pages, of_tokens, everywhere = PartitionSpec(heads), PartitionSpec(None, heads), PartitionSpec()
         write = jax.shard_map(
             write,
-            in_specs=(of_pages, of_pages, of_tokens, of_tokens, *[everywhere] * 3),
-            out_specs=(of_pages, of_pages),
+            in_specs=(of_pages, of_tokens, *[everywhere] * 3),
+            out_specs=of_pages,
             check_vma=False,
         )
-    k, v = write(pages.k, pages.v, *new, *where)
-    return k, v
+    return write(pages.stored, new, *where)
 
 
 def _reference(q, pages, k_pages, v_pages, table, first, length, scale):
     axis = 1 if pages.backend == "tpu" else 0
     return reference.attend(q, k_pages, v_pages, table, first, length, scale, pages_axis=axis)
+
+
+def _keys_values(pages: Pages) -> tuple[Array, Array]:
+    """Return the keys and the values of all layers' pages. Where values are not stored, these are the whole
+    keys."""
+    k_pages, *v_pages = (_of_all_layers(x, pages.backend) for x in pages.stored)
+    return k_pages, v_pages[0] if v_pages else k_pages
 
 
 def _of_all_layers(x: Array, backend: str) -> Array:

@@ -6,6 +6,7 @@ table, Z positions of a page, C keys of one array, W tokens written at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,26 +24,29 @@ def read_layer(
 
     They have the dtype in which they were written."""
     S, P = table_SP.shape
-    K, Z, V = pages.v.shape[2:]
-    H = pages.k.shape[3]
-    k_SPKHZ, v_SPKZH = pages.k[layer, table_SP], pages.v[layer, table_SP]
-    k_SPKHZ, v_SPKZH = (restored(x, dtype) for x in (k_SPKHZ, v_SPKZH))
+    K, H, Z = pages.k.shape[2:]
+    k_SPKHZ = restored(pages.k[layer, table_SP], dtype)
+    if pages.v is None:
+        v_SPKZH = k_SPKHZ.swapaxes(3, 4)
+    else:
+        v_SPKZH = restored(pages.v[layer, table_SP], dtype)
     return (
         k_SPKHZ.transpose(0, 2, 3, 1, 4).reshape(S, K, H, P * Z),
-        v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, V),
+        v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, v_SPKZH.shape[-1]),
     )
 
 
 def write(
     pages: Pages,
-    k_WLKH: Float[Array, "W L K H"],
-    v_WLKV: Float[Array, "W L K V"],
+    new: Sequence[Float[Array, "W L K _"]],
     page_W: Int[Array, " W"],
     offset_W: Int[Array, " W"],
-) -> tuple[Array, Array]:
-    """Return the arrays of `pages` with the keys and values of W tokens, in all layers, at (page, offset)."""
-    k = pages.k.at[:, page_W, :, :, offset_W].set(stored(k_WLKH))
-    return k, pages.v.at[:, page_W, :, offset_W].set(stored(v_WLKV))
+) -> list[Array]:
+    """Return the arrays that `pages` stores with the keys, and values if they are stored, of W tokens, in all
+    layers, at (page, offset)."""
+    k, *v = map(stored, new)
+    written = [pages.k.at[:, page_W, :, :, offset_W].set(k)]
+    return written + [pages.v.at[:, page_W, :, offset_W].set(of_tokens) for of_tokens in v]
 
 
 def attend_parts(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jaxtyping import Array
 
 from ...sharding import LogicalAxes
 from ..backends import Backend
@@ -31,21 +33,34 @@ LAYOUTS: dict[Backend, tuple[LogicalAxes, LogicalAxes]] = {
 class Pages:
     """The keys and values of all sequences, in the layout of `backend` (LAYOUTS).
 
+    Without `v`, the value of a position is the first numbers of its key (`config.KeysValues`).
+
     On a CPU, two-byte floats are stored as integers (`kernels.two_byte_floats`)."""
 
     k: Any  # an array, or what JAX puts in its place in a tree
     v: Any
     backend: Backend = field(metadata={"static": True})
 
+    @classmethod
+    def of(cls, stored: Iterable[Array], backend: Backend) -> Pages:
+        """Make pages of keys, and of values if they are stored."""
+        k, *v = stored
+        return cls(k, v[0] if v else None, backend)
+
+    @property
+    def stored(self) -> list[Array]:
+        """The keys, and the values if they are stored."""
+        return [self.k] if self.v is None else [self.k, self.v]
+
     def size(self, axis: str) -> int:
         """Return the size of one of the axes in LAYOUTS."""
-        return self.v.shape[LAYOUTS[self.backend][1].index(axis)]
+        return self.k.shape[LAYOUTS[self.backend][0].index(axis)]
 
     @property
     def page_size(self) -> int:
-        return self.v.shape[LAYOUTS[self.backend][1].index("positions")]
+        return self.size("positions")
 
     @property
     def num_pages(self) -> int:
         """The pages of one layer, with page 0."""
-        return self.v.shape[LAYOUTS[self.backend][1].index("pages")]
+        return self.size("pages")
