@@ -21,6 +21,7 @@ from ..model.folder import digest, read_config
 from ..model.kernels.attention import why_reference
 from ..model.kernels.product import Form
 from ..model.load import find_model, load_base
+from ..model.sharding import row_devices
 from ..model.weight_files import WeightsError
 from . import messages, processor
 from .budget import Budget
@@ -128,14 +129,13 @@ def load(
     weights = load_base(folder, config, dtype, mesh)
     limit, number = _limit(config, engine), memory.folders.index(folder)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     trainer = Trainer(
         graph,
         weights,
         config,
         mesh,
         max_sequence_length=limit,
-        micro_batch_tokens=None if on_cpu else memory.plan.micro_batches[number] * row_devices,
+        micro_batch_tokens=None if on_cpu else memory.plan.micro_batches[number] * row_devices(mesh),
         budget=memory.budget,
         kept_bytes=memory.plan.kept,
         custom_loss_processes=custom_losses,

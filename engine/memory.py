@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..model.counts import Counts
+from ..model.counts import SPARE_ROWS, Counts
 
 Remat = Literal["none", "dots", "attention", "full"]
 
@@ -32,6 +32,7 @@ KEPT_SHARE = 1 / 4
 MARGIN = 1 / 20
 """The share of a device's memory that is left free for fragmentation and errors of the formulas."""
 SHORTEST_ROW = 512
+ROWS_OF_EXPERT = 256
 
 _MOMENTS = {"adamw": 2, "muon": 1, "dimuon": 1, "sgd": 1, "signsgd": 0}
 OPTIMIZERS = tuple(_MOMENTS)
@@ -64,6 +65,7 @@ class Mesh:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
     @classmethod
     def of(cls, axes: Mapping[str, int]) -> Mesh:
@@ -71,21 +73,21 @@ class Mesh:
 
     @property
     def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
+        return self.data * self.shards
 
     @property
     def shards(self) -> int:
         """The number of devices over which one copy of the base is cut."""
-        return self.fsdp * self.tensor
+        return self.fsdp * self.expert * self.tensor
 
     @property
     def row_devices(self) -> int:
         """The number of devices, or groups of them, that compute different rows."""
-        return self.data * self.fsdp
+        return self.data * self.fsdp * self.expert
 
     def __str__(self) -> str:
         """The mesh in the form of the option `--mesh`."""
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
         return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
 
 
@@ -218,7 +220,8 @@ def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
         one = counts.parameters * WIDE // mesh.shards
         sampled = base  # frozen weights have the base's dtype
     else:
-        one = sampled = adapter_elements(counts, work) * WIDE
+        one = adapter_elements(counts, work, mesh) * WIDE
+        sampled = adapter_elements(counts, work) * WIDE
     moments = _MOMENTS[work.optimizer]
     # Muon steps embedding, head and norms by AdamW, which has a second moment.
     others = counts.parameters - counts.stored if work.full_weight and "muon" in work.optimizer else 0
@@ -230,13 +233,45 @@ def resident(counts: Counts, work: Workload, mesh: Mesh) -> dict[str, int]:
         "tenants": work.tenants * (one * (2 + moments) + others * WIDE // mesh.shards),
         "zeros": at_once * one,  # the initial gradients of a run, kept from one run to the next
         # Each tenant's adapter; in a batch of several tenants, all of them a second time, stacked.
-        "sampler_adapters": work.tenants * sampled + (at_once * one if stacked else 0),
+        "sampler_adapters": work.tenants * sampled + (at_once * sampled if stacked else 0),
     }
 
 
-def adapter_elements(counts: Counts, work: Workload) -> int:
-    """Return the elements of one adapter on all matrices and the head; adapters are on every device."""
-    return counts.adapter_per_rank * padded_rank(work.rank)
+def adapter_elements(counts: Counts, work: Workload, mesh: Mesh | None = None) -> int:
+    """Return the elements of one adapter on all matrices and the head on each device.
+
+    In training on a mesh, the experts' own factors are cut over `expert`, and nothing else is counted as cut.
+    """
+    per_rank = counts.adapter_per_rank
+    if mesh is not None and counts.experts is not None:
+        own = counts.experts.adapter_per_rank
+        per_rank += own // _experts_ways(counts, mesh) - own
+    return per_rank * padded_rank(work.rank)
+
+
+def _experts_ways(counts: Counts, mesh: Mesh) -> int:
+    """Return the number of devices among which the experts of a layer are divided."""
+    of = counts.experts
+    return mesh.expert if of is not None and of.count % mesh.expert == 0 else 1
+
+
+def gathered_elements(counts: Counts, mesh: Mesh) -> int:
+    """Return the elements of the layers' matrices that a device gathers in one pass over the layers.
+
+    The experts that are divided among devices stay there."""
+    if mesh.fsdp * mesh.expert == 1:
+        return 0
+    of_experts = 0 if counts.experts is None else counts.experts.stored
+    gathered, ways = counts.stored - of_experts, _experts_ways(counts, mesh)
+    if mesh.fsdp * mesh.expert > ways:
+        gathered += of_experts // ways
+    return gathered // mesh.tensor
+
+
+def exchanged_elements(counts: Counts, mesh: Mesh) -> int:
+    """Return the elements of other devices' tokens that a device computes with in a mixture, for each of its
+    own tokens."""
+    return (_experts_ways(counts, mesh) - 1) * counts.hidden
 
 
 def padded_rank(rank: int) -> int:
@@ -247,11 +282,11 @@ def padded_rank(rank: int) -> int:
 def kv_bytes_per_token(counts: Counts, work: Workload, mesh: Mesh, on_cpu: bool = False) -> int:
     """Return the bytes of one position's keys and values on each device.
 
-    Their heads are cut over `tensor`, and over `fsdp` too unless the device is a CPU, as far as the axes
-    divide them (`model.kernels.paged_attention.pages.LAYOUTS`).
+    Their heads are cut over `tensor`, and over `fsdp` and `expert` too unless the device is a CPU, as far as
+    the axes divide them (`model.kernels.paged_attention.pages.LAYOUTS`).
     """
     ways = 1
-    for size in (mesh.tensor,) if on_cpu else (mesh.tensor, mesh.fsdp):
+    for size in (mesh.tensor,) if on_cpu else (mesh.tensor, mesh.fsdp, mesh.expert):
         if counts.kv_heads % (ways * size) == 0:
             ways *= size
     return counts.kv_per_position * work.itemsize // ways
@@ -305,16 +340,28 @@ def training_bytes(counts: Counts, work: Workload, mesh: Mesh, tokens: int, rema
     tensor, item = mesh.tensor, work.itemsize
     block = int((6 * counts.feed_forward / tensor + 5 * counts.hidden) * tokens * item)
     head = work.chunk * counts.vocab_size * (WIDE + item) // tensor + tokens * counts.hidden * item
-    if mesh.fsdp > 1:
-        block += counts.stored // counts.num_layers * item // tensor
+    block += gathered_elements(counts, mesh) // counts.num_layers * item
+    if counts.experts is not None:
+        block += _mixture_bytes(counts, mesh, tokens, item)
+    if mesh.fsdp * mesh.expert > 1:
         head += counts.head * item // tensor
     if work.full_weight:
         # The matrices in the dtype of the computation, and their gradients in it before they are added up.
         block += 2 * counts.stored * item // mesh.shards
         head += counts.stored * item // mesh.shards + counts.head * (item + WIDE) // mesh.shards
     else:
-        block += adapter_elements(counts, work) * WIDE
+        block += adapter_elements(counts, work, mesh) * WIDE
     return kept_bytes(counts, tokens, remat, item, tensor) + max(block, head)
+
+
+def _mixture_bytes(counts: Counts, mesh: Mesh, tokens: int, item: int) -> int:
+    """Return what the backward of a mixture takes beside the units of its experts: the tokens in the order of
+    experts, with their gradients, and what devices exchange."""
+    of, ways = counts.experts, _experts_ways(counts, mesh)
+    assert of is not None
+    in_order = int(tokens * of.chosen * (SPARE_ROWS if ways > 1 else 1)) * counts.hidden * (3 * item + WIDE)
+    exchanged = exchanged_elements(counts, mesh) * tokens * (2 * item + 2 * WIDE)
+    return in_order + exchanged
 
 
 def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
@@ -323,8 +370,7 @@ def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:
     wide = (3 * counts.feed_forward + 2 * counts.qkv) / tensor + 5 * counts.hidden
     prefill = int(wide * PREFILL_TOKENS * item) + PREFILL_TOKENS * counts.kv_per_position * item // tensor
     decode = 3 * SLOTS * counts.vocab_size * WIDE // tensor
-    gathered = 0 if mesh.fsdp == 1 else counts.stored // counts.num_layers * item // tensor
-    return max(prefill, decode) + gathered
+    return max(prefill, decode) + gathered_elements(counts, mesh) // counts.num_layers * item
 
 
 # --- the engine's own plan ---------------------------------------------------------------------------------
@@ -414,7 +460,9 @@ def plan_engine(
     one_state = [state_bytes(each.counts) for each in models]
     least_states = [FEWEST_STATES * size for size in one_state]
     least_programs = max(_least_programs(m, w, mesh) for m, w in zip(models, works, strict=True))
-    least_budget = max(3 * WIDE * adapter_elements(m.counts, w) for m, w in zip(models, works, strict=True))
+    least_budget = max(
+        3 * WIDE * adapter_elements(m.counts, w, mesh) for m, w in zip(models, works, strict=True)
+    )
     least_cache = sum(least_kv) + sum(least_states)
     needed = base + margin + least_cache + least_programs + least_budget
     room = max(0, capacity - base - margin)
@@ -457,9 +505,19 @@ def plan_engine(
 
 def _engine_workload(served: Served, on_cpu: bool) -> Workload:
     """Return the workload of one micro-batch, as the trainer chooses it (`training.trainer`)."""
-    tokens, chunk = (1024, 256) if on_cpu else (8192, 1024)
+    tokens, chunk = (micro_batch_on_cpu(served.counts), 256) if on_cpu else (8192, 1024)
     sequence = min(served.longest, tokens)
     return Workload(sequence, tenants=1, itemsize=served.itemsize, micro_batch=tokens, chunk=chunk)
+
+
+def micro_batch_on_cpu(counts: Counts) -> int:
+    """Return the tokens that a CPU computes at once in training.
+
+    They are 1,024, or more if an expert would get few rows on average: its matrices are read from memory once
+    for all of them."""
+    of = counts.experts
+    tokens = 0 if of is None else ROWS_OF_EXPERT * of.count // of.chosen
+    return min(max(1024, 1 << max(0, tokens - 1).bit_length()), 4096)
 
 
 def _least_programs(served: Served, work: Workload, mesh: Mesh) -> int:
@@ -500,14 +558,19 @@ def _programs_of_accelerator(
 
 
 def meshes(counts: Counts, devices: int) -> list[Mesh]:
-    """Return the meshes of so many devices that divide the model's heads."""
+    """Return the meshes of so many devices that divide the model's heads and experts."""
+    experts = 1 if counts.experts is None else counts.experts.count
     found = []
     for tensor in _powers_of_two(devices):
         if counts.kv_heads % tensor or devices % tensor:
             continue
-        for fsdp in _powers_of_two(devices // tensor):
-            if (devices // tensor) % fsdp == 0:
-                found.append(Mesh(devices // tensor // fsdp, fsdp, tensor))
+        for expert in _powers_of_two(devices // tensor):
+            if experts % expert or (devices // tensor) % expert:
+                continue
+            rest = devices // tensor // expert
+            found += [
+                Mesh(rest // fsdp, fsdp, tensor, expert) for fsdp in _powers_of_two(rest) if rest % fsdp == 0
+            ]
     return found
 
 

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 from ..model.counts import Counts
 from .device_catalogue import DEVICES, Device
-from .memory import MemoryPlan, Remat, Workload, kv_bytes_per_token, meshes, padded_rank
+from .memory import (
+    WIDE,
+    MemoryPlan,
+    Remat,
+    Workload,
+    exchanged_elements,
+    gathered_elements,
+    kv_bytes_per_token,
+    meshes,
+    padded_rank,
+)
 from .memory import plan as plan_memory
 
 
@@ -70,17 +80,33 @@ def training_bound(counts: Counts, work: Workload, plan: MemoryPlan, device: Dev
     flops = step_flops(counts, work, plan).executed
     passes = 3 if plan.remat in ("attention", "full") else 2
     item, shards = work.itemsize, plan.mesh.tensor
-    read = passes * (min(counts.stored, counts.matrices * tokens) + counts.head) * item / shards
+    read = passes * (min(_read(counts, plan), counts.matrices * tokens) + counts.head) * item / shards
     activations = _activation_traffic(counts, plan.remat) * tokens * item / shards
     seconds = max(flops / device.flops, (read + activations) / device.bandwidth)
-    if plan.mesh.fsdp > 1:
-        gathered = 2 * counts.parameters * item / plan.mesh.tensor * (1 - 1 / plan.mesh.fsdp)
+    if (ways := plan.mesh.fsdp * plan.mesh.expert) > 1:
+        others = (counts.parameters - counts.stored) / plan.mesh.tensor
+        gathered = 2 * (gathered_elements(counts, plan.mesh) + others) * item * (1 - 1 / ways)
         seconds = max(seconds, gathered / device.interconnect)
+    if counts.experts is not None:
+        # Tokens travel to the experts, and sums in float32 return; backward, their gradients do. For a
+        # recomputation the tokens travel again.
+        of_token = 2 * (item + WIDE) + (passes - 2) * item
+        exchanged = counts.experts.layers * exchanged_elements(counts, plan.mesh) * tokens
+        seconds += exchanged * of_token / device.interconnect
     if plan.mesh.tensor > 1:
         # Two sums over [tokens, hidden] in each block, forward and backward, each a ring of 2 (t - 1) / t.
         ring = 2 * (plan.mesh.tensor - 1) / plan.mesh.tensor
         seconds += 4 * counts.num_layers * tokens * counts.hidden * item * ring / device.interconnect
     return tokens * plan.mesh.row_devices / seconds
+
+
+def _read(counts: Counts, plan: MemoryPlan) -> int:
+    """Return the elements of the layers' matrices that a device reads in one pass, if its tokens get all
+    experts that it has."""
+    if counts.experts is None:
+        return counts.stored
+    of_experts = counts.experts.stored
+    return counts.stored - of_experts + of_experts // plan.mesh.expert
 
 
 def _activation_traffic(counts: Counts, remat: Remat) -> float:

@@ -11,6 +11,24 @@ from math import prod
 from .config import DeltaNet, Experts, Layer, ModelConfig, Site, States
 from .families import parameter_count
 
+SPARE_ROWS = 1.25
+"""Where experts are divided among devices, a device computes this many times the rows of its equal share at
+first (`experts`)."""
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """The mixtures among a model's layers: how many there are, the experts of each, and those of a token.
+
+    `stored` are the elements of all experts' matrices, and `adapter_per_rank` those of each expert's own
+    factors in a LoRA of rank 1. Both are part of the model's."""
+
+    layers: int
+    count: int
+    chosen: int
+    stored: int
+    adapter_per_rank: int
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -20,7 +38,7 @@ class Counts:
     experts, those that it gets); each token takes two FLOPs for each of these in a forward pass.
     `last_matrices` are those of the last matrix of every layer, whose product a recomputation does not need.
     `adapter_per_rank` are the elements that a LoRA of rank 1 on all matrices and the head has,
-    `active_adapter_per_rank` those that a token is multiplied with.
+    `active_adapter_per_rank` those that a token is multiplied with. `experts` is None without any.
     """
 
     parameters: int
@@ -40,6 +58,7 @@ class Counts:
     kv_heads: int
     windows: tuple[int | None, ...]  # of each layer of attention: the most keys that a query sees; None: all
     state_per_sequence: int = 0  # float32 numbers of a sequence's states in all layers
+    experts: ExpertCounts | None = None
 
 
 def counts(config: ModelConfig) -> Counts:
@@ -67,7 +86,17 @@ def counts(config: ModelConfig) -> Counts:
         state_per_sequence=sum(
             kind.per_sequence for kind in (mixer.cached for mixer in mixers) if isinstance(kind, States)
         ),
+        experts=_expert_counts(config),
     )
+
+
+def _expert_counts(config: ModelConfig) -> ExpertCounts | None:
+    if config.routing is None:
+        return None
+    layers, chosen, count = config.routing
+    sites = [site for layer in config.layers for site in layer.sites if site.experts is not None]
+    own = sum(prod(site.factors(1)["b" if site.shared == "a" else "a"]) for site in sites)
+    return ExpertCounts(layers, count, chosen, sum(prod(site.shape) for site in sites), own)
 
 
 def adapter_counts(config: ModelConfig, rank: int) -> dict[str, int]:

@@ -31,6 +31,8 @@ from . import delta_net
 from .config import Attention, DeltaNet, Experts, Latent, Layer, ModelConfig, Norm, Site, Stack, Vector
 from .experts import EXPERT_SITES, Biases, Weights, mixture
 from .kernels.attention import SAVED, attention
+from .kernels.backends import current_backend
+from .kernels.grouped_product.stacked import Stacked
 from .kernels.product import Form, by_output, linear, matrix
 from .kernels.two_byte_floats import restored
 from .lora import LayerLora, LoraStack, delta
@@ -342,7 +344,7 @@ class Block(nnx.Module):
 
     def _expert_weights(self) -> Weights:
         router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
-        gate, up, down = (site.weight[...] for site in experts)
+        gate, up, down = (site.weight.get_value() for site in experts)
         biases = Biases(*(site.bias[...] for site in experts)) if self.layer.mlp.biased else None
         return Weights(
             router.matrix, gate, up, down, None if router.bias is None else router.bias[...], biases
@@ -542,31 +544,54 @@ def scan_layers(
     more than the hidden states, such as the pages of keys and values.
     """
 
-    def apply(graph: nnx.GraphDef, x_BTD: Any, weights: Any, pairs: dict, number: Any) -> tuple[Any, Any]:
-        return run(nnx.merge(graph, weights), x_BTD, pairs, number)
+    def apply(
+        graph: nnx.GraphDef, x_BTD: Any, whole: Base, weights: Base, at: Array, pairs: dict, number: Any
+    ) -> tuple[Any, Any]:
+        experts = {name: weights[name] | {"weight": _of_layer(w, at)} for name, w in whole.items()}
+        return run(nnx.merge(graph, weights | experts), x_BTD, pairs, number)
 
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=0)
     kept: dict[Any, list[Any]] = {}
+    is_frozen = lora is not None
     for stacks in model.config.stacks:
-        graphs, weights = zip(*(nnx.split(model.stack(stack)) for stack in stacks), strict=True)
+        graphs, states = zip(*(nnx.split(model.stack(stack)) for stack in stacks), strict=True)
+        weights = [nnx.to_pure_dict(state) for state in states]
+        whole = [_whole_experts(each) if is_frozen else {} for each in weights]
         pairs = [{} if lora is None else stack.of(lora["layers"]) for stack in stacks]
         of_stacks = [None if numbers is None else _numbers(numbers, stack) for stack in stacks]
 
-        def step(x_BTD: Any, layers: list, graphs: tuple = graphs) -> tuple[Any, list]:
+        def step(x_BTD: Any, layers: list, graphs: tuple = graphs, whole: list = whole) -> tuple[Any, list]:
             kept = []
-            for graph, layer in zip(graphs, layers, strict=True):
-                x_BTD, of_layer = apply(graph, x_BTD, *layer)
+            for graph, of_all, layer in zip(graphs, whole, layers, strict=True):
+                x_BTD, of_layer = apply(graph, x_BTD, of_all, *layer)
                 kept.append(of_layer)
             return x_BTD, kept
 
-        x_BTD, of_pattern = jax.lax.scan(step, x_BTD, list(zip(weights, pairs, of_stacks, strict=True)))
+        places = [jnp.arange(len(stack.layers)) for stack in stacks]
+        each = list(zip(weights, places, pairs, of_stacks, strict=True))
+        x_BTD, of_pattern = jax.lax.scan(step, x_BTD, each)
         for key in dict.fromkeys(key for of_stack in of_pattern for key in of_stack):
             kept.setdefault(key, []).append(_in_order([each[key] for each in of_pattern if key in each]))
     return x_BTD, {
         key: groups[0] if len(groups) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *groups)
         for key, groups in kept.items()
     }
+
+
+def _whole_experts(weights: Base) -> Base:
+    """Take the matrices of experts, [L E I O], out of a stack's weights on one CPU device.
+
+    There each expert's matrix is read in place, while a scan over the layers would first copy those of all
+    experts of each layer. It is for frozen weights only: a gradient would have all layers in every step."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if current_backend() != "cpu" or not (mesh.empty or mesh.size == 1):
+        return {}
+    return {name: weights[name].pop("weight") for name in EXPERT_SITES if name in weights}
+
+
+def _of_layer(w_LEIO: Float[Array, "L E I O"], layer: Int[Array, ""]) -> Stacked:
+    return Stacked(w_LEIO.reshape(-1, *w_LEIO.shape[2:]), layer * w_LEIO.shape[1])
 
 
 def _numbers(of_all: Sequence[int], stack: Stack) -> Int[Array, " L"]:

@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .config import Clamp, Experts, SigmoidRouter
+from .counts import SPARE_ROWS
 from .kernels.backends import Backend, current_backend
 from .kernels.grouped_product import grouped_product
+from .kernels.grouped_product.stacked import Stacked
 from .kernels.product import product
 from .lora import LayerLora
 from .sharding import partition_spec
@@ -49,9 +51,9 @@ class Weights(NamedTuple):
     """The matrices of a mixture, and its biases if it has any. A `SigmoidRouter`'s is the correction."""
 
     router: Float[Array, "D E"]
-    gate: Float[Array, "E D F"]
-    up: Float[Array, "E D F"]
-    down: Float[Array, "E F D"]
+    gate: Float[Array, "E D F"] | Stacked
+    up: Float[Array, "E D F"] | Stacked
+    down: Float[Array, "E F D"] | Stacked
     router_bias: Float[Array, " E"] | None = None
     biases: Biases | None = None
 
@@ -133,8 +135,10 @@ def mixture(
     `replayed_BTk` are the experts to use instead of the router's choice (`route`).
 
     `activation(gate, up)` gives an expert's hidden units, unless the experts have a `Clamp`. On a mesh, every
-    device sorts the tokens of its own rows. The experts' width is cut over `tensor`; their other axes are
-    gathered, as for dense layers.
+    device sorts the tokens of its own rows. The experts' width is cut over `tensor`. Over `expert`, each
+    device has some of the experts: the devices exchange their tokens, each adds up its own experts' outputs
+    for all of these tokens, and the sums over devices return to the tokens' own devices. Other axes of the
+    matrices are gathered, as for dense layers.
     """
     rows = len(x_BTD)
     if experts.clamp is not None:
@@ -149,24 +153,40 @@ def mixture(
     mesh = jax.sharding.get_abstract_mesh()
     run = partial(_mixture, experts, activation, current_backend(), dtype)
     if mesh.empty or mesh.size == 1:
-        return run(None, weights, x_BTD, adapters, replayed_BTk)
+        return run(_Cut(), weights, x_BTD, adapters, replayed_BTk)
     by_row = partition_spec(x_BTD.shape, ("rows", "tokens", "hidden"), mesh)
-    (width,) = partition_spec((experts.width,), ("ff",), mesh)
-    specs = Weights(P(), P(None, None, width), P(None, None, width), P(None, width, None))
+    spec = partition_spec((experts.count, experts.width), ("experts", "ff"), mesh)
+    number, width = map(_names, spec)
+    cut = _Cut(number, width, bool(number) and {*number} <= {*_names(by_row[0])})
+    specs = Weights(P(), P(number, None, width), P(number, None, width), P(number, width, None))
     if weights.router_bias is not None:
         specs = specs._replace(router_bias=P())
     if weights.biases is not None:
-        specs = specs._replace(biases=Biases(P(None, width), P(None, width), P()))
+        specs = specs._replace(biases=Biases(P(number, width), P(number, width), P()))
     adapter_specs = None
     if adapters is not None:
-        pair_specs = {name: _cut(name, pair, width) for name, pair in adapters.pairs.items()}
+        pair_specs = {name: _cut_pair(name, pair, cut) for name, pair in adapters.pairs.items()}
         adapter_specs = _Adapters(pair_specs, P(by_row[0]), P(by_row[0]))
     return jax.shard_map(
-        partial(run, width),
+        partial(run, cut),
         in_specs=(specs, by_row, adapter_specs, None if replayed_BTk is None else by_row),
         out_specs=(by_row, by_row),
         check_vma=False,
     )(weights, x_BTD, adapters, replayed_BTk)
+
+
+class _Cut(NamedTuple):
+    """The mesh axes over which the experts and their width are cut; `rows` says whether the rows of tokens
+    are cut over those of the experts too."""
+
+    experts: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
+    rows: bool = False
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    """Return the mesh axes in one part of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 class _Adapters(NamedTuple):
@@ -177,11 +197,11 @@ class _Adapters(NamedTuple):
     adapter_B: Int[Array, " B"]
 
 
-def _cut(name: str, pair: dict[str, Array], width: Any) -> dict[str, P]:
-    """Return how the factors of a matrix are cut: each expert's own factor along the experts' width."""
+def _cut_pair(name: str, pair: dict[str, Array], cut: _Cut) -> dict[str, P]:
+    """Return how the factors of a matrix are cut: each expert's own factor like the expert's matrix."""
     if name == "expert_down":
-        return {"a": P(None, None, width, None), "b": P()}
-    return {"a": P(), "b": P(None, None, None, width)}
+        return {"a": P(None, cut.experts, cut.width, None), "b": P()}
+    return {"a": P(), "b": P(None, cut.experts, None, cut.width)}
 
 
 def _mixture(
@@ -189,36 +209,173 @@ def _mixture(
     activation: Callable[[Array, Array], Array],
     backend: Backend,
     dtype: Any,
-    summed_over: Any,
+    cut: _Cut,
     weights: Weights,
     x_BTD: Array,
     adapters: _Adapters | None,
     replayed_BTk: Array | None,
 ) -> tuple[Array, Array]:
-    """Compute `mixture` on one device. `dtype` is that of adapters. `summed_over` names the mesh axes over
-    which the experts' width is cut."""
+    """Compute `mixture` on one device, which has the part of the weights that `cut` says. `dtype` is that of
+    adapters."""
     B, T, D = x_BTD.shape
-    S, E, k = B * T, experts.count, experts.chosen
-    x_SD = x_BTD.reshape(S, D)
-    replayed_Sk = None if replayed_BTk is None else replayed_BTk.reshape(S, k)
-    expert_Sk, weight_Sk = route(experts, weights, x_SD, replayed_Sk)
+    k = experts.chosen
+    replayed_Sk = None if replayed_BTk is None else replayed_BTk.reshape(-1, k)
+    routing = route(experts, weights, x_BTD.reshape(-1, D), replayed_Sk)
+    expert_Sk, weight_Sk = routing
+    x = x_BTD
+    if cut.rows:
+        gather = partial(jax.lax.all_gather, axis_name=cut.experts, tiled=True)
+        x, routing = gather(x), Routing(*map(gather, routing))
+        if adapters is not None:
+            adapters = _Adapters(adapters.pairs, gather(adapters.scale_B), gather(adapters.adapter_B))
+    y_SD = _sum_over_own(experts, activation, backend, dtype, cut, weights, x, routing, adapters)
+    if cut.rows:
+        y_SD = jax.lax.psum_scatter(y_SD, cut.experts, tiled=True)
+    if summed_over := (() if cut.rows else cut.experts) + cut.width:
+        y_SD = jax.lax.psum(y_SD, summed_over)
+    if weights.biases is not None:
+        y_SD = y_SD + (weight_Sk[..., None] * weights.biases.down.astype(jnp.float32)[expert_Sk]).sum(1)
+    return y_SD.astype(x_BTD.dtype).reshape(B, T, D), expert_Sk.reshape(B, T, k)
 
-    # Sorted by expert, and among an expert's tokens by adapter.
+
+def _sum_over_own(
+    experts: Experts,
+    activation: Callable[[Array, Array], Array],
+    backend: Backend,
+    dtype: Any,
+    cut: _Cut,
+    weights: Weights,
+    x_BTD: Float[Array, "B T D"],
+    routing: Routing,
+    adapters: _Adapters | None,
+) -> Float[Array, "S D"]:
+    """Return each token's weighted sum in float32 over those of its experts that this device has, without
+    the biases of the last matrices.
+
+    Assignments are sorted by expert, and among an expert's by adapter; those to other devices' experts come
+    last. How many there are of each kind depends on the router. So at first as many rows are computed as most
+    devices need, and then, only on a device that needs them, more of them in turns of the same size.
+    """
+    B, T, D = x_BTD.shape
+    S, k = B * T, experts.chosen
+    devices = jax.lax.axis_size(cut.experts) if cut.experts else 1
+    E = experts.count // devices
+    first = jax.lax.axis_index(cut.experts) * E if cut.experts else 0
     n = 1 if adapters is None else next(iter(adapters.pairs.values()))["a"].shape[0]
     adapter_S1 = 0 if adapters is None else jnp.repeat(adapters.adapter_B, T)[:, None]
-    group_A = (expert_Sk * n + adapter_S1).reshape(-1)
+    own_Sk = routing.expert - first
+    group_Sk = own_Sk * n + adapter_S1
+    if devices > 1:
+        group_Sk = jnp.where((own_Sk >= 0) & (own_Sk < E), group_Sk, E * n)
+    group_A = group_Sk.reshape(-1)
+    A = S * k
     order_A = jnp.argsort(group_A, stable=True)
-    inverse_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(S * k, dtype=order_A.dtype))
-    sizes_En = jnp.zeros(E * n, jnp.int32).at[group_A].add(1)
+    place_A = jnp.zeros_like(order_A).at[order_A].set(jnp.arange(A, dtype=order_A.dtype))
+    sizes_En = jnp.zeros(E * n, jnp.int32).at[group_A].add(1)  # other devices' are out of bounds: dropped
+
+    def sum_of(part: _Part, sizes_En: Array) -> Array:
+        return _sum_of_part(
+            experts, activation, backend, dtype, weights, x_BTD, routing.weight, adapters, part, sizes_En, n
+        )
+
+    if devices == 1:
+        return sum_of(_Part(order_A, place_A, group_A[order_A] // n), sizes_En)
+    rows = A if A <= AT_ONCE else -(-int(A / devices * SPARE_ROWS) // 8) * 8
+    turns, end_En = -(-A // rows), jnp.cumsum(sizes_En)
+    order_A = jnp.pad(order_A, (0, turns * rows - A))
+
+    def turn(begin: Array | int) -> Array:
+        order_C = jax.lax.dynamic_slice_in_dim(order_A, begin, rows)
+        end = jnp.minimum(begin + rows, end_En[-1])
+        place = jnp.where((place_A >= begin) & (place_A < end), place_A - begin, rows)
+        sizes = jnp.diff(jnp.clip(end_En - begin, 0, rows), prepend=0)
+        expert_C = jnp.minimum(group_A[order_C] // n, E - 1)
+        return sum_of(_Part(order_C, place, expert_C, jnp.arange(rows) < end - begin), sizes)
+
+    nothing = jnp.zeros((S, D), jnp.float32)
+
+    def add_turn(y_SD: Array, begin: Array) -> tuple[Array, None]:
+        more = _again(lambda begin: jax.lax.cond(begin < end_En[-1], turn, lambda _: nothing, begin))
+        return y_SD + more(begin), None
+
+    def others() -> Array:
+        return jax.lax.scan(add_turn, nothing, jnp.arange(1, turns) * rows)[0]
+
+    y_SD = turn(0)
+    if turns > 1:
+        y_SD = y_SD + _again(lambda: jax.lax.cond(end_En[-1] > rows, others, lambda: nothing))()
+    return y_SD
+
+
+AT_ONCE = 1 << 14
+"""So many assignments are always computed at once, whatever share of them is a device's own. Of more, a
+device's first turn has `SPARE_ROWS` times its equal share."""
+
+_again = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+
+
+class _Part(NamedTuple):
+    """Some of the assignments, in order.
+
+    `order_C` are their numbers, `place_A` the place of each assignment among them (C if it is not there), and
+    `expert_C` their experts. Only those that are `real_C` count; all if it is None.
+    """
+
+    order_C: Int[Array, " C"]
+    place_A: Int[Array, " A"]
+    expert_C: Int[Array, " C"]
+    real_C: Bool[Array, " C"] | None = None
+
+    def real(self, y_CO: Float[Array, "C O"]) -> Float[Array, "C O"]:
+        """Return zeros for rows that do not count."""
+        return y_CO if self.real_C is None else jnp.where(self.real_C[:, None], y_CO, 0)
+
+    def at(self, y_CO: Float[Array, " C *O"], place: Int[Array, "*A"]) -> Float[Array, "*rest"]:
+        """Return the rows at some places; zeros for places of assignments that are not there."""
+        mode = "promise_in_bounds" if self.real_C is None else "fill"
+        return y_CO.at[place].get(mode=mode, fill_value=0)
+
+    def sum(self, y_CO: Float[Array, "C O"], weight_Sk: Float[Array, "S k"]) -> Float[Array, "S O"]:
+        """Return each token's weighted sum over its assignments in float32, in their order."""
+        place_Sk = self.place_A.reshape(weight_Sk.shape)
+        if self.real_C is None:
+            return (weight_Sk[..., None] * self.at(y_CO, place_Sk).astype(jnp.float32)).sum(1)
+        # Of few rows that are there, without an array of all assignments.
+        by_choice = zip(weight_Sk.T, place_Sk.T, strict=True)
+        return sum(weight[:, None] * self.at(y_CO, place).astype(jnp.float32) for weight, place in by_choice)
+
+    def token(self, tokens: int) -> Int[Array, " C"]:
+        """Return the token of each row."""
+        return self.order_C // (len(self.place_A) // tokens)
+
+
+def _sum_of_part(
+    experts: Experts,
+    activation: Callable[[Array, Array], Array],
+    backend: Backend,
+    dtype: Any,
+    weights: Weights,
+    x_BTD: Float[Array, "B T D"],
+    weight_Sk: Float[Array, "S k"],
+    adapters: _Adapters | None,
+    part: _Part,
+    sizes_En: Int[Array, " En"],
+    n: int,
+) -> Float[Array, "S D"]:
+    """Return `_sum_over_own` for some of the assignments, of which `sizes_En` belong to each expert and
+    adapter."""
+    B, T, D = x_BTD.shape
+    S, E = B * T, len(sizes_En) // n
     sizes_E = sizes_En.reshape(E, n).sum(1)
 
-    def spread(x: Array) -> Array:
-        return _spread(x.reshape(S, -1), order_A, inverse_A)
+    def grouped(x_CI: Array, w_GIO: Array | Stacked, sizes_G: Array) -> Array:
+        return part.real(grouped_product(x_CI, w_GIO, sizes_G, backend))
 
-    def gathered(y_AO: Array) -> Array:
-        """Return each token's sum over its experts in float32, weighted, [S, O]."""
-        y_SkO = _permuted(y_AO, inverse_A, order_A).reshape(S, k, -1)
-        return (weight_Sk[..., None] * y_SkO.astype(jnp.float32)).sum(1)
+    def spread(x: Array) -> Array:
+        return _spread(x.reshape(S, -1), part)
+
+    def gathered(y_CO: Array) -> Array:
+        return _weighted_sum(y_CO, weight_Sk, part)
 
     def own(name: str, side: str) -> Array:
         """Return every expert's own factors, one for each adapter, in the order of `sizes_En`."""
@@ -232,32 +389,28 @@ def _mixture(
         factor_nIO = adapters.pairs[name][side]
         return product(x_BTI, factor_nIO[0] if n == 1 else factor_nIO[adapters.adapter_B])
 
-    def into(name: str, w_EDF: Array, bias_EF: Array | None) -> Array:
-        y_AF = grouped_product(x_AD, w_EDF, sizes_E, backend)
+    def into(name: str, w_EDF: Array | Stacked, bias_EF: Array | None) -> Array:
+        y_CF = grouped(x_CD, w_EDF, sizes_E)
         if bias_EF is not None:
-            y_AF = y_AF + bias_EF[group_A[order_A] // n]
+            y_CF = y_CF + bias_EF[part.expert_C]
         if adapters is None or name not in adapters.pairs:
-            return y_AF
+            return y_CF
         narrow_BTR = shared(x_BTD.astype(dtype), name, "a") * scale_B11
-        delta_AF = grouped_product(spread(narrow_BTR), own(name, "b"), sizes_En, backend)
-        return y_AF + delta_AF.astype(y_AF.dtype)
+        delta_CF = grouped(spread(narrow_BTR), own(name, "b"), sizes_En)
+        return y_CF + delta_CF.astype(y_CF.dtype)
 
-    x_AD = spread(x_SD)
+    x_CD = spread(x_BTD)
     scale_B11 = None if adapters is None else adapters.scale_B[:, None, None].astype(dtype)
     biases = weights.biases
-    gate_AF = into("expert_gate", weights.gate, None if biases is None else biases.gate)
-    up_AF = into("expert_up", weights.up, None if biases is None else biases.up)
-    h_AF = activation(gate_AF[None], up_AF[None])[0]
-    y_SD = gathered(grouped_product(h_AF, weights.down, sizes_E, backend))
+    gate_CF = into("expert_gate", weights.gate, None if biases is None else biases.gate)
+    up_CF = into("expert_up", weights.up, None if biases is None else biases.up)
+    h_CF = activation(gate_CF[None], up_CF[None])[0]
+    y_SD = gathered(grouped(h_CF, weights.down, sizes_E))
     if adapters is not None and "expert_down" in adapters.pairs:
-        narrow_AR = grouped_product(h_AF.astype(dtype), own("expert_down", "a"), sizes_En, backend)
-        narrow_BTR = gathered(narrow_AR).astype(dtype).reshape(B, T, -1) * scale_B11
+        narrow_CR = grouped(h_CF.astype(dtype), own("expert_down", "a"), sizes_En)
+        narrow_BTR = gathered(narrow_CR).astype(dtype).reshape(B, T, -1) * scale_B11
         y_SD = y_SD + shared(narrow_BTR, "expert_down", "b").reshape(S, D).astype(jnp.float32)
-    if summed_over is not None:
-        y_SD = jax.lax.psum(y_SD, summed_over)
-    if biases is not None:
-        y_SD = y_SD + (weight_Sk[..., None] * biases.down.astype(jnp.float32)[expert_Sk]).sum(1)
-    return y_SD.astype(x_BTD.dtype).reshape(B, T, D), expert_Sk.reshape(B, T, k)
+    return y_SD
 
 
 @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False, static_argnums=0)
@@ -271,34 +424,43 @@ def clamped(
 
 
 @jax.custom_vjp
-def _spread(
-    x_SD: Float[Array, "S D"], order_A: Int[Array, " A"], inverse_A: Int[Array, " A"]
-) -> Float[Array, "A D"]:
-    """Return every token once for each of its experts, in the order of `order_A`.
+def _spread(x_SD: Float[Array, "S D"], part: _Part) -> Float[Array, "C D"]:
+    """Return the token of every assignment of a part.
 
     The gradient gathers and sums in a fixed order, where autodiff would scatter."""
-    return x_SD[order_A // (len(order_A) // len(x_SD))]
+    return x_SD[part.token(len(x_SD))]
 
 
-def _spread_forward(x_SD: Array, order_A: Array, inverse_A: Array) -> tuple[Array, tuple]:
-    return _spread(x_SD, order_A, inverse_A), (len(x_SD), inverse_A)
+def _spread_backward(kept: tuple, dy_CD: Array) -> tuple[Array, None]:
+    tokens, part = kept
+    alike = jnp.ones((tokens, len(part.place_A) // tokens), jnp.float32)
+    return part.sum(dy_CD, alike).astype(dy_CD.dtype), None
 
 
-def _spread_backward(kept: tuple, dy_AD: Array) -> tuple[Array, None, None]:
-    S, inverse_A = kept
-    dx_SkD = dy_AD[inverse_A].reshape(S, -1, dy_AD.shape[-1])
-    return dx_SkD.astype(jnp.float32).sum(1).astype(dy_AD.dtype), None, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
+_spread.defvjp(lambda x_SD, part: (_spread(x_SD, part), (len(x_SD), part)), _spread_backward)
 
 
 @jax.custom_vjp
-def _permuted(
-    y_AO: Float[Array, "A O"], order_A: Int[Array, " A"], inverse_A: Int[Array, " A"]
-) -> Float[Array, "A O"]:
-    """Return y[order]. `inverse_A` is the inverse permutation, which the gradient gathers by."""
-    return y_AO[order_A]
+def _weighted_sum(
+    y_CO: Float[Array, "C O"], weight_Sk: Float[Array, "S k"], part: _Part
+) -> Float[Array, "S O"]:
+    """Return each token's weighted sum over its assignments in a part, in float32.
+
+    The gradient gathers too."""
+    return part.sum(y_CO, weight_Sk)
 
 
-_permuted.defvjp(lambda y, order, inverse: (y[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+def _weighted_sum_forward(y_CO: Array, weight_Sk: Array, part: _Part) -> tuple[Array, tuple]:
+    return _weighted_sum(y_CO, weight_Sk, part), (y_CO, weight_Sk, part)
+
+
+def _weighted_sum_backward(kept: tuple, d_SO: Array) -> tuple[Array, Array, None]:
+    y_CO, weight_Sk, part = kept
+    d_CO = part.real(d_SO[part.token(len(d_SO))])
+    d_weight_C = (d_CO * y_CO.astype(jnp.float32)).sum(1)
+    dy_CO = weight_Sk.reshape(-1)[part.order_C][:, None] * d_CO
+    d_weight_Sk = part.at(d_weight_C, part.place_A.reshape(weight_Sk.shape))
+    return dy_CO.astype(y_CO.dtype), d_weight_Sk, None
+
+
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)

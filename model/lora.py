@@ -100,24 +100,24 @@ def pair_shapes(stack: Stack, site: Site, rank: int) -> dict[str, tuple[int, ...
 
 
 _ADAPTER_AXES = {"embed": "hidden", "summed_heads": "heads", "summed_ff": "ff"}
-"""The axes of adapters where those of matrices are cut over `fsdp`."""
+"""The axes of adapters where those of matrices are cut over `fsdp` too."""
 
 
 def logical_axes(adapter: Adapter, config: ModelConfig) -> Adapter:
     """Return the adapter's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf.
 
-    A pair is cut like its matrix, but over `tensor` alone: each device then adds the part of the delta that
-    belongs to its part of the product, and the gradients are made where they stay. Those of experts are on
-    every device.
+    A pair is cut like its matrix, but over `tensor` and `expert` alone: each device then adds the part of the
+    delta that belongs to its part of the product, and the gradients are made where they stay.
     """
     axes: Adapter = {"layers": {}}
     for stack, site, pair in pairs(adapter, config):
         at = axes["layers"] if stack.key is None else axes["layers"].setdefault(stack.key, {})
-        if site.experts:
-            at[site.name] = {side: ("layers", *("hidden",) * (x.ndim - 1)) for side, x in pair.items()}
-            continue
         into, out = (_ADAPTER_AXES.get(name, name) for name in site.axes)
-        at[site.name] = {"a": ("layers", into, "hidden"), "b": ("layers", "hidden", out)}
+        sides = {"a": (into, "hidden"), "b": ("hidden", out)}
+        at[site.name] = {
+            side: ("layers", *(() if pair[side].ndim == 3 else ("experts",)), *axes)
+            for side, axes in sides.items()
+        }
     if "unembed" in adapter:
         axes["unembed"] = {"a": ("hidden", "hidden"), "b": ("hidden", "vocab")}
     return axes

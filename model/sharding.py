@@ -4,8 +4,8 @@ Every parameter names its logical axes (`decoder.logical_axes`), and activations
 constrained. To shard differently, edit RULES.
 
 Mesh axes: `data` (copies of the weights, rows of the batch), `fsdp` (shards of both weights and rows),
-`tensor` (heads, hidden units of the MLP and the vocabulary). `expert` is reserved for mixtures of experts; a
-mesh without it ignores its rule.
+`expert` (the same, but the experts of a mixture are divided among its devices and stay there: tokens travel
+to them), `tensor` (heads, hidden units of the MLP and the vocabulary).
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
     "sequences": ("data",),
     "tokens": (),
     "pages": (),
     "positions": (),
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "cached_heads": ("tensor", "fsdp"),
+    "cached_heads": ("tensor", "fsdp", "expert"),
     "head_dim": (),
     "ff": ("tensor",),
-    "summed_heads": ("tensor", "fsdp"),
-    "summed_ff": ("tensor", "fsdp"),
+    "summed_heads": ("tensor", "fsdp", "expert"),
+    "summed_ff": ("tensor", "fsdp", "expert"),
     "experts": ("expert",),
     "hidden": (),
 }
@@ -67,16 +67,25 @@ def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
 
 
 def partition_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: Any) -> PartitionSpec:
-    """Apply the rules to one array. A mesh axis that does not divide a dimension is not used for it."""
+    """Apply the rules to one array.
+
+    A mesh axis is used for the first dimension that names it and that it divides."""
     cut: list[tuple[str, ...] | None] = []
+    used: set[str] = set()
     for size, logical in zip(shape, axes, strict=True):
         names: tuple[str, ...] = ()
         for name in RULES[logical]:
             ways = mesh.shape.get(name, 1)
-            if ways > 1 and size % ways == 0:
+            if ways > 1 and size % ways == 0 and name not in used:
                 names, size = (*names, name), size // ways
+        used.update(names)
         cut.append(names or None)
     return PartitionSpec(*cut)
+
+
+def row_devices(mesh: Any) -> int:
+    """Return the number of devices, or groups of them, that compute different rows of a batch."""
+    return math.prod(mesh.shape.get(name, 1) for name in RULES["rows"])
 
 
 def shardings_for(abstract: Any, logical: Any, mesh: Mesh) -> Any:

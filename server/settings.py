@@ -36,7 +36,7 @@ from .addresses import Allowed, address, is_loopback
 from .ledger.accounts import digest, has_keys
 from .ledger.ownership import sqlite_file
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def default_cache_dir() -> Path:
@@ -177,7 +177,8 @@ class ModelSettings(Section):
     """The directory of downloaded models and compiled programs. It may be deleted."""
     mesh: Annotated[dict[str, int], NoDecode] = Field(default_factory=dict)
     """The arrangement of the devices, such as `data=2,fsdp=4`: `data` replicates, `fsdp` shards parameters
-    and batches, `tensor` shards matrices. The default is one device."""
+    and batches, `expert` does too but divides the experts of a mixture, `tensor` shards matrices. The default
+    is one device."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The dtype of base weights and activations. `auto` is float32 on a CPU and bfloat16 elsewhere. Adapters,
     gradients and Adam's moments are always float32."""

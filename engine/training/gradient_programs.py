@@ -55,7 +55,7 @@ class GradientPrograms:
         self._replicated = sharding.replicated(mesh)
         self._static = static
         self._remat = remat
-        self._row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._row_devices = sharding.row_devices(mesh)
         self._counts = counts(config)
         self._budget, self._kept_bytes = budget, kept_bytes
 

@@ -58,14 +58,17 @@ class ShapeTable:
         return ShapeTable(rows, tokens, self.attention_length)
 
 
-def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1) -> ShapeTable:
+def shape_table(
+    max_length: int, micro_batch_tokens: int, row_multiple: int = 1, on_cpu: bool = False
+) -> ShapeTable:
     """Return a table for datums of up to `max_length` tokens, and micro-batches of about
     `micro_batch_tokens`.
 
-    Large micro-batches (an accelerator's) have rows at steps of 4, and 1, 4, 16, ... rows of each length.
-    Small ones (a CPU's) are one row each; up to the micro-batch's own length the row lengths are finely
+    Large micro-batches (an accelerator's, and a CPU's for a mixture of many experts) have rows at steps of
+    4, and 1, 4, 16, ... rows of each length, or as many as fill them; on a CPU also one short row. Small ones
+    (a CPU's otherwise) are one row each; up to the micro-batch's own length the row lengths are finely
     stepped, because a dispatch costs little there. The number of rows is a multiple of `row_multiple`, the
-    number of devices that share them. There are 6 to 8 shapes.
+    number of devices that share them. There are 6 to 9 shapes.
     """
     many = micro_batch_tokens // row_multiple >= MANY_ROWS
     if many:
@@ -81,8 +84,13 @@ def shape_table(max_length: int, micro_batch_tokens: int, row_multiple: int = 1)
         counts = [row_multiple]
         while many and 4 * counts[-1] * length <= micro_batch_tokens:
             counts.append(4 * counts[-1])
+        if many and 2 * counts[-1] * length <= micro_batch_tokens:
+            counts.append(2 * counts[-1])
         table[length] = tuple(counts)
-    return ShapeTable(table, micro_batch_tokens, ATTENTION_LENGTH_OF_MANY if many else ATTENTION_LENGTH)
+    if many and on_cpu and min(table) > SHORTEST_ROW:
+        table = {SHORTEST_ROW: (row_multiple,)} | table
+    as_long = ATTENTION_LENGTH_OF_MANY if many and not on_cpu else ATTENTION_LENGTH
+    return ShapeTable(table, micro_batch_tokens, as_long)
 
 
 def _ladder(first: int, last: int, ratio: float) -> set[int]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ...model import decoder, sharding
 from ...model.config import ModelConfig
+from ...model.counts import counts
 from ...model.lora import init_lora, logical_axes
 from .. import memory
 from ..budget import Budget
@@ -59,24 +60,26 @@ class Trainer:
     ):
         """`base` lies on the mesh as `sharding.shardings_for` says (None: one device).
 
-        `micro_batch_tokens` are computed at once (default 1024 on a CPU, 8192 per device elsewhere), and of
-        their logits `chunk_tokens` on each device (256, 1024). `remat`: "none", "dots", "attention" or
-        "full", by default the fastest that keeps at most `kept_bytes` of a micro-batch. Recycled arrays are
-        within the `budget`.
+        `micro_batch_tokens` are computed at once (default `memory.micro_batch_on_cpu` on a CPU, 8192 per
+        device elsewhere), and of their logits `chunk_tokens` on each device (256, 1024). `remat`: "none",
+        "dots", "attention" or "full", by default the fastest that keeps at most `kept_bytes` of a
+        micro-batch. Recycled arrays are within the `budget`.
         `on_compile(name, seconds)` hears of every compilation.
         """
         self.config = config
         self.mesh = mesh or sharding.make_mesh(None)
         device = self.mesh.devices.flat[0]
         on_cpu = device.platform == "cpu"
-        row_devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        row_devices = sharding.row_devices(self.mesh)
         self.max_sequence_length = min(
             config.max_sequence_length, max_sequence_length or config.max_sequence_length
         )
         self.shapes = shape_table(
             self.max_sequence_length,
-            micro_batch_tokens or (1024 if on_cpu else 8192 * row_devices),
+            micro_batch_tokens
+            or (memory.micro_batch_on_cpu(counts(config)) if on_cpu else 8192 * row_devices),
             row_devices,
+            on_cpu,
         )
         budget = budget or Budget(memory.BUDGET_ON_CPU)
         self.programs = Programs(self.mesh, on_compile)

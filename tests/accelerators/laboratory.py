@@ -39,6 +39,7 @@ from tinsmith.model.kernels.attention import attention
 
 GIB = 2**30
 _QWEN = {"model_type": "qwen3", "head_dim": 128, "max_position_embeddings": 131_072, "rope_theta": 1e6}
+_MIXTURE = _QWEN | {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_key_value_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": _QWEN
     | {
@@ -58,6 +59,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "mixture": _MIXTURE
+    | {
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1280,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "moe_intermediate_size": 320,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+    "30b-a3b": _MIXTURE
+    | {
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
     "70b": {
         "model_type": "llama",
         "head_dim": 128,
@@ -70,7 +93,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
     },
 }
-"""The config.json of a tiny model, and of models of the shapes of Qwen3-8B and Llama-3-70B."""
+"""The config.json of a tiny model and a tiny mixture, and those of the shapes of Qwen3-8B, Qwen3-30B-A3B and
+Llama-3-70B."""
 
 
 def make_mesh(target: str, axes: dict[str, int]) -> Mesh:

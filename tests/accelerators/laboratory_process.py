@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class Compiled:
             for kind, _, found, n in self._collectives
             if kind == "all-gather" and sizes(found) == sizes(dims)
         )
+
+    def gathered(self, wanted: Callable[[tuple[int, ...]], bool]) -> int:
+        """How many all-gathers have a result whose dimensions are `wanted`."""
+        return sum(n for kind, _, dims, n in self._collectives if kind == "all-gather" and wanted(dims))
 
     def moved(self, kind: str, dtype: str) -> int:
         """The elements of that type that all collectives of a kind give, by their number of executions."""

@@ -29,7 +29,7 @@ def test_a_step_is_compiled_from_config_json_alone(tmp_path: Path) -> None:
         "folder": str(tmp_path),
         "device": "h200",
         "work": {"sequence": 512, "rank": 8},
-        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1},
         "rows": 2,
         "remat": "full",
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from tinsmith.engine import device_catalogue, memory, roofline
 from tinsmith.engine.memory import Mesh, Workload
 from tinsmith.engine.optimizers import optimizer_families
@@ -20,8 +20,8 @@ from tinsmith.model.counts import counts
 from tinsmith.model.families import FAMILIES
 from tinsmith.model.folder import read_config
 from tinsmith.model.kernels.paged_attention.pages import LAYOUTS
-from tinsmith.model.lora import RANK_BUCKETS, init_lora, pad_rank
-from tinsmith.model.sharding import make_mesh, partition_spec
+from tinsmith.model.lora import RANK_BUCKETS, init_lora, logical_axes, pad_rank
+from tinsmith.model.sharding import MESH_AXES, make_mesh, partition_spec
 from tiny_models import write_model
 
 GIB = 2**30
@@ -50,6 +50,13 @@ TINY_SIZES = {
     "num_key_value_heads": 2,
 }
 TINY = config(**TINY_SIZES)
+MIXTURE_SIZES = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
+MIXTURE = config(**MIXTURE_SIZES)
+"""The shape of Qwen3-30B-A3B."""
 SLIDING, FULL = "sliding_attention", "full_attention"
 C8, C70 = counts(QWEN3_8B), counts(LLAMA_70B)
 K32 = 32768
@@ -138,11 +145,12 @@ def test_counts_are_those_of_the_arrays():
         (Mesh(fsdp=16), False, 1),  # 16 devices do not divide 8 heads: each has all of them
         (Mesh(fsdp=8, tensor=2), False, 2),
         (Mesh(fsdp=4, tensor=2), True, 2),
+        (Mesh(fsdp=2, expert=4), False, 8),
     ],
 )
 def test_keys_and_values_are_counted_as_their_heads_are_cut(mesh, on_cpu, ways):
     """By the rules of the pages' own axes, with JAX's description of a mesh of those sizes."""
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    sizes = vars(mesh)
     axes = LAYOUTS["cpu" if on_cpu else "gpu"][0]
     shape = tuple(C8.kv_heads if "heads" in axis else 1 for axis in axes)
     cut = partition_spec(shape, axes, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
@@ -348,13 +356,7 @@ def test_latent_attention_stores_one_key_for_all_heads_and_no_value(tmp_path):
 
 def test_a_mixture_of_experts_is_stored_whole_and_computed_in_part():
     """Qwen3-30B-A3B, by its model card: 30.5 billion parameters, of which 3.3 are active for a token."""
-    of = counts(
-        config(
-            "qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
-            num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
-            moe_intermediate_size=768, norm_topk_prob=True,
-        )
-    )  # fmt: skip
+    of = counts(MIXTURE)
     assert of.parameters / 1e9 == pytest.approx(30.5, abs=0.05)
     assert (of.matrices + 2 * of.head) / 1e9 == pytest.approx(3.35, abs=0.05)
     h200 = device_catalogue.find("h200")
@@ -363,3 +365,37 @@ def test_a_mixture_of_experts_is_stored_whole_and_computed_in_part():
     assert planned.kinds["base"] == 2 * of.parameters
     step = roofline.step_flops(of, Workload(8192), planned)
     assert step.useful_products == pytest.approx(4 * 8192 * (of.matrices + of.head), rel=0.1)
+
+
+def test_experts_that_are_divided_among_devices_stay_there():
+    """Arrays lie as the plan says, and no device gathers its experts; adapters are cut with the experts."""
+    of, axes = counts(MIXTURE), {"expert": 8}
+    assert of.experts is not None
+    plain, divided = Mesh(fsdp=8), Mesh.of(axes)
+    mesh = AbstractMesh(tuple(vars(divided)[name] for name in MESH_AXES), MESH_AXES)
+    adapter = jax.eval_shape(lambda: init_lora(MIXTURE, 0, 8))
+
+    def held_of(x, axes):
+        return math.prod(NamedSharding(mesh, partition_spec(x.shape, axes, mesh)).shard_shape(x.shape))
+
+    on_device = jax.tree.map(held_of, adapter, logical_axes(adapter, MIXTURE))
+    held = memory.adapter_elements(of, Workload(8192, rank=8), divided)
+    assert held == sum(jax.tree.leaves(on_device))
+    assert memory.resident(of, Workload(8192), divided)["base"] == 2 * of.parameters // 8
+    assert memory.gathered_elements(of, plain) == of.stored
+    assert memory.gathered_elements(of, divided) == of.stored - of.experts.stored
+    assert memory.gathered_elements(of, Mesh(fsdp=2, expert=4)) == of.stored - of.experts.stored * 3 // 4
+    # Of short micro-batches, tokens are less to move than experts.
+    work, device = Workload(1024, micro_batch=1024), device_catalogue.find("h200x8")
+    bounds = [
+        roofline.training_bound(of, work, memory.plan(of, work, device.memory, each), device)
+        for each in (plain, divided)
+    ]
+    assert bounds[1] > bounds[0]
+
+
+def test_micro_batches_on_a_cpu_grow_with_the_experts():
+    assert memory.micro_batch_on_cpu(C8) == 1024
+    assert memory.micro_batch_on_cpu(counts(MIXTURE)) == 4096
+    few = replace(MIXTURE_FIELDS, num_experts=16, num_experts_per_tok=4) if False else None
+    assert few is None

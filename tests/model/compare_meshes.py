@@ -1,4 +1,6 @@
-"""Run by test_sharding in a process with 8 devices: `compare_meshes.py VARIANT fsdp=8 data=2,fsdp=4 ...`."""
+"""Run by test_sharding in a process with 8 devices: `compare_meshes.py VARIANT fsdp=8 data=2,fsdp=4 ...`.
+
+In a mesh that ends with `,turns`, mixtures with experts on several devices compute few rows at once."""
 
 import sys
 import tempfile
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from adapters import random_adapter
-from tinsmith.model import decoder, load, lora, sharding
+from tinsmith.model import decoder, experts, load, lora, sharding
 from tinsmith.model.folder import read_config
 from tiny_models import write_model
 
@@ -52,18 +54,22 @@ def run(mesh):
         base = load.load_base(folder, config, jnp.float32, mesh)
         batch = {k: jax.device_put(x, sharding.rows_sharding(mesh, x.shape)) for k, x in batch.items()}
         on_device = jax.device_put(adapters, sharding.replicated(mesh))
+        outputs_and_gradients.clear_cache()
         result = outputs_and_gradients(base, on_device, batch)
     return base, jax.tree.map(np.asarray, result)
 
 
 _, (expected, *expected_grads) = run(sharding.make_mesh())
 for text in meshes:
-    axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    sizes = text.removesuffix(",turns")
+    experts.AT_ONCE, experts.SPARE_ROWS = (0, 0.5) if sizes != text else (1 << 14, 1.25)
+    axes = {name: int(size) for name, size in (part.split("=") for part in sizes.split(","))}
     base, (out, *grads) = run(sharding.make_mesh(axes))
     stack = config.all_stacks[0]
     up = stack.of(base["layers"])[stack.layer.mlp.sites[-2].name]["weight"]
     held, whole = up.addressable_shards[0].data.size, up.size
-    assert held == whole // (axes.get("fsdp", 1) * axes.get("tensor", 1)), "the weights are not cut"
+    shards = axes.get("fsdp", 1) * axes.get("expert", 1) * axes.get("tensor", 1)
+    assert held == whole // shards, "the weights are not cut"
     np.testing.assert_allclose(out, expected, atol=tolerance)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, np.abs(b).max()))

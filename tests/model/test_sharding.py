@@ -22,9 +22,10 @@ from tiny_models import write_model
         pytest.param("mistral", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("phi3", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("gemma3_text", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
-        ("qwen3_moe", ["data=2,fsdp=2,tensor=2"]),
-        ("gpt_oss", ["data=2,fsdp=2,tensor=2"]),
-        ("deepseek_v3", ["data=2,fsdp=2,tensor=2"]),
+        ("qwen3_moe", ["data=2,fsdp=2,tensor=2", "data=2,expert=4"]),
+        ("qwen3_moe", ["expert=4,tensor=2,turns", "fsdp=2,expert=4,turns"]),
+        ("gpt_oss", ["data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2"]),
+        ("deepseek_v3", ["data=2,fsdp=2,tensor=2", "expert=8"]),
         pytest.param("qwen3_5", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
     ],
@@ -46,7 +47,7 @@ def test_meshes_of_8_devices_equal_one_device(variant, meshes):
 
 
 def test_axes_that_do_not_divide_a_dimension_stay_whole():
-    mesh = AbstractMesh((2, 2, 2), sharding.MESH_AXES)
+    mesh = AbstractMesh((2, 2, 1, 2), sharding.MESH_AXES)
     spec = sharding.partition_spec((320, 33), ("vocab", "embed"), mesh)
     assert spec == PartitionSpec(("tensor",), None)
     assert sharding.partition_spec((6, 10), ("rows", "tokens"), mesh) == PartitionSpec(("data",), None)
@@ -56,7 +57,7 @@ def test_axes_that_do_not_divide_a_dimension_stay_whole():
 def test_fsdp_cuts_stacks_of_matrices_along_their_first_axis(tmp_path, variant):
     """Along another one, XLA would lay a stack of layers out anew to gather it."""
     config = read_config(write_model(tmp_path, variant))
-    mesh = AbstractMesh((1, 2, 1), sharding.MESH_AXES)
+    mesh = AbstractMesh((1, 2, 1, 1), sharding.MESH_AXES)
     for site in (site for layer in config.layers for site in layer.sites):
         first, *others = sharding.partition_spec((site.into, site.out), site.axes, mesh)
         assert first is not None, site.name
@@ -64,7 +65,15 @@ def test_fsdp_cuts_stacks_of_matrices_along_their_first_axis(tmp_path, variant):
 
 
 def test_every_mesh_axis_of_the_rules_is_known():
-    assert {axis for axes in sharding.RULES.values() for axis in axes} <= {*sharding.MESH_AXES, "expert"}
+    assert {axis for axes in sharding.RULES.values() for axis in axes} <= {*sharding.MESH_AXES}
+
+
+def test_a_mesh_axis_cuts_one_dimension_of_a_matrix():
+    """Over `expert`, experts are divided and dense matrices are cut as over `fsdp`."""
+    mesh, axes = AbstractMesh((1, 2, 4, 1), sharding.MESH_AXES), ("experts", "embed", "ff")
+    assert sharding.partition_spec((8, 64, 24), axes, mesh) == PartitionSpec(("expert",), ("fsdp",), None)
+    assert sharding.partition_spec((6, 64, 24), axes, mesh) == PartitionSpec(None, ("fsdp", "expert"), None)
+    assert sharding.partition_spec((64, 24), axes[1:], mesh) == PartitionSpec(("fsdp", "expert"), None)
 
 
 def test_a_mesh_larger_than_the_machine_is_refused():

@@ -53,7 +53,7 @@ def test_the_json_answers_every_question(folder: Path) -> None:
     assert answer["hint"] is None
     assert (answer["device"], answer["devices"]) == ("v5p-8", 4)
     assert answer["parameters"] == 8_190_735_360  # of Qwen3-8B, as its model card says: 8.2 billion
-    assert answer["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert answer["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "expert": 1}
     assert answer["micro_batch"] == {"rows_per_device": 1, "tokens_per_row": 32768, "tokens": 4 * 32768}
     assert answer["remat"] == "attention"
     assert sum(answer["memory_bytes"].values()) <= answer["capacity_bytes"]
@@ -92,7 +92,7 @@ def test_options_change_what_they_are_about(folder: Path) -> None:
     twice = planned(*common, "--rank", 64)
     assert twice["memory_bytes"]["tenants"] == 2 * lora["memory_bytes"]["tenants"]
     assert planned("--model", folder, "--device", "h200x8", "--mesh", "data=2,fsdp=2,tensor=2")["mesh"] == {
-        "data": 2, "fsdp": 2, "tensor": 2,
+        "data": 2, "fsdp": 2, "tensor": 2, "expert": 1,
     }  # fmt: skip
 
 

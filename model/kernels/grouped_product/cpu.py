@@ -15,24 +15,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .stacked import Stacked
+
 _SMALLEST, _LARGEST = 8, 128  # rows of a block
 
 
-def product(
-    x_SI: Float[Array, "S I"], w_GIO: Float[Array, "G I O"], sizes_G: Int[Array, " G"]
-) -> Float[Array, "S O"]:
-    return _product(x_SI, w_GIO, sizes_G, transposed=False)
+def product(x_SI: Float[Array, "S I"], w: Stacked, sizes_G: Int[Array, " G"]) -> Float[Array, "S O"]:
+    return _product(x_SI, w, sizes_G, transposed=False)
 
 
 def product_transposed(
-    dy_SO: Float[Array, "S O"], w_GIO: Float[Array, "G I O"], sizes_G: Int[Array, " G"]
+    dy_SO: Float[Array, "S O"], w: Stacked, sizes_G: Int[Array, " G"]
 ) -> Float[Array, "S I"]:
     """Multiply with the transposes, block by block: XLA would transpose the matrices of all groups first."""
-    return _product(dy_SO, w_GIO, sizes_G, transposed=True)
+    return _product(dy_SO, w, sizes_G, transposed=True)
 
 
-def _product(x_SI: Array, w_GIO: Array, sizes_G: Array, transposed: bool) -> Array:
-    S, O = len(x_SI), w_GIO.shape[1 if transposed else 2]  # noqa: E741  the letters of the shapes
+def _product(x_SI: Array, w: Stacked, sizes_G: Array, transposed: bool) -> Array:
+    S, O = len(x_SI), w.matrices.shape[1 if transposed else 2]  # noqa: E741  the letters of the shapes
     blocks = _Blocks.of(S, sizes_G)
     M = blocks.rows
     padded = jnp.pad(x_SI, ((0, M), (0, 0)))
@@ -40,8 +40,8 @@ def _product(x_SI: Array, w_GIO: Array, sizes_G: Array, transposed: bool) -> Arr
     def multiply(block: Array, y: Array) -> Array:
         group, first = blocks.place(block)
         rows = jax.lax.dynamic_slice_in_dim(padded, first, M)
-        w = jax.lax.dynamic_index_in_dim(w_GIO, group, keepdims=False)
-        own = rows @ (w.T if transposed else w)
+        of_group = jax.lax.dynamic_index_in_dim(w.matrices, w.first + group, keepdims=False)
+        own = rows @ (of_group.T if transposed else of_group)
         return jax.lax.dynamic_update_slice_in_dim(y, own, first, 0)
 
     y = jnp.zeros((S + M, O), x_SI.dtype)

@@ -1,6 +1,6 @@
-"""`jax.lax.ragged_dot`, which XLA compiles to grouped kernels on GPUs and TPUs.
+"""`jax.lax.ragged_dot`, which XLA compiles to grouped kernels on TPUs.
 
-On the CPU it multiplies every row with every group's matrix."""
+On CPUs and GPUs it multiplies every row with every group's matrix."""
 
 from __future__ import annotations
 

@@ -26,10 +26,7 @@ def read_layer(
     S, P = table_SP.shape
     K, H, Z = pages.k.shape[2:]
     k_SPKHZ = restored(pages.k[layer, table_SP], dtype)
-    if pages.v is None:
-        v_SPKZH = k_SPKHZ.swapaxes(3, 4)
-    else:
-        v_SPKZH = restored(pages.v[layer, table_SP], dtype)
+    v_SPKZH = k_SPKHZ.swapaxes(3, 4) if pages.v is None else restored(pages.v[layer, table_SP], dtype)
     return (
         k_SPKHZ.transpose(0, 2, 3, 1, 4).reshape(S, K, H, P * Z),
         v_SPKZH.transpose(0, 2, 1, 3, 4).reshape(S, K, P * Z, v_SPKZH.shape[-1]),
