@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from . import digests
+from . import digests, model_card
 from .atomic import atomic_directory, size_bytes
 
 Tensors = Iterable[tuple[str, np.ndarray]]
@@ -58,9 +58,11 @@ def write_folder(
     *,
     base_folder: Path,
     config: dict[str, Any],
+    card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write a model derived from that of `base_folder`. `config` has the changes to its config.json.
+    """Write a model derived from that of `base_folder`. `config` has the changes to its config.json, and
+    `card` is the text of its model card.
 
     A file holds up to `shard_bytes`; a larger tensor gets a separate file. The directory appears complete or
     not at all. Returns its size in bytes.
@@ -75,6 +77,8 @@ def write_folder(
                 stated.pop(key, None)
         _write_json(writing / "config.json", hf_config | config)
         _copy(COPIED, base_folder, writing)
+        if card is not None:
+            (writing / model_card.FILE).write_text(card)
         size = size_bytes(writing)
         digests.write(writing)
     return size

@@ -54,14 +54,15 @@ def save_merged(
     adapter: Adapter | None = None,
     scale: float = 1.0,
     fp8: Fp8 | None = None,
+    card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write full weights in their own dtype, or the layers' matrices in float8.
 
     `base_folder` is the Hugging Face folder of the model from which training began. The product of an
-    `adapter` (in host or device memory, rank padded or not), times `scale` (alpha / rank), is added. Host
-    memory holds the tensors of one file (up to `shard_bytes`) and one layer of a parameter at a time. The
-    directory appears complete or not at all. Returns its size in bytes.
+    `adapter` (in host or device memory, rank padded or not), times `scale` (alpha / rank), is added. `card`
+    is the text of a model card. Host memory holds the tensors of one file (up to `shard_bytes`) and one layer
+    of a parameter at a time. The directory appears complete or not at all. Returns its size in bytes.
     """
     hf_config: dict[str, Any] = {"dtype": str(values("norm.weight").dtype)}
     if not config.tie_embeddings or (adapter is not None and "unembed" in adapter):
@@ -74,7 +75,7 @@ def save_merged(
         tensors = quantized(tensors, fp8, config)
         hf_config["quantization_config"] = fp8.config(config)
     return write_folder(
-        directory, tensors, base_folder=base_folder, config=hf_config, shard_bytes=shard_bytes
+        directory, tensors, base_folder=base_folder, config=hf_config, card=card, shard_bytes=shard_bytes
     )
 
 

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from ..model.config import ModelConfig, Site, Stack
 from ..model.families import FAMILIES, adapter_module, is_nested, module_name
 from ..model.lora import RANK_BUCKETS, Adapter, pad_rank, pair_shapes, pairs, trainable
-from . import digests, expert_files, peft_config
+from . import digests, expert_files, model_card, peft_config
 from .atomic import atomic_directory, size_bytes
 from .expert_files import ExpertForm
 from .fused_files import Fused, fused_modules, separated
@@ -81,7 +81,7 @@ def save_adapter(
 
     `base_model` is where PEFT's readers load the base model from: a folder, or a hub id that may end with
     `@revision`. The tokenizer files of the folder `tokenizer_of` are copied, because
-    `AutoPeftModelForCausalLM` looks for them here. Returns the size in bytes.
+    `AutoPeftModelForCausalLM` looks for them here, and a model card is written. Returns the size in bytes.
     """
     expert_files.require_form(config, experts)
     adapter = _whole(adapter, config)
@@ -162,6 +162,7 @@ def save_adapter(
         (writing / CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
         if tokenizer_of is not None:
             copy_tokenizer(tokenizer_of, writing)
+            (writing / model_card.FILE).write_text(model_card.of_adapter(base_model, rank, alpha))
         size = size_bytes(writing)
         digests.write(writing)
     return size

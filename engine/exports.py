@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..ckpt import age, digests, expert_files, merged, peft, stored_parameters, training_state
+from ..ckpt import age, digests, expert_files, merged, model_card, peft, stored_parameters, training_state
 from ..ckpt.atomic import atomic_directory, size_bytes
 from ..ckpt.fp8 import Fp8
 from ..model.weight_files import WeightsError
@@ -26,12 +26,12 @@ def save_weights(
     tokenizer: bool = False,
     experts: messages.ExpertForm = "shared",
 ) -> int:
-    """Write an adapter, with its base model's tokenizer if `tokenizer`, or full weights.
+    """Write an adapter, with its base model's tokenizer and a model card if `tokenizer`, or full weights.
 
     Returns the size in bytes, as all of these functions do.
     """
     if lora is None:
-        return merged.save_merged(directory, merged.in_memory(weights), base.config, base_folder=base.folder)
+        return _save_full(base, merged.in_memory(weights), None, 1.0, directory)
     return peft.save_adapter(
         directory,
         weights,
@@ -126,5 +126,6 @@ def _save_full(
         base_folder=base.folder,
         adapter=adapter,
         scale=scale,
+        card=model_card.of_model(base.reference),
         fp8=None if fp8 is None else Fp8(fp8.block, tuple(fp8.kept)),
     )

@@ -30,7 +30,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
-EXPORTED = FILES | {"tokenizer.json", "tokenizer_config.json"}
+EXPORTED = FILES | {"tokenizer.json", "tokenizer_config.json", "README.md"}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def test_the_sdk_s_command_downloads_what_peft_loads(
     np.testing.assert_allclose(by_torch(alone, data), expected, atol=1e-4)
     text, own = "the tinker mends", AutoTokenizer.from_pretrained(tiny_model)
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == own(text)["input_ids"]
+    assert "A LoRA adapter of rank 4 (alpha 32)" in (folder / "README.md").read_text()
     left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
     assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
 
@@ -125,6 +126,7 @@ def test_merged_weights_are_untied(
     assert np.abs(before - expected).max() > 1e-2
     assert json.loads((tiny_model / "config.json").read_text())["tie_word_embeddings"]
     assert not merged.config.tie_word_embeddings
+    assert "AutoModelForCausalLM.from_pretrained" in (folder / "README.md").read_text()
     left = tinker.RestClient(base_url=server.url, api_key=ALICE).list_user_checkpoints().result().checkpoints
     assert not [each for each in left if each.checkpoint_type == "external"], "its export is deleted"
 
