@@ -91,6 +91,8 @@ def test_every_notebook_is_tested_and_has_its_outputs() -> None:
         outputs = [output for cell in code for output in cell["outputs"]]
         assert not any(output["output_type"] == "error" for output in outputs)
         assert any("image/png" in output.get("data", {}) for output in outputs), f"{name} has a plot"
+        text = "".join("".join(output.get("text", "")) for output in outputs)
+        assert not re.search(r"(?<![\w~])/(home|root|work)/", text), f"{name} shows a folder of the machine"
 
 
 def cells_of(name: str) -> list[dict]:
@@ -105,6 +107,17 @@ def test_the_first_cell_is_the_same_everywhere_and_names_the_project() -> None:
     (cell,) = {first_cell(path.name) for path in NOTEBOOKS.glob("*.ipynb")}
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
     assert f'REPOSITORY = "{urls.get("Repository", "")}"  # @param' in cell
+
+
+def test_the_badge_opens_the_notebook_or_says_that_there_is_no_address_yet() -> None:
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        text = "".join(cells_of(path.name)[0]["source"])
+        (target,) = re.findall(r"colab-badge\.svg\)\]\((\S+)\)", text)
+        repository = urls.get("Repository", "").removeprefix("https://github.com/")
+        page = f"{repository}/blob/main/notebooks/{path.name}" if repository else ""
+        assert target == f"https://colab.research.google.com/github/{page}"
+        assert ("has no public address yet" in text) != bool(repository)
 
 
 class Outside(NamedTuple):
