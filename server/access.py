@@ -114,6 +114,9 @@ class Caller:
     token: str | None = None
 
 
+_ANYBODY = Caller(LOCAL_OWNER, NO_KEY)
+
+
 class ApiKeys:
     """The keys that this server accepts: those given at its start, and those of the ledger, which `read`
     adds.
@@ -127,19 +130,15 @@ class ApiKeys:
         self._given = [
             ApiKey(key.identifier, key.owner, key.digest, note, False) for key in parse_keys(entries)
         ]
-        self._required = bool(entries)
+        self.required = bool(entries)
+        """Whether callers need a key."""
         self._index([])
 
     def _index(self, stored: list[ApiKey]) -> None:
         keys = (*self._given, *stored)
-        self._by_digest = {key.digest: key for key in keys}
+        self._callers = {key.digest: Caller(key.owner, key) for key in keys}
         self._by_id = {key.id: key for key in keys}
         self._tenants = frozenset(key.owner for key in keys) or frozenset({LOCAL_OWNER})
-
-    @property
-    def required(self) -> bool:
-        """True if callers need a key."""
-        return self._required
 
     @property
     def owners(self) -> list[str]:
@@ -150,11 +149,11 @@ class ApiKeys:
         """The owners of all keys."""
         return self._tenants
 
-    def find(self, key: str | None) -> ApiKey | None:
-        """Return the key; None if this server does not accept it."""
-        if not self._required:
-            return NO_KEY
-        return self._by_digest.get(accounts.digest(key)) if key else None
+    def find(self, key: str | None) -> Caller | None:
+        """Return who sends this key; None if this server does not accept it."""
+        if not self.required:
+            return _ANYBODY
+        return self._callers.get(hashlib.sha256(key.encode()).digest()) if key else None
 
     def with_id(self, identifier: str) -> ApiKey | None:
         return self._by_id.get(identifier)
@@ -162,7 +161,7 @@ class ApiKeys:
     async def read(self, ledger: Ledger) -> None:
         """Read the ledger's keys."""
         stored = await ledger.read(accounts.all_keys)
-        self._required |= bool(stored)
+        self.required |= bool(stored)
         self._index(
             [
                 ApiKey(row.id, row.tenant, row.digest, row.note or "", True)

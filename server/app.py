@@ -21,20 +21,17 @@ from .checkpoints import Checkpoints, Copies
 from .checkpoints.sweep import Sweep
 from .files import Disk
 from .http import errors, openapi
-from .http.authentication import AllowedHosts, Authentication, BrowserChecks
-from .http.bodies import USUAL_BYTES, BodyLimits, JsonBodies, RefusedNumbers, budget, of_training_and_sampling
-from .http.console_pages import ConsolePages
+from .http.bodies import USUAL_BYTES, BodyLimits, budget, of_training_and_sampling
+from .http.browser_checks import AllowedHosts, BrowserChecks
 from .http.dependencies import Services
+from .http.gate import Gate
 from .http.model_creations import ModelCreations
 from .http.monitoring import (
-    Measured,
     Metrics,
     OperationMetrics,
     Overview,
-    RequestIds,
     ServerMetrics,
 )
-from .http.operation_answers import OperationAnswers
 from .http.routes import (
     checkpoints,
     console,
@@ -115,30 +112,24 @@ def create_app(
         app.router.routes.extend(router.routes)  # `include_router` would match each request once more
     errors.install(app)
     openapi.install(app)
-    app.add_middleware(JsonBodies)
-    app.add_middleware(Measured, metrics=application.metrics)
-    # The last one added is the first to see a request.
     own = of_training_and_sampling(settings.max_body_bytes) | {weights.IMPORT_PATH: settings.max_import_bytes}
     app.add_middleware(
-        BodyLimits,
-        usual=min(USUAL_BYTES, settings.max_body_bytes),
-        own=own,
-        budget=budget(settings.max_body_bytes),
-        streamed=[weights.IMPORT_PATH],
-    )
-    app.add_middleware(RefusedNumbers, services=application.services)
-    app.add_middleware(
-        Authentication,
+        Gate,
         keys=application.keys,
         tokens=application.tokens,
-        admission=application.admission,
         signer=application.signer,
+        browsers=BrowserChecks(AllowedHosts(settings.own_hosts)),
+        admission=application.admission,
+        limits=BodyLimits(
+            usual=min(USUAL_BYTES, settings.max_body_bytes),
+            own=own,
+            budget=budget(settings.max_body_bytes),
+            streamed=[weights.IMPORT_PATH],
+        ),
+        services=application.services,
+        metrics=application.metrics,
         scrape_token=settings.metrics_token,
     )
-    app.add_middleware(ConsolePages, keys=application.keys)
-    app.add_middleware(BrowserChecks, keys=application.keys, hosts=AllowedHosts(settings.own_hosts))
-    app.add_middleware(errors.Unhandled)
-    app.add_middleware(RequestIds)
     return app
 
 
@@ -308,7 +299,7 @@ class Application:
                     self.completions,
                     settings.max_samples,
                 ),
-                OperationAnswers(
+                futures.OperationAnswers(
                     self.operations,
                     self.engine,
                     admission,

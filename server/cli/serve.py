@@ -20,16 +20,17 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn._types import HTTPScope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ...ckpt.tokenizer_files import without_torch
 from ..app import create_app
 from ..base_models import BaseModel
+from ..http.gate import MAX_HEADERS
 from ..ledger.ledger import Ledger
 from ..settings import Settings
 
 MAX_HEAD_BYTES = 256 << 10
-MAX_HEADERS = 256
 _HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 
 
@@ -46,63 +47,55 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._stall_seconds: float = self.config.app.state.services[Settings].stall_seconds  # type: ignore[union-attr]
-        self._request: asyncio.TimerHandle | None = None  # runs while a request's head is incomplete
+        self._request: asyncio.TimerHandle | None = None  # runs while a request is incomplete
         self._answer: asyncio.TimerHandle | None = None  # runs while an answer is not read
-        self._in_body = False
+        self._received: HTTPScope | None = None  # the last request that has arrived as a whole
         self._has_moved = False
         self._unread = 0
         self._head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if not self._in_body:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.write(_HEAD_TOO_LONG)
-                self.transport.close()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        for timer in (self._request, self._answer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     # --- requests
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_body = False
-        self._head_bytes = 0
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._has_moved = True
+        if self.scope is self._received:  # no other request has begun
+            return
         if self._request is None:
             self._await_request()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if len(self.headers) >= MAX_HEADERS:
-            raise ValueError("too many headers")  # uvicorn answers 400
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self._in_body = self._has_moved = True
-
-    def on_body(self, body: bytes) -> None:
-        self._has_moved = True
-        super().on_body(body)
+        if not self._is_in_body():
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+                self.transport.write(_HEAD_TOO_LONG)
+                self.transport.close()
 
     def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._received, self._head_bytes = self.scope, 0
         if self._request is not None:
             self._request.cancel()
             self._request = None
-        super().on_message_complete()
+
+    def _is_in_body(self) -> bool:
+        """Return whether the head of the request that arrives is complete."""
+        return self.cycle is not None and self.cycle.scope is self.scope
 
     def _await_request(self) -> None:
         self._request = self.loop.call_later(self._stall_seconds, self._look_at_request)
 
     def _look_at_request(self) -> None:
         # Nothing moves either while the application has not read what was received.
-        if self._in_body and (self._has_moved or self.flow.read_paused):
+        if self._is_in_body() and (self._has_moved or self.flow.read_paused):
             self._has_moved = False
             self._await_request()
         else:
@@ -129,11 +122,6 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
         else:
             self.transport.abort()
-
-    def _stop_waiting(self) -> None:
-        for timer in (self._request, self._answer):
-            if timer is not None:
-                timer.cancel()
 
 
 log = logging.getLogger("tinsmith.server")

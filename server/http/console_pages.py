@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from ..access import ApiKeys
 
 _FOLDER = Path(__file__).with_name("console")
 _PAGES = ("training_runs", "checkpoints", "sessions", "samplers", "playground", "usage")
@@ -40,25 +37,7 @@ _HEADERS = {
 }
 
 
-class ConsolePages:
-    """ASGI middleware: answers requests for the console's files before a key is asked for. Its pages know
-    whether one is needed."""
-
-    def __init__(self, app: ASGIApp, keys: ApiKeys):
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = None
-        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
-            name = _file(scope["path"], Headers(scope=scope).get("accept", ""))
-        if name is None:
-            await self._app(scope, receive, send)
-        else:
-            await _answer(name, Headers(scope=scope), self._keys.required)(scope, receive, send)
-
-
-def _file(path: str, accept: str) -> str | None:
+def file_at(path: str, headers: Mapping[bytes, bytes]) -> str | None:
     """Return the name of the console's file at `path`; None for other paths."""
     if path == "/docs":
         return "docs.html"
@@ -66,10 +45,11 @@ def _file(path: str, accept: str) -> str | None:
     if folder == "console":
         return rest
     is_page = path == "/" or folder in _PAGES
-    return "index.html" if is_page and "text/html" in accept else None
+    return "index.html" if is_page and b"text/html" in headers.get(b"accept", b"") else None
 
 
-def _answer(name: str, headers: Headers, needs_key: bool) -> Response:
+def answer(name: str, headers: Mapping[bytes, bytes], needs_key: bool) -> Response:
+    """Return the console's file of that name, which may be empty. Its pages know whether a key is needed."""
     content = _content(name)
     if content is None:
         return PlainTextResponse("the console has no such file\n", 404, headers=_HEADERS)
@@ -78,7 +58,7 @@ def _answer(name: str, headers: Headers, needs_key: bool) -> Response:
     tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     policy = _POLICY + (" 'unsafe-inline'" if name in _DOCS else "")
     sent = _HEADERS | {"ETag": tag, "Content-Security-Policy": policy, "Vary": "Accept"}
-    if headers.get("if-none-match") == tag:
+    if headers.get(b"if-none-match") == tag.encode():
         return Response(status_code=304, headers=sent)
     return Response(content, headers=sent, media_type=_KINDS[Path(name).suffix])
 

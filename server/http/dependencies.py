@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from fastapi import Depends, Query, Request, params
@@ -63,14 +64,21 @@ else:
             return Annotated[kind, from_request(lambda request: request.app.state.services[kind])]
 
 
-def resolved(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap a route's function so that FastAPI does not see the parameters made by `from_request`.
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a route's function: those made by `from_request`, with their getters, and its `own`.
 
-    FastAPI would resolve each of them as a dependency, which takes longer than the rest of some routes.
+    `request`: the name of the parameter that takes the request itself; empty if it has none.
     """
-    signature = inspect.signature(endpoint, eval_str=True)
+
+    getters: dict[str, Callable[[Request], Any]]
+    own: list[inspect.Parameter]
+    request: str
+
+
+def parameters_of(endpoint: Callable[..., Any]) -> Parameters:
     getters, own, request = {}, [], ""
-    for name, parameter in signature.parameters.items():
+    for name, parameter in inspect.signature(endpoint, eval_str=True).parameters.items():
         found = [each for each in get_args(parameter.annotation)[1:] if isinstance(each, params.Depends)]
         if found and isinstance(found[0].dependency, _Getter):
             getters[name] = found[0].dependency.get
@@ -78,16 +86,27 @@ def resolved(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
             own.append(parameter)
             if parameter.annotation is Request:
                 request = name
+    return Parameters(getters, own, request)
+
+
+def resolved(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Wrap a route's function so that FastAPI does not see the parameters made by `from_request`.
+
+    FastAPI would resolve each of them as a dependency, which takes longer than the rest of some routes.
+    """
+    parameters = parameters_of(endpoint)
+    getters, own, request = parameters.getters, parameters.own, parameters.request
     if not getters:
         return endpoint
     if not request:
-        own.append(inspect.Parameter(_REQUEST, inspect.Parameter.KEYWORD_ONLY, annotation=Request))
+        own = [*own, inspect.Parameter(_REQUEST, inspect.Parameter.KEYWORD_ONLY, annotation=Request)]
 
     @functools.wraps(endpoint)
     async def call(**values: Any) -> Any:
         from_there = values[request] if request else values.pop(_REQUEST)
         return await endpoint(**values, **{name: get(from_there) for name, get in getters.items()})
 
+    signature = inspect.signature(endpoint, eval_str=True)
     call.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return call
 

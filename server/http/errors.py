@@ -8,7 +8,6 @@ is 400 rather than 422.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
-from ..errors import ApiError, Unavailable, internal_error
+from ..errors import ApiError, ClientGone, Unavailable, internal_error
 from ..wire import describe, is_union_tag
 
 UNKNOWN_URL = "unknown_url"
@@ -106,44 +106,7 @@ def _unreadable_ledger(request_path: str, error: OperationalError) -> Response:
     return error_response(request_path, 503, message, "server", Unavailable.headers)
 
 
-class Unhandled:
-    """ASGI middleware, outside all others but `RequestIds`: answers exceptions that nothing inside has
-    handled with an error id.
-
-    Starlette's own way is to answer and then to raise the exception again, upon which uvicorn closes the
-    connection; a client that has sent its next request on it by then gets a reset. An answer that has begun
-    cannot be mended: its connection is closed, so that the client sees that it is cut.
-    """
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        has_begun = is_complete = False
-
-        async def noted(message: Message) -> None:
-            nonlocal has_begun, is_complete
-            has_begun = True
-            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noted)
-        except (Exception, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # the server stops
-            if has_begun and not is_complete:
-                raise
-            answer = _unhandled(scope, error)
-            if not has_begun:
-                await answer(scope, receive, send)
-
-
-def _unhandled(scope: Scope, error: BaseException) -> Response:
+def unhandled(scope: Scope, error: BaseException) -> Response:
     """Answer an exception, also one that was raised while another error was answered."""
     if isinstance(error, ApiError):
         return api_error_response(scope["path"], error)
@@ -174,6 +137,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
         return api_error_response(request.url.path, error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def _client_gone(request: Request, _error: ClientDisconnect) -> Response:
+        gone = ClientGone("the client closed its connection before the whole body was there")
+        return api_error_response(request.url.path, gone)
 
     @app.exception_handler(RequestValidationError)
     async def _validation_error(request: Request, error: RequestValidationError) -> Response:

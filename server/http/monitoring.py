@@ -1,4 +1,4 @@
-"""Monitoring: ids of requests in the log, metrics for Prometheus, and the console's overview.
+"""Monitoring: metrics for Prometheus, and the console's overview.
 
 `docs/metrics.md` lists the metrics. The engine reports its own counters about once a second, and they
 continue over its lives.
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import re
 import time
-import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,62 +20,18 @@ from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily as Total
 from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.core import Metric
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ... import __version__
-from ...engine import logs, messages
+from ...engine import messages
 from ..checkpoints.sweep import Sweep
 from ..errors import TooManyRequests
 from ..files import Disk
 from ..ledger.ledger import Ledger
 from ..models.recovery import Recovery
 from ..models.runs import Runs
-from ..operations.operation import TRACE_PARENT, Operation
+from ..operations.operation import Operation
 from ..operations.operations import Operations
 from ..supervision.supervisor import Supervisor
-
-log = logging.getLogger("tinsmith.requests")
-
-_GIVEN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-
-
-class RequestIds:
-    """ASGI middleware, outside all others: gives each request an id, for its answer's `X-Request-Id` and for
-    what is logged meanwhile. A proxy or a client may send the id."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        if parent := headers.get(b"traceparent"):
-            TRACE_PARENT.set(parent.decode("latin-1"))
-        request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex.encode()
-        with logs.ids(request_id=request_id.decode()):
-            await self._pass_on(scope, receive, send, request_id)
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, request_id: bytes) -> None:
-        began, status = time.perf_counter(), 0
-
-        async def with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, with_id)
-        finally:
-            level = logging.WARNING if status >= 500 else logging.DEBUG
-            if log.isEnabledFor(level):
-                seconds = time.perf_counter() - began
-                log.log(level, "%s %s: %d in %.3f s", scope["method"], scope["path"], status, seconds)
-
 
 _SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 
@@ -89,34 +42,6 @@ class Metrics:
         self.request_seconds = Histogram(
             "tinsmith_request_seconds", "Duration of requests", ["route", "status"], registry=self.registry
         )
-
-
-class Measured:
-    """ASGI middleware: times requests by route. Long polls last as long as the work that they wait for."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started_at = time.perf_counter()
-        status = 500
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noted)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")
-            seconds = time.perf_counter() - started_at
-            self._metrics.request_seconds.labels(route, str(status)).observe(seconds)
 
 
 class OperationMetrics:

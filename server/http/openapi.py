@@ -17,7 +17,6 @@ from typing_extensions import is_typeddict
 
 from ..wire import openai, responses, sample_requests
 from ..wire.training import ForwardBackward
-from .authentication import OPEN_PATHS
 
 DESCRIPTION = """Trains language models and samples what it trains. Three kinds of clients are served on the
 same routes: the Tinker SDK, and the REST APIs of tinkercloud and of xorl; requests may have the shape of any
@@ -55,6 +54,8 @@ _ERROR = {
         "path": {"type": "string"},
     },
 }
+# Answered without a key: probes of load balancers have none.
+OPEN_PATHS = frozenset({"/health", "/api/v1/health", "/api/v1/healthz", "/healthz"})
 _POLLS = ("/api/v1/retrieve_future", "/api/v1/retrieve_future/{request_id}")
 _STATUSES = {
     "400": "the request is wrong",

@@ -31,7 +31,6 @@ from ..text import ChatTokenizer, SampledText, of_folder, written_conversation
 from ..wire import sample_requests as wire
 from ..wire.results import size, tokens_of
 from ..wire.sample_requests import ModelInput, longest_prompt, prompt_tokens
-from .operation_answers import PROMPT_END
 from .sample_targets import SampleTargets, ServedModel, Target
 
 T = TypeVar("T")
@@ -41,6 +40,8 @@ _CHARACTERS_PER_TOKEN = 8  # more than texts have on average; runs of spaces may
 _GROWTH = 4
 _INLINE_BYTES = 16 << 10  # of tokens and log-probs
 _CONTEXT = 8  # tokens of a prompt that its samples are decoded after
+PROMPT_END = "prompt_end"
+"""In the reply of a sample: the last tokens of its prompt, which its text goes on from. Not for clients."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import zstandard
@@ -24,18 +25,19 @@ _NUMPY_DTYPES: dict[int, tuple[messages.DType, np.dtype]] = {
     pb.DTYPE_INT64: ("int64", np.dtype("<i8")),
     pb.DTYPE_INT32: ("int32", np.dtype("<i4")),
 }
+_DENSE = {code: (name, dtype.itemsize) for code, (name, dtype) in _NUMPY_DTYPES.items()}
 
 
+@dataclass
 class DenseAllowance:
     """Limits how many elements the sparse tensors of one request have once they are dense."""
 
-    def __init__(self, elements: int = 1 << 26):
-        self._left = elements
+    elements: int = 1 << 26
 
     def take(self, elements: int, where: str) -> None:
-        if elements > self._left:
+        if elements > self.elements:
             raise BadRequest(f"{where}: {elements} elements once dense are over what one request may have")
-        self._left -= elements
+        self.elements -= elements
 
 
 def dense_tensor(tensor: pb.Tensor, where: str, allowance: DenseAllowance) -> messages.Tensor:
@@ -288,21 +290,44 @@ def checked(request: pb.ForwardBackwardRequest, max_datums: int) -> ForwardBackw
     if not request.loss_fn:
         raise BadRequest("loss_fn: missing; name a loss, for example 'cross_entropy'")
     allowance = DenseAllowance()
-    custom = request.loss_fn == CUSTOM
+    is_custom = request.loss_fn == CUSTOM
+    has_config = bool(request.loss_fn_config or request.loss_fn_config_v2) and not is_custom
     return ForwardBackwardBody(
         model_id=request.model_id,
         seq_id=request.seq_id,
         data=[_datum(datum, index, allowance) for index, datum in enumerate(request.data)],
-        spans=[_spans(datum) for datum in request.data],
+        spans=[_spans(datum) if datum.loss_fn_input_spans else [] for datum in request.data],
         loss_fn=request.loss_fn,
-        loss_config={} if custom else _loss_config(request),
+        loss_config=_loss_config(request) if has_config else {},
         forward_only=request.forward_only,
-        loss_id=_loss_id(request) if custom else None,
+        loss_id=_loss_id(request) if is_custom else None,
     )
 
 
 def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.Datum:
-    pieces = []
+    """Read a datum. Chunks of whole tokens and dense tensors with their own shape need nothing else."""
+    chunks = datum.model_input
+    pieces = [chunk.encoded_text.tokens for chunk in chunks if chunk.HasField("encoded_text")]
+    if len(pieces) != len(chunks) or any(len(piece) % 4 for piece in pieces):
+        _refuse_chunks(datum, index)
+    inputs = {}
+    for name, tensor in sorted(datum.loss_fn_inputs.items()):
+        dtype, itemsize = _DENSE.get(tensor.dtype, (None, 1))
+        shape, data = tuple(tensor.shape), tensor.dense
+        count, rest = divmod(len(data), itemsize)
+        has_shape = not shape or (len(shape) < 3 and min(shape) > 0 and math.prod(shape) == count)
+        if dtype is not None and count and not rest and has_shape:
+            inputs[name] = messages.Tensor(dtype, shape or (count,), data)
+        else:
+            inputs[name] = dense_tensor(tensor, f"datum {index}: loss_fn_inputs[{name!r}]", allowance)
+    tokens = b"".join(pieces)
+    if not tokens:
+        raise BadRequest(f"datum {index}: model_input: no tokens; send at least one")
+    return messages.Datum(tokens, inputs)
+
+
+def _refuse_chunks(datum: pb.Datum, index: int) -> NoReturn:
+    """Raise BadRequest for the first chunk that is not whole tokens."""
     for chunk_index, chunk in enumerate(datum.model_input):
         kind = chunk.WhichOneof("chunk")
         where = f"datum {index}: model_input chunk {chunk_index}"
@@ -312,14 +337,7 @@ def _datum(datum: pb.Datum, index: int, allowance: DenseAllowance) -> messages.D
             raise BadRequest(f"{where}: {kind} is not supported by this server's models; send encoded_text")
         if len(chunk.encoded_text.tokens) % 4:
             raise BadRequest(f"{where}: {len(chunk.encoded_text.tokens)} bytes are not whole int32 tokens")
-        pieces.append(chunk.encoded_text.tokens)
-    inputs = {
-        name: dense_tensor(tensor, f"datum {index}: loss_fn_inputs[{name!r}]", allowance)
-        for name, tensor in sorted(datum.loss_fn_inputs.items())
-    }
-    if not any(pieces):
-        raise BadRequest(f"datum {index}: model_input: no tokens; send at least one")
-    return messages.Datum(b"".join(pieces), inputs)
+    raise AssertionError
 
 
 def _spans(datum: pb.Datum) -> list[Span]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,28 +102,25 @@ def body(
 
 def as_protobuf(output: messages.Output) -> bytes | None:
     """Serialize an output; return None for outputs that are JSON in every dialect."""
-    if isinstance(output, messages.ForwardBackwardOutput):
-        return _forward_backward(output).SerializeToString()
     if isinstance(output, messages.SampleOutput):
         return _sample(output).SerializeToString()
-    return None
-
-
-def _forward_backward(output: messages.ForwardBackwardOutput) -> pb.ForwardBackwardOutput:
+    if not isinstance(output, messages.ForwardBackwardOutput):
+        return None
     body = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE)
     body.metrics.update(output.metrics)
     # One record per run of datums that agree in dtype and trailing shape.
     for (dtype, trailing), group in itertools.groupby(
         output.logprobs, key=lambda tensor: (tensor.dtype, tensor.shape[1:])
     ):
-        tensors = list(group)
-        record = body.loss_fn_outputs.add(type_tag=OUTPUT_TYPE, num_datums=len(tensors))
+        pieces = [tensor.data for tensor in group]
+        record = body.loss_fn_outputs.add(type_tag=OUTPUT_TYPE, num_datums=len(pieces))
         field = record.fields["logprobs"]
         field.dtype = _DTYPES[dtype]
-        field.data = b"".join(tensor.data for tensor in tensors)
-        field.offsets = np.cumsum([0] + [len(tensor.data) for tensor in tensors]).astype("<i8").tobytes()
+        field.data = b"".join(pieces)
+        offsets = itertools.accumulate(map(len, pieces), initial=0)
+        field.offsets = struct.pack(f"<{len(pieces) + 1}q", *offsets)
         field.trailing_shape.extend(trailing)
-    return body
+    return body.SerializeToString()
 
 
 def _topk(topk: messages.TopK) -> pb.TopkLogprobs:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from fuzz.campaign import campaign
+from gates import gate
 from starlette.types import Message
-from tinsmith.server.http.bodies import BodyLimits
 
 MAX_BYTES = 100
 
@@ -47,10 +47,12 @@ def test_body_limit(case: tuple[str | None, list[bytes]]) -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    headers = [] if declared is None else [(b"content-length", declared.encode("latin-1"))]
-    scope = {"type": "http", "path": "/", "method": "POST", "headers": headers}
+    headers = [(b"content-type", b"application/json")]
+    if declared is not None:
+        headers.append((b"content-length", declared.encode("latin-1")))
+    scope = {"type": "http", "path": "/", "method": "POST", "query_string": b"", "headers": headers}
     with suppress(StopIteration):
-        BodyLimits(app, 1, {"/": MAX_BYTES})(scope, receive, send).send(None)
+        gate(app, max_bytes=MAX_BYTES)(scope, receive, send).send(None)
     total = sum(map(len, pieces))
     (status,) = (message["status"] for message in sent if message["type"] == "http.response.start")
     assert seen <= MAX_BYTES

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rest.clients import BOB, Xorl
 from schemathesis.generation import GenerationMode
 from tinsmith.server.app import create_app
-from tinsmith.server.http.authentication import OPEN_PATHS
+from tinsmith.server.http.openapi import OPEN_PATHS
 from tinsmith.server.settings import Settings
 
 CASES = int(os.environ.get("TINSMITH_REST_CASES", "1000"))

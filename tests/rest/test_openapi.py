@@ -11,7 +11,7 @@ import pytest
 from conformance.server_process import ServerProcess
 from rest.clients import ALICE, Tinkercloud
 from rest.documented import Document
-from tinsmith.server.http.authentication import OPEN_PATHS
+from tinsmith.server.http.openapi import OPEN_PATHS
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+from gates import gate
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
-from tinsmith.server.access import ApiKeys
-from tinsmith.server.http.authentication import AllowedHosts, BrowserChecks
 from tinsmith.server.settings import Settings
 
 JSON = ("Content-Type", "application/json")
@@ -35,9 +34,17 @@ def status(
         sent.append(message)
 
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1", "ignore")) for name, value in headers]
-    scope = {"type": "http", "method": method, "path": "/", "scheme": "http", "headers": raw}
-    checks = BrowserChecks(served, ApiKeys(keys or []), AllowedHosts(allowed or []))
-    running = checks(scope, receive, send)
+    if keys:
+        raw.append((b"x-api-key", keys[0].encode()))
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": "/",
+        "scheme": "http",
+        "headers": raw,
+        "query_string": b"",
+    }
+    running = gate(served, keys or [], allowed or [])(scope, receive, send)
     with pytest.raises(StopIteration):
         running.send(None)  # type: ignore[attr-defined]
     return sent[0]["status"]

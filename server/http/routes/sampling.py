@@ -21,21 +21,21 @@ from ...wire import requests, responses
 from ...wire import sample_requests as wire
 from ..bodies import BodyRoute
 from ..dependencies import Owner, Provided, RequestedDialect, described_as, future
-from ..operation_answers import OperationAnswers
 from ..sample_targets import SampleTargets, Weights
 from ..samples import ApiSamples, ServedSamples, while_connected
+from .futures import OperationAnswers, json_response
 
 router = APIRouter(prefix="/api/v1", tags=["sampling"], route_class=BodyRoute)
 
 
-@router.post("/asample", responses=described_as(responses.SampleFuture))
+@router.post("/asample", response_model=dict[str, Any], responses=described_as(responses.SampleFuture))
 async def asample(
     body: wire.Sample, api_samples: Provided[ApiSamples], owner: Owner, requested: RequestedDialect
-) -> dict[str, Any]:
+) -> Response:
     """Submit samples of one prompt, for a poll to answer."""
     operation = await api_samples.submit(owner, body, requested or "tinkercloud")
     ids = [sequence_id(operation.request_id, index) for index in range(body.num_samples)]
-    return future(operation) | {"sample_sequence_ids": ids}
+    return json_response(future(operation) | {"sample_sequence_ids": ids})
 
 
 @router.post("/sample", response_model=None, responses=described_as(responses.Sampled))

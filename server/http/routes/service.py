@@ -23,8 +23,8 @@ from ...plugins.rlve import environments
 from ...settings import Settings
 from ...supervision.supervisor import Supervisor
 from ...wire import responses
-from ..authentication import METRICS_PATH
 from ..dependencies import BaseUrl, Owner, Provided, described_as
+from ..gate import METRICS_PATH
 from ..monitoring import Metrics
 from ..sample_targets import SampleTargets
 

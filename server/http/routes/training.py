@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,9 +26,9 @@ from ...wire import training as json_wire
 from ...wire.requests import CreateCustomLoss
 from ...wire.training import PER_TOKEN, ReadBody, with_datums
 from ...wire.training import read as read_body
-from ..bodies import BodyRoute, body_is_read, received
+from ..bodies import BodyRoute, body_is_read
 from ..dependencies import Owner, Provided, described_as, future
-from ..operation_answers import json_response
+from .futures import json_response
 
 router = APIRouter(prefix="/api/v1", tags=["training"], route_class=BodyRoute)
 
@@ -55,31 +56,38 @@ class Passes:
         read = await self._read(request, owner)
         model, seq_id = read.model_id, read.seq_id
         try:
-            if read.error is not None:
-                raise read.error
+            if read.body is None:
+                raise read.error or BadRequest("the body cannot be read")
             if seq_id is not None and seq_id < 1:
                 raise BadRequest(f"seq_id: {seq_id}; the first operation of a model has seq_id 1")
-            body = await with_datums(read)
+            body = await with_datums(read) if read.pieces else read.body
             run = await self._runs.find_trainable(owner, body.model_id)
-            _check_limits(body, run)
             message = await self._message(body, run, forward_only or body.forward_only)
             kind = "forward" if message.forward_only else "forward_backward"
             operation = await self._submits.submit(run, kind, seq_id, message)
         except ApiError as error:
             await self._submits.refuse(owner, model, seq_id, error)
             raise
-        return json_response(future(operation))
+        return json_response({"request_id": operation.request_id, "model_id": run.name})
 
     async def _read(self, request: Request, owner: str) -> ReadBody:
         """Read a small body here and a large one in a worker; what is compressed may be large."""
-        pieces = await received(request)
-        encoding = request.headers.get("content-encoding", "")
-        as_sent = (request.headers.get("content-type", ""), encoding)
-        within = (self._settings.max_body_bytes, self._settings.max_datums)
+        headers, limit = request.headers, self._settings.max_datums
+        kind, encoding = headers.get("content-type", ""), headers.get("content-encoding", "")
+        is_plain = kind == json_wire.PROTOBUF and encoding in ("", "identity")
+        if is_plain and int(headers.get("content-length", sys.maxsize)) <= INLINE_BYTES:
+            raw = await request.body()
+            try:
+                body = wire.decode(raw, limit)
+            except ApiError as error:
+                return ReadBody(*wire.peek(raw), error)
+            return ReadBody(body.model_id, body.seq_id, None, body)
+        pieces = [piece async for piece in request.stream()]
+        as_sent = (kind, encoding, self._settings.max_body_bytes, limit)
         if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
-            read = read_body(b"".join(pieces), *as_sent, *within)
+            read = read_body(b"".join(pieces), *as_sent)
         else:
-            read = await self._offload.in_process(owner, read_body, pieces, *as_sent, *within)
+            read = await self._offload.in_process(owner, read_body, pieces, *as_sent)
         pieces.clear()
         await body_is_read(request)
         return read
@@ -87,7 +95,14 @@ class Passes:
     async def _message(
         self, body: wire.ForwardBackwardBody, run: Run, forward_only: bool
     ) -> messages.ForwardBackward:
+        """Make the engine's message of a body. Raises BadRequest for one that the model does not take."""
         data = body.data
+        if run.create_message.target_alignment == "shifted" and any(
+            tensor.shape[0] != len(datum.tokens) // 4 for datum in data for tensor in datum.inputs.values()
+        ):
+            wire.check_rows(body)
+        if run.configuration:
+            _check_limits(body, run)
         if body.loss_fn in SAMPLED_LOSSES:
             data = await with_sampled_logprobs(self._operations, run.owner, data, body.spans)
         custom_loss = None
@@ -122,9 +137,7 @@ async def forward(request: Request, passes: Provided[Passes], owner: Owner) -> R
 
 
 def _check_limits(body: wire.ForwardBackwardBody, run: Run) -> None:
-    """Raise BadRequest for what is over the limits that the model was created with, or has other shapes."""
-    if run.create_message.target_alignment == "shifted":
-        wire.check_rows(body)
+    """Raise BadRequest for what is over the limits that the model was created with."""
     datums, tokens = run.configuration.get("max_batch_size"), run.configuration.get("max_seq_len")
     if datums is not None and len(body.data) > datums:
         raise BadRequest(f"data: {len(body.data)} datums are over this model's max_batch_size of {datums}")
@@ -135,10 +148,10 @@ def _check_limits(body: wire.ForwardBackwardBody, run: Run) -> None:
             )
 
 
-@router.post("/optim_step", responses=described_as(responses.Future))
+@router.post("/optim_step", response_model=dict[str, Any], responses=described_as(responses.Future))
 async def optim_step(
     body: json_wire.OptimStep, runs: Provided[Runs], submits: Provided[Submits], owner: Owner
-) -> dict[str, Any]:
+) -> Response:
     try:
         run = await runs.find_trainable(owner, body.model_id)
         family = run.optimizer["type"]
@@ -156,7 +169,7 @@ async def optim_step(
     except ApiError as error:
         await submits.refuse(owner, body.model_id, body.seq_id, error)
         raise
-    return future(operation)
+    return json_response(future(operation))
 
 
 def _learning_rate(message: messages.OptimStep) -> float:

@@ -1,0 +1,283 @@
+"""The gate: what happens to every request before and after the application has it.
+
+One ASGI middleware gives the request an id, checks who sent it before its body is read, bounds its body, and
+turns exceptions into answers. A request that breaks no rule passes `Gate.__call__`, `receive` and `send`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import math
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+from pydantic import SecretStr
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...engine import logs
+from ..access import SIGNATURE, ApiKeys, Caller, Tokens, UrlSigner
+from ..errors import ApiError, BadRequest, InvalidToken, TooLarge, Unauthorized
+from ..models.admission import Admission
+from ..operations.operation import TRACE_PARENT
+from . import console_pages
+from .bodies import FINAL, NUMBERED_PATHS, SMALL_BYTES, TAKEN_FOR_JSON, BodyLimits, OperationNumber, as_json
+from .browser_checks import BrowserChecks
+from .dependencies import Services
+from .errors import unhandled
+from .monitoring import Metrics
+from .openapi import OPEN_PATHS
+
+log = logging.getLogger("tinsmith.requests")
+
+METRICS_PATH = "/metrics"
+MAX_HEADERS = 256
+_GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_READ_BYTES = 1 << 30
+_READ_SECONDS = 1.0
+
+Headers = dict[bytes, bytes]
+"""A request's headers by lower-case name; of several of one name, the first."""
+
+
+class Gate:
+    """ASGI middleware.
+
+    - Gives each request an id, for its answer's `X-Request-Id` and for what is logged meanwhile. A proxy or a
+      client may send the id.
+    - Without keys, refuses what other sites' web pages may have sent (`browser_checks.py`).
+    - Answers requests for the console's files, whose pages know whether a key is needed (`console_pages.py`).
+    - Answers 401 to unknown callers and 429 to an owner that sends too many requests; puts the `caller` and
+      its `owner` into the request's state.
+    - Answers 413 to bodies over their path's limit. Bodies over `SMALL_BYTES` wait for their share of the
+      budget, unless they are written to disk as they arrive.
+    - Uses up the number of an operation whose body is refused, so that those after it need not wait for it.
+      Routes that have read a body do that themselves (`models/submits.py`); the gate does it for bodies that
+      no route has read.
+    - Marks bodies as JSON if they have no content type, or that of `curl -d`.
+    - Times requests by route. Long polls last as long as the work that they wait for.
+    - Answers exceptions that nothing inside has handled with an error id. Starlette's own way is to answer
+      and then to raise the exception again, upon which uvicorn closes the connection; a client that has sent
+      its next request on it by then gets a reset. An answer that has begun cannot be mended: its connection
+      is closed, so that the client sees that it is cut.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        tokens: Tokens,
+        signer: UrlSigner,
+        browsers: BrowserChecks,
+        admission: Admission,
+        limits: BodyLimits,
+        services: Services,
+        metrics: Metrics,
+        scrape_token: SecretStr | None = None,
+    ):
+        """`scrape_token`: the only token that opens `/metrics`; None: every key does."""
+        self._app = app
+        self._keys = keys
+        self._tokens = tokens
+        self._signer = signer
+        self._browsers = browsers
+        self._admission = admission
+        self._limits = limits
+        self._services = services
+        self._request_seconds = metrics.request_seconds
+        self._scrape_token = scrape_token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: Headers = dict(reversed(scope["headers"]))
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        if parent := headers.get(b"traceparent"):
+            TRACE_PARENT.set(parent.decode("latin-1"))
+        exchange = Exchange(receive, send, request_id)
+        began, has_entered = time.perf_counter(), False
+        error: BaseException | None = None
+        with logs.ids(request_id=request_id.decode()):
+            try:
+                app = self._admit(scope, headers, exchange)
+                has_entered = app is self._app
+                if exchange.size <= SMALL_BYTES or scope["path"] in self._limits.streamed:
+                    await app(scope, exchange.receive, exchange.send)
+                else:
+                    state = scope.setdefault("state", {})
+                    room = self._limits.budget.take(state.get("owner", ""), exchange.size)
+                    async with room as state["body_is_read"]:
+                        await app(scope, exchange.receive, exchange.send)
+            except (Exception, asyncio.CancelledError) as raised:
+                error = raised
+            try:
+                if error is not None or exchange.is_over:
+                    await _answer_error(scope, exchange, error)
+            finally:
+                seconds, status = time.perf_counter() - began, exchange.status or 500
+                if has_entered:
+                    route = getattr(scope.get("route"), "path", "none")
+                    self._request_seconds.labels(route, str(status)).observe(seconds)
+                if log.isEnabledFor(level := logging.WARNING if status >= 500 else logging.DEBUG):
+                    log.log(level, "%s %s: %d in %.3f s", scope["method"], scope["path"], status, seconds)
+
+    def _admit(self, scope: Scope, headers: Headers, exchange: Exchange) -> ASGIApp:
+        """Return what answers the request: the application, or a page of the console.
+
+        Raises ApiError for a request that is refused before its body is read.
+        """
+        path = scope["path"]
+        if len(scope["headers"]) > MAX_HEADERS:
+            raise BadRequest(f"the request has over {MAX_HEADERS} headers")
+        if not self._keys.required:
+            self._browsers.check(scope)
+        if scope["method"] in ("GET", "HEAD"):
+            page = console_pages.file_at(path, headers)
+            if page is not None:
+                return console_pages.answer(page, headers, self._keys.required)
+        state = scope.setdefault("state", {})
+        if path in OPEN_PATHS:
+            with contextlib.suppress(ApiError):  # with a key the answer has more
+                state["owner"] = self._caller(scope, headers).owner
+        elif path == METRICS_PATH and self._scrape_token is not None:
+            self._require_scrape_token(headers)
+        else:
+            caller = self._caller(scope, headers)
+            self._admission.request(caller.owner)
+            state["caller"], state["owner"] = caller, caller.owner
+            logs.add_ids(tenant=caller.owner)
+            if path in NUMBERED_PATHS:
+                encoding = headers.get(b"content-encoding", b"").strip().lower().decode("latin-1")
+                exchange.number = OperationNumber(self._services, caller.owner, encoding)
+        limit = exchange.limit = self._limits.own.get(path, self._limits.usual)
+        declared = headers.get(b"content-length", b"0")
+        # At most 18 digits: int() takes no more than 4300 of them.
+        if not declared.isdigit() or len(declared) > 18 or int(declared) > limit:
+            raise TooLarge(f"the body is over the limit of {limit} bytes")
+        exchange.size = int(declared) or (limit if b"transfer-encoding" in headers else 0)
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() in TAKEN_FOR_JSON:
+            as_json(scope)
+        return self._app
+
+    def _caller(self, scope: Scope, headers: Headers) -> Caller:
+        """Return who sent a request: by its key or token, or, without one, by the signature of its URL.
+        Raises Unauthorized, or Forbidden."""
+        key = _sent_key(headers)
+        if key is None and f"{SIGNATURE}=".encode() in scope["query_string"]:
+            query = scope["query_string"].decode("latin-1")
+            return Caller(self._signer.tenant_of(scope["method"], scope["path"], query), None)
+        if (caller := self._keys.find(key)) is not None:
+            return caller
+        if key is None:
+            raise Unauthorized("missing API key: send it as X-API-Key (TINKER_API_KEY for the SDK)")
+        if not key.startswith("eyJ"):  # as the header of every JSON Web Token
+            raise Unauthorized("invalid API key: this server does not know it")
+        claims = self._tokens.claims(key)
+        if claims is None:
+            raise InvalidToken("invalid token: it has expired, or this server did not make it")
+        known = self._keys.with_id(claims.key_id)
+        if known is None or known.owner != claims.owner:
+            raise InvalidToken("invalid token: the key that it was made for is not valid any more")
+        return Caller(known.owner, known, key)
+
+    def _require_scrape_token(self, headers: Headers) -> None:
+        assert self._scrape_token is not None
+        sent = _sent_key(headers) or ""
+        if not hmac.compare_digest(sent.encode(), self._scrape_token.get_secret_value().encode()):
+            raise Unauthorized("/metrics takes the token of --metrics-token alone, as a bearer token")
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One request and its answer, as they pass the gate.
+
+    `size`: bytes that its body may have. `is_over`: the body is longer than its `limit`. `status`: of the
+    answer; 0 before it has begun.
+    """
+
+    _receive: Receive
+    _send: Send
+    _request_id: bytes
+    size: int = 0
+    limit: float = math.inf
+    number: OperationNumber | None = None
+    is_over: bool = False
+    status: int = 0
+    has_begun: bool = False
+    is_answered: bool = False
+    _seen: int = 0  # bytes
+    _has_ended: bool = False  # there is nothing more to receive
+    _held: Message | None = None  # the start of a refusal
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] != "http.request":
+            self._has_ended = True
+            return message
+        body = message.get("body", b"")
+        self._seen += len(body)
+        self._has_ended = not message.get("more_body", False)
+        if self.number is not None:
+            self.number.note(body, self._has_ended)
+        if self._seen > self.limit:
+            self.is_over = True
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.is_over:  # the application answers a body that was cut
+            return
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._request_id)]
+            if self.number is not None and self.status in FINAL:
+                self._held = message
+                return
+        elif self._held is not None:
+            start, self._held = self._held, None
+            await self._use_up_number(message)
+            await self._send(start)
+        self.has_begun = True
+        self.is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
+
+    async def _use_up_number(self, answer: Message) -> None:
+        """Use up the number of a refused body before its sender hears of it."""
+        assert self.number is not None
+        self.limit = math.inf
+        with contextlib.suppress(TimeoutError):  # the number may be in the rest, unless the client waits
+            while not self._has_ended and self._seen < _READ_BYTES:
+                await asyncio.wait_for(self.receive(), _READ_SECONDS)
+        if self.number.is_complete or self.status == TooLarge.status:
+            await self.number.use_up(answer.get("body", b""))
+
+
+async def _answer_error(scope: Scope, exchange: Exchange, error: BaseException | None) -> None:
+    """Answer a body that is over its limit, or an exception. Raises it if the answer has begun, or at the
+    server's stop."""
+    if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():
+        raise error
+    if exchange.is_over:
+        error = TooLarge(f"the body is over the limit of {exchange.limit} bytes")
+        exchange.is_over, exchange.limit = False, math.inf
+    assert error is not None
+    if exchange.has_begun and not exchange.is_answered:
+        raise error
+    answer = unhandled(scope, error)
+    if not exchange.has_begun:
+        await answer(scope, exchange.receive, exchange.send)
+
+
+def _sent_key(headers: Headers) -> str | None:
+    """Return the key or token that a request was sent with, or None. An empty header counts as none."""
+    key = headers.get(b"x-api-key", b"").strip()
+    if not key:
+        scheme, _, credentials = headers.get(b"authorization", b"").strip().partition(b" ")
+        key = credentials.strip() if scheme.lower() == b"bearer" else b""
+    return key.decode("latin-1") or None
