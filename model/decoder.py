@@ -37,7 +37,7 @@ from .kernels.product import Form, by_output, linear, matrix
 from .kernels.two_byte_floats import restored
 from .lora import LayerLora, LoraStack, delta
 from .rope import Rotation, rotate, rotation
-from .sharding import LogicalAxes, constrain
+from .sharding import LogicalAxes, constrain, gathered
 
 Base = dict[str, Any]
 Mix = Callable[..., Array]
@@ -95,15 +95,17 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), site.shape, dtype), logical_axes=axes)
         bias = jnp.zeros((*site.shape[:-2], site.out), site.bias_dtype or dtype) if site.bias else None
         self.bias = None if bias is None else nnx.Param(bias, logical_axes=(*axes[:-2], axes[-1]))
-        self.form = form
+        self.form, self.axes = form, site.axes
 
     @property
     def matrix(self) -> Float[Array, "I O"]:
         """W as [in, out], however it is stored."""
         return matrix(self.weight[...], self.form)
 
-    def __call__(self, x_BTI: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        y_BTO = linear(x_BTI, self.weight[...], self.form)
+    def __call__(self, x_BTI: Float[Array, "B T I"], gather: bool = False) -> Float[Array, "B T O"]:
+        """Apply it; with `gather`, W is first gathered over `fsdp` (`sharding.gathered`)."""
+        weight = gathered(self.weight[...], self.axes) if gather else self.weight[...]
+        y_BTO = linear(x_BTI, weight, self.form)
         return y_BTO if self.bias is None else by_vector(jnp.add, y_BTO, self.bias[...])
 
 
@@ -227,7 +229,7 @@ class Block(nnx.Module):
         mixer, mlp, at = self.layer.mixer, self.layer.mlp, rotations[self.rope]
 
         def linear(name: str, x: Array) -> Array:
-            y = getattr(self, name)(x)
+            y = getattr(self, name)(x, gather=residual == _RESIDUAL)
             return (y if lora is None else lora.add(name, x, y, self.adapters_form)).astype(x.dtype)
 
         after_mixer, before_mlp, after_mlp = self._norms_between()

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .config import ModelConfig, Site, Stack
 from .kernels.product import Form, product
+from .sharding import WITHOUT_FSDP
 
 Adapter = dict[str, Any]
 LoraStack = dict[str, Any]
@@ -99,10 +100,6 @@ def pair_shapes(stack: Stack, site: Site, rank: int) -> dict[str, tuple[int, ...
     return {side: (len(stack.layers), *shape) for side, shape in site.factors(rank).items()}
 
 
-_ADAPTER_AXES = {"embed": "hidden", "summed_heads": "heads", "summed_ff": "ff"}
-"""The axes of adapters where those of matrices are cut over `fsdp` too."""
-
-
 def logical_axes(adapter: Adapter, config: ModelConfig) -> Adapter:
     """Return the adapter's tree with a tuple of logical axis names (`sharding.RULES`) at each leaf.
 
@@ -112,7 +109,7 @@ def logical_axes(adapter: Adapter, config: ModelConfig) -> Adapter:
     axes: Adapter = {"layers": {}}
     for stack, site, pair in pairs(adapter, config):
         at = axes["layers"] if stack.key is None else axes["layers"].setdefault(stack.key, {})
-        into, out = (_ADAPTER_AXES.get(name, name) for name in site.axes)
+        into, out = (WITHOUT_FSDP.get(name, name) for name in site.axes)
         sides = {"a": (into, "hidden"), "b": ("hidden", out)}
         at[site.name] = {
             side: ("layers", *(() if pair[side].ndim == 3 else ("experts",)), *axes)

@@ -11,6 +11,7 @@ to them), `tensor` (heads, hidden units of the MLP and the vocabulary).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,6 +46,9 @@ gather along its second axis, XLA would first copy the whole stack of layers int
 
 `sequences` are rows that are cut over `data` alone; `cached_heads` are of decoding on accelerators, where
 weights stay where they are."""
+
+WITHOUT_FSDP = {"embed": "hidden", "summed_heads": "heads", "summed_ff": "ff"}
+"""The axes of whole matrices, and of adapters, where those of matrices are cut over `fsdp`."""
 
 LogicalAxes = tuple[str, ...]
 
@@ -122,3 +126,15 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(w: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Gather a matrix over `fsdp` in a program, once for the product with it and for that product's gradient.
+
+    Left to themselves, TPU compilers gather some matrices for each of the two. The gradient of the matrix is
+    cut like the matrix itself."""
+    return constrain(w, tuple(WITHOUT_FSDP.get(axis, axis) for axis in axes))
+
+
+gathered.defvjp(lambda w, axes: (gathered(w, axes), None), lambda axes, _, dw: (constrain(dw, axes),))

@@ -127,7 +127,9 @@ def report(compiled: jax.stages.Compiled, cpu_seconds: float) -> dict[str, Any]:
     }
 
 
-def attention_case(mesh: Mesh, *, length: int = 8192, rows: int = 1, window: int = 0, sinks: int = 0) -> Any:
+def attention_case(
+    mesh: Mesh, *, length: int = 8192, rows: int = 1, head_dim: int = 128, window: int = 0, sinks: int = 0
+) -> Any:
     """Attention of one layer with its gradient, by the shapes of Qwen3-8B."""
 
     def array(dtype: Any, *shape: int, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
@@ -135,7 +137,7 @@ def attention_case(mesh: Mesh, *, length: int = 8192, rows: int = 1, window: int
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     q, k, v = (
-        array(jnp.bfloat16, rows, length, heads, 128, axes=("rows", "tokens", name, "head_dim"))
+        array(jnp.bfloat16, rows, length, heads, head_dim, axes=("rows", "tokens", name, "head_dim"))
         for heads, name in ((32, "heads"), (8, "kv_heads"), (8, "kv_heads"))
     )
     start = array(jnp.int32, rows, length, axes=("rows", "tokens"))
@@ -144,7 +146,7 @@ def attention_case(mesh: Mesh, *, length: int = 8192, rows: int = 1, window: int
     def both(q: Any, k: Any, v: Any, logits: Any, start: Any, d_out: Any) -> Any:
         def forward(q: Any, k: Any, v: Any, logits: Any) -> Any:
             sinks_ = logits if sinks else None
-            return attention(q, k, v, start, 128**-0.5, window=window or None, sinks_N=sinks_)
+            return attention(q, k, v, start, head_dim**-0.5, window=window or None, sinks_N=sinks_)
 
         out, pull = jax.vjp(forward, q, k, v, logits)
         return out, pull(d_out)

@@ -119,12 +119,12 @@ def test_with_tensor_no_weight_of_the_base_is_gathered():
 
 @pytest.mark.parametrize("target", ["v5e-4", "v5p-8", "v6e-4"])
 def test_on_a_tpu_weights_are_gathered_over_fsdp_alone_and_the_head_once(target):
-    """Forward and backward, and once more for some: the compilers gather q, k and v again for gradients."""
+    """Each matrix of a layer forward and backward. The compilers may make rings of permutes of a gather."""
     found = compiled(target, BOTH)
     for (into, out), number in LAYER_MATRICES.items():
         if out != D:  # half a q is as large as a whole k
             assert found.gathers(into, out) == 0, (into, out)
-        assert found.gathers(into, out // 2) <= 3 * number * L, (into, out)
+        assert found.gathers(into, out // 2) <= 2 * number * L, (into, out)
     assert found.gathers(V, D) == 0
     assert found.gathers(V // 2, D) <= 1
 
