@@ -359,9 +359,9 @@ def _mixture_bytes(counts: Counts, mesh: Mesh, tokens: int, item: int) -> int:
     experts, with their gradients, and what devices exchange."""
     of, ways = counts.experts, _experts_ways(counts, mesh)
     assert of is not None
-    in_order = int(tokens * of.chosen * (SPARE_ROWS if ways > 1 else 1)) * counts.hidden * (3 * item + WIDE)
-    exchanged = exchanged_elements(counts, mesh) * tokens * (2 * item + 2 * WIDE)
-    return in_order + exchanged
+    in_order = int(tokens * of.chosen * (SPARE_ROWS if ways > 1 else 1)) * counts.hidden
+    exchanged = exchanged_elements(counts, mesh) * tokens
+    return in_order * (8 * item + 3 * WIDE) + exchanged * 4 * (item + WIDE)
 
 
 def sampling_bytes(counts: Counts, work: Workload, mesh: Mesh) -> int:

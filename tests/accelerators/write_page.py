@@ -38,9 +38,15 @@ MEASURES: dict[str, dict[str, float | None]] = {
     },
     "h200x8": {
         "step:model=70b,length=8192,fsdp=8,rows=8": 41,
+        "step:model=30b-a3b,expert=8,rows=8,length=8192": 19,
+        "step:model=30b-a3b,fsdp=8,rows=8,length=8192": None,
         "decode:model=70b,context=12288,fsdp=8": None,
     },
-    "v5p-8": {"step:model=8b,length=8192,fsdp=4,rows=4": None, "step:model=8b,length=8192,tensor=4": None},
+    "v5p-8": {
+        "step:model=8b,length=8192,fsdp=4,rows=4": None,
+        "step:model=8b,length=8192,tensor=4": None,
+        "step:model=30b-a3b,expert=4,rows=4,length=8192": 24,
+    },
     "v5p-16": {"step:model=70b,length=8192,fsdp=8,rows=8": 37},
     "v6e-8": {"step:model=8b,length=8192,fsdp=8,rows=8": 8},
     "v5e-16": {"step:model=8b,length=8192,fsdp=16,rows=16": 7},
@@ -108,9 +114,9 @@ def _device_name(target: str) -> str:
 
 def _useful(target: str, case: str, found: dict[str, Any]) -> str:
     """The useful share of products on GPUs. Of a TPU's products, some cannot be read from its program."""
-    if not case.startswith("step") or find(target).platform != "gpu":
-        return ""
     options = dict(option.split("=") for option in case.partition(":")[2].split(","))
+    if options.get("model") not in _PARAMETERS or find(target).platform != "gpu" or case[:4] != "step":
+        return ""  # products of experts are in kernels that do not show in the program
     matrices, head, adapter = _PARAMETERS[options["model"]]
     devices = int(options.get("fsdp", 1)) * int(options.get("tensor", 1))
     tokens = int(options["length"]) * int(options.get("rows", 1)) / devices

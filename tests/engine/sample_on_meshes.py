@@ -1,4 +1,4 @@
-"""Run by test_sampler_mesh in a process with 8 devices: `sample_on_meshes.py fsdp=8 data=2,fsdp=4 ...`.
+"""Run by test_sampler_mesh in a process with 8 devices: `sample_on_meshes.py VARIANT fsdp=8 data=2,fsdp=4`.
 
 On each mesh, with the CPU's programs and with those for accelerators."""
 
@@ -10,8 +10,9 @@ import numpy as np
 from engine_sampling import load_tiny, make_sampler, random_adapter, request, run_all, sequences
 from tinsmith.model import load, sharding
 
+variant, *meshes = sys.argv[1:]
 folder = tempfile.mkdtemp()
-model = load_tiny(folder, "qwen3", num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64)
+model = load_tiny(folder, variant, num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64)
 adapter = random_adapter(model.config, 1)
 
 
@@ -45,7 +46,7 @@ def prompt_of(i):
 
 
 expected = sampled(None)
-for text in sys.argv[1:]:
+for text in meshes:
     axes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     for backend in ("cpu", "reference"):
         found = sampled(axes, backend)

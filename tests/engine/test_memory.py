@@ -69,6 +69,22 @@ COMPILED = [
     (C8, Mesh(), 8192, "attention", "h200", "step:model=8b,length=8192,remat=attention"),
     (C8, Mesh(), 8192, "dots", "h200", "step:model=8b,length=8192,remat=dots"),
     (C70, Mesh(fsdp=8), 8192, "full", "h200x8", "step:model=70b,length=8192,fsdp=8,rows=8"),
+    (
+        counts(MIXTURE),
+        Mesh(expert=8),
+        8192,
+        "full",
+        "h200x8",
+        "step:model=30b-a3b,expert=8,rows=8,length=8192",
+    ),
+    (
+        counts(MIXTURE),
+        Mesh(expert=4),
+        8192,
+        "full",
+        "v5p-8",
+        "step:model=30b-a3b,expert=4,rows=4,length=8192",
+    ),
     (C8, Mesh(fsdp=4), 8192, "full", "v5p-8", "step:model=8b,length=8192,fsdp=4,rows=4"),
     (C8, Mesh(tensor=4), 8192, "full", "v5p-8", "step:model=8b,length=8192,tensor=4"),
     (C70, Mesh(fsdp=8), 8192, "full", "v5p-16", "step:model=70b,length=8192,fsdp=8,rows=8"),
@@ -82,7 +98,9 @@ FIGURES = json.loads((Path(__file__).parents[2] / "docs" / "accelerators.json").
 def test_estimates_are_within_15_percent_of_what_compilers_report(of, mesh, tokens, remat, target, case):
     work = Workload(tokens)
     held = memory.resident(of, work, mesh)
-    arguments = held["base"] + 2 * memory.adapter_elements(of, work) * memory.WIDE  # adapter and gradients
+    arguments = (
+        held["base"] + 2 * memory.adapter_elements(of, work, mesh) * memory.WIDE
+    )  # adapter and gradients
     total = arguments + memory.training_bytes(of, work, mesh, tokens, remat)
     assert total == pytest.approx(FIGURES[target][case]["total"], rel=0.15)
 
