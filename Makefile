@@ -70,8 +70,7 @@ screenshots: $(STAMP) ## take the console's pictures in docs/images again (minut
 	$(BIN)/python docs/screenshots.py
 
 notebooks: $(STAMP) ## run the notebooks with their real model and store the outputs (half an hour)
-	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter execute --inplace $(wildcard notebooks/*.ipynb)
-	sed -i 's|$(HOME)/|~/|g' $(wildcard notebooks/*.ipynb)
+	$(BIN)/python notebooks/run.py
 
 docs-serve: docs ## the site on http://127.0.0.1:8001
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8001
