@@ -16,11 +16,11 @@ SLOTS, CONTEXT = 64, 2048
 PAGES = 2 * L * SLOTS * CONTEXT * K * H * 2  # bytes
 MIB = 2**20
 
-PLAIN, ADAPTERS, FILTERED = "decode", "decode:adapters=4", "decode:filtered=1"
+PLAIN, ADAPTERS = "decode", "decode:adapters=4,filtered=1"
 PROMPT, CONTINUED = "prefill", "prefill:context=2048"
 FSDP, BOTH = "decode:fsdp=4", "decode:fsdp=2,tensor=2"
 CASES = {
-    "h200": (PLAIN, ADAPTERS, FILTERED, CONTINUED),
+    "h200": (PLAIN, ADAPTERS, CONTINUED),
     "h200x8": (FSDP, BOTH),
     "v5e-4": (PLAIN, PROMPT),
     "v5p-8": (FSDP,),
