@@ -1,9 +1,9 @@
 """The shape of a decoder, as `folder` reads it from a Hugging Face folder. Imports no array library.
 
-A decoder is data: groups of a repeated pattern of layers. A layer is a mixer (attention or a delta net) and
-an MLP, each a frozen description of its sizes and options. A description lists its matrices as sites. The
-base's parameters, adapters, the names in files, merging, sharding and parameter counts all follow from the
-sites.
+A decoder is data: groups of a repeated pattern of layers. A layer is a mixer (attention, a delta net or a
+Mamba-2) and an MLP, or one of them, each a frozen description of its sizes and options. A description lists
+its matrices as sites. The base's parameters, adapters, the names in files, merging, sharding and parameter
+counts all follow from the sites.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Site(NamedTuple):
     has such a matrix. Their adapter has one factor that is `shared` by all experts, the one at the hidden
     axis, and one of its own for each. SGLang and vLLM merge the matrices of a layer that have the same
     `merged` into one, so these have to be treated alike. `bias_dtype` is the bias's if it is not the model's.
+    The adapter of experts is called `numbered` in files: w1, w2 or w3.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site(NamedTuple):
     shared: Literal["a", "b"] | None = None
     merged: str | None = None
     bias_dtype: Literal["float32"] | None = None
+    numbered: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,13 +64,14 @@ class Norm(NamedTuple):
     """An RMSNorm over vectors of `size` numbers, with the logical axis of its weight.
 
     `eps` is the model's if it is None. A `plain` one multiplies with its weight whatever `ModelConfig` says
-    of the others."""
+    of the others. The vectors have `groups` equal parts, each of which is normed by itself."""
 
     name: str
     size: int
     axis: str = "hidden"
     eps: float | None = None
     plain: bool = False
+    groups: int = 1
 
 
 class Vector(NamedTuple):
@@ -110,7 +113,8 @@ class RopeScaling:
 class Rope:
     """The rotary embedding of `dims` dimensions of a head, with frequencies theta^(-2i/dims).
 
-    The pairs that turn together are the numbers i and i + dims/2, or 2i and 2i + 1 if `interleaved`."""
+    The pairs that turn together are the numbers i and i + dims/2, or 2i and 2i + 1 if `interleaved`. Heads
+    without a rotary embedding have one of 0 dims."""
 
     theta: float
     dims: int
@@ -297,6 +301,72 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
+class Mamba2:
+    """A Mamba-2 (`mamba2`) with `heads` heads of `head_dim` numbers, and a state of `state_dim` numbers for
+    each of these. `groups` divides `heads`; the heads of a group share B and C. The convolution is over
+    `taps` tokens. Time steps are at least `least_step`."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    groups: int
+    state_dim: int
+    taps: int
+    least_step: float
+    conv_biased: bool = True
+
+    @property
+    def width(self) -> int:
+        """The numbers that out_proj takes."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """The numbers of a token that pass the convolution: the heads' inputs, B and C."""
+        return self.width + 2 * self.groups * self.state_dim
+
+    @property
+    def qkv(self) -> int:
+        return self.channels
+
+    @property
+    def cached(self) -> States:
+        heads = self.groups, self.heads // self.groups
+        return States((*heads, self.head_dim, self.state_dim), (self.taps - 1, self.channels))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        D, W, S = self.hidden, self.width, self.groups * self.state_dim
+        return (
+            Site("gate_proj", D, W, "attn", ("embed", "heads"), merged="in_proj"),
+            Site("x_proj", D, W, "attn", ("embed", "heads"), merged="in_proj"),
+            Site("b_proj", D, S, None, ("embed", "heads")),
+            Site("c_proj", D, S, None, ("embed", "heads")),
+            Site("dt_proj", D, self.heads, None, ("embed", "heads")),
+            Site("out_proj", W, D, "attn", ("heads", "embed")),
+        )
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (Norm("mamba_norm", self.width, "heads", groups=self.groups),)
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        bias = Vector("conv1d_bias", (self.channels,), ("hidden",), (-0.5, 0.5))
+        return (
+            Vector("conv1d", (self.channels, 1, self.taps), ("hidden", "hidden", "hidden"), (-0.5, 0.5)),
+            *((bias,) if self.conv_biased else ()),
+            Vector("A_log", (self.heads,), ("heads",), (0.0, 2.8)),
+            Vector("dt_bias", (self.heads,), ("heads",), (-4.6, -2.2)),
+            Vector("D", (self.heads,), ("heads",), (0.5, 1.5)),
+        )
+
+
+Recurrent = DeltaNet | Mamba2
+"""The mixers that keep a state of every sequence, whatever its length."""
+
+
+@dataclass(frozen=True)
 class Latent:
     """Latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
@@ -423,6 +493,25 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
+class PlainMlp:
+    """down(relu(up x)^2), with `width` hidden units and no gate."""
+
+    hidden: int
+    width: int
+
+    @property
+    def active_width(self) -> int:
+        return self.width
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (
+            Site("up_proj", self.hidden, self.width, "mlp", ("embed", "ff")),
+            Site("down_proj", self.width, self.hidden, "mlp", ("summed_ff", "hidden")),
+        )
+
+
+@dataclass(frozen=True)
 class Clamp:
     """The activation of gpt-oss (arXiv:2508.10925): (u + 1) g sigmoid(slope g), with g = min(gate, limit) and
     u the other projection, cut to +-limit."""
@@ -452,7 +541,10 @@ class Experts:
     The router is a softmax over all experts, or `sigmoid`. If `normalised`, the weights of those chosen sum
     to 1, as if the softmax were over them. The matrices have biases if `biased`. `clamp` is the activation of
     the gate, if it is not silu. Every token also passes a gated MLP of `shared` hidden units, if there are
-    any; with `shared_gated`, its output is multiplied with the sigmoid of a gate per token."""
+    any; with `shared_gated`, its output is multiplied with the sigmoid of a gate per token.
+
+    With `plain`, all these MLPs are as `PlainMlp`, without a gate. With `latent`, the experts work on so many
+    numbers: one matrix makes them of the hidden ones, and another makes hidden ones of the experts' sum."""
 
     hidden: int
     width: int
@@ -464,15 +556,32 @@ class Experts:
     sigmoid: SigmoidRouter | None = None
     shared: int = 0
     shared_gated: bool = False
+    plain: bool = False
+    latent: int | None = None
+
+    @property
+    def into(self) -> int:
+        """The numbers that the experts work on."""
+        return self.latent or self.hidden
 
     @property
     def sites(self) -> tuple[Site, ...]:
         D, F, E, S, bias = self.hidden, self.width, self.count, self.shared, self.biased
-        of_all = (
-            Site("shared_gate", D, S, "mlp", ("embed", "ff"), merged="shared_gate_up"),
-            Site("shared_up", D, S, "mlp", ("embed", "ff"), merged="shared_gate_up"),
-            Site("shared_down", S, D, "mlp", ("summed_ff", "hidden")),
-        )
+        shared_up = Site("shared_up", D, S, "mlp", ("embed", "ff"))
+        up = Site("expert_up", self.into, F, "mlp", ("embed", "ff"), bias, E, "a")
+        shared_gate_up: tuple[Site, ...] = (shared_up,)
+        gate_up: tuple[Site, ...] = (up._replace(numbered="w1"),)
+        if not self.plain:
+            shared_up, up = shared_up._replace(merged="shared_gate_up"), up._replace(merged="expert_gate_up")
+            shared_gate_up = shared_up._replace(name="shared_gate"), shared_up
+            gate_up = up._replace(name="expert_gate", numbered="w1"), up._replace(numbered="w3")
+        shared = (*shared_gate_up, Site("shared_down", S, D, "mlp", ("summed_ff", "hidden")))
+        latent: tuple[Site, ...] = ()
+        if self.latent is not None:
+            latent = (
+                Site("fc1_latent_proj", D, self.latent, "mlp", ("embed", "hidden")),
+                Site("fc2_latent_proj", self.latent, D, "mlp", ("hidden", "embed")),
+            )
         router = Site("router", D, E, None, ("embed", "experts"), bias)
         if self.sigmoid is not None:
             router = router._replace(bias=True, bias_dtype="float32")  # the correction
@@ -480,10 +589,10 @@ class Experts:
         return (
             router,
             *((gate,) if self.shared_gated else ()),
-            *(of_all if S else ()),
-            Site("expert_gate", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
-            Site("expert_up", D, F, "mlp", ("embed", "ff"), bias, E, "a", "expert_gate_up"),
-            Site("expert_down", F, D, "mlp", ("summed_ff", "hidden"), bias, E, "b"),
+            *(shared if S else ()),
+            *latent,
+            *gate_up,
+            Site("expert_down", F, self.into, "mlp", ("summed_ff", "hidden"), bias, E, "b", numbered="w2"),
         )
 
     @property
@@ -494,28 +603,36 @@ class Experts:
 
 @dataclass(frozen=True)
 class Layer:
-    """A mixer and an MLP, each after an RMSNorm and added to the residual stream.
+    """A mixer and an MLP, each after an RMSNorm and added to the residual stream; or only one of the two.
 
-    With `sandwich`, each is also followed by one."""
+    With `sandwich`, each is also followed by a norm."""
 
-    mixer: Attention | Latent | DeltaNet
-    mlp: GatedMlp | Experts
+    mixer: Attention | Latent | Recurrent | None
+    mlp: GatedMlp | PlainMlp | Experts | None
     sandwich: bool = False
 
     @property
+    def cached(self) -> CacheKind | None:
+        return None if self.mixer is None else self.mixer.cached
+
+    @property
     def sites(self) -> tuple[Site, ...]:
-        return (*self.mixer.sites, *self.mlp.sites)
+        return tuple(site for part in (self.mixer, self.mlp) if part is not None for site in part.sites)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        D = self.mixer.hidden
-        of_mlp = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if self.sandwich else ()
-        names = ("input_layernorm", "post_attention_layernorm", *of_mlp)
-        return *(Norm(name, D) for name in names), *self.mixer.norms
+        names = ["input_layernorm"]
+        if self.mixer is not None and self.mlp is not None:
+            names.append("post_attention_layernorm")
+        if self.sandwich:
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        (hidden,) = {part.hidden for part in (self.mixer, self.mlp) if part is not None}
+        of_mixer = () if self.mixer is None else self.mixer.norms
+        return *(Norm(name, hidden) for name in names), *of_mixer
 
     @property
     def vectors(self) -> tuple[Vector, ...]:
-        return self.mixer.vectors
+        return () if self.mixer is None else self.mixer.vectors
 
 
 @dataclass(frozen=True)
@@ -627,16 +744,16 @@ class ModelConfig:
     @cached_property
     def cache_kinds(self) -> tuple[CacheKind, ...]:
         """The different things that the sampler caches for layers."""
-        return tuple(dict.fromkeys(layer.mixer.cached for layer in self.layers))
+        return tuple(dict.fromkeys(layer.cached for layer in self.layers if layer.cached is not None))
 
     @cached_property
     def cache_numbers(self) -> tuple[int, ...]:
         """Each layer's number among those for which the same is cached."""
-        seen: Counter[CacheKind] = Counter()
+        seen: Counter[CacheKind | None] = Counter()
         numbers = []
         for layer in self.layers:
-            numbers.append(seen[layer.mixer.cached])
-            seen[layer.mixer.cached] += 1
+            numbers.append(seen[layer.cached])
+            seen[layer.cached] += 1
         return tuple(numbers)
 
     @property
@@ -647,8 +764,17 @@ class ModelConfig:
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """The different rotary embeddings."""
-        mixers = (layer.mixer for layer in self.layers)
-        return tuple(dict.fromkeys(mixer.rope for mixer in mixers if not isinstance(mixer, DeltaNet)))
+        return tuple(dict.fromkeys(mixer.rope for mixer in self.attentions))
+
+    @cached_property
+    def mixers(self) -> tuple[Attention | Latent | Recurrent, ...]:
+        """The mixers of all layers that have one, in order."""
+        return tuple(layer.mixer for layer in self.layers if layer.mixer is not None)
+
+    @cached_property
+    def attentions(self) -> tuple[Attention | Latent, ...]:
+        """The mixers of all layers with attention, in order."""
+        return tuple(mixer for mixer in self.mixers if not isinstance(mixer, Recurrent))
 
 
 def fold(layers: Sequence[Layer]) -> tuple[Group, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from .config import DeltaNet, Experts, Layer, ModelConfig, Site, States
+from .config import Experts, Layer, ModelConfig, Site, States
 from .families import parameter_count
 
 SPARE_ROWS = 1.25
@@ -63,7 +63,7 @@ class Counts:
 
 def counts(config: ModelConfig) -> Counts:
     """Return the counts of a model. Every plan asks for them here."""
-    mixers, mlps = [layer.mixer for layer in config.layers], [layer.mlp for layer in config.layers]
+    mixers, mlps = config.mixers, [layer.mlp for layer in config.layers if layer.mlp is not None]
     return Counts(
         parameters=parameter_count(config),
         stored=sum(prod(site.shape) for layer in config.layers for site in layer.sites),
@@ -77,12 +77,12 @@ def counts(config: ModelConfig) -> Counts:
         num_layers=config.num_layers,
         vocab_size=config.vocab_size,
         hidden=config.hidden_size,
-        feed_forward=max(mlp.active_width for mlp in mlps),
+        feed_forward=max((mlp.active_width for mlp in mlps), default=0),
         qkv=max(mixer.qkv for mixer in mixers),
         attention_width=max(mixer.width for mixer in mixers),
         kv_per_position=sum(mixer.cached.per_token for mixer in mixers),
-        kv_heads=max(mixer.kv_heads for mixer in mixers if not isinstance(mixer, DeltaNet)),
-        windows=tuple(mixer.window for mixer in mixers if not isinstance(mixer, DeltaNet)),
+        kv_heads=max(mixer.kv_heads for mixer in config.attentions),
+        windows=tuple(mixer.window for mixer in config.attentions),
         state_per_sequence=sum(
             kind.per_sequence for kind in (mixer.cached for mixer in mixers) if isinstance(kind, States)
         ),

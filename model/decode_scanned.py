@@ -20,14 +20,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from . import kv_cache
-from .config import DeltaNet
+from .config import Recurrent
 from .decode_rows import DecodeRows
 from .decoder import Base, Block, scan_layers, unembed
-from .delta_net import Tokens, mix_one, where_alive
 from .kernels.paged_attention import decode_attention
 from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
+from .recurrent import mix_one
 from .sharding import LogicalAxes, constrain
+from .states import where_alive
 
 _RESIDUAL: LogicalAxes = ("sequences", "tokens", "embed")
 _HEADS: LogicalAxes = ("sequences", "cached_heads", "head_dim")
@@ -69,17 +70,20 @@ class Scanned:
             block_lora = None
             if lora is not None:
                 block_lora = LayerLora(pairs, lora["scale"], rows.adapter, each_once=True)
-            if isinstance(mixer, DeltaNet):
+            if mixer is None:
+                x_S1D = block(x_S1D, rotations, None, block_lora, residual=_RESIDUAL, routes=routes)
+                return (x_S1D, cache), _kept(routes)
+            if isinstance(mixer, Recurrent):
                 slots = cache.states(mixer.cached)
 
-                def delta(tokens: Tokens, kernel: Array) -> Array:
+                def on(tokens: Any, weights: Any) -> Array:
                     nonlocal slots
                     before = slots.read(number, rows.slot, position_S == 0)
-                    out, after = mix_one(mixer, tokens, kernel, before)
+                    out, after = mix_one(mixer, tokens, weights, before)
                     slots = slots.written(number, rows.slot, where_alive(alive_S, after, before))
                     return out
 
-                x_S1D = block(x_S1D, rotations, delta, block_lora, residual=_RESIDUAL, routes=routes)
+                x_S1D = block(x_S1D, rotations, on, block_lora, residual=_RESIDUAL, routes=routes)
                 return (x_S1D, cache.updated(mixer.cached, slots)), _kept(routes)
             pages = cache.pages(mixer.cached)
 

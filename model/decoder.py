@@ -27,8 +27,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from . import delta_net
-from .config import Attention, DeltaNet, Experts, Latent, Layer, ModelConfig, Norm, Site, Stack, Vector
+from . import delta_net, mamba2, recurrent
+from .config import (
+    Attention,
+    DeltaNet,
+    Experts,
+    GatedMlp,
+    Latent,
+    Layer,
+    Mamba2,
+    ModelConfig,
+    Norm,
+    PlainMlp,
+    Recurrent,
+    Site,
+    Stack,
+    Vector,
+)
 from .experts import EXPERT_SITES, Biases, Weights, mixture
 from .kernels.attention import SAVED, attention
 from .kernels.backends import current_backend
@@ -44,8 +59,8 @@ Mix = Callable[..., Array]
 """Combines the tokens of a layer with those before them, and may cache them.
 
 For attention, it maps (q [B T N H], k [B T K H], v [B T K H]), with q and k already rotated, to [B T N H].
-Attention with sinks passes them too, [N]. For a delta net, it maps (`delta_net.Tokens`, the kernel of the
-convolution [C 1 taps]) to [B T G R V]."""
+Attention with sinks passes them too, [N]. For a mixer with a state, it maps the tokens and weights that
+`recurrent.mix_rows` takes to the outputs of its heads."""
 Rotations = tuple[Rotation, ...]
 """The angles of each of `ModelConfig.ropes`."""
 
@@ -140,20 +155,23 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * weight over the last axis (arXiv:1910.07467), with float32 statistics.
 
     With `wide_norms`, the product with the weight is float32 too; with `centred_norms`, it is also with
-    1 + weight."""
+    1 + weight. With `groups`, each equal part of the axis has a root mean square of its own."""
 
     def __init__(self, norm: Norm, config: ModelConfig, dtype: Any):
         self.centred = config.centred_norms and not norm.plain
         self.wide = self.centred or (config.wide_norms and not norm.plain)
         self.eps = config.rms_norm_eps if norm.eps is None else norm.eps
+        self.groups = norm.groups
         weight = jnp.zeros if self.centred else jnp.ones
         self.weight = nnx.Param(weight((norm.size,), dtype), logical_axes=(norm.axis,))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x32 = x.astype(jnp.float32)
+        if self.groups > 1:
+            x32 = x32.reshape(*x.shape[:-1], self.groups, -1)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + self.eps)
         # an einsum, so that the sum over D in its gradient is a dot: several times as fast on the CPU
-        scaled = jnp.einsum("...d,...->...d", x32, inverse_rms)
+        scaled = jnp.einsum("...d,...->...d", x32, inverse_rms).reshape(x.shape)
         if self.wide:
             return (scaled * (self.centred + rounded(self.weight[...], x.dtype))).astype(x.dtype)
         return by_vector(jnp.multiply, scaled.astype(x.dtype), self.weight[...])
@@ -179,6 +197,12 @@ def gated_by_gelu(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]
 _ACTIVATIONS = {"silu": gated, "gelu_tanh": gated_by_gelu}
 
 
+@partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+def squared_relu(up_BTF: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """relu(up)^2 (arXiv:2109.08668), computed in float32 and rounded once to the input's dtype."""
+    return jnp.square(jax.nn.relu(up_BTF.astype(jnp.float32))).astype(up_BTF.dtype)
+
+
 class Values(nnx.Module):
     """The parameter of a `Vector`."""
 
@@ -191,7 +215,7 @@ class Values(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: a mixer and an MLP, each after a norm and added to the residual stream.
+    """One layer: a mixer and an MLP, or one of them, each after a norm and added to the residual stream.
 
     It has a `Linear` for each site of its description, an `RMSNorm` for each norm and `Values` for each
     vector, under their names."""
@@ -205,13 +229,14 @@ class Block(nnx.Module):
             setattr(self, vector.name, Values(vector, dtype, rngs))
         self.layer = layer
         self.adapters_form = Form.WIDE_SUMS if form is Form.WIDE_SUMS else Form.PLAIN
-        self.rope = 0 if isinstance(layer.mixer, DeltaNet) else config.ropes.index(layer.mixer.rope)
+        mixer = layer.mixer
+        self.rope = config.ropes.index(mixer.rope) if isinstance(mixer, Attention | Latent) else 0
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rotations: Rotations,
-        mix: Mix,
+        mix: Mix | None,
         lora: LayerLora | None = None,
         residual: LogicalAxes = _RESIDUAL,
         routes: list[Array] | None = None,
@@ -219,46 +244,33 @@ class Block(nnx.Module):
         replayed: Int[Array, "B T k"] | None = None,
         latents: list[Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Apply the layer to the residual stream. `mix` combines tokens with those before them.
+        """Apply the layer to the residual stream. `mix` combines tokens with those before them; a layer
+        without a mixer needs none.
 
         `residual` are the axes by which the stream is sharded. A mixture appends the experts that it has
         chosen, [B T k], to `routes`; `replayed` are the experts to use instead (`experts.route`). With
         `cached`, k and v are what the sampler stores of the tokens; otherwise latent attention appends that,
         [B T 1 H], to `latents` (`config.Latent`)."""
-        B, T, _ = x_BTD.shape
-        mixer, mlp, at = self.layer.mixer, self.layer.mlp, rotations[self.rope]
 
         def linear(name: str, x: Array) -> Array:
             y = getattr(self, name)(x, gather=residual == _RESIDUAL)
             return (y if lora is None else lora.add(name, x, y, self.adapters_form)).astype(x.dtype)
 
         after_mixer, before_mlp, after_mlp = self._norms_between()
-        y = self.input_layernorm(x_BTD)
-        if isinstance(mixer, Latent):
-            mixed = self._latent(mixer, y, at, mix, linear, cached, latents)
-        elif isinstance(mixer, DeltaNet):
-            mixed = self._delta_net(mixer, y, mix, linear)
-        else:
-            mixed = self._attention(mixer, y, at, mix, linear)
-        y = after_mixer(linear(mixer.sites[-1].name, mixed.reshape(B, T, -1)))
-        x_BTD = constrain(x_BTD + y, residual)
+        mixer, mlp = self.layer.mixer, self.layer.mlp
+        if mixer is not None and mix is not None:
+            at, y = rotations[self.rope], self.input_layernorm(x_BTD)
+            y = self._mixed(mixer, y, at, mix, linear, cached, latents)
+            x_BTD = constrain(x_BTD + after_mixer(y), residual)
+        if mlp is None:
+            return x_BTD
         y = before_mlp(x_BTD)
         if isinstance(mlp, Experts):
-            mixed, chosen_BTk = mixture(mlp, self._expert_weights(), y, lora, gated, replayed)
-            if mlp.shared:
-                shared = linear("shared_down", gated(linear("shared_gate", y), linear("shared_up", y)))
-                if mlp.shared_gated:
-                    shared = shared * jax.nn.sigmoid(linear("shared_expert_gate", y))
-                mixed += shared
-            y = mixed
-            if routes is not None:
-                routes.append(chosen_BTk)
+            y = self._mixture(mlp, y, linear, lora, routes, replayed)
+        elif isinstance(mlp, PlainMlp):
+            y = linear("down_proj", squared_relu(linear("up_proj", y)))
         else:
-            if mlp.fused:
-                gate, up = jnp.split(linear("gate_up_proj", y), 2, axis=-1)
-            else:
-                gate, up = linear("gate_proj", y), linear("up_proj", y)
-            y = linear("down_proj", _ACTIVATIONS[mlp.activation](gate, up))
+            y = self._gated_mlp(mlp, y, linear)
         return constrain(x_BTD + after_mlp(y), residual)
 
     def _norms_between(self) -> tuple[Callable, Callable, Callable]:
@@ -269,7 +281,62 @@ class Block(nnx.Module):
                 self.pre_feedforward_layernorm,
                 self.post_feedforward_layernorm,
             )
-        return _unchanged, self.post_attention_layernorm, _unchanged
+        if self.layer.mixer is None:
+            return _unchanged, self.input_layernorm, _unchanged
+        return _unchanged, getattr(self, "post_attention_layernorm", _unchanged), _unchanged
+
+    def _mixed(
+        self,
+        mixer: Attention | Latent | Recurrent,
+        y_BTD: Array,
+        at: Rotation,
+        mix: Mix,
+        linear: Callable,
+        cached: bool,
+        latents: list[Array] | None,
+    ) -> Float[Array, "B T D"]:
+        """Return the output of the mixer."""
+        if isinstance(mixer, Latent):
+            mixed = self._latent(mixer, y_BTD, at, mix, linear, cached, latents)
+        elif isinstance(mixer, DeltaNet):
+            mixed = self._delta_net(mixer, y_BTD, mix, linear)
+        elif isinstance(mixer, Mamba2):
+            mixed = self._mamba2(mixer, y_BTD, mix, linear)
+        else:
+            mixed = self._attention(mixer, y_BTD, at, mix, linear)
+        return linear(mixer.sites[-1].name, mixed.reshape(*y_BTD.shape[:2], -1))
+
+    def _gated_mlp(self, mlp: GatedMlp, y_BTD: Array, linear: Callable) -> Float[Array, "B T D"]:
+        if mlp.fused:
+            gate, up = jnp.split(linear("gate_up_proj", y_BTD), 2, axis=-1)
+        else:
+            gate, up = linear("gate_proj", y_BTD), linear("up_proj", y_BTD)
+        return linear("down_proj", _ACTIVATIONS[mlp.activation](gate, up))
+
+    def _mixture(
+        self,
+        mlp: Experts,
+        y_BTD: Array,
+        linear: Callable,
+        lora: LayerLora | None,
+        routes: list[Array] | None,
+        replayed: Array | None,
+    ) -> Float[Array, "B T D"]:
+        """Return the output of a mixture of experts, with that of the MLP that all tokens share."""
+        activation = squared_relu if mlp.plain else gated
+        latent = None if mlp.latent is None else linear("fc1_latent_proj", y_BTD)
+        mixed, chosen_BTk = mixture(mlp, self._expert_weights(mlp), y_BTD, lora, activation, replayed, latent)
+        if mlp.latent is not None:
+            mixed = linear("fc2_latent_proj", mixed)
+        if mlp.shared:
+            names = ("shared_up",) if mlp.plain else ("shared_gate", "shared_up")
+            shared = linear("shared_down", activation(*(linear(name, y_BTD) for name in names)))
+            if mlp.shared_gated:
+                shared = shared * jax.nn.sigmoid(linear("shared_expert_gate", y_BTD))
+            mixed += shared
+        if routes is not None:
+            routes.append(chosen_BTk)
+        return mixed
 
     def _attention(
         self, mixer: Attention, y_BTD: Array, at: Rotation, mix: Mix, linear: Callable
@@ -344,13 +411,23 @@ class Block(nnx.Module):
         mixed = self.delta_norm(mix(of, self.conv1d.weight[...]).reshape(z_BTHV.shape))
         return (mixed.astype(jnp.float32) * jax.nn.silu(z_BTHV.astype(jnp.float32))).astype(y_BTD.dtype)
 
-    def _expert_weights(self) -> Weights:
-        router, *experts = (getattr(self, name) for name in ("router", *EXPERT_SITES))
-        gate, up, down = (site.weight.get_value() for site in experts)
-        biases = Biases(*(site.bias[...] for site in experts)) if self.layer.mlp.biased else None
-        return Weights(
-            router.matrix, gate, up, down, None if router.bias is None else router.bias[...], biases
-        )
+    def _mamba2(self, mixer: Mamba2, y_BTD: Array, mix: Mix, linear: Callable) -> Float[Array, "B T width"]:
+        z_BTW, x, b, c, dt = (linear(f"{name}_proj", y_BTD) for name in ("gate", "x", "b", "c", "dt"))
+        xbc_BTC = jnp.concatenate([x, b, c], axis=-1)
+        of = mamba2.tokens(mixer, xbc_BTC, dt, self.A_log.weight[...], self.dt_bias.weight[...])
+        bias = self.conv1d_bias.weight[...] if mixer.conv_biased else None
+        weights = mamba2.Weights(self.conv1d.weight[...], bias, self.D.weight[...])
+        mixed = mix(of, weights).reshape(z_BTW.shape) * jax.nn.silu(z_BTW.astype(jnp.float32))
+        return self.mamba_norm(mixed).astype(y_BTD.dtype)
+
+    def _expert_weights(self, mlp: Experts) -> Weights:
+        bias = None if self.router.bias is None else self.router.bias[...]
+        gate = None if mlp.plain else self.expert_gate.weight.get_value()
+        up, down = (site.weight.get_value() for site in (self.expert_up, self.expert_down))
+        biases = None
+        if mlp.biased:
+            biases = Biases(*(getattr(self, name).bias[...] for name in EXPERT_SITES))
+        return Weights(self.router.matrix, gate, up, down, bias, biases)
 
 
 def _unchanged(x: Array) -> Array:
@@ -486,14 +563,14 @@ def routed_trunk(
     numbers = [mixtures.index(n) if n in config.mixtures else -1 for n in range(config.num_layers)]
 
     def run(block: Block, x_BTD: Array, pairs: dict, number: Array | None) -> tuple[Array, dict[str, Array]]:
-        mixer, mlp = block.layer.mixer, block.layer.mlp
+        mlp = block.layer.mlp
         routes: list[Array] = []
         replayed_BTk = None
         if replayed_BTMk is not None and isinstance(mlp, Experts):
             replayed_BTk = replayed_BTMk[:, :, number]
 
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], row_adapter_B)
-        mix = _mix_in_rows(mixer, start_BT)
+        mix = _mix_in_rows(block.layer.mixer, start_BT)
         x_BTD = block(x_BTD, rotations, mix, block_lora, routes=routes, replayed=replayed_BTk)
         if not isinstance(mlp, Experts):
             return x_BTD, {}
@@ -501,7 +578,7 @@ def routed_trunk(
 
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     first = config.all_stacks[0]
-    dtype = getattr(model.stack(first), first.layer.mixer.sites[-1].name).weight[...].dtype
+    dtype = getattr(model.stack(first), first.layer.sites[0].name).weight[...].dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
     x_BTD, kept = scan_layers(
         model, lora, x_BTD, run, remat=remat, numbers=None if replayed_BTMk is None else numbers
@@ -509,10 +586,12 @@ def routed_trunk(
     return model.norm(x_BTD), kept.get("tokens_by_expert")
 
 
-def _mix_in_rows(mixer: Attention | Latent | DeltaNet, start_BT: Array) -> Mix:
+def _mix_in_rows(mixer: Attention | Latent | Recurrent | None, start_BT: Array) -> Mix | None:
     """Return a `Mix` of the tokens of packed rows, with those of their own segments."""
-    if isinstance(mixer, DeltaNet):
-        return lambda tokens, kernel: delta_net.mix_rows(mixer, tokens, kernel, start_BT)
+    if mixer is None:
+        return None
+    if isinstance(mixer, Recurrent):
+        return lambda tokens, weights: recurrent.mix_rows(mixer, tokens, weights, start_BT)
 
     def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
         return attention(q, k, v, start_BT, mixer.scale, window=mixer.window, sinks_N=sinks)

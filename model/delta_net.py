@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import DeltaNet
+from .states import State, convolved, convolved_on, convolved_one
 
 _CHUNK, _BLOCK = 64, 16
 _EPSILON = 1e-6  # inside the root of the length of q and k
@@ -39,14 +40,6 @@ class Tokens(NamedTuple):
     qkv_BTC: Float[Array, "B T C"]
     decay_BTGR: Float[Array, "B T G R"]
     rate_BTGR: Float[Array, "B T G R"]
-
-
-class State(NamedTuple):
-    """What a row's next token needs of those before it: the heads' matrices, and the last inputs of the
-    convolution, oldest first."""
-
-    matrix: Float[Array, "B G R K V"]
-    tail: Float[Array, "B W C"]
 
 
 def tokens(
@@ -72,7 +65,7 @@ def mix_rows(
     net: DeltaNet, of: Tokens, kernel_C1W: Float[Array, "C 1 taps"], start_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T G R V"]:
     """Mix the tokens of each segment of packed rows; `start_BT` is the first token of each one's segment."""
-    q, k, v = _convolved(net, of.qkv_BTC, kernel_C1W, start_BT)
+    q, k, v = _by_head(net, convolved(of.qkv_BTC, kernel_C1W, None, start_BT))
     return _chunked(q, k, v, of.decay_BTGR, of.rate_BTGR, start_BT, None)[0].astype(of.qkv_BTC.dtype)
 
 
@@ -84,55 +77,26 @@ def mix_on(
     real_BT: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T G R V"], State]:
     """Mix rows that go on from `state`. Returns the state after the `real` tokens, which come first."""
-    W = net.taps - 1
-    before = jnp.concatenate([state.tail.astype(of.qkv_BTC.dtype), of.qkv_BTC], axis=1)
-    q, k, v = (x[:, W:] for x in _convolved(net, before, kernel_C1W, jnp.zeros(before.shape[:2], jnp.int32)))
+    qkv, tail = convolved_on(of.qkv_BTC, kernel_C1W, None, state.tail, real_BT)
+    q, k, v = _by_head(net, qkv)
     decay, rate = (jnp.where(real_BT[..., None, None], x, 0) for x in (of.decay_BTGR, of.rate_BTGR))
     out, matrix = _chunked(q, k, v, decay, rate, jnp.full(real_BT.shape, -1), state.matrix)
-    last_B = real_BT.sum(1)
-    tail = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, W))(before, last_B)
-    return out.astype(of.qkv_BTC.dtype), State(matrix, tail.astype(jnp.float32))
+    return out.astype(of.qkv_BTC.dtype), State(matrix, tail)
 
 
 def mix_one(
     net: DeltaNet, of: Tokens, kernel_C1W: Float[Array, "C 1 taps"], state: State
 ) -> tuple[Float[Array, "B 1 G R V"], State]:
     """Mix one token of each row with what came before it."""
-    window = jnp.concatenate([state.tail, of.qkv_BTC.astype(jnp.float32)], axis=1)
-    mixed_BC = jnp.einsum("bwc,cw->bc", window, kernel_C1W[:, 0].astype(jnp.float32))
-    qkv = jax.nn.silu(mixed_BC.astype(of.qkv_BTC.dtype).astype(jnp.float32)).astype(of.qkv_BTC.dtype)
-    q_BGK, k_BGK, v_BGRV = (x[:, 0] for x in _by_head(net, qkv[:, None]))
+    qkv, tail = convolved_one(of.qkv_BTC, kernel_C1W, None, state.tail)
+    q_BGK, k_BGK, v_BGRV = (x[:, 0] for x in _by_head(net, qkv))
     product = partial(jnp.einsum, precision="highest")
     matrix = state.matrix * jnp.exp(of.decay_BTGR[:, 0])[..., None, None]
     expected = product("bgrkv,bgk->bgrv", matrix, k_BGK)
     change = of.rate_BTGR[:, 0, ..., None] * (v_BGRV - expected)
     matrix = matrix + product("bgk,bgrv->bgrkv", k_BGK, change)
     out = product("bgrkv,bgk->bgrv", matrix, q_BGK)
-    return out[:, None].astype(of.qkv_BTC.dtype), State(matrix, window[:, 1:])
-
-
-def where_alive(alive_B: Bool[Array, " B"], new: State, old: State) -> State:
-    """Return the new states of rows that are alive, and the old ones of the others."""
-
-    def chosen(new: Array, old: Array) -> Array:
-        return jnp.where(alive_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-    return jax.tree.map(chosen, new, old)
-
-
-def _convolved(
-    net: DeltaNet, qkv_BTC: Array, kernel_C1W: Array, start_BT: Array
-) -> tuple[Array, Array, Array]:
-    """Return the queries, keys and values after the convolution over each segment."""
-    T, taps = qkv_BTC.shape[1], net.taps
-    qkv32, kernel_CW = qkv_BTC.astype(jnp.float32), kernel_C1W[:, 0].astype(jnp.float32)
-    mixed = qkv32 * kernel_CW[:, -1]
-    for back in range(1, min(taps, T)):
-        reaches = (jnp.arange(T) - back >= start_BT)[..., None]
-        shifted = jnp.pad(qkv32[:, :-back], ((0, 0), (back, 0), (0, 0)))
-        mixed = mixed + jnp.where(reaches, shifted, 0) * kernel_CW[:, -1 - back]
-    mixed = mixed.astype(qkv_BTC.dtype).astype(jnp.float32)  # as transformers, which rounds here
-    return _by_head(net, jax.nn.silu(mixed).astype(qkv_BTC.dtype))
+    return out[:, None].astype(of.qkv_BTC.dtype), State(matrix, tail)
 
 
 def _by_head(net: DeltaNet, qkv_BTC: Array) -> tuple[Array, Array, Array]:

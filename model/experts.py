@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     """The matrices of a mixture, and its biases if it has any. A `SigmoidRouter`'s is the correction."""
 
     router: Float[Array, "D E"]
-    gate: Float[Array, "E D F"] | Stacked
+    gate: Float[Array, "E D F"] | Stacked | None  # None for experts without a gate
     up: Float[Array, "E D F"] | Stacked
     down: Float[Array, "E F D"] | Stacked
     router_bias: Float[Array, " E"] | None = None
@@ -127,16 +127,20 @@ def mixture(
     weights: Weights,
     x_BTD: Float[Array, "B T D"],
     lora: LayerLora | None,
-    activation: Callable[[Array, Array], Array],
+    activation: Callable[..., Array],
     replayed_BTk: Int[Array, "B T k"] | None = None,
-) -> tuple[Float[Array, "B T D"], Int[Array, "B T k"]]:
+    latent_BTD: Float[Array, "B T latent"] | None = None,
+) -> tuple[Float[Array, "B T out"], Int[Array, "B T k"]]:
     """Return the experts' weighted sum for every token, in x's dtype, and the experts chosen.
 
     `replayed_BTk` are the experts to use instead of the router's choice (`route`).
 
-    `activation(gate, up)` gives an expert's hidden units, unless the experts have a `Clamp`. On a mesh, every
-    device sorts the tokens of its own rows. The experts' width is cut over `tensor`. Over `expert`, each
-    device has some of the experts: the devices exchange their tokens, each adds up its own experts' outputs
+    `activation(gate, up)`, or `activation(up)` of experts without a gate, gives an expert's hidden units,
+    unless the experts have a `Clamp`. If there is a `latent`, the experts work on it, and D of their matrices
+    is its size; the router chooses by x.
+
+    On a mesh, every device sorts the tokens of its own rows. The experts' width is cut over `tensor`. Over
+    `expert`, each device has some of the experts: the devices exchange their tokens, each adds up its own experts' outputs
     for all of these tokens, and the sums over devices return to the tokens' own devices. Other axes of the
     matrices are gathered, as for dense layers.
     """
@@ -153,12 +157,13 @@ def mixture(
     mesh = jax.sharding.get_abstract_mesh()
     run = partial(_mixture, experts, activation, current_backend(), dtype)
     if mesh.empty or mesh.size == 1:
-        return run(_Cut(), weights, x_BTD, adapters, replayed_BTk)
+        return run(_Cut(), weights, x_BTD, latent_BTD, adapters, replayed_BTk)
     by_row = partition_spec(x_BTD.shape, ("rows", "tokens", "hidden"), mesh)
     spec = partition_spec((experts.count, experts.width), ("experts", "ff"), mesh)
     number, width = map(_names, spec)
     cut = _Cut(number, width, bool(number) and {*number} <= {*_names(by_row[0])})
-    specs = Weights(P(), P(number, None, width), P(number, None, width), P(number, width, None))
+    into = P(number, None, width)
+    specs = Weights(P(), None if weights.gate is None else into, into, P(number, width, None))
     if weights.router_bias is not None:
         specs = specs._replace(router_bias=P())
     if weights.biases is not None:
@@ -169,10 +174,16 @@ def mixture(
         adapter_specs = _Adapters(pair_specs, P(by_row[0]), P(by_row[0]))
     return jax.shard_map(
         partial(run, cut),
-        in_specs=(specs, by_row, adapter_specs, None if replayed_BTk is None else by_row),
+        in_specs=(
+            specs,
+            by_row,
+            None if latent_BTD is None else by_row,
+            adapter_specs,
+            None if replayed_BTk is None else by_row,
+        ),
         out_specs=(by_row, by_row),
         check_vma=False,
-    )(weights, x_BTD, adapters, replayed_BTk)
+    )(weights, x_BTD, latent_BTD, adapters, replayed_BTk)
 
 
 class _Cut(NamedTuple):
@@ -206,23 +217,23 @@ def _cut_pair(name: str, pair: dict[str, Array], cut: _Cut) -> dict[str, P]:
 
 def _mixture(
     experts: Experts,
-    activation: Callable[[Array, Array], Array],
+    activation: Callable[..., Array],
     backend: Backend,
     dtype: Any,
     cut: _Cut,
     weights: Weights,
     x_BTD: Array,
+    latent_BTD: Array | None,
     adapters: _Adapters | None,
     replayed_BTk: Array | None,
 ) -> tuple[Array, Array]:
     """Compute `mixture` on one device, which has the part of the weights that `cut` says. `dtype` is that of
     adapters."""
-    B, T, D = x_BTD.shape
-    k = experts.chosen
+    (B, T, D), k = x_BTD.shape, experts.chosen
     replayed_Sk = None if replayed_BTk is None else replayed_BTk.reshape(-1, k)
     routing = route(experts, weights, x_BTD.reshape(-1, D), replayed_Sk)
     expert_Sk, weight_Sk = routing
-    x = x_BTD
+    x = x_BTD if latent_BTD is None else latent_BTD
     if cut.rows:
         gather = partial(jax.lax.all_gather, axis_name=cut.experts, tiled=True)
         x, routing = gather(x), Routing(*map(gather, routing))
@@ -235,12 +246,12 @@ def _mixture(
         y_SD = jax.lax.psum(y_SD, summed_over)
     if weights.biases is not None:
         y_SD = y_SD + (weight_Sk[..., None] * weights.biases.down.astype(jnp.float32)[expert_Sk]).sum(1)
-    return y_SD.astype(x_BTD.dtype).reshape(B, T, D), expert_Sk.reshape(B, T, k)
+    return y_SD.astype(x_BTD.dtype).reshape(B, T, -1), expert_Sk.reshape(B, T, k)
 
 
 def _sum_over_own(
     experts: Experts,
-    activation: Callable[[Array, Array], Array],
+    activation: Callable[..., Array],
     backend: Backend,
     dtype: Any,
     cut: _Cut,
@@ -351,7 +362,7 @@ class _Part(NamedTuple):
 
 def _sum_of_part(
     experts: Experts,
-    activation: Callable[[Array, Array], Array],
+    activation: Callable[..., Array],
     backend: Backend,
     dtype: Any,
     weights: Weights,
@@ -402,9 +413,11 @@ def _sum_of_part(
     x_CD = spread(x_BTD)
     scale_B11 = None if adapters is None else adapters.scale_B[:, None, None].astype(dtype)
     biases = weights.biases
-    gate_CF = into("expert_gate", weights.gate, None if biases is None else biases.gate)
-    up_CF = into("expert_up", weights.up, None if biases is None else biases.up)
-    h_CF = activation(gate_CF[None], up_CF[None])[0]
+    hidden = []
+    if weights.gate is not None:
+        hidden.append(into("expert_gate", weights.gate, None if biases is None else biases.gate))
+    hidden.append(into("expert_up", weights.up, None if biases is None else biases.up))
+    h_CF = activation(*(x_CF[None] for x_CF in hidden))[0]
     y_SD = gathered(grouped(h_CF, weights.down, sizes_E))
     if adapters is not None and "expert_down" in adapters.pairs:
         narrow_CR = grouped(h_CF.astype(dtype), own("expert_down", "a"), sizes_En)

@@ -7,8 +7,8 @@ holds the pages of all layers whose heads have the same shape; its layout depend
 reads them (`kernels.paged_attention.pages`).
 
 Mixtures of experts also keep the experts of every position in their layers, in pages under the same numbers,
-so that the experts of a whole sequence can be read wherever its prefix came from. Delta nets have one state
-per sequence, whatever its length, in numbered slots (`StateSlots`). Slot 0 belongs to no sequence.
+so that the experts of a whole sequence can be read wherever its prefix came from. Delta nets and Mamba-2 have
+one state per sequence, whatever its length, in numbered slots (`StateSlots`). Slot 0 belongs to no sequence.
 
 Axis letters: L layers of a kind, M layers with experts, k experts of a token, K kv heads, H head dim, V head
 dim of values, W tokens written at once, S sequences.
@@ -27,13 +27,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
 from .config import CacheKind, KeysValues, ModelConfig, States
-from .delta_net import State
 from .kernels import paged_attention
 from .kernels.backends import Backend
 from .kernels.paged_attention import cpu
 from .kernels.paged_attention.pages import LAYOUTS, Pages
 from .kernels.two_byte_floats import stored_dtype
 from .sharding import LogicalAxes, constrain, partition_spec, replicated
+from .states import State
 
 _EXPERTS: LogicalAxes = ("pages", "positions", "layers", "hidden")
 
@@ -95,7 +95,7 @@ class Cache:
 
 def bytes_per_token(config: ModelConfig, dtype: Any) -> int:
     """Return the memory for the keys and values of one position in all layers, and for its experts."""
-    keys_values = sum(layer.mixer.cached.per_token for layer in config.layers) * jnp.dtype(dtype).itemsize
+    keys_values = sum(mixer.cached.per_token for mixer in config.mixers) * jnp.dtype(dtype).itemsize
     return keys_values + (0 if config.routing is None else _experts_bytes(*config.routing))
 
 
@@ -109,7 +109,7 @@ def _experts_dtype(count: int) -> Any:
 
 def bytes_per_sequence(config: ModelConfig) -> int:
     """Return the memory for one sequence's states in all layers."""
-    kinds = (layer.mixer.cached for layer in config.layers)
+    kinds = (mixer.cached for mixer in config.mixers)
     return 4 * sum(kind.per_sequence for kind in kinds if isinstance(kind, States))
 
 
@@ -149,7 +149,7 @@ def make_cache(
 
 
 def _number_of(config: ModelConfig, kind: CacheKind) -> int:
-    return sum(layer.mixer.cached == kind for layer in config.layers)
+    return sum(layer.cached == kind for layer in config.layers)
 
 
 def page_shapes(

@@ -20,15 +20,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from . import kv_cache, token_sampling
-from .config import Attention, DeltaNet, KeysValues, Latent, States
+from .config import Attention, KeysValues, Latent, Recurrent, States
 from .decoder import Base, Block, Decoder, logits, scan_layers, unembed
-from .delta_net import State, Tokens, mix_on
 from .kernels.attention import attention, attention_to_merge
 from .kernels.paged_attention import context_attention, merge, with_sinks
 from .kernels.paged_attention.cpu import attend_parts, read_layer
 from .kernels.paged_attention.pages import Pages
 from .kv_cache import Cache
 from .lora import LayerLora, LoraStack
+from .recurrent import mix_on
+from .states import State
 
 _EXPERTS = -1  # among what layers keep, by the numbers of kinds
 
@@ -79,10 +80,12 @@ def _with_contexts_read(
         mixer = block.layer.mixer
         routes: list[Array] = []
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        if isinstance(mixer, DeltaNet):
-            delta = _Delta(mixer, cache, number, rows)
-            x_BTD = block(x_BTD, rotations, delta, block_lora, routes=routes)
-            return x_BTD, delta.kept | _by_token(routes)
+        if mixer is None:
+            return block(x_BTD, rotations, None, block_lora, routes=routes), _by_token(routes)
+        if isinstance(mixer, Recurrent):
+            mix = _WithState(mixer, cache, number, rows)
+            x_BTD = block(x_BTD, rotations, mix, block_lora, routes=routes)
+            return x_BTD, mix.kept | _by_token(routes)
         kept: list[Array] = []
         expanded = _is_expanded(mixer, rows)
 
@@ -112,18 +115,18 @@ def _with_contexts_read(
     return _with_states(cache, rows, kept), x_STD
 
 
-class _Delta:
-    """The mixer of a delta net in rows of prompts. `kept` is each row's state at the end of its tokens."""
+class _WithState:
+    """Mixes rows of prompts in a layer with states. `kept` is each row's state at the end of its tokens."""
 
-    def __init__(self, net: DeltaNet, cache: Cache, number: Array, rows: PrefillRows):
-        self._net, self._cache, self._number, self._rows = net, cache, number, rows
+    def __init__(self, mixer: Recurrent, cache: Cache, number: Array, rows: PrefillRows):
+        self._mixer, self._cache, self._number, self._rows = mixer, cache, number, rows
         self.kept: dict[int, State] = {}
 
-    def __call__(self, tokens: Tokens, kernel: Array) -> Array:
-        rows, cache, kind = self._rows, self._cache, self._net.cached
+    def __call__(self, tokens: Any, weights: Any) -> Array:
+        rows, cache, kind = self._rows, self._cache, self._mixer.cached
         assert rows.slot is not None
         before = cache.states(kind).read(self._number, rows.slot, rows.context == 0)
-        out, after = mix_on(self._net, tokens, kernel, before, rows.start == 0)
+        out, after = mix_on(self._mixer, tokens, weights, before, rows.start == 0)
         self.kept[cache.kinds.index(kind)] = after
         return out
 
@@ -150,10 +153,13 @@ def _in_place(
         mixer = block.layer.mixer
         routes: list[Array] = []
         block_lora = None if lora is None else LayerLora(pairs, lora["scale"], None)
-        if isinstance(mixer, DeltaNet):
-            delta = _Delta(mixer, cache, number, rows)
-            x_STD = block(x_STD, rotations, delta, block_lora, routes=routes)
-            return (x_STD, cache), delta.kept | _by_token(routes)
+        if mixer is None:
+            x_STD = block(x_STD, rotations, None, block_lora, routes=routes)
+            return (x_STD, cache), _by_token(routes)
+        if isinstance(mixer, Recurrent):
+            mix = _WithState(mixer, cache, number, rows)
+            x_STD = block(x_STD, rotations, mix, block_lora, routes=routes)
+            return (x_STD, cache), mix.kept | _by_token(routes)
         pages = cache.pages(mixer.cached)
         expanded, latents = _is_expanded(mixer, rows), []
 

@@ -84,7 +84,9 @@ def rotate(
     If `interleaved`, the pairs are (x[2i], x[2i + 1]), and come out as (y[i], y[i + H/2]): queries and keys
     in one order have the same products in another. If there are fewer angles than pairs, H is twice their
     number, and the other dimensions stay as they are."""
-    if (turned := 2 * at.cos_BTH.shape[-1]) < x_BTNH.shape[-1]:
+    if (turned := 2 * at.cos_BTH.shape[-1]) == 0:
+        return x_BTNH
+    if turned < x_BTNH.shape[-1]:
         rest = x_BTNH[..., turned:]
         return jnp.concatenate([rotate(x_BTNH[..., :turned], at, interleaved), rest], axis=-1)
     if interleaved:

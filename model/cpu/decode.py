@@ -17,18 +17,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import kv_cache
-from ..config import DeltaNet, KeysValues, States
+from ..config import KeysValues, Recurrent, States
 from ..decode_rows import DecodeRows
 from ..decoder import Base
-from ..delta_net import Tokens, mix_one, where_alive
 from ..kernels.paged_attention.cpu import attend_parts, read_layer
 from ..kv_cache import Cache
 from ..lora import LayerLora, LoraStack
+from ..recurrent import mix_one
+from ..states import where_alive
 from .weights import BaseByLayer, open_layers, open_stack
 
 
 class Unrolled:
-    """See `decode.Steps`. The state is each layer's keys and values of this call's tokens, or its states of
+    """See `decode.Steps`. The state is each mixer's keys and values of this call's tokens, or its states of
     the rows' sequences, and the experts of these tokens."""
 
     fixed = each_once = False
@@ -46,12 +47,13 @@ class Unrolled:
         self._cache, self._lora, self._rows = cache, lora, rows
         config = self.model.config
         dtype = self._dtype = self.model.norm.weight.dtype
-        numbers = zip((layer.mixer.cached for layer in config.layers), config.cache_numbers, strict=True)
+        numbers = zip((layer.cached for layer in config.layers), config.cache_numbers, strict=True)
         self._contexts = [
             read_layer(cache.pages(kind), number, rows.table, dtype)
             if isinstance(kind, KeysValues)
             else cache.states(kind).read(number, rows.slot, rows.position == 0)
             for kind, number in numbers
+            if kind is not None
         ]
         no_pairs: tuple = ({},) * config.num_layers
         self._pairs = open_stack(lora["layers"], config) if lora and lora["layers"] else no_pairs
@@ -65,7 +67,7 @@ class Unrolled:
     def first_state(self) -> Any:
         # In float32: writing one bfloat16 would convert the whole array (`kernels.two_byte_floats`).
         S, M = self._rows.last_token.shape[0], self._tokens
-        kinds = (layer.mixer.cached for layer in self.model.config.layers)
+        kinds = (mixer.cached for mixer in self.model.config.mixers)
         recent = tuple(
             tuple(jnp.zeros((S, kind.heads, M, dim)) for dim in kind.stored_dims)
             if isinstance(kind, KeysValues)
@@ -81,18 +83,21 @@ class Unrolled:
         rows, lora = self._rows, self._lora
         at = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, step, 1, axis=1), self._rotations)
         x = self.model.embed_tokens(token_S[:, None])
-        mixers = (layer.mixer for layer in self.model.config.layers)
-        windows = {mixer.window for mixer in mixers if not isinstance(mixer, DeltaNet)}
+        windows = {mixer.window for mixer in self.model.config.attentions}
         visible = {
             window: _visible(rows, step, self._tokens, self._cache.page_size, window) for window in windows
         }
         kept: list[tuple] = []
         routes: list[Array] = []
         state, experts_MSTk = state
-        for block, context, recent, pair in zip(
-            self._blocks, self._contexts, state, self._pairs, strict=True
-        ):
+        of_mixers = iter(zip(self._contexts, state, strict=True))
+        for block, pair in zip(self._blocks, self._pairs, strict=True):
             mixer = block.layer.mixer
+            block_lora = LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
+            if mixer is None:
+                x = block(x, at, None, block_lora, routes=routes)
+                continue
+            context, recent = next(of_mixers)
 
             def attend(
                 q: Array, k: Array, v: Array, *sinks: Array, mixer=mixer, context=context, recent=recent
@@ -106,13 +111,12 @@ class Unrolled:
                 parts = [(*context, context_visible), (keys.swapaxes(2, 3), values, recent_visible)]
                 return attend_parts(q, parts, mixer.scale, *sinks)
 
-            def delta(tokens: Tokens, kernel: Array, mixer=mixer, before=recent) -> Array:
-                out, after = mix_one(mixer, tokens, kernel, before)
+            def on(tokens: Any, weights: Any, mixer=mixer, before=recent) -> Array:
+                out, after = mix_one(mixer, tokens, weights, before)
                 kept.append(where_alive(alive_S, after, before))
                 return out
 
-            mix = delta if isinstance(mixer, DeltaNet) else attend
-            block_lora = LayerLora(pair, lora["scale"], rows.adapter, self._wide) if lora else None
+            mix = on if isinstance(mixer, Recurrent) else attend
             x = block(x, at, mix, block_lora, routes=routes, cached=True)
         if experts_MSTk is not None:
             chosen = jnp.stack(routes).astype(experts_MSTk.dtype)
@@ -128,8 +132,8 @@ class Unrolled:
         for kind in cache.kinds:
             of_kind = [
                 each
-                for layer, each in zip(self.model.config.layers, state, strict=True)
-                if layer.mixer.cached == kind
+                for mixer, each in zip(self.model.config.mixers, state, strict=True)
+                if mixer.cached == kind
             ]
             if isinstance(kind, States):
                 of_all = jax.tree.map(lambda *x: jnp.stack(x), *of_kind)
