@@ -3,7 +3,8 @@
     shared             one 3-D tensor per layer and factor, named `w1` (gate), `w3` (up) and `w2` (down) as in
                        the hosted service's and the cookbook's files. The first axis is 1 for the factor that
                        the experts share: w1 and w3 have A [1, r, D] and B [E, F, r], w2 has A [E, r, F] and
-                       B [1, D, r]. SGLang and tinker-cookbook read it
+                       B [1, D, r]. Experts without a gate have w1 (up) and w2; files of the hosted service
+                       also have an empty w3. SGLang and tinker-cookbook read it
     per_expert         2-D tensors under the name of every expert's module, as PEFT and vLLM read them for
                        models whose experts have modules of their own; the shared factor is repeated
     target_parameters  PEFT's LoRA of stacked parameters (`peft.tuners.lora.layer.ParamWrapper`). A parameter
@@ -34,15 +35,19 @@ from ..model.families import module_name, parameters
 ExpertForm = Literal["shared", "per_expert", "target_parameters"]
 Factors = dict[str, np.ndarray]
 
-_SHARED_NAMES = {"expert_gate": "w1", "expert_down": "w2", "expert_up": "w3"}
-_PARAMETERS = (("gate_up_proj", ("expert_gate", "expert_up")), ("down_proj", ("expert_down",)))
-"""transformers' names of the stacked parameters of experts, in their order in the module."""
+_PARAMETERS = (
+    ("gate_up_proj", ("expert_gate", "expert_up")),
+    ("up_proj", ("expert_up",)),
+    ("down_proj", ("expert_down",)),
+)
+"""transformers' names of the stacked parameters of experts, in their order in the module. Experts have one of
+the first two."""
 
 
 def shared_module(module: str, site: Site) -> str:
     """Return a module's name in files of the shared form; `module` is one with `{expert}` in it, or a plain
     one."""
-    return module if site.experts is None else f"{_experts_of(module)}.{_SHARED_NAMES[site.name]}"
+    return module if site.experts is None else f"{_experts_of(module)}.{site.numbered}"
 
 
 def _experts_of(module: str) -> str:
@@ -159,16 +164,17 @@ def wrappers(config: ModelConfig, prefix: str, layer: int) -> Iterator[Wrapper]:
     by_name = {site.name: site for site in config.layers[layer].sites if site.experts}
     stack, _ = config.places[layer]
     side_by_side = {each.path: each.part for each in parameters(config)}
-    for parameter, names in _PARAMETERS:
-        if not by_name.keys() >= {*names}:
-            continue
+    of_experts = [each for each in _PARAMETERS if by_name.keys() >= {*each[1]}]
+    if len(of_experts) == len(_PARAMETERS):
+        of_experts.remove(_PARAMETERS[1])  # up lies beside the gate
+    for parameter, names in of_experts:
         sites, first, parts = tuple(by_name[name] for name in names), 0, []
         for site in sites:
             given = side_by_side[stack.path(f"{site.name}.weight")]
             parts.append(slice(*(given or (first, first + site.out, 1))))
             first += site.out
         experts = _experts_of(prefix + module_name(config, f"layers.{names[0]}.weight", layer))
-        inner = ".base_layer" if parameter == _PARAMETERS[0][0] else ""
+        inner = ".base_layer" if (parameter, names) == of_experts[0] else ""
         yield Wrapper(f"{experts}.{parameter}", experts + inner, sites, tuple(parts))
 
 
@@ -186,7 +192,7 @@ def unwrapped(
             continue
         factors = wrapper.read(*(tensors.pop(name) for name in names))
         for site, pair in zip(wrapper.sites, factors, strict=True):
-            module = f"{wrapper.parameter.rpartition('.')[0]}.{_SHARED_NAMES[site.name]}"
+            module = f"{wrapper.parameter.rpartition('.')[0]}.{site.numbered}"
             tensors |= {f"{module}.lora_{side.upper()}.weight": pair[side] for side in "ab"}
             found[module] = wrapper
     return found

@@ -135,6 +135,7 @@ def _copied(folder: Path, config: ModelConfig, dtype: Any) -> Iterator[tuple[str
         tensors = MappedTensors(folder)
         for name in names:
             tensor = tensors.whole(name)
+            tensor = tensors.unread(name) if tensor is None else tensor
             if isinstance(tensor, np.ndarray):
                 yield name, np.ascontiguousarray(tensor)
             elif tensor is not None:

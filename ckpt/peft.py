@@ -40,6 +40,8 @@ _TEXT, _NESTED_TEXT = _PREFIX + "model.", _PREFIX + "model.language_model."
 """What the names of a decoder's modules begin with, and those of one that is nested (`families.is_nested`).
 
 The hosted service leaves `language_model` out; PEFT and vLLM need it."""
+_OTHER_PREFIXES = {"model.language_model.": "model.", "language_model.": "", "backbone.": "model."}
+"""What names may begin with after PEFT's prefix, in families that know several, and what they become here."""
 
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
@@ -206,8 +208,11 @@ def load_adapter(directory: Path, config: ModelConfig, base: Unchanged | None = 
     where = f"PEFT adapter {directory.name}"
     adapter_config = _read_config(directory)
     tensors = _read_tensors(directory)
-    if getattr(FAMILIES[config.family], "PREFIXES", ()):  # as PEFT names them in models that see
-        tensors = {name.replace(_NESTED_TEXT, _TEXT, 1): x for name, x in tensors.items()}
+    if getattr(FAMILIES[config.family], "PREFIXES", ()):  # as PEFT names them, after the files
+        for theirs, ours in _OTHER_PREFIXES.items():
+            theirs, ours = _PREFIX + theirs, _PREFIX + ours
+            tensors = {name.replace(theirs, ours, 1): x for name, x in tensors.items()}
+    tensors = {name: x for name, x in tensors.items() if x.size or ".experts.w3." not in name}  # no gate
     wrapped: dict[str, expert_files.Wrapper] = {}
     in_blocks = frozenset(
         fused.module

@@ -99,15 +99,17 @@ class AdapterConfig:
         """Return the rank of the matrices whose lora_A has this module and shape.
 
         Stacked experts' lora_A has a row for every expert and rank, so the config tells the rank. Gate and up
-        are one parameter, with the ranks of both. The queries, keys and values of a delta net may each have a
-        share of the rank of their matrix."""
+        are one parameter, with the ranks of both. The matrices in a delta net's `in_proj_qkv`, or in the
+        `in_proj` of a Mamba-2, may each have a share of its rank."""
         if len(shape) == 2 and module.endswith(".experts"):
             return self.rank_of(f"{module}.down_proj")
         if len(shape) == 2 and module.endswith(".experts.base_layer"):
-            return self.rank_of(module.removesuffix("base_layer") + "gate_up_proj") // 2
-        if module.endswith(".in_proj_qkv") and self.is_in_blocks(module, 3):
-            return shape[-2] // 3
-        return shape[-2]
+            experts = module.removesuffix("base_layer")
+            if _is_named(f"{experts}up_proj", self.parameters):
+                return self.rank_of(f"{experts}up_proj")
+            return self.rank_of(f"{experts}gate_up_proj") // 2
+        count = {"in_proj_qkv": 3, "in_proj": 2}.get(module.rpartition(".")[2], 1)
+        return shape[-2] // count if count > 1 and self.is_in_blocks(module, count) else shape[-2]
 
     def overall(self, ranks: Iterable[int]) -> tuple[int, float]:
         """Return one rank and alpha for a whole adapter whose A matrices have these ranks.
@@ -262,10 +264,10 @@ def _parameters(value: Any) -> frozenset[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterError("target_parameters is not a list of strings")
     for name in names:
-        if name.rpartition(".")[2] not in ("gate_up_proj", "down_proj", "weight"):
+        if name.rpartition(".")[2] not in ("gate_up_proj", "up_proj", "down_proj", "weight"):
             raise AdapterError(
-                f"target_parameters is not supported for {_shown(name)}; only the experts' gate_up_proj and "
-                "down_proj, and the weights of linear modules ('mlp.up_proj.weight') are read"
+                f"target_parameters is not supported for {_shown(name)}; only the experts' gate_up_proj, "
+                "up_proj and down_proj, and the weights of linear modules ('mlp.up_proj.weight') are read"
             )
     return frozenset(names)
 

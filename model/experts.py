@@ -140,9 +140,9 @@ def mixture(
     is its size; the router chooses by x.
 
     On a mesh, every device sorts the tokens of its own rows. The experts' width is cut over `tensor`. Over
-    `expert`, each device has some of the experts: the devices exchange their tokens, each adds up its own experts' outputs
-    for all of these tokens, and the sums over devices return to the tokens' own devices. Other axes of the
-    matrices are gathered, as for dense layers.
+    `expert`, each device has some of the experts: the devices exchange their tokens, each adds up its own
+    experts' outputs for all of these tokens, and the sums over devices return to the tokens' own devices.
+    Other axes of the matrices are gathered, as for dense layers.
     """
     rows = len(x_BTD)
     if experts.clamp is not None:

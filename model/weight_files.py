@@ -29,6 +29,12 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 """The names of the embedding, after the prefix (`ModelConfig.prefix`), and of the head."""
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """The dtypes of tensors that can be read, by their safetensors names."""
+_COPIED_DTYPES = {
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (16, 32, 64)},
+    "BOOL": np.dtype(bool),
+}
+"""Those of tensors that are only ever copied (`copied`)."""
 
 _MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
 _COMPARED_BYTES = 64 << 20
@@ -183,8 +189,8 @@ def as_stored(folder: Path, config: ModelConfig) -> ModelConfig:
     prefixes, stacked = getattr(family, "PREFIXES", ()), getattr(family, "STACKED", {})
     if not prefixes and not stacked:
         return config
-    there = headers(folder)
-    prefix = next((each for each in prefixes if each + EMBEDDING in there), config.prefix)
+    there, embedding = headers(folder), family.TENSORS[EMBEDDING].removeprefix(_BASE_PREFIX)
+    prefix = next((each for each in prefixes if each + embedding in there), config.prefix)
     config = replace(config, prefix=prefix)
     for layer, mlp in config.mixtures.items() if stacked else ():
         gate_up, down = (
@@ -249,12 +255,18 @@ class MappedTensors:
             with stored.file.open("rb") as opened:
                 self._maps[stored.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         count = prod(stored.shape)
-        dtype = (DTYPES | packed.DTYPES)[stored.dtype]
+        dtype = (DTYPES | packed.DTYPES | _COPIED_DTYPES)[stored.dtype]
         view = np.frombuffer(self._maps[stored.file], dtype, count, offset=stored.begin)
         return view.reshape(stored.shape)
 
     def find(self, name: str) -> np.ndarray | None:
         return find(self._views, name)
+
+    def unread(self, name: str) -> np.ndarray | None:
+        """Return a tensor that no model computes with, such as a table of integers; None if its dtype is not
+        known."""
+        stored = self._stored[name]
+        return self._view(stored) if stored.dtype in packed.DTYPES | _COPIED_DTYPES else None
 
     def whole(self, name: str) -> np.ndarray | MxFp4 | Packed | None:
         """Return a tensor, packed or not; None if the files do not have it."""

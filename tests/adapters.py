@@ -47,7 +47,6 @@ def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
         delta = scale * (a @ b)
         if site.experts is None or not interleaved:
             delta = delta.transpose(-1, -2)
-        at = f"model.layers.{layer}."
         if site.experts is None:
             stack, _ = config.places[layer]
             placed = next(
@@ -58,17 +57,20 @@ def parameters_with(model, adapter, config: ModelConfig, scale: float) -> dict:
                 first, stop, _ = placed.part
                 delta = torch.nn.functional.pad(delta, (0, 0, first, placed.whole - stop))
             parameters[name] = parameters[name] + delta
-        elif site.name == "expert_down":
-            parameters[f"{at}mlp.experts.down_proj"] = parameters[f"{at}mlp.experts.down_proj"] + delta
+            continue
+        at = families.module_name(config, f"layers.{site.name}.weight", layer).rpartition(".experts.")[0]
+        if site.name == "expert_down" or config.layers[layer].mlp.plain:
+            name = f"{at}.experts.{site.name.removeprefix('expert_')}_proj"
+            parameters[name] = parameters[name] + delta
         else:
             experts.setdefault(at, {})[site.name] = delta
     for at, deltas in experts.items():
-        name = f"{at}mlp.experts.gate_up_proj"
+        name = f"{at}.experts.gate_up_proj"
         pair = [deltas["expert_gate"], deltas["expert_up"]]
         both = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=1)
         parameters[name] = parameters[name] + both
     if "unembed" in adapter:
-        head = parameters.get("lm_head.weight", parameters["model.embed_tokens.weight"])
+        head = parameters["lm_head.weight" if "lm_head.weight" in parameters else "model.embed_tokens.weight"]
         a, b = (tensor(adapter["unembed"][side]) for side in "ab")
         parameters["lm_head.weight"] = head + scale * (a @ b).T
     return parameters

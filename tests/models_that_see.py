@@ -42,14 +42,27 @@ WHOLES = {
     },
 }
 
+WITH_MAMBA = {
+    "nemotron_h_omni": {
+        "text_config": text("nemotron_h"),
+        "vision_config": TOWER
+        | {"model_type": "radio", "image_size": 8, "max_img_size": 16, "patch_size": 4}
+        | {"video_temporal_patch_size": 2},
+        "vision_hidden_size": 16,
+        "projector_hidden_size": 24,
+        "tie_word_embeddings": False,
+    },
+}
+"""PEFT refuses adapters of a Mamba-2's out_proj."""
+
 
 def write_model_that_sees(folder: Path, model_type: str) -> Any:
-    """Write a model of `WHOLES` into `folder`, without a tokenizer, and return it."""
+    """Write a model of `WHOLES` or `WITH_MAMBA` into `folder`, without a tokenizer, and return it."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **WHOLES[model_type])
+    config = AutoConfig.for_model(model_type, **(WHOLES | WITH_MAMBA)[model_type])
     model = AutoModelForImageTextToText.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

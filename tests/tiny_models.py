@@ -186,6 +186,29 @@ VARIANTS |= {
         "num_experts_per_tok": 3,
     },
 }
+VARIANTS["nemotron_h"] = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "hybrid_override_pattern": "MEME*-",
+    "head_dim": 16,
+    "intermediate_size": 44,
+    "layer_norm_epsilon": 1e-5,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 10,
+    "time_step_min": 0.05,  # often reached
+    "chunk_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 28,
+    "moe_latent_size": 20,
+    "tie_word_embeddings": False,
+}
 _SEES = {"qwen3_5"}
 """The model types whose config.json is nested, and whose files have more than the text half."""
 
@@ -249,6 +272,8 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         return _beside_others(random_weights(config["text_config"], seed), rng)
     if config["model_type"].startswith("qwen3_5"):
         return _hybrid(config, rng)
+    if config["model_type"] == "nemotron_h":
+        return _nemotron(config, rng)
     D, F = config["hidden_size"], config["intermediate_size"]
     N, K = config["num_attention_heads"], config["num_key_value_heads"]
     H = config.get("head_dim") or D // N
@@ -368,6 +393,59 @@ def _hybrid(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
             mixer[f"{norm}.weight"] = normal(D, scale=0.2)
         weights |= {at + name: array for name, array in mixer.items()}
     return weights
+
+
+def _nemotron(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A Nemotron-H, by its pattern of layers."""
+    D, V, N, K = (
+        config[key] for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    )
+    H, heads, E = config["head_dim"], config["mamba_num_heads"], config["n_routed_experts"]
+    inner, latent = heads * config["mamba_head_dim"], config["moe_latent_size"]
+    channels = inner + 2 * config["n_groups"] * config["ssm_state_size"]
+    attention = {"q": (N * H, D), "k": (K * H, D), "v": (K * H, D), "o": (D, N * H)}
+    widths = {f"experts.{expert}.": (config["moe_intermediate_size"], latent or D) for expert in range(E)}
+    widths["shared_experts."] = config["moe_shared_expert_intermediate_size"], D
+    mixture: dict[str, tuple[int, ...]] = {"gate.weight": (E, D), "gate.e_score_correction_bias": (E,)}
+    if latent:
+        mixture |= {"fc1_latent_proj.weight": (latent, D), "fc2_latent_proj.weight": (D, latent)}
+    for name, (width, into) in widths.items():
+        mixture |= {f"{name}up_proj.weight": (width, into), f"{name}down_proj.weight": (into, width)}
+    F = config["intermediate_size"]
+    sizes: dict[str, dict[str, tuple[int, ...]]] = {
+        "M": {
+            "in_proj.weight": (inner + channels + heads, D),
+            "conv1d.weight": (channels, 1, config.get("conv_kernel", 4)),
+            "conv1d.bias": (channels,),
+            "A_log": (heads,),
+            "D": (heads,),
+            "dt_bias": (heads,),
+            "norm.weight": (inner,),
+            "out_proj.weight": (D, inner),
+        },
+        "*": {f"{name}_proj.weight": size for name, size in attention.items()},
+        "-": {"up_proj.weight": (F, D), "down_proj.weight": (D, F)},
+        "E": mixture,
+    }
+
+    def made(name: str, size: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(size)
+        if name.endswith("A_log"):
+            x = np.log(rng.uniform(0.05, 4, size))
+        elif name.endswith("dt_bias"):
+            x -= 2
+        elif len(size) == 2 and "embeddings" not in name:
+            x /= np.sqrt(size[1])
+        elif len(size) == 1:
+            x = 1 + 0.2 * x if "norm" in name else 0.3 * x
+        return x.astype(np.float32)
+
+    named: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (V, D)}
+    for layer, letter in enumerate(config["hybrid_override_pattern"]):
+        named[f"backbone.layers.{layer}.norm.weight"] = (D,)
+        named |= {f"backbone.layers.{layer}.mixer.{name}": size for name, size in sizes[letter].items()}
+    named |= {"backbone.norm_f.weight": (D,), "lm_head.weight": (V, D)}
+    return {name: made(name, size) for name, size in named.items()}
 
 
 def _sandwiched(weights: dict[str, np.ndarray], norm: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:

@@ -29,6 +29,8 @@ from . import (
     kimi_k25,
     llama,
     mistral,
+    nemotron_h,
+    nemotron_h_omni,
     phi3,
     qwen2,
     qwen3,
@@ -48,6 +50,8 @@ FAMILIES: dict[str, ModuleType] = {
     "kimi_k25": kimi_k25,
     "llama": llama,
     "mistral": mistral,
+    "nemotron_h": nemotron_h,
+    "nemotron_h_omni": nemotron_h_omni,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
@@ -138,9 +142,9 @@ def in_files(config: ModelConfig, name: str) -> str:
     """Return the name that the tensor of a family's table has in the model's files."""
     if name.startswith(PREFIX):
         return config.prefix + name.removeprefix(PREFIX)
-    # The head lies beside the part that is called `model`.
+    # The head lies beside the part that is called `model`, or `backbone`.
     parents = config.prefix.split(".")[:-1]
-    return ".".join([*parents[:-1], name]) if parents[-1:] == ["model"] else name
+    return ".".join([*parents[:-1], name]) if parents[-1] in ("model", "backbone") else name
 
 
 def is_nested(config: ModelConfig) -> bool:

@@ -66,7 +66,7 @@ def read(hf: dict[str, Any]) -> ModelConfig:
     mlp = GatedMlp(hidden, whole(hf, "intermediate_size"))
     mlps: list[GatedMlp | Experts] = [mlp] * min(dense, num_layers)
     if dense < num_layers:
-        mlps += [_experts(hf, hidden)] * (num_layers - dense)
+        mlps += [read_experts(hf, hidden)] * (num_layers - dense)
     llama.refuse_unknown_arithmetic(
         {key: value for key, value in hf.items() if key not in ("num_experts", "num_local_experts")}
     )
@@ -119,7 +119,8 @@ def _score_factor(hf: dict[str, Any]) -> float:
     return 1.0 if factor <= 1 else (0.1 * number(rope, "mscale_all_dim") * math.log(factor) + 1.0) ** 2
 
 
-def _experts(hf: dict[str, Any], hidden: int) -> Experts:
+def read_experts(hf: dict[str, Any], hidden: int) -> Experts:
+    """Convert what config.json says of a mixture with a sigmoid router."""
     # transformers has both names for it
     count = whole(hf, "num_local_experts" if "num_local_experts" in hf else "n_routed_experts", 256)
     width, chosen = whole(hf, "moe_intermediate_size", 2048), whole(hf, "num_experts_per_tok", 8)

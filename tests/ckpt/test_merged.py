@@ -94,7 +94,7 @@ def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
     )
     tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if variant in ("gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe"):  # PEFT has no such adapters
+    if variant in ("gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe", "nemotron_h"):  # PEFT has no such
         changed = parameters_with(plain, adapter, config, ALPHA / RANK)
 
         def beside(tokens):

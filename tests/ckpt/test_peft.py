@@ -120,7 +120,8 @@ def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, form
 
     folder = write_model(tmp_path / "base", variant)
     config = read_config(folder)
-    adapter = random_adapter(config, train_unembed=train_unembed)
+    # PEFT refuses adapters of a Mamba-2's out_proj
+    adapter = random_adapter(config, train_unembed=train_unembed, train_attn=variant != "nemotron_h")
     names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny", "experts": form}
     peft.save_adapter(tmp_path / "a", adapter, config, **names)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)))
@@ -196,6 +197,9 @@ def test_experts_in_the_form_of_the_hosted_service(tmp_path):
         ("qwen3_5_moe", "shared", {}),
         ("qwen3_5_moe", "per_expert", {}),
         ("qwen3_5_moe", "target_parameters", {}),
+        ("nemotron_h", "shared", {}),
+        ("nemotron_h", "per_expert", {}),
+        ("nemotron_h", "target_parameters", {}),
     ],
 )
 def test_adapters_of_experts_survive_every_form(tmp_path, variant, form, overrides):
@@ -207,6 +211,52 @@ def test_adapters_of_experts_survive_every_form(tmp_path, variant, form, overrid
     assert before.keys() == after.keys()
     for path, array in before.items():
         np.testing.assert_array_equal(array, after[path])
+
+
+def changed_adapter(folder, change):
+    """Change the tensors of an adapter's file."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_adapters_of_a_mamba_as_others_write_them(tmp_path):
+    """The hosted service has an empty w3 of experts without a gate; PEFT knows the model as `backbone`, and
+    in_proj as one matrix, of which B, C and the time steps have no adapter here."""
+    config = read_config(write_model(tmp_path / "base", "nemotron_h", tokenizer=False))
+    adapter = random_adapter(config)
+    names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny"}
+    peft.save_adapter(tmp_path / "hosted", adapter, config, **names)
+    first = "base_model.model.model.layers."
+
+    def with_empty_w3(tensors):
+        assert f"{first}1.mixer.experts.w1.lora_A.weight" in tensors
+        assert f"{first}0.mixer.x_proj.lora_A.weight" in tensors
+        for side in "AB":
+            tensors[f"{first}1.mixer.experts.w3.lora_{side}.weight"] = np.zeros((0, RANK, 0), np.float32)
+        for name in [*tensors]:
+            tensors[name.replace("base_model.model.model.", "base_model.model.backbone.")] = tensors.pop(name)
+
+    changed_adapter(tmp_path / "hosted", with_empty_w3)
+    found = peft.load_adapter(tmp_path / "hosted", config).adapter
+    assert leaves(found).keys() == leaves(adapter).keys()
+    for path, array in leaves(adapter).items():
+        np.testing.assert_array_equal(array, leaves(found)[path])
+
+    peft.save_adapter(tmp_path / "whole", adapter, config, experts="target_parameters", **names)
+    (width,) = {
+        x.shape[0] for n, x in load_file(tmp_path / "base" / "model.safetensors").items() if "in_proj" in n
+    }
+
+    def with_changed_steps(tensors):
+        b = tensors[f"{first}0.mixer.in_proj.lora_B.weight"]
+        assert b.shape == (width, 2 * RANK)
+        b[-1] = 1
+
+    changed_adapter(tmp_path / "whole", with_changed_steps)
+    with pytest.raises(peft.AdapterError, match=r"in_proj\.lora_B changes rows that are never trained"):
+        peft.load_adapter(tmp_path / "whole", config)
 
 
 @pytest.mark.parametrize(

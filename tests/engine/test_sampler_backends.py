@@ -59,7 +59,9 @@ def test_samples_are_those_of_the_cpus_programs(model, expected, backend):
     assert_same(answers(model, make_sampler(model, backend=backend)), expected)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_5_moe", "nemotron_h"]
+)
 def test_samples_of_other_families_are_those_of_the_cpus_programs(tmp_path, variant):
     model = load_tiny(tmp_path, variant)
     assert_same(answers(model, make_sampler(model, backend="reference")), answers(model, make_sampler(model)))

@@ -21,7 +21,12 @@ def generate(model, prompt, adapter=None):
         merge(hf, adapter, model.config)
     with torch.no_grad():
         out = hf.generate(
-            torch.tensor(prompt[None]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
+            torch.tensor(prompt[None]),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            # transformers leaves the least time step out when a cache is used
+            use_cache=model.config.family != "nemotron_h",
         )
     return out[0, len(prompt) :].tolist()
 

@@ -1,4 +1,4 @@
-"""Models with a state of every sequence (delta nets): prefixes, copies and preemption change no log-prob."""
+"""Models with states (of delta nets, Mamba-2): prefixes, copies and preemption change no log-prob."""
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from tinsmith.model.kv_cache import bytes_per_sequence
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load_tiny(tmp_path_factory.mktemp("states"), "qwen3_5")
+@pytest.fixture(scope="module", params=["qwen3_5", "nemotron_h"])
+def model(tmp_path_factory, request):
+    overrides = {"hybrid_override_pattern": "ME*"} if request.param == "nemotron_h" else {}
+    return load_tiny(tmp_path_factory.mktemp("states"), request.param, **overrides)
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,7 @@ def sample_in_a_crowd(sampler, asked, key):
         ("deepseek_v3", lora()),
         pytest.param("qwen3_5", lora(), marks=pytest.mark.slow),
         ("qwen3_5_moe", lora()),
+        ("nemotron_h", lora()),
         ("llama", None),
     ],
     ids=[
@@ -85,6 +86,7 @@ def sample_in_a_crowd(sampler, asked, key):
         "deepseek_v3",
         "qwen3_5",
         "qwen3_5_moe",
+        "nemotron_h",
         "full weights",
     ],
 )

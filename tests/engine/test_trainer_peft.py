@@ -97,9 +97,11 @@ def test_lora_training_equals_peft(tmp_path, variant):
     assert len(trainer.compiled) == 3  # forward_backward of one shape, accumulate, optim_step
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe", "nemotron_h"]
+)
 def test_lora_training_of_what_peft_has_no_adapters_for_equals_torch(tmp_path, variant):
-    """torch's Adam on the same factors: those of experts, and those of the rows of delta nets' matrices."""
+    """torch's Adam on the same factors: experts', and those of rows of delta nets' and Mamba-2's matrices."""
     from transformers import AutoModelForCausalLM
 
     trainer = make_trainer(tmp_path / "model", variant)

@@ -27,6 +27,8 @@ def targets(packed_rows):
     return np.random.default_rng(5).integers(0, 320, packed_rows.tokens.shape)
 
 
+DENSE = {"hybrid_override_pattern": "M-*M-"}
+WITHOUT_LATENTS = {"hybrid_override_pattern": "ME*EM", "moe_latent_size": None}
 MIXED = {"mlp_only_layers": [1], "norm_topk_prob": False}  # two kinds of layers: dense and with experts
 
 
@@ -40,6 +42,9 @@ MIXED = {"mlp_only_layers": [1], "norm_topk_prob": False}  # two kinds of layers
         ("deepseek_v3", {}),
         ("qwen3_5", {}),
         ("qwen3_5_moe", {}),
+        ("nemotron_h", {}),
+        ("nemotron_h", DENSE),
+        ("nemotron_h", WITHOUT_LATENTS),
     ],
 )
 def test_log_probs_and_gradients_equal_torch_s(tmp_path, packed_rows, targets, variant, overrides):
@@ -83,7 +88,7 @@ def test_log_probs_and_gradients_equal_torch_s(tmp_path, packed_rows, targets, v
         assert error < 1e-3, (jax.tree_util.keystr(path), error)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "qwen3_5_moe"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "qwen3_5_moe", "nemotron_h"])
 def test_rows_of_several_adapters_equal_each_adapter_alone(tiny, packed_rows, targets, variant):
     model = tiny(variant)
     adapters = tuple(random_adapter(model.config, seed, RANK) for seed in range(3))
@@ -178,7 +183,7 @@ def test_given_experts_are_used_with_the_router_s_own_weights(tmp_path, variant,
         assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-3
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_moe"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_moe", "nemotron_h"])
 def test_a_router_s_own_choices_given_to_it_change_nothing(tiny, variant):
     """Its own choices are found by leaving all others out: the tokens that each expert gets stay the same."""
     model = tiny(variant)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tinsmith.ckpt import merged
 from tinsmith.model import decoder, load, weight_files
-from tinsmith.model.config import DeltaNet, GatedMlp, UnsupportedModelError
+from tinsmith.model.config import DeltaNet, Experts, GatedMlp, Mamba2, PlainMlp, UnsupportedModelError
 from tinsmith.model.families import FAMILIES, tensor_shapes
 from tinsmith.model.folder import read_config, stated_config
 from tiny_models import hf_config, write_model
@@ -235,11 +235,12 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     config, theirs = read_config(tmp_path), AutoConfig.for_model(family).get_text_config()
+    is_nemotron = family.startswith("nemotron_h")
     same = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
         "num_layers": "num_hidden_layers",
-        "rms_norm_eps": "rms_norm_eps",
+        "rms_norm_eps": "layer_norm_epsilon" if is_nemotron else "rms_norm_eps",
         "max_sequence_length": "max_position_embeddings",
         "tie_embeddings": "tie_word_embeddings",
     }
@@ -249,9 +250,12 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family
     assert {name: getattr(config, name) for name in same} == {
         name: getattr(theirs, their) for name, their in same.items()
     }
-    mixer = next(layer.mixer for layer in config.layers if not isinstance(layer.mixer, DeltaNet))
+    mixer = config.attentions[0]
     eos = getattr(theirs, "eos_token_id", None)
     assert config.eos_token_ids == (() if eos is None else (eos,))
+    if is_nemotron:
+        assert_as_nemotron_s_defaults(config, theirs)
+        return
     rope = theirs.rope_parameters.get(SLIDING, theirs.rope_parameters)
     assert (mixer.heads, mixer.rope.theta) == (theirs.num_attention_heads, rope["rope_theta"])
     if family.startswith("gemma3"):
@@ -303,6 +307,46 @@ def assert_as_qwen3_5_s_defaults(config, theirs):
             theirs.num_experts_per_tok,
             theirs.shared_expert_intermediate_size,
         )
+
+
+def assert_as_nemotron_s_defaults(config, theirs):
+    parts = [layer.mixer or layer.mlp for layer in config.layers]
+    of_type = {"linear_attention": Mamba2, "mlp": PlainMlp, "moe": Experts}
+    assert [type(part) for part in parts if part not in config.attentions] == [
+        of_type[each] for each in theirs.layers_block_type if each != "full_attention"
+    ]
+    by_type = dict(zip(theirs.layers_block_type, parts, strict=True))
+    mamba, attention = by_type["linear_attention"], by_type["full_attention"]
+    assert (mamba.heads, mamba.head_dim, mamba.groups, mamba.state_dim, mamba.taps, mamba.least_step) == (
+        theirs.mamba_num_heads,
+        theirs.mamba_head_dim,
+        theirs.n_groups,
+        theirs.ssm_state_size,
+        theirs.conv_kernel,
+        theirs.time_step_min,
+    )
+    assert mamba.conv_biased == theirs.use_conv_bias
+    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.rope.dims) == (
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+        theirs.head_dim,
+        0,
+    )
+    assert by_type["mlp"].width == theirs.intermediate_size
+    mlp = by_type["moe"]
+    assert (mlp.count, mlp.chosen, mlp.width, mlp.shared, mlp.latent, mlp.normalised) == (
+        theirs.n_routed_experts,
+        theirs.num_experts_per_tok,
+        theirs.moe_intermediate_size,
+        theirs.moe_shared_expert_intermediate_size,
+        theirs.moe_latent_size,
+        theirs.norm_topk_prob,
+    )
+    assert (mlp.sigmoid.groups, mlp.sigmoid.groups_chosen, mlp.sigmoid.scaling) == (
+        theirs.n_group,
+        theirs.topk_group,
+        theirs.routed_scaling_factor,
+    )
 
 
 def assert_as_deepseek_s_defaults(config, theirs):
@@ -395,6 +439,15 @@ PARTIAL = {"partial_rotary_factor": 0.5}
         ("qwen3_5_moe", {"linear_num_value_heads": 3}, "not a multiple of linear_num_key_heads"),
         ("qwen3_5_moe", {"attn_output_gate": False}, "attn_output_gate False"),
         ("qwen3_5", {"text_config": [1]}, "text_config is"),
+        ("nemotron_h", {"hybrid_override_pattern": "MEME"}, "hybrid_override_pattern has no attention"),
+        ("nemotron_h", {"hybrid_override_pattern": "MX*"}, "hybrid_override_pattern: 'X' is not supported"),
+        ("nemotron_h", {"layers_block_type": ["mamba", 3]}, "layers_block_type: 3 is not supported"),
+        ("nemotron_h", {"mamba_n_groups": 4}, r"mamba_num_heads \(6\) is not a multiple of n_groups \(4\)"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu'"),
+        ("nemotron_h", {"use_bias": True}, "use_bias True"),
+        ("nemotron_h", {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
+        ("nemotron_h", {"sliding_window": 64}, "sliding_window 64"),
+        ("nemotron_h", {"n_shared_experts": 2}, "n_shared_experts 2"),
     ],
 )  # fmt: skip
 def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, variant, change, message):

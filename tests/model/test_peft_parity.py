@@ -58,7 +58,7 @@ def peft_model(tiny, adapter):
     [
         each
         for each in VARIANTS
-        if each not in ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe")
+        if each not in ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5", "qwen3_5_moe", "nemotron_h")
     ],
 )  # test_experts
 def test_log_probs_and_gradients_equal_peft_s(tiny, packed_rows, variant):

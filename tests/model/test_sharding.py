@@ -28,6 +28,7 @@ from tiny_models import write_model
         ("deepseek_v3", ["data=2,fsdp=2,tensor=2", "expert=8"]),
         pytest.param("qwen3_5", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
+        ("nemotron_h", ["data=2,fsdp=2,tensor=2"]),
     ],
 )
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import random_adapter
-from models_that_see import WHOLES, write_model_that_sees
+from models_that_see import WHOLES, WITH_MAMBA, write_model_that_sees
 from safetensors.numpy import load_file, save_file
 from tinsmith.ckpt.merged import in_memory, save_merged
 from tinsmith.ckpt.peft import save_adapter
@@ -44,7 +44,7 @@ def ours(folder):
     return config, base, np.asarray(jax.nn.log_softmax(hidden[0] @ decoder.unembed(base).T))
 
 
-@pytest.mark.parametrize("whole", WHOLES, indirect=True)
+@pytest.mark.parametrize("whole", [*WHOLES, *WITH_MAMBA], indirect=True)
 def test_log_probs_are_those_of_the_whole_model_and_exports_have_its_files(tmp_path, whole):
     folder, model = whole
     config, base, found = ours(folder)
