@@ -17,7 +17,13 @@ def run(file: Path) -> None:
     """Run one notebook; a cell that fails raises CellExecutionError. No folder of this machine is stored."""
     notebook = nbformat.read(file, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=CELL_SECONDS, record_timing=False, resources=resources).execute()
+    NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        record_timing=False,
+        coalesce_streams=True,  # of a progress bar the end alone is stored
+        resources=resources,
+    ).execute()
     text = nbformat.writes(notebook).replace(f"{Path.home()}/", "~/")
     file.write_text(text + "\n")
 
