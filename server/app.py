@@ -59,7 +59,7 @@ from .models.samplers import LiveSamplers, Samplers
 from .models.sessions import NamedModels, Sessions
 from .models.submits import RefusedSaves, SampleSubmits, Saves, Submits, UnusedNumbers
 from .offload import Offload
-from .operations.answers import KEPT
+from .operations.answers import KEPT, SAVES
 from .operations.dispatcher import Dispatcher
 from .operations.operation import stream_of
 from .operations.operations import Operations
@@ -234,7 +234,7 @@ class Application:
 
         # Plugins that watch or train models.
         self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
-        self.operations.finished.subscribe(self.wandb.answered)
+        self.operations.finished.subscribe(self.wandb.answered, "forward_backward", "optim_step")
         self.spans: OperationSpans | None = None
         if settings.otlp_endpoint is not None:
             from .plugins.tracing import OperationSpans
@@ -242,7 +242,7 @@ class Application:
             self.spans = OperationSpans(settings.otlp_endpoint)
             self.operations.finished.subscribe(self.spans.answered)
         self.operations.finished.subscribe(OperationMetrics(self.metrics.registry).answered)
-        self.operations.finished.subscribe(self.sweep.written)
+        self.operations.finished.subscribe(self.sweep.written, *SAVES, "save_unnamed_sampler")
         self.snapshots.written.subscribe(self.sweep.snapshot_written)
         self.metrics.registry.register(
             ServerMetrics(self.engine, self.operations, self.runs, recovery, ledger, disk, self.sweep)

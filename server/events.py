@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Event(Generic[P]):
-    """Something that happens repeatedly. Its owner calls it, and the call reaches all listeners in the order
-    in which they subscribed, usually at construction."""
-
-    def __init__(self) -> None:
-        self._listeners: list[Callable[P, None]] = []
+class Event(list[Callable[P, None]]):
+    """Something that happens repeatedly: the list of its listeners, in the order in which they subscribed,
+    usually at construction. Its owner calls it, or each of them."""
 
     def subscribe(self, listener: Callable[P, None]) -> None:
         """Call `listener` from now on."""
-        self._listeners.append(listener)
+        self.append(listener)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        for listener in self._listeners:
+        for listener in self:
             listener(*args, **kwargs)
+
+
+class EventByKind(dict[str, list[Callable[[T], None]]], Generic[T]):
+    """An event that happens to things of several kinds, with the listeners to each kind. Its owner calls
+    those of the thing's kind: `for listener in event[kind]: listener(thing)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._subscribed: list[tuple[Callable[[T], None], tuple[str, ...]]] = []
+
+    def subscribe(self, listener: Callable[[T], None], *kinds: str) -> None:
+        """Call `listener` from now on; without `kinds`, for things of any kind."""
+        self._subscribed.append((listener, kinds))
+        self.clear()
+
+    def __missing__(self, kind: str) -> list[Callable[[T], None]]:
+        """Collect the listeners to a kind, in the order in which they subscribed."""
+        self[kind] = [listener for listener, kinds in self._subscribed if not kinds or kind in kinds]
+        return self[kind]
 
 
 class Tasks:

@@ -28,6 +28,7 @@ class Disk:
         self._folders = [data_dir] if ledger_dir is None else [data_dir, ledger_dir]
         self.reserve_bytes = reserve_bytes
         self._asked_at = float("-inf")
+        self.has_room_until = float("-inf")  # of time.monotonic: `require_room` need not be called before
         self._usage = (0, 0)
 
     def usage(self) -> tuple[int, int]:
@@ -47,6 +48,7 @@ class Disk:
                 f"the server's disk has {free >> 20} MiB left, of which {self.reserve_bytes >> 20} MiB are "
                 "kept in reserve; nothing was accepted; send it again when there is room"
             )
+        self.has_room_until = self._asked_at + _FRESH_SECONDS
 
 
 # --- files that only the server's user can read, whatever the umask says

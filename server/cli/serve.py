@@ -141,14 +141,18 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task | None = None
+        self._watches: list[asyncio.Task[None]] = []
         self.failed = False  # to start, or to stop in order
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        watches = [asyncio.ensure_future(each) for each in (self._watch_start(), self._watch_lease())]
-        await super().serve(sockets)
-        for watch in watches:
+        self._watches = [asyncio.ensure_future(each) for each in (self._watch_start(), self._watch_lease())]
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for watch in self._watches:
             watch.cancel()
+        await super().shutdown(sockets)
 
     async def _watch_start(self) -> None:
         """Stop if the engine cannot start at all, because it could not the next time either."""

@@ -7,7 +7,7 @@ payload stays until its session ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from sqlalchemy import (
     update,
 )
 
+from . import accounts, step_metrics
+from .payloads import ADD as ADD_PAYLOAD
+from .payloads import DROP as DROP_PAYLOAD
+from .payloads import Stored
 from .schema import models, operations, payloads
 from .tenancy import ROW_BYTES, charge
 
@@ -36,26 +40,33 @@ def _with_sizes() -> Select:
 
 # Statements of every operation, built once: SQLAlchemy takes longer to build and key one than to run it.
 _ADD = insert(operations)
-_BY_NATURAL_KEY = _with_sizes().where(operations.c.natural_key == bindparam("key"))
+BY_NATURAL_KEY = _with_sizes().where(operations.c.natural_key == bindparam("key"))
 _BY_ID = _with_sizes().where(operations.c.id == bindparam("key"))
 _FINISH = update(operations).where(operations.c.id == bindparam("key"), operations.c.state == "accepted")
 _ADVANCE = update(models).where(models.c.id == bindparam("key"), models.c.executed_seq < bindparam("seq"))
 
 
 def find_by_natural_key(connection: Connection, natural_key: str) -> Row | None:
-    return connection.execute(_BY_NATURAL_KEY, {"key": natural_key}).first()
+    return connection.execute(BY_NATURAL_KEY, {"key": natural_key}).first()
 
 
 def find(connection: Connection, request_id: str) -> Row | None:
     return connection.execute(_BY_ID, {"key": request_id}).first()
 
 
-def add(connection: Connection, **values: Any) -> None:
-    """Add an operation. One that is not `accepted` is finished, and comes with its answer."""
+def add(connection: Connection, values: dict[str, Any], stored: Stored | None = None) -> None:
+    """Add an operation, and its payload, if the engine is to compute it.
+
+    One that is not `accepted` is finished, and comes with its answer.
+    """
     now = time.time()
-    if values["state"] != "accepted":
-        values |= {"finished_at": now, "answer_bytes": len(values["answer"])}
-    connection.execute(_ADD, values | {"accepted_at": now})
+    row = values | {"accepted_at": now}
+    if row["state"] != "accepted":
+        row |= {"finished_at": now, "answer_bytes": len(row["answer"])}
+    connection.execute(_ADD, row)
+    if stored is not None:
+        key = {"operation_id": row["id"], "model_id": row.get("model_id"), "seq_id": row.get("seq_id")}
+        connection.execute(ADD_PAYLOAD, key | vars(stored))
 
 
 def finish(
@@ -75,6 +86,34 @@ def finish(
         "finished_at": time.time(),
     }
     return connection.execute(_FINISH, values).rowcount == 1
+
+
+def finish_training(
+    connection: Connection,
+    operation_id: str,
+    kind: str,
+    model_id: str,
+    seq_id: int,
+    answer: bytes,
+    device_seconds: float,
+    trained: int,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write the answer of a pass or a step that was done, and what follows from it if it is the first one:
+    the `trained` tokens are counted, and the metrics kept. Non-finite metrics are left out."""
+    is_first = finish(connection, operation_id, "done", answer, device_seconds)
+    now = time.time()
+    turn = {"key": model_id, "seq": seq_id, "executed_seq": seq_id, "last_request_at": now}
+    connection.execute(_ADVANCE, turn)
+    if not is_first:
+        return
+    if kind == "forward":  # a replay does not need it
+        connection.execute(DROP_PAYLOAD, {"key": operation_id})
+    if trained:
+        accounts.add_model_usage(connection, model_id, {"trained": trained})
+    step = None if (made := metrics.get("optimizer_step")) is None else int(made)
+    measured = {**metrics, "device_seconds:sum": device_seconds}
+    step_metrics.add(connection, model_id, kind, seq_id, measured, step)
 
 
 def advance(connection: Connection, model_id: str, seq_id: int) -> None:

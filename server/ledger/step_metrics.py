@@ -42,7 +42,8 @@ def add(
     step: int | None = None,
 ) -> None:
     """Add the metrics of one operation of the model. Non-finite values are left out."""
-    kept = _kept(metrics)
+    finite = [(name[:_MOST_NAME], value) for name, value in metrics.items() if math.isfinite(value)]
+    kept = dict(finite[:_MOST_METRICS])
     values = {
         "model_id": model_id,
         "kind": kind,
@@ -69,11 +70,6 @@ def report(connection: Connection, model_id: str, step: int, metrics: Mapping[st
     kept = {name: value for name, value in earlier.items() if name not in metrics}
     add(connection, model_id, _REPORTED, step, dict(metrics) | kept, step)
     thin(connection, model_id)
-
-
-def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
-    finite = ((name, value) for name, value in metrics.items() if math.isfinite(value))
-    return {name[:_MOST_NAME]: value for name, value in list(finite)[:_MOST_METRICS]}
 
 
 def since(connection: Connection, model_id: str, number: int, reported_at: float) -> Sequence[Row]:

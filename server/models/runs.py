@@ -73,7 +73,7 @@ class Runs:
         self.ending: Event[[Run]] = Event()
         self.finished: Event[[str]] = Event()
         dispatcher.released.subscribe(self._release)
-        operations.finished.subscribe(self._note_creation)
+        operations.finished.subscribe(self._note_creation, "create_model")
 
     # --- finding and creating
 
@@ -133,7 +133,10 @@ class Runs:
         Raises BadRequest for a model whose creation failed, or whose base model has other weights
         now.
         """
-        run = await self.find(owner, run_id)
+        run = self._known.get(run_id)
+        if run is None or run.owner != owner:
+            run = await self.find(owner, run_id)
+        run.found_at = time.monotonic()
         if run.state == "finished":
             raise _gone(run, run_id)
         if run.state == "failed":
@@ -213,8 +216,6 @@ class Runs:
         return operation
 
     def _note_creation(self, operation: Operation) -> None:
-        if operation.kind != "create_model":
-            return
         run = self._known.get(operation.model_id)
         if run is not None and run.state == "creating":
             run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"

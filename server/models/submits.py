@@ -77,18 +77,15 @@ class UnusedNumbers:
             key = natural_key(model_id, seq_id)
             if rows.find_by_natural_key(connection, key) is not None:
                 return False
-            rows.add(
-                connection,
-                id=request_id,
-                owner=owner,
-                natural_key=key,
-                kind=operation.kind,
-                model_id=model_id,
-                seq_id=seq_id,
-                reply={},
-                state="rejected",
-                answer=messages.encode(failure),
-            )
+            row: dict[str, Any] = {
+                "id": request_id,
+                "owner": owner,
+                "natural_key": key,
+                "kind": operation.kind,
+                "reply": {},
+            }
+            row |= {"model_id": model_id, "seq_id": seq_id}
+            rows.add(connection, row | {"state": "rejected", "answer": messages.encode(failure)})
             return True
 
         if await self._ledger.write(change):

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from sqlalchemy import Connection
 
 from ...engine import messages
-from ..ledger import accounts, step_metrics, tenancy
+from ..ledger import accounts, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
 from .operation import Answer, Operation, held_bytes
@@ -23,6 +23,8 @@ REPLAYED = frozenset(
 KEPT = frozenset({"create_custom_loss"})
 """Operations whose payloads stay in the ledger: uploaded losses, for later operations."""
 _KEPT_WHEN_DONE = REPLAYED | KEPT
+SAVES = ("save_weights", "save_weights_for_sampler", "save_weights_external")
+"""Operations that save a checkpoint."""
 _REMEMBERED_BYTES = 16 << 20
 _OPERATION_BYTES = 2048  # its objects, whatever is in them
 
@@ -75,7 +77,8 @@ class RememberedAnswers:
 def settle(
     connection: Connection, operation: Operation, answer: Answer, ran: bool, sample: messages.Sample | None
 ) -> None:
-    """Write what follows from an operation's first answer.
+    """Write what follows from an operation's first answer; of a pass or step that was done,
+    `ledger.operations.finish_training` writes it.
 
     `ran`: an engine has begun the operation. `sample` is what a sample asked for.
     """
@@ -83,18 +86,6 @@ def settle(
     output = answer.output if isinstance(answer, messages.Done) else None
     if operation.used:
         _add_usage(connection, operation, sample)
-    match output:
-        case messages.ForwardBackwardOutput(metrics=metrics) | messages.OptimStepOutput(metrics=metrics):
-            step = metrics.get("optimizer_step")
-            step_metrics.add(
-                connection,
-                operation.model_id,
-                operation.kind,
-                operation.seq_id,
-                metrics | {"device_seconds:sum": answer.device_seconds},
-                None if step is None else int(step),
-            )
-            return
     if operation.kind == "save_unnamed_sampler":
         if output is not None:
             tenancy.publish_inflight(connection, operation.reply["sampling_session_id"])
@@ -102,7 +93,7 @@ def settle(
         saved = checkpoint_rows.settle(connection, operation.request_id, output.size_bytes)
         if saved is not None:
             checkpoint_rows.record(connection, saved, "saved", size_bytes=output.size_bytes)
-    elif operation.kind in ("save_weights", "save_weights_for_sampler", "save_weights_external"):
+    elif operation.kind in SAVES:
         checkpoint_rows.settle(connection, operation.request_id, None)
     elif operation.kind == "create_model":
         state = "failed" if output is None else "ready"

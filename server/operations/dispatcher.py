@@ -76,7 +76,8 @@ class Dispatcher:
         while (operation := lane.held.pop(lane.next_seq, None)) is not None:
             lane.next_seq += 1
             if not operation.settled:
-                self.released(operation)
+                for release in self.released:
+                    release(operation)
         moved = lane.next_seq != started_at
         if lane.gap_timer is not None and (moved or not lane.held):
             lane.gap_timer.cancel()

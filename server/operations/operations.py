@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Coroutine, Iterable
 from functools import partial
@@ -19,10 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ...engine import logs, messages
 from ..errors import ApiError, BadRequest
-from ..events import Event
+from ..events import Event, EventByKind
 from ..files import Disk
 from ..ledger import operations as rows
-from ..ledger import payloads as payload_rows
 from ..ledger import retention
 from ..ledger.ledger import Ledger
 from ..ledger.payloads import PayloadLost, Stored
@@ -38,6 +38,7 @@ log = logging.getLogger("tinsmith.operations")
 T = TypeVar("T")
 
 _CANCELLED = "cancelled"
+_TRAINED = (messages.ForwardBackwardOutput, messages.OptimStepOutput)
 
 
 class PendingOperations(dict[str, Operation]):
@@ -87,7 +88,7 @@ class Operations:
         self._payloads = payloads
         self._dispatcher = dispatcher
         self._drawer = drawer
-        self.finished: Event[[Operation]] = Event()
+        self.finished: EventByKind[Operation] = EventByKind()
         self.weights_missing: Event[[Operation, str]] = Event()
         self._pending = PendingOperations()
         self._remembered = RememberedAnswers()
@@ -189,28 +190,29 @@ class Operations:
                 return first
         if is_past:
             raise BadRequest(f"seq_id {operation.seq_id} of this model had its turn; use a new number")
-        self._disk.require_room()
-        request_id, model_id = operation.request_id, operation.model_id or None
-        answer = submission.also(connection, request_id) if submission.also else None
+        if time.monotonic() > self._disk.has_room_until:
+            self._disk.require_room()
+        answer = submission.also(connection, operation.request_id) if submission.also else None
         state = "accepted" if answer is None else "done" if isinstance(answer, messages.Done) else "failed"
         rows.add(
             connection,
-            id=request_id,
-            owner=operation.owner,
-            natural_key=submission.natural_key,
-            kind=operation.kind,
-            model_id=model_id,
-            seq_id=operation.seq_id or None,
-            session_id=submission.session_id,
-            sampler_id=submission.sampler_id,
-            sample_number=submission.sample_number,
-            reply=operation.reply,
-            dialect=operation.dialect,
-            state=state,
-            answer=None if answer is None else messages.encode(answer),
+            {
+                "id": operation.request_id,
+                "owner": operation.owner,
+                "natural_key": submission.natural_key,
+                "kind": operation.kind,
+                "model_id": operation.model_id or None,
+                "seq_id": operation.seq_id or None,
+                "session_id": submission.session_id,
+                "sampler_id": submission.sampler_id,
+                "sample_number": submission.sample_number,
+                "reply": operation.reply,
+                "dialect": operation.dialect,
+                "state": state,
+                "answer": None if answer is None else messages.encode(answer),
+            },
+            stored if answer is None else None,
         )
-        if answer is None and stored is not None:
-            payload_rows.add(connection, request_id, model_id, operation.seq_id or None, stored)
         return answer
 
     def _first(self, row: Row) -> Operation:
@@ -329,7 +331,21 @@ class Operations:
                 sample = _sample(payload)
         if isinstance(answer, messages.Done):
             operation.used = used(operation, answer.output, sample)
-        write = partial(_finish, operation, answer, encoded or messages.encode(answer), ran, sample)
+        encoded = encoded or messages.encode(answer)
+        if isinstance(answer, messages.Done) and isinstance(answer.output, _TRAINED):
+            write = partial(
+                rows.finish_training,
+                operation_id=operation.request_id,
+                kind=operation.kind,
+                model_id=operation.model_id,
+                seq_id=operation.seq_id,
+                answer=encoded,
+                device_seconds=answer.device_seconds,
+                trained=operation.used.get("trained", 0),
+                metrics=answer.output.metrics,
+            )
+        else:
+            write = partial(_finish, operation, answer, encoded, ran, sample)
         while True:
             try:
                 await self._ledger.write(write)
@@ -342,7 +358,8 @@ class Operations:
         operation.answer = answer
         self._payloads.forget(operation.request_id)
         self._engine.dealt_with(operation.request_id)
-        self.finished(operation)
+        for listener in self.finished[operation.kind]:
+            listener(operation)
         self._remember(operation)
 
     def _remember(self, operation: Operation) -> None:

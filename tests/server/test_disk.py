@@ -10,7 +10,7 @@ from small_disk import fill, small_disk
 from sqlalchemy import Connection
 from tinsmith.server.errors import StorageFull
 from tinsmith.server.files import Disk
-from tinsmith.server.ledger import operations, payloads, tenancy
+from tinsmith.server.ledger import operations, tenancy
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.ledger.payloads import Stored
 
@@ -19,14 +19,16 @@ def add_operation(name: str, size: int):
     def change(connection: Connection) -> None:
         operations.add(
             connection,
-            id=name,
-            owner="me",
-            natural_key=name,
-            kind="sample",
-            reply={},
-            state="accepted",
+            {
+                "id": name,
+                "owner": "me",
+                "natural_key": name,
+                "kind": "sample",
+                "reply": {},
+                "state": "accepted",
+            },
+            Stored(size, bytes(size)),
         )
-        payloads.add(connection, name, None, None, Stored(size, bytes(size)))
 
     return change
 

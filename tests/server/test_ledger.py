@@ -41,7 +41,8 @@ def test_the_migrations_make_the_schema(ledger: Ledger, path: Path) -> None:
 
 def add_operation(name: str, key: str | None = None):
     return lambda connection: operations.add(
-        connection, id=name, owner="me", natural_key=key, kind="sample", reply={}, state="accepted"
+        connection,
+        {"id": name, "owner": "me", "natural_key": key, "kind": "sample", "reply": {}, "state": "accepted"},
     )
 
 
