@@ -61,7 +61,8 @@ class Sweep:
         """Count the bytes that an answered operation has saved."""
         match operation.answer:
             case messages.Done(output=messages.StateSaved() | messages.SamplerSaved() as output):
-                self.used_bytes["checkpoints"] += output.size_bytes
+                kind = "samplers" if operation.kind == "save_unnamed_sampler" else "checkpoints"
+                self.used_bytes[kind] += output.size_bytes
 
     def snapshot_written(self, size_bytes: int) -> None:
         self.used_bytes["snapshots"] += size_bytes

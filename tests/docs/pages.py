@@ -9,7 +9,8 @@ from pathlib import Path
 import tinsmith
 
 ROOT = Path(tinsmith.__file__).resolve().parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DEMO = "demo/data/README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / DEMO]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def blocks() -> list[Block]:
     """All of them, in the order of the pages."""
     fence = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     return [
-        Block(page.name, language, text)
+        Block(DEMO if page == ROOT / DEMO else page.name, language, text)
         for page in PAGES
         for language, text in fence.findall(page.read_text())
     ]

@@ -30,7 +30,7 @@ from tinsmith.ckpt import smollm2
 from tinsmith.server.settings import Settings
 from tiny_models import hf_config, write_model
 
-from .pages import ROOT, Block, block, blocks, inline_commands
+from .pages import DEMO, ROOT, Block, block, blocks, inline_commands
 from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
@@ -42,6 +42,7 @@ SERVE = f"{TINSMITH} serve --model smollm2-135m"
 PYTEST = ".venv/bin/python -m pytest -q tests/losses"
 
 RUN = {
+    (DEMO, '{"messages": '),
     ("README.md", ".venv/bin/python -m pip install"),
     (DEPLOY, "python3 -m venv"),
     ("models.md", "tinsmith: model"),
@@ -444,6 +445,11 @@ def test_targets_of_make_and_files_of_tests(terminal: Terminal) -> None:
     assert "test_losses.py::" in terminal.run(f"{first} --collect-only", folder=ROOT)
     for line in others:
         assert all((ROOT / path).exists() for path in line.split()[4:])
+
+
+def test_the_page_of_the_demo_s_data_shows_a_conversation_of_its_file() -> None:
+    conversation = block(DEMO, '{"messages": ')
+    assert conversation in (ROOT / "demo/data/tinsmith.jsonl").read_text()
 
 
 def test_the_configuration_of_a_training_run_is_taken(terminal: Terminal) -> None:

@@ -16,7 +16,7 @@ from tinsmith.engine import messages
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.ledger import accounts, retention, tenancy
 from tinsmith.server.ledger import checkpoints as checkpoint_rows
-from tinsmith.server.operations.operation import Submission, natural_key
+from tinsmith.server.operations.operation import Operation, Submission, natural_key
 
 
 @pytest.fixture
@@ -197,6 +197,22 @@ async def test_directories_of_dead_checkpoints_go(server: Server, save) -> None:
         assert not path.exists(), path
     assert server.sweep.used_bytes["checkpoints"] == 3000
     assert server.sweep.used_bytes["ledger"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [
+        ("save_weights", "checkpoints"),
+        ("save_weights_for_sampler", "checkpoints"),
+        ("save_unnamed_sampler", "samplers"),
+    ],
+)
+async def test_what_a_save_writes_is_counted_where_it_lies(server: Server, kind: str, counted: str) -> None:
+    operation = Operation("req_1", "alice", kind, MODEL, 1, {})
+    operation.answer = messages.Done("req_1", messages.SamplerSaved(1000))
+    server.sweep.written(operation)
+    assert {kind for kind, used in server.sweep.used_bytes.items() if used} == {counted}
+    assert server.sweep.used_bytes[counted] == 1000
 
 
 async def test_what_a_replay_or_a_sampler_reads_stays(tmp_path: Path, server: Server, save) -> None:
