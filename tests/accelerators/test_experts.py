@@ -14,7 +14,7 @@ from .laboratory_process import Compiled, compile_for
 D, F, E, K, L, V, T = 512, 320, 32, 4, 4, 4096, 1536  # laboratory's "mixture"
 WAYS = 4
 EXPERT, FSDP = "step:model=mixture,expert=4,rows=4", "step:model=mixture,fsdp=4,rows=4"
-TARGETS = ("h200x8", "v5p-8")
+TARGETS = ("h200x8", pytest.param("v5p-8", marks=pytest.mark.slow))
 
 
 @functools.cache

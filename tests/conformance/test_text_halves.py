@@ -54,7 +54,7 @@ def server(
     "model_type",
     [
         "gemma3",
-        "qwen3_vl_moe",
+        pytest.param("qwen3_vl_moe", marks=pytest.mark.slow),
         pytest.param("kimi_k25", marks=pytest.mark.slow),
         pytest.param("qwen3_vl", marks=pytest.mark.slow),
     ],

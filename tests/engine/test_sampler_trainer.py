@@ -67,10 +67,10 @@ def sample_in_a_crowd(sampler, asked, key):
         pytest.param("phi3", lora(), marks=pytest.mark.slow),
         pytest.param("gemma3_text", lora(), marks=pytest.mark.slow),
         ("qwen3_moe", lora()),
-        ("gpt_oss", lora()),
+        pytest.param("gpt_oss", lora(), marks=pytest.mark.slow),
         ("deepseek_v3", lora()),
         pytest.param("qwen3_5", lora(), marks=pytest.mark.slow),
-        ("qwen3_5_moe", lora()),
+        pytest.param("qwen3_5_moe", lora(), marks=pytest.mark.slow),
         ("nemotron_h", lora()),
         ("llama", None),
     ],
@@ -132,10 +132,9 @@ def test_512_sampled_tokens_after_three_steps(tmp_path, variant, spec):
     "variant",
     [
         "deepseek_v3",
-        "gemma3_text",
         *(
             pytest.param(each, marks=pytest.mark.slow)
-            for each in ("mistral", "phi3", "qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_5_moe")
+            for each in ("mistral", "phi3", "gemma3_text", "qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_5_moe")
         ),
     ],
 )

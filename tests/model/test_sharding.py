@@ -23,8 +23,12 @@ from tiny_models import write_model
         pytest.param("phi3", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("gemma3_text", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         ("qwen3_moe", ["data=2,fsdp=2,tensor=2", "data=2,expert=4"]),
-        ("qwen3_moe", ["expert=4,tensor=2,turns", "fsdp=2,expert=4,turns"]),
-        ("gpt_oss", ["data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2"]),
+        pytest.param(
+            "qwen3_moe", ["expert=4,tensor=2,turns", "fsdp=2,expert=4,turns"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "gpt_oss", ["data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,tensor=2"], marks=pytest.mark.slow
+        ),
         ("deepseek_v3", ["data=2,fsdp=2,tensor=2", "expert=8"]),
         pytest.param("qwen3_5", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
