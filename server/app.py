@@ -76,7 +76,7 @@ from .supervision.supervisor import Supervisor, WarmUp
 
 log = logging.getLogger("tinsmith.server")
 
-# What a worker takes by itself, and, as Python's objects, for each byte of a body of JSON.
+# Memory of a worker process: its own, and that of the Python objects made from each byte of a JSON body.
 _WORKER_BYTES = 1 << 30
 _MEMORY_PER_BODY_BYTE = 16
 
@@ -312,7 +312,7 @@ class Application:
         )
 
     async def start(self) -> None:
-        """Open the ledger, start the engine without waiting for it, and take up what was unfinished."""
+        """Open the ledger, start the engine without waiting for it, and resume unfinished work."""
         settings = self.settings
         self.build(
             self._opened or open_owned(settings.data_dir, settings.ledger_url, settings.sync_every_commit)
@@ -344,7 +344,7 @@ class Application:
             self._background.append(asyncio.ensure_future(warm_up.run()))
 
     async def drain(self) -> None:
-        """Refuse submits, save the models' states behind the work that is queued, and end the engine."""
+        """Refuse new submits, finish the queued work, save the models' states, and stop the engine."""
         self._draining = True
         await self.rlve.close()
         if self.engine.ready.is_set():

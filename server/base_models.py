@@ -99,7 +99,7 @@ class BaseModel:
 
 
 class MadeOn(Protocol):
-    """A model, sampler or checkpoint, and the base model it was made on."""
+    """Anything that was made on a base model: a model in training, a sampler or a checkpoint."""
 
     @property
     def base_model(self) -> str: ...
@@ -226,7 +226,7 @@ def config_alone(entry: str, cache_dir: Path) -> tuple[str, Path, ModelConfig]:
 
 
 def resolve(entry: str, cache_dir: Path, limit: int | None) -> BaseModel:
-    """Plan and obtain one entry."""
+    """Return the base model of one `--model` option, downloading it if necessary."""
     (planned,) = plan([entry])
     return planned.obtain(cache_dir, limit)
 
@@ -244,7 +244,7 @@ class _Entry:
 
 
 def _parse(entry: str) -> _Entry:
-    """Parse an entry. A folder that exists is taken as it is, whatever its name contains."""
+    """Parse one `--model` option. A folder that exists is taken as it is, whatever its name contains."""
     if not entry.strip():
         raise ValueError("--model is empty; give a folder, a hub id (owner/name) or NAME=one of these")
     if Path(entry).expanduser().is_dir() or "=" not in entry:
@@ -293,7 +293,7 @@ def _is_path(source: str) -> bool:
 
 
 def _checked(planned: Plan, revision: str | None) -> Plan:
-    """Return the plan with its config. Raises ValueError for a model that cannot be served."""
+    """Check that the model can be served; return the plan with its config. Raises ValueError."""
     if planned.folder is not None:
         config = _of_model(planned.name, folders.read_config, planned.folder)
         _of_model(planned.name, folders.check, planned.folder, config)
@@ -325,7 +325,7 @@ def _from_hub(hub_id: str, revision: str | None, file: str) -> str:
 
 
 def _weight_files(hub_id: str, commit: str) -> tuple[str, ...]:
-    """Return the weight files that count (`model.weight_files`). Raises ValueError if there are none."""
+    """List the files on the hub that hold the weights. Raises ValueError if there are none."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -443,9 +443,9 @@ def require_memory(
     max_sequence_length: int | None = None,
     kv_cache_tokens: int | None = None,
 ) -> None:
-    """Require that the least an engine with these models needs is free.
+    """Check that enough memory is free for the smallest engine that can serve these models.
 
-    That is their weights, the smallest programs, one adapter in training and one sequence in the KV cache.
+    It holds their weights, the smallest programs, one adapter in training and one sequence in the KV cache.
     Raises ValueError saying how much is needed, for what, how much is free, and what would do.
     """
     on_cpu = devices.platform == "cpu"

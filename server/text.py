@@ -72,7 +72,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
 
 
 def _takes_parts_only(template: str) -> bool:
-    """Return whether the template only takes content in parts.
+    """Return whether the template accepts message content only as a list of parts.
 
     It does if it loops over a message's content and never tests for a string, whose characters it would loop
     over. vLLM and SGLang look for such loops too.
@@ -90,7 +90,7 @@ def _in_parts(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template_error(error: Exception) -> str:
-    """Return an error's text: of `raise_exception` alone, of others after their names."""
+    """Return the message of an error in a template, after the error's name unless the template raised it."""
     from jinja2 import TemplateError
 
     text = str(error)[:1000].encode(errors="replace").decode()  # a template may write lone surrogates
@@ -100,7 +100,7 @@ def _template_error(error: Exception) -> str:
 
 
 class _Deadline:
-    """A context whose thread gets RenderTooLong once its seconds are up."""
+    """A context manager that raises RenderTooLong in its thread when the time is up."""
 
     def __init__(self, seconds: float):
         self._thread = threading.get_ident()
@@ -176,7 +176,7 @@ class ChatTokenizer:
             raise BadRequest(f"the model's tokenizer cannot encode this text: {reason}") from None
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of tokens at the beginning of a text."""
+        """Decode tokens that begin a text; `continuation` decodes those that follow others."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def continuation(
@@ -214,11 +214,11 @@ class ChatTokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
 
     def lengths(self, tokens: Sequence[int]) -> list[int]:
-        """Return how many characters of the text each token begins; 0 for special tokens."""
+        """Return for each token the number of characters that begin in it; 0 for special tokens."""
         return [0 if token in self._special else _characters(self.token_bytes(token)) for token in tokens]
 
     def conversation(self, turns: list[dict[str, Any]], /, **variables: Any) -> list[int]:
-        """Return the tokens of `written`."""
+        """Return the tokens of a conversation that the model continues (the text is that of `written`)."""
         return self.encode_written(self.written(turns, **variables))
 
     def written(self, turns: list[dict[str, Any]], /, **variables: Any) -> str:
@@ -281,7 +281,7 @@ class SampledText:
         return self._tell(text[: len(text) - self._perhaps_stop(text)])
 
     def end(self, tokens: list[int], stop_reason: str) -> str:
-        """Set all tokens; return the rest of the text."""
+        """Set the tokens of the finished sequence; return the text that was not returned before."""
         self.tokens = tokens
         return self._tell(self.whole(tokens, stop_reason))
 

@@ -27,7 +27,7 @@ COMPLETE = "checkpoint_complete"
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """Return the plain files below a directory by their names in it, in order, without hidden ones."""
+    """Return the regular files below a directory by relative name, sorted, without hidden ones."""
     found = (path for path in directory.rglob("[!.]*") if path.is_file() and not path.is_symlink())
     return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
 
@@ -117,7 +117,7 @@ def unpack(tar: BinaryIO, directory: Path) -> None:
 
 
 def _members(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield members, with `tar` at their content.
+    """Yield the headers of the tar's members; at each, `tar` stands at the member's content.
 
     Only headers are read: `tarfile` would follow an extension, and read it into memory first.
     """
@@ -182,8 +182,10 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 
 def described(directory: Path) -> messages.LoraSpec:
-    """Return the rank, alpha and kinds of modules of the files. Raises BadRequest unless it is a plain
-    LoRA."""
+    """Return the adapter's rank and alpha, and which kinds of modules it has.
+
+    Raises BadRequest unless it is a plain LoRA.
+    """
     try:
         config = peft_config.read((directory / CONFIG_FILE).read_bytes())
         entries = tensor_entries(directory / TENSORS_FILE)

@@ -68,8 +68,10 @@ class Sweep:
         self.used_bytes["snapshots"] += size_bytes
 
     async def sweep(self) -> None:
-        """Remove everything that can go. Raises ApiError, SQLAlchemyError or OSError; the next sweep
-        continues there."""
+        """Remove everything that has expired or is not needed any more.
+
+        Raises ApiError, SQLAlchemyError or OSError; the next sweep continues there.
+        """
         await self._drop_answers()
         await self._drop_accounts()
         await self._thin_step_metrics()
@@ -112,7 +114,7 @@ class Sweep:
                 await self._repeat(partial(retention.drop_operations, through=through, now=now, owner=owner))
 
     async def _repeat(self, change: Callable[[Connection], int]) -> None:
-        """Repeat a change until nothing is left of it; other writes come in between."""
+        """Call `change` until it finds nothing left to change, letting other writes in between."""
         while await self.ledger.write(change):
             await asyncio.sleep(0)
 

@@ -40,7 +40,10 @@ class RemoteServer:
     def ask(
         self, method: str, path: str, failed: str, /, accepted: tuple[int, ...] = (200,), **request: Any
     ) -> dict[str, Any]:
-        """Return the JSON answer; `failed` begins the error if its status is not accepted."""
+        """Send a request and return its JSON answer.
+
+        If its status is not `accepted`, the command ends with an error that begins with `failed`.
+        """
         import httpx
 
         shown = None
@@ -186,7 +189,10 @@ def export(
 
 
 def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) -> None:
-    """Write the files that `save_weights_external` makes of a training state. `form` are its fields."""
+    """Have the server export a training state, and download the files.
+
+    `form`: further fields of the `save_weights_external` request.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"{folder} is not empty")
     server, failed = RemoteServer(url), f"{path} was not {done}"
@@ -212,7 +218,7 @@ def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) 
 
 
 def _tar(source: Path) -> BinaryIO:
-    """Return the archive, or pack the folder's two files into one."""
+    """Open an adapter's archive; a folder is packed into one first."""
     if source.is_file():
         return source.open("rb")
     missing = [name for name in (CONFIG_FILE, TENSORS_FILE) if not (source / name).is_file()]

@@ -1,4 +1,7 @@
-"""`tinsmith plan`: what a model needs on devices that need not be here, from its config.json alone."""
+"""`tinsmith plan`: estimates whether a model fits on given devices, and how fast it could be there.
+
+It reads the model's config.json alone. The devices need not be in this machine.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Report:
-    """A plan and its consequences."""
+    """The result of `tinsmith plan`: how memory is used, and the speeds that follow from it."""
 
     model: str
     counts: Counts
@@ -70,7 +73,7 @@ class Report:
 
     @property
     def hint(self) -> str | None:
-        """Memory that is missing, and what would help; None if it fits."""
+        """How much memory is missing, and what would help; None if the model fits."""
         if self.plan.fits:
             return None
         larger = roofline.smallest_slice(self.counts, self.work, self.device)
@@ -159,7 +162,9 @@ def report(model: str, of: Counts, work: Workload, device: Device, mesh: memory.
 
 
 def compiled(estimated: Report, folder: Path) -> Report:
-    """Plan again with the compiler's numbers for the chosen training step, until that one was compiled.
+    """Refine a plan: compile its training step, and plan again with the memory that the compiler reports.
+
+    This is repeated until the step of the chosen plan has been compiled.
 
     Raises ValueError saying why the compiler cannot be used.
     """

@@ -49,7 +49,7 @@ def file_at(path: str, headers: Mapping[bytes, bytes]) -> str | None:
 
 
 def answer(name: str, headers: Mapping[bytes, bytes], needs_key: bool) -> Response:
-    """Return the console's file of that name, which may be empty. Its pages know whether a key is needed."""
+    """Answer with the console's file of that name, or with 404. Its pages are told if a key is needed."""
     content = _content(name)
     if content is None:
         return PlainTextResponse("the console has no such file\n", 404, headers=_HEADERS)

@@ -111,7 +111,7 @@ def resolved(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     return call
 
 
-_REQUEST = "_request"  # the parameter of routes that have none for the request themselves
+_REQUEST = "_request"  # the request's parameter, for routes that declare none
 
 
 Owner = Annotated[str, from_request(lambda request: request.state.owner)]
@@ -152,7 +152,7 @@ def described_as(
 
 
 def future(operation: Operation) -> dict[str, str]:
-    """Return the answer to the submit of an operation."""
+    """Return the answer that a client gets when its operation is accepted: the id to poll."""
     body = {"request_id": operation.request_id}
     model_id = operation.reply.get("model_id", operation.model_id)
     if model_id:
@@ -161,6 +161,8 @@ def future(operation: Operation) -> dict[str, str]:
 
 
 def xorl_name(run: Row, requested: Dialect | None) -> str | None:
-    """Return what xorl's clients call a run; None for other clients. A request that shows no dialect is
-    answered in the run's."""
+    """Return what xorl's clients call a run; None for other clients.
+
+    If the request shows no dialect, the dialect in which the run was created counts.
+    """
     return (run.alias or run.id) if (requested or run.dialect) == "xorl" else None

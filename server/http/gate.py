@@ -1,6 +1,6 @@
-"""The gate: what happens to every request before and after the application has it.
+"""The gate: the ASGI middleware that every request passes before it reaches the application.
 
-One ASGI middleware gives the request an id, checks who sent it before its body is read, bounds its body, and
+It gives the request an id, checks who sent it before its body is read, bounds its body, and
 turns exceptions into answers. A request that breaks no rule passes `Gate.__call__`, `receive` and `send`.
 """
 
@@ -45,7 +45,7 @@ Headers = dict[bytes, bytes]
 
 
 class Gate:
-    """ASGI middleware.
+    """The one ASGI middleware, which checks requests and finishes their answers.
 
     - Gives each request an id, for its answer's `X-Request-Id` and for what is logged meanwhile. A proxy or a
       client may send the id.
@@ -248,7 +248,7 @@ class Exchange:
         await self._send(message)
 
     async def _use_up_number(self, answer: Message) -> None:
-        """Use up the number of a refused body before its sender hears of it."""
+        """Mark the `seq_id` in a refused body as used, before the refusal is sent."""
         assert self.number is not None
         self.limit = math.inf
         with contextlib.suppress(TimeoutError):  # the number may be in the rest, unless the client waits
@@ -259,8 +259,10 @@ class Exchange:
 
 
 async def _answer_error(scope: Scope, exchange: Exchange, error: BaseException | None) -> None:
-    """Answer a body that is over its limit, or an exception. Raises it if the answer has begun, or at the
-    server's stop."""
+    """Send the error for an exception, or for a body over its limit.
+
+    Raises the exception if the answer has already begun, or if the server is stopping.
+    """
     if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():
         raise error
     if exchange.is_over:

@@ -35,7 +35,7 @@ def find(connection: Connection, uri: CheckpointUri) -> Row | None:
 
 
 def find_by_alias(connection: Connection, owner: str, alias: str, uri: CheckpointUri) -> Row | None:
-    """Return the newest such checkpoint among the owner's models that have, or had, this name."""
+    """Return the newest complete, unexpired checkpoint of the owner's models that have or had this alias."""
     named_so = select(models.c.id).where(models.c.owner == owner, models.c.alias == alias)
     same = (checkpoints.c.segment == uri.segment) & (checkpoints.c.name == uri.name)
     query = select(checkpoints).where(checkpoints.c.run_id.in_(named_so), same, is_alive())
@@ -65,7 +65,10 @@ def add(connection: Connection, uri: CheckpointUri, **values: Any) -> None:
 
 
 def stored_bytes(connection: Connection, owner: str) -> int:
-    """Return the size of the owner's checkpoints. One that is being written counts as the largest other."""
+    """Return the size of the owner's checkpoints.
+
+    One that is being written is counted with the size of the largest complete one.
+    """
     mine = (checkpoints.c.owner == owner) & is_alive()
     size = checkpoints.c.size_bytes
     total, largest = connection.execute(select(func.sum(size), func.max(size)).where(mine)).one()
@@ -96,7 +99,7 @@ def settle(connection: Connection, operation_id: str, size_bytes: int | None) ->
 
 
 def record(connection: Connection, row: Row, action: str, by: str | None = None, **details: Any) -> None:
-    """Add to the audit log what was done to the checkpoint, `by` whom if not its owner."""
+    """Record an action on the checkpoint in the audit log. `by`: the tenant that did it; None: its owner."""
     uri = CheckpointUri(row.run_id, row.segment, row.name)
     accounts.audit(
         connection,

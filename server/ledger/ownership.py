@@ -106,7 +106,7 @@ class Holder:
 
     @classmethod
     def of(cls, values: Any) -> Holder | None:
-        """Read what `values()` returned; None if it is something else."""
+        """Make a holder from what `values()` returned; None for anything else."""
         names = {field.name for field in fields(cls)}
         return cls(**values) if isinstance(values, dict) and values.keys() == names else None
 
@@ -365,7 +365,10 @@ def acquire(
 
 
 def is_held(connection: Connection, generation: int) -> bool:
-    """Return whether this is the owner's generation. A writing transaction keeps it so until it ends."""
+    """Return whether the server with this generation still owns the ledger.
+
+    In a writing transaction it keeps the ledger until the transaction ends.
+    """
     query = "SELECT generation FROM lease"
     if connection.dialect.name == "postgresql" and connection.get_execution_options().get("writes", False):
         query += " FOR SHARE"

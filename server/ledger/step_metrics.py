@@ -122,7 +122,11 @@ def thin(connection: Connection, model_id: str, most_rows: int = MOST_ROWS) -> N
 
 
 def _thin(connection: Connection, model_id: str, whole: int) -> None:
-    """Keep the newest `whole` numbers of each kind, half of as many before, a quarter of twice as many..."""
+    """Drop rows by age, for each kind of row.
+
+    The newest `whole` numbers stay, half of the `whole` before them, a quarter of the `2 * whole` before
+    those, and so on.
+    """
     of_model = step_metrics.c.model_id == model_id
     newest_of_kind = (
         select(step_metrics.c.kind, func.max(step_metrics.c.number))
@@ -151,7 +155,7 @@ def _extent(connection: Connection, model_id: str) -> tuple[int, int]:
 
 
 def crowded(connection: Connection, most_bytes: int) -> list[str]:
-    """Return the owners whose runs' metrics take more than that."""
+    """Return the owners whose runs' metrics take more than `most_bytes`."""
     query = (
         select(models.c.owner)
         .join(step_metrics, step_metrics.c.model_id == models.c.id)
@@ -185,7 +189,7 @@ def thin_owner(connection: Connection, owner: str, most_bytes: int) -> bool:
 
 
 def resting(connection: Connection, before: float, most_rows: int, limit: int) -> list[str]:
-    """Return some models without a row since then that have more than `most_rows` rows."""
+    """Return up to `limit` models that have over `most_rows` rows, none of them newer than `before`."""
     query = (
         select(step_metrics.c.model_id)
         .group_by(step_metrics.c.model_id)

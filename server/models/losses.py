@@ -42,7 +42,7 @@ class CustomLosses:
         self._enabled = enabled
 
     async def create(self, owner: str, session_id: str, seq_id: int, loss: messages.CustomLoss) -> Operation:
-        """Accept a loss of one of the owner's sessions. The same number again means the first loss.
+        """Accept a loss for one of the owner's sessions. A repeated `seq_id` returns the first loss.
 
         Raises BadRequest, also for a graph that the engine refuses at once; the operation's answer
         tells of one that it refuses later.
@@ -119,7 +119,7 @@ async def with_sampled_logprobs(
             datum = await _filled(operations, owner, index, datum, spans[index])
         filled.append(datum)
         if index % 64 == 63:
-            await asyncio.sleep(0)  # what is in memory is found without waiting
+            await asyncio.sleep(0)  # lookups in memory never wait, so nothing else would run
     return filled
 
 

@@ -52,7 +52,7 @@ class ModelSpec:
 
 @dataclass(eq=False)
 class Run:
-    """One model: what the ledger has of it, and how it stands with the engine."""
+    """One model in training: its row in the ledger, and its state in the engine."""
 
     id: str
     owner: str
@@ -120,7 +120,7 @@ class KnownRuns(dict[str, Run]):
         return run
 
     def note_name(self, run: Run) -> None:
-        """Have the run's name mean this model from now on."""
+        """Make this model the one that its name refers to from now on."""
         if run.alias is not None:
             self._newest[run.owner, run.alias] = run.id
 
@@ -137,7 +137,7 @@ class KnownRuns(dict[str, Run]):
 
 
 def from_row(row: Row) -> Run:
-    """Make a run of its row in the ledger, whose columns have the names of the fields."""
+    """Make a run from its row in the ledger, whose columns have the names of the fields."""
     return Run(**{name: getattr(row, name) for name in _COLUMNS})
 
 

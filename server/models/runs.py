@@ -98,7 +98,7 @@ class Runs:
         return self._known.get(run_id)
 
     async def numbered(self, owner: str, run_id: str, seq_id: int) -> tuple[str, int]:
-        """Return the model that a client's number is about, and the number among all of its operations.
+        """Translate a client's `seq_id` into the model's id and its own count of operations.
 
         Raises NotFound, or BadRequest for a model that the server trains.
         """
@@ -146,7 +146,7 @@ class Runs:
         return run
 
     def is_early(self, run: Run, seq_id: int) -> bool:
-        """Return whether operations of the model that come before this number have not arrived."""
+        """Return whether operations that precede this number have not arrived yet."""
         return seq_id > self._dispatcher.next_seq(run.id)
 
     def last_seq(self, run: Run) -> int:
@@ -221,7 +221,7 @@ class Runs:
             run.state = "ready" if isinstance(operation.answer, messages.Done) else "failed"
 
     async def _open(self, row: Row) -> Run:
-        """Take up a run of the ledger at the operation where it stands."""
+        """Load a run from the ledger, and let it continue after its last finished operation."""
         early = await self._ledger.read(
             lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
         )
@@ -236,7 +236,7 @@ class Runs:
         return run
 
     async def resume(self) -> None:
-        """Take up what was accepted and not answered before the server's start."""
+        """Resume the operations that were accepted before the server's start and have no answer yet."""
         unfinished = await self._ledger.read(operation_rows.unfinished)
         for row in unfinished:
             operation = self._operations.load(row)
@@ -261,7 +261,10 @@ class Runs:
         self._snapshots.take_if_due(run, operation.seq_id)
 
     async def bring_back(self, owner: str, run_id: str) -> bool:
-        """Bring back the owner's model, as `Recovery.bring_back_now` does. Raises NotFound."""
+        """Restore the owner's model in the engine, unless it is there. Raises NotFound.
+
+        Returns whether the engine has it, or has been sent all that it needs for it.
+        """
         return await self._recovery.bring_back_now(await self.find(owner, run_id))
 
     # --- leaving
@@ -300,7 +303,7 @@ class Runs:
             under_way = [
                 task for task in (run.restoring, run.saving, run.leaving) if task and not task.done()
             ]
-            # What an engine died of is known here alone.
+            # That an engine died of a model is recorded only in memory.
             is_blamed = run.broken is not None or not run.may_be_saved
             if not (self.is_alive(run) or run.driven or under_way or is_blamed):
                 self._forget(run)

@@ -18,7 +18,7 @@ from .operation import Operation
 
 @dataclass
 class Lane:
-    """One model's place in its sequence."""
+    """The state of one model's sequence: the number whose turn it is, and operations that came early."""
 
     next_seq: int
     reserved: int = 0  # numbers up to this are given to operations that are about to arrive

@@ -42,7 +42,7 @@ _TRAINED = (messages.ForwardBackwardOutput, messages.OptimStepOutput)
 
 
 class PendingOperations(dict[str, Operation]):
-    """Operations without an answer, by id, oldest first; also by model, however many the others have."""
+    """Operations without an answer, by id, oldest first, with an index by model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Operations:
     # --- submits
 
     async def accept(self, submission: Submission) -> Operation:
-        """Return the operation of this submission: a new one, or the first one of its natural key.
+        """Accept a submission; return its operation: a new one, or the first one with its natural key.
 
         Raises BadRequest if that first one was refused, or the turn of its number is over; Unavailable at a
         stop, or if the engine does not start; StorageFull if there is no room for a new one.
@@ -262,7 +262,7 @@ class Operations:
             return None
 
     async def message(self, operation: Operation) -> messages.ToEngine | None:
-        """Return what the operation asks of the engine, or None if its payload is not kept.
+        """Return the operation's message to the engine, or None if its payload is not kept.
 
         Raises ApiError, SQLAlchemyError or OSError.
         """
@@ -302,7 +302,7 @@ class Operations:
     # --- answers
 
     def on_answer(self, answer: Answer, encoded: bytes | None = None, ran: bool = True) -> None:
-        """Take the answer to an operation; `encoded` is the engine's message, if it came from there.
+        """Record the answer to an operation; `encoded` is the engine's message, if it came from there.
 
         Answers to replays of finished operations are dropped. `ran` is False for an operation that has failed
         before any engine began it.
@@ -414,7 +414,7 @@ class Operations:
         return row is not None and row.owner == owner
 
     async def forget_answers(self, owner: str, through: float) -> int:
-        """Drop the answers that the owner's operations had until then; return how many."""
+        """Drop the answers that the owner's operations got up to the time `through`; return how many."""
         dropped = 0
         while some := await self._ledger.write(
             lambda connection: retention.drop_answers(connection, through, owner)
@@ -430,7 +430,7 @@ class Operations:
             operation.finished.set()
 
     def load(self, row: Row) -> Operation:
-        """Return the operation of a row. There is one object per operation, whatever it came to meanwhile."""
+        """Return the operation of a row; if it is in memory already, the same object."""
         known = self._pending.get(row.id) or self._remembered.get(row.id)
         if known is not None:
             return known
@@ -478,7 +478,7 @@ def _finish(
     sample: messages.Sample | None,
     connection: Connection,
 ) -> None:
-    """Write an answer, with all that follows from the first one to this operation."""
+    """Write an answer to the ledger; the operation's first answer also takes effect (`settle`)."""
     state = "done" if isinstance(answer, messages.Done) else "failed"
     is_first = rows.finish(connection, operation.request_id, state, encoded, answer.device_seconds)
     if operation.seq_id:

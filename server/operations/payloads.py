@@ -132,11 +132,11 @@ class Payloads:
         return await self._in_thread(partial(self._files.remove_unused, used))
 
     def used_bytes(self) -> int:
-        """Return the bytes of the files."""
+        """Return the total size of the files, in bytes."""
         return self._files.used_bytes()
 
     async def _repeat(self, change: Callable[[Connection], bool]) -> None:
-        """Make a change a part at a time, so that other writers come in between."""
+        """Call `change`, which does one part at a time, until it is done; other writers come in between."""
         while await self._ledger.write(change):
             await asyncio.sleep(0)
 

@@ -37,7 +37,7 @@ class OperationSpans:
         self._tracer = self._provider.get_tracer("tinsmith")
 
     def answered(self, operation: Operation) -> None:
-        """Send the span of an operation that has its answer, and below it what it waited and computed."""
+        """Send the span of an answered operation, with child spans for its wait and its computation."""
         answer, end = operation.answer, time.time_ns()
         if answer is None:
             return

@@ -58,7 +58,7 @@ class WandbRuns:
         self._keys[model_id] = key
 
     def answered(self, operation: Operation) -> None:
-        """Take an answered operation of a model; each comes once, in the order of the operations."""
+        """Log the metrics of an answered operation. Each comes once, in the order of the operations."""
         run = self._find(operation.model_id) if operation.model_id else None
         answer = operation.answer
         if run is None or WANDB not in run.configuration or not isinstance(answer, messages.Done):

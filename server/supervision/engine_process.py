@@ -185,7 +185,10 @@ class EngineProcess:
         return None if self._process is None else self._process.pid
 
     def under_way(self) -> list[tuple[str, str]]:
-        """Return what it computes, or did when it died: ids of requests, each with its model's or ''."""
+        """Return the requests that the engine computes, or did when it died.
+
+        Each is its id and its model's, which is empty for a request without a model.
+        """
         try:
             noted = (Path(self._directory) / "under_way").read_bytes()
         except FileNotFoundError:

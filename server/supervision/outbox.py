@@ -34,7 +34,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Entry:
-    """A place in a lane. `message` is None for a payload that is read when it is sent."""
+    """An operation that waits in a lane. `message` is None for a payload that is read when it is sent."""
 
     number: int
     request_id: str

@@ -64,7 +64,7 @@ class Supervisor:
         self._stopping = False
         self._fruitless_lives = 0
         self._failed_starts = 0
-        self._ended: Counter[str] = Counter()  # what engines counted that have ended
+        self._ended: Counter[str] = Counter()  # the counters of engines that have ended
         self.life = 0  # how many engines there have been
         self.is_asleep = False  # `Sleep` was the last message to it
         self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
@@ -191,7 +191,7 @@ class Supervisor:
         return self._process.alive and self._process.outbox.withdraw(request_id)
 
     def dealt_with(self, request_id: str) -> None:
-        """Make room for others: the operation's answer is written, or not needed."""
+        """Note that an operation's answer is written, or not needed, which makes room for other messages."""
         self._process.outbox.answered(request_id)
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
@@ -283,7 +283,7 @@ class WarmUp:
 
 
 def _ids(length: int, vocab_size: int) -> list[int]:
-    """Make token ids, others for each length, since a prompt that begins like an earlier one is cached."""
+    """Make token ids that differ for each length, so that no prompt is found in the cache of prefixes."""
     return [(length + at) % vocab_size for at in range(length)]
 
 

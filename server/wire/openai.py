@@ -80,7 +80,7 @@ class _Completions(Penalties, StrictBody):
     """Fields of both kinds of completions. `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
     `ignore_eos`, `skip_special_tokens` and `no_stop_trim` are extensions, as SGLang has them."""
 
-    # Hints, what OpenAI's platform does with an answer afterwards, and options of SGLang and vLLM.
+    # Hints, settings for what OpenAI's platform does after the answer, and options of SGLang and vLLM.
     UNSUPPORTED: ClassVar[Unsupported] = {
         "logit_bias": no_biases,
         "service_tier": only("auto", "default"),
@@ -217,7 +217,7 @@ class ToolCall(StrictBody):
     function: Function
 
     def called(self) -> dict[str, Any]:
-        """Return the call as chat templates take it: the arguments are an object if their text is one."""
+        """Return the tool call as chat templates take it: a JSON object in `arguments` is decoded."""
         try:
             arguments = json.loads(self.function.arguments)
         except ValueError:
@@ -229,7 +229,7 @@ class ToolCall(StrictBody):
 class ChatMessage(StrictBody):
     """Any message that OpenAI's clients send, including an earlier answer's own."""
 
-    # What answers say about themselves.
+    # Fields that clients copy from an earlier answer.
     UNSUPPORTED: ClassVar[Unsupported] = {
         **unsupported(anything, "annotations logprobs"),
         **unsupported(empty, "audio function_call tool_calls"),

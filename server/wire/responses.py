@@ -290,7 +290,7 @@ class SampleCompletions(TypedDict):
 
 
 class CancelledFuture(TypedDict):
-    """The request was cancelled, if it is a sample that still waits."""
+    """The cancellation was received. It takes effect if the request is a sample without an answer."""
 
     type: Literal["cancel_future"]
 
@@ -322,8 +322,8 @@ class FinishedSession(TypedDict):
 
 
 class SessionSummary(TypedDict):
-    """The caller's models. `session_activity`: by model, the time of its last request in seconds since 1970.
-    `loaded_training_adapters`: those that the engine has in memory."""
+    """A summary of the caller's models and sessions. `session_activity`: by model, the time of its last
+    request in seconds since 1970. `loaded_training_adapters`: those that the engine has in memory."""
 
     registered_models: list[str]
     active_sessions: int
@@ -524,7 +524,7 @@ class CreatedSamplingClient(CreateSamplingClientResult):
 
 
 class JoinedSamplingSession(TypedDict):
-    """A copy of the session's client has `client_counter` as the number of its own."""
+    """The number that a new copy of a sampling client gets, as `client_counter`."""
 
     type: Literal["join_sampling_session"]
     client_counter: int
@@ -628,7 +628,7 @@ class ImportedWeights(TypedDict):
 
 
 class TrainingRun(TypedDict):
-    """A model of the present or the past. `corrupted`: it failed, and cannot be trained on."""
+    """A training run, which may have ended. `corrupted`: it failed, and cannot be trained on."""
 
     training_run_id: str
     model_id: str
@@ -944,7 +944,7 @@ class UsageSession(TypedDict):
 
 
 class Usage(TypedDict):
-    """Use by the hour, and by id the sessions that it was in."""
+    """The tenant's usage by the hour, with the sessions that it names by id."""
 
     data: list[UsageEvent]
     sessions: dict[str, UsageSession]
@@ -976,7 +976,7 @@ class KeyOrganization(TypedDict):
 
 
 class KeyUser(TypedDict):
-    """The tenant's name again: the server knows no e-mail addresses."""
+    """The user of a key. `email` is the tenant's name, because the server knows no e-mail addresses."""
 
     email: str
 
@@ -1107,7 +1107,7 @@ class SyncedEndpoint(Outcome):
 
 
 class SyncedWeights(Outcome):
-    """A sync: `success` if every server has the weights. Times are in seconds."""
+    """The result of a sync. `success`: every server has the weights. Times are in seconds."""
 
     transfer_time: float
     total_bytes: int

@@ -1,5 +1,6 @@
-"""Bodies of training operations: which losses there are, JSON into the engine's messages, and the operation
-that a damaged body was meant to be.
+"""Bodies of training operations: their types, and how they become the engine's messages.
+
+Of a damaged body, `model_id` and `seq_id` are read if possible, so that its number counts as used.
 
 JSON of forward_backward becomes the protobuf message that SDKs send, so that both are checked by the same
 code.
@@ -163,8 +164,10 @@ def peek(raw: bytes) -> tuple[Any, Any]:
 
 
 def decode(raw: bytes, max_datums: int) -> ForwardBackwardBody:
-    """Read a JSON body, through the message that SDKs send. Raises Invalid, or BadRequest naming datum and
-    field."""
+    """Decode a JSON body of forward or forward_backward.
+
+    Raises Invalid, or BadRequest naming datum and field.
+    """
     try:
         body = ForwardBackward.model_validate_json(raw)
     except ValidationError as error:
@@ -255,8 +258,8 @@ class DimuonParams(Body):
 
 
 class OptimStep(Sequenced):
-    """A step. `learning_rate` and `gradient_clip` (0 or less: off) take precedence over those of
-    `adam_params`."""
+    """The body of optim_step. `learning_rate` and `gradient_clip` (0 or less: off) take precedence over those
+    of `adam_params`."""
 
     model_config = ConfigDict(
         json_schema_extra=example(
@@ -299,8 +302,10 @@ class OptimStep(Sequenced):
         return str(self.optimizer_params.get("type", ""))[:64]
 
     def message(self, run_id: str, defaults: dict[str, float] | None = None) -> messages.OptimStep:
-        """Return the step of a model, without a request id. `defaults`: the model's own, for parameters that
-        the step leaves out."""
+        """Return the engine's message for this step of a model, without a request id.
+
+        `defaults`: the model's own values of parameters that the body leaves out.
+        """
         if isinstance(self._params, DimuonParams):
             return messages.OptimStep("", run_id, dimuon=self._params.message())
         fields = AdamParams().model_dump() | (defaults or {}) | self._params.model_dump(exclude_unset=True)
@@ -349,7 +354,10 @@ def read(raw: bytes, content_type: str, encoding: str, max_bytes: int, max_datum
 
 
 async def with_datums(read: ReadBody) -> ForwardBackwardBody:
-    """Return the whole body, of one without an error. Lets others run between the pieces."""
+    """Return the whole body with its datums decoded. Other tasks can run between the pieces.
+
+    `read` must not have an error.
+    """
     assert read.body is not None
     data: list[messages.Datum] = []
     for piece in read.pieces:

@@ -160,7 +160,7 @@ async def list_checkpoints(
 
 @router.post("/list_checkpoints", responses=described_as(responses.Checkpoints))
 async def list_checkpoints_of_model(body: OfModel, ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
-    """List the checkpoints of all the caller's models of a name, newest first; none for an unknown name."""
+    """List the checkpoints of all the caller's models with this id or name, newest first."""
     found = await ledger.read(rows.of_name, owner, body.model_id, LISTED)
     model = body.model_id  # as the client names it
     return {
@@ -286,9 +286,9 @@ async def _find_saved(
     save: str | None = None,
     with_files: bool = False,
 ) -> Row:
-    """Find a checkpoint that the caller reads, and record that in the audit log.
+    """Find a checkpoint that the caller may read, and record the read in the audit log.
 
-    `save`: the one that a signed URL was made for; what such URLs read was recorded when they were made.
+    `save`: the save that a signed URL was made for; its read was recorded when the URL was made.
     Raises NotFound if it was deleted, even if another has its name now, and BadRequest for a training state
     if safetensors are needed (`with_files`).
     """
@@ -333,7 +333,7 @@ async def archive(
     caller: CallerOf,
     save: str | None = None,
 ) -> Response:
-    """Send the files that PEFT reads, or, of full weights, transformers.
+    """Send a checkpoint as a tar of files that PEFT (or, for full weights, transformers) can read.
 
     A training state is exported first: the SDK up to 0.33 downloads `weights/...` in `tinker checkpoint
     download`.

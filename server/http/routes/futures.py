@@ -45,7 +45,7 @@ def json_response(body: dict[str, Any], status: int = 200) -> Response:
 
 
 class OperationAnswers:
-    """Answers polls of operations, and requests that wait for theirs."""
+    """Answers polls for the results of operations, and requests that wait for their own result."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class OperationAnswers:
         if operation is None:
             raise await self._unknown(owner, request_id, requested_dialect(request.headers, request.url.path))
         parts = [operation] if "parts" not in operation.reply else await self._operations.parts(operation)
-        # Polls that came at once, thousands after a restart, do not end at once.
+        # Spread the ends of polls that came at the same time (after a restart, thousands).
         until = time.monotonic() + min(self._long_poll_seconds * random.uniform(0.8, 1.0), most_seconds)
         for part in parts:
             if part.answer is None and not self._operations.stopped:
@@ -120,7 +120,7 @@ class OperationAnswers:
         dialect: Dialect,
         wrapped: bool = False,
     ) -> Response:
-        """Write the answer of an operation whose `parts` have theirs, as JSON.
+        """Return the answer of a finished operation as JSON; its `parts` have all been answered.
 
         `wrapped`: with the result under `result` too, and a `status` that says that the operation is over.
         """
@@ -207,7 +207,7 @@ async def retrieve_future_of_path(
 async def cleanup_futures(
     body: requests.CleanupFutures, operations: Provided[Operations], owner: Owner
 ) -> dict[str, Any]:
-    """Drop the answers that the caller was given so long ago. Pending operations stay."""
+    """Drop the caller's answers that are older than `max_age_hours`. Pending operations stay."""
     before = time.time() - 3600 * body.max_age_hours
     cleaned = await operations.forget_answers(owner, before)
     return {

@@ -85,7 +85,7 @@ async def capabilities(
 @router.get("/healthz", responses=described_as(responses.Healthz))
 @router.get("/api/v1/healthz", responses=described_as(responses.Healthz))
 async def healthz() -> dict[str, str]:
-    """Answer, which shows that the server lives; `/health` describes the engine too."""
+    """Answer 200 while the server is running; `/health` describes the engine too."""
     return {"status": "ok"}
 
 
@@ -257,7 +257,7 @@ async def models(
 async def model(
     name: str, base_models: Provided[BaseModels], targets: Provided[SampleTargets], owner: Owner
 ) -> dict[str, Any]:
-    """Describe any model that completions take, by any name that they take."""
+    """Describe a model by any name that a request for completions may give it."""
     found = await targets.describe(owner, name)
     base = base_models.named(found.parent or found.name)
     return _model(found.name, found.parent, base.max_sequence_length, found.created)

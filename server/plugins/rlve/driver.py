@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingClient:
-    """Operations that clients start over HTTP, for a client that lives in the server.
+    """The parts of the server that a driver uses where other clients send HTTP requests.
 
     `tell(model_id, metrics)` reports metrics of a model's next step.
     """

@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
 
 class Environments:
-    """Asks the library, in a process that is started when it is needed."""
+    """A client of reasoning-gym, which runs in a process that is started when it is needed."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None

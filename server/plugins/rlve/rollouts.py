@@ -50,7 +50,7 @@ class Difficulty:
         return range(max(0, self.top - size + 1), self.top + 1)
 
     def counted(self, outcomes: Iterable[tuple[int, int, int]], enough: int, threshold: float) -> Difficulty:
-        """Return the difficulty after more problems: each one's level, samples, and right samples."""
+        """Return the difficulty after more problems. `outcomes`: level, samples and right samples of each."""
         at_top = [(samples, right) for level, samples, right in outcomes if level == self.top]
         samples = self.samples + sum(each for each, _ in at_top)
         right = self.right + sum(each for _, each in at_top)
@@ -244,7 +244,7 @@ class Problems:
     async def wave(
         self, difficulties: Mapping[str, Difficulty], step: int, wave: int
     ) -> list[tuple[Draw, list[int]]]:
-        """Return the problems of a step's wave, with their prompts.
+        """Return one batch of problems for a step, with their prompts. `wave` counts the step's batches.
 
         Problems that cannot be made, or leave no room for an answer, are replaced. Raises BadRequest if there
         are not enough.

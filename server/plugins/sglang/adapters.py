@@ -63,8 +63,10 @@ class Folders:
             return None
 
     async def whole(self, key: str) -> Path:
-        """Return the folder once it exists, which is then complete. Raises CannotServe if it does not
-        appear."""
+        """Wait until the folder exists, which is then complete; return its path.
+
+        Raises CannotServe if it does not appear.
+        """
         folder, deadline = self.here(key), time.monotonic() + WAIT_SECONDS
         while not await asyncio.to_thread(folder.is_dir):
             if time.monotonic() > deadline:

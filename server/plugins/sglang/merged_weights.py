@@ -221,7 +221,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Pushed:
-    """The result for one server.
+    """The result of sending weights to one server.
 
     `problem` None: it has the weights. `is_mixed`: it has them with the old cache and name. `seconds`: how
     long it waited for samples, and loaded.
@@ -235,7 +235,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Synced:
-    """The result for all servers."""
+    """The result of sending weights to all servers."""
 
     export: Export
     version: str
@@ -358,7 +358,7 @@ class MergedWeights:
     async def _take_back(
         self, pushed: Pushed, wanted: Wanted | None, weights: str | None, version: str
     ) -> None:
-        """Return to the weights before: no server has taken the new ones."""
+        """Undo a failed sync on one server: the earlier weights are its wanted ones again."""
         endpoint = pushed.endpoint
         if wanted is None:
             self._wanted.pop(endpoint, None)

@@ -132,7 +132,7 @@ class Drawing:
         )
 
     def drawn(self, request_id: str, index: int, meanwhile: Drawing) -> messages.Drawn | None:
-        """Return what a stream has not sent yet, including the tokens of the unfinished `meanwhile`."""
+        """Return the tokens to stream next, which include those of the unfinished request, `meanwhile`."""
         tokens, begin = self.tokens + meanwhile.tokens, self.sent
         if len(tokens) <= begin:
             return None
@@ -180,7 +180,7 @@ _GREEDY_BELOW = 1e-6  # SGLang draws greedily below this temperature, with untem
 
 
 def why_not(sample: messages.Sample, model: BaseModel, limits: Limits | None, seeds: bool) -> str | None:
-    """Return what such a server would not serve exactly as requested, naming the field; None if nothing.
+    """Return why an SGLang server cannot draw the sample exactly, naming the field; None if it can.
 
     `limits` None: the server is not known yet. `seeds`: whether it may draw with a seed, from which it makes
     other numbers than the engine.
@@ -407,7 +407,7 @@ class RemoteSample:
         bodies: dict[Any, dict[str, Any]],
         drawings: list[Drawing],
     ) -> dict[Any, Answer]:
-        """Return the answers by the keys of the bodies."""
+        """Send the bodies to the server; return each one's answer under the body's key."""
         if self.sample.stream:
             asked = (
                 self._streamed(
@@ -448,7 +448,7 @@ class RemoteSample:
 
 
 def _seed(seed: int, index: int) -> int:
-    """Return the seed of one sequence: each has another, and SGLang's have 31 bits."""
+    """Derive a 31-bit seed, as SGLang takes them, for one sequence of a sample."""
     return int.from_bytes(hashlib.sha256(f"{seed}.{index}".encode()).digest()[:4]) >> 1
 
 
