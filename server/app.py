@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 from fastapi import FastAPI
 
@@ -320,12 +319,12 @@ class Application:
         if moved := await self.payloads.move_old(stream_of, KEPT):
             log.info("%d payloads of an older ledger were moved", moved)
         digests = {name: model.digest for name, model in self.base_models.items() if model.digest}
-        await self.ledger.write(partial(tenancy.record_digests, digests=digests))
+        await self.ledger.write(tenancy.record_digests, digests)
         await self.copies.take_up()
         await self.keys.read(self.ledger)
         await self.quotas.read(self.ledger)
         for owner in self.keys.owners:
-            await self.ledger.write(partial(tenancy.ensure_tenant, tenant=owner))
+            await self.ledger.write(tenancy.ensure_tenant, owner)
         await self.engine.start()
         await self.registry.start()
         await self.runs.resume()

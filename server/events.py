@@ -10,16 +10,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Event(list[Callable[P, None]]):
-    """Something that happens repeatedly: the list of its listeners, in the order in which they subscribed,
-    usually at construction. Its owner calls it, or each of them."""
+class Event(Generic[P]):
+    """Something that happens repeatedly. Its owner calls it, and the call reaches all listeners in the order
+    in which they subscribed, usually at construction."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[P, None]] = []
 
     def subscribe(self, listener: Callable[P, None]) -> None:
         """Call `listener` from now on."""
-        self.append(listener)
+        self._listeners.append(listener)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        for listener in self:
+        for listener in self._listeners:
             listener(*args, **kwargs)
 
 

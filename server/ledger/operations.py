@@ -26,9 +26,9 @@ from sqlalchemy import (
 )
 
 from . import accounts, step_metrics
-from .payloads import ADD as ADD_PAYLOAD
-from .payloads import DROP as DROP_PAYLOAD
 from .payloads import Stored
+from .payloads import add as add_payload
+from .payloads import drop as drop_payload
 from .schema import models, operations, payloads
 from .tenancy import ROW_BYTES, charge
 
@@ -40,14 +40,14 @@ def _with_sizes() -> Select:
 
 # Statements of every operation, built once: SQLAlchemy takes longer to build and key one than to run it.
 _ADD = insert(operations)
-BY_NATURAL_KEY = _with_sizes().where(operations.c.natural_key == bindparam("key"))
+_BY_NATURAL_KEY = _with_sizes().where(operations.c.natural_key == bindparam("key"))
 _BY_ID = _with_sizes().where(operations.c.id == bindparam("key"))
 _FINISH = update(operations).where(operations.c.id == bindparam("key"), operations.c.state == "accepted")
 _ADVANCE = update(models).where(models.c.id == bindparam("key"), models.c.executed_seq < bindparam("seq"))
 
 
 def find_by_natural_key(connection: Connection, natural_key: str) -> Row | None:
-    return connection.execute(BY_NATURAL_KEY, {"key": natural_key}).first()
+    return connection.execute(_BY_NATURAL_KEY, {"key": natural_key}).first()
 
 
 def find(connection: Connection, request_id: str) -> Row | None:
@@ -65,8 +65,7 @@ def add(connection: Connection, values: dict[str, Any], stored: Stored | None = 
         row |= {"finished_at": now, "answer_bytes": len(row["answer"])}
     connection.execute(_ADD, row)
     if stored is not None:
-        key = {"operation_id": row["id"], "model_id": row.get("model_id"), "seq_id": row.get("seq_id")}
-        connection.execute(ADD_PAYLOAD, key | vars(stored))
+        add_payload(connection, row["id"], row.get("model_id"), row.get("seq_id"), stored)
 
 
 def finish(
@@ -102,13 +101,11 @@ def finish_training(
     """Write the answer of a pass or a step that was done, and what follows from it if it is the first one:
     the `trained` tokens are counted, and the metrics kept. Non-finite metrics are left out."""
     is_first = finish(connection, operation_id, "done", answer, device_seconds)
-    now = time.time()
-    turn = {"key": model_id, "seq": seq_id, "executed_seq": seq_id, "last_request_at": now}
-    connection.execute(_ADVANCE, turn)
+    advance(connection, model_id, seq_id)
     if not is_first:
         return
     if kind == "forward":  # a replay does not need it
-        connection.execute(DROP_PAYLOAD, {"key": operation_id})
+        drop_payload(connection, operation_id)
     if trained:
         accounts.add_model_usage(connection, model_id, {"trained": trained})
     step = None if (made := metrics.get("optimizer_step")) is None else int(made)

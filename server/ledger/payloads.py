@@ -41,15 +41,15 @@ class Stored:
     checksum: int | None = None
 
 
-ADD = insert(payloads)  # built once: they are part of every operation
-DROP = delete(payloads).where(payloads.c.operation_id == bindparam("key"))
+_ADD = insert(payloads)  # built once: they are part of every operation
+_DROP = delete(payloads).where(payloads.c.operation_id == bindparam("key"))
 
 
 def add(
     connection: Connection, operation_id: str, model_id: str | None, seq_id: int | None, stored: Stored
 ) -> None:
     key = {"operation_id": operation_id, "model_id": model_id, "seq_id": seq_id}
-    connection.execute(ADD, key | vars(stored))
+    connection.execute(_ADD, key | vars(stored))
 
 
 def find(connection: Connection, operation_id: str) -> Stored | None:
@@ -64,7 +64,7 @@ def replace(connection: Connection, operation_id: str, data: bytes) -> None:
 
 
 def drop(connection: Connection, operation_id: str) -> None:
-    connection.execute(DROP, {"key": operation_id})
+    connection.execute(_DROP, {"key": operation_id})
 
 
 def to_replay(connection: Connection, model_id: str, after: int, through: int) -> Sequence[Row]:

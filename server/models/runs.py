@@ -84,7 +84,7 @@ class Runs:
         """
         run = self._known.get(run_id) or self._known.named(owner, run_id)
         if run is None or run.owner != owner:
-            row = await self._ledger.read(lambda connection: tenancy.find_owned(connection, owner, run_id))
+            row = await self._ledger.read(tenancy.find_owned, owner, run_id)
             if row is None:
                 raise NotFound(f"unknown model {run_id!r}: create it with create_model first")
             run = await self._open(row)
@@ -112,9 +112,7 @@ class Runs:
         base = self._dispatcher.last_seq(run.id)
         if base != run.seq_base:
             run.seq_base = base
-            await self._ledger.write(
-                lambda connection: tenancy.update_model(connection, run.id, seq_base=base)
-            )
+            await self._ledger.write(tenancy.update_model, run.id, seq_base=base)
 
     async def find_live(self, owner: str, run_id: str) -> Run:
         """Find a model that has not ended, as `find` does.
@@ -222,9 +220,7 @@ class Runs:
 
     async def _open(self, row: Row) -> Run:
         """Load a run from the ledger, and let it continue after its last finished operation."""
-        early = await self._ledger.read(
-            lambda connection: operation_rows.early_arrivals(connection, row.id, row.executed_seq)
-        )
+        early = await self._ledger.read(operation_rows.early_arrivals, row.id, row.executed_seq)
         if (known := self._known.get(row.id)) is not None:
             return known
         run = from_row(row)
@@ -315,9 +311,7 @@ class Runs:
         self.ending(run)
         run.state = "finished"
         now = time.time()
-        await self._ledger.write(
-            lambda connection: tenancy.update_model(connection, run.id, state="finished", last_request_at=now)
-        )
+        await self._ledger.write(tenancy.update_model, run.id, state="finished", last_request_at=now)
         # Not awaited: the client need not wait for what it has queued.
         run.leaving = asyncio.ensure_future(self._finish(run))
 

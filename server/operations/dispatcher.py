@@ -76,8 +76,7 @@ class Dispatcher:
         while (operation := lane.held.pop(lane.next_seq, None)) is not None:
             lane.next_seq += 1
             if not operation.settled:
-                for release in self.released:
-                    release(operation)
+                self.released(operation)
         moved = lane.next_seq != started_at
         if lane.gap_timer is not None and (moved or not lane.held):
             lane.gap_timer.cancel()

@@ -142,7 +142,7 @@ class Operations:
                 stored = await self._payloads.store(stream, request_id, payload, inline, is_new)
                 del payload
             is_past = 0 < operation.seq_id < self._dispatcher.next_seq(operation.model_id)
-            result = await self._ledger.write(partial(self._write, operation, submission, stored, is_past))
+            result = await self._ledger.write(self._write, operation, submission, stored, is_past)
         except BaseException:
             self._pending.discard(request_id)
             self._payloads.forget(request_id)
@@ -168,20 +168,18 @@ class Operations:
 
     def _is_new(self, natural_key: str | None) -> bool:
         """Return whether no operation has this key. Raises StorageFull for a new one without room."""
-        if natural_key is not None and self._ledger.read_now(
-            lambda connection: rows.find_by_natural_key(connection, natural_key)
-        ):
+        if natural_key is not None and self._ledger.read_now(rows.find_by_natural_key, natural_key):
             return False
         self._disk.require_room()
         return True
 
     def _write(
         self,
+        connection: Connection,
         operation: Operation,
         submission: Submission,
         stored: Stored | None,
         is_past: bool,
-        connection: Connection,
     ) -> Row | Answer | None:
         """Write a new operation; return its answer, if that is known, or the first one of its natural key."""
         if submission.natural_key is not None:
@@ -392,7 +390,7 @@ class Operations:
         """Return the owner's operation of that id; None if there is none, or its answer was dropped."""
         operation = self._pending.get(request_id) or self._remembered.get(request_id)
         if operation is None:
-            row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
+            row = await self._ledger.read(rows.find, request_id)
             if row is None:
                 return None
             operation = self.load(row)
@@ -410,15 +408,13 @@ class Operations:
 
     async def has_expired(self, owner: str, request_id: str) -> bool:
         """Return whether this was the owner's operation, and its answer was dropped."""
-        row = await self._ledger.read(lambda connection: rows.find(connection, request_id))
+        row = await self._ledger.read(rows.find, request_id)
         return row is not None and row.owner == owner
 
     async def forget_answers(self, owner: str, through: float) -> int:
         """Drop the answers that the owner's operations got up to the time `through`; return how many."""
         dropped = 0
-        while some := await self._ledger.write(
-            lambda connection: retention.drop_answers(connection, through, owner)
-        ):
+        while some := await self._ledger.write(retention.drop_answers, through, owner):
             dropped += some
         self._remembered.forget(owner)
         return dropped

@@ -98,7 +98,7 @@ class Payloads:
             return known
 
         def read() -> bytes | None:
-            stored = self._ledger.read_now(partial(rows.find, operation_id=request_id))
+            stored = self._ledger.read_now(rows.find, request_id)
             return None if stored is None else self._files.read(stored)
 
         return await self._in_thread(read)
@@ -150,7 +150,7 @@ class Payloads:
         moved, last = 0, ""
         if not await self._ledger.read(rows.any_in_operations):
             return moved
-        while old := await self._ledger.read(partial(rows.in_operations, after=last, max_bytes=_MOVED_BYTES)):
+        while old := await self._ledger.read(rows.in_operations, after=last, max_bytes=_MOVED_BYTES):
             stored: list[Stored] = []
             for row in old:
                 if len(row.payload) <= INLINE_BYTES or row.kind in inline:
