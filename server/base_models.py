@@ -8,6 +8,7 @@ fit.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from ..ckpt import smollm2
+from ..ckpt.package_index import Progress
 from ..engine import host_memory, memory, messages
 from ..engine.device_catalogue import GPU_SHARE
 from ..engine.messages import Devices
@@ -31,6 +33,7 @@ from .errors import BadRequest
 from .files import Entry
 
 T = TypeVar("T")
+log = logging.getLogger("tinsmith.server")
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -137,13 +140,6 @@ class BaseModels(dict[str, BaseModel]):
         )
 
 
-def smollm2_folder(cache_dir: Path) -> Path:
-    """Return SmolLM2-135M-Instruct as a Hugging Face folder, converted from its GGUF file the first time."""
-    from ..ckpt.smollm2 import obtain
-
-    return obtain(cache_dir, lambda text: print(text, file=sys.stderr))
-
-
 @dataclass(frozen=True)
 class Plan:
     """One model to serve. It has a `folder`, or a `hub_id` with its `commit` and weight files, or neither:
@@ -161,17 +157,20 @@ class Plan:
         """The number of parameters; 0 if no config was read."""
         return 0 if self.config is None else folders.parameter_count(self.config)
 
-    def obtain(self, cache_dir: Path, limit: int | None) -> BaseModel:
-        """Download what is missing, and check the weights. `limit` caps the sequence length.
+    def obtain(self, cache_dir: Path, limit: int | None, progress: Progress | None = None) -> BaseModel:
+        """Download what is missing, and check the weights. `limit` caps the sequence length. Without
+        `progress`, downloads are reported in the log.
 
         Raises ValueError, OSError and RuntimeError saying what is wrong.
         """
+        progress = progress or Progress(log.info)
         if self.folder is not None:
             folder = self.folder
         elif self.hub_id is not None:
+            progress.say(f"Fetching what is missing of {self.hub_id} from the Hugging Face hub …")
             folder = _download(self.hub_id, self.commit, self.weight_files)
         else:
-            folder = smollm2_folder(cache_dir)
+            folder = smollm2.obtain(cache_dir, progress)
             return _described(self.name, folder, None, SMOLLM2_HUB_ID, limit)
         return _described(self.name, folder, self.hub_id, _tokenizer_id(self, folder), limit)
 

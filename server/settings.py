@@ -145,7 +145,8 @@ class ServingSettings(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged, to standard error and to `logs/` in the data directory (see `tinsmith logs`)."""
     log_format: Literal["text", "json"] = "text"
-    """`json` writes one object per line, with the ids of the request, the operation and the tenant."""
+    """`json` writes one object per line, with the ids of the request, the operation and the tenant, and
+    nothing else is printed."""
     stall_seconds: float = Field(60.0, gt=0)
     """A connection is closed if a request's body or an answer has not moved for this long."""
     long_poll_seconds: float = Field(25.0, ge=0, le=30)

