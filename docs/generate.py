@@ -1,11 +1,13 @@
 """Writes the pages that are made of the code: `python docs/generate.py`.
 
-`settings.md` is made of the settings' docstrings, `cli.md` of the commands' help.
+`settings.md` is made of the settings' docstrings, `cli.md` of the commands' help, and `api.md` of the OpenAPI
+document (`api.py`).
 """
 
 from __future__ import annotations
 
 import inspect
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,7 +95,11 @@ def _commands(command: object, path: str) -> Iterator[str]:
         yield from _commands(each, f"{path} {name}")
 
 
-PAGES = {"settings.md": settings_page, "cli.md": commands_page}
+def api_page() -> str:
+    return runpy.run_path(str(HERE / "api.py"))["api_page"]()
+
+
+PAGES = {"settings.md": settings_page, "cli.md": commands_page, "api.md": api_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

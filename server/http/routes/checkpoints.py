@@ -88,6 +88,7 @@ async def training_runs(
     access_scope: AccessScope = "owned",
     project_id: str | None = None,
 ) -> dict[str, Any]:
+    """List training runs, newest first: the caller's own, or all that it may read (`accessible`)."""
     of = tenancy.models_of(owner)
     if access_scope == "accessible":
         of |= tenancy.models_among(rows.published_runs())
@@ -121,6 +122,7 @@ async def training_run(
     requested: RequestedDialect,
     access_scope: AccessScope = "owned",
 ) -> dict[str, Any]:
+    """Describe one training run."""
     return await _training_run(ledger, owner, await _find_run(ledger, owner, run_id, access_scope), requested)
 
 
@@ -148,6 +150,7 @@ async def list_checkpoints(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> dict[str, Any]:
+    """List the checkpoints of all the caller's training runs, newest first."""
     page, total = await ledger.read(rows.of_owner, owner, limit, offset)
     runs = await ledger.read(tenancy.models_by_id, {row.run_id for row in page})
     return {
@@ -179,6 +182,7 @@ async def list_checkpoints_of_model(body: OfModel, ledger: Provided[Ledger], own
 async def delete_named_checkpoint(
     body: requests.DeleteCheckpoint, checkpoints: Provided[Checkpoints], owner: Owner
 ) -> dict[str, Any]:
+    """Delete a checkpoint, given as xorl's clients name it."""
     uri = parse_short(body.checkpoint_id, body.model_id)
     await checkpoints.delete(owner, uri)
     path = f"{paths.XORL_SCHEME}{uri.run}/{uri.checkpoint_id}"
@@ -189,6 +193,7 @@ async def delete_named_checkpoint(
 async def weights_info(
     body: requests.WeightsInfo, checkpoints: Provided[Checkpoints], owner: Owner
 ) -> dict[str, Any]:
+    """Say whether a checkpoint exists, and how its model was created."""
     try:
         row = await checkpoints.find(owner, parse(body.path or body.tinker_path or ""))
     except NotFound:
@@ -248,18 +253,21 @@ Uri = Annotated[paths.CheckpointUri, Depends(_uri)]
 
 @router.delete(_ONE, responses=described_as(responses.Acknowledged))
 async def delete_checkpoint(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) -> dict[str, str]:
+    """Delete a checkpoint."""
     await checkpoints.delete(owner, uri)
     return {"status": "deleted"}
 
 
 @router.post(_ONE + "/publish", responses=described_as(responses.Acknowledged))
 async def publish(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) -> dict[str, str]:
+    """Let every tenant read and copy the checkpoint."""
     await checkpoints.publish(owner, uri, True)
     return {"status": "published"}
 
 
 @router.delete(_ONE + "/publish", responses=described_as(responses.Acknowledged))
 async def unpublish(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) -> dict[str, str]:
+    """Let only its owner read the checkpoint again. Copies remain."""
     await checkpoints.publish(owner, uri, False)
     return {"status": "unpublished"}
 
@@ -268,6 +276,7 @@ async def unpublish(uri: Uri, checkpoints: Provided[Checkpoints], owner: Owner) 
 async def set_ttl(
     uri: Uri, body: requests.Ttl, checkpoints: Provided[Checkpoints], owner: Owner
 ) -> dict[str, str]:
+    """Set when the checkpoint expires, counted from now; null keeps it."""
     await checkpoints.set_ttl(owner, uri, body.ttl_seconds)
     return {"status": "changed"}
 

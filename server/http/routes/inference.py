@@ -101,6 +101,7 @@ async def add_inference_endpoint(
 async def remove_inference_endpoint(
     body: requests.Endpoint, registry: Provided[Registry], owner: Owner
 ) -> dict[str, Any]:
+    """Remove an SGLang server that this tenant has added."""
     gone = await registry.remove(owner, body.host, body.port)
     where = f"{body.host}:{body.port}"
     return {"success": gone, "message": f"{where} is forgotten" if gone else f"{where} is not there"}

@@ -46,6 +46,7 @@ CLIENT_CONFIG = {
 
 @router.post("/api/v1/client/config", responses=described_as(responses.ClientConfig))
 async def client_config(settings: Provided[Settings], _owner: Owner) -> dict[str, Any]:
+    """Tell the SDK which parts of its protocol it may use with this server."""
     return CLIENT_CONFIG | {
         "pjwt_auth_enabled": settings.token_exchange,
         "custom_loss_server_side": settings.custom_loss_server_side,
@@ -54,6 +55,7 @@ async def client_config(settings: Provided[Settings], _owner: Owner) -> dict[str
 
 @router.post("/api/v1/client/dynamic_config", responses=described_as(responses.DynamicClientConfig))
 async def dynamic_config(_owner: Owner) -> dict[str, Any]:
+    """Tell the SDK what it may change while it runs, and when to ask again."""
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
@@ -62,6 +64,7 @@ async def dynamic_config(_owner: Owner) -> dict[str, Any]:
 async def capabilities(
     settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
 ) -> dict[str, Any]:
+    """List the base models, with their limits, and what can be done with them."""
     return {
         "supported_models": [
             {
@@ -189,6 +192,7 @@ async def telemetry(_owner: Owner) -> dict[str, str]:
 
 @router.get(METRICS_PATH, response_class=PlainTextResponse)
 async def metrics(metrics: Provided[Metrics]) -> Response:
+    """Return the metrics in Prometheus' text format."""
     return Response(
         prometheus_client.generate_latest(metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST
     )
@@ -294,6 +298,7 @@ async def model_info(base_models: Provided[BaseModels], _owner: Owner) -> dict[s
 async def server_info(
     settings: Provided[Settings], base_models: Provided[BaseModels], _owner: Owner
 ) -> dict[str, Any]:
+    """Describe the server as SGLang does, without paths of this machine."""
     name = _first(base_models)
     return {
         "model_path": name,

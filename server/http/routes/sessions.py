@@ -129,6 +129,7 @@ async def session_info(
 async def finish_session(
     session_id: str, body: requests.FinishSession, sessions: Provided[Sessions], owner: Owner
 ) -> dict[str, str]:
+    """Finish a session: its models leave the engine and unnamed samplers are removed; checkpoints stay."""
     await sessions.finish(owner, session_id, body.reason.type, body.detail)
     return {"type": "finish_session"}
 
@@ -141,6 +142,7 @@ async def list_sessions(
     offset: Offset = 0,
     access_scope: AccessScope = "owned",
 ) -> dict[str, Any]:
+    """List the ids of the caller's sessions, newest first."""
     found = await ledger.read(tenancy.list_sessions, owner, limit, offset)
     return {"sessions": [shown_id(row) for row in found]}
 
@@ -149,6 +151,7 @@ async def list_sessions(
 async def assign_project(
     session_id: str, body: requests.Project, sessions: Provided[Sessions], owner: Owner
 ) -> dict[str, str]:
+    """Move a session to a project."""
     await sessions.assign_project(owner, session_id, body.project_id)
     return {"status": "changed"}
 
@@ -161,6 +164,7 @@ async def get_session(
     owner: Owner,
     access_scope: AccessScope = "owned",
 ) -> dict[str, Any]:
+    """Return a session's models, samplers and metadata."""
     session = await sessions.find(owner, session_id)
     session_id = session.id
     runs = await ledger.read(tenancy.models_of_session, session_id)

@@ -152,6 +152,7 @@ def _check_limits(body: wire.ForwardBackwardBody, run: Run) -> None:
 async def optim_step(
     body: json_wire.OptimStep, runs: Provided[Runs], submits: Provided[Submits], owner: Owner
 ) -> Response:
+    """Step the model's optimizer with the gradients accumulated since its last step."""
     try:
         run = await runs.find_trainable(owner, body.model_id)
         family = run.optimizer["type"]
@@ -200,6 +201,7 @@ async def create_custom_loss(
     sessions: Provided[Sessions],
     owner: Owner,
 ) -> dict[str, str]:
+    """Upload a traced loss function, for later `forward_backward`s of the session."""
     session_id = await sessions.require_active(owner, body.session_id)
     loss, seq_id = body.message(), body.custom_loss_seq_id
     with admission.operation(owner, early=False) as accepted:
