@@ -1,4 +1,4 @@
-"""A server as a job of a real Ray, as docs/deploy.md says (`make ray`)."""
+"""A server as a job of a real Ray, as docs/ray.md says (`make ray`)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _step(url: str, path: str | None) -> tuple[float, str]:
 
 
 def test_a_job_serves_stops_with_all_saved_and_the_next_one_goes_on(ray: Ray, tmp_path: Path) -> None:
-    shown = block("deploy.md", "export RAY_ADDRESS")
+    shown = block("ray.md", "export RAY_ADDRESS")
     model, port, data_dir = write_model(tmp_path / "tiny", "llama"), _free_port(), tmp_path / "data"
     command = shown.partition("\n")[2].replace(".venv/bin/", f"{ROOT}/.venv/bin/")
     command = command.replace("Qwen/Qwen3-8B --host 0.0.0.0", f"tiny={model}")

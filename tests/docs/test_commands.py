@@ -34,7 +34,7 @@ from .pages import DEMO, ROOT, Block, block, blocks, inline_commands
 from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
-QUICKSTART, RL, DEPLOY = "quickstart.md", "rl.md", "deploy.md"
+QUICKSTART, RL, DEPLOY, TPU, SYSTEMD = "quickstart.md", "rl.md", "deploy.md", "tpu.md", "systemd.md"
 EXPORT = "export.md"
 CONTRIBUTING, PLACEMENT = "CONTRIBUTING.md", "placement.md"
 TINSMITH = ".venv/bin/tinsmith"
@@ -44,7 +44,8 @@ PYTEST = ".venv/bin/python -m pytest -q tests/losses"
 RUN = {
     (DEMO, '{"messages": '),
     ("README.md", ".venv/bin/python -m pip install"),
-    (DEPLOY, "python3 -m venv"),
+    (TPU, "python3 -m venv"),
+    (TPU, "tinsmith plan --model"),
     ("models.md", "tinsmith: model"),
     ("README.md", "make demo"),
     ("README.md", SERVE),
@@ -55,7 +56,7 @@ RUN = {
     (PLACEMENT, "export TINSMITH_DATABASE_URL"),
     (PLACEMENT, "python -m sglang.launch_server --model-path MODEL"),
     (PLACEMENT, "CUDA_VISIBLE_DEVICES=1"),
-    (DEPLOY, "# /etc/tinsmith.toml"),
+    (SYSTEMD, "# /etc/tinsmith.toml"),
     (DEPLOY, "tinsmith keys create alice"),
     ("migration.md", "export TINKER_BASE_URL"),
     ("plan.md", "tinsmith plan --model"),
@@ -95,7 +96,19 @@ ELSEWHERE = {
     ("metrics.md", "scrape_configs:"): "conformance/test_metrics.py",
     ("metrics.md", "# tokens trained"): "conformance/test_metrics.py",
     ("plan.md", "tinsmith: too large"): "server/test_memory_check.py",
-    (DEPLOY, "export RAY_ADDRESS"): "deploy/test_ray.py",
+    (DEPLOY, "mkdir -p /backup"): "docs/test_backup.py",
+    ("ray.md", "export RAY_ADDRESS"): "deploy/test_ray.py",
+    ("nginx.md", "tinsmith keys create"): "deploy/test_nginx.py",
+    ("nginx.md", "# TLS in front of"): "deploy/test_nginx.py",
+    ("nginx.md", "nginx -t"): "deploy/test_nginx.py",
+    ("nginx.md", "export TINKER_BASE_URL"): "deploy/test_nginx.py",
+    (SYSTEMD, "useradd"): "deploy/test_systemd.py",
+    (SYSTEMD, "# /etc/tinsmith.env"): "deploy/test_systemd.py",
+    (SYSTEMD, "# A unit of systemd"): "deploy/test_systemd.py",
+    (SYSTEMD, "systemctl daemon-reload"): "deploy/test_systemd.py",
+    (SYSTEMD, "/opt/tinsmith/bin/python"): "deploy/test_systemd.py",
+    ("kubernetes.md", "docker build"): "deploy/test_manifests.py",
+    ("kubernetes.md", "kubectl"): "deploy/test_manifests.py",
     (RL, "tinker.Datum("): "conformance/test_experts.py",
     (RL, '"routed_experts"'): "conformance/test_experts.py",
     (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "cookbook/test_rl.py",
@@ -341,8 +354,8 @@ def test_servers_of_other_pages(terminal: Terminal, serve) -> None:
 
 
 def test_a_server_on_a_tpu_vm(terminal: Terminal, serve) -> None:
-    """deploy.md's, with eight devices of a CPU. `test_accelerators_are_installed` runs pip's line."""
-    made, _installed, examined, served = block(DEPLOY, "python3 -m venv").splitlines()
+    """tpu.md's, with eight devices of a CPU. `test_accelerators_are_installed` runs pip's line."""
+    made, _installed, examined, served = block(TPU, "python3 -m venv").splitlines()
     terminal.run(f"{made} --without-pip")
     (terminal.home / "tinsmith/bin/tinsmith").symlink_to(Path(sys.executable).with_name("tinsmith"))
     eight = "--xla_force_host_platform_device_count=8"
@@ -355,8 +368,9 @@ def test_a_server_on_a_tpu_vm(terminal: Terminal, serve) -> None:
 @pytest.mark.slow
 def test_accelerators_are_installed(terminal: Terminal) -> None:
     """pip finds a version of everything and installs nothing; it needs a package index."""
-    _made, of_tpu, *_rest = block(DEPLOY, "python3 -m venv").splitlines()
-    for command in (block("README.md", ".venv/bin/python -m pip install"), of_tpu):
+    _made, of_tpu, *_rest = block(TPU, "python3 -m venv").splitlines()
+    of_service = block(SYSTEMD, "useradd").splitlines()[-1]
+    for command in (block("README.md", ".venv/bin/python -m pip install"), of_tpu, of_service):
         options = command.partition(" install ")[2].strip()
         printed = terminal.run(f"{sys.executable} -m pip install --dry-run {options}", folder=ROOT)
         assert "Would install" in printed
@@ -427,7 +441,9 @@ def test_the_plan_is_the_one_that_is_printed(terminal: Terminal) -> None:
     hub = Hub({("Qwen/Qwen3-8B", "main"): folder})
     command = block("plan.md", "tinsmith plan --model")
     printed = terminal.run(command, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+    on_tpu = terminal.run(block(TPU, "tinsmith plan --model"), HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
     hub.close()
+    assert "It fits with --mesh" in on_tpu
     shown = block("plan.md", "Qwen/Qwen3-8B: 8.19 billion")
     until = "Sizes are"  # what they are from depends on the compilers that are installed
     assert printed.partition(until)[0].split() == shown.partition(until)[0].split()
@@ -464,6 +480,6 @@ def test_the_configuration_of_a_training_run_is_taken(terminal: Terminal) -> Non
 
 
 def test_the_settings_of_a_service_are_taken() -> None:
-    """deploy.md's file; the model that it names is not here."""
-    settings = Settings(**tomllib.loads(block(DEPLOY, "# /etc/tinsmith.toml")))
+    """systemd.md's file; the model that it names is not here."""
+    settings = Settings(**tomllib.loads(block(SYSTEMD, "# /etc/tinsmith.toml")))
     assert settings.model == ["Qwen/Qwen3-8B"]
