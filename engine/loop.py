@@ -104,7 +104,7 @@ class Engine:
         while True:
             idle = not self._busy and not self._sleep.under_way
             may_wait = idle and (self._writing or not self._stops)
-            self._memory.send(bool(may_wait), self._sleep.asleep)
+            self._memory.send(bool(may_wait), self._sleep.asleep, self._sleep.bytes_waiting)
             if may_wait:
                 self._under_way.note(())
             until_idle = [samplers.evict_idle() for samplers in self._samplers]

@@ -515,8 +515,8 @@ class Memory(msgspec.Struct, frozen=True, tag=True):
     """The memory of each device, in bytes: what the engine may use, how that was `planned`, and what is
     `held`, by kind.
 
-    `free` is what the device reports (None: unknown); `waiting` are the states of models in training that are
-    in the host's memory.
+    `free` is what the first device reports (None: unknown), or on a CPU the machine. `waiting` is what states
+    of models in training take in the host's memory.
     """
 
     capacity: int

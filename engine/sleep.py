@@ -47,6 +47,11 @@ class Sleep:
         """True if the engine falls asleep as soon as nothing is running or queued."""
         return bool(self._wanted)
 
+    @property
+    def bytes_waiting(self) -> int:
+        """The bytes of models in training that are in the host's memory while the engine sleeps."""
+        return sum(parked.bytes for _, parked in self._states)
+
     def takes(self, request: messages.ToEngine) -> bool:
         """Return whether the request is handled here. One that needs the device wakes it first."""
         match request:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl, quote, urlencode
 
 import jwt
@@ -57,10 +57,15 @@ class Quota:
     queued_bytes: int
 
 
+TenantClass = Literal["admin", "own_quota", "standard"]
+"""Tenants told apart without their names: those of `--admin`, those with a quota of their own, all others."""
+
+
 class Quotas:
     """The quotas of tenants: the settings', and those that `tinsmith keys quota` has set."""
 
     def __init__(self, settings: Settings):
+        self._admins = frozenset(settings.admin)
         self._usual = Quota(
             settings.max_models,
             settings.max_checkpoint_bytes,
@@ -74,6 +79,11 @@ class Quotas:
 
     def of(self, tenant: str) -> Quota:
         return self._own.get(tenant, self._usual)
+
+    def class_of(self, tenant: str) -> TenantClass:
+        if tenant in self._admins:
+            return "admin"
+        return "own_quota" if tenant in self._own else "standard"
 
     def set_own(self, own: Mapping[str, Mapping[str, Any]]) -> None:
         """Set the quotas that differ from the settings, by tenant."""

@@ -240,7 +240,7 @@ class Application:
 
             self.spans = OperationSpans(settings.otlp_endpoint)
             self.operations.finished.subscribe(self.spans.answered)
-        self.operations.finished.subscribe(OperationMetrics(self.metrics.registry).answered)
+        self.operations.finished.subscribe(OperationMetrics(self.metrics.registry, quotas).answered)
         self.operations.finished.subscribe(self.sweep.written, *SAVES, "save_unnamed_sampler")
         self.snapshots.written.subscribe(self.sweep.snapshot_written)
         self.metrics.registry.register(

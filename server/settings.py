@@ -131,6 +131,9 @@ class ServingSettings(Section):
     better: it stores keys in the ledger, where they can be revoked."""
     api_key_file: Path | None = None
     """A file with keys, one per line, as above. `#` begins a comment."""
+    admin: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """A tenant whose keys show the usage of all tenants in the console. Nothing else of other tenants is
+    shown."""
     metrics_token: SecretStr | None = None
     """A bearer token for Prometheus, which opens `/metrics` and nothing else. If it is set, keys no
     longer open `/metrics`; if not, every key does."""
@@ -344,7 +347,7 @@ class Settings(
             return [value]  # a folder with a comma in its name
         return [part.strip() for part in value.split(",") if part.strip()]
 
-    @field_validator("api_key", "sglang", "sglang_allow", "allowed_hosts", mode="before")
+    @field_validator("api_key", "admin", "sglang", "sglang_allow", "allowed_hosts", mode="before")
     @classmethod
     def _comma_separated(cls, value: object) -> object:
         return (

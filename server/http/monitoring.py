@@ -23,6 +23,7 @@ from prometheus_client.core import Metric
 
 from ... import __version__
 from ...engine import messages
+from ..access import Quotas
 from ..checkpoints.sweep import Sweep
 from ..errors import TooManyRequests
 from ..files import Disk
@@ -45,11 +46,16 @@ class Metrics:
 
 
 class OperationMetrics:
-    """Counts operations by kind and outcome, and their waiting times, device times and tokens."""
+    """Counts operations by kind, outcome and class of tenant, and their waiting times, device times and
+    tokens."""
 
-    def __init__(self, registry: CollectorRegistry):
+    def __init__(self, registry: CollectorRegistry, quotas: Quotas):
+        self._quotas = quotas
         self._operations = PrometheusCounter(
-            "tinsmith_operations", "Operations that were answered", ["kind", "state"], registry=registry
+            "tinsmith_operations",
+            "Operations that were answered",
+            ["kind", "state", "tenant_class"],
+            registry=registry,
         )
         self._wait = Histogram(
             "tinsmith_operation_wait_seconds",
@@ -72,7 +78,7 @@ class OperationMetrics:
     def answered(self, operation: Operation) -> None:
         answer = operation.answer
         state = "done" if isinstance(answer, messages.Done) else "failed"
-        self._operations.labels(operation.kind, state).inc()
+        self._operations.labels(operation.kind, state, self._quotas.class_of(operation.owner)).inc()
         if answer is None:
             return
         waited = time.monotonic() - operation.accepted_at - answer.device_seconds
@@ -158,7 +164,7 @@ def _of_memory(memory: messages.Memory) -> Iterator[Metric]:
     text = "Memory of each device that the engine may use"
     yield Gauge("tinsmith_device_memory_capacity_bytes", text, memory.capacity)
     if memory.free is not None:
-        text = "Memory of the first device that is free"
+        text = "Free memory of the first device; on a CPU, of the machine"
         yield Gauge("tinsmith_device_memory_free_bytes", text, memory.free)
     text = "States of models in training that wait in the host's memory"
     yield Gauge("tinsmith_host_memory_waiting_bytes", text, memory.waiting)

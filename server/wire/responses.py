@@ -43,7 +43,8 @@ class SampleFuture(Future):
 
 
 class PendingFuture(TypedDict):
-    """There is no result yet: poll again. `queue_state_reason` says what the engine is doing."""
+    """There is no result yet: poll again. `queue_state_reason` says what the engine is doing. The state is
+    `paused_capacity` while it loads, compiles or is started again."""
 
     type: Literal["try_again"]
     status: Literal["pending"]
@@ -760,6 +761,24 @@ class ConsoleSession(TypedDict):
 
 class ConsoleSessions(TypedDict):
     sessions: list[ConsoleSession]
+
+
+class TenantUsage(TypedDict):
+    """What a tenant has used: tokens, and the number of checkpoints saved."""
+
+    tenant: str
+    trained: int
+    prefilled: int
+    prefilled_cached: int
+    sampled: int
+    checkpoints: int
+
+
+class TenantsUsage(TypedDict):
+    """`all_tenants`: whether the caller sees all of them, or only its own."""
+
+    all_tenants: bool
+    tenants: list[TenantUsage]
 
 
 class ConsoleSampler(TypedDict):

@@ -75,12 +75,12 @@ def make_server(
 def server(
     tiny_model: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """Keys of alice and bob; ranks up to 16; gaps are waited for two seconds."""
+    """Keys of alice, an administrator, and bob; ranks up to 16; gaps are waited for two seconds."""
     running = ServerProcess(
         tiny_model,
         tmp_path_factory.mktemp("server") / "data",
         cache_dir,
-        *("--api-key", f"alice={ALICE}", "--api-key", f"bob={BOB}", "--max-rank", "16"),
+        *("--api-key", f"alice={ALICE}", "--api-key", f"bob={BOB}", "--admin", "alice", "--max-rank", "16"),
         TINSMITH_GAP_GRACE_SECONDS="2",
         TINSMITH_LONG_POLL_SECONDS="5",
         TINSMITH_MAX_BODY_BYTES=str(8 << 20),

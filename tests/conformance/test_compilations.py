@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -11,7 +12,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import tinker
+from conformance.batches import batch
 from conformance.server_process import ServerProcess, Wire
+from tinker.lib import queue_state_logger
 
 ServerMaker = Callable[..., ServerProcess]
 _DATUM = {
@@ -23,7 +27,13 @@ _DATUM = {
 }
 
 
-def test_a_compilation_is_told_while_it_lasts(make_server: ServerMaker, tmp_path: Path) -> None:
+def test_a_compilation_is_told_while_it_lasts(
+    make_server: ServerMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And the SDK logs what is compiled, and for how long, when a pause has lasted too long for it."""
     server = make_server("--cache-dir", str(tmp_path / "empty"), TINSMITH_LONG_POLL_SECONDS="0").start()
     wire = Wire(server.url, None)
     model = wire.model()
@@ -61,6 +71,15 @@ def test_a_compilation_is_told_while_it_lasts(make_server: ServerMaker, tmp_path
     assert health["engine"]["phase"] == "ready"
     assert re.fullmatch(r"compiled .* in \d+\.\d s", health["engine"]["text"])
     assert "compiling forward_backward" in server.log
+
+    monkeypatch.setattr(queue_state_logger, "PAUSE_GRACE_PERIOD", 0.0)  # 15 minutes
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
+    with caplog.at_level(logging.WARNING, queue_state_logger.__name__):
+        training = service.create_lora_training_client("tiny", rank=16).result()
+        training.forward_backward(batch(1), "cross_entropy").result()
+    service.close("success").result()
+    logged = re.compile(r"Training for \S+ is paused\. Reason: compiling forward_backward .*, for \d+ s\.")
+    assert any(logged.fullmatch(message) for message in caplog.messages), caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 import tinker
+from conformance.conftest import ALICE
 from conformance.server_process import ServerProcess, Wire
+from scraper import Scraper, of_sglang
 from tinker import types
 
 from .rollouts import DRAWN, GREEDY, PROMPTS, drawn_there, is_up, sampled, step, texts, until
@@ -63,7 +65,10 @@ def test_unnamed_weights_are_drawn_on_sglang_at_once(
 def test_a_loop_finishes_though_sglang_is_killed_and_comes_back(
     tinsmith: ServerProcess, service: tinker.ServiceClient, sglang: SglangProcess, alice: Wire
 ) -> None:
+    """And the metrics about SGLang, all of which docs/metrics.md has, move meanwhile."""
     until(lambda: is_up(alice))
+    scraper = Scraper(tinsmith.url, ALICE)
+    scraper.scrape()
     model = service.create_lora_training_client(base_model="tiny", rank=4, seed=2).result()
     for version in range(4):
         path = model.save_weights_for_sampler(f"v{version}").result().path
@@ -76,12 +81,14 @@ def test_a_loop_finishes_though_sglang_is_killed_and_comes_back(
             sglang.kill()
             assert all(len(future.result().sequences) == 4 for future in futures)
             assert not is_up(alice)
+            scraper.scrape()
         if version == 3:
             sglang.start()
             until(lambda: is_up(alice))
             before = drawn_there(alice)
         assert step(model, sampled(sampler, DRAWN, 2)) <= 1e-4
     assert drawn_there(alice) - before == 2, "what was saved meanwhile is there again"
+    until(lambda: scraper.scrape() and of_sglang() <= scraper.moved())
 
 
 @pytest.fixture

@@ -450,9 +450,9 @@ function timeline(trace) {
 async function usagePage(signal) {
   const hour = (at) => `${new Date(at).toISOString().slice(0, 13)}:00:00Z`;
   const next = Math.ceil(Date.now() / 3.6e6 + 1e-9) * 3.6e6;
-  const [usage, storage] = await Promise.all([
+  const [usage, storage, shares] = await Promise.all([
     api(`/api/v1/billing/usage/events?starting_on=${hour(next - 13 * 864e5)}&ending_before=${hour(next)}`, { signal }),
-    api("/api/v1/billing/usage/checkpoints/current", { signal })]);
+    api("/api/v1/billing/usage/checkpoints/current", { signal }), api("/api/v1/console/usage?days=13", { signal })]);
   const days = new Map(), models = new Map(), KINDS = ["trained", "prefilled", "cached", "sampled", "checkpoints"];
   for (const { bucket_start: start, event_info: info, base_model: model } of usage.data) {
     const kind = { training: "trained", sampling_sample: "sampled", checkpoint: "checkpoints" }[info.type] ?? (info.cached ? "cached" : "prefilled");
@@ -471,6 +471,8 @@ async function usagePage(signal) {
   }));
   main.replaceChildren(h("h1", {}, `Usage of ${overview?.owner ?? "this tenant"}, the last 13 days`),
     card("By day (UTC)", bars, table(heads, rows(days))), card("By base model", table(heads, rows(models))),
+    shares.all_tenants ? card("By tenant", table(heads, shares.tenants.map((each) =>
+      [each.tenant, ...["trained", "prefilled", "prefilled_cached", "sampled", "checkpoints"].map((kind) => each[kind].toLocaleString())]))) : "",
     card("Checkpoints stored", table(["Project", "Number#", "Size#"], storage.data.map((each) => [each.project_id, each.checkpoint_count, bytes(each.size_bytes)]))));
 }
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import Connection, Row
 
-from ...access import ApiKeys, Claims, Tokens, UrlSigner, user_urn
+from ...access import ApiKeys, Claims, Quotas, Tokens, UrlSigner, user_urn
 from ...checkpoints import Checkpoints, as_strings, iso, parse
 from ...errors import BadRequest, Forbidden, NotFound
 from ...ledger import accounts, operations, step_metrics, tenancy
@@ -155,6 +155,27 @@ async def samplers(ledger: Provided[Ledger], owner: Owner) -> dict[str, Any]:
     found = await ledger.read(tenancy.samplers_of_owner, owner, _MOST_SAMPLERS)
     fields = ("id", "session_id", "base_model", "model_path", "follows")
     return {"samplers": [_fields(row, fields, ("created_at",)) for row in found]}
+
+
+@router.get("/console/usage", responses=described_as(responses.TenantsUsage))
+async def tenants_usage(
+    ledger: Provided[Ledger],
+    quotas: Provided[Quotas],
+    owner: Owner,
+    days: Annotated[int, Query(ge=1, le=400)] = 13,
+) -> dict[str, Any]:
+    """Sum up what tenants have used in the last days: all tenants for keys of an administrator (`--admin`),
+    the caller's own for others."""
+    sees_all = quotas.class_of(owner) == "admin"
+    rows = await ledger.read(accounts.tenants_usage, time.time() - days * 86400)
+    return {
+        "all_tenants": sees_all,
+        "tenants": [
+            {"tenant": row.owner} | {name: int(getattr(row, name)) for name in accounts.COUNTERS}
+            for row in rows
+            if sees_all or row.owner == owner
+        ],
+    }
 
 
 @router.get("/console/download", responses=described_as(responses.DownloadUrl))

@@ -147,8 +147,13 @@ class OperationAnswers:
         return Response(rendered, media_type="application/json")
 
     def _pending(self, operation: Operation, dialect: Dialect) -> Response:
-        """Say that there is no answer yet, and why: the engine's state, or a quota that was reached."""
-        state, reason = "active" if self._engine.alive else "paused_capacity", self._engine.text
+        """Say that there is no answer yet, and why: the engine's state, or a quota that was reached.
+
+        While the engine loads, compiles or is started again, nothing moves, and the SDK logs the reasons of
+        pauses only.
+        """
+        is_working = self._engine.phase == "ready"
+        state, reason = "active" if is_working else "paused_capacity", self._engine.text
         paused = self._admission.paused(operation.owner)
         if self._engine.alive and paused is not None:
             state, reason = "paused_rate_limit", paused
