@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conformance.conftest import ALICE
-from conformance.server_process import ServerProcess, Wire
+from conformance.browser import give_key, needs_chromium, running_browser, sync_api, tab
+from conformance.conftest import ALICE, BOB
+from conformance.server_process import ServerProcess, Wire, datum, tensor
 from tinker.lib import console_urls
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt install chromium")
+pytestmark = needs_chromium
 
 PAGES = ("/", "/training_runs", "/checkpoints", "/samplers", "/sessions", "/usage", "/playground")
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -36,14 +34,22 @@ class Trained:
     number: int = 0
     sampler: str = ""
 
-    def step(self) -> None:
-        for submit in (self.wire.forward_backward, self._optim_step):
-            self.number += 1
-            self.wire.result(submit(self.model, self.number))
+    def step(self, learning_rate: float = 1e-2) -> None:
+        self.number += 2
+        self.wire.result(self.wire.forward_backward(self.model, self.number - 1))
+        self.wire.result(self.wire.optim_step(self.model, self.number, learning_rate=learning_rate))
         self.steps += 1
 
-    def _optim_step(self, model: str, number: int) -> httpx.Response:
-        return self.wire.optim_step(model, number, learning_rate=1e-2)
+    def reinforce(self) -> float:
+        """A step on rewards; returns its KL divergence per token, as the trainer's own metrics have it."""
+        rewarded = datum(logprobs=tensor([-3.0] * 4), advantages=tensor([1.0, -1.0, 0.5, 0.25]))
+        del rewarded.loss_fn_inputs["weights"]
+        self.number += 2
+        passed = self.wire.forward_backward(self.model, self.number - 1, [rewarded], "importance_sampling")
+        metrics = self.wire.result(passed)["metrics"]
+        self.wire.result(self.wire.optim_step(self.model, self.number, learning_rate=1e-3))
+        self.steps += 1
+        return metrics["kl_sampled:sum"] / 4
 
     def save(self, name: str) -> str:
         self.number += 1
@@ -69,39 +75,21 @@ def trained(server: ServerProcess) -> Iterator[Trained]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
 def page(browser: sync_api.Browser, server: ServerProcess) -> Iterator[sync_api.Page]:
-    """A tab without a key. Errors in its console, and whatever it loads from elsewhere, fail the test."""
-    context = browser.new_context(base_url=server.url, viewport={"width": 1200, "height": 800})
-    tab = context.new_page()
-    problems: list[str] = []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: problems.append(str(error)))
-    tab.on("request", lambda asked: None if _is_own(asked.url, server) else problems.append(asked.url))
-    tab.on("dialog", lambda dialog: problems.append(dialog.message) if dialog.type == "alert" else None)
-    tab.set_default_timeout(60_000)
-    yield tab
-    context.close()
-    assert not problems
-
-
-def _is_own(url: str, server: ServerProcess) -> bool:
-    return url.startswith((server.url, "data:", "blob:"))
+    """A tab without a key."""
+    with tab(browser, server.url) as page:
+        yield page
 
 
 @pytest.fixture
 def console(page: sync_api.Page) -> sync_api.Page:
     """A tab in which the key has been given."""
-    page.goto("/")
-    page.fill("input[name=key]", ALICE)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#state.good")
+    give_key(page, ALICE)
     return page
 
 
@@ -171,9 +159,8 @@ def test_curves_grow_while_a_run_trains(console: sync_api.Page, trained: Trained
     console.wait_for_selector(f"#step:has-text('step {trained.steps}')")
     before = console.locator(".chart canvas").count()
     assert before >= 4
-    titles = console.locator(".charts h2").all_inner_texts()
     for name in ("loss_per_token", "grad_norm", "learning_rate", "tokens_per_second"):
-        assert any(title.startswith(name) for title in titles)
+        assert any(title.startswith(name) for title in titles(console))
     for _ in range(3):
         trained.step()
     console.wait_for_selector(f"#step:has-text('step {trained.steps}, {trained.steps} points')")
@@ -186,9 +173,23 @@ def test_curves_grow_while_a_run_trains(console: sync_api.Page, trained: Trained
     reported = trained.wire.http.post(report, json={"step": trained.steps, "metrics": {"reward": 0.75}})
     assert reported.json() == {"status": "accepted"}
     console.wait_for_selector(".charts h2:has-text('reward 0.75')")
+    kl = trained.reinforce()
+    console.wait_for_selector(f"#step:has-text('step {trained.steps}, ')")
+    heading = console.locator(".charts h2:has-text('kl_per_token')").inner_text()
+    assert float(heading.removeprefix("kl_per_token")) == pytest.approx(kl, rel=1e-3)
+    shown = {name: value for name, _, value in (each.partition(" ") for each in titles(console))}
+    newest = trained.wire.http.get(f"/api/v1/training_runs/{trained.model}/metrics").json()["points"][-1]
+    for name in ("grad_norm", "learning_rate", "tokens_per_second"):
+        assert float(shown[name]) == pytest.approx(newest["metrics"][name], rel=1e-3)
+    before = console.locator(".chart canvas").count() - 1
     console.get_by_label("by time").check()
     console.get_by_label("logarithmic").check()
     assert console.locator(".chart canvas").count() == before + 1
+
+
+def titles(console: sync_api.Page) -> list[str]:
+    """The names of the curves, each with its newest value."""
+    return console.locator(".charts h2").all_inner_texts()
 
 
 def test_reports_that_are_wrong_are_refused_by_the_name_of_their_field(trained: Trained) -> None:
@@ -244,29 +245,192 @@ def test_a_checkpoint_is_downloaded_kept_published_and_deleted(
     assert doomed not in [each["tinker_path"] for each in listed]
 
 
-def test_the_playground_compares_two_models_token_by_token(console: sync_api.Page, trained: Trained) -> None:
-    link = urlsplit(console_urls.checkpoint_playground_url(trained.sampler))
+def test_the_playground_marks_where_two_checkpoints_differ(console: sync_api.Page, trained: Trained) -> None:
+    for _ in range(6):
+        trained.step(learning_rate=0.2)
+    models = [trained.sampler, trained.save("later")]
+    asked = {"sampling_params": {"max_new_tokens": 12, "temperature": 0}, "return_logprob": True}
+
+    def generate(model: str, **body: object) -> dict:
+        answer = trained.wire.http.post("/generate", json=asked | {"model": model} | body)
+        return answer.json()
+
+    answers = [generate(model, text="Hello", logprob_start_len=0) for model in models]
+    drawn = [[token for _, token, _ in each["meta_info"]["output_token_logprobs"]] for each in answers]
+    assert drawn[0] != drawn[1]
+
+    link = urlsplit(console_urls.checkpoint_playground_url(models[0]))
     console.goto(f"{link.path}?{link.query}")
+    assert console.get_by_label("Model A").input_value() == models[0]
+    assert console.get_by_label("Model B").input_value() == "tiny"
+    console.get_by_label("Model B").fill(models[1])
     console.fill("#prompt", "Hello")
     console.fill("#tokens", "12")
     console.keyboard.press("Tab")
     console.click("#run")
     console.wait_for_selector(".text >> nth=1")
-    assert console.get_by_label("Model A").input_value() == trained.sampler
-    assert console.get_by_label("Model B").input_value() == "tiny"
-    asked = {"text": "Hello", "sampling_params": {"max_new_tokens": 12, "temperature": 0}}
-    sampled = [
-        trained.wire.http.post("/generate", json=asked | {"model": model}).json()["text"]
-        for model in (trained.sampler, "tiny")
-    ]
     shown = console.locator(".text").all_inner_texts()
-    assert [text.strip() for text in shown] == [text.strip() for text in sampled]
-    pieces = console.locator(".text").nth(0).locator("span")
-    assert "by the other model" in (pieces.nth(0).get_attribute("title") or "")
-    if sampled[0] != sampled[1]:
-        assert console.locator(".text span.differs").count() > 0
-    console.get_by_label("Colour").select_option("difference")
-    assert "color-mix" in console.locator(".text span").first.evaluate("(span) => span.style.background")
+    assert [text.strip() for text in shown] == [each["text"].strip() for each in answers]
+    common = 0
+    while drawn[0][common] == drawn[1][common]:
+        common += 1
+    for mine, other, side in ((0, 1, "A"), (1, 0, "B")):
+        card = console.locator(f"section.card:has-text('{side}: {models[mine]}')")
+        differing = [at for at, pair in enumerate(zip(*drawn, strict=False)) if pair[0] != pair[1]]
+        differing += range(len(drawn[other]), len(drawn[mine]))
+        marked = card.locator(".text span").evaluate_all(
+            "(spans) => spans.flatMap((span, at) => span.classList.contains('differs') ? [at] : [])"
+        )
+        assert marked == differing
+        assert f"the first {common}" in card.inner_text()
+        prompt = [token for _, token, _ in answers[mine]["meta_info"]["input_token_logprobs"]]
+        scored = generate(
+            models[other],
+            input_ids=prompt + drawn[mine],
+            logprob_start_len=len(prompt) - 1,
+            sampling_params={"max_new_tokens": 0, "temperature": 1},
+        )
+        own = answers[mine]["meta_info"]["output_token_logprobs"][0][0]
+        others = scored["meta_info"]["input_token_logprobs"][1][0]
+        title = card.locator(".text span").first.get_attribute("title") or ""
+        said = re.search(r"log-prob (\S+), by the other model (\S+)", title)
+        assert said is not None, title
+        assert [float(each) for each in said.groups()] == pytest.approx([own, others], rel=1e-3)
+        console.get_by_label("Colour").select_option("difference")
+        background = card.locator(".text span").first.evaluate("(span) => span.style.background")
+        assert ("var(--a)" if own >= others else "var(--b)") in background
+        console.get_by_label("Colour").select_option("own")
+        assert "var(--bad)" in card.locator(".text span").first.evaluate("(span) => span.style.background")
+
+
+def test_the_overview_shows_the_queue_memory_and_compilations(
+    console: sync_api.Page, trained: Trained
+) -> None:
+    def card(title: str) -> sync_api.Locator:
+        return console.locator(f"section.card:has(h2:text-is('{title}'))")
+
+    console.wait_for_selector(f"main section a:has-text('{trained.model}')")
+    seen = trained.wire.http.get("/api/v1/console/overview").json()
+    held = seen["memory"]["held_bytes"]
+    rows = dict(
+        card("Device memory")
+        .locator("tbody tr")
+        .evaluate_all("(rows) => rows.map((row) => [row.cells[0].innerText, row.cells[1].innerText])")
+    )
+    assert len(rows) == len(held)
+    for kind, name in (("base", "base models"), ("tenants", "models in training"), ("kv_pages", "KV cache")):
+        assert rows[name] == iec(held[kind])
+    compiled = seen["compilations"]
+    assert card("Compilations").locator(".number").inner_text() == str(compiled["count"])
+    assert f"{compiled['from_cache']} read from the cache" in card("Compilations").inner_text()
+    assert "ready" in card("Engine").inner_text()
+    assert "GiB free" in card("Disk").inner_text()
+    assert "No operation of yours is waiting." in card("Queue").inner_text()
+    early = trained.wire.optim_step(trained.model, trained.number + 2)  # the number before it is missing
+    row = card("Queue").locator(f"tr:has-text('{trained.model}')")
+    row.wait_for()
+    assert row.locator("td").nth(1).inner_text() == "1"
+    trained.number += 2
+    trained.wire.result(trained.wire.forward_backward(trained.model, trained.number - 1))
+    trained.wire.result(early)
+    trained.steps += 1
+    card("Queue").locator("text=No operation of yours is waiting.").wait_for()
+
+
+def iec(size: float) -> str:
+    """Bytes as the console writes them."""
+    units = ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024:
+        size /= 1024
+        units.pop(0)
+    return f"{round(size) if size >= 100 or units[0] == 'B' else f'{size:.1f}'} {units[0]}"
+
+
+def test_samplers_and_usage(console: sync_api.Page, trained: Trained, server: ServerProcess) -> None:
+    wire = trained.wire
+    session = wire.post(
+        "create_sampling_session",
+        session_id=trained.session,
+        sampling_session_seq_id=0,
+        model_path=trained.sampler,
+    ).json()["sampling_session_id"]
+    console.goto("/samplers")
+    row = console.locator(f"tr:has-text('{session}')")
+    row.wait_for()
+    assert row.locator("td").nth(1).inner_text() == trained.sampler
+    assert row.locator("td").nth(2).inner_text() == "tiny"
+    assert "You have registered none." in console.inner_text("main")
+
+    bob = Wire(server.url, BOB)
+    prompt = {"tokens": [5, 6, 7]}
+    bob.result(bob.post("asample", base_model="tiny", prompt=prompt, num_samples=1, sampling_params={}))
+    console.goto("/usage")
+    console.wait_for_selector("h2:text-is('By tenant')")
+    used = {each["tenant"]: each for each in wire.http.get("/api/v1/console/usage").json()["tenants"]}
+    assert used["bob"]["sampled"] > 0
+
+    def cells(title: str, row: str) -> list[str]:
+        card = console.locator(f"section.card:has(h2:text-is('{title}'))")
+        return card.locator(f"tr:has(td:text-is('{row}')) td").all_inner_texts()[1:]
+
+    kinds = ("trained", "prefilled", "prefilled_cached", "sampled", "checkpoints")
+    assert cells("By tenant", "bob") == [f"{used['bob'][kind]:,}" for kind in kinds]
+    alices = [f"{used['alice'][kind]:,}" for kind in kinds]
+    assert cells("By tenant", "alice") == alices
+    assert cells("By base model", "tiny") == alices
+    assert int(alices[0].replace(",", "")) >= 4 * trained.steps
+    number, size = cells("Checkpoints stored", "default")
+    assert int(number) >= 1
+    assert size.endswith("iB")
+
+
+def test_others_than_administrators_see_their_own_usage_alone(page: sync_api.Page, trained: Trained) -> None:
+    give_key(page, BOB)
+    page.goto("/usage")
+    page.wait_for_selector("h1:has-text('Usage of bob')")
+    assert page.locator("h2:text-is('By tenant')").count() == 0
+    assert "alice" not in page.inner_text("body")
+
+
+def test_text_can_be_read_in_the_dark_and_in_the_light(console: sync_api.Page, trained: Trained) -> None:
+    """The system decides until `t` is pressed, which is remembered. WCAG asks for a contrast of 4.5."""
+    grounds = {}
+    for scheme in ("light", "dark"):
+        console.emulate_media(color_scheme=scheme)
+        grounds[scheme] = console.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert luminance(grounds["dark"]) < 0.1 < 0.8 < luminance(grounds["light"])
+    for theme in ("dark", "light"):
+        console.keyboard.press("t")
+        assert console.evaluate("document.documentElement.dataset.theme") == theme
+        for path in ("/", f"/training_runs/{trained.model}", "/usage"):
+            console.goto(path)
+            console.wait_for_selector("main .card")
+            assert console.evaluate("getComputedStyle(document.body).backgroundColor") == grounds[theme]
+            pairs = console.evaluate(COLOURS_OF_TEXT)
+            assert len(pairs) > 20
+            for color, ground, html in pairs:
+                lighter, darker = sorted((luminance(color), luminance(ground)), reverse=True)
+                assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (theme, path, html)
+
+
+# Of each element with text of its own: its colour, that behind it, and the element.
+COLOURS_OF_TEXT = """() => {
+  const style = (element, name) => getComputedStyle(element)[name];
+  const isText = (node) => node.nodeType === 3 && node.data.trim();
+  const hasText = (element) => [...element.childNodes].some(isText);
+  return [...document.querySelectorAll("main *, header *")].filter(hasText).map((element) => {
+    let behind = element;
+    while (style(behind, "backgroundColor") === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+    return [style(element, "color"), style(behind, "backgroundColor"), element.outerHTML];
+  });
+}"""
+
+
+def luminance(color: str) -> float:
+    """The relative luminance of WCAG 2, of `rgb(...)`."""
+    channels = [int(each) / 255 for each in re.findall(r"\d+", color)[:3]]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_links_that_the_sdk_prints_lead_to_their_pages(console: sync_api.Page, trained: Trained) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 import tinker
+from conformance.browser import give_key, needs_chromium, running_browser, tab
 from conformance.conftest import ALICE
 from conformance.server_process import ServerProcess, Wire
 from scraper import Scraper, of_sglang
@@ -100,6 +101,20 @@ def own(tinsmith: ServerProcess, sglang: SglangProcess, alice: Wire):
     given = alice.post("sync_inference_weights", base_model="tiny").json()
     assert given["success"], given
     alice.http.post("/remove_inference_endpoint", json={"host": "localhost", "port": sglang.port})
+
+
+@needs_chromium
+def test_the_console_shows_a_tenant_s_server(
+    tinsmith: ServerProcess, sglang: SglangProcess, own: None
+) -> None:
+    with running_browser() as browser, tab(browser, tinsmith.url) as page:
+        give_key(page, ALICE)
+        page.goto("/samplers")
+        row = page.locator(f"tr:has-text('localhost:{sglang.port}')")
+        row.wait_for()
+        assert row.locator("td").nth(1).inner_text() == "healthy"
+        assert row.locator("td").nth(2).inner_text() == "tiny"
+        assert "The operator has registered 1; 1 of them are healthy." in page.inner_text("main")
 
 
 def test_whole_models_replace_each_other_on_sglang(

@@ -519,11 +519,12 @@ async function playgroundPage(signal, query) {
       // Each sample is scored by the other model, too.
       const scored = await Promise.all(sampled.map((answer, at) => {
         const prompt = answer.meta_info.input_token_logprobs.map((each) => each[1]), drawn = answer.meta_info.output_token_logprobs.map((each) => each[1]);
-        return generate(models[1 - at], { input_ids: [...prompt, ...drawn], logprob_start_len: prompt.length, sampling_params: { max_new_tokens: 0, temperature: 1 } });
+        // The first token from the start on has no log-prob, so that the start is one token before the drawn ones.
+        return generate(models[1 - at], { input_ids: [...prompt, ...drawn], logprob_start_len: prompt.length - 1, sampling_params: { max_new_tokens: 0, temperature: 1 } });
       }));
       results = sampled.map((answer, at) => ({
         model: models[at], text: answer.text, tokens: answer.meta_info.output_token_logprobs,
-        others: scored[at].meta_info.input_token_logprobs.map((each) => each[0]), reason: answer.meta_info.finish_reason?.type }));
+        others: scored[at].meta_info.input_token_logprobs.slice(1).map((each) => each[0]), reason: answer.meta_info.finish_reason?.type }));
       draw();
     } catch (error) {
       sides.replaceChildren();
