@@ -9,7 +9,7 @@ import numpy as np
 
 from ...model.decode import DecodeRows
 from ...model.penalties import PenaltyRows
-from ...model.prefill import PrefillRows
+from ...model.prefill_rows import PrefillRows
 from ...model.token_sampling import SamplingRows, float32_temperature, uniforms
 from .sequence import Prompt, Sequence
 from .stop import LOOKED_AT

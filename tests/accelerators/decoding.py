@@ -14,7 +14,8 @@ from tinsmith.model.decode import decode
 from tinsmith.model.decode_rows import DecodeRows
 from tinsmith.model.kernels.backends import current_backend
 from tinsmith.model.kernels.paged_attention.pages import LAYOUTS, Pages
-from tinsmith.model.prefill import PrefillRows, prefill
+from tinsmith.model.prefill import prefill
+from tinsmith.model.prefill_rows import PrefillRows
 from tinsmith.model.token_sampling import Drawing, SamplingRows
 
 PAGE = 64
