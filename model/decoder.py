@@ -628,6 +628,7 @@ def scan_layers(
     def apply(
         graph: nnx.GraphDef, x_BTD: Any, whole: Base, weights: Base, at: Array, pairs: dict, number: Any
     ) -> tuple[Any, Any]:
+        weights = jax.tree.map(lambda w: restored(w, dtype) if w.dtype == jnp.uint16 else w, weights)
         experts = {name: weights[name] | {"weight": _of_layer(w, at)} for name, w in whole.items()}
         return run(nnx.merge(graph, weights | experts), x_BTD, pairs, number)
 
@@ -635,6 +636,7 @@ def scan_layers(
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=0)
     kept: dict[Any, list[Any]] = {}
     is_frozen = lora is not None
+    dtype = model.norm.weight.dtype
     for stacks in model.config.stacks:
         graphs, states = zip(*(nnx.split(model.stack(stack)) for stack in stacks), strict=True)
         weights = [nnx.to_pure_dict(state) for state in states]

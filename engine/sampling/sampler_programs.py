@@ -135,7 +135,9 @@ class SamplerPrograms:
         S, T = rows.tokens.shape
         name = f"prefill {S} x {T} tokens after {context * self._page_size}{_kind(stack)}"
         with self._timed(name):
-            self._cache, hidden = prefill.prefill(self._graph, weights.base, self._cache, stack, rows)
+            self._cache, hidden = prefill.prefill(
+                self._graph, weights.base_for_prompts, self._cache, stack, rows
+            )
             self._wait_for(hidden)
         return self._score(pieces, places, weights.base, stack, hidden)
 

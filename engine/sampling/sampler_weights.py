@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 
 from ...model import lora
 from ...model.config import ModelConfig
-from ...model.cpu.weights import adapters_by_layer
+from ...model.cpu.weights import adapters_by_layer, stored_layers
 from ..budget import Budget
 
 PyTree = Any
@@ -34,6 +35,11 @@ class Weights:
     adapter: PyTree | None = None
     scale: float = 1.0
     id: int = field(default_factory=lambda: next(_numbers))
+
+    @functools.cached_property
+    def base_for_prompts(self) -> PyTree:
+        """The base weights as `prefill` takes them."""
+        return stored_layers(self.base)
 
     @property
     def own(self) -> PyTree:

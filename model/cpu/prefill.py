@@ -16,6 +16,7 @@ from ..config import KeysValues, Recurrent
 from ..decoder import Block, Decoder, scan_layers
 from ..kernels.attention import attention
 from ..kernels.paged_attention.cpu import attend_parts, read_layer
+from ..kernels.two_byte_floats import restored, stored
 from ..kv_cache import Cache
 from ..lora import LayerLora, LoraStack
 from ..prefill_rows import EXPERTS, PrefillRows, WithState, by_token, is_expanded, with_states
@@ -54,7 +55,8 @@ def run_layers(
             return attend_parts(q, parts, mixer.scale, sinks)
 
         x_BTD = block(x_BTD, rotations, attend, block_lora, routes=routes, cached=not expanded, latents=kept)
-        return x_BTD, {cache.kinds.index(mixer.cached): tuple(kept)} | by_token(routes)
+        # As integers: to write a layer's bfloat16 values, XLA would convert those of all layers.
+        return x_BTD, {cache.kinds.index(mixer.cached): tuple(map(stored, kept))} | by_token(routes)
 
     x_STD, kept = scan_layers(
         model, lora, model.embed_tokens(rows.tokens), run, numbers=model.config.cache_numbers
@@ -62,7 +64,8 @@ def run_layers(
     page, offset = rows.page.reshape(-1), rows.offset.reshape(-1)
     for at, kind in enumerate(cache.kinds):
         if isinstance(kind, KeysValues):
-            new = [x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in kept[at]]
+            of_layers = [restored(x, x_STD.dtype) for x in kept[at]]
+            new = [x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for x in of_layers]
             cache = cache.updated(kind, kv_cache.write(cache.pages(kind), new, page, offset))
     cache = kv_cache.with_experts(cache, kept.get(EXPERTS), page, offset)
     return with_states(cache, rows, kept), x_STD

@@ -67,6 +67,16 @@ def base_by_layer(base: Base, config: ModelConfig, by_output: bool = False) -> B
     return BaseByLayer(rest, tied_VD, layers, graph, config, by_output)
 
 
+def stored_layers(base: Base) -> Base:
+    """Return `base` with the two-byte floats of its layers as integers, without a copy, if on one CPU device;
+    otherwise `base`.
+
+    From a stack of floats, XLA would make one of float32 before it runs the first layer of a scan."""
+    if not _is_on_one_cpu(base["layers"]):
+        return base
+    return base | {"layers": jax.tree.map(stored_view, base["layers"])}
+
+
 def adapters_by_layer(stack: LoraStack, config: ModelConfig) -> LoraStack:
     """Return `stack` with "layers" as views, one tree per layer, if on one CPU device; otherwise `stack`."""
     if not _is_on_one_cpu(stack["layers"]):

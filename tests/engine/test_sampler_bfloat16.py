@@ -1,4 +1,5 @@
-"""Decoding in bfloat16, with copies of the weights by output, and as they are if there is little memory."""
+"""Sampling in bfloat16: decoding with copies of the weights by output, and with the weights as they are if
+there is little memory; prompts with the weights as they are."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +7,10 @@ import pytest
 from engine_sampling import full_forward_logprobs, load_tiny, make_sampler, random_adapter, request, run_all
 from engine_sampling import sequences as sequences_of
 from tinsmith.engine import processor
-from tinsmith.model import decoder, load
+from tinsmith.model import decoder, kv_cache, load
+from tinsmith.model.cpu.weights import stored_layers
+from tinsmith.model.prefill import prefill
+from tinsmith.model.prefill_rows import PrefillRows
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +43,15 @@ def test_both_ways_give_the_trainers_log_probs(model, monkeypatch):
             # bfloat16 has 8 bits: activations of a few layers differ by a few of the last one
             assert difference.max() < 0.1, by_output
             assert difference.mean() < 0.02, by_output
+
+
+def test_a_chunk_of_prompts_converts_no_stack_of_weights(model):
+    """Without `stored_layers`, XLA makes float32 copies of the matrices of all layers for every chunk."""
+    cache = kv_cache.make_cache(model.config, 3, 64, jnp.bfloat16)
+    row = np.zeros((1, 64), np.int32)
+    rows = PrefillRows(row, row, row, row, row, np.zeros((1, 0), np.int32), np.zeros(1, np.int32))
+    program = prefill.lower(model.graph, stored_layers(model.base), cache, None, rows).compile().as_text()
+    for name, leaf in model.base["layers"].items():
+        shape = ",".join(map(str, leaf["weight"].shape))
+        assert f"u16[{shape}]" in program, name
+        assert f"f32[{shape}]" not in program, name
