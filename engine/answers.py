@@ -9,7 +9,7 @@ import numpy as np
 
 from . import log_lines, logs, messages
 from .errors import MissingWeights, UserError, reason
-from .training.training_run import JobOutput
+from .training.device_batch import JobOutput
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from .scheduler import ModelOperation, Scheduler, Unit
 from .sleep import Sleep
 from .socket import Socket
 from .tenants import Tenants
-from .training.custom_loss_run import CustomJob
+from .training.custom_loss_batch import CustomJob
 from .training.custom_losses import check
-from .training.training_run import Job, JobOutput
+from .training.device_batch import Job, JobOutput
 from .under_way import UnderWay
 
 log = logging.getLogger(__name__)

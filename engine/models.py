@@ -23,8 +23,8 @@ from .errors import UserError
 from .optimizers import optimizer_families
 from .scheduler import ModelOperation
 from .tenants import Model, Tenants
-from .training.custom_loss_run import CustomJob
-from .training.training_run import Job
+from .training.custom_loss_batch import CustomJob
+from .training.device_batch import Job
 from .training.training_state import TrainingState
 
 

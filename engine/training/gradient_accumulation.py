@@ -31,7 +31,7 @@ class GradientAccumulation:
         return zeros_like(state.weights) if zeros is None else zeros
 
     def recycle(self, state: TrainingState, zeros: Any) -> None:
-        """Keep a tree of zeros for a later run. Full weights are too large to keep idle."""
+        """Keep a tree of zeros for a later batch. Full weights are too large to keep idle."""
         if state.lora is not None:
             self._zeros.put(structure(state.lora), zeros)
 
@@ -40,7 +40,7 @@ class GradientAccumulation:
         self._zeros.clear()
 
     def add(self, state: TrainingState, gradients: Any) -> bool:
-        """Add a run's gradients (donated) to the state's.
+        """Add a batch's gradients (donated) to the state's.
 
         Returns False, and adds nothing, if the sum would not be finite. If this raises, the old sum stays
         unchanged.

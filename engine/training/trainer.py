@@ -1,7 +1,7 @@
 """The trainer: loss, gradients and optimizer steps of any number of models over one frozen base.
 
-The trainer holds the base and the compiled programs; a model is its `TrainingState`. A `Run` (`training_run`)
-is one device batch of jobs of one or several models, a micro-batch per step (`gradient_programs`).
+The trainer holds the base and the compiled programs; a model is its `TrainingState`. A `DeviceBatch`
+has jobs of one or several models, and computes a micro-batch per step (`gradient_programs`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ..optimizers import optimizer_families
 from ..programs import OnCompile, Programs
 from . import validation
 from .alignment import align
+from .custom_loss_batch import CustomJob, CustomLossBatch, custom_job
 from .custom_loss_processes import CustomLossProcesses
-from .custom_loss_run import CustomJob, CustomLossRun, custom_job
 from .custom_losses import CustomLosses
+from .device_batch import DeviceBatch, Job, JobOutput
 from .gradient_accumulation import GradientAccumulation, zeros_like
 from .gradient_programs import GradientPrograms
 from .packing import shape_table
 from .train_step import Static
-from .training_run import Job, JobOutput, Run
 from .training_state import TrainingState
 from .training_structure import describe, structure
 
@@ -184,25 +184,26 @@ class Trainer:
             state, checked, chosen, operation.forward_only, aligned, elementwise=operation.elementwise_loss
         )
 
-    def start(self, jobs: Sequence[Job | CustomJob]) -> Run | CustomLossRun:
-        """Pack the jobs, of which all or none are custom, into micro-batches; nothing runs until `Run.step`.
+    def start(self, jobs: Sequence[Job | CustomJob]) -> DeviceBatch | CustomLossBatch:
+        """Pack the jobs, of which all or none are custom, into micro-batches.
 
-        Until the run has ended, no other operation on its models may run.
+        Nothing runs until the batch's first `step`. Until the batch has ended, no other operation on its
+        models may run.
         """
         custom = [job for job in jobs if isinstance(job, CustomJob)]
         if custom:
-            return CustomLossRun(custom, self._start_run, self.custom_loss_processes)
-        return self._start_run([job for job in jobs if isinstance(job, Job)])
+            return CustomLossBatch(custom, self._start_batch, self.custom_loss_processes)
+        return self._start_batch([job for job in jobs if isinstance(job, Job)])
 
-    def _start_run(self, jobs: Sequence[Job]) -> Run:
-        return Run(jobs, self.shapes, self.gradient_programs, self._accumulation)
+    def _start_batch(self, jobs: Sequence[Job]) -> DeviceBatch:
+        return DeviceBatch(jobs, self.shapes, self.gradient_programs, self._accumulation)
 
     def forward_backward(self, jobs: Sequence[Job | CustomJob]) -> list[JobOutput | Exception]:
-        """Run the jobs to the end; return one output or error per job (`Run`)."""
-        run = self.start(jobs)
-        while not run.step():
+        """Run the jobs to the end; return one output or error per job (`DeviceBatch`)."""
+        batch = self.start(jobs)
+        while not batch.step():
             pass
-        return run.results
+        return batch.results
 
     def optim_step(self, state: TrainingState, params: optimizer_families.Params) -> dict[str, float]:
         """Take a step with the accumulated gradients, which are then dropped; return metrics.
@@ -291,7 +292,7 @@ class Trainer:
         return structure(state.lora)
 
     def forget_zeros(self) -> None:
-        """Free the zero trees that are kept for later runs."""
+        """Free the zero trees that are kept for later batches."""
         self._accumulation.forget_zeros()
 
     def _adapter_shardings(self, adapter: Any) -> Any:

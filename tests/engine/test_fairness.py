@@ -7,7 +7,7 @@ import pytest
 from tinsmith.engine import base_models, compilation, messages
 from tinsmith.engine.loop import Engine
 from tinsmith.engine.sampling.sampler import Sampler
-from tinsmith.engine.training.training_run import Run
+from tinsmith.engine.training.device_batch import DeviceBatch
 from tinsmith.model.sharding import make_mesh
 
 from tests.engine.engine_client import CACHE, datum, lora
@@ -64,7 +64,7 @@ def turns(tmp_path, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(Run, "step", noted("t", Run.step))
+    monkeypatch.setattr(DeviceBatch, "step", noted("t", DeviceBatch.step))
     monkeypatch.setattr(Sampler, "step", noted("s", Sampler.step))
 
     def run(*requests):

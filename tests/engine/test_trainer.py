@@ -1,4 +1,4 @@
-"""What a client of the trainer can count on, on a tiny model."""
+"""The trainer's promises to its callers, on a tiny model."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from engine_training import (
 )
 from tinsmith.engine.errors import UserError
 from tinsmith.engine.messages import AdamParams, DimuonParams
-from tinsmith.engine.training.training_run import NonFiniteError
+from tinsmith.engine.training.device_batch import NonFiniteError
 from tinsmith.engine.training.training_state import TrainingState
 from tinsmith.losses import REGISTRY
 
@@ -104,7 +104,8 @@ def test_gradients_are_sums_over_calls(trainer):
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "dro"])
 def test_the_trained_gradient_is_that_of_the_loss(trainer, name):
-    """By a finite difference along a random direction of the weights. Another loss compiles nothing.
+    """It is compared with a finite difference along a random direction of the weights. Another loss compiles
+    nothing.
 
     Of the smooth losses; those with kinks or stopped gradients are compared with formulas in tests/losses.
     """

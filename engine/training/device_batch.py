@@ -1,4 +1,4 @@
-"""A run: one device batch of training jobs, packed, run by micro-batches, answered in the clients' order."""
+"""One device batch of training jobs: packed, computed by micro-batches, answered in the clients' order."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class JobOutput:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What datums must have in common to share a micro-batch."""
+    """The traits that datums must have in common to share a micro-batch."""
 
     structure: Any  # the adapters' structure; full weights are never shared
     forward_only: bool
@@ -85,7 +85,7 @@ class _Kind:
 _Planned = tuple[_Kind, list[tuple[int, int]], MicroBatch]
 
 
-class Run:
+class DeviceBatch:
     """One device batch (`Trainer.start`). After `step` returns True, `results` has one output or error per
     job.
 
@@ -123,9 +123,9 @@ class Run:
         self._largest = _largest(self._waiting)
 
     def step(self) -> bool:
-        """Dispatch one micro-batch, and read back an earlier one; return whether the run has ended.
+        """Dispatch one micro-batch, and read back an earlier one; return whether the batch has ended.
 
-        If the device runs out of memory the run starts again, once, with smaller micro-batches.
+        If the device runs out of memory the batch starts again, once, with smaller micro-batches.
         """
         try:
             ended = self._compute()
@@ -143,7 +143,7 @@ class Run:
         return False
 
     def close(self) -> None:
-        """Do nothing: all of the run's work is in its turns."""
+        """Do nothing: all of the batch's work is in its turns."""
 
     def _can_be_smaller(self, error: Exception) -> bool:
         """Return whether to start again. `_shapes` are then the next smaller ones that change the largest

@@ -20,7 +20,7 @@ from ..errors import UserError
 from . import validation
 from .custom_loss_processes import Account, CustomLossProcesses
 from .custom_losses import CustomLosses, Differentiated
-from .training_run import Job, JobOutput, NonFiniteError, Run
+from .device_batch import DeviceBatch, Job, JobOutput, NonFiniteError
 from .training_state import TrainingState
 
 _TURN_SECONDS = 0.1  # seconds of losses per turn
@@ -92,40 +92,42 @@ def _input(index: int, datum: messages.Datum, name: str, rank: int) -> np.ndarra
     return values
 
 
-class CustomLossRun:
-    """A run like `Run`: after `step` returns True, `results` holds one output or error per job."""
+class CustomLossBatch:
+    """A batch like `DeviceBatch`: after `step` returns True, `results` holds one output or error per job."""
 
     def __init__(
         self,
         jobs: Sequence[CustomJob],
-        start_run: Callable[[Sequence[Job]], Run],
+        start_batch: Callable[[Sequence[Job]], DeviceBatch],
         processes: CustomLossProcesses,
     ):
-        """`start_run` starts the runs for the log-probs and the gradients; `processes` differentiate the
+        """`start_batch` starts the batches for the log-probs and the gradients; `processes` differentiate the
         losses."""
         self._jobs = list(jobs)
-        self._start_run = start_run
+        self._start_batch = start_batch
         self._processes = processes
         self.results: list[JobOutput | Exception] = []
         self._accounts: list[Account] = []
-        self.tokens = self.positions = 0  # as those of `Run`
+        self.tokens = self.positions = 0  # as those of `DeviceBatch`
         self._stages = self._run()
 
     @property
     def seconds_beside(self) -> float:
-        """Seconds that the losses have taken in their own processes, besides the turns of this run."""
+        """Seconds that the losses have taken in their own processes, besides the turns of this batch."""
         return sum(account.seconds for account in self._accounts)
 
     def step(self) -> bool:
-        """Run a micro-batch, or compute some datums' losses; return whether the run has ended."""
+        """Run a micro-batch, or compute some datums' losses; return whether the batch has ended."""
         return next(self._stages, True)
 
     def close(self) -> None:
-        """Stop a run that will not be stepped again."""
+        """Stop a batch that will not be stepped again."""
         self._stages.close()
 
     def _run(self) -> Generator[bool, None, None]:
-        forward = self._start_run([dataclasses.replace(job.linear, forward_only=True) for job in self._jobs])
+        forward = self._start_batch(
+            [dataclasses.replace(job.linear, forward_only=True) for job in self._jobs]
+        )
         while not forward.step():
             yield False
         self._count(forward)
@@ -144,19 +146,19 @@ class CustomLossRun:
         }
         results = dict(enumerate(forward.results))
         if backward:
-            run = self._start_run(list(backward.values()))
-            while not run.step():
+            batch = self._start_batch(list(backward.values()))
+            while not batch.step():
                 yield False
-            self._count(run)
-            results |= dict(zip(backward, run.results, strict=True))
+            self._count(batch)
+            results |= dict(zip(backward, batch.results, strict=True))
         for job, outcome in zip(self._jobs, outcomes, strict=True):
             failed = isinstance(outcome, Exception) and not job.linear.forward_only
-            job.state.failed_since_step += failed  # the run has counted the failures of the others
+            job.state.failed_since_step += failed  # the batch has counted the failures of the others
         self.results = [_output(results[at], outcome) for at, outcome in enumerate(outcomes)]
         yield True
 
-    def _count(self, run: Run) -> None:
-        self.tokens, self.positions = self.tokens + run.tokens, self.positions + run.positions
+    def _count(self, batch: DeviceBatch) -> None:
+        self.tokens, self.positions = self.tokens + batch.tokens, self.positions + batch.positions
 
     def _differentiate(
         self, job: CustomJob, output: JobOutput | Exception
