@@ -127,8 +127,8 @@ class ServingSettings(Section):
     port: int = Field(8000, ge=0, le=65535)
     """The port to listen on; 0 chooses a free one."""
     api_key: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    """A key that clients may send, as `KEY` or `OWNER=KEY`. Keys begin with `tml-`. `tinsmith keys create` is
-    better: it stores keys in the ledger, where they can be revoked."""
+    """A key that clients may send, as `KEY` or `TENANT=KEY`. Keys begin with `tml-`. `tinsmith keys create`
+    is better: it stores keys in the ledger, where they can be revoked."""
     api_key_file: Path | None = None
     """A file with keys, one per line, as above. `#` begins a comment."""
     admin: Annotated[list[str], NoDecode] = Field(default_factory=list)
@@ -489,7 +489,7 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file} is not a text file in UTF-8") from None
 
 
-# --- API keys that are given at the start, as `KEY` or `OWNER=KEY`
+# --- API keys that are given at the start, as `KEY` or `TENANT=KEY`
 
 PREFIX = "tml-"
 """The beginning of every key: the SDK refuses others before it calls a server."""
@@ -500,7 +500,7 @@ _KEY = re.compile(rf"{PREFIX}[!-~]+")  # what a header can carry, without spaces
 
 @dataclass(frozen=True)
 class GivenKey:
-    """One key and its owner. `identifier` is part of the key's digest."""
+    """One key and its tenant. `identifier` is part of the key's digest."""
 
     owner: str
     digest: bytes
@@ -518,8 +518,8 @@ def is_owner(name: str) -> bool:
 def parse_keys(entries: Iterable[str]) -> list[GivenKey]:
     """Parse the keys that were given at the start.
 
-    Raises ValueError for a key that no client could send, without repeating the key. Several keys may share
-    an owner, but no two owners may share a key. A key without an owner belongs to a tenant of its own.
+    Raises ValueError for a key that no client could send, without repeating the key. Several keys may belong
+    to one tenant, but no key to two. A key without a tenant's name belongs to a tenant of its own.
     """
     found: dict[bytes, GivenKey] = {}
     for number, entry in enumerate(entries, 1):
@@ -537,10 +537,10 @@ def _parse_entry(entry: str, number: int) -> GivenKey:
     if not has_owner:
         owner, key = "", entry
     if has_owner and not is_owner(owner):
-        raise ValueError(f"API key {number}: its owner's name must be 1 to 64 letters, digits and . _ - @")
+        raise ValueError(f"API key {number}: its tenant's name must be 1 to 64 letters, digits and . _ - @")
     where = f"API key {number} (of {owner})" if owner else f"API key {number}"
     if not key or key == PREFIX:
-        raise ValueError(f"{where} is empty; write {PREFIX}..., or OWNER={PREFIX}...")
+        raise ValueError(f"{where} is empty; write {PREFIX}..., or TENANT={PREFIX}...")
     if not key.startswith(PREFIX):
         raise ValueError(f"{where} does not begin with {PREFIX}; clients refuse to send such a key")
     if not _KEY.fullmatch(key) or len(key) > _MAX_CHARACTERS:

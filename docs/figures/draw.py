@@ -63,7 +63,7 @@ def bars(folder: Path, name: str, title: str) -> None:
 
 
 def memory(folder: Path) -> None:
-    """What a LoRA step of an 8B model takes on one H200, by the length of a row, as its compiler says."""
+    """Plot the memory of a LoRA step of an 8B model on one H200, by the length of a row."""
     found = data("../accelerators.json")["h200"]
     lengths = (8192, 32768, 131072)
     made = axes("LoRA step of an 8B model on one H200", "tokens in a row", "GiB")

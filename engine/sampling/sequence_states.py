@@ -1,9 +1,9 @@
-"""Slots for the states of sequences (delta nets), and states kept at the ends of prompts and samples.
+"""State slots, for the states of sequences (delta nets), and states kept at the ends of prompts and samples.
 
 Keys and values of a prefix are of no use without the state at exactly its end, and a state cannot be cut
 shorter. So for models with states, a prompt can begin with cached tokens only where a state was kept. A
-prefix state owns a slot and the pages of all its tokens. Sequences take precedence: the least recently used
-prefix states give up their slots and pages when these are needed.
+prefix state owns a state slot and the pages of all its tokens. Sequences take precedence: the least
+recently used prefix states give up their slots and pages when these are needed.
 
 Host side only: `model.kv_cache` has the arrays.
 """
@@ -30,7 +30,7 @@ class PrefixState:
 
 
 class SequenceStates:
-    """Slots 1..num_slots-1, each of which is free, a sequence's, or a prefix's. Slot 0 is for padding."""
+    """State slots 1..num_slots-1, each of them free, a sequence's, or a prefix's. Slot 0 is for padding."""
 
     def __init__(self, pool: PagePool, num_slots: int):
         self._pool = pool

@@ -35,14 +35,14 @@ Url = Annotated[str | None, OPTION]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _MOST_RUNS = 1000
 
-STATUS_HELP = """Show the state of a server: engine, queue, memory, disk, and the newest training runs.
+STATUS_HELP = """Show the state of a server: engine, queue, memory, disk, and the newest runs.
 
 Example: `tinsmith status --url http://gpu-1:8000`
 
 The server's key is read from TINKER_API_KEY. The exit status is 1 if the engine cannot start.
 """
 TOP_HELP = """Show what `tinsmith status` shows, and update it until Ctrl-C."""
-RUNS_HELP = """List training runs, newest first. With an id, show that run and its checkpoints.
+RUNS_HELP = """List runs, newest first. With an id, show that run and its checkpoints.
 
 Examples:
 

@@ -98,7 +98,7 @@ def _check_tenant(tenant: str) -> None:
 
 @keys.command()
 def create(
-    tenant: Annotated[str, typer.Argument(help="The key's owner: letters, digits and . _ - @")],
+    tenant: Annotated[str, typer.Argument(help="The tenant's name: letters, digits and . _ - @")],
     note: Annotated[
         str | None, typer.Option(help="What the key is for, as a reminder in `tinsmith keys list`.")
     ] = None,

@@ -73,7 +73,7 @@ class Report:
 
     @property
     def hint(self) -> str | None:
-        """How much memory is missing, and what would help; None if the model fits."""
+        """Say how much memory is missing, and what would help; return None if the model fits."""
         if self.plan.fits:
             return None
         larger = roofline.smallest_slice(self.counts, self.work, self.device)
