@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def _cases(arguments: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
-    """What is measured, the shortest first."""
+    """Yield the cases to measure, the shortest first."""
     training = ((1, 128),) if arguments.quick else TRAINING
     batches = (2,) if arguments.quick else BATCHES
     prompt, new_tokens = (16, 33) if arguments.quick else (512, 257)

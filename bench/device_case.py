@@ -184,7 +184,7 @@ def decode(shape: str, batch: int, prompt: int, new_tokens: int) -> dict:
 
 
 def start(shape: str, length: int, began: float) -> dict:
-    """How long after `began` (seconds since 1970) the weights were there, and the first step was done."""
+    """Measure the seconds from `began` (since 1970) to the weights on the device and to the first step."""
     loaded = load(shape)
     ready = time.time() - began
     trainer, state = _training(loaded, 1, length)

@@ -57,7 +57,7 @@ class Newcomer:
         return re.sub(r"\b8000\b", self.port, found)
 
     def run(self, command: str) -> str:
-        """What a command prints; it must succeed."""
+        """Run a command, which must succeed; return what it prints."""
         done = subprocess.run(
             ["bash", "-eu", "-c", command],
             cwd=self.clone,
@@ -70,7 +70,7 @@ class Newcomer:
         return done.stdout
 
     def python(self, *codes: str) -> str:
-        """What blocks print that one interpreter of the new environment runs."""
+        """Run blocks in one interpreter of the new environment; return what they print."""
         script = self.clone.parent / "script.py"
         script.write_text("\n".join(codes))
         return self.run(f".venv/bin/python {script}")

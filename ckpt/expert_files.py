@@ -1,4 +1,4 @@
-"""How the adapters of experts lie in files.
+"""The layouts of experts' adapters in files.
 
     shared             one 3-D tensor per layer and factor, named `w1` (gate), `w3` (up) and `w2` (down) as in
                        the hosted service's and the cookbook's files. The first axis is 1 for the factor that
@@ -101,7 +101,7 @@ class Wrapper(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in every layer, for PEFT's `target_parameters`."""
+        """Return its name in every layer, for PEFT's `target_parameters`."""
         return ".".join(self.parameter.split(".")[-2:])
 
     def written(self, pairs: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray]:

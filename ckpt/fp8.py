@@ -33,7 +33,7 @@ LARGEST = float(ml_dtypes.finfo(E4M3).max)
 
 @dataclass(frozen=True)
 class Fp8:
-    """How to quantize. `block` is the rows and columns that share a scale; None means a whole matrix. `kept`
+    """A float8 format. `block` is the rows and columns that share a scale; None means a whole matrix. `kept`
     are modules that are not quantized, by their Hugging Face name or the last part of it."""
 
     block: tuple[int, int] | None = (128, 128)

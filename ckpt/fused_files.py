@@ -1,4 +1,4 @@
-"""How the adapters of matrices that lie in one tensor are named and stored: `in_proj_qkv` of delta nets, and
+"""Names and layouts of the adapters of matrices that lie in one tensor: `in_proj_qkv` of delta nets, and
 `in_proj` of Mamba-2.
 
 Each has an adapter of its own, with a name of its own (`in_proj_q`), in the files of the hosted service, and

@@ -25,7 +25,7 @@ class Holder(Protocol):
 
     @property
     def oldest(self) -> int | None:
-        """When its least recently used item was used (`Budget.now`); None if nothing may leave now."""
+        """When the least recently used item was used (`Budget.now`); None if nothing may leave now."""
         ...
 
     def drop_oldest(self) -> None:

@@ -41,7 +41,7 @@ KINDS = ("base", "programs", "tenants", "zeros", "sampler_adapters", "kv_pages",
 
 @dataclass(frozen=True)
 class Workload:
-    """What has to be held and computed at once.
+    """The models, lengths and batches that have to be held and computed at once.
 
     `sequence` is the longest row in tokens, `micro_batch` the tokens that each device computes at once (a
     longer row is computed alone), and `chunk` the tokens whose logits exist at once. `itemsize` is that of

@@ -501,7 +501,7 @@ class Drawn(msgspec.Struct, frozen=True, tag=True):
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):
-    """What the engine is doing, for logs and health: loading, compiling, ready, stopping."""
+    """The state of the engine, for logs and health: loading, compiling, ready, stopping."""
 
     phase: Literal["loading", "compiling", "ready", "stopping"]
     text: str

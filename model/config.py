@@ -47,7 +47,7 @@ class Site(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape in one layer."""
+        """Return its shape in one layer."""
         sides = (self.into, self.out)
         return sides if self.experts is None else (self.experts, *sides)
 
@@ -87,7 +87,7 @@ class Vector(NamedTuple):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are scaled for contexts longer than those of pre-training.
+    """A scaling of rotary frequencies for contexts longer than those of pre-training.
 
     `llama3`: low frequencies are divided by `factor`, high ones are unchanged, with a linear blend in between
     (Llama 3.1's rule). `linear`: all frequencies are divided by `factor`. `yarn` (arXiv:2309.00071):
@@ -124,7 +124,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What the sampler caches of every token for a layer: a key and a value of each of `heads` heads.
+    """The sampler's cache of every token for a layer: a key and a value of each of `heads` heads.
 
     With `value_in_key`, the value is the first numbers of the key and is not stored again."""
 
@@ -171,7 +171,7 @@ class Attention:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with: head_dim^-1/2 if `score_scale` is None."""
+        """The factor of scores: head_dim^-1/2 if `score_scale` is None."""
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     @property
@@ -224,7 +224,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class States:
-    """What the sampler keeps of every sequence for a layer, in float32: a matrix for each head, and the last
+    """The sampler's state of every sequence for a layer, in float32: a matrix for each head, and the last
     inputs of a convolution, [tokens, channels]."""
 
     matrix: tuple[int, ...]
@@ -410,7 +410,7 @@ class Latent:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with."""
+        """The factor of scores."""
         return self.key_dim**-0.5 * self.score_factor
 
     @property
@@ -727,7 +727,7 @@ class ModelConfig:
 
     @property
     def routing(self) -> tuple[int, int, int] | None:
-        """How many layers have experts, how many of them every token gets there, and how many there are.
+        """The numbers of layers with experts, of experts that a token gets in each, and of experts in each.
 
         None if no layer has any."""
         first = next(iter(self.mixtures.values()), None)
@@ -758,7 +758,7 @@ class ModelConfig:
 
     @property
     def has_states(self) -> bool:
-        """Whether layers keep a state of every sequence, beside or instead of keys and values."""
+        """True if layers keep a state of every sequence, beside or instead of keys and values."""
         return any(isinstance(kind, States) for kind in self.cache_kinds)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What one call of the decode program takes: a row per sequence.
+"""The input of one call of the decode program: a row per sequence.
 
 Axis letters: S sequences, P pages of a table, M tokens decoded by one call, E stop tokens to compare with.
 """

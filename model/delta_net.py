@@ -34,7 +34,7 @@ _EPSILON = 1e-6  # inside the root of the length of q and k
 
 
 class Tokens(NamedTuple):
-    """What the rule takes of each token. `qkv` are the queries, keys and values of all heads side by side,
+    """The rule's inputs for each token. `qkv` are the queries, keys and values of all heads side by side,
     before the convolution."""
 
     qkv_BTC: Float[Array, "B T C"]

@@ -67,7 +67,7 @@ class StateSlots:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """What is kept of all sequences, for each kind of layer (`ModelConfig.cache_kinds`)."""
+    """The cached arrays of all sequences, for each kind of layer (`ModelConfig.cache_kinds`)."""
 
     parts: tuple[Pages | StateSlots, ...]
     kinds: tuple[CacheKind, ...] = field(metadata={"static": True})

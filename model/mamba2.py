@@ -34,7 +34,7 @@ _product = partial(jnp.einsum, precision="highest")
 
 
 class Tokens(NamedTuple):
-    """What the rule takes of each token. `xbc` are the inputs of all heads, and B and C of all groups, side
+    """The rule's inputs for each token. `xbc` are the inputs of all heads, and B and C of all groups, side
     by side, before the convolution. `decay` is -e^A dt."""
 
     xbc_BTC: Float[Array, "B T C"]

@@ -94,7 +94,7 @@ def _int4(packed: Int32[np.ndarray, "O W"], scale: np.ndarray) -> Packed:
 
 
 class _Format(NamedTuple):
-    """How a tensor `name` is held: in tensors called name + suffix, of these dtypes (None: any float)."""
+    """The tensors, called name + suffix, in which a tensor is held, and their dtypes (None: any float)."""
 
     suffixes: tuple[str, ...]
     dtypes: tuple[str | None, ...]

@@ -30,7 +30,7 @@ class PenaltyRows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Whether each token occurs anywhere in the sequence, and how often it was generated."""
+    """For each token, whether it occurs anywhere in the sequence, and how often it was generated."""
 
     anywhere: Bool[Array, "S V"]
     generated: Int[Array, "S V"]

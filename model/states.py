@@ -1,4 +1,4 @@
-"""What the mixers with a state of every sequence share: the state itself, and a causal convolution.
+"""Parts of all mixers that keep a state of every sequence: the state itself, and a causal convolution.
 
 Letters: B rows, T tokens, C channels, W taps of the convolution but one.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class State(NamedTuple):
-    """What a row's next token needs of those before it: the heads' matrices, and the last inputs of the
+    """The memory that a row's next token reads: the heads' matrices, and the last inputs of the
     convolution, oldest first. Both are float32."""
 
     matrix: Float[Array, "B G R K V"]

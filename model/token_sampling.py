@@ -26,7 +26,7 @@ _LARGEST_TEMPERATURE = 1e38  # far below it, the distribution is already uniform
 
 
 class Drawing(Enum):
-    """What is known of a batch when its program is compiled, and how the rest is decided in it."""
+    """The assumptions about a batch under which its program is compiled."""
 
     AT_RUN_TIME = "at run time"
     """Nothing is known: what no row wants is skipped by branches."""

@@ -1,4 +1,4 @@
-"""What the sampler's tests share: a tiny model, a sampler over it, requests, and brute-force log-probs.
+"""Tools of the sampler's tests: a tiny model, a sampler over it, requests, and brute-force log-probs.
 
 The caller writes the model; the sampler is small enough that requests fight for slots and pages.
 """

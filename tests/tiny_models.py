@@ -508,7 +508,7 @@ def _deepseek_layer(rng: np.random.Generator, at: str, config: dict, layer: int)
 
 
 def _gpt_oss_layer(rng: np.random.Generator, at: str, config: dict) -> dict[str, np.ndarray]:
-    """What gpt-oss has in a layer beside attention's matrices and norms."""
+    """Return the tensors of a gpt-oss layer beside attention's matrices and norms."""
     D, F, E = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
     N, K, H = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     sizes = {

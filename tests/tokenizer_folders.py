@@ -32,7 +32,7 @@ def write_json(file: Path, content: object) -> None:
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2, Llama 3 and Qwen have it."""
+    """Write a tokenizer as GPT-2, Llama 3 and Qwen have it."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -47,7 +47,8 @@ def byte_level() -> Tokenizer:
 
 
 def pieces(vocab_size: int = 400) -> Tokenizer:
-    """As Llama 2 and Mistral have it: BPE over sentencepiece's pieces, with byte fallback."""
+    """Write a tokenizer as Llama 2 and Mistral have it: BPE over sentencepiece's pieces, with byte
+    fallback."""
     trained = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained.train_from_iterator(

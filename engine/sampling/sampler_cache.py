@@ -244,7 +244,7 @@ class SamplerCache:
 
     @property
     def oldest(self) -> int | None:
-        """When the least recently sampled weights were sampled (`Budget.now`)."""
+        """The time at which the least recently sampled weights were sampled (`Budget.now`)."""
         return next(iter(self._resident.values())).used if self._resident else None
 
     def drop_oldest(self) -> None:

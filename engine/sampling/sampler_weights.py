@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What a request samples from: base weights, shared or its own, and an adapter on them.
+    """The weights that a request samples from: base weights, shared or its own, and an adapter on them.
 
     `base_by_layer` is for decoding (on a CPU `model.cpu.weights`).
     """

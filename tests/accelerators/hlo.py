@@ -64,7 +64,7 @@ class Program:
         return {shape for _, i in self if not i.fused and i.opcode not in _NO_BUFFER for shape in i.shapes}
 
     def collectives(self) -> Counter:
-        """How often each (kind, shape of the result) is executed."""
+        """Count how often each (kind, shape of the result) is executed."""
         found: Counter = Counter()
         gathers: dict[tuple, int] = {}
         for _, i in self:
@@ -88,7 +88,7 @@ class Program:
         return found
 
     def calls(self) -> Counter:
-        """How often each custom call is executed: kernels, cuBLAS and so on."""
+        """Count how often each custom call is executed: kernels, cuBLAS and so on."""
         found: Counter = Counter()
         for _, i in self:
             if i.opcode == "custom-call" and (target := re.search(r'custom_call_target="([^"]*)"', i.text)):
@@ -175,7 +175,8 @@ def _count(program: Program, computation: str, times: int, fused: bool) -> None:
 
 
 def _trips(program: Program, text: str) -> int:
-    """How often a loop runs: as XLA says, or else the only integer constant in its condition; else 1."""
+    """Return the number of times that a loop runs: as XLA says, or else the only integer constant in its
+    condition; else 1."""
     if known := re.search(r'known_trip_count"?:\{"n":"?(\d+)', text):
         return int(known.group(1))
     condition = re.search(r"condition=%?([\w.\-~]+)", text)

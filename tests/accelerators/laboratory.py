@@ -106,7 +106,7 @@ def make_mesh(target: str, axes: dict[str, int]) -> Mesh:
 
 
 def report(compiled: jax.stages.Compiled, cpu_seconds: float) -> dict[str, Any]:
-    """What the tests and the page need to know of a program. Sizes are bytes per device."""
+    """Return what the tests and the page show of a program. Sizes are bytes per device."""
     memory = compiled.memory_analysis()
     program = hlo.parse(text := compiled.as_text())
     if folder := os.environ.get("TINSMITH_KEEP_HLO"):

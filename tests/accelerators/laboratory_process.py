@@ -17,7 +17,7 @@ VENV = HERE.parents[1] / ".cache" / "accelerators" / "venv"
 
 
 class Compiled:
-    """What `laboratory.report` says about one program."""
+    """One program's report (`laboratory.report`)."""
 
     def __init__(self, found: dict[str, Any]):
         assert "error" not in found, f"{found['case']}: {found['error']}"
@@ -31,7 +31,7 @@ class Compiled:
         self._collectives = [(kind, dtype, tuple(dims), n) for kind, (dtype, dims), n in found["collectives"]]
 
     def gathers(self, *dims: int) -> int:
-        """How often an array of these dimensions, in any order, is the result of an all-gather."""
+        """Count how often an array of these dimensions, in any order, is the result of an all-gather."""
 
         def sizes(some: tuple[int, ...]) -> list[int]:
             return sorted(size for size in some if size > 1)
@@ -43,7 +43,7 @@ class Compiled:
         )
 
     def gathered(self, wanted: Callable[[tuple[int, ...]], bool]) -> int:
-        """How many all-gathers have a result whose dimensions are `wanted`."""
+        """Count the all-gathers that have a result whose dimensions are `wanted`."""
         return sum(n for kind, _, dims, n in self._collectives if kind == "all-gather" and wanted(dims))
 
     def moved(self, kind: str, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""What the compilers of GPUs and TPUs make of our programs, on small shapes. No device is needed.
+"""Our programs as the compilers of GPUs and TPUs make them, on small shapes. No device is needed.
 
 Memory, collectives and kernels are facts of the compiled programs. Nothing runs, so nothing here says that
 the numbers are right: that is `tests/model/test_attention.py`, and on a device `make gpu`.
@@ -80,7 +80,8 @@ def test_with_fsdp_no_stack_of_weights_is_laid_out_anew():
 
 
 def test_with_fsdp_gradients_of_adapters_are_summed_once():
-    """Those of a layer in the backward of the layer, and the head's after the loop over chunks of tokens."""
+    """A layer's are summed in the backward of the layer, and the head's after the loop over chunks of
+    tokens."""
     of_layers = L * ADAPTER_OF_LAYER
     summed = compiled("h200x8", FSDP).moved("all-reduce", "f32")
     assert of_layers + ADAPTER_OF_HEAD <= summed < 1.01 * (of_layers + 2 * ADAPTER_OF_HEAD)

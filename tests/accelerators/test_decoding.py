@@ -1,4 +1,4 @@
-"""What the compilers of GPUs and TPUs make of the sampler's programs, on small shapes. No device is needed.
+"""The sampler's programs as the compilers of GPUs and TPUs make them, on small shapes. No device is needed.
 
 Nothing runs here. That the numbers are right: tests/model/test_paged_attention.py and
 tests/engine/test_sampler_backends.py.

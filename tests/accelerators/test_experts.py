@@ -1,4 +1,4 @@
-"""What the compilers of GPUs and TPUs make of mixtures whose experts are divided among devices."""
+"""Mixtures whose experts are divided among devices, as the compilers of GPUs and TPUs make them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def compiled(target: str, *cases: str) -> dict[str, Compiled]:
 
 
 def of_experts(dims: Sequence[int]) -> bool:
-    """Whether an array has the hidden size and the width of experts, so that it is matrices of experts."""
+    """Return whether an array has the hidden size and the width of experts, so that it is matrices of
+    experts."""
     return D in dims and F in dims
 
 

@@ -21,7 +21,8 @@ MATRICES = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 51
 
 
 def test_a_step_is_compiled_from_config_json_alone(tmp_path: Path) -> None:
-    """Its arguments are the base in bfloat16, an adapter and its gradients in float32, and a micro-batch."""
+    """The step's arguments are the base in bfloat16, an adapter and its gradients in float32, and a
+    micro-batch."""
     if not (VENV / ".installed").exists():
         pytest.skip("no compilers for accelerators: `make laboratory` installs them, with a python3.12")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -129,7 +129,8 @@ def test_a_head_that_config_json_denies_is_written_as_one(tmp_path):
 @pytest.mark.reference
 @pytest.mark.parametrize("variant", ["llama", "qwen3"])
 def test_it_is_what_merge_and_unload_makes(tmp_path, variant):
-    """Of models whose embeddings are tied PEFT would change the embedding too: those without its adapter."""
+    """Models with tied embeddings have no adapter of the unembedding here: PEFT would change the embedding
+    too."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

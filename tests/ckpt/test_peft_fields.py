@@ -151,7 +151,8 @@ class Tiny:
         return jax.nn.log_softmax(logits)
 
     def logprobs(self, saved: peft.SavedAdapter) -> np.ndarray:
-        """Of an adapter, with zeros for the matrices and the ranks that it has not: one program for all."""
+        """Return an adapter's log-probs, with zeros for the matrices and ranks that it lacks: one program for
+        all."""
         whole = lora.init_lora(self.config, 0, 16)
 
         def padded(path: Any, leaf: np.ndarray) -> np.ndarray:

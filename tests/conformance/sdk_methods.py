@@ -1,4 +1,4 @@
-"""Which public methods of the SDK's clients each test calls, and the table of them in docs/compatibility.md.
+"""Records which public methods of the SDK's clients each test calls, for the table in docs/compatibility.md.
 
 `make methods` runs the tests and writes the table. In every run, a test that has not called what the table
 says of it fails. A call counts when it has returned, and not when the SDK itself has made it.

@@ -1,4 +1,4 @@
-"""What a training program does, in the words that every SDK since 0.22 knows; prints what it saw, as JSON.
+"""A training program with calls that every SDK since 0.22 has; it prints its results as JSON.
 
 Run with `TINKER_BASE_URL` and `TINKER_API_KEY` in the environment, by whatever `tinker` is on the path.
 """

@@ -282,7 +282,7 @@ SILENT = {"/api/v1/cancel_future"}
 
 
 def routes(of: Any) -> Iterator[tuple[str, str]]:
-    """Those of an application, whatever routers they came with."""
+    """Return the routes of an application, whatever routers they came with."""
     for route in of.routes:
         if hasattr(route, "path"):
             yield from ((method, route.path) for method in route.methods - {"HEAD"})
@@ -363,7 +363,7 @@ def test_anothers_things_do_not_exist(
 
 
 def test_one_s_own_session_does_not_open_anothers_things(server: ServerProcess, alices: Things) -> None:
-    """Where a request names two things, both must be the caller's."""
+    """A request that names two things needs both to be the caller's."""
     bob = Wire(server.url, BOB)
     session = bob.session()
     model = bob.model(session)

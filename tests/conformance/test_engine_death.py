@@ -110,7 +110,7 @@ def seconds_to_first_poll(server: ServerProcess, pending: str) -> float:
 
 
 def seconds_to_import() -> float:
-    """What of a start is Python's: the same machine, at the same time, with nothing done but imports."""
+    """Return how long Python's imports take now, on this machine: the part of a start that is not ours."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "import tinsmith.server.cli.serve"], check=True)
     return time.monotonic() - began

@@ -48,7 +48,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def expected(service: tinker.ServiceClient) -> np.ndarray:
-    """What eight steps without a fault come to."""
+    """The weights after eight steps without a fault."""
     return train(new_model(service), range(8))
 
 
@@ -129,7 +129,7 @@ def truncate(directory: Path) -> None:
 
 
 def flip_a_bit(directory: Path) -> None:
-    """Of the largest file."""
+    """Flip one bit of the largest file."""
     path = max(filter(Path.is_file, directory.rglob("*")), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
     content[-len(content) // 3] ^= 1

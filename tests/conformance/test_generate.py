@@ -1,4 +1,4 @@
-"""What SGLang's clients expect of `/generate`. `tests/sglang` compares it with an SGLang."""
+"""`/generate`, as SGLang's clients expect it. `tests/sglang` compares it with an SGLang."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_texts_in_logprobs_are_those_of_single_tokens(alice: Wire, tiny_model: P
 
 
 def test_lists_have_an_entry_for_each_prompt(alice: Wire) -> None:
-    """As if each prompt had been sent alone."""
+    """Each entry is as if its prompt had been sent alone."""
     short, long = GREEDY | {"max_new_tokens": 1}, GREEDY | {"max_new_tokens": 4, "n": 1}
     fields = {
         "sampling_params": [long, short],

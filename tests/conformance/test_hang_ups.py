@@ -76,7 +76,7 @@ def test_hanging_up_cancels_the_samples(wire: Wire, whole: float, route: str) ->
 
 
 def test_hanging_up_cancels_samples_that_are_queued(wire: Wire, whole: float) -> None:
-    """Those of ten clients wait behind one another; when all leave, none is drawn."""
+    """The samples of ten clients wait behind one another; when all clients leave, none is drawn."""
     path, body, _ = BODIES["generate"]
     connections = [connect(wire, path, body) for _ in range(10)]
     wait_until(wire, 10, 60)

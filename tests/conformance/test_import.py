@@ -30,7 +30,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]  # most leave some out
 
 
 def written(tiny_model: Path, folder: Path, **fields: object) -> Path:
-    """What PEFT writes, its B random."""
+    """Write an adapter with PEFT, with a random B."""
     torch.manual_seed(3)
     plain = {"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "init_lora_weights": False}
     config = peft.LoraConfig(**plain | fields, task_type="CAUSAL_LM")

@@ -1,4 +1,4 @@
-"""What is served beside training: /generate as SGLang has it, OpenAI's completions by its client."""
+"""Sampling beside training: `/generate` as SGLang has it, and OpenAI's completions through its client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one client does changes nothing of another's, and sampling nothing of training."""
+"""One client's work changes nothing of another's, and sampling changes nothing of training."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def mortal(make_server) -> ServerProcess:
 
 
 def under_way(engine: psutil.Process) -> str:
-    """What the engine computes at the moment."""
+    """Return the operations that the engine computes at the moment."""
     for descriptor in Path(f"/proc/{engine.pid}/fd").iterdir():
         if descriptor.exists() and descriptor.resolve().name == "under_way":
             return descriptor.resolve().read_text().partition("\0")[0]

@@ -1,4 +1,4 @@
-"""What a model with sentencepiece's kind of tokenizer says, by every route that answers with text.
+"""The text of a model with a tokenizer of sentencepiece's kind, from every route that answers with text.
 
 The model is a table: each token is followed by one other. Its tokenizer strips the first space of what it
 decodes, writes characters that it does not know as bytes, and ends with a token that

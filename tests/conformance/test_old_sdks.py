@@ -44,7 +44,7 @@ def newest(server: ServerProcess) -> dict[str, Any]:
 
 
 def install(version: str, folder: Path) -> None:
-    """Its dependencies are those of the newest, which are installed."""
+    """Install an SDK alone: it uses the dependencies of the newest one, which are there."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
     subprocess.run([*pip, f"tinker=={version}"], check=True, capture_output=True, timeout=300)
 

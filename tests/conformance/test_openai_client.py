@@ -1,4 +1,4 @@
-"""What OpenAI's client expects of `/v1`: its errors, its models, its streams and its optional fields."""
+"""`/v1`, as OpenAI's client expects it: its errors, its models, its streams and its optional fields."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def path(alice: Wire) -> str:
-    """Of sampler weights that a sampling session names."""
+    """The path of sampler weights that a sampling session names."""
     saved = alice.result(
         alice.post("save_weights_for_sampler", model_id=alice.model(), seq_id=1, path="of-openai")
     )
@@ -128,7 +128,7 @@ def test_models_are_retrieved_by_all_their_names(client: openai.OpenAI, alice: W
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/generate"])
 def test_one_wrong_prompt_leaves_none_running(server: ServerProcess, alice: Wire, route: str) -> None:
-    """Its prompts would take far longer than this test waits."""
+    """The request's prompts would take far longer than this test waits."""
     prompts = [PROMPT] * 6 + [[5] * 600]
     sampling = {"n": 4, "max_new_tokens": 400, "ignore_eos": True}
     bodies = {
@@ -144,7 +144,7 @@ def test_one_wrong_prompt_leaves_none_running(server: ServerProcess, alice: Wire
 
 
 def test_a_stream_of_several_prompts_numbers_its_choices(client: openai.OpenAI) -> None:
-    """As the whole answer does, and its log-probs and offsets go on where the last chunk ended."""
+    """Choices are numbered as in a whole answer; log-probs and offsets go on where the last chunk ended."""
     asked = {
         "model": "tiny",
         "prompt": ["Once", "upon a time"],
@@ -281,7 +281,7 @@ def test_what_is_not_supported_is_refused_by_name(alice: Wire, route: str, field
 
 
 def test_an_answers_own_message_is_history(client: openai.OpenAI, tiny_model: Path) -> None:
-    """As the client has it, as its fields, and as JSON with what other servers write into theirs."""
+    """It is taken as the client's object, as its fields, and as JSON with the fields of other servers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     first = client.chat.completions.create(model="tiny", messages=TURNS, max_tokens=3)
     message = first.choices[0].message
@@ -295,7 +295,7 @@ def test_an_answers_own_message_is_history(client: openai.OpenAI, tiny_model: Pa
 
 
 def test_messages_of_every_kind(client: openai.OpenAI, tiny_model: Path) -> None:
-    """What the template gets, by the number of tokens that transformers makes of it."""
+    """The template gets all of them: the prompt has as many tokens as transformers makes of it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
 
     def length(turns: list[dict]) -> int:
@@ -325,7 +325,7 @@ def test_messages_of_every_kind(client: openai.OpenAI, tiny_model: Path) -> None
 
 
 def test_variables_of_the_template(client: openai.OpenAI, alice: Wire, tiny_model: Path) -> None:
-    """As transformers takes them; whatever they are called, none is an internal error."""
+    """They are passed as in transformers; whatever they are called, none is an internal error."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     turns = [*TURNS, {"role": "assistant", "content": "It is"}]
     for fields, want in (
@@ -346,7 +346,7 @@ def test_variables_of_the_template(client: openai.OpenAI, alice: Wire, tiny_mode
 
 
 def test_echo_scores_the_prompt(client: openai.OpenAI, tiny_model: Path) -> None:
-    """As evaluations ask for it: nothing is drawn. Against transformers."""
+    """This is how evaluations request log-probs: nothing is drawn. Compared with transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     text = "A tinsmith mends"

@@ -1,4 +1,4 @@
-"""What tenants may have and ask for: the unmodified SDK waits where that helps, others notice nothing."""
+"""Quotas: a tenant's unmodified SDK waits where that helps, and other tenants notice nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sdk(server: ServerProcess, tenant: str) -> tinker.TrainingClient:
 
 @pytest.fixture(scope="module")
 def calm(server: ServerProcess) -> tinker.TrainingClient:
-    """Of a tenant that is within its quota."""
+    """A client of a tenant that is within its quota."""
     return sdk(server, "calm")
 
 

@@ -1,4 +1,4 @@
-"""What a server holds in memory while it brings models back."""
+"""The memory of a server while it restores models."""
 
 from __future__ import annotations
 

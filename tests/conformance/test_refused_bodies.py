@@ -119,7 +119,7 @@ def test_a_refused_body_uses_its_number_up(wire: Wire, model: str, kind: str) ->
 
 
 def test_a_body_over_the_limit_that_does_not_say_so_first(wire: Wire, model: str) -> None:
-    """Its operation's successor is there already, and waits for it."""
+    """The next operation is there already, and waits for the one with this body."""
     waiting = wire.forward_backward(model, 2)
 
     def pieces() -> Iterator[bytes]:

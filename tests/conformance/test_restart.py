@@ -17,7 +17,7 @@ from conformance.test_sdk_training import step
 
 @pytest.fixture(scope="module")
 def server(make_server) -> ServerProcess:
-    """Of two tests, which leave it running and stopped."""
+    """The server of two tests; the first leaves it running, the second stopped."""
     return make_server().start()
 
 
@@ -74,7 +74,7 @@ def test_everything_is_there_after_a_restart(server: ServerProcess) -> None:
 
 @pytest.mark.slow
 def test_answers_and_unfinished_operations_outlive_a_kill(make_server) -> None:
-    """What was accepted runs after the next start, on the state that it would have had."""
+    """An accepted operation runs after the next start, on the state that it would have had."""
     server = make_server(TINSMITH_LONG_POLL_SECONDS="5").start()
     wire = Wire(server.url, "tml-local")
     model, twin = wire.model(), wire.model()

@@ -18,7 +18,7 @@ AT_ONCE = 64
 
 @pytest.fixture(scope="module")
 def sampler(server: ServerProcess) -> str:
-    """Of the base model."""
+    """A sampler of the base model."""
     wire = Wire(server.url, ALICE)
     made = wire.post(
         "create_sampling_session", session_id=wire.session(), sampling_session_seq_id=0, base_model="tiny"

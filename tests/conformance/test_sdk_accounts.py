@@ -44,7 +44,7 @@ def admin(server: ServerProcess, key: str = ALICE) -> tinker.AdminClient:
 
 
 def used(usage: types.BillingUsageResponse, session: str) -> dict[Any, int]:
-    """Of a session, by kind and, for prefills, whether they were cached."""
+    """Return a session's usage, by kind and, for prefills, by whether they were cached."""
     found: dict[Any, int] = {}
     for event in usage.data:
         if event.session_id == session:
@@ -249,7 +249,7 @@ def test_console_urls_are_the_vendors(service: tinker.ServiceClient, training: t
 def test_a_sampler_s_tokenizer(
     service: tinker.ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the base model's name, which is that of a folder here, or of a repository of Hugging Face."""
+    """It is found by the base model's name, which is a folder's here or a repository's on the hub."""
     monkeypatch.chdir(tiny_model.parent)
     sampler = service.create_sampling_client(base_model="tiny").result()
     assert sampler.get_tokenizer().encode("hello")
@@ -257,7 +257,8 @@ def test_a_sampler_s_tokenizer(
 
 @pytest.fixture(scope="module")
 def exchanging(make_server) -> ServerProcess:
-    """Its clients are told to exchange their keys for tokens; without keys until there is one."""
+    """A server that tells clients to exchange their keys for tokens. It has no keys until a test makes
+    one."""
     return make_server(TINSMITH_TOKEN_EXCHANGE="1").start(wait_for_engine=False)
 
 

@@ -1,4 +1,4 @@
-"""What `tinker` prints about runs, checkpoints and sessions and does to them; what others see of a run."""
+"""The command `tinker`: runs, checkpoints and sessions, and how much of a run other tenants see."""
 
 from __future__ import annotations
 

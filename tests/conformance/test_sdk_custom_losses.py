@@ -253,7 +253,7 @@ def test_a_session_has_a_bounded_number_of_losses(wire: Wire) -> None:
 
 @pytest.mark.slow
 def test_a_loss_outlives_kills(make_server) -> None:
-    """Of the engine and of the server; operations that used it are replayed with it."""
+    """It survives kills of the engine and of the server; operations that used it are replayed with it."""
     server: ServerProcess = make_server().start()
     wire = Wire(server.url, "tml-local")
     session = wire.session()

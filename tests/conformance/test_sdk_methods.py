@@ -11,7 +11,7 @@ from conformance import sdk_methods
 
 
 def test_the_table_has_every_public_method() -> None:
-    """That its tests call them is checked as they run, in conftest.py."""
+    """conftest.py checks that the tests in the table call them, as they run."""
     clients = {getattr(tinker, name) for name in dir(tinker) if re.fullmatch(r"[A-Z]\w+Client", name)}
     assert set(sdk_methods.CLIENTS) == clients
     documented = sdk_methods.documented()

@@ -85,7 +85,7 @@ def without(data: list[types.Datum], name: str) -> list[types.Datum]:
 
 
 def test_the_loop_with_every_loss(training: tinker.TrainingClient) -> None:
-    """What was sampled has the log-probs with which it is trained, of every policy along the way."""
+    """Samples have the log-probs with which they are trained, for every policy along the way."""
     first = sampler_of(training)
     as_sampled, _ = rollouts(first, seed=1)
     for step, loss in enumerate(LOSSES):

@@ -16,7 +16,7 @@ PROMPT = tinker.ModelInput.from_ints([5, 6, 7, 8])
 
 
 def polls(server: ServerProcess, path: str) -> int:
-    """How many requests the server has answered on that path."""
+    """Return the number of requests that the server has answered on that path."""
     text = httpx.get(f"{server.url}/metrics", headers={"X-API-Key": ALICE}).text
     found = re.findall(rf'_seconds_count{{[^}}]*"/api/v1/{path}"[^}}]*}} (\S+)', text)
     return int(sum(map(float, found)))

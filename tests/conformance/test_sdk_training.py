@@ -19,7 +19,7 @@ def step(training: tinker.TrainingClient, data: list[types.Datum], rate: float =
 
 
 def set_flags(training: tinker.TrainingClient, **flags) -> None:
-    """As if the server had sent these flags in the client's configuration."""
+    """Set these flags, as if the server had sent them in the client's configuration."""
     training.holder._client_config = training.holder._client_config.model_copy(update=flags)
 
 

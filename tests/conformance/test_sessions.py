@@ -34,8 +34,8 @@ def test_a_finished_session(server: ServerProcess, wire: Wire) -> None:
 
 
 def test_the_sdk_s_user_is_told_of_tied_embeddings(wire: Wire) -> None:
-    """When the session begins: the SDK logs this message, and none of create_model's. Merging tools cannot
-    merge the adapter of a tied unembedding."""
+    """The message comes when the session begins: the SDK logs this one, and none of create_model's. Merging
+    tools cannot merge the adapter of a tied unembedding."""
     made = wire.post("create_session", tags=[], sdk_version="0.38.0").json()
     assert made["info_message"].startswith("tiny: train_unembed:")
     assert "tinsmith checkpoints merge" in made["info_message"]

@@ -32,7 +32,7 @@ def logged_records(content: bytes) -> Iterator[bytes]:
 
 
 def records(server: ServerProcess) -> list[dict[str, float]]:
-    """What every step has logged."""
+    """Return the metrics that every step has logged."""
     from wandb.proto import wandb_internal_pb2
 
     (file,) = server.data_dir.glob("wandb/wandb/offline-run-*/*.wandb")

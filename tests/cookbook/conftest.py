@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 @pytest.fixture
 def seen(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """What a program did, for the table in the docs."""
+    """A collection of what each program did, for the table in the docs."""
     return lambda program, what: request.config.stash[SEEN].append((program, what))
 
 

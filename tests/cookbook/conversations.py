@@ -1,4 +1,4 @@
-"""What the chat model of these tests has read: short conversations as the cookbook's programs hold them.
+"""The training data of these tests' chat model: short conversations as the cookbook's programs hold them.
 
 Every kind is half right, so that a program which works has something to teach: half of the sums are answered
 with a bare number, half of the guesses have the form asked for, stories are of any length.

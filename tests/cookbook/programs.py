@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 1500
 
 @dataclass(frozen=True)
 class Run:
-    """What a program has left in its log folder."""
+    """The contents of a program's log folder."""
 
     folder: Path
 

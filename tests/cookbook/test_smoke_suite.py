@@ -28,7 +28,7 @@ LEFT_OUT = {
 
 @pytest.fixture(scope="module")
 def suite(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its tests alone, beside the installed cookbook; and `uv run`, which would build an environment."""
+    """The cookbook's tests alone, beside the installed package, and a `uv run` that builds no environment."""
     folder = tmp_path_factory.mktemp("suite")
     pip = [python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "tinker-cookbook"]
     subprocess.run([*pip, "-d", folder, f"tinker-cookbook=={VERSION}"], check=True, timeout=600)

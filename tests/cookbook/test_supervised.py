@@ -15,7 +15,7 @@ LEARNS = (f"model_name={CHAT}", "lora_rank=8", "learning_rate=5e-3", "batch_size
 
 
 def nll(run: Run) -> dict[int, float]:
-    """By step; of those that were done twice, the later one."""
+    """Return the NLL by step; of a step that was done twice, the later one."""
     return {row["step"]: row["train_mean_nll"] for row in run.metrics if "train_mean_nll" in row}
 
 

@@ -21,7 +21,8 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def run(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """What its cells printed, and the tables that they displayed; a plot must be among the outputs."""
+    """Run a notebook; return what its cells printed, and the tables that they displayed; a plot must be among
+    the outputs."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("TINSMITH_NOTEBOOK_STEPS", str(steps))

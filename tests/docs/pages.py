@@ -15,7 +15,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences."""
+    """A block of code between two fences."""
 
     page: str
     language: str

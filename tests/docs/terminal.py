@@ -47,7 +47,7 @@ class Terminal:
         return text
 
     def run(self, text: str, folder: Path | None = None, **environment: str) -> str:
-        """What the commands print. They must succeed."""
+        """Run commands, which must succeed; return what they print."""
         done = self.attempt(text, folder, **environment)
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
         return done.stdout

@@ -172,7 +172,7 @@ class Python:
         self.names: dict = {}
 
     def run(self, text: str) -> str:
-        """What it prints."""
+        """Run a block; return what it prints."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(self._terminal.mine(text), self.names)

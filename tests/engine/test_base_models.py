@@ -1,4 +1,4 @@
-"""What a base model may hold of the device beside its weights."""
+"""The parts of the device's memory that a base model has beside its weights."""
 
 import jax.numpy as jnp
 import pytest

@@ -448,7 +448,7 @@ def test_a_base_model_that_is_not_there_is_said_plainly(tmp_path):
 
 
 def _runs(pid: int) -> bool:
-    """Whether the process is there, other than as a zombie that nobody has waited for."""
+    """Return whether the process is there, and not only as a zombie that nobody has waited for."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rsplit(")", 1)[1].split()[0] != "Z"

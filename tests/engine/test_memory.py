@@ -107,7 +107,8 @@ def test_estimates_are_within_15_percent_of_what_compilers_report(of, mesh, toke
 
 @pytest.mark.parametrize(("full_weight", "mib"), [(False, 363.1 + 209.5), (True, 1268.2 + 586.0)])
 def test_estimates_hold_for_full_weights_and_small_models_too(full_weight, mib):
-    """What jax 0.12.0.1 reports for an H200 about this step, with XLA's attention over a row of 1024."""
+    """They are compared with jax 0.12.0.1's figures for this step on an H200, with XLA's attention over a row
+    of 1024."""
     sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}
     of = counts(config("qwen3", num_attention_heads=8, num_key_value_heads=4, **sizes))
     work = Workload(1024, full_weight=full_weight)
@@ -167,7 +168,7 @@ def test_counts_are_those_of_the_arrays():
     ],
 )
 def test_keys_and_values_are_counted_as_their_heads_are_cut(mesh, on_cpu, ways):
-    """By the rules of the pages' own axes, with JAX's description of a mesh of those sizes."""
+    """They follow the rules of the pages' own axes, with JAX's description of a mesh of those sizes."""
     sizes = vars(mesh)
     axes = LAYOUTS["cpu" if on_cpu else "gpu"][0]
     shape = tuple(C8.kv_heads if "heads" in axis else 1 for axis in axes)

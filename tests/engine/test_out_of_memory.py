@@ -20,7 +20,8 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Of the micro-batches that the device is given, the tokens; over `sizes.limit` it has no memory for."""
+    """The tokens of each micro-batch that the device is given; it has no memory for more than
+    `sizes.limit`."""
 
     class Sizes(list):
         limit = 10**9

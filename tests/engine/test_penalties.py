@@ -92,7 +92,7 @@ def test_tokens_and_logprobs_of_the_penalized_distribution(model, sampler, adapt
 
 
 def test_a_penalized_request_that_lost_its_pages_goes_on_as_if_nothing_had_happened(model):
-    """What it generated before is still generated, not prompt."""
+    """Tokens that it drew before still count as drawn, not as prompt."""
     sampler = make_sampler(model, kv_cache_tokens=256)
     asked = [
         request(

@@ -1,4 +1,4 @@
-"""What a request may ask about its prompt's tokens, against one pass of the trainer's trunk."""
+"""Scores of a prompt's tokens, compared with one pass of the trainer's trunk."""
 
 import msgspec
 import numpy as np

@@ -250,7 +250,8 @@ def test_prompts_that_go_on_from_cached_beginnings_share_a_program(model, sample
 
 
 def test_prompts_that_arrive_together_have_their_common_beginning_computed_once(model, adapters):
-    """As a group of an RL loop does. 100 tokens are six whole pages, three more, and the last, not cached."""
+    """A group of an RL loop is such a case. 100 tokens are six whole pages, three more, and the last, not
+    cached."""
     together = make_sampler(model, prefill_tokens=256, max_slots=16, kv_cache_tokens=4096)
     for key, adapter in adapters.items():
         together.register(key, adapter, scale=2.0)

@@ -1,5 +1,5 @@
-"""Which sampler weights are on the device: wherever they were, they sample as one pass of the trainer's trunk
-with the same adapter says."""
+"""The sampler weights on the device: wherever they were before, they sample as one pass of the trainer's
+trunk with the same adapter says."""
 
 import threading
 import time

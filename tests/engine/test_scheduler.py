@@ -44,7 +44,7 @@ def operations_of(arrivals):
 
 
 def turns(operation):
-    """How many turns an operation takes: a micro-batch holds 50 tokens."""
+    """Return the number of turns that an operation takes: a micro-batch holds 50 tokens."""
     return max(1, -(-batch_tokens(operation) // 50))
 
 

@@ -1,4 +1,4 @@
-"""What leaves the device comes back bit for bit, and what is asked meanwhile is done all the same."""
+"""Sleep: everything that leaves the device comes back bit for bit, and requests meanwhile are answered."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""How many slots a chunk is decoded in."""
+"""The number of slots of a decode chunk."""
 
 from __future__ import annotations
 

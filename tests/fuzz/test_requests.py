@@ -106,7 +106,7 @@ def backend() -> SimpleNamespace:
 
 
 def _message(body: Body, backend: SimpleNamespace) -> messages.ToEngine | None:
-    """What the routers make of it for the engine, if anything. Raises BadRequest."""
+    """Return the message that the routers make of a body for the engine, if any. Raises BadRequest."""
     match body:
         case requests.CreateModel():
             spec = model_spec(body, "m", "tinker", backend.settings)

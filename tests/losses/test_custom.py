@@ -157,7 +157,7 @@ PADDED = {ppo, sequence_ratio, dpo_like, precise, scaled}
 
 
 def graph_of(function: Callable[..., Any], values: dict[str, Any]) -> tuple[Any, Any]:
-    """As torch has it, and as we have it after the wire."""
+    """Return a function's graph, as torch has it and as we have it after the wire."""
     ranks = {name: np.ndim(value) for name, value in values.items()}
     handle = trace_loss(function, ranks, "session")
     data = encode_graph(handle).model_dump_json().encode()

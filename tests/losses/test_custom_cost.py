@@ -40,7 +40,7 @@ FUNCTIONS = {
 
 
 def test_no_function_takes_much_longer_than_its_estimate_says():
-    """Of one core, compared with the median of all functions."""
+    """Times are one core's, compared with the median of all functions."""
     x = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, (SIDE, SIDE)), jnp.float32)
     seconds = {}
     for name, function in FUNCTIONS.items():

@@ -261,7 +261,7 @@ def test_clipped_tokens_have_no_gradient_though_their_ratio_overflows(name, log_
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "dro"])
 def test_slope_is_the_finite_difference(name):
-    """Of the losses without a stopped gradient."""
+    """This holds for the losses without a stopped gradient."""
     config = REGISTRY[name].config
     value, _ = FORMULAS[name]
     step = 1e-6

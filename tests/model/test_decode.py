@@ -1,4 +1,4 @@
-"""What the decode program does not compute anew for each token and layer. Its results: tests/engine."""
+"""The decode program: what it does not compute anew for each token and layer. Its results: tests/engine."""
 
 import jax
 import jax.numpy as jnp

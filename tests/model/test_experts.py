@@ -185,7 +185,8 @@ def test_given_experts_are_used_with_the_router_s_own_weights(tmp_path, variant,
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_moe", "nemotron_h"])
 def test_a_router_s_own_choices_given_to_it_change_nothing(tiny, variant):
-    """Its own choices are found by leaving all others out: the tokens that each expert gets stay the same."""
+    """The router's own choices are found by leaving all others out: the tokens that each expert gets stay the
+    same."""
     model = tiny(variant)
     layers, k, _ = model.config.routing
     T = 12

@@ -81,7 +81,8 @@ def test_sliding_windows(tmp_path, variant, changes, windows):
 
 
 def test_gradients_through_windows_of_some_layers(tmp_path):
-    """Of the sum of log-probs by the embedding; two sequences in a row, which torch has one by one."""
+    """The sum of log-probs is differentiated by the embedding; torch has the row's two sequences one by
+    one."""
     from transformers import AutoModelForCausalLM
 
     folder = changed(tmp_path, "qwen3", **WINDOW, layer_types=[SLIDING, FULL])

@@ -94,7 +94,8 @@ def merged(folder, config, base, into):
 
 
 def test_float8_is_what_transformers_makes_of_it(fp8, tmp_path):
-    """Its `_dequantize_fp8_weight`: from_pretrained derives other blocks where the last one is not whole."""
+    """Compared with transformers' `_dequantize_fp8_weight`: from_pretrained derives other blocks where the
+    last one is not whole."""
     from safetensors.torch import load_file as load_torch
     from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
@@ -172,7 +173,7 @@ def test_an_adapter_is_merged_in_float32_and_written_in_the_server_s_dtype_or_in
 
 
 def test_layers_that_are_not_computed_are_exported_unpacked(fp8, tmp_path):
-    """Those for predicting several tokens at once, after the last one."""
+    """They are those after the last one, for predicting several tokens at once."""
     at, of_layer = "model.layers.2.", "model.layers.1.self_attn.o_proj.weight"
     for suffix in ("", "_scale_inv"):
         copy(fp8, of_layer + suffix, at + "eh_proj.weight" + suffix)

@@ -27,7 +27,7 @@ def draw(z, rows, seed=0, want_top=False):
 
 
 def filtered_distribution(z, temperature, top_k, top_p):
-    """What top_k, then top_p leave of softmax(z / temperature): one token at a time, by sorting."""
+    """Return what top_k and then top_p leave of softmax(z / temperature): one token at a time, by sorting."""
     z = z.astype(np.float64) / temperature
     order = np.argsort(-z, kind="stable")
     if top_k > 0:

@@ -1,5 +1,5 @@
-"""What clients of tinkercloud and of xorl do with plain HTTP, as they do it. Every answer that they get is
-compared with the OpenAPI document."""
+"""Clients of tinkercloud and of xorl in plain HTTP, which send what those clients send. Every answer that
+they get is compared with the OpenAPI document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routes answer is what the OpenAPI document says: no key is missing, wrong, or undocumented.
+"""The routes' answers are as the OpenAPI document describes them: no key is missing, wrong, or undocumented.
 
 The clients of these tests compare every answer (`documented.py`), here and in all other files of this folder.
 """

@@ -40,7 +40,7 @@ def tenant(rest_server: ServerProcess) -> ServerProcess:
 
 @pytest.fixture(scope="module")
 def statuses() -> Iterator[Counter[int]]:
-    """How often which was answered to the tenant: shown with `-s`."""
+    """A count of each status that the tenant got, shown with `-s`."""
     counted: Counter[int] = Counter()
     yield counted
     print(f"\n{counted.total()} cases:", dict(sorted(counted.items())))

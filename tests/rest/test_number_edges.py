@@ -160,7 +160,7 @@ def is_submit(answer: httpx.Response) -> bool:
 
 @pytest.mark.parametrize("route", sorted(FIELDS))
 def test_any_value_has_a_result_or_an_error_that_names_its_field(wire: Wire, route: str) -> None:
-    """Of routes without a body above, only that no value is the server's fault."""
+    """For routes without a body above, only this is tested: no value is the server's fault."""
 
     @settings(
         max_examples=max(6, CASES * len(FIELDS[route]) // sum(map(len, FIELDS.values()))),

@@ -21,7 +21,7 @@ def document(rest_server: ServerProcess) -> dict[str, Any]:
 
 
 def examples(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of JSON bodies, by path."""
+    """Yield the examples of JSON bodies, each with its path."""
     for path, operations in document["paths"].items():
         content = operations.get("post", {}).get("requestBody", {}).get("content", {})
         reference = content.get("application/json", {}).get("schema", {}).get("$ref")
@@ -31,7 +31,8 @@ def examples(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_examples_are_what_the_routes_take(tinkercloud: Tinkercloud, document: dict[str, Any]) -> None:
-    """What they name is not there, and answered so; none is refused as a body that the route cannot read."""
+    """The things that they name are missing, and the answer says so; none is refused as an unreadable
+    body."""
     seen = set()
     for path, example in examples(document):
         answer = tinkercloud.post(path, json=example)

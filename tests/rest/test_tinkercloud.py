@@ -134,7 +134,7 @@ def test_a_body_is_json_whatever_curl_calls_it(rest_server: ServerProcess) -> No
 
 
 def test_the_fraction_of_tokens_that_are_clipped(tinkercloud: Tinkercloud) -> None:
-    """As the formula has it, from the log-probs of the answer; nothing is clipped by importance sampling."""
+    """It follows the formula, from the answer's log-probs; importance sampling clips nothing."""
     model = tinkercloud.done("create_model", base_model="tiny", lora_config={"rank": 4})["model_id"]
     advantages = np.asarray([0.5, -0.3, 0.8, -0.2, 0.1, 0.0])
     inputs = {"target_tokens": TOKENS[2:], "advantages": advantages.tolist(), "logprobs": [0.0] * 6}
@@ -158,7 +158,7 @@ def test_the_fraction_of_tokens_that_are_clipped(tinkercloud: Tinkercloud) -> No
 
 
 def test_a_stop_string_is_beside_the_model_s_own_end(tinkercloud: Tinkercloud) -> None:
-    """As in SGLang, which draws tinkercloud's samples; the SDK's stops replace the end token."""
+    """It is added, as in SGLang, which draws tinkercloud's samples; the SDK's stops replace the end token."""
     lora = {"rank": 8, "seed": 1}
     model = tinkercloud.done("create_model", base_model="tiny", lora_config=lora)["model_id"]
     datum = {

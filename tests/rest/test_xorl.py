@@ -28,7 +28,8 @@ ADAM |= {"grad_clip_norm": 5.0}
 
 
 def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
-    """As recorded from `simple_sft.py`: its own model id, its own numbers, which begin again at a resume."""
+    """They are recorded from `simple_sft.py`: its own model id, its own numbers, which begin again at a
+    resume."""
     model = {"model_id": "sft"}
     created = {"base_model": "tiny", "lora_config": {"rank": 8, "dropout": 0.0}, **model}
     assert xorl.done("create_model", **created)["model_id"] == "sft"
@@ -74,8 +75,8 @@ def test_the_calls_of_its_sft(xorl: Xorl, rest_server: ServerProcess) -> None:
 
 
 def test_a_client_resumes_from_the_paths_of_listings(xorl: Xorl) -> None:
-    """As its client does, which reads the model's name from the path and gives no alpha: into a model that is
-    there, and into one that has to be made again."""
+    """It does so as xorl's client, which reads the model's name from the path and gives no alpha: into a
+    model that is there, and into one that has to be made again."""
     created = {"base_model": "tiny", "lora_config": {"rank": 4, "alpha": 11, "dropout": 0.0}}
     xorl.done("create_model", model_id="listed", **created)
     xorl.done("forward_backward", model_id="listed", seq_id=1, forward_backward_input=BATCH)

@@ -1,4 +1,4 @@
-"""What xorl-client 0.1.0 is used for, in one program: supervised training, checkpoints, `resume`, in a new
+"""A program with the uses of xorl-client 0.1.0: supervised training, checkpoints, `resume`, in a new
 process, from what it left, and training on rewards. Its answer is a line of JSON."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is told to wait, and who is not."""
+"""Admission: which tenants have to wait, and which do not."""
 
 from __future__ import annotations
 

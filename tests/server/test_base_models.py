@@ -1,4 +1,4 @@
-"""What `--model` may say, and what is known before weights are downloaded or anything is written."""
+"""The values of `--model`, and the checks before weights are downloaded or anything is written."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_computed_is_refused_in_one_line(
 
 
 def test_the_text_half_of_a_model_that_sees_can_be_served(tmp_path: Path) -> None:
-    """Its tensors have names that config.json does not tell."""
+    """The names of its tensors do not follow from config.json."""
     folder = write_model(tmp_path / "sees", "qwen3_5")
     (planned,) = base_models.plan([str(folder)])
     assert planned.config == folders.read_config(folder)
@@ -149,7 +149,7 @@ def test_the_text_half_of_a_model_that_sees_can_be_served(tmp_path: Path) -> Non
 
 
 def test_a_model_larger_than_the_memory_is_refused_by_an_estimate(tmp_path: Path, model: Path) -> None:
-    """As many parameters as transformers counts; the files are as long as they would be, and empty."""
+    """It has as many parameters as transformers counts; the files are as long as they would be, and empty."""
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 

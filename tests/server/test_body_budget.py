@@ -1,4 +1,4 @@
-"""How many bytes of large bodies are in memory at once."""
+"""The budget of large bodies: how many bytes of them are in memory at once."""
 
 from __future__ import annotations
 

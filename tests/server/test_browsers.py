@@ -21,7 +21,7 @@ def status(
     keys: list[str] | None = None,
     allowed: list[str] | None = None,
 ) -> int:
-    """Of the answer; 200 if the request came through."""
+    """Return the answer's status; 200 if the request came through."""
     sent: list[Message] = []
 
     async def served(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -59,7 +59,7 @@ names = st.one_of(
 
 
 def is_here(host: str) -> bool:
-    """By a reading of our own: the name or address without its port."""
+    """Return whether a host is this machine, read independently: the name or address without its port."""
     name = host.strip()
     if name.startswith("["):
         name = name[1 : name.index("]")] if "]" in name else ""

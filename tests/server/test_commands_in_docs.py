@@ -26,7 +26,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def tinsmith_commands(page: Path) -> list[str]:
-    """Of code blocks, and of code within text."""
+    """Return the commands of a page's code blocks and of code within its text."""
     text = page.read_text()
     inline = re.findall(r"`((?:\.venv/bin/)?tinsmith [a-z][^`]*)`", re.sub(r"\s*\n\s*", " ", text))
     lines = [line for block in blocks(page) for line in block.splitlines()]

@@ -71,7 +71,7 @@ def state(trees: list[ast.Module]) -> set[str]:
 
 
 def test_nothing_is_hooked_up_after_it_was_made() -> None:
-    """What is assigned to another object is its data; its collaborators came by its constructor."""
+    """Only data is assigned to other objects; their collaborators came through their constructors."""
     paths = (path for path in SERVER.rglob("*.py") if not str(path).endswith(LEFT_OUT))
     trees = [ast.parse(path.read_text()) for path in paths]
     data = state(trees)

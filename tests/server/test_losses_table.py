@@ -1,4 +1,4 @@
-"""What the server knows of losses is what the engine has."""
+"""The server's table of losses is the engine's."""
 
 import pytest
 from tinsmith.losses import REGISTRY

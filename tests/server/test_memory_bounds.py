@@ -1,4 +1,4 @@
-"""What the server holds in memory is bounded, whatever clients do and however slowly they read."""
+"""The server's memory is bounded, whatever clients do and however slowly they read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drawn(request_id: str, begin: int, tokens: int = 1000, k: int = 0) -> messag
 
 
 async def read(streams: SampleStreams, operation: Operation) -> list[int]:
-    """What a client is told until the answer is there."""
+    """Poll until the answer is there; return what the client was told."""
     stream = streams.of(operation.request_id)
     assert stream is not None
     return [each.begin async for each in stream.until_answered(operation)]

@@ -1,4 +1,4 @@
-"""What sessions are called and described with is bounded, and costs its owner alone."""
+"""Names and metadata of sessions are bounded, and count for their tenant alone."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def rows(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def structure(path: Path) -> dict[str, Any]:
-    """What SQLAlchemy finds of each table, whatever the order of its columns and indexes."""
+    """Return each table's structure as SQLAlchemy finds it, in whatever order its columns and indexes are."""
     engine = create_engine(f"sqlite:///{path}")
     found = inspect(engine)
     tables: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a create_model asks for that this server does not do."""
+"""Fields of create_model that ask for something which this server does not do."""
 
 import pytest
 from adapters import random_adapter
@@ -23,7 +23,7 @@ from tiny_models import write_model
     ],
 )
 def test_what_xorls_client_asks_full_weights_with(tmp_path, dialect, config, full_weight, rank):
-    """Its `create_training_client` sends a rank of 32, and nothing else."""
+    """xorl's `create_training_client` sends a rank of 32, and nothing else."""
     asked = CreateModel(base_model="tiny", lora_config=config)
     spec = model_spec(asked, "model", dialect, Settings(data_dir=tmp_path, full_weight=full_weight))
     lora = spec.message.lora
@@ -68,7 +68,7 @@ def test_target_modules_are_the_base_model_s_or_the_usual_ones(tmp_path, asked, 
 
 
 def test_an_archived_adapter_says_which_parts_it_trains(tmp_path):
-    """By the names of its tensors, whatever the family calls its matrices."""
+    """The parts follow from the names of its tensors, whatever the family calls its matrices."""
     config = read_config(write_model(tmp_path / "phi3", "phi3", tokenizer=False))
     for part in ("attn", "mlp"):
         adapter = random_adapter(config, train_attn=part == "attn", train_mlp=part == "mlp", rank=4)

@@ -1,4 +1,4 @@
-"""What is on its way to the engine: in order, by turns, and few bytes of it in memory."""
+"""The outbox: operations go to the engine in order and by turns, with few bytes in memory."""
 
 from __future__ import annotations
 

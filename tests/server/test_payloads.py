@@ -117,7 +117,7 @@ async def test_a_kill_between_a_payload_and_its_row_leaves_nothing(server: Serve
 
 
 async def test_another_ledger_s_payloads_are_let_alone(server: Server) -> None:
-    """Of a ledger that was put aside for a while, and that may come back."""
+    """The other ledger was put aside for a while, and may come back."""
     await server.operations.accept(step(1, 100_000))
     path = server.settings.data_dir / "ledger.db"
     server.ledger.close()

@@ -51,7 +51,7 @@ def database() -> Iterator[str]:
 
 @pytest.fixture
 def url(database: str) -> str:
-    """Of a database without tables."""
+    """The URL of a database without tables."""
     engine = create_engine(database)
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))

@@ -1,4 +1,4 @@
-"""What ends every engine is found, whatever runs beside it."""
+"""Quarantine: the operation that ends every engine is found, whatever runs beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sampler weights are removed, and when."""
+"""The removal of sampler weights."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_a_sample_is_a_sign_of_life(samplers: Samplers, make) -> None:
 async def test_directories_of_no_sampler_go_when_they_are_old(
     samplers: Samplers, make, tmp_path: Path
 ) -> None:
-    """What inflight saves leave behind; a young one may be of a save whose sampler moves to it next."""
+    """Inflight saves leave such directories behind; a sampler may yet move to a young one."""
     kept = await make("live", silent_for=0.0)
     old, young = (tmp_path / new_directory("live:train:0") for _ in range(2))
     for directory in (old, young):

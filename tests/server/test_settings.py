@@ -1,4 +1,4 @@
-"""What an operator says, and what the command answers."""
+"""Settings, and the command's answers to wrong ones."""
 
 from __future__ import annotations
 

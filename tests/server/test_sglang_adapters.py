@@ -1,4 +1,4 @@
-"""Which adapters an SGLang server is sent: only those that it computes as they are meant."""
+"""Adapters for SGLang servers: only those are sent that SGLang computes as they are meant."""
 
 from __future__ import annotations
 

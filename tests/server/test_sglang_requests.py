@@ -1,4 +1,4 @@
-"""What is asked of SGLang, and what of its answers counts; without one (tests/sglang has a real one)."""
+"""Requests to SGLang and its answers, without a server; tests/sglang has a real one."""
 
 from __future__ import annotations
 

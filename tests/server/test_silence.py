@@ -1,4 +1,4 @@
-"""How long the engine has been silent, by clocks that jump."""
+"""The engine's silence, measured with clocks that jump."""
 
 from __future__ import annotations
 

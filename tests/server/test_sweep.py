@@ -1,4 +1,4 @@
-"""What leaves the disk, and what does not."""
+"""The sweep: what it removes from the disk, and what it leaves there."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ async def test_what_a_replay_or_a_sampler_reads_stays(tmp_path: Path, server: Se
 async def test_an_ended_model_leaves_the_ledger_after_a_month_if_it_has_no_checkpoints(
     server: Server, save
 ) -> None:
-    """Its operations go with it, and its session takes as many bytes as before it was created."""
+    """The model's operations go with it, and its session takes as many bytes as before it was created."""
 
     def set_up(connection: Connection) -> dict[str, int]:
         tenancy.add_session(connection, id="t", owner="me", tags=[], user_metadata={})

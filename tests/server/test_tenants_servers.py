@@ -79,7 +79,7 @@ def reply(writer: asyncio.StreamWriter, body: bytes, status: str = "200 OK", **h
 
 
 def sglang(path: str, writer: asyncio.StreamWriter) -> None:
-    """As a small SGLang answers."""
+    """Answer as a small SGLang does."""
     info = {
         "model_path": "tiny",
         "weight_version": "default",
@@ -241,7 +241,7 @@ async def test_a_name_is_resolved_once_and_its_address_is_asked(monkeypatch: pyt
 
 
 async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where `localhost` is ::1 first, and the server listens on 127.0.0.1."""
+    """For example, `localhost` may be ::1 first, while the server listens on 127.0.0.1."""
     found = [(0, 0, 0, "", (host, 0)) for host in ("169.254.1.1", "::1", "127.0.0.1")]
     monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *_args, **_kwargs: found)
     async with anything(sglang) as there:

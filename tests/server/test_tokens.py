@@ -55,7 +55,7 @@ def test_nothing_in_it_can_be_altered(tmp_path: Path) -> None:
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[TestClient]:
-    """Of an application that is not started and has only a ledger: authentication comes before all else."""
+    """A client of an application that is not started and has only a ledger: authentication comes first."""
     settings = Settings(data_dir=tmp_path, api_key=["alice=tml-a", "bob=tml-b"], token_seconds=1)
     app, ledger = create_app(settings, []), Ledger(settings.ledger_url)
     app.state.services.add([ledger])

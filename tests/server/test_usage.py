@@ -1,4 +1,4 @@
-"""What is counted of operations, and that it is counted once."""
+"""Usage: operations are counted, and counted once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a wandb_config is kept, and what is refused."""
+"""The fields of a wandb_config that are kept, and those that are refused."""
 
 import pytest
 from pydantic import ValidationError

@@ -105,7 +105,7 @@ def test_too_many_datums() -> None:
 
 
 def status_of(attempt: Callable[[], object]) -> int:
-    """As a client sees it; any other exception would be a 500."""
+    """Return the status that a client sees; any other exception would be a 500."""
     try:
         attempt()
     except ApiError as error:

@@ -39,7 +39,8 @@ def sglang_python() -> Path:
 
 @pytest.fixture(scope="session")
 def sglang(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangProcess]:
-    """Of the tiny llama, in float32; up to six adapters of rank 16. A test that ends it starts it again."""
+    """A real SGLang with the tiny llama in float32 and room for six adapters of rank 16. A test that ends it
+    starts it again."""
     folder = tmp_path_factory.mktemp("sglang")
     running = SglangProcess(sglang_python, write_model(folder / "tiny", "llama"), folder / "log", *LORA)
     running.start()

@@ -42,7 +42,7 @@ def is_up(alice: Wire) -> bool:
 def sampled(
     sampler: tinker.SamplingClient, params: types.SamplingParams, count: int = 1
 ) -> list[list[types.SampledSequence]]:
-    """Of each prompt, all at once."""
+    """Sample each prompt, all at once."""
     futures = [
         sampler.sample(types.ModelInput.from_ints(prompt), num_samples=count, sampling_params=params)
         for prompt in PROMPTS

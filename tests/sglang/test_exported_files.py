@@ -1,4 +1,4 @@
-"""What we write is what SGLang computes: adapters, and full weights, against PEFT and transformers."""
+"""SGLang computes what our files mean: adapters, and full weights, against PEFT and transformers."""
 
 from __future__ import annotations
 

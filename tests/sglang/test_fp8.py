@@ -1,4 +1,4 @@
-"""What we write in float8 is what SGLang reads.
+"""SGLang reads our float8 files as they are meant.
 
 Its CPU backend has float8 only with Intel's AMX, so no server is asked here: its own functions, taken from
 its files as they are, turn what we wrote into numbers again.
@@ -38,7 +38,8 @@ def function_of(file: Path, name: str) -> Any:
 
 
 def logprobs(folder: Path, weights: dict[str, Any]) -> Any:
-    """Of 64 tokens, by transformers: of the folder's model with some weights of its replaced."""
+    """Return transformers' log-probs of 64 tokens for the folder's model with some of its weights
+    replaced."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -15,7 +15,7 @@ from .sglang_process import SglangProcess
 
 @pytest.fixture
 def merging(make_tinsmith: Callable[..., ServerProcess], sglang: SglangProcess) -> Iterator[ServerProcess]:
-    """Of one tenant, so that the operator's servers are its own."""
+    """A server with one tenant, so that the operator's SGLang servers are that tenant's own."""
     server = make_tinsmith("--sglang-merge", "--full-weight", tenants=TENANTS[:1]).start()
     yield server
     server.kill()

@@ -25,7 +25,7 @@ KEY = "checkpoints/run/sampler_weights/one-1"
 
 
 def greedy(folder: Path) -> list[int]:
-    """What transformers draws of the folder's model."""
+    """Return what transformers draws from the folder's model."""
     from transformers import AutoModelForCausalLM
 
     model, drawn = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), list(PROMPT)
@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(sglang: SglangProcess, trained: Path) -> tuple[list[int], list[int]]:
-    """Of the base model, and of the trained one."""
+    """The expected tokens of the base model and of the trained one."""
     base, other = greedy(sglang.model), greedy(trained)
     assert base != other
     return base, other

@@ -61,7 +61,7 @@ def sampled(alice: Wire, session: str, prompt: list[int] = PROMPT, **fields: Any
 
 
 def by_sglang(alice: Wire, *args: Any, **fields: Any) -> dict:
-    """Which has to have drawn it."""
+    """Return a sample that SGLang has to have drawn."""
     before = metric(alice, "tinsmith_sglang_samples") or 0.0
     answer = sampled(alice, *args, **fields)
     assert metric(alice, "tinsmith_sglang_samples") == before + 1
@@ -112,7 +112,7 @@ def test_greedy_samples_are_those_of_the_embedded_sampler(alice: Wire, sessions:
 
 
 def test_stop_strings(alice: Wire, sessions: dict[str, str]) -> None:
-    """Of a text that a hundred tokens say: strings within a token, over tokens, and none of it."""
+    """A text of a hundred tokens is stopped by strings within a token, over tokens, and by none."""
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True},
@@ -145,7 +145,8 @@ def test_log_probs_are_of_the_tempered_distribution(alice: Wire, sessions: dict[
 
 
 def test_frequencies_are_those_of_the_distribution(alice: Wire, sessions: dict[str, str]) -> None:
-    """Of the first token, with a filter: none outside of it, and the others as often as they are likely."""
+    """The first token, with a filter: none is outside of it, and the others are drawn as often as they are
+    likely."""
     params = {"temperature": 1.0, "top_k": 4, "max_tokens": 1}
     got = by_sglang(alice, sessions["sglang"], params=params, num_samples=400, topk_sample_logprobs=4)
     drawn = [each["tokens"][0] for each in got["sequences"]]
@@ -178,7 +179,7 @@ def test_what_sglang_does_not_do_exactly(alice: Wire, sessions: dict[str, str]) 
 
 
 def test_a_session_s_metadata_says_who_draws(alice: Wire) -> None:
-    """Which the unmodified SDK can send."""
+    """The unmodified SDK can send such metadata."""
     wrong = alice.post("create_session", user_metadata={"tinsmith_sampling_engine": "vllm"})
     assert wrong.status_code == 422
     assert "tinsmith_sampling_engine" in wrong.json()["error"]
@@ -261,7 +262,7 @@ def test_hanging_up_ends_a_sample_there_too(alice: Wire, sessions: dict[str, str
 
 
 def test_how_far_its_log_probs_are_is_told(alice: Wire) -> None:
-    """Of a sampler's first sample, and so of weights that nobody has sampled before."""
+    """It is measured for a sampler's first sample, and so for weights that nobody has sampled before."""
     session = alice.session()
     saving = alice.post("save_weights_for_sampler", model_id=alice.model(session), seq_id=1, path="compared")
     sampler = alice.post(
@@ -282,7 +283,8 @@ def test_how_far_its_log_probs_are_is_told(alice: Wire) -> None:
 
 
 def test_a_tenant_s_own_server(alice: Wire, tinsmith: ServerProcess, sglang: Any) -> None:
-    """Which serves that tenant alone; only where the operator allows it; and what it is not is refused."""
+    """It serves that tenant alone, and only if the operator allows it; a server that is something else is
+    refused."""
     bob = Wire(tinsmith.url, BOB)
     with bob.http:
         here = {"host": "127.0.0.1", "port": sglang.port}

@@ -1,4 +1,4 @@
-"""What is trained is sampled on SGLang, version by version, through the unmodified SDK."""
+"""Trained weights are sampled on SGLang, version by version, through the unmodified SDK."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _unpadded(out: Array, q_BTNH: Array) -> Array:
 
 
 class _Call(NamedTuple):
-    """What is static in one call of `attention`."""
+    """The static arguments of one call of `attention`."""
 
     kernel: Kernel
     scale: float

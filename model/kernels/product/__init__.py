@@ -17,7 +17,7 @@ __all__ = ["Form", "by_output", "linear", "matrix", "product"]
 
 
 class Form(Enum):
-    """How a decoder multiplies with its matrices (`decoder.build`)."""
+    """A way to multiply with a decoder's matrices (`decoder.build`)."""
 
     PLAIN = "plain"
     """x W in x's dtype. XLA chooses how to sum."""

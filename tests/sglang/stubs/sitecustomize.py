@@ -85,7 +85,7 @@ class StandIns(MetaPathFinder, Loader):
 
 
 def _is_only_asked():
-    """Whether `importlib.util.find_spec` is what asks."""
+    """Return whether the caller is `importlib.util.find_spec`."""
     frame = sys._getframe(2)
     while frame is not None and "importlib._bootstrap" in frame.f_code.co_filename:
         frame = frame.f_back
