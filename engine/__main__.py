@@ -84,9 +84,16 @@ def load(config: messages.EngineConfig, socket: Socket) -> Engine:
     bases: dict[str, base_models.BaseModel] = {}
     losses = CustomLossProcesses()
     for number, declared in enumerate(config.base_models, start=1):
-        tell(f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}")
+        loading = f"loading {declared.name} ({number} of {len(config.base_models)}) onto {devices}"
+        tell(loading)
+
+        def loaded(so_far: int, total: int, loading: str = loading) -> None:
+            size = f"{so_far / 1e6:.1f} of {total / 1e6:.1f} MB"
+            socket.send(messages.Status(phase, f"{loading}: {size}"))
+            log.debug("%s: %s", loading, size)
+
         same = (base for base in bases.values() if base.folder == find_model(declared.path))
-        shared = next(same, None) or base_models.load(declared, config, mesh, memory, losses)
+        shared = next(same, None) or base_models.load(declared, config, mesh, memory, losses, loaded)
         bases[declared.name] = dataclasses.replace(shared, name=declared.name)
     engine = Engine(config, bases, socket, measurements)
     phase = "ready"

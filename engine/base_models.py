@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,12 @@ def load(
     mesh: Mesh,
     memory: EngineMemory | None = None,
     custom_losses: CustomLossProcesses | None = None,
+    loaded: Callable[[int, int], object] = lambda so_far, total: None,
 ) -> BaseModel:
     """Read a base model onto the mesh, within its share of `memory` (by default all of the engine's).
 
-    All base models of an engine share one `custom_losses`. Raises FileNotFoundError, UnsupportedModelError or
+    All base models of an engine share one `custom_losses`. `loaded` is called now and then with the bytes of
+    weights so far and of all. Raises FileNotFoundError, UnsupportedModelError or
     WeightsError for a model that cannot be loaded.
     """
     began = time.perf_counter()
@@ -126,7 +129,7 @@ def load(
         )
     dtype = compute_dtype(engine.dtype)
     graph, _ = decoder.build(config, dtype, product_form(dtype, mesh))
-    weights = load_base(folder, config, dtype, mesh)
+    weights = load_base(folder, config, dtype, mesh, loaded)
     limit, number = _limit(config, engine), memory.folders.index(folder)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     trainer = Trainer(

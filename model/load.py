@@ -8,6 +8,7 @@ never a second copy of the model.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,17 @@ def find_model(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
 
 
-def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> decoder.Base:
+def load_base(
+    folder: Path,
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    loaded: Callable[[int, int], object] = lambda so_far, total: None,
+) -> decoder.Base:
     """Load the base weights of `folder` as `dtype`, each leaf sharded over `mesh` by `sharding.RULES`.
 
-    Without a mesh they go to the first device. Raises WeightsError for files that do not fit `config`.
+    Without a mesh they go to the first device. `loaded` is called after each leaf, with the bytes of the
+    leaves so far and of all. Raises WeightsError for files that do not fit `config`.
     """
     mesh = make_mesh() if mesh is None else mesh
     _, abstract = decoder.build(config, dtype)
@@ -50,6 +58,9 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
     if ignored := unread(Path(folder), config):
         some = ", ".join(ignored[:_NAMED_UNREAD])
         log.warning("%s: %d tensors are not of this model and are ignored: %s", folder, len(ignored), some)
+
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    so_far = 0
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         ours = ".".join(key.key for key in path)
@@ -64,9 +75,12 @@ def load_base(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None =
                 row[...] = view[index[1:]]
             return out
 
+        nonlocal so_far
         array = jax.make_array_from_callback(leaf.shape, sharding, part)
         array.block_until_ready()
         tensors.forget_pages()
+        so_far += array.nbytes
+        loaded(so_far, total)
         return array
 
     return jax.tree_util.tree_map_with_path(load, abstract, shardings)

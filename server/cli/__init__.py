@@ -18,6 +18,7 @@ from ..settings import Settings
 from .checkpoints_command import checkpoints
 from .command_line import (
     Commands,
+    address,
     fail,
     progress_of_downloads,
     read_settings,
@@ -143,15 +144,14 @@ def serve(config: Path | None = None, **given: Any) -> None:
 
 def _introduction(settings: Any, base_models: list[Any], port: int, needs_keys: bool) -> list[str]:
     """Return the lines that say where the server is, what it serves, and how to reach it."""
-    host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = address(settings.host, port)
     return [
         f"Tinsmith {__version__} on {url}",
         *(
             f"  model {model.name}: {model.folder}, up to {model.max_sequence_length} tokens"
             for model in base_models
         ),
-        *(f"  samples on SGLang: {address}" for address in settings.sglang_urls),
+        *(f"  samples on SGLang: {server}" for server in settings.sglang_urls),
         f"  data in {settings.data_dir.resolve()}",
         "Clients:",
         f"  export TINKER_BASE_URL={url}",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import tarfile
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -13,10 +15,13 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from ..checkpoints.archive import CONFIG_FILE, TENSORS_FILE
-from .command_line import fail, progress_of_downloads, unknown_names
+from ..settings import ServingSettings
+from .command_line import address, fail, progress_of_downloads, read_settings, waiting
 
 _CONNECT_SECONDS = 10.0
-OPTION = typer.Option(help="The server [default: TINKER_BASE_URL, or http://127.0.0.1:8000].")
+OPTION = typer.Option(
+    help="The server [default: TINSMITH_URL, TINKER_BASE_URL, or this machine's at TINSMITH_PORT, 8000]."
+)
 
 
 class RemoteServer:
@@ -28,30 +33,36 @@ class RemoteServer:
     def __init__(self, url: str | None):
         import httpx
 
-        if unknown := unknown_names(os.environ):
-            fail("; ".join(unknown))
-        self.url = (url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
+        settings = read_settings(ServingSettings, {})
+        named = url or os.environ.get("TINSMITH_URL") or os.environ.get("TINKER_BASE_URL")
+        self.url = (named or address(settings.host, settings.port)).rstrip("/")
+        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.url):
+            fail(f"{self.url!r} is not the address of a server; write http://HOST:PORT")
         key = os.environ.get("TINKER_API_KEY")
         headers = {} if key is None else {"X-API-Key": key}
         patience = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         self._http = httpx.Client(base_url=f"{self.url}/api/v1/", headers=headers, timeout=patience)
 
     def ask(
-        self, method: str, path: str, failed: str, /, accepted: tuple[int, ...] = (200,), **request: Any
+        self,
+        method: str,
+        path: str,
+        failed: str,
+        /,
+        accepted: tuple[int, ...] = (200,),
+        waits: Callable[[str], object] = lambda reason: None,
+        **request: Any,
     ) -> dict[str, Any]:
-        """Send a request and return its JSON answer.
+        """Send a request and return its JSON answer. `waits` gets the reasons why there is none yet.
 
         If its status is not `accepted`, the command ends with an error that begins with `failed`.
         """
         import httpx
 
-        shown = None
         try:
             answer = self._http.request(method, path, **request)
             while answer.status_code == 408 and path == "retrieve_future":
-                if (reason := answer.json().get("queue_state_reason")) != shown:
-                    typer.echo(f"waiting; the engine: {reason}", err=True)
-                    shown = reason
+                waits(answer.json().get("queue_state_reason"))
                 answer = self._http.request(method, path, **request)
         except httpx.HTTPError as error:
             fail(
@@ -67,10 +78,12 @@ class RemoteServer:
             fail(f"{failed} ({answer.status_code}): {reason}")
         return body
 
-    def run(self, path: str, failed: str, /, **body: Any) -> dict[str, Any]:
-        """Start an operation and return its result."""
+    def run(self, path: str, failed: str, doing: str, /, **body: Any) -> dict[str, Any]:
+        """Start an operation and return its result. Meanwhile, show what is being done, and for how long."""
         submitted = self.ask("POST", path, failed, json=body)
-        return self.ask("POST", "retrieve_future", failed, json={"request_id": submitted["request_id"]})
+        request = {"request_id": submitted["request_id"]}
+        with waiting(doing) as reason:
+            return self.ask("POST", "retrieve_future", failed, waits=reason, json=request)
 
     def download(self, url: str, file: Path) -> None:
         """Download a signed URL, without the key, and show the progress."""
@@ -194,13 +207,11 @@ def _download(path: str, folder: Path, url: str | None, done: str, **form: Any) 
     server, failed = RemoteServer(url), f"{path} was not {done}"
     session = server.ask("POST", "create_session", failed, json={"tags": [done]})["session_id"]
     try:
-        typer.echo(f"loading {path} on {server.url}", err=True)
-        model = server.run(
-            "load_weights", failed, session_id=session, model_seq_id=0, path=path, optimizer=False
-        )["model_id"]
-        typer.echo(f"writing the {done} files there", err=True)
+        doing = f"loading {path} on {server.url}"
+        made = {"session_id": session, "model_seq_id": 0, "path": path, "optimizer": False}
+        model = server.run("load_weights", failed, doing, **made)["model_id"]
         fields = {"model_id": model, "seq_id": 1, "path": done, "ttl_seconds": 24 * 3600}
-        server.run("save_weights_external", failed, **fields | form)
+        server.run("save_weights_external", failed, f"writing the {done} files there", **fields | form)
         checkpoint = f"training_runs/{model}/checkpoints/external_weights/{done}"
         urls = server.ask("GET", f"{checkpoint}/external_weights_urls", failed)["urls"]
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,15 @@ from pydantic import BeforeValidator, ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from typer.core import TyperGroup
 
 from ...ckpt.package_index import Progress
@@ -33,8 +41,8 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _PREFIX = "TINSMITH_"
 _CONFIG = "TINSMITH_CONFIG"
 _OTHERS = re.compile(
-    # Names for other programs, tests and notebooks, or set by Kubernetes for a service called tinsmith.
-    r"WANDB_MODE|(TEST|FUZZ|REST|NOTEBOOK|WRITE)_.*|SGLANG_(VENV|ADAPTERS|COMPARED_PERCENT)"
+    # Names for clients, other programs, tests and notebooks, or set by Kubernetes for a service of our name.
+    r"URL|WANDB_MODE|(TEST|FUZZ|REST|NOTEBOOK|WRITE)_.*|SGLANG_(VENV|ADAPTERS|COMPARED_PERCENT)"
     r"|(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?"
 )
 _UNITS = {"days": 86_400, "hours": 3600, "minutes": 60}  # in seconds
@@ -44,6 +52,12 @@ _SECRET = ("api_key", "sglang_api_key", "database_url")
 def fail(message: str) -> NoReturn:
     typer.echo(f"tinsmith: {' '.join(message.split())}", err=True)
     raise typer.Exit(2)
+
+
+def address(host: str, port: int) -> str:
+    """Return the URL at which this machine reaches a server that listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Bars(Progress):
@@ -100,6 +114,29 @@ class Commands(TyperGroup):
                 raise
             sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def waiting(doing: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, and on a terminal for how long. The block calls what it gets with the reasons
+    why it is not done yet."""
+    console = Console(stderr=True, emoji=False, markup=False)
+    if not console.is_terminal:
+        reasons = {""}
+        typer.echo(doing, err=True)
+
+        def line(reason: str) -> None:
+            if reason not in reasons:
+                typer.echo(f"waiting; the engine: {reason}", err=True)
+                reasons.add(reason)
+
+        yield line
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with rich.progress.Progress(*columns, console=console) as shown:
+        task = shown.add_task(doing)
+        yield lambda reason: shown.update(task, description=f"{doing}: {reason}")
+        shown.update(task, description=doing)
 
 
 Config = Annotated[

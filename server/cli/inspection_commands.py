@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from ...ckpt.tokenizer_files import has_tokenizer
 from ...engine.logs import FILES, FOLDER
 from ..settings import LedgerSettings, Settings
 from .checkpoints_command import OPTION, RemoteServer
@@ -404,7 +406,10 @@ def _data(settings: Settings) -> Iterator[Finding]:
     try:
         check(settings.ledger_url)
     except (ValueError, OSError) as error:
-        yield Finding("ledger", "problem", str(error), "choose another --data-dir, or restore a backup")
+        advice = "choose another --data-dir, or restore a backup"
+        if settings.database_url is not None:
+            advice = "start the database, or correct TINSMITH_DATABASE_URL"
+        yield Finding("ledger", "problem", str(error), advice)
         return
     if (file := sqlite_file(settings.ledger_url)) is not None and not file.is_file():
         yield Finding("ledger", "ok", f"{file} will be created")
@@ -439,10 +444,34 @@ def _port(settings: Settings) -> Iterator[Finding]:
     try:
         listen(settings.host, settings.port).close()
     except ValueError as error:
-        yield Finding("port", "problem", str(error))
+        text, _, advice = str(error).partition("; ")
+        if "is in use" in text:
+            pid, command = _listener(settings.port)
+            text += f" by {command}" + (f" (process {pid})" if pid else "")
+            stop = f"stop it (kill {pid})" if pid else "stop it"
+            advice = f"{stop}, or choose another port with --port (or TINSMITH_PORT)"
+        otherwise = "give --host an address of this machine: 127.0.0.1, or 0.0.0.0 for all of them"
+        yield Finding("port", "problem", text, advice or otherwise)
     else:
         text = f"{settings.host}, port {settings.port}, is free" if settings.port else "a free one is chosen"
         yield Finding("port", "ok", text)
+
+
+def _listener(port: int) -> tuple[int | None, str]:
+    """Return the process that listens on a port, and its command, as far as this user may see it."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                local, _remote, state, *others = row.split()[1:]
+                if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{others[5]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(each) in sockets for each in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                return int(process.name), command.strip()[:200]
+    return None, "another user's program"
 
 
 def _models(settings: Settings) -> Iterator[Finding]:
@@ -456,12 +485,35 @@ def _models(settings: Settings) -> Iterator[Finding]:
                 [entry], settings.dtype, settings.mesh, settings.max_sequence_length, settings.kv_cache_tokens
             )
         except (ValueError, OSError, RuntimeError) as error:
-            yield Finding("model", "problem", str(error))
+            yield Finding("model", "problem", str(error), _about_model(entry, str(error)))
             continue
         for each in planned:
             where = each.folder or each.hub_id or "the package index"
             size = f", {each.parameters / 1e6:,.1f} million parameters" if each.parameters else ""
             yield Finding("model", "ok", f"{each.name}: {where}{size}")
+            if each.folder is not None and not has_tokenizer(each.folder):
+                advice = (
+                    "copy them from the model's page; without them, clients have to send and read token ids"
+                )
+                yield Finding("model", "warning", f"{each.name} has no tokenizer files", advice)
+
+
+def _about_model(entry: str, problem: str) -> str:
+    """Say what to do about a model that cannot be served: what its folder lacks, or where to look."""
+    if "too large" in problem:
+        return f"tinsmith plan --model {entry} shows what takes how much, and what would fit"
+    sources = (Path(each).expanduser() for each in (entry, entry.partition("=")[2]) if each)
+    folder = next((each for each in sources if each.is_dir()), None)
+    if folder is None:
+        return (
+            "give an existing folder, or OWNER/NAME on the Hugging Face hub (with HF_TOKEN if it is gated); "
+            "if the hub cannot be reached from here, download the model elsewhere and give its folder"
+        )
+    missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    missing += [] if has_tokenizer(folder) else ["tokenizer.json"]
+    if missing:
+        return f"{folder} lacks {', '.join(missing)}: give the folder that has all files of the model"
+    return "docs/models.md says which models are read; download the files again if they are damaged"
 
 
 def _sglang(settings: Settings) -> Iterator[Finding]:

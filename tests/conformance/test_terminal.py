@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,8 +152,100 @@ def test_doctor_tells_what_is_wrong_and_what_to_do(watched: ServerProcess) -> No
     assert "64 devices" in wrong["devices"]["text"]
     assert "/nowhere" in wrong["model"]["text"]
     assert "127.0.0.1:1" in wrong["sglang"]["text"]
-    advised = ("ledger", "devices", "sglang")
-    assert all(wrong[what]["advice"] for what in advised)
+    assert all(each["advice"] for each in wrong.values())
+    assert watched.process is not None
+    assert f"by {sys.executable} -m tinsmith.server.cli serve" in wrong["port"]["text"]
+    assert f"kill {watched.process.pid}" in wrong["port"]["advice"]
+    assert "--port" in wrong["port"]["advice"]
+
+
+def test_doctor_says_what_a_model_s_folder_lacks(watched: ServerProcess, tiny_model, tmp_path) -> None:
+    def model(entry: str) -> dict:
+        data = ("--data-dir", str(tmp_path / "data"), "--port", "0")
+        found = json.loads(tinsmith(watched, "doctor", "--json", *data, "--model", entry).stdout)
+        (wrong,) = (each for each in found if each["state"] != "ok")
+        assert wrong["what"] == "model"
+        return wrong
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert f"{folder} lacks config.json, *.safetensors, tokenizer.json" in model(str(folder))["advice"]
+    shutil.copy(tiny_model / "config.json", folder)
+    assert f"{folder} lacks *.safetensors, tokenizer.json" in model(f"m={folder}")["advice"]
+    for weights in tiny_model.glob("*.safetensors*"):
+        shutil.copy(weights, folder)
+    found = model(str(folder))
+    assert (found["state"], found["text"]) == ("warning", "model has no tokenizer files")
+    assert "token ids" in found["advice"]
+
+
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [
+        ("status", "TINSMITH_URL"),
+        ("status", "TINKER_BASE_URL"),
+        ("status", "TINSMITH_CONFIG"),
+        *((command, "TINSMITH_PORT") for command in ("status", "top", "runs")),
+    ],
+)
+def test_the_server_is_the_one_of_the_environment(
+    watched: ServerProcess, command: str, how: str, tmp_path
+) -> None:
+    (tmp_path / "server.toml").write_text(f'host = "0.0.0.0"\nport = {watched.port}\n')
+    places = {"TINSMITH_PORT": str(watched.port), "TINSMITH_CONFIG": str(tmp_path / "server.toml")}
+    names = {"TINSMITH_PORT", "TINSMITH_URL", "TINKER_BASE_URL", "TINSMITH_CONFIG"}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {how: places.get(how, watched.url), "TINKER_API_KEY": "tml-other"}
+    asked = subprocess.run(
+        [sys.executable, "-m", "tinsmith.server.cli", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert asked.returncode == 2
+    (line,) = asked.stderr.splitlines()
+    assert "invalid API key" in line, "it is asked, and answers"
+
+
+def test_loading_shows_its_progress(watched: ServerProcess, tiny_model) -> None:
+    """In what the engine tells the server, and so in /health, `status` and `top`."""
+    found = re.findall(
+        r"engine: loading: loading tiny \(1 of 1\) onto .*: ([\d.]+) of ([\d.]+) MB", watched.log
+    )
+    so_far, totals = ([float(each) for each in numbers] for numbers in zip(*found, strict=True))
+    assert so_far == sorted(so_far)
+    assert len(so_far) > 5
+    size = sum(file.stat().st_size for file in tiny_model.glob("*.safetensors")) / 1e6
+    assert so_far[-1] == totals[-1] == pytest.approx(size, abs=0.1)
+
+
+def test_a_merge_shows_its_progress(watched: ServerProcess, model: str, tmp_path) -> None:
+    """Lines in a pipe; on a terminal, the seconds of each part and the bytes of each file."""
+    merge = ("checkpoints", "merge", f"tinker://{model}/weights/evening")
+    piped = tinsmith(watched, *merge, str(tmp_path / "piped"))
+    assert piped.returncode == 0, piped.stderr
+    lines = [line for line in piped.stderr.splitlines() if not line.startswith("waiting; the engine: ")]
+    assert lines == [
+        f"loading tinker://{model}/weights/evening on {watched.url}",
+        "writing the merged files there",
+    ]
+    environment = os.environ | {"TINKER_BASE_URL": watched.url, "TINKER_API_KEY": ALICE}
+    environment |= {"COLUMNS": "160", "TERM": "xterm"}
+    command = [sys.executable, "-m", "tinsmith.server.cli", *merge, str(tmp_path / "drawn")]
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # a terminal of which the other side is closed
+        while piece := os.read(ours, 1 << 16):
+            drawn += piece
+    assert running.wait(60) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+    assert re.search(r"loading tinker://\S+ on http\S+ .*\d:\d\d:\d\d", shown)
+    assert re.search(r"writing the merged files there .*\d:\d\d:\d\d", shown)
+    assert re.search(r"model\.safetensors .*[\d.]+/[\d.]+ [kM]B", shown)
+    assert (tmp_path / "drawn" / "model.safetensors").is_file()
 
 
 def test_doctor_tells_that_devices_would_be_idle(
