@@ -109,9 +109,9 @@ NO_KEYS = {
     "alice=secret": "begin with tml-",
     "eyJhbGciOiJIUzI1NiJ9.e30.x": "begin with tml-",  # the SDK would take it for a token
     "TML-secret": "begin with tml-",
-    "=tml-secret": "owner's name",
-    "a/b=tml-secret": "owner's name",
-    "alice =tml-secret": "owner's name",
+    "=tml-secret": "tenant's name",
+    "a/b=tml-secret": "tenant's name",
+    "alice =tml-secret": "tenant's name",
     "tml-two words": "no spaces",
     "tml-sécret": "ASCII",
     "tml-a\tb": "ASCII",
