@@ -74,8 +74,9 @@ NOT_YET = {
 }
 """The `model_type` of those that do not run, by the beginning of their names."""
 
-NOT_COUNTED = {"nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": "nemotron_h"}
-"""The `model_type` of those whose family runs, but whose sizes we do not know."""
+OTHER_COUNTS = {"nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": {"mlp": 254_607_360}}
+"""Counts of ours that differ from the published ones. The published 254,529,536 is no multiple of 48, and the
+model has 48 equal layers of experts."""
 
 
 def _llama(layers: int, hidden: int, heads: int, width: int, head_dim: int = 128) -> dict[str, Any]:
@@ -179,6 +180,13 @@ _NEMOTRON_NANO = _nemotron("MEMEM*E" * 5 + "MEMEMEM*EMEMEMEME", 2688, 64, (128, 
 _NEMOTRON_SUPER = _nemotron(
     "MEMEMEM*E" * 3 + "MEMEMEMEM*E" * 4 + "MEMEMEM*EMEMEMEME", 4096, 128, (512, 22, 2688), 5376
 ) | {"moe_latent_size": 1024}
+_NEMOTRON_ULTRA = _nemotron(
+    "MEMEMEM*" + ("EMEMEM*" + "EMEMEMEM*" * 2) * 3 + "EMEMEM*EMEMEMEM*EMEMEMEME",
+    8192,
+    256,
+    (512, 22, 5120),
+    10_240,
+) | {"num_attention_heads": 64, "moe_latent_size": 2048}
 _QWEN35_9B, _QWEN35_27B = _qwen3_5(32, 4096, 16, 12_288, 32), _qwen3_5(64, 5120, 24, 17_408, 48)
 _QWEN35_35B = _qwen3_5_moe(40, 2048, 16, (256, 8, 512), 32)
 _LLAMA_8B, _LLAMA_70B = _llama(32, 4096, 32, 14_336), _llama(80, 8192, 64, 28_672)
@@ -207,6 +215,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": _NEMOTRON_NANO,
     "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16": _NEMOTRON_NANO,
     "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16": _NEMOTRON_SUPER,
+    "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": _NEMOTRON_ULTRA,
     "nvidia/NVIDIA-Nemotron-3.5-Super-VL-120B-A12B-BF16": _of_sight("nemotron_h_omni", _NEMOTRON_SUPER),
     "openai/gpt-oss-20b": _gpt_oss(24, 32),
     "openai/gpt-oss-120b": _gpt_oss(36, 128),
@@ -225,11 +234,15 @@ SIZES: dict[str, dict[str, Any]] = {
 """What config.json says of the sizes, for the models that run here."""
 
 
+PARTS = ("attn", "mlp", "unembed")
+
+
 def counted(name: str) -> tuple[int, int, int]:
     """Return our numbers of LoRA parameters per rank: attn, mlp, unembed."""
     hf = SIZES[name]
     found = adapter_counts(FAMILIES[hf["model_type"]].read(hf), 1)
-    return found["attn"], found["mlp"], found["unembed"]
+    attn, mlp, unembed = (found[part] for part in PARTS)
+    return attn, mlp, unembed
 
 
 def table() -> str:
@@ -237,12 +250,12 @@ def table() -> str:
     lines = ["| model | `model_type` | attn | mlp | unembed |", "|---|---|---|---|---|"]
     for name in PUBLISHED:
         if name in SIZES:
-            cells = [f"`{SIZES[name]['model_type']}`", *(f"{count:,}" for count in counted(name))]
-        elif name in NOT_COUNTED:
-            cells = [f"`{NOT_COUNTED[name]}`: runs; its sizes are not known here", "", "", ""]
+            cells = [f"`{SIZES[name]['model_type']}`"]
+            for ours, published in zip(counted(name), PUBLISHED[name], strict=True):
+                cells.append(f"{ours:,}" + (f" (published: {published:,})" if ours != published else ""))
         else:
             family = next(family for start, family in NOT_YET.items() if name.startswith(start))
-            cells = [f"`{family}`: does not run yet", "", "", ""]
+            cells = [f"`{family}`: does not run", "", "", ""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

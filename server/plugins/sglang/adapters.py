@@ -6,7 +6,8 @@ known to be loaded is loaded when it is first sampled; a saved one is loaded ahe
 
 A folder is checked before a server loads it. SGLang reads q, k and v as one matrix, and gate and up; an
 adapter of only some of them is accepted, and ends the server at its first use. SGLang always scales by
-lora_alpha / r, whatever else the config says.
+lora_alpha / r, whatever else the config says. Adapters whose modules have other names in SGLang than in the
+base model's files are not sent: those of experts, delta nets, Mamba-2 and text halves.
 """
 
 from __future__ import annotations
@@ -113,11 +114,28 @@ def problem(folder: Path, base: BaseModel, max_rank: int | None) -> str | None:
         if matrix is None and module == "lm_head":
             matrix = base.tensors.get("model.embed_tokens.weight")  # the embedding is tied
         if matrix is None:
-            return f"the adapter has {module}, which the base model does not have"
+            return _unmatched(module, base)
         out, into = matrix.shape
         if shapes != {"lora_A": (rank, into), "lora_B": (out, rank)}:
             return f"the adapter's {module} has shapes {shapes}; the base model's matrix is {matrix.shape}"
     return _torn(set(sides), base.merged_modules)
+
+
+def _unmatched(module: str, base: BaseModel) -> str:
+    """Return why an adapter is not sent that has a module under no tensor's name of the base model."""
+    config, known = base.config, frozenset[str]().union(*base.adapter_modules.values())
+    if config.mixtures and ".experts." in module:
+        kind = "adapters of experts"
+    elif "language_model" in config.prefix:
+        kind = "adapters of the text half of a model that sees"
+    elif module.rpartition(".")[2] in known:
+        kind = f"adapters of {config.family} models"
+    else:
+        return f"the adapter has {module}, which the base model does not have"
+    return (
+        f"{kind} ({module}) are not sent to SGLang servers, which can have the merged model instead: "
+        "sync_inference_weights, or tinsmith serve --sglang-merge"
+    )
 
 
 def _torn(modules: set[str], groups: Iterable[frozenset[str]]) -> str | None:
