@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import DeltaNet
-from .states import State, convolved, convolved_on, convolved_one
+from .states import State, accumulated, convolved, convolved_on, convolved_one
 
 _CHUNK, _BLOCK = 64, 16
 _EPSILON = 1e-6  # inside the root of the length of q and k
@@ -164,11 +164,9 @@ def _chunked(
     q, k, v, decay, rate = map(chunks, (q_BTGK, k_BTGK, v_BTGRV, decay_BTGR, rate_BTGR))
     start_NBQ = chunks(start_BT, "edge")  # padding belongs to the last segment, and does not change it
     N = len(q)
-    since = jnp.cumsum(decay, axis=2)  # [N B Q G R]
+    since, apart = accumulated(decay)  # [N B Q G R], [N B G R i j]
     later = jnp.tril(jnp.ones((Q, Q), bool))
     together = (start_NBQ[..., :, None] == start_NBQ[..., None, :]) & later  # [N B i j]
-    by_head = jnp.moveaxis(since, 2, -1)  # [N B G R Q]
-    apart = by_head[..., :, None] - by_head[..., None, :]
     together = together[:, :, None, None]
     decays = jnp.where(together, jnp.exp(jnp.where(together, apart, 0)), 0)  # [N B G R i j]
     # the tokens whose segment began before the chunk see the matrices that it begins with

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import Mamba2
-from .states import State, convolved, convolved_on, convolved_one
+from .states import State, accumulated, convolved, convolved_on, convolved_one
 
 _CHUNK = 64
 
@@ -138,10 +138,8 @@ def _chunked(
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(matrix: Array, of: tuple[Array, ...]) -> tuple[Array, Array]:
         x, b, c, step, decay, start, begin = of
-        since = jnp.cumsum(decay, axis=1)  # [B Q G R]
+        since, apart = accumulated(decay)  # [B Q G R], [B G R i j]
         together = ((start[:, :, None] == start[:, None, :]) & later)[:, None, None]  # [B 1 1 i j]
-        by_head = jnp.moveaxis(since, 1, -1)
-        apart = by_head[..., :, None] - by_head[..., None, :]
         decays = jnp.where(together, jnp.exp(jnp.where(together, apart, 0)), 0)  # [B G R i j]
         # the tokens whose segment began before the chunk see the matrices that it begins with
         carried = jnp.where((start < begin)[..., None, None], jnp.exp(since), 0)  # [B Q G R]

@@ -1,6 +1,8 @@
-"""Parts of all mixers that keep a state of every sequence: the state itself, and a causal convolution.
+"""Parts of all mixers that keep a state of every sequence: the state itself, a causal convolution, and sums
+of decays.
 
-Letters: B rows, T tokens, C channels, W taps of the convolution but one.
+Letters: B rows, T tokens, C channels, W taps of the convolution but one, Q tokens of a chunk, G groups of
+heads, R heads of a group.
 """
 
 from __future__ import annotations
@@ -27,6 +29,25 @@ def where_alive(alive_B: Bool[Array, " B"], new: State, old: State) -> State:
         return jnp.where(alive_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(chosen, new, old)
+
+
+def accumulated(
+    decay: Float[Array, "*batch Q G R"],
+) -> tuple[Float[Array, "*batch Q G R"], Float[Array, "*batch G R Q Q"]]:
+    """Return the sum of each token's decay and those before it in the chunk, and the differences of these
+    sums, of token i less token j.
+
+    The sums of a chunk may reach hundreds, and the difference of two is then less exact than the decays
+    between them. So multiples of 1/256 are summed by themselves: their sums and differences are exact in
+    float32, and the sums of what is left are small."""
+    coarse = jax.lax.stop_gradient(jnp.round(256 * decay) / 256)
+    coarse, fine = (jnp.cumsum(part, axis=-3) for part in (coarse, decay - coarse))
+
+    def differences(sums: Array) -> Array:
+        by_head = jnp.moveaxis(sums, -3, -1)
+        return by_head[..., :, None] - by_head[..., None, :]
+
+    return coarse + fine, differences(coarse) + differences(fine)
 
 
 def convolved(

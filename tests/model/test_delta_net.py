@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tinsmith.model import delta_net
+from tinsmith.model import delta_net, states
 from tinsmith.model.config import DeltaNet
 from tinsmith.model.states import State
 
@@ -53,6 +53,14 @@ def test_packed_rows_equal_the_rule_on_each_segment():
         at = start == first
         expected = by_the_rule(*(np.asarray(x[0], np.float64)[at] for x in of))
         np.testing.assert_allclose(found[at], expected, atol=2e-6)
+
+
+def test_strong_decays_take_no_digits_from_weak_ones_after_them():
+    """Between two tokens, the sum of decays is exact to float32's rounding, however much decayed before."""
+    decay = -np.random.default_rng(2).choice([0.013, 15.1], (1, 64, G, R)).astype(np.float32)
+    sums = np.moveaxis(np.cumsum(decay.astype(np.float64), axis=1), 1, -1)
+    _, between = states.accumulated(jnp.asarray(decay))
+    np.testing.assert_allclose(between, sums[..., :, None] - sums[..., None, :], rtol=2e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 65, 100])

@@ -18,6 +18,7 @@ from tiny_models import write_model
     [
         ("llama3", ["data=2,fsdp=2,tensor=2"]),
         pytest.param("llama3", ["fsdp=8", "tensor=8"], marks=pytest.mark.slow),
+        pytest.param("qwen2", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         ("qwen3", ["data=2,fsdp=2,tensor=2"]),
         pytest.param("mistral", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("phi3", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
@@ -33,6 +34,8 @@ from tiny_models import write_model
         pytest.param("qwen3_5", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", ["data=2,fsdp=2,tensor=2"], marks=pytest.mark.slow),
         ("nemotron_h", ["data=2,fsdp=2,tensor=2"]),
+        pytest.param("nemotron_h", ["data=2,expert=4"], marks=pytest.mark.slow),
+        pytest.param("qwen3_5_moe", ["fsdp=2,expert=4"], marks=pytest.mark.slow),
     ],
 )
 def test_meshes_of_8_devices_equal_one_device(variant, meshes):
