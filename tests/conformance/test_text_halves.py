@@ -12,7 +12,7 @@ import tinker
 from conformance.batches import batch
 from conformance.server_process import ServerProcess
 from conformance.test_downloads import by_torch
-from conformance.test_experts import checkpoints
+from conformance.test_families import checkpoints
 from conformance.test_sdk_checkpoints import GREEDY, PROMPT, forward
 from conformance.test_sdk_training import step
 from models_that_see import WHOLES, write_model_that_sees

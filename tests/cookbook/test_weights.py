@@ -38,7 +38,9 @@ def test_downloads_load_with_equal_log_probs(
         assert found[name] < 1e-4, name
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_5_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_5_moe", "deepseek_v3", "nemotron_h"]
+)
 def test_the_cookbook_merges_an_adapter_of_experts(python: Path, tmp_path: Path, variant: str) -> None:
     """In the form `shared`, with log-probs equal to the adapter's."""
     torch = pytest.importorskip("torch")

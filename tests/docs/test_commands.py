@@ -109,8 +109,8 @@ ELSEWHERE = {
     (SYSTEMD, "/opt/tinsmith/bin/python"): "deploy/test_systemd.py",
     ("kubernetes.md", "docker build"): "deploy/test_manifests.py",
     ("kubernetes.md", "kubectl"): "deploy/test_manifests.py",
-    (RL, "tinker.Datum("): "conformance/test_experts.py",
-    (RL, '"routed_experts"'): "conformance/test_experts.py",
+    (RL, "tinker.Datum("): "conformance/test_families.py",
+    (RL, '"routed_experts"'): "conformance/test_families.py",
     (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "cookbook/test_rl.py",
     (RL, "python -m tinker_cookbook.recipes.rl_loop"): "cookbook/test_rl.py",
 }

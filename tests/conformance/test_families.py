@@ -1,4 +1,4 @@
-"""A mixture of experts through the SDK, from its first step to its merged weights."""
+"""Every family through the SDK, from its first step to its merged weights."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ from transformers import AutoModelForCausalLM
 
 torch = pytest.importorskip("torch")
 
+MIXTURES = ("qwen3_5_moe", "gpt_oss", "qwen3_moe", "deepseek_v3", "nemotron_h")
+OTHERS = ("qwen3_5", "llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text")
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "qwen3_5_moe",
-        "gpt_oss",
-        pytest.param("qwen3_moe", marks=pytest.mark.slow),
-        pytest.param("deepseek_v3", marks=pytest.mark.slow),
-    ],
-)
+
+def each_of(*families: str) -> pytest.MarkDecorator:
+    """Run a test on a server for each family; all but the first two are slow."""
+    quick = MIXTURES[:2]
+    marked = [each if each in quick else pytest.param(each, marks=pytest.mark.slow) for each in families]
+    return pytest.mark.parametrize("server", marked, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def server(
     request: pytest.FixtureRequest, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("experts")
+    folder = tmp_path_factory.mktemp("families")
     model = write_model(folder / "model", request.param)
     running = ServerProcess(model, folder / "data", cache_dir, TINSMITH_SNAPSHOT_OPERATIONS="5")
     yield running.start()
@@ -54,17 +56,20 @@ def checkpoints(server: ServerProcess, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_mixture_of_experts_from_the_first_step_to_its_merged_weights(
-    server: ServerProcess, tmp_path
+@each_of(*MIXTURES, *OTHERS)
+def test_a_family_from_its_first_step_to_its_merged_weights(
+    server: ServerProcess, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    family = request.node.callspec.params["server"]
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
     data = batch()
     training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
     step(training, data)
     metrics = training.forward_backward(data, "cross_entropy").result().metrics
     training.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
-    assert 0 < metrics["e_frac_with_tokens:mean"] <= 1
-    assert metrics["e_max_violation:max"] >= metrics["e_max_violation:mean"] > 0
+    if family in MIXTURES:
+        assert 0 < metrics["e_frac_with_tokens:mean"] <= 1
+        assert metrics["e_max_violation:max"] >= metrics["e_max_violation:mean"] > 0
 
     # The sampler scores as the trainer does.
     sampler = training.save_weights_and_get_sampling_client().result()
@@ -92,27 +97,48 @@ def test_a_mixture_of_experts_from_the_first_step_to_its_merged_weights(
 
     # The adapter can be exported in every form that its readers have, and imported again.
     model = server.data_dir.parent / "model"
-    config = json.loads((model / "config.json").read_text())
-    forms = ["shared", "target-parameters", "per-expert"]
-    if config["model_type"] == "gpt_oss":
-        forms.remove("per-expert")
-    for form in forms:
+    for form in forms_of(family):
         adapter = tmp_path / form
         checkpoints(server, "export", path, adapter, "--experts", form)
-        if form == "shared":
+        if form == "shared" and family in MIXTURES:
             tensors = load_file(adapter / "adapter_model.safetensors")
-            shared = tensors["base_model.model.model.layers.1.mlp.experts.w1.lora_A.weight"]
-            assert shared.shape == (1, 4, config["hidden_size"])
-        elif form == "target-parameters" or config["model_type"] == "qwen3_moe":  # what PEFT reads
+            of_experts = [tensors[name] for name in tensors if name.endswith(".experts.w1.lora_A.weight")]
+            assert of_experts
+            assert {each.shape[:2] for each in of_experts} == {(1, 4)}
+        if form in forms_of_peft(family):
             np.testing.assert_allclose(by_peft(model, adapter, data), expected, atol=1e-4)
         printed = checkpoints(server, "import", adapter, "--model", "tiny", "--name", form)
         (imported,) = (word for word in printed.split() if "/weights/" in word)
         again = service.create_training_client_from_state(imported).result()
         assert again.get_info().lora_rank == 4
         np.testing.assert_allclose(forward(again, data), expected, atol=1e-5)
+
+    # With the optimizer's state, the next step is the same one.
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    step(training, data)
+    step(resumed, data)
+    np.testing.assert_allclose(forward(resumed, data), forward(training, data), atol=1e-5)
     service.close("success").result()
 
 
+def forms_of(family: str) -> list[str]:
+    """The forms in which adapters of a family are written (docs/models.md)."""
+    if family not in MIXTURES:
+        return ["shared", "target-parameters"] if family == "qwen3_5" else ["shared"]
+    # The experts of gpt-oss are no modules of their own.
+    return ["shared", "target-parameters"] + ([] if family == "gpt_oss" else ["per-expert"])
+
+
+def forms_of_peft(family: str) -> set[str]:
+    """Those that PEFT reads. It refuses adapters of a Mamba-2's out_proj."""
+    if family == "nemotron_h":
+        return set()
+    if family == "qwen3_moe":
+        return {"target-parameters", "per-expert"}
+    return {"target-parameters"} if family in MIXTURES or family == "qwen3_5" else {"shared"}
+
+
+@each_of(*MIXTURES)
 def test_the_experts_of_a_sample_are_replayed_in_training(server: ServerProcess) -> None:
     """The sample over plain HTTP, because the SDK's has no field for them; the training through the SDK."""
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
@@ -160,6 +186,7 @@ def test_the_experts_of_a_sample_are_replayed_in_training(server: ServerProcess)
     service.close("success").result()
 
 
+@each_of(*MIXTURES, *OTHERS)
 def test_sft_and_a_loop_of_rl_go_on_after_kill_9_with_the_same_bits(server: ServerProcess) -> None:
     """The engine dies during SFT, and the server with its engine during RL, each time between the gradients
     and the step that takes them."""
