@@ -17,7 +17,8 @@ from .train_step import BATCH_INPUTS, Batch
 
 
 def structure(lora: LoraSpec | None) -> tuple | None:
-    """Return what decides the shapes of an adapter on this base model; None for full weights."""
+    """Return the ranks and parts that decide the shapes of an adapter on this base model; None for full
+    weights."""
     if lora is None:
         return None
     return pad_rank(lora.rank), lora.train_attn, lora.train_mlp, lora.train_unembed

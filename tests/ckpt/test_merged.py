@@ -17,7 +17,7 @@ from tests.tiny_models import VARIANTS, hf_config, random_weights, write_model
 
 
 def our_base(config, weights):
-    """The base pytree of Hugging Face weights, stacked by hand."""
+    """Return the base pytree of Hugging Face weights, stacked by hand."""
     base = {}
     for parameter in parameters(config):
         arrays = [parameter.taken(weights[name]) for name, _ in parameter.tensors()]
@@ -48,7 +48,7 @@ def test_the_folder_holds_the_weights_under_their_own_names(tmp_path, variant, s
     assert (len(files) == 1) == (shard_bytes == 1 << 30)
     found = {name: array for file in files for name, array in load_file(file).items()}
     assert found.keys() == weights.keys()
-    beside = copied(folder, config)  # of the base, whatever was trained
+    beside = copied(folder, config)  # the base's, whatever was trained
     weights |= {name: load_file(folder / "model.safetensors")[name] for name in beside}
     for name, array in weights.items():
         np.testing.assert_array_equal(found[name], array)
@@ -79,7 +79,8 @@ def test_transformers_loads_it_with_equal_log_probs(tmp_path, variant):
 @pytest.mark.reference
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_merged_adapter_is_the_adapter_beside_its_model(tmp_path, variant):
-    """PEFT's log-probs, where the adapter is a bypass, also of tied embeddings with a trained unembedding."""
+    """Its log-probs are those of PEFT's unmerged adapter, also for tied embeddings with a trained
+    unembedding."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -160,7 +161,8 @@ def test_it_is_what_merge_and_unload_makes(tmp_path, variant):
 
 
 def test_weights_on_disk_are_read_one_parameter_at_a_time(tmp_path):
-    """A training state's, and a folder's that was written before; a few files' worth is in memory."""
+    """This holds for a training state and for a folder that was written before; a few files' worth is in
+    memory."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
     folder = write_model(tmp_path / "base", "qwen3", **shape)
     config = read_config(folder)

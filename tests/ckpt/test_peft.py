@@ -14,7 +14,7 @@ RANK, ALPHA = 5, 12.0
 
 
 def random_adapter(config, rank=RANK, **which):
-    """Not fresh: B is random too (its padded rows stay zero)."""
+    """Return an adapter whose B is random too (its padded rows stay zero)."""
     return adapters.random_adapter(config, 3, rank, size=0.3, **which)
 
 
@@ -103,7 +103,7 @@ def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path):
 
 
 def forms_of(variant):
-    """The forms in which PEFT reads adapters of experts and delta nets."""
+    """Return the forms in which PEFT reads adapters of experts and delta nets."""
     mixture = VARIANTS[variant].keys() & {"num_experts", "num_local_experts", "n_routed_experts"}
     if variant == "qwen3_moe":
         return ["per_expert", "target_parameters"]
@@ -144,7 +144,7 @@ def test_peft_loads_it_with_the_log_probs_of_the_formula(tmp_path, variant, form
 
 
 def log_probs_of_the_formula(model, adapter, config, tokens):
-    """W + (alpha / r) A B in every matrix; logits get (alpha / r) h A B on top."""
+    """Return log-probs with W + (alpha / r) A B in every matrix; logits get (alpha / r) h A B on top."""
     import torch
 
     scale = ALPHA / RANK
@@ -160,7 +160,7 @@ def log_probs_of_the_formula(model, adapter, config, tokens):
 
 
 def test_experts_in_the_form_of_the_hosted_service(tmp_path):
-    """3-D tensors; the first axis is 1 for the factor that the experts share."""
+    """It has 3-D tensors; the first axis is 1 for the factor that the experts share."""
     config = read_config(write_model(tmp_path / "base", "qwen3_moe", tokenizer=False))
     adapter = random_adapter(config)
     peft.save_adapter(tmp_path / "a", adapter, config, rank=RANK, alpha=ALPHA, base_model="tiny")
@@ -218,8 +218,8 @@ def changed_adapter(folder, change):
 
 
 def test_adapters_of_a_mamba_as_others_write_them(tmp_path):
-    """The hosted service has an empty w3 of experts without a gate; PEFT knows the model as `backbone`, and
-    in_proj as one matrix, of which B, C and the time steps have no adapter here."""
+    """The hosted service writes an empty w3 for experts without a gate. PEFT knows the model as `backbone`,
+    and in_proj as one matrix, of which B, C and the time steps have no adapter here."""
     config = read_config(write_model(tmp_path / "base", "nemotron_h", tokenizer=False))
     adapter = random_adapter(config)
     names = {"rank": RANK, "alpha": ALPHA, "base_model": "tiny"}

@@ -16,7 +16,7 @@ from conformance import sdk_methods
 from conformance.server_process import ServerProcess, Wire
 from tiny_models import write_model
 
-# The clients of servers that a test has killed go on beating; what they say of it is not about later tests.
+# Clients of servers that a test has killed still send heartbeats; their warnings do not concern later tests.
 logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.ERROR)
 
 ALICE, BOB = "tml-alice", "tml-bob"
@@ -48,7 +48,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir() -> Path:
-    """Kept from run to run: the same tiny programs are compiled once."""
+    """The cache that is kept from run to run: the same tiny programs are compiled once."""
     return Path(__file__).parents[2] / ".cache" / "tests" / "servers"
 
 
@@ -56,7 +56,7 @@ def cache_dir() -> Path:
 def make_server(
     tiny_model: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., ServerProcess]]:
-    """Servers of a module's own, each with a data directory of its own; killed afterwards."""
+    """Start servers for one module, each with its own data directory; they are killed afterwards."""
     servers: list[ServerProcess] = []
 
     def make(*options: str, launcher: Path | None = None, **environment: str) -> ServerProcess:
@@ -75,7 +75,7 @@ def make_server(
 def server(
     tiny_model: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """Keys of alice, an administrator, and bob; ranks up to 16; gaps are waited for two seconds."""
+    """A server with keys of alice, an administrator, and bob; it waits two seconds for gaps."""
     running = ServerProcess(
         tiny_model,
         tmp_path_factory.mktemp("server") / "data",

@@ -59,7 +59,7 @@ class Killer:
 
     @property
     def done(self) -> bool:
-        """All kills and restarts, or there was an error."""
+        """Return True after all kills and restarts, or after an error."""
         all_of_them = len(self.kills) == self._limit and self.restarts == self._limit // 2
         return all_of_them or self.error is not None
 
@@ -84,7 +84,7 @@ PROMPT = [5, 6, 7]
 
 
 def rewarded(sequence: types.SampledSequence) -> types.Datum:
-    """A sample whose every token is good if it is even."""
+    """Make a datum of a sample in which every even token is rewarded."""
     tokens = [*PROMPT, *sequence.tokens]
     before = len(PROMPT) - 1
     advantages = [1.0 if token % 2 == 0 else -1.0 for token in sequence.tokens]
@@ -101,8 +101,8 @@ def rewarded(sequence: types.SampledSequence) -> types.Datum:
 def train(
     service: tinker.ServiceClient, steps: Callable[[], Iterator[int]]
 ) -> tuple[list[list[int]], np.ndarray, str]:
-    """SFT, every third step RL on samples of its own weights: what was sampled, the final log-probs, and the
-    weights' path."""
+    """Train with SFT, and RL on its own samples in every third step. Return the samples, the final log-probs,
+    and the weights' path."""
     training = service.create_lora_training_client(base_model="tiny", rank=4, seed=11).result()
     sampled = []
     for number in steps():
@@ -123,7 +123,7 @@ def train(
 
 
 def weights(server: ServerProcess, path: str) -> bytes:
-    """The adapter's file on disk."""
+    """Return the adapter's file on disk."""
     run, _, name = path.removeprefix("tinker://").split("/")
     folder = server.data_dir / "checkpoints" / run.replace(":", "@") / "sampler_weights"
     (file,) = folder.glob(f"{name}-*/adapter_model.safetensors")
@@ -144,7 +144,7 @@ def test_training_goes_on_through_random_kills(make_server) -> None:
     with Killer(server, KILLS, seed=int(os.environ.get("TINSMITH_TEST_SEED", "1"))) as killer:
 
         def steps() -> Iterator[int]:
-            """The last one waits until all kills have been done."""
+            """Yield the steps; the last one waits until all kills have been done."""
             for number in range(count):
                 while number == count - 1 and not killer.done:
                     time.sleep(0.1)
@@ -213,7 +213,7 @@ def test_an_operation_that_every_engine_dies_of_fails_alone(mortal: ServerProces
 
 
 def test_failures_are_replayed_too(mortal: ServerProcess) -> None:
-    """A step after nothing but failed gradients fails, in whichever engine."""
+    """A step after only failed gradients fails, in the next engine too."""
     wire = Wire(mortal.url, "tml-local")
     model = wire.model()
     assert wire.result(wire.forward_backward(model, 1, [datum(targets=[6, 7, 8, 100_000])]))["error"]

@@ -1,4 +1,4 @@
-"""An operation takes a short way through the server: the trace of one is printed and counted."""
+"""The way of an operation through the server is short: one is traced, printed and counted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ MOST_FILES, MOST_FUNCTIONS = 29, 95  # to be lowered with every step that makes 
 def test_a_forward_backward_passes_few_files_and_functions(
     make_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
-    """From the SDK's submit, a protobuf, to its answer, by long poll.
-
-    Counted are the modules and named functions of `server/`, in every thread, that each of several equal
-    operations calls. So timers and heartbeats, which some of the operations meet, do not count; middleware,
-    the ledger's thread, and what other parts of the server do at each answer do.
+    """The way goes from the SDK's submit, a protobuf, to its answer, by long poll. Counted are the modules
+    and named functions of `server/`, in every thread, that each of several equal operations calls. So timers
+    and heartbeats, which some of the operations meet, do not count; middleware, the ledger's thread, and what
+    other parts of the server do at each answer do.
     """
     path = tmp_path / "trace.json"
     server = make_server("--api-key", "alice=tml-alice", launcher=LAUNCHER, TRACE=str(path)).start()

@@ -12,7 +12,7 @@ PROMPT = np.random.default_rng(1).integers(3, 320, 40)
 
 
 def recorded(sampler, *requests):
-    """The tokens and the experts, [tokens, layers, k], of all samples."""
+    """Return the tokens and the experts, [tokens, layers, k], of all samples."""
     for each in requests:
         sampler.add(each)
     found = []
@@ -41,7 +41,8 @@ def asked(name, samples, seed):
     ],
 )
 def test_the_experts_of_samples_are_those_that_transformers_chooses(tmp_path, variant, options):
-    """With prompts found in the cache, copies of pages, and sequences that lose their pages."""
+    """The samples include prompts found in the cache, copies of pages, and sequences that lose their
+    pages."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ COMPILE, CHUNK = 10.0, 1.0
 
 
 def run(slots: Slots, needed: int, soon: int = 0, kind: str = "a") -> tuple[int, bool]:
-    """The slots of one chunk, and whether they were compiled for it."""
+    """Return the slots of one chunk, and whether they were compiled for it."""
     before = {name: set(known) for name, known in slots._compile_seconds.items()}
     chosen = slots.choose(kind, needed, soon)
     is_new = chosen not in before.get(kind, ())

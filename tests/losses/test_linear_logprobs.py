@@ -34,7 +34,7 @@ def full_logprobs(hidden, unembed, targets, lora, row_adapter):
 
 
 def quadratic(lp, weights):
-    """Some loss that is not linear: 0.5 w lp² + w lp."""
+    """A loss that is not linear: 0.5 w lp² + w lp."""
     return weights * (0.5 * lp**2 + lp), weights * (lp + 1)
 
 

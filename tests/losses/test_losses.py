@@ -43,7 +43,7 @@ def numpy_ppo(lp, i, low, high):
 
 
 def policy_terms(lp, i, low, high, dual, beta, use_tis, tis_low, tis_high):
-    """Per token, by branches: the loss, and its derivative by the log-prob."""
+    """Return a token's loss and its derivative by the log-prob, by branches."""
     value, slope = np.zeros(N), np.zeros(N)
     for t in range(N):
         a, r = i["advantages"][t], np.exp(lp[t] - i["logprobs"][t])
@@ -78,7 +78,7 @@ def drgrpo_terms(log_ratio, lp, i, low, high, beta, kl_type):
     return np.where(a == 0, 0.0, value), np.where(a == 0, 0.0, slope)
 
 
-# Of each loss: its value, and d loss / d logprob worked out by hand.
+# For each loss its value, and d loss / d logprob worked out by hand.
 FORMULAS = {
     "cross_entropy": (lambda lp, i: -i["weights"] * lp, lambda lp, i: -i["weights"]),
     "importance_sampling": (
@@ -253,7 +253,7 @@ def test_clipped_tokens_have_no_gradient_though_their_ratio_overflows(name, log_
     clipped, free = (0, 1) if log_ratio > 0 else (1, 0)
     assert loss[clipped] == pytest.approx(-3 * bounds[1] if log_ratio > 0 else 3 * bounds[0], rel=1e-5)
     assert slope[clipped] == 0
-    if log_ratio > 0:  # nothing bounds this one: it fails, rather than count as anything
+    if log_ratio > 0:  # nothing bounds this one, so it fails
         assert np.isinf(loss[free])
     else:
         assert loss[free] == slope[free] == 0

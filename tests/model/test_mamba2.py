@@ -29,7 +29,7 @@ def random_inputs(T):
 
 
 def by_the_rule(xbc, dt):
-    """One sequence in float64, token by token: the formulas of arXiv:2405.21060 in a loop."""
+    """Compute one sequence in float64, token by token: the formulas of arXiv:2405.21060 in a loop."""
     kernel, bias, skip, a_log, dt_bias = (np.asarray(x, np.float64) for x in (*WEIGHTS, A_LOG, DT_BIAS))
     padded = np.concatenate([np.zeros((3, xbc.shape[1])), xbc])
     mixed = sum(padded[i : i + len(xbc)] * kernel[:, 0, i] for i in range(4)) + bias
@@ -61,7 +61,7 @@ def test_packed_rows_equal_the_rule_on_each_segment():
 
 @pytest.mark.parametrize("cut", [1, 2, 65, 180])
 def test_rows_go_on_from_a_state_and_single_tokens_after_them(cut):
-    """A piece of a prompt with padding after it, the rest token by token."""
+    """A piece of a prompt is computed with padding after it, and the rest token by token."""
     T, last = 200, 190
     xbc, dt = random_inputs(T)
     expected = by_the_rule(*(np.asarray(x[0], np.float64) for x in (xbc, dt)))
@@ -80,7 +80,7 @@ def test_rows_go_on_from_a_state_and_single_tokens_after_them(cut):
 
 
 def test_training_costs_twice_as_much_for_twice_the_tokens():
-    """In multiplications and in numbers written."""
+    """The cost is counted in multiplications and in numbers written."""
 
     def loss(xbc, dt, start):
         return (mamba2.mix_rows(MAMBA, tokens(xbc, dt), WEIGHTS, start) ** 2).sum()

@@ -1,4 +1,4 @@
-"""gpt-oss's files in MXFP4 mean what transformers' conversion makes of them."""
+"""gpt-oss's files in MXFP4 are read as transformers converts them."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_the_values_are_those_of_transformers(folder):
 
 
 def test_an_adapter_is_merged_into_the_unpacked_model(folder, tmp_path):
-    """Under the names and in the layout that transformers has for it; the files are no longer packed."""
+    """Names and layout are transformers'; the files are no longer packed."""
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)

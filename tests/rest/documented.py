@@ -80,7 +80,7 @@ class Document:
         return self._document["paths"][route[1]][route[0].lower()]
 
     def route(self, method: str, path: str) -> Route | None:
-        """The route of a request, or None for one that the document does not have."""
+        """Return the route of a request, or None if the document does not have it."""
         for pattern, template in self._paths:
             if pattern.fullmatch(path) and method.lower() in self._document["paths"][template]:
                 return method, template
@@ -97,7 +97,7 @@ class Document:
         return jsonschema.Draft202012Validator({**schema, "components": {"schemas": self._schemas}})
 
     def resolved(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
-        """The schemas that a schema is one of, without references."""
+        """Return the alternatives of a schema, with references resolved."""
         if "$ref" in schema:
             return self.resolved(self._schemas[schema["$ref"].rpartition("/")[2]])
         return (

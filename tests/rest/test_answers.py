@@ -25,13 +25,13 @@ _SCORES = {"prompt_logprobs": True, "topk_prompt_logprobs": 2, "topk_sample_logp
 
 @pytest.fixture
 def sdk(tinkercloud: Tinkercloud) -> Tinkercloud:
-    """Asks in the dialect of the Tinker SDK, with its polls answered in JSON."""
+    """A client in the Tinker SDK's dialect, whose polls are answered in JSON."""
     tinkercloud.headers["X-API-Dialect"] = "tinker"
     return tinkercloud
 
 
 def polled(client: Tinkercloud, path: str, /, **body: Any) -> dict[str, Any]:
-    """A result, by the poll that the SDK uses."""
+    """Return a result, by the poll that the SDK uses."""
     request = {"request_id": client.ask(path, **body)["request_id"]}
     while (answer := client.post("/api/v1/retrieve_future", json=request)).status_code == 408:
         pass

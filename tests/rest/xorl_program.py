@@ -23,7 +23,8 @@ def datum() -> types.Datum:
 
 
 def step(client: Any) -> float:
-    """Submitted together, as its examples do. The mean loss of the tokens with a weight."""
+    """Train one step, both operations submitted together as in xorl's examples; return the mean loss of the
+    weighted tokens."""
     forward_backward = client.forward_backward([datum()], "cross_entropy")
     optim_step = client.optim_step(ADAM)
     output = forward_backward.result()
@@ -68,7 +69,7 @@ def resume(service: Any, saved: str) -> dict[str, Any]:
 
 
 def reinforce(service: Any, url: str, model_id: str) -> dict[str, Any]:
-    """Tokens above 9 are rewarded: sample a group, train on it, sample with what was trained."""
+    """Reward tokens above 9: sample a group, train on it, and sample with the trained weights."""
     client = service.create_lora_training_client(base_model="tiny", rank=8, model_id=model_id)
     prompt = types.ModelInput.from_ints(tokens=TOKENS[:4])
     params = types.SamplingParams(max_tokens=4, temperature=1.0)
@@ -92,7 +93,7 @@ def reinforce(service: Any, url: str, model_id: str) -> dict[str, Any]:
 
 
 def of_sample(sequence: Any, advantage: float) -> types.Datum:
-    """Pre-shifted, with zeros where the prompt is predicted."""
+    """Make a datum of a sample: pre-shifted, with zeros where the prompt is predicted."""
     tokens = TOKENS[:4] + list(sequence.tokens)
     count = len(sequence.tokens)
     return types.Datum(
@@ -115,7 +116,7 @@ def main() -> None:
     else:
         answer = reinforce(service, url, argument)
     print(json.dumps(answer), flush=True)
-    os._exit(0)  # its event loop's thread would go on
+    os._exit(0)  # otherwise the thread of its event loop would go on
 
 
 main()

@@ -29,7 +29,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def refusal(arguments: list[str], **environment: str) -> str:
-    """The one line that the command answers; it has changed nothing."""
+    """Run a command that must be refused; return its one line. It has changed nothing."""
     there = set(Path().rglob("*"))
     answered = CliRunner().invoke(app, arguments, env=environment)
     assert answered.exit_code == 2, answered.output

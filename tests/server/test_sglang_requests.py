@@ -121,7 +121,7 @@ def test_a_sequence_may_go_on_to_the_end_of_the_context(model: BaseModel) -> Non
     [
         ({}, [EOS_ID], False),
         ({"stop_tokens": []}, [], True),
-        ({"stop_strings": ["x"]}, [], True),  # strings alone are all there are
+        ({"stop_strings": ["x"]}, [], True),  # there are only stop strings
         ({"stop_tokens": [9, 7, 10_000]}, [7, 9], False),
         ({"stop_tokens": [7], "stop_strings": ["x", ""]}, [7], False),
     ],
@@ -216,7 +216,7 @@ def test_which_base_model_it_has(model: BaseModel, tmp_path: Path) -> None:
     assert base_model_of(of("/elsewhere"), [model]) is None
     other = write_model(tmp_path / "other", "llama", vocab_size=VOCAB_SIZE + 8, tokenizer=False)
     assert "vocab_size" in str(mismatch(of(str(other)), model, is_operators=True))
-    assert mismatch(of(str(other)), model, is_operators=False) is None  # a client's word is no path here
+    assert mismatch(of(str(other)), model, is_operators=False) is None  # a client's text is not a path
     assert mismatch(of(str(model.folder)), model, is_operators=True) is None
 
 

@@ -1,4 +1,4 @@
-"""One real SGLang for all tests here, and servers of ours that sample on it."""
+"""A real SGLang for all tests of this folder, and Tinsmith servers that sample on it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sglang(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def make_tinsmith(
     sglang: SglangProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., ServerProcess]]:
-    """Servers with a data directory each, which sample on SGLang; killed afterwards."""
+    """Start servers with a data directory each, which sample on SGLang; they are killed afterwards."""
     servers: list[ServerProcess] = []
 
     def make(

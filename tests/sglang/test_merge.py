@@ -1,4 +1,4 @@
-"""`tinsmith serve --sglang-merge`: what is saved replaces what its tenant's servers have."""
+"""`tinsmith serve --sglang-merge`: saved weights replace those of the tenant's SGLang servers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def merging(make_tinsmith: Callable[..., ServerProcess], sglang: SglangProcess) 
 
 @pytest.mark.slow
 def test_what_is_saved_replaces_what_a_server_has(merging: ServerProcess, sglang: SglangProcess) -> None:
-    """An adapter inside its base model, and full weights, which are known after another start of ours."""
+    """The weights are an adapter merged into its base model, and full weights; both are still known after a
+    restart."""
     alice = Wire(merging.url, ALICE)
     service = tinker.ServiceClient(base_url=merging.url, api_key=ALICE)
     until(lambda: is_up(alice))

@@ -1,4 +1,4 @@
-"""Whole models on servers that fail, come back, or were given them before our own restart."""
+"""Whole models on SGLang servers that fail, come back, or got them before our own restart."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def as_at_its_start(sglang: SglangProcess) -> AsyncIterator[None]:
 
 
 def save(place: Place, trained: Path) -> messages.SamplerRef:
-    """Full weights, where a save would have written them."""
+    """Write full weights to where a save would have written them."""
     shutil.copytree(trained, place.data_dir / KEY)
     return messages.SamplerRef("tiny", KEY)
 
@@ -68,7 +68,8 @@ async def sync(place: Place, sampler: messages.SamplerRef, *servers: Registered)
 async def test_new_weights_that_find_a_request_there_are_flushed_in_when_it_has_ended(
     sglang: SglangProcess, trained: Path
 ) -> None:
-    """SGLang answers 400 then, though it has the weights: also to a request that has just ended."""
+    """SGLang answers 400 in that case, although it has the weights, and also if the request has just
+    ended."""
     client = Endpoint(sglang.url)
     sampling = {"max_new_tokens": 200, "ignore_eos": True}
     running = asyncio.ensure_future(client.generate({"input_ids": [*PROMPT], "sampling_params": sampling}))
@@ -89,7 +90,8 @@ async def test_new_weights_that_find_a_request_there_are_flushed_in_when_it_has_
 async def test_new_weights_under_the_old_name_are_not_used(
     make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
 ) -> None:
-    """The only server of a sync takes them, and is cut off before it says so: it is not as it was."""
+    """The only server of a sync takes them, but its connection is cut before it says so: it has other weights
+    now."""
     place = await make_place()
     endpoint = place.add(proxy.url)
     await until(lambda: endpoint.healthy)
@@ -153,8 +155,8 @@ async def test_the_next_start_knows_what_a_server_was_given(
 async def test_a_sample_begun_with_other_weights_is_drawn_anew(
     make_place: MakePlace, sglang: SglangProcess, trained: Path, expected: Any
 ) -> None:
-    """The server is there under two names. One brings it new weights while a sample by the other has been
-    found its weights and is not sent yet; the other has noticed when its answer comes."""
+    """The same server is registered twice. Through one name it gets new weights, while a sample through the
+    other has chosen its weights and is not sent yet. The change is noticed when the answer arrives."""
     place = await make_place()
     operator, own = place.add(sglang.url), place.add(f"http://localhost:{sglang.port}")
     await until(lambda: operator.healthy and own.healthy)
@@ -181,7 +183,7 @@ async def test_a_sample_begun_with_other_weights_is_drawn_anew(
 async def test_a_name_is_of_one_version_s_weights(
     make_place: MakePlace, sglang: SglangProcess, trained: Path, tmp_path: Path, expected: Any
 ) -> None:
-    """`latest` at each step, say; and the name of what the server was started with."""
+    """Such a name is `latest`, given at each step, or that of the server's first model."""
     place = await make_place()
     endpoint = place.add(sglang.url)
     sampler, other = save(place, trained), messages.SamplerRef("tiny", KEY.replace("one", "two"))
@@ -201,7 +203,7 @@ async def test_a_name_is_of_one_version_s_weights(
 async def test_when_no_server_takes_new_weights_all_go_on_with_theirs(
     make_place: MakePlace, sglang: SglangProcess, tmp_path: Path, trained: Path, expected: Any
 ) -> None:
-    """The volume is not where it was said to be."""
+    """The servers cannot find the volume under the given path."""
     place = await make_place(sglang_data_dir=tmp_path / "elsewhere")
     endpoint = place.add(sglang.url)
     synced = await sync(place, save(place, trained), endpoint)
@@ -244,7 +246,7 @@ async def test_a_server_that_dies_of_a_sync_is_given_the_weights_at_its_next_sta
     trained: Path,
     expected: Any,
 ) -> None:
-    """Two real ones; nothing of the older weights is drawn by either meanwhile."""
+    """There are two real servers; neither draws from the older weights meanwhile."""
     other = SglangProcess(sglang_python, sglang.model, tmp_path / "log").start()
     try:
         proxy = Proxy(other.port)
