@@ -15,35 +15,25 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from . import digests, model_card
+from . import digests, model_card, tokenizer_files
 from .atomic import atomic_directory, size_bytes
 
 Tensors = Iterable[tuple[str, np.ndarray]]
 """Hugging Face names and contiguous arrays."""
 
 SHARD_BYTES = 4 << 30
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 COPIED = (
     "generation_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
-    *TOKENIZER_FILES,
+    *tokenizer_files.FILES,
 )
 """Files that are copied from the base model's folder if it has them."""
 
 
 def copy_tokenizer(base_folder: Path, into: Path) -> None:
     """Copy the tokenizer's files."""
-    _copy(TOKENIZER_FILES, base_folder, into)
+    _copy(tokenizer_files.FILES, base_folder, into)
 
 
 def _copy(names: Iterable[str], base_folder: Path, into: Path) -> None:

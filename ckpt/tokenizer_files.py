@@ -20,6 +20,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files that an exported model or adapter gets from its base model's folder, if that has them."""
+
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",

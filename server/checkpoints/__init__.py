@@ -116,6 +116,11 @@ class Checkpoints:
             )
         return row
 
+    def base_folder(self, row: Row) -> Path | None:
+        """Return the folder of a checkpoint's base model, if that is served now."""
+        base = self._base_models.get(row.base_model)
+        return None if base is None or self._base_models.changed(row) else base.folder
+
     async def find_loadable(self, owner: str, path: str, run: str | None = None) -> Row:
         """Return a training checkpoint by its URI; with `run` also by a shorter form."""
         uri = parse(path) if run is None else parse_short(path, run)

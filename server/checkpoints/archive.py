@@ -9,6 +9,8 @@ that never more is written than was sent. The engine checks whether the adapter 
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import os
 import re
 import tarfile
@@ -16,7 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ...ckpt import peft_config
+from ...ckpt import model_card, peft_config, tokenizer_files
 from ...engine import messages
 from ..errors import BadRequest
 from ..files import tensor_entries
@@ -26,30 +28,50 @@ COMPLETE = "checkpoint_complete"
 """An empty last file. Clients take an archive without it for one that was cut off."""
 
 
-def files(directory: Path) -> dict[str, Path]:
-    """Return the regular files below a directory by relative name, sorted, without hidden ones."""
+def files(directory: Path, base_folder: Path | None = None) -> dict[str, Path | bytes]:
+    """Return what is downloaded of a checkpoint's directory, by relative name: its files, but no hidden ones.
+
+    A sampler's adapter has nothing beside it on disk. It gets the tokenizer of `base_folder`, and a model
+    card, which is returned as its content.
+    """
     found = (path for path in directory.rglob("[!.]*") if path.is_file() and not path.is_symlink())
-    return {path.relative_to(directory).as_posix(): path for path in sorted(found)}
+    sent: dict[str, Path | bytes] = {path.relative_to(directory).as_posix(): path for path in sorted(found)}
+    if CONFIG_FILE not in sent or model_card.FILE in sent:
+        return sent
+    config = json.loads((directory / CONFIG_FILE).read_bytes())
+    base, revision = config["base_model_name_or_path"], config.get("revision")
+    card = model_card.of_adapter(
+        f"{base}@{revision}" if revision else base, config["r"], config["lora_alpha"]
+    )
+    sent[model_card.FILE] = card.encode()
+    if base_folder is not None:
+        there = {name: base_folder / name for name in tokenizer_files.FILES}
+        sent |= {name: path for name, path in there.items() if path.is_file()}
+    return sent
 
 
 class Archive:
-    """A directory as a tar. Its files are opened at once, so that a deleted one is still sent to its end.
+    """What is downloaded of a checkpoint (`files`), as a tar. Files are opened at once, so that a deleted one
+    is still sent to its end.
 
     `length`: the tar's bytes. Raises FileNotFoundError.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, base_folder: Path | None = None):
         self._parts: list[tuple[bytes, BinaryIO | None, int]] = []
-        for name, path in files(directory).items():
-            file = path.open("rb")
+        for name, content in files(directory, base_folder).items():
+            if isinstance(content, bytes):
+                self._parts.append((_header(name, len(content), 0.0), io.BytesIO(content), len(content)))
+                continue
+            file = content.open("rb")
             status = os.fstat(file.fileno())
             self._parts.append((_header(name, status.st_size, status.st_mtime), file, status.st_size))
         if not self._parts:
             raise FileNotFoundError(directory)
         self._parts.append((_header(COMPLETE, 0, 0.0), None, 0))
-        content = sum(len(header) + size + _padding(size) for header, _file, size in self._parts)
+        sizes = sum(len(header) + size + _padding(size) for header, _file, size in self._parts)
         self._end = 2 * tarfile.BLOCKSIZE
-        self.length = content + self._end
+        self.length = sizes + self._end
 
     async def chunks(self) -> AsyncIterator[bytes]:
         try:

@@ -219,7 +219,34 @@ def test_the_archive_is_a_redirect_to_a_tar(server: ServerProcess, exported: str
     assert tar.status_code == 200
     assert int(tar.headers["content-length"]) == len(tar.content)
     with tarfile.open(fileobj=io.BytesIO(tar.content)) as opened:
-        assert set(opened.getnames()) == FILES | {"checkpoint_complete"}
+        assert set(opened.getnames()) == EXPORTED | {"checkpoint_complete"}
+
+
+def test_a_sampler_s_adapter_is_loaded_without_knowing_its_base_model(
+    server: ServerProcess, trained: tinker.TrainingClient, exported: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its archive, and its files one by one, have what the download of a training state has."""
+    run, checkpoint = exported.removeprefix("tinker://").split("/", 1)
+    alice = Wire(server.url, ALICE)
+    tar = alice.http.get(
+        f"/api/v1/training_runs/{run}/checkpoints/{checkpoint}/archive", follow_redirects=True
+    )
+    with tarfile.open(fileobj=io.BytesIO(tar.content)) as opened:
+        opened.extractall(tmp_path, filter="data")
+    data = batch(3, seed=5)
+    expected = np.concatenate(logprobs(trained.forward(data, "cross_entropy").result()))
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    np.testing.assert_allclose(by_torch(model, data), expected, atol=1e-4)
+    text = "the tinker mends"
+    ids = [AutoTokenizer.from_pretrained(each)(text)["input_ids"] for each in (tmp_path, tiny_model)]
+    assert ids[0] == ids[1]
+    assert "A LoRA adapter of rank 4 (alpha 32)" in (tmp_path / "README.md").read_text()
+    urls = alice.http.get(
+        f"/api/v1/training_runs/{run}/checkpoints/{checkpoint}/external_weights_urls"
+    ).json()
+    assert urls["urls"].keys() == EXPORTED
+    for name, url in urls["urls"].items():
+        assert httpx.get(url).content == (tmp_path / name).read_bytes()
 
 
 def test_signed_urls_of_others_and_of_the_past(server: ServerProcess, exported: str) -> None:

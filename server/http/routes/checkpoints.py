@@ -352,7 +352,8 @@ async def archive(
         if row.segment == "weights":
             tar = await _archive_of_state(settings, disk, engine, row)
         else:
-            tar = await asyncio.to_thread(Archive, paths.resolve(settings.data_dir, row.directory))
+            directory = paths.resolve(settings.data_dir, row.directory)
+            tar = await asyncio.to_thread(Archive, directory, checkpoints.base_folder(row))
     except FileNotFoundError:
         raise NotFound(f"the files of {uri.name!r} were deleted") from None
     headers = {
@@ -399,7 +400,8 @@ async def external_weights_urls(
     row = await _find_saved(checkpoints, caller, uri, with_files=True)
     expires = signer.expiry()
     below = f"/api/v1/training_runs/{uri.run}/checkpoints/{uri.checkpoint_id}/files"
-    names = await asyncio.to_thread(files, paths.resolve(settings.data_dir, row.directory))
+    directory = paths.resolve(settings.data_dir, row.directory)
+    names = await asyncio.to_thread(files, directory, checkpoints.base_folder(row))
     urls = {file: base + signer.sign(f"{below}/{file}", caller.owner, _save(row), expires) for file in names}
     return {"urls": urls, "expires": iso(expires)}
 
@@ -417,7 +419,10 @@ async def file(
 ) -> Response:
     """Send one file of a checkpoint."""
     row = await _find_saved(checkpoints, caller, uri, save, with_files=True)
-    found = (await asyncio.to_thread(files, paths.resolve(settings.data_dir, row.directory))).get(file)
+    directory = paths.resolve(settings.data_dir, row.directory)
+    found = (await asyncio.to_thread(files, directory, checkpoints.base_folder(row))).get(file)
     if found is None:
         raise NotFound(f"the checkpoint {uri.name!r} has no file {file[:200]!r}")
+    if isinstance(found, bytes):
+        return Response(found, media_type="application/octet-stream")
     return FileResponse(found, media_type="application/octet-stream", filename=found.name)
