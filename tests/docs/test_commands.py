@@ -35,7 +35,7 @@ from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
 QUICKSTART, RL, DEPLOY, TPU, SYSTEMD = "quickstart.md", "rl.md", "deploy.md", "tpu.md", "systemd.md"
-EXPORT = "export.md"
+EXPORT, ACCOUNTS = "export.md", "accounts.md"
 CONTRIBUTING, PLACEMENT = "CONTRIBUTING.md", "placement.md"
 TINSMITH = ".venv/bin/tinsmith"
 SERVE = f"{TINSMITH} serve --model smollm2-135m"
@@ -64,9 +64,11 @@ RUN = {
     (QUICKSTART, "make install"),
     (QUICKSTART, f"{SERVE} --data-dir runs"),
     (QUICKSTART, "Tinsmith 0.1.0 on"),
-    (QUICKSTART, f"{SERVE} --data-dir runs --host 0.0.0.0"),
-    (QUICKSTART, "tinsmith: host 0.0.0.0"),
-    (QUICKSTART, f"{TINSMITH} keys create alice"),
+    (ACCOUNTS, f"{SERVE} --data-dir runs --host 0.0.0.0"),
+    (ACCOUNTS, "tinsmith: host 0.0.0.0"),
+    (ACCOUNTS, f"{TINSMITH} keys create alice"),
+    (QUICKSTART, "import tinker"),
+    (QUICKSTART, "0 4.259"),
     (QUICKSTART, "path = client.save_state"),
     (QUICKSTART, "tinker://"),
     (QUICKSTART, "stopped; everything"),
@@ -189,7 +191,9 @@ def test_from_the_first_command_to_a_stop_and_on(terminal: Terminal, serve) -> N
     server.wait_for_engine()
 
     python = Python(terminal)
-    *losses, answer = python.run(block("README.md", "import tinker")).split("\n", 8)
+    for begins in ("import tinker", "0 4.259"):
+        assert block(QUICKSTART, begins) == block("README.md", begins)
+    *losses, answer = python.run(block(QUICKSTART, "import tinker")).split("\n", 8)
     steps, values = zip(*(line.split() for line in losses), strict=True)
     assert steps == tuple("01234567")
     assert [*values] == sorted(values, key=float, reverse=True), "each step lowers the loss"
@@ -293,13 +297,13 @@ def exported(terminal: Terminal, python: Python, answer: str) -> None:
 
 
 def test_keys_and_clients_on_other_machines(terminal: Terminal, serve) -> None:
-    """Without a key the server refuses as the quickstart says, and with one it serves. The SDK then finds
+    """Without a key the server refuses as accounts.md says, and with one it serves. The SDK then finds
     the tokenizer on the hub, although the model has a name of its own here."""
-    open_to_all = block(QUICKSTART, f"{SERVE} --data-dir runs --host 0.0.0.0")
+    open_to_all = block(ACCOUNTS, f"{SERVE} --data-dir runs --host 0.0.0.0")
     refused = terminal.attempt(open_to_all.replace("runs", "others"))
     assert refused.returncode == 2
-    assert refused.stderr == block(QUICKSTART, "tinsmith: host 0.0.0.0").replace("runs", "others")
-    create = block(QUICKSTART, f"{TINSMITH} keys create alice").replace("runs", "others")
+    assert refused.stderr == block(ACCOUNTS, "tinsmith: host 0.0.0.0").replace("runs", "others")
+    create = block(ACCOUNTS, f"{TINSMITH} keys create alice").replace("runs", "others")
     (key,) = re.findall(r"tml-[\w-]+", terminal.run(create))
     for command in inline_commands(r"tinsmith keys (?:list|quota)(?:[^`]*)"):
         terminal.run(command, TINSMITH_DATA_DIR="others")
@@ -426,7 +430,7 @@ def test_sglang_takes_the_options_that_it_is_given() -> None:
 
 
 def test_the_plan_is_the_one_that_is_printed(terminal: Terminal) -> None:
-    """From the config.json of Qwen3-8B, on a hub that has nothing else."""
+    """It is made from the config.json of Qwen3-8B, on a hub that has nothing else."""
     folder = terminal.home / "hub"
     folder.mkdir()
     config = hf_config("qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36) | {
