@@ -39,7 +39,7 @@ _LINE_SECONDS = 5.0
 
 
 class NotDownloaded(RuntimeError):
-    """No package index has the wheel, or it could not be downloaded whole."""
+    """The error that no package index has the wheel, or it could not be downloaded whole."""
 
 
 class Progress:

@@ -25,7 +25,7 @@ class Holder(Protocol):
 
     @property
     def oldest(self) -> int | None:
-        """When the least recently used item was used (`Budget.now`); None if nothing may leave now."""
+        """The time of use of the least recently used item (`Budget.now`); None if nothing may leave now."""
         ...
 
     def drop_oldest(self) -> None:
@@ -34,7 +34,7 @@ class Holder(Protocol):
 
 
 class Budget:
-    """At most `max_bytes`, over all holders. Items in use stay, whatever their size."""
+    """A budget of `max_bytes` over all holders. Items in use stay, whatever their size."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes

@@ -70,7 +70,7 @@ class Loss:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All config keys."""
+        """Return all config keys."""
         return (*self.config, *self.variants, *self.reports)
 
 

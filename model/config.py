@@ -693,7 +693,7 @@ class ModelConfig:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """All layers in order."""
+        """Return all layers in order."""
         return tuple(layer for group in self.groups for layer in group.pattern * group.repeats)
 
     @property

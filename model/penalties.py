@@ -30,7 +30,7 @@ class PenaltyRows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """For each token, whether it occurs anywhere in the sequence, and how often it was generated."""
+    """The tokens of a sequence: whether each occurs anywhere in it, and how often it was generated."""
 
     anywhere: Bool[Array, "S V"]
     generated: Int[Array, "S V"]

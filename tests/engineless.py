@@ -32,7 +32,7 @@ MakeDrawer = Callable[[Settings, Supervisor], SampleDrawer]
 
 
 class Server:
-    """All but the routers and an engine, on one data directory; made again, it is a new start."""
+    """A server without routers and engine, on one data directory; a second object is a new start."""
 
     def __init__(self, data_dir: Path, make_drawer: MakeDrawer | None = None, **settings):
         self.settings = Settings(data_dir=data_dir, **settings)

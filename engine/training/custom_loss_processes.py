@@ -53,7 +53,7 @@ class _Computation:
 
 
 class CustomLossProcesses:
-    """At most `processes` processes, started on demand and kept, of which `running` run at once."""
+    """A pool of up to `processes` processes, started on demand and kept; `running` of them run at once."""
 
     def __init__(
         self,

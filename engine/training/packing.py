@@ -125,7 +125,7 @@ class Row:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """At most `num_rows` rows of `length` tokens; the missing ones are padding."""
+    """Up to `num_rows` rows of `length` tokens; the missing ones are padding."""
 
     length: int
     num_rows: int

@@ -36,7 +36,7 @@ class TrainingState:
         return 1.0 if self.lora is None else self.lora.alpha / self.lora.rank
 
     def arrays(self) -> dict[str, Any]:
-        """All arrays, as in a checkpoint; `gradients` only if there are any."""
+        """Return all arrays, as in a checkpoint; `gradients` only if there are any."""
         arrays = {"weights": self.weights, "optimizer": self.optimizer._asdict()}
         return arrays if self.gradients is None else arrays | {"gradients": self.gradients}
 

@@ -37,7 +37,7 @@ def every() -> list[str]:
 
 @functools.cache
 def record() -> None:
-    """From now on, calls are put into `called`."""
+    """Put calls into `called` from now on."""
     for client in CLIENTS:
         for name in public(client):
             found = inspect.getattr_static(client, name)

@@ -56,7 +56,7 @@ class ServerProcess:
         return self._log.read_text()
 
     def start(self, wait_for_engine: bool = True) -> ServerProcess:
-        """On a port of the system's choice, and the same one again after a stop."""
+        """Start on a port of the system's choice, and on the same one again after a stop."""
         with self._log.open("a") as log:
             start = log.tell()
             self.process = subprocess.Popen(

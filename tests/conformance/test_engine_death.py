@@ -96,7 +96,8 @@ def test_between_two_engines_submits_are_accepted_and_polls_are_408(make_server)
 
 
 def seconds_to_first_poll(server: ServerProcess, pending: str) -> float:
-    """From the start of the process to the answer of a poll, while the engine is kept from loading."""
+    """Measure from the start of the process to the answer of a poll, while the engine is kept from
+    loading."""
     began = time.monotonic()
     server.start(wait_for_engine=False)
     server.engine.suspend()
@@ -177,7 +178,7 @@ def test_metrics(server: ServerProcess, wire: Wire) -> None:
 
 
 def test_an_engine_that_cannot_start_ends_the_server(make_server) -> None:
-    """With a message, and an exit code that a supervisor notices."""
+    """It ends with a message, and an exit code that a supervisor notices."""
     server: ServerProcess = make_server(XLA_FLAGS="--xla_no_flag_is_called_so=true")
     server.start(wait_for_engine=False)
     assert server.process is not None

@@ -130,7 +130,7 @@ def forms_of(family: str) -> list[str]:
 
 
 def forms_of_peft(family: str) -> set[str]:
-    """Those that PEFT reads. It refuses adapters of a Mamba-2's out_proj."""
+    """Return the forms that PEFT reads. It refuses adapters of a Mamba-2's out_proj."""
     if family == "nemotron_h":
         return set()
     if family == "qwen3_moe":

@@ -105,7 +105,7 @@ def test_nobody_waits_for_one_body(server: ServerProcess, kind: str) -> None:
 
 
 def test_nobody_waits_for_one_tenant_s_bodies(server: ServerProcess) -> None:
-    """All of them at once; another tenant's large body is read meanwhile."""
+    """The tenant sends all of them at once; another tenant's large body is read meanwhile."""
 
     def send(path: str, body: bytes, headers: dict[str, str]) -> None:
         httpx.post(server.url + path, content=body, headers=headers | {"X-API-Key": BOB}, timeout=120)

@@ -99,6 +99,6 @@ def test_damaged_protobuf(wire: Wire) -> None:
 
 
 def to_json(value: object) -> bytes:
-    """With NaN, Infinity and lone surrogates, as careless encoders write them."""
+    """Write JSON with NaN, Infinity and lone surrogates, as careless encoders do."""
 
     return json.dumps(value).encode()

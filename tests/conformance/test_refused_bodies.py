@@ -145,7 +145,7 @@ def test_what_is_lost_on_its_way_can_be_sent_again(wire: Wire, model: str) -> No
 
 
 def test_a_number_is_used_up_by_its_own_model_only(wire: Wire, model: str) -> None:
-    """Not by what is nested in a body, nor by another tenant's."""
+    """Neither a nested `model_id` nor another tenant's model uses it up."""
     nested = json.dumps({"x": {"model_id": model, "seq_id": 1}, "data": "a" * TOO_LONG}).encode()
     assert wire.http.post("/api/v1/forward_backward", content=nested).status_code == 413
     body = in_json(model, data="a" * TOO_LONG)

@@ -104,7 +104,7 @@ def test_the_log_is_one_of_both_processes_with_the_ids(watched: ServerProcess, m
 
 
 def test_a_server_that_logs_json_prints_nothing_else(watched: ServerProcess, tmp_path) -> None:
-    """From its first line, which says where it is, and also when it cannot start."""
+    """Its first line, which says where it is, is JSON too, and so are the lines of a start that fails."""
     lines = [json.loads(line) for line in watched.log.splitlines()]
     assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))
     first = next(line["message"] for line in lines if line["message"].startswith("Tinsmith"))
@@ -209,7 +209,7 @@ def test_the_server_is_the_one_of_the_environment(
 
 
 def test_loading_shows_its_progress(watched: ServerProcess, tiny_model) -> None:
-    """In what the engine tells the server, and so in /health, `status` and `top`."""
+    """The engine reports it to the server, so it is in /health, `status` and `top`."""
     found = re.findall(
         r"engine: loading: loading tiny \(1 of 1\) onto .*: ([\d.]+) of ([\d.]+) MB", watched.log
     )

@@ -109,7 +109,7 @@ def test_a_text_half_from_the_first_step_to_its_merged_weights(
 
 
 def test_an_image_is_refused_by_name(server: ServerProcess) -> None:
-    """In a datum and in a prompt; what came with it has no effect."""
+    """It is refused in a datum and in a prompt; the rest of the request has no effect."""
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
     training = service.create_lora_training_client(base_model="gemma3", rank=4, seed=7).result()
     seen = tinker.ModelInput(chunks=[tinker.EncodedTextChunk(tokens=[5, 6]), IMAGE])

@@ -55,7 +55,7 @@ async def main(model: str, teacher: str, conversations: str) -> None:
 
 
 async def divergence(student: tinker.TrainingClient, wanted: list[tinker.Datum]) -> float:
-    """In nats a token."""
+    """Return the divergence in nats per token."""
     outputs = (await (await student.forward_async(wanted, "cross_entropy")).result_async()).loss_fn_outputs
     nats = tokens = 0.0
     for datum, output in zip(wanted, outputs, strict=True):

@@ -42,7 +42,7 @@ def test_downloads_load_with_equal_log_probs(
     "variant", ["qwen3_moe", "gpt_oss", "qwen3_5", "qwen3_5_moe", "deepseek_v3", "nemotron_h"]
 )
 def test_the_cookbook_merges_an_adapter_of_experts(python: Path, tmp_path: Path, variant: str) -> None:
-    """In the form `shared`, with log-probs equal to the adapter's."""
+    """The adapter has the form `shared`; the merged model has its log-probs."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 

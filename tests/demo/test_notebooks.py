@@ -159,7 +159,7 @@ def test_without_a_repository_the_first_cell_says_what_to_set(outside: Outside) 
 
 
 def test_the_first_cell_installs_the_wheel_from_the_archive(outside: Outside, tmp_path: Path) -> None:
-    """With a repository's archive behind a real server, and without the dependencies, which are there."""
+    """The archive is behind a real server; the dependencies are there already and are not installed."""
     archive = tmp_path / "site" / "project" / "archive" / "HEAD.zip"
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as packed:

@@ -28,7 +28,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """All of them, in the order of the pages."""
+    """Return all blocks, in the order of the pages."""
     fence = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     return [
         Block(DEMO if page == ROOT / DEMO else page.name, language, text)

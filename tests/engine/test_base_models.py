@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 
 def test_keys_and_values_are_derived_from_the_device(folder):
-    """On a CPU a gibibyte, whatever a token takes; but never less than a whole sequence."""
+    """A CPU has a gibibyte of them, whatever a token takes, but always room for a whole sequence."""
     config = read_config(folder)
     # keys and values of 3 layers, 2 heads of 8 numbers each
     for dtype, bytes_per_token in ((jnp.float32, 2 * 3 * 2 * 8 * 4), (jnp.bfloat16, 2 * 3 * 2 * 8 * 2)):

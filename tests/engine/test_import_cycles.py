@@ -1,4 +1,4 @@
-"""No cycles among the modules of the rooms that use the device."""
+"""The modules of the rooms that use the device have no import cycles."""
 
 import graphlib
 

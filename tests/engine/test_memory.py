@@ -119,7 +119,8 @@ def test_estimates_hold_for_full_weights_and_small_models_too(full_weight, mib):
 
 
 def test_flops_are_those_counted_in_compiled_programs():
-    """In TFLOP, 8B at 8k: products of the model, of the program that recomputes all, and of "dots"."""
+    """The numbers are TFLOP for 8B at 8k: products of the model, of the program that recomputes all, and of
+    "dots"."""
     work = Workload(8192)
     planned = memory.plan(C8, work, 1 << 50)
     full, dots = (roofline.step_flops(C8, work, replace(planned, remat=r)) for r in ("full", "dots"))

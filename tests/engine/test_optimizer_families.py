@@ -162,7 +162,7 @@ def trainer(tmp_path_factory):
     ],
 )
 def test_a_run_that_is_resumed_equals_the_uninterrupted_one(trainer, tmp_path, family, options):
-    """With tokens accumulated since the last step, which its mean divides by."""
+    """It has accumulated tokens since the last step, by which the mean divides."""
     params = AdamParams(learning_rate=1e-2)
     state = with_random_b(trainer.create(lora(), "token_mean", family, "by_shape", optimizer_options=options))
     run(trainer, state, random_data([20]))

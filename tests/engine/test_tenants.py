@@ -88,7 +88,7 @@ def test_a_model_that_has_a_turn_and_models_on_a_cpu_stay(trainer):
 
 
 def test_models_that_never_leave_crowd_nothing_out(trainer):
-    """On a CPU, samplers' weights and recycled zeros stay however many models are trained."""
+    """This is a CPU's case: samplers' weights and recycled zeros stay however many models are trained."""
     budget = Budget(1 << 20)
     zeros = RecycledTrees(budget)
     zeros.put("s", {"x": jax.numpy.zeros(1000)})

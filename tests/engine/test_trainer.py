@@ -66,7 +66,7 @@ def test_outputs_come_in_the_clients_order_and_packing_changes_nothing(trainer):
 
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_elementwise_losses_follow_the_formula_and_add_up(trainer, forward_only):
-    """In the client's order and layout, and only where they are asked for, though models share a batch."""
+    """They have the client's order and layout, and come only if requested, even if models share a batch."""
     data = random_data(LENGTHS, loss="importance_sampling")
     labels = datum([5, 6, 7, 8], labels=np.array([-100, 6, 9, 8]))
     asked = msgspec.structs.replace(
@@ -240,7 +240,8 @@ def test_token_mean_divides_by_the_valid_tokens_of_all_calls(trainer):
 
 @pytest.mark.parametrize("placeholder", [-100.0, 1e4, -np.inf, np.nan])
 def test_masked_tokens_change_neither_gradients_nor_metrics(trainer, placeholder):
-    """With any loss. The placeholder stands where a log-prob of about that of the others could."""
+    """This holds for every loss. The placeholder stands where a log-prob of about that of the others
+    could."""
     for name, loss in REGISTRY.items():
         kept, found = random_data([7], loss="gspo")[0], []
         mask = np.array([0, 0, 1, 1, 0, 1, 1], np.float32)
@@ -355,7 +356,7 @@ def test_learning_lowers_the_loss(trainer, family, params):
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_sharded_training_equals_one_device(tmp_path, kind):
-    """In a process of its own, with eight virtual devices."""
+    """The test runs in a separate process, with eight virtual devices."""
     script = Path(__file__).with_name("sharded_training.py")
     command = [sys.executable, str(script), str(tmp_path), kind]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

@@ -85,7 +85,7 @@ def test_rows_go_on_from_a_state_and_single_tokens_after_them(cut):
 
 
 def test_training_costs_twice_as_much_for_twice_the_tokens():
-    """In multiplications and in numbers written."""
+    """The cost is counted in multiplications and in numbers written."""
 
     def of_training(T):
         gradient = jax.grad(lambda *args: (delta_net.mix_rows(NET, *args) ** 2).sum(), allow_int=True)

@@ -31,7 +31,7 @@ class Row:
 
 
 def filled(value: Any, things: dict[str, Any]) -> Any:
-    """With what was made in place of its `$name`."""
+    """Return the example with ids of real things in place of its `$name`s."""
     if isinstance(value, str):
         if value.startswith("$") and value[1:] in things:
             return things[value[1:]]

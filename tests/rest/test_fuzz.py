@@ -51,7 +51,7 @@ def statuses() -> Iterator[Counter[int]]:
 def test_no_request_is_the_servers_fault(
     operation: Any, tenant: ServerProcess, statuses: Counter[int]
 ) -> None:
-    """No 5xx, an error has the one error body; and without a key, or with a wrong one, all are 401."""
+    """There is no 5xx, errors have the common body, and without a valid key every answer is 401."""
     kinds = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     cases = st.one_of(*(operation.as_strategy(generation_mode=kind) for kind in kinds))
 

@@ -30,7 +30,7 @@ def finished(client: Tinkercloud, path: str, **body: Any) -> dict[str, Any]:
 
 
 def test_the_page_from_top_to_bottom(tinkercloud: Tinkercloud) -> None:
-    """In its own order, and with a session id that nothing has created."""
+    """The requests are in the page's order, with a session id that nothing has created."""
     session = {"session_id": "abc-123"}
     lora = {"rank": 4, "train_mlp": True, "train_attn": True, "train_unembed": True}
     created = finished(

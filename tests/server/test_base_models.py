@@ -221,7 +221,7 @@ def hub(tmp_path: Path) -> Hub:
 
 
 def obtained(hub: Hub, tmp_path: Path, entry: str) -> dict | str:
-    """In a process of its own, for the hub's client reads the environment when it is imported."""
+    """Obtain models in a separate process, because the hub's client reads the environment at its import."""
     code = (
         "import json, sys; from pathlib import Path; from tinsmith.server.base_models import plan\n"
         "try: (planned,) = plan([sys.argv[1]]); got = planned.obtain(Path('cache'), None)\n"

@@ -85,7 +85,7 @@ def test_nothing_is_hooked_up_after_it_was_made() -> None:
 
 
 def test_no_object_has_more_than_a_dozen_collaborators() -> None:
-    """All but the one that puts them together, and records of data."""
+    """Exceptions are the object that puts all together, and records of data."""
     crowded = {}
     for path in SERVER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -46,7 +46,7 @@ def migrate_and_die(path: Path, statements: int) -> bool:
 
 
 def rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """All rows of all tables, in the order of their first columns."""
+    """Return all rows of all tables, in the order of their first columns."""
     with sqlite3.connect(path) as ledger:
         ledger.row_factory = sqlite3.Row
         names = [row["name"] for row in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]

@@ -121,7 +121,7 @@ def test_mistakes_are_answered_in_one_line(folder: Path, options: list[str], mes
 
 
 def test_of_a_model_on_the_hub_config_json_alone_is_downloaded(hub: Hub, tmp_path: Path) -> None:
-    """In a process of its own, which must not import an array library either."""
+    """The command runs in a separate process, which must not import an array library either."""
     code = (
         "import sys; from tinsmith.server.cli import app\n"
         "try: app()\n"

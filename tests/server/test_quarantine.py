@@ -39,7 +39,8 @@ def test_deaths_long_ago_do_not_count() -> None:
 
 @given(st.integers(1, 8), st.integers(0, 7), st.randoms())
 def test_only_the_deadly_one_is_given_up(count: int, deadly: int, random) -> None:
-    """All begin together; after the first death they run one by one, until the deadly one has its turn."""
+    """All operations begin together; after the first death they run one by one, until the deadly one has its
+    turn."""
     waiting = {(f"req_{index}", f"model_{index}") for index in range(count)}
     poison = (f"req_{deadly}", f"model_{deadly}")
     quarantine = Quarantine(DEATHS, 600, Clock())

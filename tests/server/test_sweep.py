@@ -57,7 +57,7 @@ async def test_the_newest_answers_stay_when_there_are_too_many(server: Server) -
 
 
 async def test_a_tenant_with_huge_answers_expires_no_other_s(server: Server) -> None:
-    """All share the bytes; who has less than its share keeps everything, however old."""
+    """Tenants share the bytes; one with less than its share keeps everything, however old."""
     await server.ledger.write(lambda connection: tenancy.ensure_tenant(connection, "greedy"))
     await server.ledger.write(lambda connection: tenancy.ensure_tenant(connection, "middling"))
     small = [await server.sample(number, tokens=100) for number in range(3)]

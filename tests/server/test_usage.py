@@ -119,7 +119,8 @@ async def test_failures_and_refusals_count_nothing(server: Server) -> None:
 
 
 async def test_an_answer_that_comes_twice_counts_once(server: Server) -> None:
-    """From a replay, to a submit that is sent again, and after a start that had not seen the first one."""
+    """It may come from a replay, for a submit that is sent again, or after a start without the first
+    answer."""
     operation = await server.operations.accept(sample(1))
     stale = (await server.ledger.read(operations.unfinished))[0]
     await finish(server, operation, sampled(operation))

@@ -7,8 +7,8 @@ import contextlib
 
 
 class Proxy:
-    """On one port of this machine, also when it is opened again. `cut_at`: it is cut when it hears that,
-    which the server does not."""
+    """A proxy on one port of this machine, also when it is opened again. `cut_at`: it is cut when it hears
+    that, which the server does not."""
 
     def __init__(self, port: int):
         self._to = port

@@ -93,7 +93,7 @@ def test_an_adapter_is_peft_s_on_sglang(
 def test_merged_weights_are_transformers_and_peft_s_on_sglang(
     sglang: SglangProcess, http: httpx.Client, tmp_path: Path
 ) -> None:
-    """In several files; and then the base model's again."""
+    """The weights are in several files; then come the base model's again."""
     config = read_config(sglang.model)
     base = in_memory(our_base(config, random_weights(hf_config("llama"))))
     adapter = random_adapter(config, train_unembed=False)

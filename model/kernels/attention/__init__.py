@@ -226,8 +226,9 @@ def _attend_forward(call: _Call, q, k, v, start, sinks) -> tuple[Array, tuple]:
 
 
 def _attend_backward(call: _Call, saved: tuple, d_out_BTNH: Array) -> tuple:
-    """With sinks, the kernel's own backward is right as it is, given the output and the log-sum-exp that
-    include the sink: the probabilities and the rowwise sums that it derives from them do then include it."""
+    """The backward. With sinks, the kernel's own backward is right as it is, given the output and the
+    log-sum-exp that include the sink: the probabilities and the rowwise sums that it derives from them do
+    then include it."""
     q, k, v, start, sinks, out_BTNH, lse_BNT = saved
     dq, dk, dv = call.backward(q, k, v, start, out_BTNH, lse_BNT, d_out_BTNH)
     d_sinks = None
