@@ -278,7 +278,16 @@ class Application:
         self.services.add(
             (
                 AdapterImports(
-                    settings, ledger, disk, quotas, admission, self.sessions, self.runs, submits, saves
+                    settings,
+                    base_models,
+                    ledger,
+                    disk,
+                    quotas,
+                    admission,
+                    self.sessions,
+                    self.runs,
+                    submits,
+                    saves,
                 ),
                 ModelCreations(
                     settings,

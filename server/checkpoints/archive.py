@@ -12,9 +12,8 @@ import asyncio
 import io
 import json
 import os
-import re
 import tarfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -110,7 +109,6 @@ _EXTENSIONS_OF_CONTENT = ("path", "linkpath", "size", "GNU.sparse")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 _A = ".lora_A.weight"
-_PART_OF_A_LAYER = re.compile(r"\.layers\.\d+\.(\w+)\.")
 
 
 def unpack(tar: BinaryIO, directory: Path) -> None:
@@ -203,10 +201,10 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
         size -= len(chunk)
 
 
-def described(directory: Path) -> messages.LoraSpec:
-    """Return the adapter's rank and alpha, and which kinds of modules it has.
+def described(directory: Path, modules: Mapping[str, frozenset[str]]) -> messages.LoraSpec:
+    """Return the adapter's rank and alpha, and which parts of the base model it trains.
 
-    Raises BadRequest unless it is a plain LoRA.
+    `modules` are the base model's (`BaseModel.adapter_modules`). Raises BadRequest unless it is a plain LoRA.
     """
     try:
         config = peft_config.read((directory / CONFIG_FILE).read_bytes())
@@ -219,15 +217,16 @@ def described(directory: Path) -> messages.LoraSpec:
         for name, entry in entries.items()
         if _is_a(name) and len(entry.shape) > 1
     }
-    parts = {found[1] for found in map(_PART_OF_A_LAYER.search, ranks) if found}
+    trained = [name.removesuffix(_A).split(".") for name in ranks]
     rank, alpha = config.overall(ranks.values())
     return messages.LoraSpec(
         rank=rank,
         alpha=alpha,
         seed=0,
-        train_attn=any(part.endswith("attn") for part in parts),
-        train_mlp="mlp" in parts,
-        train_unembed=any(name.split(".")[-3] == "lm_head" for name in ranks),
+        train_attn=any(module[-1] in modules.get("attn", ()) for module in trained),
+        # experts have other names in some forms
+        train_mlp=any(module[-1] in modules.get("mlp", ()) or "experts" in module for module in trained),
+        train_unembed=any(module[-1] == "lm_head" for module in trained),
     )
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from ...ckpt import paths
 from ...engine import messages
 from ..access import Quotas
+from ..base_models import BaseModels
 from ..checkpoints import named
 from ..checkpoints.archive import described, unpack
 from ..errors import BadRequest, StorageQuotaExceeded, Unavailable
@@ -37,6 +38,7 @@ class AdapterImports:
     """Makes checkpoints of adapters that clients upload."""
 
     settings: Settings
+    base_models: BaseModels
     ledger: Ledger
     disk: Disk
     quotas: Quotas
@@ -92,7 +94,8 @@ class AdapterImports:
 
     async def _create(self, owner: str, session_id: str, base_model: str, key: str, directory: Path) -> None:
         """Create a run with the adapter's weights. Raises BadRequest for an adapter that does not fit."""
-        lora = await asyncio.to_thread(described, directory)
+        model = self.base_models.named(base_model)
+        lora = await asyncio.to_thread(lambda: described(directory, model.adapter_modules))
         limit = self.settings.max_rank
         if lora.rank > limit:
             raise BadRequest(f"the adapter's rank {lora.rank} is over this server's maximum of {limit}")

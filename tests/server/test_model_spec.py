@@ -3,13 +3,13 @@
 import pytest
 from adapters import random_adapter
 from tinsmith.ckpt.peft import save_adapter
-from tinsmith.model.folder import read_config
+from tinsmith.model.folder import adapter_modules, read_config
 from tinsmith.server.checkpoints.archive import described
 from tinsmith.server.errors import BadRequest
 from tinsmith.server.http.model_creations import model_spec, optimizer_of
 from tinsmith.server.settings import Settings
 from tinsmith.server.wire.requests import CreateModel, OptimizerConfig
-from tiny_models import write_model
+from tiny_models import VARIANTS, write_model
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,23 @@ def test_target_modules_are_the_base_model_s_or_the_usual_ones(tmp_path, asked, 
         assert (spec().train_attn, spec().train_mlp) == trained
 
 
-def test_an_archived_adapter_says_which_parts_it_trains(tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [
+        *((variant, "shared") for variant in VARIANTS),
+        ("qwen3_moe", "per_expert"),
+        ("nemotron_h", "per_expert"),
+        ("nemotron_h", "target_parameters"),
+        ("gpt_oss", "target_parameters"),
+        ("qwen3_5_moe", "target_parameters"),
+    ],
+)
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_an_archived_adapter_says_which_parts_it_trains(tmp_path, variant, form, part):
     """The parts follow from the names of its tensors, whatever the family calls its matrices."""
-    config = read_config(write_model(tmp_path / "phi3", "phi3", tokenizer=False))
-    for part in ("attn", "mlp"):
-        adapter = random_adapter(config, train_attn=part == "attn", train_mlp=part == "mlp", rank=4)
-        names = {"rank": 4, "alpha": 8.0, "base_model": "tiny"}
-        save_adapter(tmp_path / part, adapter, config, **names)
-        found = described(tmp_path / part)
-        assert (found.train_attn, found.train_mlp, found.train_unembed) == (
-            part == "attn",
-            part == "mlp",
-            True,
-        )
-        assert (found.rank, found.alpha) == (4, 8.0)
+    config = read_config(write_model(tmp_path / "model", variant, tokenizer=False))
+    adapter = random_adapter(config, train_attn=part == "attn", train_mlp=part == "mlp", rank=4)
+    save_adapter(tmp_path / part, adapter, config, rank=4, alpha=8.0, base_model="tiny", experts=form)
+    found = described(tmp_path / part, adapter_modules(config))
+    assert (found.train_attn, found.train_mlp, found.train_unembed) == (part == "attn", part == "mlp", True)
+    assert (found.rank, found.alpha) == (4, 8.0)
