@@ -123,7 +123,7 @@ _FIELDS = {
     "max_age_hours": "forget answers that are older",
     "max_completion_tokens": "another name for `max_tokens`",
     "max_new_tokens": "the most tokens to draw; 0: only score the prompt; null: up to the context",
-    "max_tokens": "the most tokens to draw; left out: the dialect's default",
+    "max_tokens": "the most tokens to draw",
     "merged": "write the base model with the adapter merged into it",
     "messages": "the conversation so far",
     "min_p": "leave out tokens less likely than this share of the likeliest one",
