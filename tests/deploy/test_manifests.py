@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +184,20 @@ def test_the_page_s_commands_name_what_the_manifests_have() -> None:
     assert targets == {f"statefulset/{name}", f"service/{service['metadata']['name']}"}
     files = {each[-1] for each in kubectl if each[1] == "apply"}
     assert files == {str(each.relative_to(DEPLOY.parent)) for each in (ONE_POD, DEPLOY / "kubernetes")}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here: apt install kubernetes-client")
+def test_kubectl_makes_the_secret_and_the_kustomization() -> None:
+    """Without a cluster: what it would send. The key in the secret is one that the server reads."""
+    from tinsmith.server.settings import parse_keys
+
+    def kubectl(*arguments: str) -> list[dict]:
+        done = subprocess.run(["kubectl", *arguments], capture_output=True, text=True, check=True)
+        return [*yaml.safe_load_all(done.stdout)]
+
+    create, _with_sglang = (each[1:] for each in commands("kubectl create secret"))
+    (secret,) = kubectl(*(word.replace("...", "abc") for word in create), "--dry-run=client", "--output=yaml")
+    (key,) = parse_keys([base64.b64decode(secret["data"]["api-key"]).decode()])
+    assert key.owner == "admin"
+    applied = kubectl("kustomize", str(DEPLOY / "kubernetes"))
+    assert sorted(each["kind"] for each in applied) == sorted(each["kind"] for each in documents())
