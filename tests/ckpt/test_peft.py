@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_nothing_and_a_second_write_replaces_the_first(tmp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
-def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path):
+def test_only_plain_adapters_of_the_model_are_accepted(tmp_path):
     config = read_config(write_model(tmp_path / "base", tokenizer=False))
     with pytest.raises(FileNotFoundError, match="no PEFT adapter in a"):
         peft.load_adapter(tmp_path / "a", config)

@@ -215,7 +215,7 @@ def test_a_plain_lora_is_computed_as_peft_computes_it(
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(WRITTEN))
-def test_what_changes_the_model_is_refused_by_name(
+def test_options_that_change_the_model_are_refused_by_name(
     tiny: Tiny, tmp_path: Path, name: str, fields: dict[str, Any]
 ) -> None:
     tiny.write(tmp_path / "a", **fields)

@@ -33,7 +33,7 @@ def assert_bit_equal(left, right):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
+def test_a_saved_state_comes_back_bit_for_bit(tmp_path):
     arrays, metadata = some_arrays(), {"step": 7, "lora": {"rank": 3, "alpha": 32.0}, "base_model": "tiny"}
     size = training_state.save(tmp_path / "run" / "a-1", arrays, metadata).result()
     assert size == sum(p.stat().st_size for p in (tmp_path / "run" / "a-1").rglob("*") if p.is_file())

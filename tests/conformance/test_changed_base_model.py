@@ -35,7 +35,7 @@ def refused(response: httpx.Response) -> bool:
     return "made on other weights than those that base model 'tiny' has now" in response.text
 
 
-def test_what_was_made_on_other_weights_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+def test_models_and_checkpoints_made_on_other_weights_are_refused(tmp_path: Path, cache_dir: Path) -> None:
     tiny, other = (write_model(tmp_path / name, num_hidden_layers=1) for name in ("tiny", "other"))
     server = ServerProcess(tiny, tmp_path / "data", cache_dir, "--model", f"other={other}").start()
     wire = Wire(server.url, "tml-local")

@@ -44,7 +44,7 @@ def test_a_resumed_dimuon_run_equals_the_uninterrupted_one(service: tinker.Servi
         weights_alone.load_state_with_optimizer(saved).result()
 
 
-def test_what_is_of_another_optimizer_is_refused(wire: Wire) -> None:
+def test_parameters_of_another_optimizer_are_refused(wire: Wire) -> None:
     session = wire.session()
 
     def create(number: int, **config):

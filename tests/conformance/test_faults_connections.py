@@ -68,7 +68,7 @@ def test_a_head_has_its_time_and_a_body_as_long_as_it_moves(server: ServerProces
     assert slow.recv(12) == b"HTTP/1.1 200"
 
 
-def test_who_does_not_read_is_not_waited_for(server: ServerProcess) -> None:
+def test_a_client_that_does_not_read_is_not_waited_for(server: ServerProcess) -> None:
     deaf = socket.socket()
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     deaf.connect(("127.0.0.1", server.port))

@@ -273,7 +273,7 @@ def test_fields_that_ask_for_nothing_change_nothing(alice: Wire) -> None:
         ),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(alice: Wire, fields: dict, name: str) -> None:
+def test_unsupported_fields_are_refused_by_name(alice: Wire, fields: dict, name: str) -> None:
     answer = alice.http.post("/generate", json={"input_ids": PROMPT, "sampling_params": GREEDY} | fields)
     assert answer.status_code in (400, 422), answer.text
     assert name in answer.json()["error"].partition(": ")[0]

@@ -71,7 +71,7 @@ def after_a_step_of_torch(model: Path, adapter: Path, data: list[types.Datum], r
     return np.concatenate([row.detach().numpy() for row in scores()])
 
 
-def test_what_peft_saved_is_sampled_and_trained_as_by_peft(
+def test_adapters_saved_by_peft_are_sampled_and_trained_as_by_peft(
     server: ServerProcess, service: tinker.ServiceClient, tiny_model: Path, folder: Path
 ) -> None:
     done = command(server, folder, "--model", "tiny", "--name", "from-peft")
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
 
 
 @pytest.mark.parametrize("what", list(REFUSED))
-def test_what_does_not_fit_is_refused(server: ServerProcess, tiny_model: Path, what: str) -> None:
+def test_adapters_that_do_not_fit_are_refused(server: ServerProcess, tiny_model: Path, what: str) -> None:
     hidden_size = json.loads((tiny_model / "config.json").read_text())["hidden_size"]
     build, reason = REFUSED[what]
     answer = post(server, build(adapters.lm_head(hidden_size)))

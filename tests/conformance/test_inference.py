@@ -216,13 +216,13 @@ def test_models_are_listed_to_their_owner(client: openai.OpenAI, server: ServerP
         ),
     ],
 )
-def test_what_is_not_done_is_refused_by_name(alice: Wire, path, body, status, message) -> None:
+def test_unsupported_requests_are_refused_by_name(alice: Wire, path, body, status, message) -> None:
     answer = alice.http.post(path, json=body)
     assert answer.status_code == status, answer.text
     assert message in answer.text
 
 
-def test_who_hangs_up_has_cancelled(alice: Wire, server: ServerProcess) -> None:
+def test_closing_the_connection_cancels_the_samples(alice: Wire, server: ServerProcess) -> None:
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
@@ -236,7 +236,7 @@ def test_who_hangs_up_has_cancelled(alice: Wire, server: ServerProcess) -> None:
         time.sleep(0.1)
 
 
-def test_what_the_engine_tells_of_itself(alice: Wire) -> None:
+def test_the_engine_s_description_of_itself(alice: Wire) -> None:
     info = alice.http.get("/model_info").json()
     assert info == alice.http.get("/get_model_info").json()
     assert info["model_path"] == "tiny"

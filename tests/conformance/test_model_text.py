@@ -182,7 +182,7 @@ def test_stop_strings_are_matched_in_the_text_that_is_answered(url: str, stop: s
 
 
 @pytest.mark.parametrize(("content", "said"), [("wrong", "TypeError"), ("refused", "not this")])
-def test_what_a_template_does_wrong_is_a_bad_request(url: str, content: str, said: str) -> None:
+def test_errors_in_a_template_are_bad_requests(url: str, content: str, said: str) -> None:
     messages = [{"role": "user", "content": content}]
     answer = post(url, "/v1/chat/completions", model="tiny", messages=messages)
     assert answer.status_code == 400

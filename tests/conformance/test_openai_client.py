@@ -269,7 +269,7 @@ def test_fields_that_ask_for_nothing_change_nothing(alice: Wire) -> None:
         ),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(alice: Wire, route: str, fields: dict, param: str) -> None:
+def test_unsupported_fields_are_refused_by_name(alice: Wire, route: str, fields: dict, param: str) -> None:
     base = {"model": "tiny", "prompt": "a", "messages": TURNS, "max_tokens": 2}
     del base["prompt" if "chat" in route else "messages"]
     answer = alice.http.post(route, json=base | fields)

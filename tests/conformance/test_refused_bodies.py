@@ -132,7 +132,7 @@ def test_a_body_over_the_limit_that_does_not_say_so_first(wire: Wire, model: str
     assert "metrics" in wire.result(waiting)
 
 
-def test_what_is_lost_on_its_way_can_be_sent_again(wire: Wire, model: str) -> None:
+def test_a_body_lost_on_its_way_can_be_sent_again(wire: Wire, model: str) -> None:
     """A connection that ends within a body refuses nothing."""
 
     def breaks_off() -> Iterator[bytes]:

@@ -147,7 +147,7 @@ def test_penalties_over_http(wire: Wire, sampler: str) -> None:
         assert f"sampling_params.{name}" in refused.json()["error"]
 
 
-def test_what_was_asked_about_a_prompt_is_said_in_json(wire: Wire, sampler: str) -> None:
+def test_scores_of_a_prompt_are_answered_in_json(wire: Wire, sampler: str) -> None:
     prompt = [5, 9, 33, 2]
     targets = {"data": [9, -1, 33, 7, -1, 2], "dtype": "int64", "shape": [3, 2]}
     body = body_of(

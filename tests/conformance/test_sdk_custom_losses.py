@@ -163,7 +163,7 @@ def test_graphs_that_are_none(wire: Wire, graph: dict, told: str) -> None:
     assert told in refused.json()["detail"]
 
 
-def test_what_the_sdk_traces_and_we_cannot_run_names_the_node(service: tinker.ServiceClient) -> None:
+def test_a_traced_node_that_cannot_run_is_named(service: tinker.ServiceClient) -> None:
     def with_svd(logprobs):
         return torch.linalg.svd(logprobs[:, None]).S.sum(), {}
 
@@ -171,7 +171,7 @@ def test_what_the_sdk_traces_and_we_cannot_run_names_the_node(service: tinker.Se
         service.create_custom_loss(with_svd, {"logprobs": 1}).result()
 
 
-def test_what_is_not_finite_fails_and_changes_nothing(
+def test_a_value_that_is_not_finite_fails_and_changes_nothing(
     service: tinker.ServiceClient, training: tinker.TrainingClient
 ) -> None:
     data = batch(2)
@@ -211,7 +211,7 @@ DOUBLED = [call(f"t{i}", "operator.add", {"ref": f"t{i - 1}"}, {"ref": f"t{i - 1
         ),
     ],
 )
-def test_what_would_be_too_large_is_refused_before_it_is_computed(
+def test_a_loss_that_would_be_too_large_is_refused_before_it_is_computed(
     wire: Wire, nodes: list[dict[str, Any]], told: str
 ) -> None:
     session = wire.session()

@@ -99,7 +99,7 @@ def test_alternatives_to_the_prompts_tokens(scored) -> None:
         ({"target_prompt_logprobs": types.TensorData.from_numpy(np.ones((3, 1), np.int64))}, "rows"),
     ],
 )
-def test_what_is_over_a_limit_is_refused_by_name(scored, question, text) -> None:
+def test_values_over_a_limit_are_refused_by_name(scored, question, text) -> None:
     with pytest.raises(tinker.TinkerError, match=text):
         ask(scored[0], **question)
 

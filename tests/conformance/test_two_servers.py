@@ -74,7 +74,7 @@ def steps(data_dir: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_of_two_that_start_at_once_one_serves_and_operations_run_once(servers, make_server) -> None:
+def test_one_of_two_servers_that_start_at_once_serves_and_operations_run_once(servers, make_server) -> None:
     """After each start a step is submitted and the server killed, often before the step has run. The weights
     are in the end those of a server that was alone and was never killed."""
     alone = Wire(make_server().start().url, "tml-local")

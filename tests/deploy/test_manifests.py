@@ -78,7 +78,7 @@ def test_all_manifests_are_applied() -> None:
     assert sorted(found["resources"]) == [file.name for file in MANIFESTS]
 
 
-def test_what_is_set_are_settings_of_this_server() -> None:
+def test_the_variables_of_the_manifests_are_settings_of_this_server() -> None:
     from tinsmith.server.settings import Settings
 
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["tinsmith"]["environment"]

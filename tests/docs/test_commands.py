@@ -380,7 +380,7 @@ def test_accelerators_are_installed(terminal: Terminal) -> None:
         assert "Would install" in printed
 
 
-def test_what_cannot_be_served_is_refused_as_models_md_shows(terminal: Terminal) -> None:
+def test_models_that_cannot_be_served_are_refused_as_models_md_shows(terminal: Terminal) -> None:
     rope, mesh, size = block("models.md", "tinsmith: model").splitlines()
 
     def refusal(command: str, **environment: str) -> str:

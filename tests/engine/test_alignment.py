@@ -123,7 +123,7 @@ def test_a_batch_of_only_masked_tokens_steps_nowhere(trainer):
         ),
     ],
 )
-def test_what_has_no_layout_is_named(trainer, loss, inputs, message):
+def test_a_datum_without_a_layout_is_named(trainer, loss, inputs, message):
     state = trainer.create(lora(), target_alignment="by_shape")
     with pytest.raises(UserError, match=f"datum 0: .*{message}"):
         run(trainer, state, [datum(TOKENS, **inputs)], loss)

@@ -176,7 +176,7 @@ def test_an_owner_with_little_use_takes_the_place_of_one_with_much(trainer, monk
     finish(third)
 
 
-def test_what_is_cancelled_leaves_its_place_to_others(trainer):
+def test_a_cancelled_loss_leaves_its_place_to_others(trainer):
     state = trainer.create(lora())
     trainer.custom_loss_processes = CustomLossProcesses(datum_seconds=60.0)
     for _ in range(3):
@@ -202,7 +202,7 @@ def test_what_is_cancelled_leaves_its_place_to_others(trainer):
     ],
     ids=["sort", "topk"],
 )
-def test_what_would_take_too_long_is_refused_before_it_is_computed(trainer, size, last):
+def test_a_loss_that_would_take_too_long_is_refused_before_it_is_computed(trainer, size, last):
     state = trainer.create(lora())
     (result,) = trainer.forward_backward([custom(trainer, state, loss(*table(size), *last))])
     assert isinstance(result, UserError)

@@ -226,7 +226,7 @@ def test_a_plan_never_gives_away_more_than_there_is(of, tenants, sequence, devic
         assert planned.kv_tokens >= min(sequence, memory.SHORTEST_KV_TOKENS)
 
 
-def test_what_is_short_of_memory_is_recomputed_first_and_then_computed_in_fewer_rows():
+def test_with_less_memory_more_is_recomputed_and_then_fewer_rows_are_computed():
     work, base = Workload(1024), memory.resident(C8, Workload(1024), Mesh())["base"]
     chosen = [memory.plan(C8, work, base + spare * GIB) for spare in (600, 100, 16, 7)]
     assert [each.remat for each in chosen] == ["none", "dots", "attention", "full"]

@@ -90,7 +90,7 @@ def test_other_errors_are_not_tried_again(trainer, monkeypatch):
         run(trainer, models(trainer)[0], random_data(LENGTHS))
 
 
-def test_what_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch):
+def test_a_micro_batch_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gradient_programs, "free_bytes", lambda device: 1 << 16)
     trainer = make_trainer(tmp_path / "model", **TABLE)
     state = trainer.create(lora(4))

@@ -50,7 +50,7 @@ def test_every_token_lies_in_one_place_of_a_row_of_its_group(batch):
 
 @settings(max_examples=60, deadline=None)
 @given(batches())
-def test_what_is_laid_out_is_picked_up_in_the_clients_order(batch):
+def test_packed_values_come_back_in_the_clients_order(batch):
     table, lengths, groups = batch
     values, begin = [], 1
     for length in lengths:

@@ -146,7 +146,7 @@ def test_values_compile_nothing_and_the_programs_without_stay_as_they_are(model)
         {"frequency_penalty": float("inf")},
     ],
 )
-def test_what_is_out_of_range_is_refused_by_name(sampler, wrong):
+def test_values_out_of_range_are_refused_by_name(sampler, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         sampler.add(request(0, PROMPT, **wrong))
     assert not sampler.has_work

@@ -70,7 +70,7 @@ def test_the_experts_of_samples_are_those_that_transformers_chooses(tmp_path, va
     np.testing.assert_allclose(*output.logprobs, atol=1e-5)
 
 
-def test_what_cannot_be_recorded_is_refused(tmp_path):
+def test_routing_that_cannot_be_recorded_is_refused(tmp_path):
     dense = make_sampler(load_tiny(tmp_path / "dense"))
     with pytest.raises(UserError, match="record_routing: this model has no experts"):
         dense.add(asked("x", 1, 1))

@@ -188,7 +188,7 @@ def test_cancelled_requests_leave_at_once_and_disturb_nobody(sampler):
     assert sampler._pool.num_free == free
 
 
-def test_what_comes_together_decodes_together_and_what_runs_waits_for_one_row(sampler):
+def test_requests_that_arrive_together_decode_together_and_running_ones_wait_for_one_row(sampler):
     for i in range(4):  # each prompt is a row, each answer a chunk
         sampler.add(request(i, prompt_of(60, seed=i), max_tokens=8, stop_tokens=[]))
     assert [len(sampler.step()) for _ in range(5)] == [0, 0, 0, 0, 4]

@@ -77,7 +77,7 @@ def test_the_least_recently_sampled_make_way_and_come_back(make_cache, model, ad
     assert [key in cache.sampler for key in "abc"] == [False, True, True]
 
 
-def test_what_is_not_sampled_for_long_leaves_the_device(make_cache, model, adapters, monkeypatch):
+def test_weights_that_are_not_sampled_for_long_leave_the_device(make_cache, model, adapters, monkeypatch):
     skipped, clock = [0.0], time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: clock() + skipped[0])
     cache = make_cache(idle_seconds=600.0)

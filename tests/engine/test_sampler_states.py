@@ -85,7 +85,7 @@ def test_several_samples_have_a_state_each(model, sampler):
 
 
 @pytest.mark.parametrize("states", [1, 3, 16])
-def test_who_shares_slots_and_pages_gets_what_it_gets_alone(model, states):
+def test_sequences_that_share_slots_and_pages_get_what_they_get_alone(model, states):
     """Few slots for states, and fewer pages than all need: who loses them goes on as if nothing had been."""
     small = make_sampler(model, kv_cache_tokens=256, state_bytes=states * bytes_per_sequence(model.config))
     asked = [

@@ -82,7 +82,7 @@ def test_it_goes_on_reporting_while_it_sleeps(engine):
     engine.ask(messages.WakeUp)
 
 
-def test_what_is_asked_meanwhile_wakes_it(engine):
+def test_requests_during_a_sleep_wake_it(engine):
     """Everything sent in one go, before and after the sleep: each is done, in order."""
     for model in ("w", "v"):
         engine.ask(messages.CreateModel, model_id=model, base_model="tiny", lora=lora(seed=3))

@@ -22,7 +22,7 @@ def test_the_first_program_has_room_for_those_who_wait() -> None:
     assert run(slots, 3) == (4, False)
 
 
-def test_what_is_compiled_serves_fewer_for_as_long_as_compiling_takes() -> None:
+def test_a_compiled_program_serves_fewer_sequences_for_as_long_as_compiling_takes() -> None:
     slots = Slots()
     assert run(slots, 16) == (16, True)
     assert [run(slots, 4) for _ in range(12)] == [(16, False)] * 10 + [(4, True), (4, False)]

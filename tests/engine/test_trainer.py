@@ -267,7 +267,7 @@ def test_masked_tokens_change_neither_gradients_nor_metrics(trainer, placeholder
         assert any(np.abs(gradient).max() > 0 for gradient in gradients)
 
 
-def test_what_is_not_finite_fails_its_own_job_alone(trainer):
+def test_a_loss_that_is_not_finite_fails_its_own_job_alone(trainer):
     good = random_data(LENGTHS)
     bad = random_data([6, 9], seed=1)
     bad[0].inputs["weights"] = tensor(np.full(6, 3e38, np.float32))

@@ -183,7 +183,7 @@ def test_optimizer_params_out_of_range_are_refused() -> None:
     ["\ud800", float("nan"), [1, {"a": "\udfff"}], 1 << 64, [-1 << 64]],
     ids=["text", "nan", "nested", "huge", "nested huge"],
 )
-def test_what_no_answer_could_show_is_refused(value: Any) -> None:
+def test_values_that_no_answer_could_show_are_refused(value: Any) -> None:
     with pytest.raises(ValidationError, match="not JSON"):
         requests.CreateSession.model_validate({"user_metadata": {"a": value}})
 

@@ -222,7 +222,7 @@ def test_padding_changes_nothing(function: Callable[..., Any], values: dict[str,
 
 @pytest.mark.parametrize("placeholder", [0.0, -100.0, -1e4, -np.inf, np.nan])
 @pytest.mark.parametrize("padded", [False, True])
-def test_what_where_masks_has_no_gradient(placeholder, padded):
+def test_tokens_masked_by_where_have_no_gradient(placeholder, padded):
     """torch itself gives NaN here: the reference has the masked tokens left out."""
 
     def masked(logprobs, sampled, advantages):

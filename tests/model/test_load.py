@@ -81,7 +81,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         load_folder(folder)
 
 
-def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path):
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     assert load.find_model(str(tmp_path)) == tmp_path
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         load.find_model(str(tmp_path / "nowhere"))

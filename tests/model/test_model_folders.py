@@ -231,7 +231,7 @@ def test_gemma_s_layers_and_ropes(tmp_path, changes, removed):
 
 
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each != "kimi_k2"])
-def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, family):
+def test_keys_left_out_of_config_json_have_transformers_defaults(tmp_path, family):
     from transformers import AutoConfig
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
@@ -639,7 +639,7 @@ def test_weights_are_never_made_up(tmp_path, variant, change, message):
         ({"model.safetensors": b"\2\0\0\0\0\0\0\0[]"}, "damaged"),
     ],
 )
-def test_what_is_wrong_with_the_files_is_said(tmp_path, files, message):
+def test_errors_name_what_is_wrong_with_the_files(tmp_path, files, message):
     (tmp_path / "config.json").write_text(json.dumps(hf_config("llama")))
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)

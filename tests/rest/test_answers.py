@@ -40,7 +40,7 @@ def polled(client: Tinkercloud, path: str, /, **body: Any) -> dict[str, Any]:
     return answer.json()
 
 
-def test_what_the_sdk_is_answered(sdk: Tinkercloud) -> None:
+def test_answers_to_the_sdk(sdk: Tinkercloud) -> None:
     session = sdk.ask("create_session", tags=["answers"], sdk_version="0.38.0", user_metadata={"a": "b"})
     session_id = session["session_id"]
     asked = {"base_model": "tiny", "lora_config": {"rank": 4}}
@@ -125,7 +125,7 @@ def test_what_the_sdk_is_answered(sdk: Tinkercloud) -> None:
     assert len(sdk.documented.seen) >= 35, sorted(sdk.documented.seen)
 
 
-def test_what_is_asked_of_the_server_itself(tinkercloud: Tinkercloud) -> None:
+def test_answers_about_the_server_itself(tinkercloud: Tinkercloud) -> None:
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     used = {"starting_on": hour.isoformat(), "ending_before": (hour + timedelta(hours=1)).isoformat()}
     for page in ("/", "/health", "/healthz", "/metrics", "/api/v1/capabilities", "/api/v1/session_info"):

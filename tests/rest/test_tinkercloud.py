@@ -266,7 +266,9 @@ def test_its_notebook(tinkercloud: Tinkercloud) -> None:
     assert tinkercloud.ask("cleanup_futures", max_age_hours=0)["cleaned_count"] > 0
 
 
-def test_what_it_sees_of_failures(tinkercloud: Tinkercloud, rest_server: ServerProcess) -> None:
+def test_failures_as_tinkercloud_s_clients_see_them(
+    tinkercloud: Tinkercloud, rest_server: ServerProcess
+) -> None:
     """400 for a request that failed, 404 for one that never was, and the message under two names."""
     created = tinkercloud.ask("create_model", base_model="tiny", lora_config={"rank": 4})
     tinkercloud.poll(created["request_id"])

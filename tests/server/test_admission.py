@@ -61,7 +61,7 @@ def test_operations_that_wait_for_others_leave_them_their_places() -> None:
         pass
 
 
-def test_those_of_before_the_start_count() -> None:
+def test_operations_from_before_the_start_count() -> None:
     gate = admission(max_waiting_samples=1)
     gate.take_up([operation("me")])
     with pytest.raises(TooManyRequests):

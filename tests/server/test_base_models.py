@@ -95,7 +95,7 @@ def test_clients_elsewhere_are_told_the_hub_id_of_the_tokenizer(
         (["m=MODEL", "m=org/name"], "two models are called 'm'"),
     ],
 )
-def test_what_cannot_be_served_is_said_before_anything_is_asked_of_the_hub(
+def test_models_that_cannot_be_served_are_refused_before_the_hub_is_asked(
     tmp_path: Path, model: Path, entries: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "lr=0.1").mkdir()
@@ -318,7 +318,7 @@ def test_other_arithmetic_changes_the_digest(tmp_path: Path, change: dict) -> No
     assert digest(folder) != before
 
 
-def test_of_large_models_some_of_every_tensor_is_hashed(
+def test_a_part_of_every_tensor_of_large_models_is_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_model(tmp_path, num_hidden_layers=1)
@@ -331,7 +331,7 @@ def test_of_large_models_some_of_every_tensor_is_hashed(
         assert digest(folder) != before, name
 
 
-def test_what_was_made_on_a_model_that_is_not_served_is_refused_by_its_name(model: Path) -> None:
+def test_checkpoints_of_a_model_that_is_not_served_are_refused_by_its_name(model: Path) -> None:
     (planned,) = base_models.plan([f"m={model}"])
     now = planned.obtain(model.parent, None)
     served = base_models.BaseModels({"m": now})

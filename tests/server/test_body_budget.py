@@ -39,7 +39,7 @@ def test_an_owner_waits_for_its_own_bodies_only() -> None:
     asyncio.run(run())
 
 
-def test_what_is_given_back_early_is_given_back_once() -> None:
+def test_bytes_given_back_early_are_given_back_once() -> None:
     async def run() -> None:
         budget = Budget(10, 10)
         async with budget.take("alice", 10) as give_back:

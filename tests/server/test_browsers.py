@@ -116,7 +116,7 @@ def test_two_hosts_or_origins_are_both_looked_at() -> None:
         assert status([("Host", "localhost"), *origins, JSON]) == 403
 
 
-def test_what_an_operator_can_allow() -> None:
+def test_hosts_that_an_operator_can_allow() -> None:
     good = ["gpu-1", "*.example.org", "*", "10.0.0.2", "fd00::1"]
     assert Settings(allowed_hosts=",".join(good)).allowed_hosts == good  # type: ignore[arg-type]
     for wrong in ("http://a", "a:80", "a/b", "*.", "**", "a b", "*a"):

@@ -154,7 +154,7 @@ def post(connection: HTTPConnection, path: str, size: int = 1) -> tuple[int, dic
 
 
 @pytest.mark.parametrize("path", ["/v1/raises", "/v1/awaits_what_was_cancelled", "/api/v1/raises"])
-def test_what_nobody_handles_is_answered_with_an_error_id_and_the_connection_goes_on(
+def test_unhandled_errors_are_answered_with_an_id_and_the_connection_stays_open(
     broken: int, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection = HTTPConnection("127.0.0.1", broken, timeout=10)

@@ -46,7 +46,7 @@ def add_operation(name: str, key: str | None = None):
     )
 
 
-async def test_what_was_written_is_there_after_a_new_start(path: Path) -> None:
+async def test_rows_are_there_after_a_new_start(path: Path) -> None:
     first = Ledger(f"sqlite:///{path}")
     await first.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
     await asyncio.gather(*(first.write(add_operation(f"r{i}")) for i in range(500)))

@@ -20,6 +20,6 @@ def test_the_table_is_the_registry():
         ("cross_entropy", "beta", "it takes: none"),
     ],
 )
-def test_what_there_is_not_is_refused_at_once(name, key, message):
+def test_unknown_losses_and_keys_are_refused_at_once(name, key, message):
     with pytest.raises(BadRequest, match=message):
         check_loss(name, [key])

@@ -165,7 +165,7 @@ async def test_pending_operations_are_found_by_model_however_many_others_have(tm
     assert pending.of_model("m2") == []
 
 
-def test_what_was_used_last_is_remembered() -> None:
+def test_the_most_recently_used_items_are_remembered() -> None:
     recent: Recent[int, str] = Recent(3)
     for number in range(3):
         recent[number] = str(number)

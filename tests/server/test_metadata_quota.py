@@ -57,7 +57,7 @@ async def test_open_sessions_take_a_bounded_number_of_bytes(server: Server) -> N
     assert await server.create("you"), "another tenant's are its own"
 
 
-async def test_what_a_session_is_described_with_leaves_with_it(server: Server) -> None:
+async def test_metadata_leaves_with_its_session(server: Server) -> None:
     made = await fill(server)
     for session_id in made[:3]:
         await server.sessions.finish("me", session_id, "success", None)
@@ -145,7 +145,7 @@ async def test_sessions_that_are_silent_for_a_week_are_over_when_room_is_needed(
         (SaveWeights, {"path": "p", "user_metadata": {"a": "x" * MOST_METADATA_BYTES}}, "user_metadata"),
     ],
 )
-def test_what_is_kept_of_one_object_is_short(body: type, fields: dict, named: str) -> None:
+def test_metadata_of_one_object_is_limited(body: type, fields: dict, named: str) -> None:
     if body is CreateModel:
         fields = fields | {"session_id": "s", "model_seq_id": 0}
     with pytest.raises(ValidationError) as refused:

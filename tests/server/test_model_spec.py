@@ -22,7 +22,7 @@ from tiny_models import VARIANTS, write_model
         ("tinkercloud", {"rank": 32}, True, 32),
     ],
 )
-def test_what_xorls_client_asks_full_weights_with(tmp_path, dialect, config, full_weight, rank):
+def test_xorls_client_asks_for_full_weights_with_a_rank_alone(tmp_path, dialect, config, full_weight, rank):
     """xorl's `create_training_client` sends a rank of 32, and nothing else."""
     asked = CreateModel(base_model="tiny", lora_config=config)
     spec = model_spec(asked, "model", dialect, Settings(data_dir=tmp_path, full_weight=full_weight))

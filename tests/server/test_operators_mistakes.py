@@ -95,7 +95,7 @@ def test_a_wrong_variable_is_named(variable: tuple[str, str]) -> None:
     assert "secret" not in answered
 
 
-def test_what_kubernetes_sets_for_a_service_called_tinsmith_is_no_mistake() -> None:
+def test_variables_that_kubernetes_sets_for_a_service_called_tinsmith_are_ignored() -> None:
     links = {
         "TINSMITH_SERVICE_HOST": "10.0.0.1",
         "TINSMITH_SERVICE_PORT_HTTP": "8000",
@@ -115,7 +115,7 @@ def test_a_port_in_use_is_named(host: str) -> None:
     assert answered.startswith(f"--port: {port} is in use on {host}")
 
 
-def test_of_two_servers_that_start_at_once_one_has_the_port() -> None:
+def test_one_of_two_servers_that_start_at_once_gets_the_port() -> None:
     with listen("localhost", 0) as first:
         assert first.getsockname()[0] == "127.0.0.1"
         with pytest.raises(ValueError, match="is in use"):

@@ -112,7 +112,7 @@ async def test_own_messages_overtake(socket: Socket) -> None:
     assert socket.sent == ["0", "1", "cancel"]
 
 
-async def test_what_is_withdrawn_is_not_sent(socket: Socket) -> None:
+async def test_withdrawn_operations_are_not_sent(socket: Socket) -> None:
     for number in range(4):
         socket.outbox.put(Lane("a"), str(number), 4 * MIB)
     await socket.settle()

@@ -49,7 +49,7 @@ def url(data_dir: Path) -> str:
     return f"sqlite:///{data_dir / 'ledger.db'}"
 
 
-def test_of_several_that_begin_at_once_one_owns_the_directory(tmp_path: Path) -> None:
+def test_one_of_several_servers_that_start_at_once_owns_the_directory(tmp_path: Path) -> None:
     at = time.time() + 4
     processes = [begin(tmp_path, at) for _ in range(4)]
     try:
@@ -262,6 +262,6 @@ def test_a_check_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["ledger.db", "nosuch://host/name", "/data/ledger.db"])
-def test_what_is_no_url_of_a_database(tmp_path: Path, wrong: str) -> None:
+def test_wrong_urls_of_databases(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(LedgerUnusable, match="database_url"):
         open_owned(tmp_path, wrong)

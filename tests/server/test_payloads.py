@@ -85,7 +85,7 @@ async def test_a_resubmission_writes_nothing(server: Server) -> None:
     assert message.data[0].tokens[:4] == (2).to_bytes(4, "little")
 
 
-async def test_what_a_snapshot_covers_leaves_the_disk(server: Server) -> None:
+async def test_payloads_that_a_snapshot_covers_leave_the_disk(server: Server) -> None:
     for number in (1, 2, 3):
         await accept_and_answer(server, number, 100_000)
     server.payloads.seal(MODEL)  # as a snapshot does when it begins

@@ -42,7 +42,7 @@ def test_it_is_what_a_parser_finds(
     assert found(raw, sizes) == (model, body.get("seq_id"))
 
 
-def test_of_what_is_cut_off_it_is_known_if_it_came_before() -> None:
+def test_a_number_before_the_cut_of_a_body_is_found() -> None:
     raw = json.dumps({"a": ["{"] * 500, "seq_id": 12, "model_id": "m", "b": "c" * 5000}).encode()
     assert found(raw[:-9], [7] * 900, is_complete=False) == ("m", 12)
     assert found(raw[: raw.index(b"12") + 1], [], is_complete=False) == (None, None), "it may be 1 or 12"

@@ -74,7 +74,7 @@ def test_the_text_says_the_same(folder: Path) -> None:
     assert "v5e-16 is 4 machines." in plan("--model", folder, "--device", "v5e-16")
 
 
-def test_what_does_not_fit_ends_with_1_and_says_what_would_do(folder: Path) -> None:
+def test_a_plan_that_does_not_fit_ends_with_1_and_says_what_would_help(folder: Path) -> None:
     text = plan("--model", folder, "--device", "v5e-1", "--seq", 2048, code=1)
     assert "It does not fit: it needs" in text
     assert "; v5e-4 would do" in text
@@ -120,7 +120,7 @@ def test_mistakes_are_answered_in_one_line(folder: Path, options: list[str], mes
     assert ran.output.count("\n") == 1
 
 
-def test_of_a_model_on_the_hub_config_json_alone_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+def test_only_config_json_of_a_hub_model_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     """The command runs in a separate process, which must not import an array library either."""
     code = (
         "import sys; from tinsmith.server.cli import app\n"

@@ -61,7 +61,7 @@ def test_advantages_are_those_of_grpo_and_the_prompt_has_none() -> None:
     assert _values(second.inputs["advantages"]) == pytest.approx([0, 0, -(0.5**0.5)], abs=1e-5)
 
 
-def test_what_is_told_of_a_step() -> None:
+def test_the_metrics_of_a_step() -> None:
     first, second = (rollouts.Draw(Problem(name, 0, 1), 2) for name in ("a", "b"))
     sampled = [_sequence([7, 8], [-0.5, -1.5]), _sequence([9], [-2.0])]
     groups = [
@@ -118,7 +118,7 @@ def test_draws_are_uniform_over_environments_and_their_windows_and_come_again() 
         ({"rollout_batch_size": 4096, "n_samples_per_prompt": 5}, "over the 16384 datums"),
     ],
 )
-def test_what_cannot_be_had_is_refused_by_name(tmp_path, fields, wrong: str) -> None:
+def test_impossible_configurations_are_refused_by_name(tmp_path, fields, wrong: str) -> None:
     config = {"enabled": True, "environment_list": ["chain_sum"], **fields}
     with pytest.raises(BadRequest, match=wrong):
         model_spec(

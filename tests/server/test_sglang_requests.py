@@ -67,7 +67,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize("fields", EXACT)
-def test_what_sglang_does_as_we_do_goes_there(model: BaseModel, fields: dict) -> None:
+def test_samples_that_sglang_draws_as_we_do_go_there(model: BaseModel, fields: dict) -> None:
     assert requests.why_not(sample(**fields), model, limits(), seeds=False) is None
 
 
@@ -88,7 +88,9 @@ OTHERWISE = [
 
 
 @pytest.mark.parametrize(("field", "fields"), OTHERWISE)
-def test_what_it_does_otherwise_is_named(model: BaseModel, field: str, fields: dict) -> None:
+def test_fields_that_sglang_computes_differently_are_named(
+    model: BaseModel, field: str, fields: dict
+) -> None:
     fields = dict(fields)
     there = limits(context_length=fields.pop("limit", 512))
     found = requests.why_not(sample(**fields), model, there, seeds=True)
@@ -96,7 +98,7 @@ def test_what_it_does_otherwise_is_named(model: BaseModel, field: str, fields: d
     assert field in found.partition(":")[0]
 
 
-def test_what_depends_on_how_it_was_started(model: BaseModel) -> None:
+def test_support_that_depends_on_the_options_of_the_server(model: BaseModel) -> None:
     seeded, deadly = sample(seed=3), sample(seed=3, min_p=0.1)
     deterministic = limits(enable_deterministic_inference=True)
     assert requests.why_not(seeded, model, deterministic, seeds=True) is None
@@ -196,7 +198,7 @@ def test_a_sequence_that_ended_by_another_s_rule_goes_on(model: BaseModel) -> No
         answer([5], {"type": "length"}, output_token_logprobs=[[None, 5, None]]),
     ],
 )
-def test_what_is_no_sample_is_not_taken(model: BaseModel, wrong: dict) -> None:
+def test_answers_that_are_no_samples_are_refused(model: BaseModel, wrong: dict) -> None:
     (drawing,) = requests.new_drawings(sample(), model, limits())
     with pytest.raises(EndpointRefused):
         drawing.take(wrong, VOCAB_SIZE)
@@ -207,7 +209,7 @@ def test_our_own_kind_is_none() -> None:
         limits_of({"model_path": "tiny", "version": "0.1.0"}, {"model_path": "tiny"})
 
 
-def test_which_base_model_it_has(model: BaseModel, tmp_path: Path) -> None:
+def test_the_base_model_of_a_server_is_found(model: BaseModel, tmp_path: Path) -> None:
     def of(path: str, **said) -> Limits:
         return limits_of({"context_length": 512, "max_total_num_tokens": 99} | said, {"model_path": path})
 
@@ -220,7 +222,7 @@ def test_which_base_model_it_has(model: BaseModel, tmp_path: Path) -> None:
     assert mismatch(of(str(model.folder)), model, is_operators=True) is None
 
 
-def test_which_machines_may_be_asked() -> None:
+def test_only_allowed_machines_are_asked() -> None:
     named = ["10.1.0.0/16", "gpu-2", "gpu-3:30001", "fd00::1", "127.0.0.5", "[fd00::2]:30002"]
     allowed = Allowed(["http://gpu-1:30000", "http://127.0.0.1:30000"], named)
     for place in [

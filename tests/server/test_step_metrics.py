@@ -177,7 +177,7 @@ async def test_runs_that_rest_are_thinned_by_the_sweep(tmp_path: Path) -> None:
     server.ledger.close()
 
 
-async def test_what_is_reported_joins_the_step_of_its_number(server: Server) -> None:
+async def test_a_client_s_metrics_join_the_step_of_their_number(server: Server) -> None:
     await answer(server, "optim_step", 1, stepped(1), 0.1)
     first = await read(server)
     await server.ledger.write(partial(rows.report, model_id=MODEL, step=1, metrics={"reward": 0.5}))

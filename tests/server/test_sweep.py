@@ -207,7 +207,7 @@ async def test_directories_of_dead_checkpoints_go(server: Server, save) -> None:
         ("save_unnamed_sampler", "samplers"),
     ],
 )
-async def test_what_a_save_writes_is_counted_where_it_lies(server: Server, kind: str, counted: str) -> None:
+async def test_the_bytes_of_a_save_are_counted_by_kind(server: Server, kind: str, counted: str) -> None:
     operation = Operation("req_1", "alice", kind, MODEL, 1, {})
     operation.answer = messages.Done("req_1", messages.SamplerSaved(1000))
     server.sweep.written(operation)
@@ -215,7 +215,9 @@ async def test_what_a_save_writes_is_counted_where_it_lies(server: Server, kind:
     assert server.sweep.used_bytes[counted] == 1000
 
 
-async def test_what_a_replay_or_a_sampler_reads_stays(tmp_path: Path, server: Server, save) -> None:
+async def test_directories_that_a_replay_or_a_sampler_needs_stay(
+    tmp_path: Path, server: Server, save
+) -> None:
     loaded, sampled = await save("loaded"), await save("sampled")
 
     def key(path: Path) -> str:

@@ -105,7 +105,7 @@ async def test_a_stream_of_which_something_was_told_is_not_begun_again(
     assert [each.begin for each in place.drawn] == np.cumsum([0, *told[:-1]]).tolist()
 
 
-async def test_what_a_stopped_server_had_not_answered_is_done_by_the_next(
+async def test_operations_that_a_stopped_server_had_not_answered_are_done_by_the_next(
     make_place: MakePlace, sglang: Any
 ) -> None:
     place = await make_place()

@@ -23,7 +23,7 @@ def merging(make_tinsmith: Callable[..., ServerProcess], sglang: SglangProcess) 
 
 
 @pytest.mark.slow
-def test_what_is_saved_replaces_what_a_server_has(merging: ServerProcess, sglang: SglangProcess) -> None:
+def test_saved_weights_replace_those_of_a_server(merging: ServerProcess, sglang: SglangProcess) -> None:
     """The weights are an adapter merged into its base model, and full weights; both are still known after a
     restart."""
     alice = Wire(merging.url, ALICE)

@@ -228,7 +228,7 @@ async def in_a_pool_of_which_one_fails(
     await until(lambda: place.embedded == [of_base])
 
 
-async def test_of_a_pool_only_those_that_took_the_weights_are_used(
+async def test_only_servers_of_a_pool_that_took_the_weights_are_used(
     make_place: MakePlace, sglang: SglangProcess, proxy: Proxy, trained: Path, expected: Any
 ) -> None:
     place = await make_place()

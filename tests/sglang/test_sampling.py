@@ -158,8 +158,10 @@ def test_frequencies_are_those_of_the_distribution(alice: Wire, sessions: dict[s
     assert (((counts - 400 * p) ** 2) / (400 * p)).sum() < 21.1  # chi-square, 3 degrees of freedom, p = 1e-4
 
 
-def test_what_sglang_does_not_do_exactly(alice: Wire, sessions: dict[str, str]) -> None:
-    """`auto` is the embedded sampler for it, `sglang` an error that names it."""
+def test_samples_that_sglang_cannot_draw_exactly_are_not_sent_to_it(
+    alice: Wire, sessions: dict[str, str]
+) -> None:
+    """`auto` uses the embedded sampler; `sglang` answers with an error that names the field."""
     for field, fields in [
         ("seed", {"params": {"seed": 7, "temperature": 1.0}}),
         ("repetition_penalty", {"params": {"repetition_penalty": 1.3}}),
@@ -193,7 +195,7 @@ def test_a_session_s_metadata_says_who_draws(alice: Wire) -> None:
     assert alice.http.get(f"/api/v1/samplers/{made}").json()["sampling_engine"] == "embedded"
 
 
-def test_what_would_kill_it_is_not_sent(alice: Wire, sessions: dict[str, str]) -> None:
+def test_prompts_that_would_kill_sglang_are_not_sent(alice: Wire, sessions: dict[str, str]) -> None:
     for prompt in ([320], [-1], [1 << 31], [5] * 512, []):
         body = {"prompt": {"tokens": prompt}, "sampling_session_id": sessions["sglang"]}
         assert alice.post("asample", **body).status_code in (400, 422)
@@ -261,7 +263,7 @@ def test_hanging_up_ends_a_sample_there_too(alice: Wire, sessions: dict[str, str
         time.sleep(0.05)
 
 
-def test_how_far_its_log_probs_are_is_told(alice: Wire) -> None:
+def test_the_difference_of_its_log_probs_is_reported(alice: Wire) -> None:
     """It is measured for a sampler's first sample, and so for weights that nobody has sampled before."""
     session = alice.session()
     saving = alice.post("save_weights_for_sampler", model_id=alice.model(session), seq_id=1, path="compared")
