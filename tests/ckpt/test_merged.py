@@ -194,7 +194,7 @@ def test_weights_on_disk_are_read_one_parameter_at_a_time(tmp_path):
             np.testing.assert_array_equal(found[key], array, err_msg=key)
 
 
-def test_a_state_of_an_adapter_is_no_full_weights(tmp_path):
+def test_a_state_of_an_adapter_is_not_full_weights(tmp_path):
     metadata = {"lora": {"rank": 4}, "base_model": "tiny"}
     training_state.save(tmp_path / "state", {"weights": {"a": np.zeros(3)}}, metadata).result()
     with pytest.raises(ValueError, match="of an adapter"):

@@ -77,7 +77,7 @@ def test_several_saves_go_on_at_once(tmp_path):
         assert_bit_equal(training_state.restore(tmp_path / f"m{i}", some_arrays(i)), some_arrays(i))
 
 
-def test_a_missing_directory_and_a_wrong_shape_are_said_clearly(tmp_path):
+def test_a_missing_directory_and_a_wrong_shape_are_reported_clearly(tmp_path):
     with pytest.raises(FileNotFoundError, match="no complete training state"):
         training_state.restore(tmp_path / "nothing", some_arrays())
     training_state.save(tmp_path / "a", {"x": jnp.zeros((2, 3))}, {}).result()

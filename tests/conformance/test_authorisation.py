@@ -395,7 +395,7 @@ def test_one_s_own_session_does_not_open_anothers_things(server: ServerProcess, 
         ({"X-API-Key": "tml-", "Authorization": f"Bearer {ALICE}"}, 401, "does not know it"),
     ],
 )
-def test_an_empty_header_is_no_key(
+def test_an_empty_header_is_not_a_key(
     server: ServerProcess, headers: dict[str, str], status: int, message: str
 ) -> None:
     connection = HTTPConnection("127.0.0.1", server.port)  # unlike httpx it sends any header

@@ -167,7 +167,7 @@ def test_a_number_of_thousands_of_digits_is_refused_by_the_name_of_its_field(
         assert answer.json()["error"]["param"].startswith(named)
 
 
-def test_models_that_cannot_be(wire: Wire) -> None:
+def test_impossible_models_are_refused(wire: Wire) -> None:
     session = wire.session()
 
     def create(**changes):
@@ -192,7 +192,7 @@ def test_models_that_cannot_be(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "../../etc/passwd", "a b", "x" * 200, "ü", "a\n", "a\x00"])
-def test_names_that_are_none(model: Model, name: str) -> None:
+def test_invalid_names(model: Model, name: str) -> None:
     wire = model.wire
     for path in ("save_weights", "save_weights_for_sampler"):
         answer = wire.post(path, model_id=model.id, seq_id=model.number(), path=name)
@@ -203,7 +203,7 @@ def test_names_that_are_none(model: Model, name: str) -> None:
     assert np.isfinite(model.loss())
 
 
-def test_samples_that_cannot_be(wire: Wire) -> None:
+def test_impossible_samples_are_refused(wire: Wire) -> None:
     session = wire.session()
     made = wire.post(
         "create_sampling_session", session_id=session, sampling_session_seq_id=0, base_model="tiny"

@@ -27,7 +27,7 @@ _DATUM = {
 }
 
 
-def test_a_compilation_is_told_while_it_lasts(
+def test_a_compilation_is_reported_while_it_lasts(
     make_server: ServerMaker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

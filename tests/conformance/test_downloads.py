@@ -193,7 +193,7 @@ def test_external_weights_are_encrypted_to_all_their_recipients(
     assert {path.name for path in on_disk} - {".digests.json"} == {f"{name}.age" for name in EXPORTED}
 
 
-def test_recipients_that_are_none(trained: tinker.TrainingClient) -> None:
+def test_invalid_recipients(trained: tinker.TrainingClient) -> None:
     public = str(pyrage.x25519.Identity.generate().to_public())
     secret = str(pyrage.x25519.Identity.generate())
     for recipients, reason in (

@@ -157,7 +157,7 @@ def calling(**node) -> dict:
         ({"format": 1, "nodes": GRAPH["nodes"][:1] * 600}, "600 nodes"),
     ],
 )
-def test_graphs_that_are_none(wire: Wire, graph: dict, told: str) -> None:
+def test_invalid_graphs(wire: Wire, graph: dict, told: str) -> None:
     refused = create(wire, wire.session(), graph)
     assert refused.status_code == 400
     assert told in refused.json()["detail"]

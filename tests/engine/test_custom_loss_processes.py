@@ -125,7 +125,7 @@ def slow_datum_seconds(trainer, state):
     return finish(trainer.start([slow]))
 
 
-def test_slow_losses_of_two_owners_do_not_delay_a_third_one_s(trainer):
+def test_slow_losses_of_two_tenants_do_not_delay_a_third_one_s(trainer):
     """A third owner's loss takes less time than one datum of theirs, of which each has many."""
     states = [trainer.create(lora(seed=seed)) for seed in range(3)]
     trainer.custom_loss_processes = CustomLossProcesses(datum_seconds=60.0)
@@ -144,7 +144,7 @@ def test_slow_losses_of_two_owners_do_not_delay_a_third_one_s(trainer):
     assert np.median(times) < one_datum / 2
 
 
-def test_an_owner_with_little_use_takes_the_place_of_one_with_much(trainer, monkeypatch):
+def test_a_tenant_with_little_use_takes_the_place_of_one_with_much(trainer, monkeypatch):
     """There are two processes and two owners with slow losses, whose results do not change."""
     started = []
 

@@ -275,7 +275,7 @@ def test_sampling_goes_on_beside_a_long_training_operation(engine):
         ({"lora": lora(train_attn=False, train_mlp=False, train_unembed=False)}, r"nothing would be trained"),
     ],
 )
-def test_a_model_that_cannot_be(engine, fields, expected):
+def test_an_impossible_model_is_refused(engine, fields, expected):
     message = engine.refused(
         messages.CreateModel, **{"model_id": "bad", "base_model": "tiny", "lora": lora(), **fields}
     )
@@ -283,7 +283,7 @@ def test_a_model_that_cannot_be(engine, fields, expected):
     assert "unknown model 'bad'" in engine.refused(messages.OptimStep, model_id="bad", params=ADAM)
 
 
-def test_a_users_error_harms_nobody(engine):
+def test_a_users_error_harms_no_other_request(engine):
     create(engine, "good")
     create(engine, "user")
     before = training_logprobs(engine, "user")
@@ -360,7 +360,7 @@ def test_a_deleted_model_is_unknown_and_its_name_free(engine):
     assert create(engine, "delete").step == 0
 
 
-def test_an_internal_error_has_an_id_in_the_log_and_harms_nobody(engine):
+def test_an_internal_error_has_an_id_in_the_log_and_harms_no_other_request(engine):
     create(engine, "internal")
     create(engine, "internal:other")
     directory = "internal/state-1"
@@ -438,7 +438,7 @@ def test_the_engine_does_not_outlive_its_server(model_folder, tmp_path):
         time.sleep(0.01)
 
 
-def test_a_base_model_that_is_not_there_is_said_plainly(tmp_path):
+def test_a_missing_base_model_is_reported_plainly(tmp_path):
     engine = EngineClient(tmp_path, tmp_path / "nowhere", wait=False)
     assert engine.close() == 1
     log = engine.log.read_text()

@@ -102,7 +102,7 @@ def test_when_a_shared_batch_fails_each_model_is_tried_alone(run, base, monkeypa
     assert answers["3"].output.metrics["optimizer_step"] == 1
 
 
-def test_a_fault_is_told_to_its_owner_alone_and_its_step_is_refused(run, base, monkeypatch, caplog):
+def test_a_fault_is_reported_to_its_model_alone_and_its_step_is_refused(run, base, monkeypatch, caplog):
     trainer = base[1].trainer
     start = trainer.start
 
@@ -173,7 +173,7 @@ def test_a_fault_while_adding_leaves_each_model_added_and_done_or_neither(run, b
             assert answers[name].output.metrics == pytest.approx(answer.output.metrics, rel=1e-4), name
 
 
-def test_a_custom_loss_that_is_stopped_is_paid_for_by_its_owner(run, base, monkeypatch):
+def test_a_custom_loss_that_is_stopped_is_charged_to_its_tenant(run, base, monkeypatch):
     monkeypatch.setattr(base[1].trainer.custom_loss_processes, "datum_seconds", 0.02)
     nodes = [
         {"op": "placeholder", "name": "logprobs", "target": "logprobs"},

@@ -126,7 +126,7 @@ def test_muon_equals_torch_but_for_its_rounding(adjust, nesterov):
     assert relative(np.asarray(got).T - start, parameter.detach().numpy() - start) < 2e-2
 
 
-def test_muon_takes_adamw_for_what_is_no_matrix():
+def test_muon_uses_adamw_for_everything_but_matrices():
     got = ours("muon", {"muon_lr_factor": 7.0}, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
     adam = in_optax(optax.scale_by_adam(0.8, 0.9, 1e-6), decay=0.1)
     assert relative(got["norm"]["weight"], adam["norm"]["weight"]) < 1e-6

@@ -170,7 +170,7 @@ def test_topk_of_the_sampled_tokens(model, sampler):
     )
 
 
-def test_cancelled_requests_leave_at_once_and_disturb_nobody(sampler):
+def test_cancelled_requests_leave_at_once_and_disturb_no_other(sampler):
     kept = request("kept", prompt_of(40), 3, seed=5, max_tokens=60, stop_tokens=[])
     expected = sequences(sample(sampler, kept))
     free = sampler._pool.num_free

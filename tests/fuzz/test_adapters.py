@@ -137,7 +137,7 @@ def test_adapters(rng: random.Random, adapter: Adapter) -> None:
         (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "base_model_name_or_path": 3}', "not a string"),
     ],
 )
-def test_configs_that_are_none(adapter: Adapter, config: bytes, reason: str) -> None:
+def test_invalid_configs(adapter: Adapter, config: bytes, reason: str) -> None:
     (adapter.directory / peft.CONFIG_FILE).write_bytes(config)
     (adapter.directory / peft.ADAPTER_FILE).write_bytes(adapter.tensors)
     with pytest.raises(peft.AdapterError, match=reason):
@@ -154,7 +154,7 @@ def test_configs_that_are_none(adapter: Adapter, config: bytes, reason: str) -> 
     ],
     ids=["pickle", "header of 2^62 bytes", "integers", "a without b"],
 )
-def test_tensors_that_are_none(adapter: Adapter, tensors: bytes, reason: str) -> None:
+def test_invalid_tensors(adapter: Adapter, tensors: bytes, reason: str) -> None:
     (adapter.directory / peft.CONFIG_FILE).write_text(json.dumps(CONFIG))
     (adapter.directory / peft.ADAPTER_FILE).write_bytes(tensors)
     with pytest.raises(peft.AdapterError, match=reason):

@@ -188,12 +188,12 @@ def test_values_that_no_answer_could_show_are_refused(value: Any) -> None:
         requests.CreateSession.model_validate({"user_metadata": {"a": value}})
 
 
-def test_half_a_character_is_no_name() -> None:
+def test_half_a_character_is_not_a_name() -> None:
     with pytest.raises(ValidationError, match="base_model"):
         requests.CreateModel.model_validate({"session_id": "s", "model_seq_id": 0, "base_model": "\ud800"})
 
 
-def test_half_a_character_is_no_stop_string() -> None:
+def test_half_a_character_is_not_a_stop_string() -> None:
     with pytest.raises(ValidationError, match="stop"):
         sample_requests.SamplingParams.model_validate({"stop": ["a", "\ud800"]})
 

@@ -473,7 +473,7 @@ def test_configs_that_we_would_compute_wrongly_are_refused_by_name(tmp_path, var
         ),
     ],
 )
-def test_folders_that_are_no_models_are_refused(tmp_path, files, message):
+def test_folders_that_are_not_models_are_refused(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UnsupportedModelError, match=message):

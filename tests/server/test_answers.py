@@ -45,7 +45,7 @@ def test_an_answer_that_is_added_again_counts_once() -> None:
     assert remembered(answers, 2) == [0, 1]
 
 
-def test_an_owner_with_many_answers_pushes_out_its_own() -> None:
+def test_a_tenant_with_many_answers_pushes_out_its_own() -> None:
     answers = RememberedAnswers(MAX_BYTES)
     small = answered(0, 100)
     small.owner = "other"

@@ -13,7 +13,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_an_owner_waits_for_its_own_bodies_only() -> None:
+def test_a_tenant_waits_for_its_own_bodies_only() -> None:
     async def run() -> None:
         budget, began = Budget(10, 40), []
 

@@ -156,7 +156,7 @@ def test_whatever_a_template_does_wrong_is_a_bad_request_that_says_so(tmp_path, 
         of_folder(folder).conversation(TURNS)
 
 
-def test_a_template_that_is_no_text_is_a_bad_request(tmp_path):
+def test_a_template_that_is_not_text_is_a_bad_request(tmp_path):
     folder = write_tokenizer_folder(tmp_path / "model", chat_template=7)
     with pytest.raises(BadRequest):
         of_folder(folder).conversation(TURNS)

@@ -254,7 +254,7 @@ def test_openai_s_client_understands_answers_that_no_route_gives(
         ("/api/v2/create_session", ""),
     ],
 )
-def test_a_wrong_base_url_is_told_from_its_paths(broken: int, path: str, hint: str) -> None:
+def test_a_wrong_base_url_is_recognised_by_its_paths(broken: int, path: str, hint: str) -> None:
     connection = HTTPConnection("127.0.0.1", broken, timeout=10)
     status, body = post(connection, path)
     assert (status, body["detail"]) == (404, f"there is no route POST {path}{hint}")

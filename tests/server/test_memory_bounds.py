@@ -35,7 +35,7 @@ def sample(request_id: str) -> Operation:
     return Operation(request_id, "me", "sample", "", 0, {})
 
 
-async def test_a_quick_reader_is_told_everything() -> None:
+async def test_a_quick_reader_gets_everything() -> None:
     streams, operation = SampleStreams(), sample("a")
     streams.open("a", "me")
     reading = asyncio.ensure_future(read(streams, operation))
@@ -49,7 +49,7 @@ async def test_a_quick_reader_is_told_everything() -> None:
     assert await reading == list(range(3000))
 
 
-async def test_a_slow_reader_is_told_the_beginning_and_the_end_has_the_rest() -> None:
+async def test_a_slow_reader_gets_the_beginning_and_the_end_has_the_rest() -> None:
     streams, operation = SampleStreams(), sample("a")
     streams.open("a", "me")
     for number in range(3000):

@@ -162,7 +162,7 @@ async def test_commands_write_beside_a_server(tmp_path: Path) -> None:
     owned.close()
 
 
-def test_a_process_is_told_from_another_of_its_number() -> None:
+def test_a_process_is_distinguished_from_another_with_its_number() -> None:
     me = Holder.this_process()
     assert me.has_ended() is False
     assert Holder(me.host, me.pid, me.since, me.machine, "1").has_ended() is True, (

@@ -204,7 +204,7 @@ async def test_without_room_nothing_is_accepted_and_nothing_is_left(tmp_path: Pa
         server.ledger.close()
 
 
-async def test_forgetting_holds_nobody_up(server: Server) -> None:
+async def test_forgetting_delays_no_other_tenant(server: Server) -> None:
     """400 payloads of 500 kB: bytes are written about once, and another tenant's writes wait little while
     they are forgotten. bench/ledger.py measures 1,000."""
     count, size = 400, 500_000

@@ -97,7 +97,7 @@ async def test_a_sample_is_a_sign_of_life(samplers: Samplers, make) -> None:
     assert folder.exists()
 
 
-async def test_directories_of_no_sampler_go_when_they_are_old(
+async def test_old_directories_without_a_sampler_are_removed(
     samplers: Samplers, make, tmp_path: Path
 ) -> None:
     """Inflight saves leave such directories behind; a sampler may yet move to a young one."""

@@ -57,7 +57,7 @@ def test_the_driver_that_a_postgresql_ledger_needs_is_named() -> None:
         Settings(database_url="postgresql://me:secret@db/tinsmith")
 
 
-def test_keys_and_owners() -> None:
+def test_keys_and_tenants() -> None:
     keys = ApiKeys(["alice=tml-one", "alice=tml-two", "tml-three=", "bob=tml-four"])
 
     def owner_of(key: str | None) -> str | None:
@@ -149,7 +149,7 @@ def test_a_file_without_keys_does_not_open_the_server(text: str, tmp_path: Path)
         Settings(api_key_file=file)
 
 
-def test_two_owners_cannot_share_a_key() -> None:
+def test_two_tenants_cannot_share_a_key() -> None:
     with pytest.raises(ValidationError, match="alice and bob have the same key"):
         Settings(api_key=["alice=tml-a", "bob=tml-a"])
     assert len(ApiKeys(["alice=tml-a", "alice=tml-a"]).tenants) == 1

@@ -198,7 +198,7 @@ def test_a_sequence_that_ended_by_another_s_rule_goes_on(model: BaseModel) -> No
         answer([5], {"type": "length"}, output_token_logprobs=[[None, 5, None]]),
     ],
 )
-def test_answers_that_are_no_samples_are_refused(model: BaseModel, wrong: dict) -> None:
+def test_answers_that_are_not_samples_are_refused(model: BaseModel, wrong: dict) -> None:
     (drawing,) = requests.new_drawings(sample(), model, limits())
     with pytest.raises(EndpointRefused):
         drawing.take(wrong, VOCAB_SIZE)

@@ -122,7 +122,7 @@ async def test_a_long_run_keeps_its_newest_steps_whole_and_older_ones_ever_thinn
     assert with_loss > 0.95 * len(steps)
 
 
-async def test_an_owner_s_metrics_are_bounded_in_bytes(server: Server) -> None:
+async def test_a_tenant_s_metrics_are_bounded_in_bytes(server: Server) -> None:
     def train(connection: Connection) -> None:
         wide = {f"{name:02}{'x' * 200}": 1.0 for name in range(100)}
         for number in range(1, 400):

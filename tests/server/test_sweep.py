@@ -82,7 +82,7 @@ async def test_a_tenant_with_huge_answers_expires_no_other_s(server: Server) -> 
 
 
 @given(st.lists(st.integers(0, 1000), max_size=20), st.integers(0, 5000))
-def test_a_fair_share_leaves_nothing_unused_that_somebody_wants(sizes: list[int], total: int) -> None:
+def test_a_fair_share_leaves_nothing_unused_that_a_tenant_wants(sizes: list[int], total: int) -> None:
     share = retention.fair_share(sizes, total)
     kept = [min(size, share) for size in sizes]
     if sum(sizes) <= total:
