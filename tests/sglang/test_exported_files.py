@@ -14,7 +14,7 @@ from tinsmith.model.folder import read_config
 
 from tests.ckpt.test_merged import our_base
 from tests.ckpt.test_peft import ALPHA, RANK, random_adapter
-from tests.tiny_models import hf_config, random_weights
+from tests.tiny_models import hf_config, random_weights, write_model
 
 from .sglang_process import SglangProcess
 
@@ -113,3 +113,24 @@ def test_merged_weights_are_transformers_and_peft_s_on_sglang(
     finally:
         sglang.load_weights(tmp_path / "base", "default")
     np.testing.assert_allclose(scored(http), before, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_merged_mixture_is_transformers_on_sglang(sglang_python: Path, tmp_path: Path) -> None:
+    """SGLang is not sent the adapters of experts, but the model into which they are merged."""
+    model, merged = write_model(tmp_path / "model", "qwen3_moe"), tmp_path / "merged"
+    config = read_config(model)
+    base = in_memory(our_base(config, random_weights(hf_config("qwen3_moe"))))
+    adapter = random_adapter(config)
+    save_merged(merged, base, config, base_folder=model, adapter=adapter, scale=ALPHA / RANK)
+    running = SglangProcess(sglang_python, model, tmp_path / "log").start()
+    try:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            before = scored(client)
+            running.load_weights(merged, "merged")
+            found = scored(client)
+    finally:
+        running.stop()
+    np.testing.assert_allclose(before, by_torch(transformers_model(model)), atol=1e-4)
+    np.testing.assert_allclose(found, by_torch(transformers_model(merged)), atol=1e-4)
+    assert np.abs(found - before).max() > 0.01
