@@ -71,10 +71,11 @@ def stored_layers(base: Base) -> Base:
     """Return `base` with the two-byte floats of its layers as integers, without a copy, if on one CPU device;
     otherwise `base`.
 
-    From a stack of floats, XLA would make one of float32 before it runs the first layer of a scan."""
+    From a stack of floats, XLA would make one of float32 before it runs the first layer of a scan. The
+    matrices of experts, [L, E, in, out], stay as they are."""
     if not _is_on_one_cpu(base["layers"]):
         return base
-    return base | {"layers": jax.tree.map(stored_view, base["layers"])}
+    return base | {"layers": jax.tree.map(lambda w: stored_view(w) if w.ndim < 4 else w, base["layers"])}
 
 
 def adapters_by_layer(stack: LoraStack, config: ModelConfig) -> LoraStack:
