@@ -209,7 +209,7 @@ VARIANTS["nemotron_h"] = {
     "moe_latent_size": 20,
     "tie_word_embeddings": False,
 }
-_SEES = {"qwen3_5"}
+_SEES = {"qwen3_5", "qwen3_5_moe"}
 """The model types whose config.json is nested, and whose files have more than the text half."""
 
 
@@ -224,7 +224,7 @@ def hf_config(variant: str = "llama", **overrides) -> dict:
     }
     text = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
     vision = {
-        "model_type": "qwen3_5_vision",
+        "model_type": f"{config['model_type']}_vision",
         "depth": 1,
         "hidden_size": 16,
         "num_heads": 2,
@@ -233,7 +233,10 @@ def hf_config(variant: str = "llama", **overrides) -> dict:
         "num_position_embeddings": 16,
         "out_hidden_size": config["hidden_size"],
     }
-    return above | {"text_config": text | {"model_type": "qwen3_5_text"}, "vision_config": vision}
+    return above | {
+        "text_config": text | {"model_type": f"{config['model_type']}_text"},
+        "vision_config": vision,
+    }
 
 
 def write_model(
