@@ -38,6 +38,9 @@ from .ledger import accounts, tenancy
 from .ledger.ledger import Ledger
 from .settings import Settings, parse_keys
 
+TenantClass = Literal["admin", "own_quota", "standard"]
+"""Tenants told apart without their names: those of `--admin`, those with a quota of their own, all others."""
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -55,16 +58,14 @@ class Quota:
     requests_per_second: float
     metadata_bytes: int
     queued_bytes: int
+    tenant_class: TenantClass = "standard"
 
 
-TenantClass = Literal["admin", "own_quota", "standard"]
-"""Tenants told apart without their names: those of `--admin`, those with a quota of their own, all others."""
-
-
-class Quotas:
-    """The quotas of tenants: the settings', and those that `tinsmith keys quota` has set."""
+class Quotas(dict[str, Quota]):
+    """The quotas by tenant: the settings', and those that `tinsmith keys quota` has set."""
 
     def __init__(self, settings: Settings):
+        super().__init__()
         self._admins = frozenset(settings.admin)
         self._usual = Quota(
             settings.max_models,
@@ -75,19 +76,22 @@ class Quotas:
             settings.max_metadata_bytes,
             settings.max_queued_bytes,
         )
-        self._own: dict[str, Quota] = {}
+        self._own: Mapping[str, Mapping[str, Any]] = {}
 
-    def of(self, tenant: str) -> Quota:
-        return self._own.get(tenant, self._usual)
-
-    def class_of(self, tenant: str) -> TenantClass:
-        if tenant in self._admins:
-            return "admin"
-        return "own_quota" if tenant in self._own else "standard"
+    def __missing__(self, tenant: str) -> Quota:
+        quota = replace(self._usual, tenant_class="admin") if tenant in self._admins else self._usual
+        self[tenant] = quota
+        return quota
 
     def set_own(self, own: Mapping[str, Mapping[str, Any]]) -> None:
         """Set the quotas that differ from the settings, by tenant."""
-        self._own = {tenant: replace(self._usual, **fields) for tenant, fields in own.items()}
+        if own == self._own:
+            return
+        self._own = own
+        self.clear()
+        for tenant, fields in own.items():
+            tenant_class: TenantClass = "admin" if tenant in self._admins else "own_quota"
+            self[tenant] = replace(self._usual, **fields, tenant_class=tenant_class)
 
     async def read(self, ledger: Ledger) -> None:
         """Read the ledger's quotas."""
@@ -124,7 +128,7 @@ class Caller:
     token: str | None = None
 
 
-_ANYBODY = Caller(LOCAL_OWNER, NO_KEY)
+ANYBODY = Caller(LOCAL_OWNER, NO_KEY)
 
 
 class ApiKeys:
@@ -146,7 +150,7 @@ class ApiKeys:
 
     def _index(self, stored: list[ApiKey]) -> None:
         keys = (*self._given, *stored)
-        self._callers = {key.digest: Caller(key.owner, key) for key in keys}
+        self.callers = {key.digest: Caller(key.owner, key) for key in keys}
         self._by_id = {key.id: key for key in keys}
         self._tenants = frozenset(key.owner for key in keys) or frozenset({LOCAL_OWNER})
 
@@ -158,12 +162,6 @@ class ApiKeys:
     def tenants(self) -> frozenset[str]:
         """The owners of all keys."""
         return self._tenants
-
-    def find(self, key: str | None) -> Caller | None:
-        """Return who sends this key; None if this server does not accept it."""
-        if not self.required:
-            return _ANYBODY
-        return self._callers.get(hashlib.sha256(key.encode()).digest()) if key else None
 
     def with_id(self, identifier: str) -> ApiKey | None:
         return self._by_id.get(identifier)

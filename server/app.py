@@ -27,7 +27,6 @@ from .http.gate import Gate
 from .http.model_creations import ModelCreations
 from .http.monitoring import (
     Metrics,
-    OperationMetrics,
     Overview,
     ServerMetrics,
 )
@@ -49,18 +48,18 @@ from .http.samples import ApiSamples, ServedSamples
 from .ledger import tenancy
 from .ledger.ledger import Ledger, open_owned
 from .models.adapter_imports import AdapterImports
-from .models.admission import Admission
 from .models.losses import CustomLosses
 from .models.recovery import Recovery, Snapshots
 from .models.run import KnownRuns
 from .models.runs import Runs
 from .models.samplers import LiveSamplers, Samplers
+from .models.saves import Saves
 from .models.sessions import NamedModels, Sessions
-from .models.submits import RefusedSaves, SampleSubmits, Saves, Submits, UnusedNumbers
+from .models.submits import Admission, RefusedSaves, SampleSubmits, Submits, UnusedNumbers
 from .offload import Offload
 from .operations.answers import KEPT, SAVES
-from .operations.dispatcher import Dispatcher
-from .operations.operation import stream_of
+from .operations.metrics import OperationMetrics
+from .operations.operation import Dispatcher
 from .operations.operations import Operations
 from .operations.payloads import Payloads
 from .operations.sample_streams import Completions, SampleStreams
@@ -165,7 +164,7 @@ class Application:
         self.ledger = ledger
         self.offload = Offload(_WORKER_BYTES + _MEMORY_PER_BODY_BYTE * settings.max_body_bytes)
         self.payloads = Payloads(ledger, settings.payload_dir, settings.sync_every_commit)
-        disk = Disk(settings.data_dir, settings.disk_reserve_bytes, settings.payload_dir.parent)
+        self.disk = disk = Disk(settings.data_dir, settings.disk_reserve_bytes, settings.payload_dir.parent)
         self.engine = Supervisor(
             settings.engine_config([model.message(settings.is_loopback) for model in base_models.values()]),
             settings.engine_silence_seconds,
@@ -193,7 +192,15 @@ class Application:
 
         # Operations and models.
         dispatcher = Dispatcher(settings.gap_grace_seconds)
-        self.operations = Operations(ledger, self.engine, disk, self.payloads, dispatcher, self.sampling)
+        self.operations = Operations(
+            ledger,
+            self.engine,
+            disk,
+            self.payloads,
+            dispatcher,
+            OperationMetrics(self.metrics.registry, quotas),
+            self.sampling,
+        )
         self.completions = Completions(ledger, self.operations)
         known = KnownRuns()
         self.snapshots = Snapshots(ledger, self.engine, dispatcher, self.payloads, settings)
@@ -217,7 +224,7 @@ class Application:
         self.sessions = Sessions(ledger, self.runs, self.samplers, quotas, settings.session_idle_seconds)
         unused = UnusedNumbers(ledger, dispatcher, self.runs.numbered)
         self.refused_saves = RefusedSaves(unused, settings.refused_save_seconds)
-        submits = Submits(self.runs, self.operations, admission, unused, self.refused_saves)
+        submits = Submits(self.runs, self.operations, dispatcher, admission, unused, self.refused_saves)
         saves = Saves(submits, self.operations, quotas, self.distribution)
         live_samplers = LiveSamplers(self.runs, self.samplers, saves, quotas)
         sample_submits = SampleSubmits(self.operations, admission, streams, self.sampling)
@@ -232,22 +239,22 @@ class Application:
         self.copies = Copies(ledger, disk, quotas, settings.data_dir)
 
         # Plugins that watch or train models.
-        self.wandb = WandbRuns(settings.data_dir / "wandb", settings.wandb_mode, self.runs.known)
-        self.operations.finished.subscribe(self.wandb.answered, "forward_backward", "optim_step")
+        self.wandb = WandbRuns(
+            settings.data_dir / "wandb", settings.wandb_mode, self.runs.known, self.operations.finished
+        )
+        self.runs.opened.subscribe(self.wandb.opened)
         self.spans: OperationSpans | None = None
         if settings.otlp_endpoint is not None:
             from .plugins.tracing import OperationSpans
 
             self.spans = OperationSpans(settings.otlp_endpoint)
             self.operations.finished.subscribe(self.spans.answered)
-        self.operations.finished.subscribe(OperationMetrics(self.metrics.registry, quotas).answered)
         self.operations.finished.subscribe(self.sweep.written, *SAVES, "save_unnamed_sampler")
         self.snapshots.written.subscribe(self.sweep.snapshot_written)
         self.metrics.registry.register(
             ServerMetrics(self.engine, self.operations, self.runs, recovery, ledger, disk, self.sweep)
         )
         overview = Overview(self.engine, self.operations, self.runs, disk, self.sweep)
-        self.operations.finished.subscribe(overview.activity.answered)
         self.runs.finished.subscribe(self.wandb.finish)
         client = TrainingClient(
             ledger,
@@ -325,7 +332,7 @@ class Application:
         self.build(
             self._opened or open_owned(settings.data_dir, settings.ledger_url, settings.sync_every_commit)
         )
-        if moved := await self.payloads.move_old(stream_of, KEPT):
+        if moved := await self.payloads.move_old(KEPT):
             log.info("%d payloads of an older ledger were moved", moved)
         digests = {name: model.digest for name, model in self.base_models.items() if model.digest}
         await self.ledger.write(tenancy.record_digests, digests)
@@ -344,6 +351,7 @@ class Application:
             self.samplers.sweep_forever(),
             self.sweep.sweep_forever(),
             self.sessions.rest_silent_forever(),
+            self.disk.watch_forever(),
         )
         self._background = [asyncio.ensure_future(each) for each in forever]
         if settings.warm_up:

@@ -10,19 +10,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Event(Generic[P]):
-    """Something that happens repeatedly. Its owner calls it, and the call reaches all listeners in the order
-    in which they subscribed, usually at construction."""
-
-    def __init__(self) -> None:
-        self._listeners: list[Callable[P, None]] = []
+class Event(list[Callable[P, None]], Generic[P]):
+    """Something that happens repeatedly, and its listeners. Its owner calls it, and the call reaches all
+    listeners in the order in which they subscribed, usually at construction. What happens with every
+    operation calls the listeners itself: `for listener in event: listener(thing)`."""
 
     def subscribe(self, listener: Callable[P, None]) -> None:
         """Call `listener` from now on."""
-        self._listeners.append(listener)
+        self.append(listener)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        for listener in self._listeners:
+        for listener in self:
             listener(*args, **kwargs)
 
 

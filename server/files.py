@@ -6,6 +6,7 @@ that need room are refused with 507 before the disk is full, and accepted again 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from .errors import StorageFull
 
 _FRESH_SECONDS = 0.25  # many submits at once ask the file system once
+_LOOK_SECONDS = 1.0
 
 
 class Disk:
@@ -48,7 +50,17 @@ class Disk:
                 f"the server's disk has {free >> 20} MiB left, of which {self.reserve_bytes >> 20} MiB are "
                 "kept in reserve; nothing was accepted; send it again when there is room"
             )
-        self.has_room_until = self._asked_at + _FRESH_SECONDS
+        self.has_room_until = max(self.has_room_until, self._asked_at + _FRESH_SECONDS)
+
+    async def watch_forever(self) -> None:
+        """Look at the disk regularly, so that no submit has to wait for the file system."""
+        while True:
+            try:
+                await asyncio.to_thread(self.require_room)
+                self.has_room_until = self._asked_at + 3 * _LOOK_SECONDS
+            except (StorageFull, OSError):
+                self.has_room_until = float("-inf")  # each submit looks for itself
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 # --- files that only the server's user can read, whatever the umask says

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Connection, text
 from tinsmith.engine import messages
 from tinsmith.server.access import Quotas
@@ -12,15 +13,15 @@ from tinsmith.server.base_models import BaseModels
 from tinsmith.server.checkpoints import Checkpoints
 from tinsmith.server.checkpoints.sweep import Sweep
 from tinsmith.server.files import Disk
-from tinsmith.server.ledger import tenancy
+from tinsmith.server.ledger import operations, step_metrics, tenancy
 from tinsmith.server.ledger.ledger import Ledger
 from tinsmith.server.models.recovery import Recovery, Snapshots
 from tinsmith.server.models.run import KnownRuns
 from tinsmith.server.models.runs import Runs
 from tinsmith.server.models.samplers import Samplers
 from tinsmith.server.models.sessions import Sessions
-from tinsmith.server.operations.dispatcher import Dispatcher
-from tinsmith.server.operations.operation import SampleDrawer, Submission
+from tinsmith.server.operations.metrics import OperationMetrics
+from tinsmith.server.operations.operation import Dispatcher, SampleDrawer, Submission
 from tinsmith.server.operations.operations import Operations
 from tinsmith.server.operations.payloads import Payloads
 from tinsmith.server.settings import Settings
@@ -44,7 +45,8 @@ class Server:
         base_models = BaseModels()
         drawer = None if make_drawer is None else make_drawer(settings, engine)
         dispatcher = Dispatcher(settings.gap_grace_seconds)
-        self.operations = Operations(ledger, engine, Disk(data_dir, 0), payloads, dispatcher, drawer)
+        metrics = OperationMetrics(CollectorRegistry(), self.quotas)
+        self.operations = Operations(ledger, engine, Disk(data_dir, 0), payloads, dispatcher, metrics, drawer)
         known = KnownRuns()
         snapshots = Snapshots(ledger, engine, dispatcher, payloads, settings)
         recovery = Recovery(ledger, engine, self.operations, dispatcher, known, settings)
@@ -94,6 +96,15 @@ def sample(number: int, owner: str = "me") -> Submission:
         f"sample/{number}",
         lambda request_id: messages.Sample(request_id, ref, b"", 1, messages.SamplingParams()),
     )
+
+
+def add_metrics(
+    connection: Connection, kind: str, number: int, metrics: dict[str, float], step: int | None
+) -> None:
+    """Metrics of an operation of the model, thinned as often as the server does."""
+    operations.add_metrics(connection, MODEL, kind, number, metrics, step)
+    if number % step_metrics.THIN_EVERY == 0:
+        step_metrics.thin(connection, MODEL)
 
 
 def model(connection: Connection, state: str = "ready", checkpoint: str | None = None) -> None:

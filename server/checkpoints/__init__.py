@@ -239,7 +239,7 @@ class Copies:
         uri = paths.CheckpointUri(run_id, source.segment, source.name)
         directory = paths.new_directory(run_id, source.segment, source.name)
         operation_id = f"copy-{uuid.uuid4().hex}"
-        limit = self._quotas.of(owner).checkpoint_bytes
+        limit = self._quotas[owner].checkpoint_bytes
 
         def begin(connection: Connection) -> bool:
             """Write the rows; return whether there is something left to copy."""

@@ -171,7 +171,9 @@ class Sweep:
 
     async def _forget(self, directories: list[str]) -> None:
         for key in directories:
-            self.engine.send(messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key)))
+            self.engine.outbox.put_own(
+                messages.encode(messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", key))
+            )
             self.on_removed(key)
         await self.ledger.write(retention.forget_checkpoints, directories=directories)
 

@@ -1,10 +1,4 @@
-"""The serving process: runs the application until it is told to stop, and bounds slow connections.
-
-A client that sends half a request, or does not read its answer, holds a descriptor and memory. So the head of
-a request has `stall_seconds` from its first byte (or the connection's beginning), and a body or an answer
-must move within every `stall_seconds`. Between two requests uvicorn's `timeout_keep_alive` applies;
-operations may take as long as they need.
-"""
+"""The serving process: runs the application until it is told to stop."""
 
 from __future__ import annotations
 
@@ -17,21 +11,15 @@ import resource
 import socket
 import sys
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from uvicorn._types import HTTPScope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ...ckpt.tokenizer_files import without_torch
 from ..app import create_app
 from ..base_models import BaseModel
-from ..http.gate import MAX_HEADERS
+from ..http.gate import Connection
 from ..ledger.ledger import Ledger
 from ..settings import Settings
-
-MAX_HEAD_BYTES = 256 << 10
-_HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 
 
 def allow_many() -> None:
@@ -39,89 +27,6 @@ def allow_many() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class Connection(HttpToolsProtocol):
-    """One connection of uvicorn, with limits for slow clients."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._stall_seconds: float = self.config.app.state.services[Settings].stall_seconds  # type: ignore[union-attr]
-        self._request: asyncio.TimerHandle | None = None  # runs while a request is incomplete
-        self._answer: asyncio.TimerHandle | None = None  # runs while an answer is not read
-        self._received: HTTPScope | None = None  # the last request that has arrived as a whole
-        self._has_moved = False
-        self._unread = 0
-        self._head_bytes = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._await_request()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._request, self._answer):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    # --- requests
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._has_moved = True
-        if self.scope is self._received:  # no other request has begun
-            return
-        if self._request is None:
-            self._await_request()
-        if not self._is_in_body():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
-                self.transport.write(_HEAD_TOO_LONG)
-                self.transport.close()
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._received, self._head_bytes = self.scope, 0
-        if self._request is not None:
-            self._request.cancel()
-            self._request = None
-
-    def _is_in_body(self) -> bool:
-        """Return whether the head of the request that arrives is complete."""
-        return self.cycle is not None and self.cycle.scope is self.scope
-
-    def _await_request(self) -> None:
-        self._request = self.loop.call_later(self._stall_seconds, self._look_at_request)
-
-    def _look_at_request(self) -> None:
-        # Nothing moves either while the application has not read what was received.
-        if self._is_in_body() and (self._has_moved or self.flow.read_paused):
-            self._has_moved = False
-            self._await_request()
-        else:
-            self.transport.abort()
-
-    # --- answers
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._await_reader()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._answer is not None:
-            self._answer.cancel()
-            self._answer = None
-
-    def _await_reader(self) -> None:
-        self._unread = self.transport.get_write_buffer_size()
-        self._answer = self.loop.call_later(self._stall_seconds, self._look_at_answer)
-
-    def _look_at_answer(self) -> None:
-        if self.transport.get_write_buffer_size() < self._unread:
-            self._await_reader()
-        else:
-            self.transport.abort()
 
 
 log = logging.getLogger("tinsmith.server")

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -216,6 +216,7 @@ FINAL = frozenset({400, 411, 413, 415, 422})
 """Statuses of bodies that are refused for good."""
 
 
+@dataclass(eq=False)
 class OperationNumber:
     """Finds out, while a body arrives, which operation it is, and uses up its number if it is refused.
 
@@ -223,26 +224,22 @@ class OperationNumber:
     with a field of the wrong type. The model and the number may be anywhere in the JSON (`wire/training.py`).
     """
 
-    def __init__(self, services: Services, owner: str, encoding: str):
-        self._services = services
-        self._owner = owner
-        self._encoding = encoding
-        self._head = bytearray()
-        self._json: JsonNumber | None = None  # of JSON that is longer than the head
-        self.is_complete = False
+    services: Services
+    owner: str
+    encoding: str
+    head: bytearray = field(default_factory=bytearray)  # of the body
+    is_complete: bool = False  # the body has arrived as a whole
+    _json: JsonNumber | None = None  # of JSON that is longer than the head
 
-    def note(self, piece: bytes, is_last: bool) -> None:
-        """Take in the next piece of the body."""
-        self.is_complete = is_last
+    def note(self, piece: bytes) -> None:
+        """Take in the next piece of a body that is longer than the head."""
         if self._json is not None:
             self._json.feed(piece)
-        elif len(self._head) + len(piece) <= COMPRESSED_HEAD_BYTES:
-            self._head += piece
-        elif self._encoding in ("", "identity") and is_json(bytes(self._head) + piece[:_SPACES]):
+        elif self.encoding in ("", "identity") and is_json(bytes(self.head) + piece[:_SPACES]):
             self._json = JsonNumber()
-            self._json.feed(bytes(self._head) + piece)
+            self._json.feed(bytes(self.head) + piece)
         else:
-            self._head += piece[: COMPRESSED_HEAD_BYTES - len(self._head)]
+            self.head += piece[: COMPRESSED_HEAD_BYTES - len(self.head)]
 
     async def use_up(self, answer: bytes) -> None:
         """Use up the number; `answer` is the body of the refusal."""
@@ -251,16 +248,16 @@ class OperationNumber:
         with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
             message = str(orjson.loads(answer)["detail"])
         with contextlib.suppress(ApiError):  # the ledger cannot be written: the others wait, as for any gap
-            await self._services[UnusedNumbers].consume(self._owner, model_id, seq_id, message)
+            await self.services[UnusedNumbers].consume(self.owner, model_id, seq_id, message)
 
     def _found(self) -> tuple[object, object]:
-        head = bytes(self._head)
-        if self._json is None and self._encoding in ("", "identity") and is_json(head):
+        head = bytes(self.head)
+        if self._json is None and self.encoding in ("", "identity") and is_json(head):
             self._json = JsonNumber()
             self._json.feed(head)
         if self._json is not None:
             return self._json.found(self.is_complete)
-        return peek_head(head, self._encoding)
+        return peek_head(head, self.encoding)
 
 
 _SPACES = 64  # that may come before a JSON object

@@ -1,13 +1,20 @@
-"""The gate: the ASGI middleware that every request passes before it reaches the application.
+"""The gate: what every connection and every request passes before it reaches the application.
 
-It gives the request an id, checks who sent it before its body is read, bounds its body, and
-turns exceptions into answers. A request that breaks no rule passes `Gate.__call__`, `receive` and `send`.
+`Gate`, the ASGI middleware, gives the request an id, checks who sent it before its body is read, bounds its
+body, and turns exceptions into answers. A request that breaks no rule passes `Gate.__call__`, `receive` and
+`send`.
+
+`Connection` bounds slow clients. A client that sends half a request, or does not read its answer, holds a
+descriptor and memory. So the head of a request has `stall_seconds` from its first byte (or the connection's
+beginning), and a body or an answer must move within every `stall_seconds`. Between two requests uvicorn's
+`timeout_keep_alive` applies; operations may take as long as they need.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
 import math
@@ -15,15 +22,20 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn._types import HTTPScope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ...engine import logs
-from ..access import SIGNATURE, ApiKeys, Caller, Tokens, UrlSigner
+from ..access import ANYBODY, SIGNATURE, ApiKeys, Caller, Tokens, UrlSigner
 from ..errors import ApiError, BadRequest, InvalidToken, TooLarge, Unauthorized
-from ..models.admission import Admission
+from ..models.submits import Admission
 from ..operations.operation import TRACE_PARENT
+from ..settings import Settings
+from ..wire.training import COMPRESSED_HEAD_BYTES
 from . import console_pages
 from .bodies import FINAL, NUMBERED_PATHS, SMALL_BYTES, TAKEN_FOR_JSON, BodyLimits, OperationNumber, as_json
 from .browser_checks import BrowserChecks
@@ -36,6 +48,8 @@ log = logging.getLogger("tinsmith.requests")
 
 METRICS_PATH = "/metrics"
 MAX_HEADERS = 256
+MAX_HEAD_BYTES = 256 << 10
+_HEAD_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _READ_BYTES = 1 << 30
 _READ_SECONDS = 1.0
@@ -141,14 +155,15 @@ class Gate:
             page = console_pages.file_at(path, headers)
             if page is not None:
                 return console_pages.answer(page, headers, self._keys.required)
-        state = scope.setdefault("state", {})
+        state, key = scope.setdefault("state", {}), _sent_key(headers)
+        known = self._keys.callers.get(hashlib.sha256(key.encode()).digest()) if key else None
         if path in OPEN_PATHS:
             with contextlib.suppress(ApiError):  # with a key the answer has more
-                state["owner"] = self._caller(scope, headers).owner
+                state["owner"] = (known or self._other_caller(scope, key)).owner
         elif path == METRICS_PATH and self._scrape_token is not None:
-            self._require_scrape_token(headers)
+            self._require_scrape_token(key or "")
         else:
-            caller = self._caller(scope, headers)
+            caller = known or self._other_caller(scope, key)
             self._admission.request(caller.owner)
             state["caller"], state["owner"] = caller, caller.owner
             logs.add_ids(tenant=caller.owner)
@@ -165,15 +180,14 @@ class Gate:
             as_json(scope)
         return self._app
 
-    def _caller(self, scope: Scope, headers: Headers) -> Caller:
-        """Return who sent a request: by its key or token, or, without one, by the signature of its URL.
-        Raises Unauthorized, or Forbidden."""
-        key = _sent_key(headers)
+    def _other_caller(self, scope: Scope, key: str | None) -> Caller:
+        """Return who sent a request without one of the server's keys: by a token, or by the signature of its
+        URL. Raises Unauthorized, or Forbidden."""
         if key is None and f"{SIGNATURE}=".encode() in scope["query_string"]:
             query = scope["query_string"].decode("latin-1")
             return Caller(self._signer.tenant_of(scope["method"], scope["path"], query), None)
-        if (caller := self._keys.find(key)) is not None:
-            return caller
+        if not self._keys.required:
+            return ANYBODY
         if key is None:
             raise Unauthorized("missing API key: send it as X-API-Key (TINKER_API_KEY for the SDK)")
         if not key.startswith("eyJ"):  # as the header of every JSON Web Token
@@ -186,9 +200,8 @@ class Gate:
             raise InvalidToken("invalid token: the key that it was made for is not valid any more")
         return Caller(known.owner, known, key)
 
-    def _require_scrape_token(self, headers: Headers) -> None:
+    def _require_scrape_token(self, sent: str) -> None:
         assert self._scrape_token is not None
-        sent = _sent_key(headers) or ""
         if not hmac.compare_digest(sent.encode(), self._scrape_token.get_secret_value().encode()):
             raise Unauthorized("/metrics takes the token of --metrics-token alone, as a bearer token")
 
@@ -223,8 +236,12 @@ class Exchange:
         body = message.get("body", b"")
         self._seen += len(body)
         self._has_ended = not message.get("more_body", False)
-        if self.number is not None:
-            self.number.note(body, self._has_ended)
+        if (number := self.number) is not None:
+            number.is_complete = self._has_ended
+            if self._seen <= COMPRESSED_HEAD_BYTES:
+                number.head += body
+            else:
+                number.note(body)
         if self._seen > self.limit:
             self.is_over = True
             return {"type": "http.disconnect"}
@@ -283,3 +300,86 @@ def _sent_key(headers: Headers) -> str | None:
         scheme, _, credentials = headers.get(b"authorization", b"").strip().partition(b" ")
         key = credentials.strip() if scheme.lower() == b"bearer" else b""
     return key.decode("latin-1") or None
+
+
+class Connection(HttpToolsProtocol):
+    """One connection of uvicorn, with limits for slow clients."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._stall_seconds: float = self.config.app.state.services[Settings].stall_seconds  # type: ignore[union-attr]
+        self._request: asyncio.TimerHandle | None = None  # runs while a request is incomplete
+        self._answer: asyncio.TimerHandle | None = None  # runs while an answer is not read
+        self._received: HTTPScope | None = None  # the last request that has arrived as a whole
+        self._has_moved = False
+        self._unread = 0
+        self._head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._request, self._answer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # --- requests
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._has_moved = True
+        if self.scope is self._received:  # no other request has begun
+            return
+        if self._request is None:
+            self._await_request()
+        if not self._is_in_body():
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+                self.transport.write(_HEAD_TOO_LONG)
+                self.transport.close()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._received, self._head_bytes = self.scope, 0
+        if self._request is not None:
+            self._request.cancel()
+            self._request = None
+
+    def _is_in_body(self) -> bool:
+        """Return whether the head of the request that arrives is complete."""
+        return self.cycle is not None and self.cycle.scope is self.scope
+
+    def _await_request(self) -> None:
+        self._request = self.loop.call_later(self._stall_seconds, self._look_at_request)
+
+    def _look_at_request(self) -> None:
+        # Nothing moves either while the application has not read what was received.
+        if self._is_in_body() and (self._has_moved or self.flow.read_paused):
+            self._has_moved = False
+            self._await_request()
+        else:
+            self.transport.abort()
+
+    # --- answers
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._answer is not None:
+            self._answer.cancel()
+            self._answer = None
+
+    def _await_reader(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._answer = self.loop.call_later(self._stall_seconds, self._look_at_answer)
+
+    def _look_at_answer(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unread:
+            self._await_reader()
+        else:
+            self.transport.abort()

@@ -20,10 +20,10 @@ from ..checkpoints import Checkpoints
 from ..dialect import DIALECT_RULES, Dialect
 from ..errors import BadRequest, NotFound
 from ..ledger.tenancy import model_id
-from ..models.admission import Admission
 from ..models.run import RLVE, WANDB, ModelSpec, NewRun
 from ..models.runs import Runs
 from ..models.sessions import Named, NamedModels, Sessions, check_name, described, warnings_of
+from ..models.submits import Admission
 from ..operations.operation import Operation
 from ..plugins.rlve.runs import RlveRuns, rlve_of
 from ..plugins.wandb import WandbRuns

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,21 +15,18 @@ from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily as Total
 from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.core import Metric
 
 from ... import __version__
 from ...engine import messages
-from ..access import Quotas
 from ..checkpoints.sweep import Sweep
 from ..errors import TooManyRequests
 from ..files import Disk
 from ..ledger.ledger import Ledger
 from ..models.recovery import Recovery
 from ..models.runs import Runs
-from ..operations.operation import Operation
 from ..operations.operations import Operations
 from ..supervision.supervisor import Supervisor
 
@@ -43,49 +39,6 @@ class Metrics:
         self.request_seconds = Histogram(
             "tinsmith_request_seconds", "Duration of requests", ["route", "status"], registry=self.registry
         )
-
-
-class OperationMetrics:
-    """Counts operations by kind, outcome and class of tenant, and their waiting times, device times and
-    tokens."""
-
-    def __init__(self, registry: CollectorRegistry, quotas: Quotas):
-        self._quotas = quotas
-        self._operations = PrometheusCounter(
-            "tinsmith_operations",
-            "Operations that were answered",
-            ["kind", "state", "tenant_class"],
-            registry=registry,
-        )
-        self._wait = Histogram(
-            "tinsmith_operation_wait_seconds",
-            "Time from the acceptance of an operation to its answer that it was not on the device",
-            ["kind"],
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._device = Histogram(
-            "tinsmith_operation_device_seconds",
-            "Time that an operation held the device",
-            ["kind"],
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._tokens = PrometheusCounter(
-            "tinsmith_tokens", "Tokens that answered operations used", ["kind"], registry=registry
-        )
-
-    def answered(self, operation: Operation) -> None:
-        answer = operation.answer
-        state = "done" if isinstance(answer, messages.Done) else "failed"
-        self._operations.labels(operation.kind, state, self._quotas.class_of(operation.owner)).inc()
-        if answer is None:
-            return
-        waited = time.monotonic() - operation.accepted_at - answer.device_seconds
-        self._wait.labels(operation.kind).observe(max(0.0, waited))
-        self._device.labels(operation.kind).observe(answer.device_seconds)
-        for kind, count in operation.used.items():
-            self._tokens.labels(kind).inc(count)
 
 
 @dataclass(eq=False)
@@ -194,29 +147,6 @@ _DISK_STEP = 24  # free space is shown in steps of 16 MiB, so that an idle serve
 _ACTIVE_MODELS = 256  # of an owner
 
 
-class Activity:
-    """Counts the answers of each owner's most recently active models, for pages that show them live."""
-
-    def __init__(self) -> None:
-        self._of_owner: dict[str, OrderedDict[str, int]] = {}
-
-    def answered(self, operation: Operation) -> None:
-        if operation.model_id:
-            self.reported(operation.owner, operation.model_id)
-
-    def reported(self, owner: str, model_id: str) -> None:
-        """Count an answer, or metrics of the model that its client has sent."""
-        counts = self._of_owner.setdefault(owner, OrderedDict())
-        counts[model_id] = counts.get(model_id, 0) + 1
-        counts.move_to_end(model_id)
-        if len(counts) > _ACTIVE_MODELS:
-            counts.popitem(last=False)
-
-    def of(self, owner: str) -> dict[str, int]:
-        """Return a number by model id that changes with each answer."""
-        return dict(self._of_owner.get(owner, {}))
-
-
 @dataclass(eq=False)
 class Overview:
     """The server as one tenant may see it, now and as it changes."""
@@ -226,7 +156,8 @@ class Overview:
     runs: Runs
     disk: Disk
     sweep: Sweep
-    activity: Activity = field(default_factory=Activity, init=False)
+    _reports: dict[str, OrderedDict[str, int]] = field(default_factory=dict, init=False)
+    """How often metrics of a model came from its client, by owner and model, the newest last."""
     _streams: Counter[str] = field(default_factory=Counter, init=False)  # open ones, by owner
 
     def require_stream(self, owner: str) -> None:
@@ -252,6 +183,19 @@ class Overview:
                 await asyncio.sleep(_LOOK_SECONDS)
         finally:
             self._streams[owner] -= 1
+
+    def reported(self, owner: str, model_id: str) -> None:
+        """Note that metrics of the model came from its client."""
+        counts = self._reports.setdefault(owner, OrderedDict())
+        counts[model_id] = counts.get(model_id, 0) + 1
+        counts.move_to_end(model_id)
+        if len(counts) > _ACTIVE_MODELS:
+            counts.popitem(last=False)
+
+    def _revisions(self, owner: str) -> dict[str, int]:
+        """Return a number for each active model, which changes with its answers and its client's reports."""
+        found = Counter(self.operations.newest_answered(owner, _ACTIVE_MODELS))
+        return dict(found + Counter(self._reports.get(owner)))
 
     def of(self, owner: str) -> dict[str, Any]:
         """Return the engine, the queue of the owner's operations, and the disk, as they are now."""
@@ -285,7 +229,7 @@ class Overview:
             },
             "resident_models": sorted(names),
             "disk": self._disk_usage(),
-            "revisions": self.activity.of(owner),
+            "revisions": self._revisions(owner),
         }
 
     def _disk_usage(self) -> dict[str, int] | None:

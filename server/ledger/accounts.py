@@ -67,7 +67,7 @@ def has_keys(url: str) -> bool:
 
 HOUR = 3600
 COUNTERS = ("trained", "prefilled", "prefilled_cached", "sampled", "checkpoints")
-_NOTHING: dict[str, Any] = dict.fromkeys(COUNTERS, 0)
+NOTHING: dict[str, Any] = dict.fromkeys(COUNTERS, 0)
 _KEY = ("owner", "hour", "session_id", "run_id", "base_model")
 
 
@@ -90,13 +90,13 @@ _of_model = select(
 ).where(models.c.id == bindparam("model_id"))
 _DIALECTS = {"sqlite": sqlite, "postgresql": postgresql}
 _ADD = {name: _upsert(dialect, _of_ids) for name, dialect in _DIALECTS.items()}
-_ADD_OF_MODEL = {name: _upsert(dialect, _of_model) for name, dialect in _DIALECTS.items()}
+ADD_OF_MODEL = {name: _upsert(dialect, _of_model) for name, dialect in _DIALECTS.items()}
 
 
 def add_model_usage(connection: Connection, model_id: str, counts: dict[str, int]) -> None:
     """Count what an operation of the model used in this hour."""
-    row = _NOTHING | counts | {"model_id": model_id, "hour": int(time.time()) // HOUR}
-    connection.execute(_ADD_OF_MODEL[connection.dialect.name], row)
+    row = NOTHING | counts | {"model_id": model_id, "hour": int(time.time()) // HOUR}
+    connection.execute(ADD_OF_MODEL[connection.dialect.name], row)
 
 
 def add_usage(
@@ -104,7 +104,7 @@ def add_usage(
 ) -> None:
     """Count what was used in this hour by an operation without a model."""
     key = {"owner": owner, "session_id": session_id, "run_id": run_id, "base_model": base_model}
-    row = _NOTHING | counts | key | {"hour": int(time.time()) // HOUR}
+    row = NOTHING | counts | key | {"hour": int(time.time()) // HOUR}
     connection.execute(_ADD[connection.dialect.name], row)
 
 

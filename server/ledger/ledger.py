@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -86,15 +88,6 @@ def _connect(url: str, sync_every_commit: bool, checkpoints: bool) -> Engine:
     return engine
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    """Return the device and inode of the file that has this name now."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 class Ledger:
     """The database at `url`.
 
@@ -138,7 +131,9 @@ class Ledger:
         with self._engine.connect() as connection:
             self.id = leases.ledger_id(connection)
         self._file = file_of(self._engine)
-        self._identity = self._file and _identity(self._file)
+        self._status = None if self._file is None else self._file.stat()
+        is_shared = self._engine.dialect.name == "postgresql"
+        self._kept_generation = leases.KEPT_GENERATION if is_shared else leases.GENERATION
         self._changes: queue.SimpleQueue = queue.SimpleQueue()
         self.commits, self.commit_seconds = 0, 0.0  # since the server started
         self.lag_seconds = 0.0  # how long the oldest change in the newest commit took, with its wait
@@ -303,8 +298,12 @@ class Ledger:
 
         SQLite would keep writing to the old file, and create a new one for the next connection.
         """
-        if self._file is not None and _identity(self._file) != self._identity:
-            raise Unavailable(f"the ledger's file {self._file.name} is gone; nothing is accepted without it")
+        if self._file is None or self._status is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self._file.stat(), self._status):
+                return
+        raise Unavailable(f"the ledger's file {self._file.name} is gone; nothing is accepted without it")
 
     def _write_forever(self) -> None:
         while (first := self._changes.get()) is not None:
@@ -331,15 +330,28 @@ class Ledger:
 
     def _commit(self, group: list[tuple]) -> None:
         outcomes: list[tuple[asyncio.Future, Any, BaseException | None]] = []
+        lease = self._lease
         try:
             self._require_file()
-            with self._engine.connect().execution_options(writes=True) as connection:
-                if len(group) == 1:
-                    outcomes = [self._alone(connection, *group[0][:2])]
-                else:
-                    with connection.begin():
-                        self._require_lease(connection)
-                        outcomes = [_among_others(connection, *each[:2]) for each in group]
+            with (
+                self._engine.connect().execution_options(writes=True) as connection,
+                connection.begin() as transaction,
+            ):
+                if lease is not None:
+                    held = connection.exec_driver_sql(self._kept_generation).scalar()
+                    if held != lease.generation:
+                        self._lose()
+                        raise LeaseLost
+                if len(group) > 1:
+                    outcomes = [_among_others(connection, *each[:2]) for each in group]
+                else:  # the transaction is its savepoint
+                    change, done, *_ = group[0]
+                    try:
+                        outcomes = [(done, change(connection), None)]
+                    except Exception as error:
+                        _raise_if_unwritable(error)
+                        transaction.rollback()
+                        outcomes = [(done, None, error)]
         except Exception as error:
             if not isinstance(error, LeaseLost):
                 log.exception("the ledger could not be written")
@@ -348,19 +360,6 @@ class Ledger:
             group[0][2].call_soon_threadsafe(_resolve, outcomes)
         except RuntimeError:  # the event loop is closed
             log.debug("the event loop is closed")
-
-    def _alone(
-        self, connection: Connection, change: Callable[[Connection], T], done: asyncio.Future[T]
-    ) -> tuple:
-        """Run one change, with the transaction as its savepoint."""
-        try:
-            with connection.begin():
-                self._require_lease(connection)
-                value = change(connection)
-            return done, value, None
-        except Exception as error:
-            _raise_if_unwritable(error)
-            return done, None, error
 
 
 class LeaseLost(Unavailable):

@@ -1,11 +1,14 @@
 """Rows of operations: accepted once per natural key, answered once.
 
 Numbered samples are listed by sampling session. An uploaded loss is the operation that created it; its
-payload stays until its session ends.
+payload stays until its session ends. With the answer of a pass or a step its tokens are counted, and its
+metrics kept for curves (step_metrics.py).
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +27,13 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 
-from . import accounts, step_metrics
+from . import accounts
+from .payloads import ADD as _ADD_PAYLOAD
 from .payloads import Stored
-from .payloads import add as add_payload
 from .payloads import drop as drop_payload
-from .schema import models, operations, payloads
+from .schema import models, operations, payloads, step_metrics
 from .tenancy import ROW_BYTES, charge
 
 
@@ -44,6 +48,12 @@ _BY_NATURAL_KEY = _with_sizes().where(operations.c.natural_key == bindparam("key
 _BY_ID = _with_sizes().where(operations.c.id == bindparam("key"))
 _FINISH = update(operations).where(operations.c.id == bindparam("key"), operations.c.state == "accepted")
 _ADVANCE = update(models).where(models.c.id == bindparam("key"), models.c.executed_seq < bindparam("seq"))
+_ADD_METRICS: dict[str, Any] = {
+    "sqlite": sqlite.insert(step_metrics).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(step_metrics).on_conflict_do_nothing(),
+}
+_MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
+_METRICS_BYTES = 100  # what a row takes beside its metrics
 
 
 def find_by_natural_key(connection: Connection, natural_key: str) -> Row | None:
@@ -65,58 +75,74 @@ def add(connection: Connection, values: dict[str, Any], stored: Stored | None = 
         row |= {"finished_at": now, "answer_bytes": len(row["answer"])}
     connection.execute(_ADD, row)
     if stored is not None:
-        add_payload(connection, row["id"], row.get("model_id"), row.get("seq_id"), stored)
+        key = {"operation_id": row["id"], "model_id": row.get("model_id"), "seq_id": row.get("seq_id")}
+        connection.execute(_ADD_PAYLOAD, key | vars(stored))
 
 
 def finish(
     connection: Connection,
     request_id: str,
+    kind: str,
+    model_id: str,
+    seq_id: int,
     state: str,
     answer: bytes,
     device_seconds: float,
+    used: dict[str, int] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> bool:
-    """Write an operation's answer unless it has one; return whether it was written."""
+    """Write an operation's answer unless it has one; return whether it was written.
+
+    With a `seq_id`, note that the model's operations up to it have had their turn. Of a pass or a step that
+    was done, what it `used` is counted, and its `metrics` are kept.
+    """
+    now = time.time()
+    if seq_id:
+        advanced = {"executed_seq": seq_id, "last_request_at": now}
+        connection.execute(_ADVANCE, advanced | {"key": model_id, "seq": seq_id})
     values = {
         "key": request_id,
         "state": state,
         "answer": answer,
         "answer_bytes": len(answer),
         "device_seconds": device_seconds,
-        "finished_at": time.time(),
+        "finished_at": now,
     }
-    return connection.execute(_FINISH, values).rowcount == 1
-
-
-def finish_training(
-    connection: Connection,
-    operation_id: str,
-    kind: str,
-    model_id: str,
-    seq_id: int,
-    answer: bytes,
-    device_seconds: float,
-    trained: int,
-    metrics: Mapping[str, float],
-) -> None:
-    """Write the answer of a pass or a step that was done, and what follows from it if it is the first one:
-    the `trained` tokens are counted, and the metrics kept. Non-finite metrics are left out."""
-    is_first = finish(connection, operation_id, "done", answer, device_seconds)
-    advance(connection, model_id, seq_id)
-    if not is_first:
-        return
+    if connection.execute(_FINISH, values).rowcount != 1:
+        return False
     if kind == "forward":  # a replay does not need it
-        drop_payload(connection, operation_id)
-    if trained:
-        accounts.add_model_usage(connection, model_id, {"trained": trained})
-    step = None if (made := metrics.get("optimizer_step")) is None else int(made)
-    measured = {**metrics, "device_seconds:sum": device_seconds}
-    step_metrics.add(connection, model_id, kind, seq_id, measured, step)
+        drop_payload(connection, request_id)
+    if used:
+        row = accounts.NOTHING | used | {"model_id": model_id, "hour": int(now) // accounts.HOUR}
+        connection.execute(accounts.ADD_OF_MODEL[connection.dialect.name], row)
+    if metrics is not None:
+        step = None if (made := metrics.get("optimizer_step")) is None else int(made)
+        measured = {**metrics, "device_seconds:sum": device_seconds}
+        add_metrics(connection, model_id, kind, seq_id, measured, step)
+    return True
 
 
-def advance(connection: Connection, model_id: str, seq_id: int) -> None:
-    """Note that the model's operations up to `seq_id` have had their turn."""
-    advanced = {"executed_seq": seq_id, "last_request_at": time.time()}
-    connection.execute(_ADVANCE, advanced | {"key": model_id, "seq": seq_id})
+def add_metrics(
+    connection: Connection,
+    model_id: str,
+    kind: str,
+    number: int,
+    metrics: Mapping[str, float],
+    step: int | None = None,
+) -> None:
+    """Keep the metrics of one operation of the model. Non-finite values are left out."""
+    finite = [(name[:_MOST_NAME], value) for name, value in metrics.items() if math.isfinite(value)]
+    kept = dict(finite[:_MOST_METRICS])
+    values = {
+        "model_id": model_id,
+        "kind": kind,
+        "number": number,
+        "step": step,
+        "at": time.time(),
+        "size": len(json.dumps(kept)) + _METRICS_BYTES,
+        "metrics": kept,
+    }
+    connection.execute(_ADD_METRICS[connection.dialect.name], values)
 
 
 def unfinished(connection: Connection) -> Sequence[Row]:

@@ -364,15 +364,14 @@ def acquire(
     return Lease(generation)
 
 
-def is_held(connection: Connection, generation: int) -> bool:
-    """Return whether the server with this generation still owns the ledger.
+GENERATION = "SELECT generation FROM lease"
+KEPT_GENERATION = f"{GENERATION} FOR SHARE"
+"""The same in PostgreSQL, for a transaction that keeps the ledger until it ends."""
 
-    In a writing transaction it keeps the ledger until the transaction ends.
-    """
-    query = "SELECT generation FROM lease"
-    if connection.dialect.name == "postgresql" and connection.get_execution_options().get("writes", False):
-        query += " FOR SHARE"
-    return connection.exec_driver_sql(query).scalar() == generation
+
+def is_held(connection: Connection, generation: int) -> bool:
+    """Return whether the server with this generation still owns the ledger."""
+    return connection.exec_driver_sql(GENERATION).scalar() == generation
 
 
 def renew(connection: Connection, generation: int) -> bool:

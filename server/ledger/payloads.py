@@ -41,7 +41,7 @@ class Stored:
     checksum: int | None = None
 
 
-_ADD = insert(payloads)  # built once: they are part of every operation
+ADD = insert(payloads)  # built once: they are part of every operation
 _DROP = delete(payloads).where(payloads.c.operation_id == bindparam("key"))
 
 
@@ -49,7 +49,7 @@ def add(
     connection: Connection, operation_id: str, model_id: str | None, seq_id: int | None, stored: Stored
 ) -> None:
     key = {"operation_id": operation_id, "model_id": model_id, "seq_id": seq_id}
-    connection.execute(_ADD, key | vars(stored))
+    connection.execute(ADD, key | vars(stored))
 
 
 def find(connection: Connection, operation_id: str) -> Stored | None:

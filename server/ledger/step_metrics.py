@@ -6,56 +6,21 @@ before them, a quarter of twice as many before these, and so on.
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, or_, select
-from sqlalchemy.dialects import postgresql, sqlite
 
+from .operations import add_metrics
 from .schema import models, step_metrics
 
 MOST_ROWS = 2048
 MOST_BYTES = 1 << 20
-_THIN_EVERY = 256  # rows of a kind
-_MOST_METRICS, _MOST_NAME = 64, 128  # in one row; characters of a name
+THIN_EVERY = 256
+"""`thin` is called after so many operations of a model."""
 _LARGEST_ROW = 16_384  # bytes, at most
 _REPORTED = "reported"
 _BLOCK = 16
 _NEWEST = 8  # rows of each kind
-# Built once: they are part of every operation.
-_ADD: dict[str, Any] = {
-    "sqlite": sqlite.insert(step_metrics).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(step_metrics).on_conflict_do_nothing(),
-}
-_ROW_BYTES = 100  # what a row takes beside its metrics
-
-
-def add(
-    connection: Connection,
-    model_id: str,
-    kind: str,
-    number: int,
-    metrics: Mapping[str, float],
-    step: int | None = None,
-) -> None:
-    """Add the metrics of one operation of the model. Non-finite values are left out."""
-    finite = [(name[:_MOST_NAME], value) for name, value in metrics.items() if math.isfinite(value)]
-    kept = dict(finite[:_MOST_METRICS])
-    values = {
-        "model_id": model_id,
-        "kind": kind,
-        "number": number,
-        "step": step,
-        "at": time.time(),
-        "size": len(json.dumps(kept)) + _ROW_BYTES,
-        "metrics": kept,
-    }
-    connection.execute(_ADD[connection.dialect.name], values)
-    if number % _THIN_EVERY == 0:
-        thin(connection, model_id)
 
 
 def report(connection: Connection, model_id: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -68,7 +33,7 @@ def report(connection: Connection, model_id: str, step: int, metrics: Mapping[st
     earlier = connection.execute(select(step_metrics.c.metrics).where(of_step)).scalar() or {}
     connection.execute(delete(step_metrics).where(of_step))
     kept = {name: value for name, value in earlier.items() if name not in metrics}
-    add(connection, model_id, _REPORTED, step, dict(metrics) | kept, step)
+    add_metrics(connection, model_id, _REPORTED, step, dict(metrics) | kept, step)
     thin(connection, model_id)
 
 

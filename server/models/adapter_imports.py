@@ -26,11 +26,11 @@ from ..ledger.ledger import Ledger
 from ..ledger.tenancy import model_id
 from ..operations.operation import Operation
 from ..settings import Settings
-from .admission import Admission
 from .run import NewRun
 from .runs import Runs
+from .saves import Saves, save_answer
 from .sessions import Sessions
-from .submits import Saves, Submits, save_answer
+from .submits import Admission, Submits
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class AdapterImports:
 
     async def _require_quota(self, owner: str) -> None:
         """Raise StorageQuotaExceeded if the owner's checkpoints have reached its quota."""
-        limit = self.quotas.of(owner).checkpoint_bytes
+        limit = self.quotas[owner].checkpoint_bytes
 
         def used(connection: Connection) -> int:
             return rows.stored_bytes(connection, owner)

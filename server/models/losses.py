@@ -48,7 +48,7 @@ class CustomLosses:
         tells of one that it refuses later.
         """
         self._require_enabled()
-        limit = self._quotas.of(owner).metadata_bytes
+        limit = self._quotas[owner].metadata_bytes
 
         def within_limits(connection: Connection, _request_id: str) -> None:
             count, size = operation_rows.stored_custom_losses(connection, session_id)

@@ -30,12 +30,11 @@ from ..events import Event
 from ..ledger import payloads as payload_rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
-from ..operations.dispatcher import Dispatcher
-from ..operations.operation import Operation
+from ..operations.operation import Dispatcher, Operation
 from ..operations.operations import Operations
 from ..operations.payloads import Payloads
 from ..settings import Settings
-from ..supervision.outbox import Lane
+from ..supervision.engine_process import Lane
 from ..supervision.supervisor import Supervisor
 from .run import KnownRuns, Run
 
@@ -184,7 +183,7 @@ class Recovery:
                 payload_rows.to_replay, model_id=run.id, after=sent, through=through
             )
             for row in replay:
-                self.engine.send_stored(Lane(run.id), row.operation_id, row.size)
+                self.engine.outbox.put(Lane(run.id), row.operation_id, row.size)
                 self.replayed += 1
             sent = through
         run.resident, run.used_at = True, time.monotonic()

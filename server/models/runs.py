@@ -26,10 +26,9 @@ from ..ledger import operations as operation_rows
 from ..ledger import plugins as plugin_rows
 from ..ledger import tenancy
 from ..ledger.ledger import Ledger
-from ..operations.dispatcher import Dispatcher
-from ..operations.operation import Operation, Submission
+from ..operations.operation import Dispatcher, Operation, Submission
 from ..operations.operations import Operations
-from ..supervision.outbox import Lane
+from ..supervision.engine_process import Lane
 from ..supervision.supervisor import Supervisor
 from .recovery import Recovery, Snapshots
 from .run import KnownRuns, NewRun, Run, from_row
@@ -43,8 +42,8 @@ _REMEMBERED_SECONDS = 3600.0  # models that rest; far longer than any request ho
 class Runs:
     """The models of all tenants.
 
-    Events: `created(run)` for a new model, `ending(run)` for one that is to end, `finished(run_id)` for one
-    of which nothing more will come.
+    Events: `created(run)` for a new model, `opened(run)` for one that is held in memory from now on,
+    `ending(run)` for one that is to end, `finished(run_id)` for one of which nothing more will come.
     """
 
     def __init__(
@@ -70,6 +69,7 @@ class Runs:
         self._base_models = base_models
         self._over: deque[Run] = deque()  # models that have finished, the oldest first
         self.created: Event[[Run]] = Event()
+        self.opened: Event[[Run]] = Event()
         self.ending: Event[[Run]] = Event()
         self.finished: Event[[str]] = Event()
         dispatcher.released.subscribe(self._release)
@@ -143,10 +143,6 @@ class Runs:
             raise BadRequest(f"model {run_id!r}: {run.unusable}, or create another model")
         return run
 
-    def is_early(self, run: Run, seq_id: int) -> bool:
-        """Return whether operations that precede this number have not arrived yet."""
-        return seq_id > self._dispatcher.next_seq(run.id)
-
     def last_seq(self, run: Run) -> int:
         return self._dispatcher.last_seq(run.id)
 
@@ -158,7 +154,7 @@ class Runs:
         message = new.message
         lora = None if message.lora is None else msgspec.structs.asdict(message.lora)
         run: Run | None = None
-        limit = self._quotas.of(new.owner).metadata_bytes
+        limit = self._quotas[new.owner].metadata_bytes
 
         def also(connection: Connection, request_id: str) -> None:
             nonlocal run
@@ -211,6 +207,7 @@ class Runs:
             elif not run.resident:
                 self._recovery.bring_back(run)
             self.created(run)
+            self.opened(run)
         return operation
 
     def _note_creation(self, operation: Operation) -> None:
@@ -229,6 +226,7 @@ class Runs:
         self._dispatcher.open(row.id, row.executed_seq + 1)
         for arrival in early:
             self._dispatcher.add(self._operations.load(arrival))
+        self.opened(run)
         return run
 
     async def resume(self) -> None:
@@ -252,9 +250,12 @@ class Runs:
         if not run.resident or not operation.payload_bytes:
             self._recovery.bring_back(run)
             return
-        self._engine.send_stored(Lane(run.id), operation.request_id, operation.payload_bytes)
+        self._engine.outbox.put(Lane(run.id), operation.request_id, operation.payload_bytes)
         run.bytes_since_snapshot += operation.payload_bytes
-        self._snapshots.take_if_due(run, operation.seq_id)
+        since = operation.seq_id - run.snapshot_seq
+        settings = self._snapshots.settings
+        if since >= settings.snapshot_operations or run.bytes_since_snapshot >= settings.snapshot_bytes:
+            self._snapshots.take_if_due(run, operation.seq_id)
 
     async def bring_back(self, owner: str, run_id: str) -> bool:
         """Restore the owner's model in the engine, unless it is there. Raises NotFound.

@@ -35,7 +35,7 @@ from ..settings import Settings
 from ..supervision.supervisor import Supervisor
 from .run import Run
 from .runs import Runs
-from .submits import Saves
+from .saves import Saves
 
 log = logging.getLogger("tinsmith.samplers")
 
@@ -171,7 +171,7 @@ class Samplers:
         Raises BadRequest for a number that has other weights.
         """
         identifier = sampler_id(session_id, seq_id)
-        limit = self.quotas.of(owner).metadata_bytes
+        limit = self.quotas[owner].metadata_bytes
 
         def change(connection: Connection) -> Row:
             if tenancy.find_sampler(connection, identifier) is None:
@@ -274,7 +274,7 @@ class Samplers:
         for row in gone:
             self._samplers.discard(row.id)
             release = messages.ReleaseSampler(f"release-{uuid.uuid4().hex}", row.directory)
-            self.engine.send(messages.encode(release))
+            self.engine.outbox.put_own(messages.encode(release))
             self.on_removed(row.directory)
             directory = paths.resolve(self.settings.data_dir, row.directory)
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
@@ -396,7 +396,7 @@ class LiveSamplers:
         forgotten since, QuotaExceeded, or Unavailable at a stop.
         """
         directory = new_directory(run.id)
-        limit = self._quotas.of(run.owner).metadata_bytes
+        limit = self._quotas[run.owner].metadata_bytes
 
         def reserve(connection: Connection, _request_id: str) -> None:
             add(connection, limit, run.owner, run.session_id, identifier, run.base_model, None, directory)

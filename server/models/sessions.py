@@ -30,10 +30,10 @@ from ..ledger.ledger import Ledger
 from ..ledger.tenancy import model_id
 from ..operations.operation import Operation
 from ..operations.operations import Operations
-from .admission import Admission
 from .run import RLVE, ModelSpec, NewRun, Run
 from .runs import Runs
 from .samplers import Recent, Samplers
+from .submits import Admission
 
 log = logging.getLogger("tinsmith.sessions")
 
@@ -71,7 +71,7 @@ class Sessions:
         Raises QuotaExceeded.
         """
         identifier = session_id or uuid.uuid4().hex
-        limit = self._quotas.of(owner).metadata_bytes
+        limit = self._quotas[owner].metadata_bytes
 
         def add(connection: Connection) -> None:
             if session_id is not None and tenancy.find_session(connection, session_id) is not None:

@@ -1,4 +1,4 @@
-"""Submits: operations of models, samples and saves, from a router to the ledger.
+"""Submits: operations of models, and samples, from a router to the ledger; and who is admitted.
 
 A submit is checked, finds its place in the tenant's quota, gets its number in the model's sequence, and is
 accepted. When a submit is refused for good, its number is used up, so that the operations after it can run.
@@ -7,32 +7,209 @@ accepted. When a submit is refused for good, its number is used up, so that the 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 from sqlalchemy import Connection
 
-from ...ckpt import paths
 from ...engine import messages
 from ..access import Quotas
-from ..checkpoints import expiry, named
-from ..dialect import DIALECT_RULES, Dialect
-from ..errors import ApiError, BadRequest, StorageQuotaExceeded
-from ..ledger import checkpoints as checkpoint_rows
+from ..dialect import Dialect
+from ..errors import ApiError, BadRequest, QuotaExceeded, StorageQuotaExceeded, TooManyRequests
 from ..ledger import operations as rows
 from ..ledger.ledger import Ledger
 from ..ledger.operations import SAMPLE, SampleNumber
 from ..operations.answers import REPLAYED
-from ..operations.dispatcher import Dispatcher
-from ..operations.operation import Operation, Submission, natural_key
+from ..operations.operation import Dispatcher, Operation, Submission, natural_key
 from ..operations.operations import Operations
 from ..operations.sample_streams import SampleStreams
-from .admission import Admission
 from .run import Run
 from .runs import Runs
+
+log = logging.getLogger("tinsmith.admission")
+
+BURST_SECONDS = 10.0
+"""A tenant that was quiet for so long may send that much of its rate at once."""
+_PAUSED_SECONDS = 30.0  # how long polls tell of a 429: a poll waits nearly as long
+_MODELS_NAMED = 5
+
+
+@dataclass
+class _Bucket:
+    """The state of a rate limit that allows bursts (Turner's token bucket). It is full at first."""
+
+    used: float = 0.0  # tokens
+    at: float = 0.0  # of the clock
+
+
+@dataclass
+class _Queue:
+    """One tenant's operations that are accepted and not answered, or about to be accepted."""
+
+    accepted: set[Operation] = field(default_factory=set)
+    arriving: int = 0
+    bytes: int = 0  # of the payloads of `accepted`
+
+
+class Queues(dict[str, _Queue]):
+    """The unanswered operations of some kind, by tenant, and their places.
+
+    `quota`: the field of `Quota` that limits them. `what`: their name for people.
+    `refuse(tenant, reason)` returns the error for an operation that has no place.
+    """
+
+    def __init__(self, quotas: Quotas, quota: str, what: str, refuse: Callable[[str, str], TooManyRequests]):
+        super().__init__()
+        self._quotas = quotas
+        self._quota = quota
+        self._what = what
+        self._refuse = refuse
+
+    def enter(self, tenant: str) -> None:
+        """Keep a place for an operation that is about to be accepted, until `leave`. Raises
+        TooManyRequests."""
+        quota, queue = self._quotas[tenant], self.get(tenant) or _Queue()
+        limit = getattr(quota, self._quota)
+        if queue.bytes >= quota.queued_bytes:
+            raise self._refuse(
+                tenant,
+                f"the requests of this key's tenant that wait for their answers have {queue.bytes} bytes, "
+                f"its quota is {quota.queued_bytes}; send more when some have come back",
+            )
+        if len(queue.accepted) + queue.arriving >= limit:
+            raise self._refuse(tenant, f"{limit} {self._what}")
+        queue.arriving += 1
+        self[tenant] = queue
+
+    def leave(self, tenant: str, operation: Operation | None) -> None:
+        """Give the place to the operation, if it was accepted, until its answer."""
+        queue = self[tenant]
+        queue.arriving -= 1
+        if operation is not None and operation.answer is None and not operation.expired:
+            if operation not in queue.accepted:
+                queue.accepted.add(operation)
+                queue.bytes += operation.payload_bytes
+        elif not queue.arriving and not queue.accepted:
+            del self[tenant]
+
+    def add(self, operation: Operation) -> None:
+        """Count an operation that was accepted before the start."""
+        self.setdefault(operation.owner, _Queue()).arriving += 1
+        self.leave(operation.owner, operation)
+
+
+class Admission:
+    """Lets in requests, operations, samples and models, up to the quotas of their tenants, so that no tenant
+    keeps out the others.
+
+    What is refused for the moment gets 429, which clients send again; meanwhile the tenant's polls say why
+    (`paused`). What waiting does not change is refused for good.
+    """
+
+    def __init__(self, quotas: Quotas, clock: Callable[[], float] = time.monotonic):
+        self._quotas = quotas
+        self._clock = clock
+        what = "operations of this key's tenant are queued, which is its quota; send more when some are done"
+        self.operations = Queues(quotas, "queued_operations", what, self.refuse)
+        self.early = Queues(quotas, "queued_operations", what, self.refuse)
+        """Operations that come before their turn: they do not take the places of those that they wait for."""
+        self.samples = Queues(
+            quotas,
+            "waiting_samples",
+            "samples of this key's tenant are waiting for their answers, which is its quota; "
+            "send more when some have come back",
+            self.refuse,
+        )
+        self._creating: Counter[str] = Counter()
+        self._buckets: defaultdict[str, _Bucket] = defaultdict(_Bucket)
+        self._refused: dict[str, tuple[float, str]] = {}  # by tenant: when its last 429 was, and why
+
+    def take_up(self, unanswered: Iterable[Operation]) -> None:
+        """Count the operations from before the start."""
+        for operation in unanswered:
+            (self.samples if operation.kind == SAMPLE else self.operations).add(operation)
+
+    def answered(self, operation: Operation) -> None:
+        """Give the operation's place to another one."""
+        tenant = operation.owner
+        for queues in (self.samples, self.operations, self.early):
+            if tenant in queues and operation in (queue := queues[tenant]).accepted:
+                queue.accepted.discard(operation)
+                queue.bytes -= operation.payload_bytes
+                if not (queue.accepted or queue.arriving):
+                    del queues[tenant]
+
+    def paused(self, tenant: str) -> str | None:
+        """Return why the tenant was told to wait, if that was just now."""
+        at, reason = self._refused.get(tenant, (0.0, ""))
+        return reason if reason and self._clock() - at < _PAUSED_SECONDS else None
+
+    def refuse(self, tenant: str, reason: str, seconds: float = 1.0) -> TooManyRequests:
+        """Return the error for what the tenant may send again after so long, and remember the reason."""
+        if self.paused(tenant) is None:
+            log.info("tenant %s is told to wait: %s", tenant, reason)
+        self._refused[tenant] = (self._clock(), reason)
+        return TooManyRequests(reason, seconds)
+
+    def request(self, tenant: str) -> None:
+        """Let in a request of any kind. Raises TooManyRequests over the tenant's rate.
+
+        Each request takes a token. A tenant's bucket holds `BURST_SECONDS` of its rate, but at least one
+        token, and tokens come back at that rate.
+        """
+        rate, bucket, now = self._quotas[tenant].requests_per_second, self._buckets[tenant], self._clock()
+        bucket.used, bucket.at = max(0.0, bucket.used - rate * (now - bucket.at)), now
+        over = bucket.used + 1 - max(1.0, rate * BURST_SECONDS)
+        if over > 0:
+            reason = f"this key's tenant may send {rate:g} requests a second; it sends more"
+            raise self.refuse(tenant, reason, over / rate)
+        bucket.used += 1
+
+    @contextmanager
+    def model(self, tenant: str, model_id: str, alive: list[Run]) -> Iterator[None]:
+        """Let in a new model, or one that is among those alive. Raises QuotaExceeded."""
+        limit = self._quotas[tenant].models
+        known = any(run.id == model_id for run in alive)
+        if not known and len(alive) + self._creating[tenant] >= limit:
+            raise QuotaExceeded(
+                f"this key's tenant has {len(alive)} models alive, its quota is {limit}: {_named(alive)}. "
+                "Save what is needed and end the session of one (ServiceClient.close, or "
+                "POST /api/v1/sessions/<session>/finish); models of silent sessions leave by themselves"
+            )
+        self._creating[tenant] += 1
+        try:
+            yield
+        finally:
+            self._creating[tenant] -= 1
+            if not self._creating[tenant]:
+                del self._creating[tenant]
+
+    def come_back(self, tenant: str, alive: list[Run]) -> None:
+        """Let in a model that left the engine and is needed again. Raises TooManyRequests."""
+        limit = self._quotas[tenant].models
+        if len(alive) >= limit:
+            raise self.refuse(
+                tenant,
+                f"this model had left the engine, and {len(alive)} others of this key's tenant are alive, "
+                f"which is its quota: {_named(alive)}; it comes back when one of them leaves",
+                5.0,
+            )
+
+
+def _named(runs: list[Run]) -> str:
+    """Name the runs that were used longest ago, by id, which begins with the session's."""
+    now = time.monotonic()
+    oldest = sorted(runs, key=lambda run: run.used_at)[:_MODELS_NAMED]
+    shown = ", ".join(f"{run.id} (used {now - run.used_at:.0f} s ago)" for run in oldest)
+    more = len(runs) - _MODELS_NAMED
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 class UnusedNumbers:
@@ -142,12 +319,14 @@ class Submits:
         self,
         runs: Runs,
         operations: Operations,
+        dispatcher: Dispatcher,
         admission: Admission,
         unused: UnusedNumbers,
         refused_saves: RefusedSaves,
     ):
         self._runs = runs
         self._operations = operations
+        self._dispatcher = dispatcher
         self._admission = admission
         self._unused = unused
         self._refused_saves = refused_saves
@@ -174,9 +353,13 @@ class Submits:
             )
         number = self._runs.reserve_seq(run) if seq_id is None else run.seq_base + seq_id
         try:
-            if not self._runs.is_alive(run):
+            if not run.resident and not self._runs.is_alive(run):
                 self._admission.come_back(run.owner, self._runs.alive(run.owner))
-            with self._admission.operation(run.owner, self._runs.is_early(run, number)) as accepted:
+            is_early = number > self._dispatcher.sequences[run.id].next_seq
+            queues = self._admission.early if is_early else self._admission.operations
+            queues.enter(run.owner)
+            operation = None
+            try:
                 operation = await self._operations.accept(
                     Submission(
                         run.owner,
@@ -190,7 +373,8 @@ class Submits:
                         run.dialect,
                     )
                 )
-                accepted(operation)
+            finally:
+                queues.leave(run.owner, operation)
         except ApiError as error:
             if seq_id is None:  # nobody will send this number again
                 await self._unused.give_up(run.owner, run.id, number, error.message)
@@ -257,26 +441,29 @@ class SampleSubmits:
                 opened = request_id
             return msgspec.structs.replace(sample, request_id=request_id)
 
+        samples = self._admission.samples
+        samples.enter(owner)
+        operation: Operation | None = None
         try:
-            with self._admission.sample(owner) as accepted:
-                operation = await self._operations.accept(
-                    Submission(
-                        owner,
-                        SAMPLE,
-                        number.natural_key if number else None,
-                        message,
-                        reply or {},
-                        dialect=dialect,
-                        session_id=number.session_id if number else None,
-                        sampler_id=number.sampler_id if number else None,
-                        sample_number=number.number if number else None,
-                    )
+            operation = await self._operations.accept(
+                Submission(
+                    owner,
+                    SAMPLE,
+                    number.natural_key if number else None,
+                    message,
+                    reply or {},
+                    dialect=dialect,
+                    session_id=number.session_id if number else None,
+                    sampler_id=number.sampler_id if number else None,
+                    sample_number=number.number if number else None,
                 )
-                accepted(operation)
+            )
         except ApiError:
             if opened is not None:
                 self._streams.close(opened)
             raise
+        finally:
+            samples.leave(owner, operation)
         return operation
 
     def cancel(self, operation: Operation) -> None:
@@ -284,140 +471,3 @@ class SampleSubmits:
         self._streams.close(operation.request_id)
         if operation.answer is None and not self._operations.stopped:
             self._operations.cancel(operation)
-
-
-def spelled(run: Run, uri: paths.CheckpointUri) -> str:
-    """Spell a checkpoint's path as the model's client does."""
-    return f"{DIALECT_RULES[run.dialect].scheme}{run.name}/{uri.checkpoint_id}"
-
-
-def save_answer(kind: str, run: Run, uri: paths.CheckpointUri) -> dict[str, Any]:
-    """Make the answer to a save, without its size."""
-    return {
-        "type": kind,
-        "path": spelled(run, uri),
-        "name": uri.name,
-        "checkpoint_path": spelled(run, uri),
-        "tinker_path": str(uri),
-        "xorl_path": f"{paths.XORL_SCHEME}{run.name}/{uri.checkpoint_id}",
-    }
-
-
-Reservation = Callable[[Connection, str], messages.Failed | None]
-"""A save's own part of the transaction that accepts it."""
-
-
-class SavedWeights(Protocol):
-    """Uses weights that are saved for samplers."""
-
-    def is_awaited(self, base_model: str, owner: str) -> bool:
-        """Return whether weights that the owner saves are wanted as soon as they are there."""
-
-    def follow(self, operation: Operation, save: messages.ToEngine | None, base_model: str) -> None:
-        """Note that a save was accepted; `save` is its message, None if it was made before."""
-
-
-class Saves:
-    """Saves the weights of models."""
-
-    def __init__(self, submits: Submits, operations: Operations, quotas: Quotas, saved: SavedWeights):
-        self._submits = submits
-        self._operations = operations
-        self._quotas = quotas
-        self._saved = saved
-
-    async def state(self, run: Run, name: str, seq_id: int | None = None, **fields: Any) -> Operation:
-        """Save the training state under this name; `fields` are those of `checkpoint`. Raises ApiError."""
-        uri = named(run.id, "weights", name)
-        directory = paths.new_directory(uri.run, uri.segment, uri.name)
-        return await self._submits.submit(
-            run,
-            "save_weights",
-            seq_id,
-            messages.SaveState(request_id="", model_id=run.id, directory=directory),
-            save_answer("save_weights", run, uri),
-            self.checkpoint(run, uri, directory, **fields),
-        )
-
-    async def named_sampler(
-        self, run: Run, seq_id: int | None, directory: str, reply: dict[str, Any], reserve: Reservation
-    ) -> Operation:
-        """Save weights to sample from as a checkpoint. Raises ApiError."""
-        message = messages.SaveSampler("", run.id, directory)
-        return await self._sampler(run, "save_weights_for_sampler", seq_id, message, reply, reserve, None)
-
-    async def unnamed_sampler(
-        self,
-        run: Run,
-        seq_id: int | None,
-        directory: str,
-        reply: dict[str, Any],
-        reserve: Reservation,
-        key: str | None = None,
-    ) -> Operation:
-        """Save weights that only a sampling session names. `key` as in `Submits.submit`. Raises ApiError."""
-        urgent = self._saved.is_awaited(run.base_model, run.owner)
-        message = messages.SaveSampler("", run.id, directory, deferred=True, urgent=urgent)
-        return await self._sampler(run, "save_unnamed_sampler", seq_id, message, reply, reserve, key)
-
-    async def _sampler(
-        self,
-        run: Run,
-        kind: str,
-        seq_id: int | None,
-        message: messages.SaveSampler,
-        reply: dict[str, Any],
-        reserve: Reservation,
-        key: str | None,
-    ) -> Operation:
-        operation = await self._submits.submit(run, kind, seq_id, message, reply, reserve, key)
-        self._saved.follow(operation, await self._operations.message(operation), run.base_model)
-        return operation
-
-    def checkpoint(
-        self,
-        run: Run,
-        uri: paths.CheckpointUri,
-        directory: str,
-        ttl_seconds: int | None = None,
-        overwrite: bool = False,
-        user_metadata: dict[str, str] | None = None,
-    ) -> Reservation:
-        """Reserve the name in the transaction of the submit; a name that is taken fails the operation.
-
-        Raises StorageQuotaExceeded there, until the tenant deletes checkpoints.
-        """
-        expires_at = expiry(ttl_seconds)
-        limit = self._quotas.of(run.owner).checkpoint_bytes
-
-        def also(connection: Connection, request_id: str) -> messages.Failed | None:
-            # What a name of a model means is one thing, also when the model was unloaded and made again.
-            taken = checkpoint_rows.is_taken(connection, uri) or (
-                run.alias is not None
-                and checkpoint_rows.find_by_alias(connection, run.owner, run.alias, uri) is not None
-            )
-            if not overwrite and taken:
-                message = f"checkpoint {spelled(run, uri)!r} exists; choose another name"
-                if uri.segment == "weights":
-                    message += " or set overwrite"
-                return messages.Failed(request_id, message, "user")
-            if (used := checkpoint_rows.stored_bytes(connection, run.owner)) >= limit:
-                raise StorageQuotaExceeded(
-                    f"the checkpoints of this key's tenant take {used} bytes, its quota is {limit}; "
-                    "delete some, or give them a ttl"
-                )
-            checkpoint_rows.add(
-                connection,
-                uri,
-                owner=run.owner,
-                operation_id=request_id,
-                directory=directory,
-                base_model=run.base_model,
-                lora=run.lora,
-                optimizer=run.optimizer,
-                user_metadata=user_metadata,
-                expires_at=expires_at,
-            )
-            return None
-
-        return also

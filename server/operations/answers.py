@@ -1,4 +1,4 @@
-"""Answers of operations: what each one changes in the ledger, and the newest ones in memory.
+"""Answers of operations: what each one changes in the ledger.
 
 An answer decides whether a replay still needs the operation, counts what the operation used, and settles the
 checkpoint, sampler or model that the operation was about.
@@ -6,15 +6,13 @@ checkpoint, sampler or model that the operation was about.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-
 from sqlalchemy import Connection
 
 from ...engine import messages
 from ..ledger import accounts, tenancy
 from ..ledger import checkpoints as checkpoint_rows
 from ..ledger import payloads as payload_rows
-from .operation import Answer, Operation, held_bytes
+from .operation import Answer, Operation
 
 REPLAYED = frozenset(
     {"forward_backward", "optim_step", "drop_gradients", "load_weights", "save_unnamed_sampler"}
@@ -25,53 +23,6 @@ KEPT = frozenset({"create_custom_loss"})
 _KEPT_WHEN_DONE = REPLAYED | KEPT
 SAVES = ("save_weights", "save_weights_for_sampler", "save_weights_external")
 """Operations that save a checkpoint."""
-_REMEMBERED_BYTES = 16 << 20
-_OPERATION_BYTES = 2048  # its objects, whatever is in them
-
-
-class RememberedAnswers:
-    """The newest answered operations by id, up to so many bytes; older ones are read from the ledger.
-
-    An owner with more than half of the bytes is the first to lose its oldest.
-    """
-
-    def __init__(self, max_bytes: int = _REMEMBERED_BYTES):
-        self._max_bytes = max_bytes
-        self._operations: dict[str, Operation] = {}
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # by id, the oldest first
-        self._of_owner: dict[str, OrderedDict[str, None]] = {}  # ids, the oldest first
-        self._bytes_of_owner: Counter[str] = Counter()
-        self._bytes = 0
-
-    def get(self, request_id: str) -> Operation | None:
-        return self._operations.get(request_id)
-
-    def forget(self, owner: str) -> None:
-        """Forget the owner's operations here; the ledger may still have them."""
-        for request_id in list(self._of_owner.get(owner, ())):
-            self._remove(request_id)
-
-    def add(self, operation: Operation) -> None:
-        request_id, owner = operation.request_id, operation.owner
-        if request_id in self._operations:
-            self._remove(request_id)
-        size = _OPERATION_BYTES + held_bytes(operation.answer) + held_bytes(operation.reply)
-        self._operations[request_id] = operation
-        self._sizes[request_id] = size
-        self._of_owner.setdefault(owner, OrderedDict())[request_id] = None
-        self._bytes_of_owner[owner] += size
-        self._bytes += size
-        while self._bytes > self._max_bytes and len(self._operations) > 1:
-            is_greedy = self._bytes_of_owner[owner] > self._max_bytes / 2 and len(self._of_owner[owner]) > 1
-            self._remove(next(iter(self._of_owner[owner] if is_greedy else self._sizes)))
-
-    def _remove(self, request_id: str) -> None:
-        owner, size = self._operations.pop(request_id).owner, self._sizes.pop(request_id)
-        self._bytes -= size
-        self._bytes_of_owner[owner] -= size
-        del self._of_owner[owner][request_id]
-        if not self._of_owner[owner]:
-            del self._of_owner[owner], self._bytes_of_owner[owner]
 
 
 def settle(

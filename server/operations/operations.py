@@ -8,6 +8,7 @@ Polls wait for an event and are answered from memory; older answers come from th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -23,14 +24,21 @@ from ..errors import ApiError, BadRequest
 from ..events import Event, EventByKind
 from ..files import Disk
 from ..ledger import operations as rows
-from ..ledger import retention
+from ..ledger import retention, step_metrics
 from ..ledger.ledger import Ledger
 from ..ledger.payloads import PayloadLost, Stored
-from ..supervision.outbox import Lane
+from ..supervision.engine_process import Lane
 from ..supervision.supervisor import Supervisor
-from .answers import KEPT, RememberedAnswers, settle, used
-from .dispatcher import Dispatcher
-from .operation import Answer, Operation, SampleDrawer, Submission, stream_of
+from .answers import KEPT, settle, used
+from .metrics import OperationMetrics
+from .operation import (
+    Answer,
+    Dispatcher,
+    KnownOperations,
+    Operation,
+    SampleDrawer,
+    Submission,
+)
 from .payloads import Payloads
 
 log = logging.getLogger("tinsmith.operations")
@@ -38,31 +46,8 @@ log = logging.getLogger("tinsmith.operations")
 T = TypeVar("T")
 
 _CANCELLED = "cancelled"
+_PIECE_BYTES = 512  # of the objects of a tensor or a sequence in an answer, beside its numbers
 _TRAINED = (messages.ForwardBackwardOutput, messages.OptimStepOutput)
-
-
-class PendingOperations(dict[str, Operation]):
-    """Operations without an answer, by id, oldest first, with an index by model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._of_model: dict[str, dict[str, Operation]] = {}
-
-    def add(self, operation: Operation) -> None:
-        self[operation.request_id] = operation
-        self._of_model.setdefault(operation.model_id, {})[operation.request_id] = operation
-
-    def discard(self, request_id: str) -> None:
-        operation = self.pop(request_id, None)
-        if operation is not None:
-            mine = self._of_model[operation.model_id]
-            del mine[request_id]
-            if not mine:
-                del self._of_model[operation.model_id]
-
-    def of_model(self, model_id: str) -> list[Operation]:
-        """Return the model's operations, oldest first."""
-        return list(self._of_model.get(model_id, {}).values())
 
 
 class Operations:
@@ -80,18 +65,21 @@ class Operations:
         disk: Disk,
         payloads: Payloads,
         dispatcher: Dispatcher,
+        metrics: OperationMetrics,
         drawer: SampleDrawer | None = None,
     ):
         self._ledger = ledger
         self._engine = engine
+        self._outbox = engine.outbox
         self._disk = disk
         self._payloads = payloads
         self._dispatcher = dispatcher
         self._drawer = drawer
+        self._metrics = metrics
         self.finished: EventByKind[Operation] = EventByKind()
         self.weights_missing: Event[[Operation, str]] = Event()
-        self._pending = PendingOperations()
-        self._remembered = RememberedAnswers()
+        self.known = KnownOperations()
+        """Those in memory."""
         self._tasks: set[asyncio.Task] = set()
         self.accepted = 0  # since the start
         self.stopped = False  # polls are not to wait any more
@@ -106,7 +94,8 @@ class Operations:
         Raises BadRequest if that first one was refused, or the turn of its number is over; Unavailable at a
         stop, or if the engine does not start; StorageFull if there is no room for a new one.
         """
-        self._engine.require_submits()
+        if self._engine.may_refuse_submits:
+            self._engine.require_submits()
         # Shielded: a client that hangs up between the commit and the dispatch must not lose the operation.
         return await asyncio.shield(self._begin(self._accept(submission)))
 
@@ -133,29 +122,31 @@ class Operations:
             session_id=submission.session_id,
             dialect=submission.dialect,
         )
-        self._pending.add(operation)
+        self.known.add(operation)
         stored: Stored | None = None
         try:
             if payload is not None:
-                stream, inline = stream_of(operation.model_id, operation.kind), operation.kind in KEPT
+                stream, inline = operation.model_id or operation.kind, operation.kind in KEPT
                 is_new = partial(self._is_new, submission.natural_key)
                 stored = await self._payloads.store(stream, request_id, payload, inline, is_new)
                 del payload
-            is_past = 0 < operation.seq_id < self._dispatcher.next_seq(operation.model_id)
+            is_past = bool(operation.seq_id) and (
+                operation.seq_id < self._dispatcher.sequences[operation.model_id].next_seq
+            )
             result = await self._ledger.write(self._write, operation, submission, stored, is_past)
         except BaseException:
-            self._pending.discard(request_id)
+            self.known.discard(operation)
             self._payloads.forget(request_id)
             if stored is not None:
                 await self._payloads.settled(stored, is_committed=False)
             raise
-        if stored is not None:
+        if stored is not None and stored.file is not None:
             await self._payloads.settled(stored, is_committed=result is None)
         if isinstance(result, Answer):
             operation.answer = result
-            self._remember(operation)
+            self.known.answered(operation, len(messages.encode(result)))
         elif result is not None:
-            self._pending.discard(request_id)
+            self.known.discard(operation)
             self._payloads.forget(request_id)
             return self._first(result)
         operation.committed = True
@@ -275,10 +266,10 @@ class Operations:
         assert operation.payload_bytes
         model_id = behind or operation.model_id
         lane = Lane(model_id) if model_id else Lane(owner=f"{operation.kind} of {operation.owner}")
-        if operation.sent_in != self._engine.life and self._engine.send_stored(
+        if operation.sent_in != self._outbox.life and self._outbox.put(
             lane, operation.request_id, operation.payload_bytes, operation.changed
         ):
-            operation.sent_in = self._engine.life
+            operation.sent_in = self._outbox.life
 
     def cancel(self, sample: Operation) -> None:
         """Answer that the sample was cancelled, unless it has an answer."""
@@ -289,12 +280,13 @@ class Operations:
             self.fail([sample], _CANCELLED)
             return
         cancel = messages.Cancel(f"cancel-{uuid.uuid4().hex}", sample.request_id)
-        if self._engine.withdraw(sample.request_id) or not self._engine.send(messages.encode(cancel)):
+        if self._outbox.withdraw(sample.request_id) or not self._outbox.put_own(messages.encode(cancel)):
             self.fail([sample], _CANCELLED)
 
     def unanswered(self, model_id: str | None = None) -> list[Operation]:
         """Return the accepted operations without an answer, of a model or of all, oldest first."""
-        found = self._pending.values() if model_id is None else self._pending.of_model(model_id)
+        known = self.known
+        found = known.waiting.values() if model_id is None else known.waiting_of(model_id)
         return [each for each in found if each.committed and not each.answering]
 
     # --- answers
@@ -305,13 +297,13 @@ class Operations:
         Answers to replays of finished operations are dropped. `ran` is False for an operation that has failed
         before any engine began it.
         """
-        operation = self._pending.get(answer.request_id)
+        operation = self.known.waiting.get(answer.request_id)
         if operation is None or operation.answering:
-            self._engine.dealt_with(answer.request_id)
+            self._outbox.answered(answer.request_id)
             return
         if isinstance(answer, messages.Failed) and answer.category == "missing":
             if not operation.cancelled:
-                self._engine.dealt_with(answer.request_id)
+                self._outbox.answered(answer.request_id)
                 self.weights_missing(operation, answer.message)
                 return
             answer, encoded = messages.Failed(answer.request_id, _CANCELLED, "user"), None
@@ -327,26 +319,30 @@ class Operations:
                 encoded = None
             else:
                 sample = _sample(payload)
-        if isinstance(answer, messages.Done):
-            operation.used = used(operation, answer.output, sample)
         encoded = encoded or messages.encode(answer)
-        if isinstance(answer, messages.Done) and isinstance(answer.output, _TRAINED):
-            write = partial(
-                rows.finish_training,
-                operation_id=operation.request_id,
-                kind=operation.kind,
-                model_id=operation.model_id,
-                seq_id=operation.seq_id,
-                answer=encoded,
-                device_seconds=answer.device_seconds,
-                trained=operation.used.get("trained", 0),
-                metrics=answer.output.metrics,
-            )
-        else:
-            write = partial(_finish, operation, answer, encoded, ran, sample)
+        output = answer.output if isinstance(answer, messages.Done) else None
+        pieces = 0
+        if isinstance(output, messages.ForwardBackwardOutput):
+            pieces = len(output.logprobs) + len(output.elementwise_loss or ())
+            operation.used = {"trained": sum([tensor.shape[0] for tensor in output.logprobs])}
+        elif output is not None:
+            pieces = len(getattr(output, "sequences", ()))
+            operation.used = used(operation, output, sample)
         while True:
             try:
-                await self._ledger.write(write)
+                if isinstance(output, _TRAINED):
+                    key = (operation.request_id, operation.kind, operation.model_id, operation.seq_id)
+                    await self._ledger.write(
+                        rows.finish,
+                        *key,
+                        "done",
+                        encoded,
+                        answer.device_seconds,
+                        operation.used,
+                        output.metrics,
+                    )
+                else:
+                    await self._ledger.write(_finish, operation, answer, encoded, ran, sample)
                 break
             except ApiError as error:
                 log.error(
@@ -355,15 +351,21 @@ class Operations:
                 await asyncio.sleep(1)
         operation.answer = answer
         self._payloads.forget(operation.request_id)
-        self._engine.dealt_with(operation.request_id)
-        for listener in self.finished[operation.kind]:
+        self._outbox.answered(operation.request_id)
+        metrics, kind = self._metrics, operation.kind
+        tenant_class = metrics.quotas[operation.owner].tenant_class
+        metrics.operations.labels(kind, "failed" if output is None else "done", tenant_class).inc()
+        waited = time.monotonic() - operation.accepted_at - answer.device_seconds
+        metrics.wait.labels(kind).observe(max(0.0, waited))
+        metrics.device.labels(kind).observe(answer.device_seconds)
+        for what, count in operation.used.items():
+            metrics.tokens.labels(what).inc(count)
+        for listener in self.finished[kind]:
             listener(operation)
-        self._remember(operation)
-
-    def _remember(self, operation: Operation) -> None:
-        self._pending.discard(operation.request_id)
-        self._remembered.add(operation)
-        operation.answered()
+        self.known.answered(operation, len(encoded) + _PIECE_BYTES * pieces)
+        if operation.seq_id % step_metrics.THIN_EVERY == 0 and isinstance(output, _TRAINED):
+            with contextlib.suppress(ApiError):  # they are thinned next time
+                await self._ledger.write(step_metrics.thin, operation.model_id)
 
     def fail(
         self,
@@ -388,7 +390,7 @@ class Operations:
 
     async def find(self, owner: str, request_id: str) -> Operation | None:
         """Return the owner's operation of that id; None if there is none, or its answer was dropped."""
-        operation = self._pending.get(request_id) or self._remembered.get(request_id)
+        operation = self.known.get(request_id)
         if operation is None:
             row = await self._ledger.read(rows.find, request_id)
             if row is None:
@@ -411,23 +413,28 @@ class Operations:
         row = await self._ledger.read(rows.find, request_id)
         return row is not None and row.owner == owner
 
+    def newest_answered(self, owner: str, most: int) -> dict[str, int]:
+        """Return the owner's most recently active models, `most` of them, each with its newest `seq_id` that
+        was answered, as far as that is in memory."""
+        return self.known.newest_answered(owner, most)
+
     async def forget_answers(self, owner: str, through: float) -> int:
         """Drop the answers that the owner's operations got up to the time `through`; return how many."""
         dropped = 0
         while some := await self._ledger.write(retention.drop_answers, through, owner):
             dropped += some
-        self._remembered.forget(owner)
+        self.known.forget_answered(owner)
         return dropped
 
     def wake_all(self) -> None:
         """Stop: let every poll answer that its operation is still pending."""
         self.stopped = True
-        for operation in self._pending.values():
+        for operation in self.known.waiting.values():
             operation.finished.set()
 
     def load(self, row: Row) -> Operation:
         """Return the operation of a row; if it is in memory already, the same object."""
-        known = self._pending.get(row.id) or self._remembered.get(row.id)
+        known = self.known.get(row.id)
         if known is not None:
             return known
         operation = Operation(
@@ -450,7 +457,7 @@ class Operations:
             operation.answer = answer
             operation.finished.set()
         elif row.state == "accepted":
-            self._pending.add(operation)
+            self.known.add(operation)
         else:
             operation.expired = True
             operation.finished.set()
@@ -467,19 +474,17 @@ class Operations:
 
 
 def _finish(
+    connection: Connection,
     operation: Operation,
     answer: Answer,
     encoded: bytes,
     ran: bool,
     sample: messages.Sample | None,
-    connection: Connection,
 ) -> None:
     """Write an answer to the ledger; the operation's first answer also takes effect (`settle`)."""
     state = "done" if isinstance(answer, messages.Done) else "failed"
-    is_first = rows.finish(connection, operation.request_id, state, encoded, answer.device_seconds)
-    if operation.seq_id:
-        rows.advance(connection, operation.model_id, operation.seq_id)
-    if is_first:
+    key = (operation.request_id, operation.kind, operation.model_id, operation.seq_id)
+    if rows.finish(connection, *key, state, encoded, answer.device_seconds):
         settle(connection, operation, answer, ran, sample)
 
 

@@ -50,7 +50,8 @@ class Payloads:
     async def store(
         self, stream: str, request_id: str, payload: bytes, inline: bool, before: Callable[[], bool]
     ) -> Stored | None:
-        """Write the payload of an operation that is about to be accepted.
+        """Write the payload of an operation that is about to be accepted. Payloads of one `stream`, which is
+        a model's id, or the kind of operations without a model, are forgotten together.
 
         `before` is called in a thread; if it returns False the operation was accepted earlier, and None is
         returned. `inline`: it stays in the ledger, however large it is. Raises what `before` raises,
@@ -142,7 +143,7 @@ class Payloads:
 
     # --- older ledgers
 
-    async def move_old(self, stream_of: Callable[[str | None, str], str], inline: frozenset[str]) -> int:
+    async def move_old(self, inline: frozenset[str]) -> int:
         """Move payloads here that are still in their operations' rows; return how many.
 
         A kill in between leaves each payload in one of the two places, and the next start goes on.
@@ -156,7 +157,7 @@ class Payloads:
                 if len(row.payload) <= INLINE_BYTES or row.kind in inline:
                     stored.append(Stored(len(row.payload), row.payload))
                 else:
-                    stream = stream_of(row.model_id, row.kind)
+                    stream = row.model_id or row.kind
                     stored.append(await self._in_thread(partial(self._files.append, stream, row.payload)))
 
             def change(connection: Connection, old=old, stored=stored) -> None:

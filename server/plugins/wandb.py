@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from ...engine import messages
 from ..errors import BadRequest
+from ..events import EventByKind
 from ..models.run import WANDB, Run
 from ..operations.operation import Operation
 
@@ -34,8 +35,17 @@ _LAST_SECONDS = 20.0  # for what is left when the server stops
 class WandbRuns:
     """Writes the metrics of models to W&B. One thread talks to the library, and only `close` waits for it."""
 
-    def __init__(self, directory: Path, mode: Mode, find: Callable[[str], Run | None]):
+    def __init__(
+        self,
+        directory: Path,
+        mode: Mode,
+        find: Callable[[str], Run | None],
+        finished: EventByKind[Operation],
+    ):
+        """`finished`: for operations that have their answers."""
         self._directory, self._mode, self._find = directory, mode, find
+        self._finished = finished
+        self._follows = False  # the answers of operations, from the first model on that wants it
         self._keys: dict[str, str] = {}
         self._since_step: dict[str, dict[str, float]] = {}  # sums of metrics, by model
         self._open: dict[str, Any] = {}  # used by the thread alone
@@ -56,6 +66,12 @@ class WandbRuns:
     def remember(self, model_id: str, key: str) -> None:
         """Keep the key of the model's client until the model or the server ends."""
         self._keys[model_id] = key
+
+    def opened(self, run: Run) -> None:
+        """Follow the answers of operations, if this is the first model whose metrics are written."""
+        if WANDB in run.configuration and not self._follows:
+            self._follows = True
+            self._finished.subscribe(self.answered, "forward_backward", "optim_step")
 
     def answered(self, operation: Operation) -> None:
         """Log the metrics of an answered operation. Each comes once, in the order of the operations."""

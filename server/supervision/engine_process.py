@@ -1,10 +1,16 @@
-"""One engine's process, from its start to its end, and the socket to it.
+"""One engine's process, from its start to its end, the socket to it, and the outbox of messages for it.
 
 The server binds a ZeroMQ socket on a private ipc path, starts `python -m tinsmith.engine` and hands it its
 configuration on standard input. Messages go out by way of the outbox and are kept until the engine reads
 them, so it may still be loading. A process that ends by itself is dead: nothing is sent
 any more, and what was on its way stays unanswered in the ledger, for the next one (supervisor.py). One that
 gives no sign of life for `silence_seconds` is stopped, or hangs; it is killed.
+
+The outbox keeps messages in order within a lane, serves lanes by turns, and sends few bytes at a time. A lane
+is a model, or a tenant's samples. Operations wait here by their ids alone; a payload is read when it is sent,
+and it is sent when few bytes are unanswered. So neither process holds the payloads of a long queue, or of a
+replay, in memory. The engine still sees the next operation of every model, unless it is a large one. Messages
+of the server itself that concern no model, such as cancellations, overtake everything else.
 """
 
 from __future__ import annotations
@@ -20,7 +26,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -30,7 +38,8 @@ import zmq.asyncio
 from ...engine import messages, xla_flags
 from ...engine.device_catalogue import GPU_SHARE
 from ..errors import Unavailable
-from .outbox import Lane, Outbox
+from ..events import Event
+from ..ledger.payloads import PayloadLost
 
 log = logging.getLogger("tinsmith.engine_process")
 
@@ -80,9 +89,7 @@ class Silence:
         self._clock = clock
         self._looked_at = clock()
         self.seconds = 0.0
-
-    def heard(self) -> None:
-        self.seconds = 0.0
+        """Set to 0 by whoever hears something."""
 
     def look(self) -> None:
         now = self._clock()
@@ -90,42 +97,200 @@ class Silence:
         self._looked_at = now
 
 
-async def nothing_stored(_request_id: str) -> None:
-    """Return no payload, for an engine that needs none."""
-
-
+_UNANSWERED_BYTES = 24 << 20  # of all lanes of a kind: training, or samples
+_LANE_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 20  # a lane with nothing unanswered need not wait for the others to send that
 _COPIED_BYTES = 64 << 10  # copying a smaller message is faster than sharing it with ZeroMQ
+_TRY_AGAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A queue: the operations of a model, or, without a model, a tenant's samples."""
+
+    model_id: str = ""
+    owner: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An operation that waits in a lane. `message` is None for a payload that is read when it is sent."""
+
+    number: int
+    request_id: str
+    size: int
+    message: bytes | None
+
+
+class Outbox:
+    """Sends messages to the engine when there is room for them. It outlives engines, and each finds it empty.
+
+    `load` reads a payload, or returns None for one that is not needed any more. `on_lost` gets an operation
+    whose payload cannot be read, its model, and why; what is behind it in its lane is dropped.
+    """
+
+    def __init__(
+        self, load: Callable[[str], Awaitable[bytes | None]], on_lost: Callable[[str, str, str], None]
+    ):
+        self._load = load
+        self._on_lost = on_lost
+        self.life = 0  # how many engines there have been
+        self.is_open = False  # there is an engine
+        self.is_asleep = False  # `Sleep` was the last message to it
+        self._empty()
+
+    def _empty(self) -> None:
+        self._own: deque[bytes] = deque()
+        self._lanes: OrderedDict[Lane, deque[Entry]] = OrderedDict()
+        self._waiting: set[str] = set()  # the ids of what is in the lanes, but for what was withdrawn
+        self._unanswered: dict[str, tuple[Lane, int]] = {}
+        self._lane_bytes: Counter[Lane] = Counter()
+        self._bytes: Counter[bool] = Counter()  # of all models, and of all samples
+        self._changed = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._number = 0
+
+    def open(self) -> None:
+        """Take messages: there is a new engine."""
+        self._empty()
+        self.life += 1
+        self.is_open = True
+
+    def close(self) -> None:
+        """Drop what waits: the engine has ended, and the next one gets what the ledger has."""
+        self._empty()
+        self.is_open = False
+
+    def put_own(self, message: bytes) -> bool:
+        """Add a message of the server that overtakes what waits. Return False without an engine."""
+        self.is_asleep = False
+        if self.is_open:
+            self._own.append(message)
+            self._changed.set()
+        return self.is_open
+
+    def requested(self, message: messages.ToEngine) -> None:
+        """Note a request of the server's own. After `Sleep` the engine is asleep until the next message."""
+        self.is_asleep = isinstance(message, messages.Sleep)
+
+    def put(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> bool:
+        """Add an operation to its lane; `message` takes the place of its payload. Return False without an
+        engine."""
+        self.is_asleep = False
+        if self.is_open:
+            self._number += 1
+            self._waiting.add(request_id)
+            self._lanes.setdefault(lane, deque()).append(Entry(self._number, request_id, size, message))
+            self._changed.set()
+        return self.is_open
+
+    def withdraw(self, request_id: str) -> bool:
+        """Take back a message; return whether it was still waiting, and will not be sent."""
+        was_waiting = request_id in self._waiting
+        self._waiting.discard(request_id)
+        return was_waiting
+
+    def answered(self, request_id: str) -> None:
+        """Note that a request was answered, which makes room for others."""
+        lane, size = self._unanswered.pop(request_id, (None, 0))
+        if lane is not None:
+            self._bytes[bool(lane.model_id)] -= size
+            self._lane_bytes[lane] -= size
+            if not self._lane_bytes[lane]:
+                del self._lane_bytes[lane]
+            self._changed.set()
+
+    async def until_sent(self) -> None:
+        """Wait until everything that was put here so far has been sent."""
+        number = self._number
+        while any(queue[0].number <= number for queue in self._lanes.values()):
+            self._moved.clear()
+            await self._moved.wait()
+
+    async def send_forever(self, socket: zmq.asyncio.Socket) -> None:
+        """Hand messages to the engine's socket."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while (message := self._own.popleft() if self._own else await self._take()) is not None:
+                await socket.send(message, copy=len(message) < _COPIED_BYTES)
+
+    async def _take(self) -> bytes | None:
+        """Take the message that is sent next: the first one of the first lane for which there is room.
+
+        None if there is no such lane, or nothing to send after all; then `_changed` tells when there may be.
+        """
+        for lane, queue in self._lanes.items():
+            entry, total, mine = queue[0], self._bytes[bool(lane.model_id)], self._lane_bytes[lane]
+            if mine and total + entry.size <= _UNANSWERED_BYTES and mine + entry.size <= _LANE_BYTES:
+                break
+            if not mine and (entry.size <= _SMALL_BYTES or total < _UNANSWERED_BYTES):
+                break
+        else:
+            return None
+        self._changed.set()  # there may be more
+        message = entry.message
+        if message is None and entry.request_id in self._waiting:
+            try:
+                message = await self._load(entry.request_id)
+            except PayloadLost as error:
+                log.error("operation %s cannot be sent: %s", entry.request_id, error)
+                for each in self._lanes.pop(lane):
+                    self._waiting.discard(each.request_id)
+                self._moved.set()
+                self._on_lost(entry.request_id, lane.model_id, error.message)
+                return None
+            except Exception as error:  # whatever it is, others must not wait for ever
+                log.error("a payload cannot be read yet: %s", error)
+                await asyncio.sleep(_TRY_AGAIN_SECONDS)
+                return None
+        queue.popleft()
+        self._lanes.move_to_end(lane)
+        if not queue:
+            del self._lanes[lane]
+        self._moved.set()
+        is_wanted = entry.request_id in self._waiting  # it may have been withdrawn meanwhile
+        self._waiting.discard(entry.request_id)
+        if message is None or not is_wanted:
+            return None
+        if entry.request_id not in self._unanswered:
+            size = max(entry.size, 1)
+            self._unanswered[entry.request_id] = lane, size
+            self._lane_bytes[lane] += size
+            self._bytes[bool(lane.model_id)] += size
+        return message
+
+
 _LAST_ANSWERS_SECONDS = 0.05  # what it sent before its end may still be in the socket
 # Before it is ready, an engine reads from disks that may be slow, and may hold Python's lock meanwhile.
 _LOADING_MAY_TAKE = 5
 
 
 class EngineProcess:
-    """An engine's process, with what waits to be sent to it in `outbox`."""
+    """An engine's process, which gets the messages of `outbox` from its start to its end."""
 
     def __init__(
         self,
         config: messages.EngineConfig,
-        on_answer: Callable[[messages.Done | messages.Failed, bytes], None],
-        on_drawn: Callable[[messages.Drawn], None],
+        outbox: Outbox,
+        answered: Event[[messages.Done | messages.Failed, bytes]],
+        drawn: Event[[messages.Drawn]],
         silence_seconds: float,
         module: str = "tinsmith.engine",
         inherited: tuple[int, ...] = (),
-        load: Callable[[str], Awaitable[bytes | None]] = nothing_stored,
-        on_lost: Callable[[str, str, str], None] = lambda _request_id, _model_id, _why: None,
     ):
-        """`on_answer` gets every answer that `request` is not waiting for, and its encoded message.
+        """`answered`: for every answer that `request` is not waiting for, also as the engine encoded it.
 
-        `on_drawn` gets tokens of samples before their answers; `load` and `on_lost` are those of the outbox.
+        `drawn`: for tokens of samples before their answers.
         """
         self._config = config
         self._silence_seconds = silence_seconds
         self._silence = Silence(config.beat_seconds)
         self._module = module
         self._inherited = inherited
-        self._on_answer = on_answer
-        self._on_drawn = on_drawn
-        self.outbox = Outbox(load, self._send_now, on_lost)
+        self._answered = answered
+        self._drawn = drawn
+        self._outbox = outbox
         self._requests: dict[str, asyncio.Future[messages.Done | messages.Failed]] = {}
         self._tasks: list[asyncio.Task] = []
         self._process: asyncio.subprocess.Process | None = None
@@ -173,8 +338,10 @@ class EngineProcess:
         except (BrokenPipeError, ConnectionResetError):
             log.debug("the engine ended before it read its configuration")
         self.alive = True
+        self._outbox.open()
+        self._sending = asyncio.create_task(self._outbox.send_forever(self._socket))
         self._tasks = [
-            asyncio.create_task(self.outbox.run_forever()),
+            self._sending,
             asyncio.create_task(self._receive_forever()),
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._listen_for_silence()),
@@ -210,22 +377,23 @@ class EngineProcess:
         self._requests[message.request_id] = answer
         encoded, model_id = messages.encode(message), getattr(message, "model_id", "")
         if model_id:
-            self.outbox.put(Lane(model_id), message.request_id, len(encoded), encoded)
+            self._outbox.put(Lane(model_id), message.request_id, len(encoded), encoded)
         elif isinstance(message, messages.Sleep):
             await self._once_sent(message)
         else:
-            self.outbox.put_own(encoded)
+            self._outbox.put_own(encoded)
         return await answer
 
     async def _once_sent(self, message: messages.ToEngine) -> None:
         """Send a message that must not overtake what waits."""
-        sent = asyncio.ensure_future(self.outbox.until_sent())
+        sent = asyncio.ensure_future(self._outbox.until_sent())
         ended = asyncio.ensure_future(self.ended.wait())
         await asyncio.wait((sent, ended), return_when=asyncio.FIRST_COMPLETED)
         sent.cancel()
         ended.cancel()
         if self.alive:
-            self.outbox.put_own(messages.encode(message))
+            self._outbox.put_own(messages.encode(message))
+            self._outbox.requested(message)
 
     def kill(self) -> None:
         self._stopping = True
@@ -257,9 +425,6 @@ class EngineProcess:
         self._context.term()
         shutil.rmtree(Path(self._directory), ignore_errors=True)
 
-    async def _send_now(self, message: bytes) -> None:
-        await self._socket.send(message, copy=len(message) < _COPIED_BYTES)
-
     async def _receive_forever(self) -> None:
         while True:
             frame = await self._socket.recv()
@@ -268,19 +433,20 @@ class EngineProcess:
             except (msgspec.DecodeError, msgspec.ValidationError):
                 log.exception("the engine sent %d bytes that are not a message", len(frame))
                 continue
-            self._silence.heard()
+            self._silence.seconds = 0.0
             match message:
                 case messages.Done() | messages.Failed():
                     self.has_answered = True
                     if (answer := self._requests.pop(message.request_id, None)) is None:
-                        self._on_answer(message, frame)
+                        for listener in self._answered:
+                            listener(message, frame)
                     else:
-                        self.outbox.answered(message.request_id)
+                        self._outbox.answered(message.request_id)
                         if not answer.done():
                             answer.set_result(message)
                 case messages.Drawn():
                     self.has_answered = True
-                    self._on_drawn(message)
+                    self._drawn(message)
                 case messages.Status(phase=phase, text=text):
                     self._now(phase, text)
                     log.debug("engine: %s: %s", phase, text)  # it logs them itself
@@ -324,6 +490,8 @@ class EngineProcess:
         await asyncio.sleep(_LAST_ANSWERS_SECONDS)
         self.ready.clear()
         self.alive = False
+        self._sending.cancel()
+        self._outbox.close()
         self.ended.set()
         if self._stopping:
             self._now("stopped", "the engine has ended")

@@ -24,17 +24,21 @@ from ...engine import messages
 from ..base_models import BaseModel
 from ..errors import Unavailable
 from ..events import Event
-from .engine_process import EngineProcess, nothing_stored
-from .outbox import Lane
+from .engine_process import EngineProcess, Outbox
 
 log = logging.getLogger("tinsmith.supervisor")
+
+
+async def nothing_stored(_request_id: str) -> None:
+    """Return no payload, for an engine that needs none."""
+
 
 _PAUSES_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _HOPELESS_STARTS = 5  # in a row that did not get ready: submits are then refused
 
 
 class Supervisor:
-    """Keeps one engine running.
+    """Keeps one engine running. What is put into its `outbox` is sent to the engine.
 
     Events: `answered(answer, encoded)` for each answer that `request` does not wait for, also as the engine
     encoded it; `drawn(tokens)` for a part of a streamed sample; `died(under_way)` with what the engine
@@ -56,8 +60,10 @@ class Supervisor:
         self.died: Event[[list[tuple[str, str]]]] = Event()
         self.started: Event[[]] = Event()
         self.lost: Event[[str, str, str]] = Event()
+        self.outbox = Outbox(load, self.lost)
+        self.may_refuse_submits = False  # the server stops, or an engine has ended by itself
         self._make = lambda: EngineProcess(
-            config, self.answered, self.drawn, silence_seconds, module, inherited, load, self.lost
+            config, self.outbox, self.answered, self.drawn, silence_seconds, module, inherited
         )
         self._process = self._make()
         self._keeper: asyncio.Task | None = None
@@ -65,8 +71,6 @@ class Supervisor:
         self._fruitless_lives = 0
         self._failed_starts = 0
         self._ended: Counter[str] = Counter()  # the counters of engines that have ended
-        self.life = 0  # how many engines there have been
-        self.is_asleep = False  # `Sleep` was the last message to it
         self.refused = asyncio.Event()  # the first one cannot start, and the next would not either
 
     async def start(self) -> None:
@@ -78,7 +82,6 @@ class Supervisor:
         process = self._make()
         await process.start()
         self._process = process
-        self.life += 1
 
     async def _keep(self) -> None:
         was_ever_ready = False
@@ -87,6 +90,7 @@ class Supervisor:
             await process.ended.wait()
             if self._stopping:
                 return
+            self.may_refuse_submits = True
             was_ever_ready |= process.was_ready
             if process.refused and not was_ever_ready:
                 self.refused.set()
@@ -161,7 +165,10 @@ class Supervisor:
         return self._process.death or "it does not get ready"
 
     def require_submits(self) -> None:
-        """Raise Unavailable when nothing can be submitted; between two engines, everything can."""
+        """Raise Unavailable when nothing can be submitted; between two engines, everything can.
+
+        It never raises while `may_refuse_submits` is False.
+        """
         if self._stopping:
             raise Unavailable("the server is stopping; try again later")
         if not self._process.was_ready and (death := self.death) is not None:
@@ -169,54 +176,39 @@ class Supervisor:
 
     # --- messages
 
-    def send(self, message: bytes) -> bool:
-        """Send an encoded message that concerns no model; it overtakes what waits.
+    @property
+    def life(self) -> int:
+        """How many engines there have been."""
+        return self.outbox.life
 
-        Return False without an engine: the next one gets what the ledger has.
-        """
-        self.is_asleep = False
-        if self._process.alive:
-            self._process.outbox.put_own(message)
-        return self._process.alive
-
-    def send_stored(self, lane: Lane, request_id: str, size: int, message: bytes | None = None) -> bool:
-        """Send an operation in its turn, with `message` in place of its payload. False without an engine."""
-        self.is_asleep = False
-        if self._process.alive:
-            self._process.outbox.put(lane, request_id, size, message)
-        return self._process.alive
-
-    def withdraw(self, request_id: str) -> bool:
-        """Take back an operation; return whether it had not been sent yet, and will not be."""
-        return self._process.alive and self._process.outbox.withdraw(request_id)
-
-    def dealt_with(self, request_id: str) -> None:
-        """Note that an operation's answer is written, or not needed, which makes room for other messages."""
-        self._process.outbox.answered(request_id)
+    @property
+    def is_asleep(self) -> bool:
+        """True if `Sleep` was the last message to the engine."""
+        return self.outbox.is_asleep
 
     async def request(self, message: messages.ToEngine) -> messages.Done | messages.Failed:
         """Send a message of the server's own and wait for the answer. Raises Unavailable on death."""
-        self.is_asleep = isinstance(message, messages.Sleep)
+        self.outbox.requested(message)
         return await self._process.request(message)
 
     # --- the end
 
     def refuse_submits(self) -> None:
         """Have `require_submits` raise from now on; what was accepted still runs."""
-        self._stopping = True
+        self._stopping = self.may_refuse_submits = True
 
     def kill(self) -> None:
         """End the engine at once, for good."""
-        self._stopping = True
+        self._stopping = self.may_refuse_submits = True
         self._process.kill()
 
     async def stop(self, patience_seconds: float) -> None:
         """Let the engine finish what it has, then end it."""
-        self._stopping = True
+        self._stopping = self.may_refuse_submits = True
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        if self.life:
+        if self.outbox.life:
             await self._process.stop(patience_seconds)
 
 

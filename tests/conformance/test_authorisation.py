@@ -121,6 +121,7 @@ KEYED: dict[tuple[str, str], Request] = {
     ("GET", "/api/v1/console/runs"): {},
     ("GET", "/api/v1/console/sessions"): {},
     ("GET", "/api/v1/console/samplers"): {},
+    ("GET", "/api/v1/console/usage"): {},
     ("GET", "/api/v1/checkpoints"): {},
     ("GET", "/api/v1/audit"): {},
     ("GET", "/api/v1/billing/usage/events"): {

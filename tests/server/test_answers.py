@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tinsmith.engine import messages
-from tinsmith.server.operations.answers import RememberedAnswers
-from tinsmith.server.operations.operation import Operation
+from tinsmith.server.operations.operation import KnownOperations, Operation
 
 MAX_BYTES = 100_000
 
@@ -17,44 +16,48 @@ def answered(number: int, logprobs: int) -> Operation:
     return Operation(f"r{number}", "owner", "forward_backward", "m", number, {}, None, answer)
 
 
-def remembered(answers: RememberedAnswers, count: int) -> list[int]:
+def add(answers: KnownOperations, operation: Operation) -> None:
+    answers.answered(operation, len(messages.encode(operation.answer)))
+
+
+def remembered(answers: KnownOperations, count: int) -> list[int]:
     return [number for number in range(count) if answers.get(f"r{number}") is not None]
 
 
 def test_the_newest_answers_stay_and_take_no_more_than_their_bytes() -> None:
-    answers = RememberedAnswers(MAX_BYTES)
+    answers = KnownOperations(MAX_BYTES)
     for number in range(100):
-        answers.add(answered(number, 2000))
+        add(answers, answered(number, 2000))
     kept = remembered(answers, 100)
     assert kept == list(range(100 - len(kept), 100))
     assert MAX_BYTES / 2 < 8000 * len(kept) < MAX_BYTES
 
 
 def test_small_answers_are_bounded_too() -> None:
-    answers = RememberedAnswers(MAX_BYTES)
+    answers = KnownOperations(MAX_BYTES)
     for number in range(1000):
-        answers.add(answered(number, 0))
+        add(answers, answered(number, 0))
     assert 10 < len(remembered(answers, 1000)) < 100
 
 
 def test_an_answer_that_is_added_again_counts_once() -> None:
-    answers = RememberedAnswers(MAX_BYTES)
-    answers.add(answered(0, 10))
+    answers = KnownOperations(MAX_BYTES)
+    add(answers, answered(0, 10))
     for _ in range(100):
-        answers.add(answered(1, 10_000))
+        add(answers, answered(1, 10_000))
     assert remembered(answers, 2) == [0, 1]
 
 
 def test_a_tenant_with_many_answers_pushes_out_its_own() -> None:
-    answers = RememberedAnswers(MAX_BYTES)
+    answers = KnownOperations(MAX_BYTES)
     small = answered(0, 100)
     small.owner = "other"
-    answers.add(small)
+    add(answers, small)
     for number in range(1, 100):
-        answers.add(answered(number, 2000))
+        add(answers, answered(number, 2000))
     assert answers.get("r0") is small
     assert len(remembered(answers, 100)) > 5
-    answers.forget("owner")
+    answers.forget_answered("owner")
     assert remembered(answers, 100) == [0]
 
 
@@ -79,13 +82,13 @@ TOPK = messages.TopK(bytes(45_000), bytes(45_000), 20, 100)
 )
 def test_all_that_an_answer_has_is_counted(output: object) -> None:
     """Log-probs, likely tokens and scores of prompts as well as tokens."""
-    answers = RememberedAnswers(MAX_BYTES)
+    answers = KnownOperations(MAX_BYTES)
     for number in range(3):
         big = answered(number, 0)
         big.answer = messages.Done(f"r{number}", output)
-        answers.add(big)
+        add(answers, big)
     assert remembered(answers, 3) == [2]
     failed = answered(3, 0)
     failed.answer = messages.Failed("r3", "x" * 90_000, "user")
-    answers.add(failed)
+    add(answers, failed)
     assert remembered(answers, 4) == [3]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinsmith.server.operations.dispatcher import Dispatcher
+from tinsmith.server.operations.operation import Dispatcher
 
 
 @dataclass
@@ -15,6 +15,11 @@ class Operation:
     model_id: str
     seq_id: int
     settled: bool = False
+    answer: None = None
+
+    @property
+    def expired(self) -> bool:
+        return self.settled
 
 
 class Recorded:

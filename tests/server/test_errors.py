@@ -23,10 +23,11 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from tinsmith.server import errors as domain_errors
 from tinsmith.server.app import create_app
-from tinsmith.server.cli.serve import Connection, listen
+from tinsmith.server.cli.serve import listen
 from tinsmith.server.errors import ApiError
 from tinsmith.server.http import errors
 from tinsmith.server.http.bodies import BodyRoute
+from tinsmith.server.http.gate import Connection
 from tinsmith.server.http.samples import while_connected
 from tinsmith.server.ledger import ledger as ledger_module
 from tinsmith.server.ledger import operations

@@ -82,9 +82,7 @@ async def test_the_first_answer_stays(ledger: Ledger) -> None:
     await ledger.write(lambda connection: tenancy.ensure_tenant(connection, "me"))
     await ledger.write(add_operation("a"))
     for answer in (b"first", b"second"):
-        await ledger.write(
-            lambda connection, answer=answer: operations.finish(connection, "a", "done", answer, 0.0)
-        )
+        await ledger.write(operations.finish, "a", "optim_step", "", 0, "done", answer, 0.0)
     assert (await ledger.read(lambda connection: operations.find(connection, "a"))).answer == b"first"
 
 

@@ -14,8 +14,7 @@ from tinsmith.server.models import runs as runs_module
 from tinsmith.server.models.run import NewRun
 from tinsmith.server.models.samplers import Recent
 from tinsmith.server.operations import sample_streams
-from tinsmith.server.operations.operation import Operation, Submission
-from tinsmith.server.operations.operations import PendingOperations
+from tinsmith.server.operations.operation import KnownOperations, Operation, Submission
 from tinsmith.server.operations.sample_streams import SampleStreams
 
 
@@ -154,15 +153,16 @@ async def test_models_that_rest_are_forgotten_and_go_on_where_they_were(
 
 
 async def test_pending_operations_are_found_by_model_however_many_others_have(tmp_path: Path) -> None:
-    pending = PendingOperations()
+    pending = KnownOperations()
     for number in range(5):
         pending.add(Operation(f"r{number}", "me", "optim_step", f"m{number % 2}", number, {}))
-    assert [each.seq_id for each in pending.of_model("m0")] == [0, 2, 4]
-    pending.discard("r2")
-    pending.discard("r2")
-    assert [each.seq_id for each in pending.of_model("m0")] == [0, 4]
-    assert [each.seq_id for each in pending.values()] == [0, 1, 3, 4]
-    assert pending.of_model("m2") == []
+    assert [each.seq_id for each in pending.waiting_of("m0")] == [0, 2, 4]
+    third = pending["r2"]
+    pending.discard(third)
+    pending.discard(third)
+    assert [each.seq_id for each in pending.waiting_of("m0")] == [0, 4]
+    assert [each.seq_id for each in pending.waiting.values()] == [0, 1, 3, 4]
+    assert pending.waiting_of("m2") == []
 
 
 def test_the_most_recently_used_items_are_remembered() -> None:

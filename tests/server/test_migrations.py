@@ -20,7 +20,6 @@ from tinsmith.server.ledger import operations as operation_rows
 from tinsmith.server.ledger.ledger import Ledger, check
 from tinsmith.server.ledger.schema import metadata
 from tinsmith.server.operations.answers import KEPT
-from tinsmith.server.operations.operation import stream_of
 
 SESSION = "a1b2c3d4-0000-4000-8000-000000000001"
 MODEL, SAMPLER = f"{SESSION}:train:0", f"{SESSION}:sample:0"
@@ -119,7 +118,7 @@ async def test_a_server_goes_on_with_a_ledger_from_before_the_first_release(
 ) -> None:
     prerelease_ledgers.load(tmp_path / "ledger.db", revision)
     server = Server(tmp_path)
-    await server.payloads.move_old(stream_of, KEPT)
+    await server.payloads.move_old(KEPT)
     await server.runs.resume()
     assert all(row["payload"] is None for row in rows(tmp_path / "ledger.db")["operations"])
     (waiting,) = server.operations.unanswered(MODEL)

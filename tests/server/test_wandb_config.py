@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 from tinsmith.server.errors import BadRequest
+from tinsmith.server.events import EventByKind
 from tinsmith.server.plugins.wandb import WandbRuns
 from tinsmith.server.wire.requests import CreateModel
 
@@ -22,4 +23,4 @@ def test_a_project_is_a_name(project):
 
 def test_a_server_may_refuse(tmp_path):
     with pytest.raises(BadRequest, match="does not write to Weights & Biases"):
-        WandbRuns(tmp_path, "disabled", lambda _: None).check()
+        WandbRuns(tmp_path, "disabled", lambda _: None, EventByKind()).check()

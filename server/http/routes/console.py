@@ -62,7 +62,7 @@ async def report_metrics(
     """Add a client's own metrics, such as rewards, to a step of its run. The newest value of each counts."""
     run = await _run(ledger, owner, run_id)
     await ledger.write(step_metrics.report, run.id, body.step, body.metrics)
-    overview.activity.reported(owner, run.id)
+    overview.reported(owner, run.id)
     return {"status": "accepted"}
 
 
@@ -166,7 +166,7 @@ async def tenants_usage(
 ) -> dict[str, Any]:
     """Sum up what tenants have used in the last days: all tenants for keys of an administrator (`--admin`),
     the caller's own for others."""
-    sees_all = quotas.class_of(owner) == "admin"
+    sees_all = quotas[owner].tenant_class == "admin"
     rows = await ledger.read(accounts.tenants_usage, time.time() - days * 86400)
     return {
         "all_tenants": sees_all,

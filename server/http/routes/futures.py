@@ -17,8 +17,8 @@ from ....engine import messages
 from ...base_models import BaseModels
 from ...dialect import DIALECT_RULES, Dialect, requested_dialect
 from ...errors import ApiError, BadRequest, Gone, NotFound, Unavailable
-from ...models.admission import Admission
 from ...models.samplers import Samplers
+from ...models.submits import Admission
 from ...offload import Offload
 from ...operations.operation import Operation
 from ...operations.operations import Operations
@@ -77,7 +77,9 @@ class OperationAnswers:
         `wrapped` as in `answered`. Raises Gone, or NotFound for what is none of the caller's requests, where
         the dialect tells the two apart.
         """
-        operation = await self._operations.find(owner, request_id)
+        operation = self._operations.known.get(request_id)
+        if operation is None or operation.owner != owner or operation.expired:
+            operation = await self._operations.find(owner, request_id)
         if operation is None:
             raise await self._unknown(owner, request_id, requested_dialect(request.headers, request.url.path))
         parts = [operation] if "parts" not in operation.reply else await self._operations.parts(operation)

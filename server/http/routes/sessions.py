@@ -19,8 +19,8 @@ from ...ledger import tenancy
 from ...ledger.ledger import Ledger
 from ...models.run import RLVE, ModelSpec
 from ...models.runs import Runs
+from ...models.saves import Saves
 from ...models.sessions import Named, NamedModels, Sessions, described, shown_id
-from ...models.submits import Saves
 from ...operations.operation import Submission
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
@@ -120,7 +120,7 @@ async def session_info(
         "idle_timeout_seconds": settings.session_idle_seconds,
         "loaded_training_adapters": [name for run_id, name in names.items() if run_id in resident],
         "loaded_sampling_adapters": {},
-        "max_training_adapters": quotas.of(owner).models,
+        "max_training_adapters": quotas[owner].models,
         "current_training_adapter": names[rows[0].id] if rows else None,
     }
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request, Response
 
 from ....engine import messages
 from ...dialect import DIALECT_RULES
 from ...errors import ApiError, BadRequest
-from ...models.admission import Admission
 from ...models.losses import SAMPLED_LOSSES, CustomLosses, with_sampled_logprobs
 from ...models.run import Run
 from ...models.runs import Runs
 from ...models.sessions import Sessions
-from ...models.submits import Submits
+from ...models.submits import Admission, Submits
 from ...offload import INLINE_BYTES, Offload
 from ...operations.operations import Operations
 from ...plugins.rlve.runs import RlveRuns
@@ -53,7 +53,18 @@ class Passes:
         self._submits = submits
 
     async def submit(self, request: Request, owner: str, forward_only: bool) -> Response:
-        read = await self._read(request, owner)
+        headers = request.headers
+        kind, encoding = headers.get("content-type", ""), headers.get("content-encoding", "")
+        is_plain = kind == json_wire.PROTOBUF and encoding in ("", "identity")
+        if is_plain and int(headers.get("content-length", sys.maxsize)) <= INLINE_BYTES:
+            raw = await request.body()
+            try:
+                decoded = wire.decode(raw, self._settings.max_datums)
+                read = ReadBody(decoded.model_id, decoded.seq_id, None, decoded)
+            except ApiError as error:
+                read = ReadBody(*wire.peek(raw), error)
+        else:
+            read = await self._read(request, owner, kind, encoding)
         model, seq_id = read.model_id, read.seq_id
         try:
             if read.body is None:
@@ -63,27 +74,18 @@ class Passes:
             body = await with_datums(read) if read.pieces else read.body
             run = await self._runs.find_trainable(owner, body.model_id)
             message = await self._message(body, run, forward_only or body.forward_only)
-            kind = "forward" if message.forward_only else "forward_backward"
-            operation = await self._submits.submit(run, kind, seq_id, message)
+            name = "forward" if message.forward_only else "forward_backward"
+            operation = await self._submits.submit(run, name, seq_id, message)
         except ApiError as error:
             await self._submits.refuse(owner, model, seq_id, error)
             raise
-        return json_response({"request_id": operation.request_id, "model_id": run.name})
+        accepted = orjson.dumps({"request_id": operation.request_id, "model_id": run.name})
+        return Response(accepted, media_type="application/json")
 
-    async def _read(self, request: Request, owner: str) -> ReadBody:
+    async def _read(self, request: Request, owner: str, kind: str, encoding: str) -> ReadBody:
         """Read a small body here and a large one in a worker; what is compressed may be large."""
-        headers, limit = request.headers, self._settings.max_datums
-        kind, encoding = headers.get("content-type", ""), headers.get("content-encoding", "")
-        is_plain = kind == json_wire.PROTOBUF and encoding in ("", "identity")
-        if is_plain and int(headers.get("content-length", sys.maxsize)) <= INLINE_BYTES:
-            raw = await request.body()
-            try:
-                body = wire.decode(raw, limit)
-            except ApiError as error:
-                return ReadBody(*wire.peek(raw), error)
-            return ReadBody(body.model_id, body.seq_id, None, body)
         pieces = [piece async for piece in request.stream()]
-        as_sent = (kind, encoding, self._settings.max_body_bytes, limit)
+        as_sent = (kind, encoding, self._settings.max_body_bytes, self._settings.max_datums)
         if sum(map(len, pieces)) <= INLINE_BYTES and encoding in ("", "identity"):
             read = read_body(b"".join(pieces), *as_sent)
         else:
@@ -204,9 +206,12 @@ async def create_custom_loss(
     """Upload a traced loss function, for later `forward_backward`s of the session."""
     session_id = await sessions.require_active(owner, body.session_id)
     loss, seq_id = body.message(), body.custom_loss_seq_id
-    with admission.operation(owner, early=False) as accepted:
+    admission.operations.enter(owner)
+    operation = None
+    try:
         operation = await custom_losses.create(owner, session_id, seq_id, loss)
-        accepted(operation)
+    finally:
+        admission.operations.leave(owner, operation)
     return future(operation)
 
 

@@ -20,13 +20,13 @@ from ...errors import BadRequest
 from ...ledger import tenancy
 from ...ledger.tenancy import model_id
 from ...models.adapter_imports import AdapterImports
-from ...models.admission import Admission
 from ...models.run import NewRun, Run
 from ...models.runs import Runs
 from ...models.samplers import add as add_sampler
 from ...models.samplers import new_directory, number_of, sampler_id
+from ...models.saves import Reservation, Saves, save_answer
 from ...models.sessions import Sessions
-from ...models.submits import Reservation, Saves, Submits, save_answer
+from ...models.submits import Admission, Submits
 from ...wire import requests, responses
 from ..bodies import BodyRoute
 from ..dependencies import BaseUrl, Owner, Provided, RequestedDialect, described_as, future
@@ -179,7 +179,7 @@ def _named(body: requests.SaveWeightsForSampler, name: str, run: Run, quotas: Qu
     if run.dialect == "tinker":  # whose clients make sampling sessions of paths
         return directory, reply, checkpoint
     identifier = sampler_id(run.session_id, number_of(run.id, name))
-    limit = quotas.of(run.owner).metadata_bytes
+    limit = quotas[run.owner].metadata_bytes
 
     def also(connection: Connection, request_id: str) -> messages.Failed | None:
         failed = checkpoint(connection, request_id)
@@ -198,7 +198,7 @@ def _unnamed(body: requests.SaveWeightsForSampler, run: Run, quotas: Quotas) -> 
     identifier = sampler_id(run.session_id, uuid.uuid4().hex[:12] if number is None else number)
     directory = new_directory(run.id)
     follows = run.id if body.kind == "inflight" else None
-    limit = quotas.of(run.owner).metadata_bytes
+    limit = quotas[run.owner].metadata_bytes
 
     def also(connection: Connection, request_id: str) -> messages.Failed | None:
         if tenancy.find_sampler(connection, identifier) is not None:
