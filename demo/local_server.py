@@ -74,8 +74,9 @@ def _wait_until_ready(server: subprocess.Popen, log: Path, progress: Callable[[s
         engine = _health(url)["engine"] if url else {"ready": False, "text": ""}
         if engine["ready"]:
             return url
-        if engine["text"] != told:
-            told = engine["text"]
+        step = re.sub(r": [\d.]+ of [\d.]+ MB$", "", engine["text"])  # how much is loaded changes too often
+        if step != told:
+            told = step
             progress(f"  {told}")
         time.sleep(0.2)
     raise RuntimeError(f"the server stopped with exit code {server.returncode} before it was ready")

@@ -1,6 +1,7 @@
 """Shape and dtype annotations of the array rooms are checked at run time in every test."""
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,22 @@ def compiled_programs_leave() -> Iterator[None]:
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield
+    if "docs.pages" in sys.modules:
+        importlib.import_module("docs.runs").set_up()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Check that a test has run the blocks of the documentation that it is said to run."""
+    yield
+    if "docs.pages" in sys.modules:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        importlib.import_module("docs.runs").check(f"{file}::{item.name}")
 
 
 SGLANG = "tests/sglang/"

@@ -19,7 +19,7 @@ from conformance.test_downloads import by_peft, by_torch
 from conformance.test_kills import weights
 from conformance.test_sdk_checkpoints import PROMPT, forward
 from conformance.test_sdk_training import step
-from docs.pages import block
+from docs.pages import block, executed
 from safetensors.numpy import load_file
 from tiny_models import write_model
 from transformers import AutoModelForCausalLM
@@ -173,7 +173,9 @@ def test_the_experts_of_a_sample_are_replayed_in_training(server: ServerProcess)
     free, replayed = (forward(training, [each]) for each in (datum(), datum(routed_experts=given(experts))))
     np.testing.assert_allclose(replayed, free, atol=1e-5)
     names = {"tinker": tinker, "tokens": tokens, "weights": [1.0] * (len(tokens) - 1)}
-    of_the_page = eval(block("rl.md", "tinker.Datum("), names | {"experts": given(experts)})
+    made = block("rl.md", "tinker.Datum(")
+    executed(made)
+    of_the_page = eval(made, names | {"experts": given(experts)})
     np.testing.assert_array_equal(forward(training, [of_the_page]), replayed)
     np.testing.assert_allclose(replayed[-len(sequence["tokens"]) :], sequence["logprobs"], atol=1e-4)
     config = json.loads((server.data_dir.parent / "model" / "config.json").read_text())

@@ -10,7 +10,7 @@ from statistics import mean
 import pytest
 from cookbook.programs import Cookbook, Run
 from cookbook.workplace import CHAT
-from docs.pages import block
+from docs.pages import block, executed
 
 pytestmark = pytest.mark.slow
 MODEL = (f"model_name={CHAT}", "learning_rate=2e-3")
@@ -93,6 +93,7 @@ def test_the_page_s_commands_run_to_their_end(cookbook: Cookbook, begins: str) -
             arguments = [each.replace(name, value) for each in arguments]
         (log,) = (each.partition("=")[2] for each in arguments if each.startswith("log_path="))
         cookbook.execute(Path(log).name, *arguments)
+        executed(command)
         run = Run(cookbook.folder / log)
         assert len(run.metrics) == 6
         assert all(abs(kl) < 1e-3 for kl in run.column("optim/kl_sample_train_v1"))

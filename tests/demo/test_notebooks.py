@@ -35,7 +35,20 @@ def run(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, st
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs), "the curves are plotted"
     text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert downloads(text) == downloads(printed(name)), "the stored outputs are older: make notebooks"
     return text, "".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
+
+
+def downloads(text: str) -> str:
+    """The files that the last cell names."""
+    (files,) = re.findall(r"^Downloaded: (.+)$", text, re.MULTILINE)
+    return files
+
+
+def printed(name: str) -> str:
+    """What the cells of a notebook as it is stored have printed."""
+    outputs = [output for cell in cells_of(name) for output in cell.get("outputs", [])]
+    return "".join("".join(output.get("text", "")) for output in outputs)
 
 
 def curve(text: str, name: str) -> list[float]:
@@ -92,7 +105,8 @@ def test_every_notebook_is_tested_and_has_its_outputs() -> None:
         outputs = [output for cell in code for output in cell["outputs"]]
         assert not any(output["output_type"] == "error" for output in outputs)
         assert any("image/png" in output.get("data", {}) for output in outputs), f"{name} has a plot"
-        text = "".join("".join(output.get("text", "")) for output in outputs)
+        assert "README.md" in downloads(printed(name)), f"{name}: the stored outputs are older"
+        text = printed(name)
         assert not re.search(r"(?<![\w~])/(home|root|work)/", text), f"{name} shows a folder of the machine"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import kubernetes_validate as validator
 import pytest
 import yaml
-from docs.pages import blocks
+from docs.pages import of_page
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ONE_POD = DEPLOY / "kubernetes" / "one-pod" / "tinsmith.yaml"
@@ -114,7 +114,7 @@ def one_pod() -> tuple[dict, dict]:
 
 def commands(begins: str) -> list[list[str]]:
     """The page's commands that begin so, in words."""
-    lines = "\n".join(each.text for each in blocks() if each.page == PAGE).splitlines()
+    lines = "\n".join(each.text for each in of_page(PAGE)).splitlines()
     return [shlex.split(line) for line in lines if line.startswith(begins)]
 
 

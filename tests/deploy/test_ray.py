@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("tinker")
 
 import tinker
-from docs.pages import ROOT, block
+from docs.pages import ROOT, block, executed
 from tinker import types
 from tiny_models import write_model
 
@@ -86,6 +86,7 @@ def test_a_job_serves_stops_with_all_saved_and_the_next_one_goes_on(ray: Ray, tm
     losses, path = [], None
     for job in ("tinsmith-1", "tinsmith-2"):
         ray(command.replace("tinsmith-1", job))
+        executed(command)
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             try:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+from docs.pages import executed
 
 START_SECONDS = 180
 
@@ -55,6 +56,7 @@ class Terminal:
     def attempt(
         self, text: str, folder: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        executed(text)
         return subprocess.run(
             ["bash", "-eu", "-o", "pipefail", "-c", self.mine(text)],
             cwd=folder or self.home,
@@ -66,6 +68,7 @@ class Terminal:
         )
 
     def serve(self, text: str, **environment: str) -> Serving:
+        executed(text)
         return Serving(self, self.mine(text), environment)
 
 

@@ -11,11 +11,10 @@ import pytest
 pytest.importorskip("tinker")
 
 import tinker
+from docs.pages import ROOT, block
+from docs.terminal import Terminal
 from tinker import types
 from tiny_models import write_model
-
-from .pages import ROOT, block
-from .terminal import Terminal
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="no sqlite3 here: apt install sqlite3")

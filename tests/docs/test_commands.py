@@ -1,8 +1,8 @@
 """The documentation's commands are run as they stand: those of README.md and of docs/.
 
 `smollm2-135m` is a tiny model here, which lies where that one is cached, and so are `MODEL` and
-`/models/qwen3-8b`. Ports, folders of other machines and ids are replaced. `ELSEWHERE` names tests of other
-folders, which run a block because they have the server, the cluster or the programs that it needs.
+`/models/qwen3-8b`. Ports, folders of other machines and ids are replaced. docs/runs.py names the test of each
+block; some are in other folders, because they have the server or the programs that the block needs.
 """
 
 from __future__ import annotations
@@ -25,110 +25,44 @@ import pytest
 
 pytest.importorskip("tinker")
 
+from docs.pages import DEMO, ROOT, block, blocks, executed, inline_commands
+from docs.runs import COMPARED, NOT_RUN, PYTEST, RUN, SERVE, TINSMITH, check, covers
+from docs.terminal import Serving, Terminal
 from fake_hub import Hub
+from postgresql import postgresql
 from tinsmith.ckpt import smollm2
 from tinsmith.server.settings import Settings
 from tiny_models import hf_config, write_model
-
-from .pages import DEMO, ROOT, Block, block, blocks, inline_commands
-from .terminal import Serving, Terminal
 
 BLOCKS = {block.name: block for block in blocks()}
 QUICKSTART, RL, DEPLOY, TPU, SYSTEMD = "quickstart.md", "rl.md", "deploy.md", "tpu.md", "systemd.md"
 EXPORT, ACCOUNTS = "export.md", "accounts.md"
 CONTRIBUTING, PLACEMENT = "CONTRIBUTING.md", "placement.md"
-TINSMITH = ".venv/bin/tinsmith"
-SERVE = f"{TINSMITH} serve --model smollm2-135m"
-PYTEST = ".venv/bin/python -m pytest -q tests/losses"
-
-RUN = {
-    (DEMO, '{"messages": '),
-    ("README.md", ".venv/bin/python -m pip install"),
-    (TPU, "python3 -m venv"),
-    (TPU, "tinsmith plan --model"),
-    ("models.md", "tinsmith: model"),
-    ("README.md", "make demo"),
-    ("README.md", SERVE),
-    ("README.md", "import tinker"),
-    ("README.md", "0 4.259"),
-    (CONTRIBUTING, f"{PYTEST}/test_losses.py -k dro"),
-    (CONTRIBUTING, f"{PYTEST}/test_losses.py tests/server"),
-    (PLACEMENT, "export TINSMITH_DATABASE_URL"),
-    (PLACEMENT, "python -m sglang.launch_server --model-path MODEL"),
-    (PLACEMENT, "CUDA_VISIBLE_DEVICES=1"),
-    (SYSTEMD, "# /etc/tinsmith.toml"),
-    (DEPLOY, "tinsmith keys create alice"),
-    ("migration.md", "export TINKER_BASE_URL"),
-    ("plan.md", "tinsmith plan --model"),
-    ("plan.md", "Qwen/Qwen3-8B: 8.19 billion"),
-    (QUICKSTART, "make install"),
-    (QUICKSTART, f"{SERVE} --data-dir runs"),
-    (QUICKSTART, "Tinsmith 0.1.0 on"),
-    (ACCOUNTS, f"{SERVE} --data-dir runs --host 0.0.0.0"),
-    (ACCOUNTS, "tinsmith: host 0.0.0.0"),
-    (ACCOUNTS, f"{TINSMITH} keys create alice"),
-    (QUICKSTART, "import tinker"),
-    (QUICKSTART, "0 4.259"),
-    (QUICKSTART, "path = client.save_state"),
-    (QUICKSTART, "tinker://"),
-    (QUICKSTART, "stopped; everything"),
-    (QUICKSTART, "client = service.create_training"),
-    (QUICKSTART, f"{TINSMITH} checkpoints import"),
-    (RL, "M=$("),
-    (RL, "export TINKER_API_KEY"),
-    (RL, SERVE),
-    (RL, "curl -s"),
-    (RL, '{"enabled": true'),
-    (EXPORT, "path = client.save_state"),
-    (EXPORT, "tinker://"),
-    (EXPORT, "export TINKER_BASE_URL"),
-    (EXPORT, "from pathlib"),
-    (EXPORT, f"{TINSMITH} checkpoints merge"),
-    (EXPORT, "from transformers"),
-    ("console.md", "curl -H"),
-    ("console.md", '{"run_id"'),
-    ("serving.md", "import openai"),
-    (RL, ".venv/bin/python demo/brevity.py"),
-    ("serving.md", "'A tinsmith is"),
-    ("serving.md", '{"success":true'),
-    ("settings.md", "model = "),
-    ("sglang.md", "python -m sglang.launch_server"),
-}
-ELSEWHERE = {
-    ("metrics.md", "scrape_configs:"): "conformance/test_metrics.py",
-    ("metrics.md", "# tokens trained"): "conformance/test_metrics.py",
-    ("plan.md", "tinsmith: too large"): "server/test_memory_check.py",
-    (DEPLOY, "mkdir -p /backup"): "docs/test_backup.py",
-    ("ray.md", "export RAY_ADDRESS"): "deploy/test_ray.py",
-    ("nginx.md", "tinsmith keys create"): "deploy/test_nginx.py",
-    ("nginx.md", "# TLS in front of"): "deploy/test_nginx.py",
-    ("nginx.md", "nginx -t"): "deploy/test_nginx.py",
-    ("nginx.md", "export TINKER_BASE_URL"): "deploy/test_nginx.py",
-    (SYSTEMD, "useradd"): "deploy/test_systemd.py",
-    (SYSTEMD, "# /etc/tinsmith.env"): "deploy/test_systemd.py",
-    (SYSTEMD, "# A unit of systemd"): "deploy/test_systemd.py",
-    (SYSTEMD, "systemctl daemon-reload"): "deploy/test_systemd.py",
-    (SYSTEMD, "/opt/tinsmith/bin/python"): "deploy/test_systemd.py",
-    ("kubernetes.md", "docker build"): "deploy/test_manifests.py",
-    ("kubernetes.md", "kubectl"): "deploy/test_manifests.py",
-    (RL, "tinker.Datum("): "conformance/test_families.py",
-    (RL, '"routed_experts"'): "conformance/test_families.py",
-    (RL, "python -m tinker_cookbook.recipes.math_rl.train"): "cookbook/test_rl.py",
-    (RL, "python -m tinker_cookbook.recipes.rl_loop"): "cookbook/test_rl.py",
-}
 
 
 def test_every_block_is_run() -> None:
-    def covers(name: tuple[str, str], each: Block) -> bool:
-        return each.page == name[0] and each.text.startswith(name[1])
-
-    listed = [*RUN, *ELSEWHERE]
+    """By the test that docs/runs.py names, which is checked when that has passed; or it is said why not."""
+    listed = RUN | COMPARED | {name: by for name, (by, _why) in NOT_RUN.items()}
+    assert len(listed) == len(RUN) + len(COMPARED) + len(NOT_RUN)
     assert not [each.name for each in BLOCKS.values() if not any(covers(name, each) for name in listed)]
     assert not [name for name in listed if not any(covers(name, each) for each in BLOCKS.values())]
-    for (page, begins), test in ELSEWHERE.items():
-        text = (ROOT / "tests" / test).read_text()
-        assert f'"{page}"' in text, f"{test} does not read {page}"
-        assert begins in text, f"{test} does not look for the block {begins!r}"
+    for test in listed.values():
+        file, _, name = test.partition("[")[0].partition("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+
+
+def test_a_block_that_its_test_does_not_run_would_be_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"test_a_server_on_a_tpu_vm does not run .*python3 -m venv"):
+        check(RUN[TPU, "python3 -m venv"])
+    executed("time " + block(TPU, "python3 -m venv").replace("v", "w").splitlines()[0])
+    check(RUN[TPU, "python3 -m venv"])
+
+
+@pytest.mark.parametrize("name", NOT_RUN, ids=" ".join)
+def test_a_block_cannot_be_run_here(name: tuple[str, str]) -> None:
+    """Shown among the skipped tests, for those who have such a machine."""
+    pytest.skip(f"{name[0]}, {name[1]!r}: {NOT_RUN[name][1]}")
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +109,7 @@ class Python:
 
     def run(self, text: str) -> str:
         """Run a block; return what it prints."""
+        executed(text)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(self._terminal.mine(text), self.names)
@@ -193,6 +128,7 @@ def test_from_the_first_command_to_a_stop_and_on(terminal: Terminal, serve) -> N
     python = Python(terminal)
     for begins in ("import tinker", "0 4.259"):
         assert block(QUICKSTART, begins) == block("README.md", begins)
+    executed(block("README.md", "import tinker"))
     *losses, answer = python.run(block(QUICKSTART, "import tinker")).split("\n", 8)
     steps, values = zip(*(line.split() for line in losses), strict=True)
     assert steps == tuple("01234567")
@@ -338,7 +274,9 @@ def test_servers_of_other_pages(terminal: Terminal, serve) -> None:
 
     folder = terminal.home / ".cache/tinsmith/models/SmolLM2-135M-Instruct"
     assert names(serve(block("README.md", SERVE))) == ["smollm2-135m"]
-    assert block("README.md", SERVE) == block(RL, SERVE)
+    of_rl = block(RL, SERVE)
+    assert of_rl == block("README.md", SERVE)
+    executed(of_rl)
     assert names(serve(block(RL, "M=$("))) == [str(folder), "meta-llama/Llama-3.2-1B"]
     (terminal.home / "tinsmith.toml").write_text(terminal.mine(block("settings.md", "model = ")))
     eight = "--xla_force_host_platform_device_count=8"
@@ -352,20 +290,33 @@ def test_servers_of_other_pages(terminal: Terminal, serve) -> None:
         block(PLACEMENT, "python -m sglang"),
         block(PLACEMENT, "CUDA_VISIBLE_DEVICES=1"),
     )
-    for text in (f"{sqlite}\n{command}", *(each[each.rindex("\n", 0, -1) :] for each in of_sglang)):
+    for text in (sqlite + "\n" + command, *(each[each.rindex("\n", 0, -1) :] for each in of_sglang)):
         assert names(serve(text)) == ["SmolLM2-135M-Instruct"]
     assert (terminal.home / "disk/tinsmith/ledger.db").exists()
+
+
+def test_a_ledger_in_postgresql(terminal: Terminal, serve) -> None:
+    _sqlite, exported, command = block(PLACEMENT, "export TINSMITH_DATABASE_URL").splitlines()
+    (terminal.home / "shared").mkdir(exist_ok=True)
+    command = command.replace("/shared/tinsmith", "/shared/of-postgresql")
+    with postgresql(terminal.home / "database") as url:
+        address = "postgresql://tinsmith:PASSWORD@db/tinsmith"
+        exported = exported.partition("#")[0].replace(address, f"'{url}'")
+        server = serve(exported + "\n" + command).wait_for_engine()
+        assert httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
+        assert not list((terminal.home / "shared/of-postgresql").glob("ledger.db*"))
+        server.kill()
 
 
 def test_a_server_on_a_tpu_vm(terminal: Terminal, serve) -> None:
     """tpu.md's, with eight devices of a CPU. `test_accelerators_are_installed` runs pip's line."""
     made, _installed, examined, served = block(TPU, "python3 -m venv").splitlines()
-    terminal.run(f"{made} --without-pip")
+    terminal.run(made + " --without-pip")
     (terminal.home / "tinsmith/bin/tinsmith").symlink_to(Path(sys.executable).with_name("tinsmith"))
     eight = "--xla_force_host_platform_device_count=8"
     found = terminal.run(examined.replace("Qwen/Qwen3-8B", "MODEL"), XLA_FLAGS=eight)
     assert "finds 8 x cpu" in found
-    server = serve(f"exec {served.replace('Qwen/Qwen3-8B', 'MODEL')}", XLA_FLAGS=eight)
+    server = serve("exec " + served.replace("Qwen/Qwen3-8B", "MODEL"), XLA_FLAGS=eight)
     assert httpx.get(f"{server.url}/health", timeout=60).json()["engine_running"]
 
 
@@ -376,7 +327,7 @@ def test_accelerators_are_installed(terminal: Terminal) -> None:
     of_service = block(SYSTEMD, "useradd").splitlines()[-1]
     for command in (block("README.md", ".venv/bin/python -m pip install"), of_tpu, of_service):
         options = command.partition(" install ")[2].strip()
-        printed = terminal.run(f"{sys.executable} -m pip install --dry-run {options}", folder=ROOT)
+        printed = terminal.run(f"{sys.executable} -m pip install --dry-run " + options, folder=ROOT)
         assert "Would install" in printed
 
 
@@ -413,7 +364,7 @@ def test_models_that_cannot_be_served_are_refused_as_models_md_shows(terminal: T
 
 
 def test_sglang_takes_the_options_that_it_is_given() -> None:
-    """It is started for real, on the CPU, by tests/sglang."""
+    """It is started for real, on the CPU and with other options, by tests/sglang."""
     venv = Path(os.environ.get("TINSMITH_SGLANG_VENV") or ROOT / ".cache" / "sglang" / "venv")
     fields = [*venv.glob("lib/python*/site-packages/sglang/srt/arg_groups/fields/*.py")]
     if not fields:
@@ -453,18 +404,18 @@ def test_the_plan_is_the_one_that_is_printed(terminal: Terminal) -> None:
     assert printed.partition(until)[0].split() == shown.partition(until)[0].split()
 
 
-def test_targets_of_make_and_files_of_tests(terminal: Terminal) -> None:
+def test_targets_of_make_are_there(terminal: Terminal) -> None:
     targets = [line.partition("#")[0] for line in block("README.md", "make demo").splitlines()]
     for command in [*targets, block(QUICKSTART, "make install"), *inline_commands("make")]:
-        terminal.run(command.replace("make ", "make -n ", 1), folder=ROOT)
-    first, *others = [
-        line
-        for begins in (f"{PYTEST}/test_losses.py -k dro", f"{PYTEST}/test_losses.py tests/server")
-        for line in block(CONTRIBUTING, begins).splitlines()
-    ]
-    assert "test_losses.py::" in terminal.run(f"{first} --collect-only", folder=ROOT)
-    for line in others:
-        assert all((ROOT / path).exists() for path in line.split()[4:])
+        planned = str(command).replace("make ", "make -n ", 1)
+        terminal.run(planned, folder=ROOT)
+
+
+@pytest.mark.slow
+def test_the_tests_of_contributors_pass(terminal: Terminal) -> None:
+    for begins in (f"{PYTEST}/test_losses.py -k dro", f"{PYTEST}/test_losses.py tests/server"):
+        for line in block(CONTRIBUTING, begins).splitlines():
+            assert " passed" in terminal.run(line, folder=ROOT, HOME=str(Path.home()))
 
 
 def test_the_page_of_the_demo_s_data_shows_a_conversation_of_its_file() -> None:
