@@ -579,6 +579,8 @@ def routed_trunk(
     # Rounded after the look-up, so that the gradient of a float32 table is summed over tokens in float32.
     first = config.all_stacks[0]
     dtype = getattr(model.stack(first), first.layer.sites[0].name).weight[...].dtype
+    if dtype == jnp.uint16:  # two-byte floats stored as integers
+        dtype = model.norm.weight.dtype
     x_BTD = constrain(model.embed_tokens(tokens_BT).astype(dtype), _RESIDUAL)
     x_BTD, kept = scan_layers(
         model, lora, x_BTD, run, remat=remat, numbers=None if replayed_BTMk is None else numbers

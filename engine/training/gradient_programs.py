@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ...model import sharding
 from ...model.config import ModelConfig
 from ...model.counts import counts
+from ...model.cpu.weights import stored_layers
 from .. import memory
 from ..budget import Budget
 from ..device_memory import free_bytes
@@ -79,7 +80,7 @@ class GradientPrograms:
         if key is None:
             total, outputs = program(weights[0], gradients[0], batch)
             return (total,), outputs
-        return program(self.base, weights, self._scales(states), gradients, batch)
+        return program(stored_layers(self.base), weights, self._scales(states), gradients, batch)
 
     def run_forward(self, states: Sequence[TrainingState], batch: Batch, sequence_level: bool) -> Outputs:
         """Return the outputs alone. Raises as `run_gradients`."""
@@ -92,7 +93,7 @@ class GradientPrograms:
             function, arguments = train_step.forward_weights, (weights[0], batch)
         else:
             function = train_step.forward_adapters
-            arguments = (self.base, weights, self._scales(states), batch)
+            arguments = (stored_layers(self.base), weights, self._scales(states), batch)
         name = f"forward {describe(key, batch, len(states), sequence_level)}"
         program = self._programs.get(
             name, name, partial(function, static), arguments, out_shardings=self._replicated
@@ -123,7 +124,7 @@ class GradientPrograms:
         else:
             function = train_step.forward_backward_adapters
             scales = jax.ShapeDtypeStruct((len(weights),), jnp.float32, sharding=self._replicated)
-            arguments = (self.base, weights, scales, gradients, batch)
+            arguments = (stored_layers(self.base), weights, scales, gradients, batch)
             donate, pin = (3,), sharding.shardings_of(gradients)
         return self._programs.get(
             name,

@@ -68,8 +68,8 @@ def base_by_layer(base: Base, config: ModelConfig, by_output: bool = False) -> B
 
 
 def stored_layers(base: Base) -> Base:
-    """Return `base` with the two-byte floats of its layers as integers, without a copy, if on one CPU device;
-    otherwise `base`.
+    """Return a frozen `base` with the two-byte floats of its layers as integers, without a copy, if it is on
+    one CPU device; otherwise `base`.
 
     From a stack of floats, XLA would make one of float32 before it runs the first layer of a scan. The
     matrices of experts, [L, E, in, out], stay as they are."""
@@ -87,7 +87,10 @@ def adapters_by_layer(stack: LoraStack, config: ModelConfig) -> LoraStack:
 
 def _is_on_one_cpu(layers: PyTree) -> bool:
     leaves = jax.tree.leaves(layers)
-    return all(len(leaf.devices()) == 1 and leaf.device.platform == "cpu" for leaf in leaves)
+    return all(
+        isinstance(leaf, jax.Array) and len(leaf.devices()) == 1 and leaf.device.platform == "cpu"
+        for leaf in leaves
+    )
 
 
 def _by_layer(layers: PyTree, config: ModelConfig, by_output: bool = False) -> tuple[PyTree, ...]:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tinsmith.model import decoder
+from adapters import random_adapter
+from tinsmith.model import decoder, lora
 from tinsmith.model.cpu import weights
 from tinsmith.model.folder import read_config
 from tinsmith.model.kernels.product import by_output as product_by_output
@@ -45,3 +46,27 @@ def test_opened_layers_compute_what_the_stack_does(tmp_path, by_output, tied):
     assert len(by_layer.layers) == config.num_layers
     shape = (config.hidden_size, config.layers[1].mlp.width)
     assert by_layer.layers[1]["up_proj"]["weight"].shape == (shape[::-1] if by_output else shape)
+
+
+def test_gradients_of_an_adapter_are_the_same_with_layers_stored_as_integers(tmp_path):
+    write_model(tmp_path, "qwen2")
+    config = read_config(tmp_path)
+    graph, _ = decoder.build(config, jnp.bfloat16)
+    base = decoder.random_base(config, jnp.bfloat16)
+    tokens = jnp.arange(3, 35)[None]
+    position = jnp.arange(32)[None]
+
+    @jax.jit
+    def run(base, adapter):
+        def hidden(adapter):
+            stack = lora.stack_adapters((adapter,), jnp.ones(1))
+            return decoder.trunk(graph, base, tokens, position, 0 * position, stack, None, "dots")
+
+        out, pull = jax.vjp(hidden, adapter)
+        return out, *pull(out)
+
+    adapter = random_adapter(config, 0, train_unembed=False)
+    stored = weights.stored_layers(base)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored["layers"])} == {jnp.dtype(jnp.uint16)}
+    for a, b in zip(*(jax.tree.leaves(run(each, adapter)) for each in (base, stored)), strict=True):
+        np.testing.assert_array_equal(a, b)
