@@ -1,6 +1,6 @@
 """Compile programs for devices that are not here, and print what the compilers made of them, as JSON.
 
-    laboratory.py TARGET CASE ...       one line of JSON per case, in order
+It reads lines `TARGET CASE` from its standard input, and answers each with a line of JSON.
 
 A target is a device of `tinsmith plan`, such as h200, h200x8 or v5p-8. A case is NAME or
 NAME:OPTION=VALUE,... (see CASES), for example "step:model=8b,length=32768,remat=full" or
@@ -209,16 +209,16 @@ CASES: dict[str, Callable] = {
 }
 
 
-def main(target: str, *cases: str) -> None:
-    for case in cases:
+def main() -> None:
+    for line in sys.stdin:
+        target, case = line.split()
         name, _, text = case.partition(":")
         options = dict(option.split("=") for option in text.split(",") if option)
         axes = {axis: int(options.pop(axis)) for axis in sharding.MESH_AXES if axis in options}
-        mesh = make_mesh(target, axes)
         chosen: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in options.items()}
         began = time.process_time()
         try:
-            compiled = CASES[name](mesh, **chosen)
+            compiled = CASES[name](make_mesh(target, axes), **chosen)
             found = report(compiled, time.process_time() - began)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:2000]}
@@ -226,4 +226,4 @@ def main(target: str, *cases: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

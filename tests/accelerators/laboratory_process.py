@@ -1,7 +1,9 @@
-"""Runs `laboratory.py` in the environment that `make laboratory` makes."""
+"""Runs `laboratory.py` in the environment that `make laboratory` makes, one process for all programs."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -51,17 +53,42 @@ class Compiled:
         return sum(n * prod(dims) for name, of, dims, n in self._collectives if (name, of) == (kind, dtype))
 
 
-def compile_for(target: str, *cases: str) -> dict[str, Compiled]:
-    """Compile the cases for a target in one process; by case. Skips the test without the environment."""
+class _Laboratory:
+    """A process of `laboratory.py`, which serves all tests of a pytest process and ends with it."""
+
+    def __init__(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+        self._process = subprocess.Popen(
+            [VENV / "bin" / "python", HERE / "laboratory.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def compile(self, target: str, case: str) -> dict[str, Any]:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{target} {case}\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:  # plugins print lines of their own
+            if line.startswith("{"):
+                return json.loads(line)
+        _laboratory.cache_clear()  # the next program gets a new process
+        raise AssertionError(f"{target} {case}: the laboratory has ended; its errors are above")
+
+
+_laboratory = functools.cache(_Laboratory)
+
+
+@functools.cache
+def compiled(target: str, case: str) -> Compiled:
+    """Compile a case for a target. Skips the test if the environment is missing."""
     if not (VENV / ".installed").exists():
         pytest.skip("no compilers for accelerators: `make laboratory` installs them, with a python3.12")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    ran = subprocess.run(
-        [VENV / "bin" / "python", HERE / "laboratory.py", target, *cases],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    return {each["case"]: Compiled(each) for each in found}
+    return Compiled(_laboratory().compile(target, case))

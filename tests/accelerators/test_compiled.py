@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from .laboratory_process import Compiled, compile_for
+from .laboratory_process import compiled
 
 D, F, V, L, T = 512, 1280, 4096, 4, 1536  # laboratory's "tiny"
 LAYER_MATRICES = {(D, 1024): 2, (D, 512): 2, (D, F): 3}
@@ -28,13 +28,6 @@ CASES = {
     "v5e-4": (WINDOWED, BOTH, OPTIMIZER),
     "v6e-4": (WINDOWED, BOTH, OPTIMIZER),
 }
-_found: dict[str, dict[str, Compiled]] = {}
-
-
-def compiled(target: str, case: str) -> Compiled:
-    if target not in _found:
-        _found[target] = compile_for(target, *CASES[target])
-    return _found[target][case]
 
 
 STEPS = [(target, case) for target, cases in CASES.items() for case in cases if case.startswith("step")]

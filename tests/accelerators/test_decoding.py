@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import pytest
 
-from .laboratory_process import Compiled, compile_for
+from .laboratory_process import compiled
 
 D, F, V, L, K, H = 512, 1280, 4096, 4, 4, 128  # laboratory's "tiny"
-MATRICES = [(D, 1024), (D, 512), (D, F), (V, D)]
+LAYER_MATRICES = {(D, 1024): 2, (D, 512): 2, (D, F): 3}
+"""The shapes of a layer's matrices, in either order, and how many there are: q, o; k, v; gate, up, down."""
+MATRICES = [*LAYER_MATRICES, (V, D)]
 SLOTS, CONTEXT = 64, 2048
 PAGES = 2 * L * SLOTS * CONTEXT * K * H * 2  # bytes
 MIB = 2**20
@@ -19,19 +21,14 @@ MIB = 2**20
 PLAIN, ADAPTERS = "decode", "decode:adapters=4,filtered=1"
 PROMPT, CONTINUED = "prefill", "prefill:context=2048"
 FSDP, BOTH = "decode:fsdp=4", "decode:fsdp=2,tensor=2"
+PROMPT_FSDP = "prefill:fsdp=4,tokens=1536"  # as many as no matrix has rows or columns
 CASES = {
     "h200": (PLAIN, ADAPTERS, CONTINUED),
-    "h200x8": (FSDP, BOTH),
+    "h200x8": (FSDP, BOTH, PROMPT_FSDP),
     "v5e-4": (PLAIN, PROMPT),
-    "v5p-8": (FSDP,),
+    "v5p-8": (FSDP, PROMPT_FSDP),
+    "v6e-4": (PLAIN, PROMPT),
 }
-_found: dict[str, dict[str, Compiled]] = {}
-
-
-def compiled(target: str, case: str) -> Compiled:
-    if target not in _found:
-        _found[target] = compile_for(target, *CASES[target])
-    return _found[target][case]
 
 
 ALL = [(target, case) for target, cases in CASES.items() for case in cases]
@@ -45,7 +42,7 @@ def test_neither_pages_nor_weights_are_copied(target, case):
     assert found.temporaries < 32 * MIB
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e-4"])
+@pytest.mark.parametrize("target", ["h200", "v5e-4", "v6e-4"])
 def test_attention_has_a_kernel_that_reads_pages(target):
     kernel = "__gpu$xla.gpu.triton" if target == "h200" else "tpu_custom_call"
     assert compiled(target, PLAIN).calls[kernel] == 16 * L  # for each token and layer
@@ -58,6 +55,15 @@ def test_under_a_mesh_no_weight_is_gathered(target, case):
         for ways in (1, 2, 4):
             assert found.gathers(dims[0] // ways, dims[1]) == 0, dims
             assert found.gathers(dims[0], dims[1] // ways) == 0, dims
+
+
+@pytest.mark.parametrize("target", ["h200x8", "v5p-8"])
+def test_prompts_gather_each_weight_once(target):
+    """Some gathers may be rings of permutes. Neither the head nor the whole embedding is needed."""
+    found = compiled(target, PROMPT_FSDP)
+    for dims, number in LAYER_MATRICES.items():
+        assert found.gathers(*dims) <= number * L, dims
+    assert found.gathers(V, D) == 0
 
 
 def test_heads_of_the_cache_are_cut_over_fsdp():

@@ -62,9 +62,12 @@ _PLACE = re.compile(r"(<!-- measures -->\n).*(<!-- /measures -->\n)", re.DOTALL)
 def main(*targets: str) -> None:
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for target in targets or MEASURES:
-        command = [sys.executable, HERE / "laboratory.py", target, *MEASURES[target]]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ran:
+        command = [sys.executable, HERE / "laboratory.py"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ran:
+            assert ran.stdin
             assert ran.stdout
+            with ran.stdin:
+                ran.stdin.writelines(f"{target} {case}\n" for case in MEASURES[target])
             for line in ran.stdout:
                 if not line.startswith("{"):
                     continue
