@@ -103,6 +103,36 @@ def test_outputs_and_gradients_equal_those_of_a_dense_softmax(backend, with_sink
     np.testing.assert_allclose(got[0], loop_attention(q, k, v, start, 0.3, sinks), atol=2e-5)
 
 
+def test_long_rows_on_a_cpu_equal_a_dense_softmax():
+    """Rows whose blocks are computed in pieces, with a last block shorter than a piece."""
+    T = 2300
+    q, k, v = map(jnp.asarray, arrays(1, T, 2, 1, 8))
+    start = jnp.asarray(packed(2, T, 700, 2100)[:1])
+    cotangent = jax.random.normal(jax.random.key(0), q.shape)
+
+    @partial(jax.jit, static_argnums=0)
+    def outputs(function, *inputs):
+        out, pull = jax.vjp(lambda *x: function(*x, start, 0.3), *inputs)
+        return out, *pull(cotangent)
+
+    got, expected = (outputs(f, q, k, v) for f in (partial(attention, backend="cpu"), dense_attention))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_the_memory_of_long_rows_on_a_cpu_grows_with_their_length_and_not_its_square():
+    def temporary_bytes(T):
+        shapes = (jax.ShapeDtypeStruct((1, T, n, 8), jnp.float32) for n in (2, 1, 1))
+
+        def loss(q, k, v):
+            return attention(q, k, v, jnp.zeros((1, T), jnp.int32), 0.3, backend="cpu").sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) < 2.2 * temporary_bytes(4096)
+
+
 @pytest.mark.parametrize("T", [96, 100])
 def test_the_reference_gives_the_same_in_many_small_blocks(T):
     q, k, v = map(jnp.asarray, arrays(2, T, 4, 2, 8))

@@ -6,8 +6,10 @@ of one block, S keys that a block sees, M = G Q.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,6 +20,7 @@ It is finite, so that a row without a visible key gives a mean of values, not Na
 
 _QUERY_BLOCKS = 4
 _SMALLEST_BLOCK = 64
+_LARGEST_PIECE = 512  # queries
 
 
 def forward(
@@ -30,26 +33,32 @@ def forward(
     """Return the output and the log-sum-exp of each query's scores.
 
     The queries are cut into a few blocks, and each block reads only the keys up to its own end. This saves
-    nearly half of the work, the part above the diagonal.
+    nearly half of the work, the part above the diagonal. Blocks of long rows are computed in pieces.
     """
     B, T, N, H = q_BTNH.shape
     q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTNH, k_BTKH, v_BTKH, scale)
     K, G = q_BKGTH.shape[1:3]
-    outs, lses = [], []
-    for begin, end in _blocks(T):
-        Q = end - begin
-        q_BKMH = q_BKGTH[:, :, :, begin:end].reshape(B, K, G * Q, H)
-        scores_BKMS = _dot("bkmh,bksh->bkms", q_BKMH, k_BKTH[:, :, :end])
-        visible_BQS = _visible(start_BT, begin, end)
-        scores = jnp.where(visible_BQS[:, None, None], scores_BKMS.reshape(B, K, G, Q, end), MASKED)
-        top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        weights_BKMS = weights.astype(v_BKTH.dtype).reshape(B, K, G * Q, end)
-        out_BKMH = _dot("bkms,bksh->bkmh", weights_BKMS, v_BKTH[:, :, :end])
-        outs.append((out_BKMH.reshape(B, K, G, Q, H) / total).astype(q_BKGTH.dtype))
-        lses.append((top + jnp.log(total))[..., 0])
-    out_BKGTH, lse_BKGT = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    parts = []
+    for begin, end, Q in _blocks(T):
+        k_BKSH, v_BKSH = k_BKTH[:, :, :end], v_BKTH[:, :, :end]
+
+        def piece(_: None, of: tuple, k_BKSH: Array = k_BKSH, v_BKSH: Array = v_BKSH) -> tuple[None, tuple]:
+            q_BKGQH, start_BQ, query_BQ = of
+            Q, S = start_BQ.shape[1], k_BKSH.shape[2]
+            scores_BKMS = _dot("bkmh,bksh->bkms", q_BKGQH.reshape(B, K, G * Q, H), k_BKSH)
+            visible_BQS = _visible(start_BQ, query_BQ, S)
+            scores = jnp.where(visible_BQS[:, None, None], scores_BKMS.reshape(B, K, G, Q, S), MASKED)
+            top = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(-1, keepdims=True)
+            weights_BKMS = weights.astype(v_BKSH.dtype).reshape(B, K, G * Q, S)
+            out_BKMH = _dot("bkms,bksh->bkmh", weights_BKMS, v_BKSH)
+            out_BKGQH = (out_BKMH.reshape(B, K, G, Q, H) / total).astype(q_BKGQH.dtype)
+            return None, (out_BKGQH, (top + jnp.log(total))[..., 0])
+
+        of_block = (q_BKGTH[:, :, :, begin:end], start_BT[:, begin:end], _queries(B, begin, end))
+        parts.append(_by_pieces(piece, None, of_block, (3, 1, 1), (3, 3), Q)[1])
+    out_BKGTH, lse_BKGT = (jnp.concatenate(part, axis=3) for part in zip(*parts, strict=True))
     return _tokens_first(out_BKGTH), lse_BKGT.reshape(B, N, T)
 
 
@@ -80,24 +89,30 @@ def backward(
     dk = jnp.zeros(k_BKTH.shape, jnp.float32)
     dv = jnp.zeros(v_BKTH.shape, jnp.float32)
     dqs = []
-    for begin, end in _blocks(T):
-        Q = end - begin
-        M = G * Q
-        q_BKMH = q_BKGTH[:, :, :, begin:end].reshape(B, K, M, H)
-        dout_BKMH = dout_BKGTH[:, :, :, begin:end].reshape(B, K, M, H)
-        lse_BK1M = lse_BKGT[..., begin:end].reshape(B, K, 1, M)
-        pull_BK1M = pull_BKGT[..., begin:end].reshape(B, K, 1, M)
+    for begin, end, Q in _blocks(T):
         k_BKSH, v_BKSH = k_BKTH[:, :, :end], v_BKTH[:, :, :end]
-        visible_BSQ = _visible(start_BT, begin, end).swapaxes(1, 2)
-        visible_B1SM = jnp.tile(visible_BSQ, (1, 1, G))[:, None]
-        scores_BKSM = _dot("bksh,bkmh->bksm", k_BKSH, q_BKMH)
-        probs_BKSM = jnp.where(visible_B1SM, jnp.exp(scores_BKSM - lse_BK1M), 0.0)
-        dprobs_BKSM = _dot("bksh,bkmh->bksm", v_BKSH, dout_BKMH)
-        dscores_BKSM = (probs_BKSM * (dprobs_BKSM - pull_BK1M)).astype(dtype)
-        dv = dv.at[:, :, :end].add(_dot("bksm,bkmh->bksh", probs_BKSM.astype(dtype), dout_BKMH))
-        dk = dk.at[:, :, :end].add(_dot("bksm,bkmh->bksh", dscores_BKSM, q_BKMH))
-        dq_BKHM = _dot("bkhs,bksm->bkhm", k_BKSH.swapaxes(2, 3), dscores_BKSM)
-        dqs.append(dq_BKHM.swapaxes(2, 3).reshape(B, K, G, Q, H))
+
+        def piece(sums: tuple, of: tuple, k_BKSH: Array = k_BKSH, v_BKSH: Array = v_BKSH) -> tuple:
+            q_BKGQH, dout_BKGQH, lse_BKGQ, pull_BKGQ, start_BQ, query_BQ = of
+            Q, S = start_BQ.shape[1], k_BKSH.shape[2]
+            M = G * Q
+            q_BKMH, dout_BKMH = (x.reshape(B, K, M, H) for x in (q_BKGQH, dout_BKGQH))
+            lse_BK1M, pull_BK1M = (x.reshape(B, K, 1, M) for x in (lse_BKGQ, pull_BKGQ))
+            visible_BSQ = _visible(start_BQ, query_BQ, S).swapaxes(1, 2)
+            visible_B1SM = jnp.tile(visible_BSQ, (1, 1, G))[:, None]
+            scores_BKSM = _dot("bksh,bkmh->bksm", k_BKSH, q_BKMH)
+            probs_BKSM = jnp.where(visible_B1SM, jnp.exp(scores_BKSM - lse_BK1M), 0.0)
+            dprobs_BKSM = _dot("bksh,bkmh->bksm", v_BKSH, dout_BKMH)
+            dscores_BKSM = (probs_BKSM * (dprobs_BKSM - pull_BK1M)).astype(dtype)
+            dk = sums[0].at[:, :, :S].add(_dot("bksm,bkmh->bksh", dscores_BKSM, q_BKMH))
+            dv = sums[1].at[:, :, :S].add(_dot("bksm,bkmh->bksh", probs_BKSM.astype(dtype), dout_BKMH))
+            dq_BKHM = _dot("bkhs,bksm->bkhm", k_BKSH.swapaxes(2, 3), dscores_BKSM)
+            return (dk, dv), (dq_BKHM.swapaxes(2, 3).reshape(B, K, G, Q, H),)
+
+        heads = (x[:, :, :, begin:end] for x in (q_BKGTH, dout_BKGTH, lse_BKGT, pull_BKGT))
+        of_block = (*heads, start_BT[:, begin:end], _queries(B, begin, end))
+        (dk, dv), (dq,) = _by_pieces(piece, (dk, dv), of_block, (3, 3, 3, 3, 1, 1), (3,), Q)
+        dqs.append(dq)
     dq_BTNH = _tokens_first(jnp.concatenate(dqs, axis=3).astype(dtype)) * jnp.asarray(scale, dtype)
     return dq_BTNH, dk.astype(dtype).swapaxes(1, 2), dv.astype(dtype).swapaxes(1, 2)
 
@@ -116,16 +131,58 @@ def _tokens_first(x_BKGTH: Array) -> Array:
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-def _blocks(T: int) -> Iterator[tuple[int, int]]:
-    """Return (begin, end) of each block of queries."""
+def _blocks(T: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, end, piece) for each block of queries, whose length is a multiple of its piece.
+
+    A block that is shorter than a piece may follow at the end of the row."""
     size = max(_SMALLEST_BLOCK, -(-T // _QUERY_BLOCKS))
+    piece = min(size, _LARGEST_PIECE)
+    size = -(-size // piece) * piece
     for begin in range(0, T, size):
-        yield begin, min(begin + size, T)
+        end = min(begin + size, T)
+        whole = end - (end - begin) % piece
+        if begin < whole:
+            yield begin, whole, piece
+        if whole < end:
+            yield whole, end, end - whole
 
 
-def _visible(start_BT: Int[Array, "B T"], begin: int, end: int) -> Bool[Array, "B Q S"]:
-    key = jnp.arange(end)
-    return (key >= start_BT[:, begin:end, None]) & (key <= jnp.arange(begin, end)[:, None])
+def _by_pieces(
+    function: Callable[[Any, tuple[Array, ...]], tuple[Any, tuple[Array, ...]]],
+    carry: Any,
+    arrays: tuple[Array, ...],
+    axes: tuple[int, ...],
+    out_axes: tuple[int, ...],
+    piece: int,
+) -> tuple[Any, tuple[Array, ...]]:
+    """Scan `function` over pieces of `arrays`, each cut along its axis, and join its outputs along theirs.
+
+    The scan keeps the scores of one piece at a time in memory. XLA runs independent blocks together, with
+    the scores of all of them: their size is quadratic in T, and mapping that much memory anew for every step
+    takes longer than computing with it.
+    """
+    pieces = arrays[0].shape[axes[0]] // piece
+    if pieces == 1:
+        return function(carry, arrays)
+
+    def cut(x: Array, axis: int) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], pieces, piece, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x: Array, axis: int) -> Array:
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], pieces * piece, *x.shape[axis + 2 :])
+
+    carry, outs = jax.lax.scan(function, carry, tuple(map(cut, arrays, axes)))
+    return carry, tuple(map(join, outs, out_axes))
+
+
+def _queries(B: int, begin: int, end: int) -> Int[Array, "B Q"]:
+    return jnp.broadcast_to(jnp.arange(begin, end), (B, end - begin))
+
+
+def _visible(start_BQ: Int[Array, "B Q"], query_BQ: Int[Array, "B Q"], S: int) -> Bool[Array, "B Q S"]:
+    key = jnp.arange(S)
+    return (key >= start_BQ[..., None]) & (key <= query_BQ[..., None])
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
