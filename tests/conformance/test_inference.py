@@ -228,12 +228,15 @@ def test_closing_the_connection_cancels_the_samples(alice: Wire, server: ServerP
         "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
         "stream": True,
     }
-    with alice.http.stream("POST", "/generate", json=body) as answer:
-        next(answer.iter_lines())
-    deadline = time.monotonic() + 20
-    while "sample 1 after 6 tokens: failed (user): cancelled" not in server.log:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    for _ in range(5):  # a sample may be drawn whole before the server hears of it
+        with alice.http.stream("POST", "/generate", json=body) as answer:
+            next(answer.iter_lines())
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            if "sample 1 after 6 tokens: failed (user): cancelled" in server.log:
+                return
+            time.sleep(0.1)
+    raise AssertionError("no sample was cancelled")
 
 
 def test_the_engine_s_description_of_itself(alice: Wire) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from conformance.conftest import ALICE
@@ -70,7 +71,11 @@ def test_top_is_redrawn_until_it_is_stopped(watched: ServerProcess, model: str) 
     environment = os.environ | {"TINKER_BASE_URL": watched.url, "TINKER_API_KEY": ALICE, "COLUMNS": "160"}
     command = [sys.executable, "-m", "tinsmith.server.cli", "top", "--every", "0.2"]
     ours, theirs = pty.openpty()
-    running = subprocess.Popen(command, env=environment, stdout=theirs, stderr=theirs)
+    # A job in the background of a script, as these tests may be, ignores SIGINT, and so would its children.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen(
+        command, env=environment, stdout=theirs, stderr=theirs, preexec_fn=interruptible
+    )
     shown, deadline = b"", time.monotonic() + 120
     try:
         while shown.count(model.encode()) < 2 and time.monotonic() < deadline:

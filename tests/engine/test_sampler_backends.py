@@ -60,7 +60,11 @@ def test_samples_are_those_of_the_cpus_programs(model, expected, backend):
 
 
 @pytest.mark.parametrize(
-    "variant", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text", "qwen3_5_moe", "nemotron_h"]
+    "variant",
+    [
+        *("qwen3_moe", "gemma3_text", "qwen3_5_moe"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt_oss", "deepseek_v3", "nemotron_h")),
+    ],
 )
 def test_samples_of_other_families_are_those_of_the_cpus_programs(tmp_path, variant):
     model = load_tiny(tmp_path, variant)

@@ -68,10 +68,10 @@ def sample_in_a_crowd(sampler, asked, key):
         pytest.param("gemma3_text", lora(), marks=pytest.mark.slow),
         ("qwen3_moe", lora()),
         pytest.param("gpt_oss", lora(), marks=pytest.mark.slow),
-        ("deepseek_v3", lora()),
+        pytest.param("deepseek_v3", lora(), marks=pytest.mark.slow),
         pytest.param("qwen3_5", lora(), marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", lora(), marks=pytest.mark.slow),
-        ("nemotron_h", lora()),
+        pytest.param("nemotron_h", lora(), marks=pytest.mark.slow),
         ("llama", None),
     ],
     ids=[
